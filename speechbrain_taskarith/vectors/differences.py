@@ -1,0 +1,150 @@
+"""Subtracting weights, and all that can be wrong with the two sides.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+import warnings
+
+import torch
+
+from ..utils.patterns import matches, select
+
+# Running statistics: copied from the base unless asked for, since adding
+# differences of variances can make a variance negative.
+RUNNING_STATISTICS = ("*running_mean", "*running_var")
+
+
+def subtract(base, finetuned, include, exclude, strict, buffers):
+    """Return `theta_finetuned - theta_base` by parameter, in float32.
+
+    The arguments are those of `TaskVector.between`, which documents them.
+
+    Arguments
+    ---------
+    base, finetuned : State
+        The weights before and after.
+    include, exclude : sequence of str
+        Anchored shell patterns on parameter names.
+    strict : bool
+        Whether what is on one side only is an error.
+    buffers : str
+        `"base"` or `"edit"`.
+
+    Returns
+    -------
+    dict
+        `{name: tensor}`; tied names share a tensor.
+    """
+    if buffers not in ("base", "edit"):
+        raise ValueError(f"buffers={buffers!r}: expected 'base' or 'edit'")
+    base.verify()
+    finetuned.verify()
+    # Patterns first: excluding a head makes models with two heads comparable.
+    everything = [*base, *(name for name in finetuned if name not in base)]
+    chosen = select(everything, include, exclude)
+    names = _common_names(base, finetuned, chosen, strict)
+    deltas = {}
+    for name in _editable(base, names, buffers):
+        origin = base.aliases.get(name, name)
+        if origin in deltas and origin != name:
+            _check_tied(name, origin, finetuned)
+            deltas[name] = deltas[origin]
+            continue
+        before = base[name]
+        delta = finetuned[name].to(before.device).float() - before.float()
+        if not torch.isfinite(delta).all():
+            raise _not_finite(name, base, finetuned)
+        deltas[name] = delta
+    return deltas
+
+
+def some(names, most=5):
+    """Name a few of many parameters, for a message.
+
+    Arguments
+    ---------
+    names : sequence of str
+        Parameter names.
+    most : int
+        How many to write out.
+
+    Returns
+    -------
+    str
+        E.g. `"7 parameter(s) (a, b, c, d, e and 2 more)"`.
+    """
+    names = list(names)
+    shown = ", ".join(names[:most])
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{len(names)} parameter(s) ({shown}{more})"
+
+
+def _common_names(base, finetuned, names, strict):
+    missing = [name for name in names if name not in finetuned]
+    extra = [name for name in names if name not in base]
+    common = [name for name in names if name in base and name in finetuned]
+    unequal = [
+        name
+        for name in common
+        if base.info(name).shape != finetuned.info(name).shape
+    ]
+    if strict and (missing or extra):
+        sides = []
+        if missing:
+            sides.append(f"only {base.label} holds {some(missing)}")
+        if extra:
+            sides.append(f"only {finetuned.label} holds {some(extra)}")
+        raise KeyError(
+            f"the two models differ: {'; '.join(sides)}. Compare models of "
+            "one architecture, exclude these names, or say strict=False to "
+            "leave them out"
+        )
+    if strict and unequal:
+        name = unequal[0]
+        raise ValueError(
+            f"shapes differ for {some(unequal)}: {name!r} is "
+            f"{base.info(name).shape} in {base.label} and "
+            f"{finetuned.info(name).shape} in {finetuned.label}. For a grown "
+            "vocabulary use align_vocabulary, or say strict=False to leave "
+            "these out"
+        )
+    if missing or extra or unequal:
+        warnings.warn(
+            f"left out of the task vector: {some(missing + extra + unequal)}",
+            stacklevel=4,
+        )
+    return [name for name in common if name not in unequal]
+
+
+def _editable(base, names, buffers):
+    chosen = [name for name in names if base.info(name).floating]
+    if buffers == "base":
+        chosen = [
+            name
+            for name in chosen
+            if not any(matches(name, p) for p in RUNNING_STATISTICS)
+        ]
+    if not chosen:
+        raise ValueError(
+            f"{base.label}: no floating point parameter is left to subtract"
+        )
+    return chosen
+
+
+def _check_tied(name, origin, finetuned):
+    if not torch.equal(finetuned[name], finetuned[origin]):
+        raise ValueError(
+            f"{name!r} and {origin!r} are one tensor in the base and two "
+            f"different ones in {finetuned.label}; exclude one of them"
+        )
+
+
+def _not_finite(name, base, finetuned):
+    bad = finetuned
+    if not torch.isfinite(base[name].float()).all():
+        bad = base
+    return ValueError(
+        f"{bad.label}: {name!r} holds NaN or infinity. The training that "
+        "made it diverged; use an earlier checkpoint"
+    )

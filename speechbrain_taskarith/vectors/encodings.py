@@ -1,0 +1,170 @@
+"""How a task vector is stored: from exact to small.
+
+Each encoding turns `{name: float32 tensor}` into plain safetensors tensors
+and a layout that says how to read them back. The layout is text, so that a
+file can be understood without this plugin.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+import numpy as np
+import torch
+
+# Behind a parameter's name; never part of one, since modules join by dots.
+_MASK, _VALUES, _SCALE = "::mask", "::values", "::scale"
+
+ENCODINGS = (
+    "lossless",
+    "bf16",
+    "int8",
+    "sparse",
+    "sparse-bf16",
+    "sparse-int8",
+)
+
+
+def encode(deltas, encoding="lossless"):
+    """Turn a vector's tensors into what is stored.
+
+    Arguments
+    ---------
+    deltas : dict
+        `{name: float32 tensor}`.
+    encoding : str
+        `"lossless"`: float32 as it is. `"bf16"`: rounded to nearest, half
+        the size. `"int8"`: a quarter; one scale a row of the first
+        dimension, `x ~ scale * q` with `q` in [-127, 127], so the error is
+        at most half a scale. `"sparse"`: one bit an element and the
+        non-zero float32 values: exact, and small for a trimmed vector.
+        `"sparse-bf16"`, `"sparse-int8"`: the same with smaller values (one
+        scale a tensor).
+
+    Returns
+    -------
+    tensors : dict
+        What is to be stored, by name.
+    layout : dict
+        `{name: {"as": form, "shape": [...]}}`, plain types.
+
+    Raises
+    ------
+    ValueError
+        An unknown encoding.
+
+    Example
+    -------
+    >>> stored, layout = encode({"w": torch.tensor([0.0, 2.0])}, "sparse")
+    >>> sorted(stored), decode(stored, layout)["w"]
+    (['w::mask', 'w::values'], tensor([0., 2.]))
+    """
+    if encoding not in ENCODINGS:
+        raise ValueError(
+            f"unknown encoding {encoding!r}; expected one of "
+            f"{', '.join(ENCODINGS)}"
+        )
+    tensors, layout = {}, {}
+    for name, delta in deltas.items():
+        delta = delta.detach().to("cpu", torch.float32).contiguous()
+        layout[name] = {"as": encoding, "shape": list(delta.shape)}
+        if encoding.startswith("sparse"):
+            tensors.update(_to_sparse(name, delta, encoding))
+        elif encoding == "int8":
+            tensors[name], tensors[name + _SCALE] = _to_int8(_rows(delta))
+        else:
+            dtype = torch.bfloat16 if encoding == "bf16" else torch.float32
+            tensors[name] = delta.to(dtype)
+    return tensors, layout
+
+
+def decode(tensors, layout):
+    """Turn what was stored back into a vector's tensors.
+
+    Arguments
+    ---------
+    tensors : mapping
+        What `encode` returned first.
+    layout : dict
+        What it returned second.
+
+    Returns
+    -------
+    dict
+        `{name: float32 tensor}`.
+
+    Raises
+    ------
+    ValueError
+        The layout does not fit the tensors; it names the parameter.
+    """
+    deltas = {}
+    for name, entry in layout.items():
+        form, shape = entry["as"], tuple(entry["shape"])
+        try:
+            if form.startswith("sparse"):
+                flat = _from_sparse(name, tensors, form, shape)
+            elif form == "int8":
+                flat = tensors[name].float() * tensors[name + _SCALE][:, None]
+            else:
+                # A mapped tensor would keep the file open; a vector owns
+                # its numbers.
+                flat = tensors[name].to(torch.float32, copy=True)
+            deltas[name] = flat.reshape(shape)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{name}: the stored layout ({form}, {shape}) does not fit "
+                f"the stored tensors ({error})"
+            ) from None
+    return deltas
+
+
+def _rows(delta):
+    """Look at a tensor as rows that share a scale."""
+    if delta.ndim < 2 or not delta.numel():
+        return delta.reshape(1, -1)
+    return delta.reshape(delta.shape[0], -1)
+
+
+def _to_int8(rows):
+    if not rows.numel():
+        return rows.to(torch.int8), torch.ones(rows.shape[0])
+    scale = rows.abs().amax(dim=1) / 127
+    # A row of zeros has no scale of its own; any will do. Where a scale
+    # underflows to a subnormal the quotient may leave the range: clamp.
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    quantised = (rows / scale[:, None]).round().clamp_(-127, 127)
+    return quantised.to(torch.int8), scale
+
+
+def _to_sparse(name, delta, encoding):
+    flat = delta.reshape(-1)
+    # By bit pattern: -0.0 is kept, so that "sparse" is exact to the bit.
+    mask = flat.view(torch.int32) != 0
+    values = flat[mask]
+    packed = torch.from_numpy(np.packbits(mask.numpy()))
+    stored = {name + _MASK: packed}
+    if encoding == "sparse-int8":
+        quantised, scale = _to_int8(values.reshape(1, -1))
+        stored[name + _VALUES] = quantised.reshape(-1)
+        stored[name + _SCALE] = scale
+    elif encoding == "sparse-bf16":
+        stored[name + _VALUES] = values.to(torch.bfloat16)
+    else:
+        stored[name + _VALUES] = values
+    return stored
+
+
+def _from_sparse(name, tensors, form, shape):
+    count = int(np.prod(shape, dtype=np.int64))
+    packed = tensors[name + _MASK].numpy()
+    if packed.size != (count + 7) // 8:
+        raise ValueError(f"mask has {packed.size} bytes")
+    mask = torch.from_numpy(np.unpackbits(packed, count=count)).bool()
+    values = tensors[name + _VALUES].float()
+    if int(mask.sum()) != values.numel():
+        raise ValueError(f"{values.numel()} values for {int(mask.sum())} bits")
+    if form == "sparse-int8":
+        values = values * tensors[name + _SCALE]
+    flat = torch.zeros(count)
+    flat[mask] = values
+    return flat

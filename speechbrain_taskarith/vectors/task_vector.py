@@ -1,0 +1,599 @@
+"""The task vector: what fine-tuning added to the weights.
+
+`tau = theta_finetuned - theta_base` (Ilharco et al. 2023, arXiv 2212.04089,
+section 2), keyed by the checkpoint's own parameter names, with the
+fingerprint of the base it was taken from.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ..utils.patterns import first_match, require_match, select
+from .differences import some, subtract
+from .encodings import decode, encode
+from .fingerprints import short
+from .safetensors_file import damaged
+from .state_readers import open_state
+from .state_writers import save_state
+from .states import as_state
+
+# Elements edited at a time: a scratch buffer of this size stays in the cache,
+# so that an edit in place reads two tensors and writes one, no more.
+_CHUNK = 1 << 17
+
+
+class TaskVector(Mapping):
+    """A difference of weights, with an algebra and a memory of its base.
+
+    Usually made by `TaskVector.between`. A mapping from parameter name to
+    float32 tensor; parameters that were left out are not in it.
+
+    Arguments
+    ---------
+    deltas : dict
+        `{name: tensor}`; floating point.
+    base_fingerprint : str or None
+        Fingerprint of the weights it was taken from; None when it combines
+        vectors of several bases (then `apply` asks for `any_base=True`).
+    metadata : dict or None
+        Where it comes from, plain types; stored with it.
+
+    Example
+    -------
+    >>> base = {"w": torch.zeros(2), "steps": torch.tensor(3)}
+    >>> tuned = {"w": torch.tensor([1.0, -2.0]), "steps": torch.tensor(9)}
+    >>> tau = TaskVector.between(base, tuned)
+    >>> (0.5 * tau).apply(base)["w"]
+    tensor([ 0.5000, -1.0000])
+    >>> (tau - tau).norm()
+    0.0
+    """
+
+    def __init__(self, deltas, base_fingerprint=None, metadata=None):
+        for name, delta in deltas.items():
+            if not torch.is_floating_point(delta):
+                raise TypeError(
+                    f"{name}: a task vector holds floating point tensors, "
+                    f"got {delta.dtype}"
+                )
+        self._deltas = {n: d.detach().float() for n, d in deltas.items()}
+        self.base_fingerprint = base_fingerprint
+        self.metadata = dict(metadata or {})
+
+    @classmethod
+    def between(
+        cls,
+        base,
+        finetuned,
+        *,
+        include=("*",),
+        exclude=(),
+        strict=True,
+        buffers="base",
+    ):
+        """Subtract: `tau = theta_finetuned - theta_base`.
+
+        Differences are taken in float32 whatever the weights are stored in.
+        Integer and boolean tensors are never part of a vector.
+
+        Arguments
+        ---------
+        base, finetuned : path, torch.nn.Module, mapping or State
+            The weights before and after.
+        include, exclude : sequence of str
+            Anchored shell patterns on parameter names.
+        strict : bool
+            True: the same names and shapes on both sides, or an error.
+            False: what does not fit is left out, with a warning.
+        buffers : str
+            `"base"` leaves running means and variances out, so that edited
+            models keep the base's; `"edit"` takes them in.
+
+        Returns
+        -------
+        TaskVector
+            On the device of the base's tensors.
+
+        Raises
+        ------
+        KeyError
+            Names on one side only (strict).
+        ValueError
+            Shapes that differ (strict), NaN or infinity, a pattern that
+            matches nothing, a file that is damaged.
+        """
+        base, finetuned = as_state(base), as_state(finetuned)
+        deltas = subtract(base, finetuned, include, exclude, strict, buffers)
+        metadata = {
+            "base": base.label,
+            "finetuned": finetuned.label,
+            "finetuned_fingerprint": finetuned.fingerprint,
+        }
+        return cls(deltas, base.fingerprint, metadata)
+
+    @classmethod
+    def from_lora(cls, base, adapted):
+        """Turn a LoRA into the vector it stands for: `scaling * B A`.
+
+        Arguments
+        ---------
+        base : path, torch.nn.Module, mapping or State
+            The weights that the LoRA was trained on.
+        adapted : torch.nn.Module or path
+            SpeechBrain's `LoRA` in an `AdaptedModel`, or a PEFT folder.
+
+        Returns
+        -------
+        TaskVector
+            Only of the weights that the LoRA changes.
+        """
+        from .lora import lora_deltas
+
+        base = as_state(base)
+        deltas = lora_deltas(base, adapted)
+        label = str(adapted) if not hasattr(adapted, "modules") else "LoRA"
+        return cls(
+            deltas, base.fingerprint, {"base": base.label, "lora": label}
+        )
+
+    @classmethod
+    def mean(cls, vectors):
+        """Return the mean of vectors over the same parameters.
+
+        Arguments
+        ---------
+        vectors : sequence of TaskVector
+            At least one.
+
+        Returns
+        -------
+        TaskVector
+            With the base they share, if they share one.
+        """
+        vectors = list(vectors)
+        if not vectors:
+            raise ValueError("the mean of no task vectors is not defined")
+        total = vectors[0]
+        for vector in vectors[1:]:
+            total = total + vector
+        result = total / len(vectors)
+        result.metadata = {
+            "operation": "mean",
+            "parents": [vector.metadata for vector in vectors],
+        }
+        return result
+
+    def __getitem__(self, name):
+        try:
+            return self._deltas[name]
+        except KeyError:
+            raise KeyError(f"the task vector does not edit {name!r}") from None
+
+    def __iter__(self):
+        return iter(self._deltas)
+
+    def __len__(self):
+        return len(self._deltas)
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __repr__(self):
+        return (
+            f"TaskVector({len(self)} tensors, norm {self.norm():.4g}, "
+            f"base {short(self.base_fingerprint)})"
+        )
+
+    def __neg__(self):
+        return self._map(lambda d: -d, {"operation": "negative"})
+
+    def __add__(self, other):
+        return self._pair(other, torch.add, "sum")
+
+    def __sub__(self, other):
+        return self._pair(other, torch.sub, "difference")
+
+    def __mul__(self, factor):
+        _check_scale(factor)
+        return self._map(
+            lambda d: d * factor,
+            {"operation": "product", "factor": float(factor)},
+        )
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor):
+        _check_scale(divisor)
+        return self._map(
+            lambda d: d / divisor,
+            {"operation": "quotient", "divisor": float(divisor)},
+        )
+
+    def norm(self):
+        """Return the Euclidean norm over all entries, summed in float64.
+
+        Returns
+        -------
+        float
+            At least 0.
+        """
+        return math.sqrt(self.dot(self))
+
+    def dot(self, other):
+        """Return the inner product with another vector, in float64.
+
+        Arguments
+        ---------
+        other : TaskVector
+            Over the same parameters.
+
+        Returns
+        -------
+        float
+            The sum of the products of all entries.
+        """
+        self._check_same_names(other)
+        return math.fsum(
+            torch.dot(
+                delta.reshape(-1).double(),
+                other[name].to(delta.device).reshape(-1).double(),
+            ).item()
+            for name, delta in self._deltas.items()
+        )
+
+    def cosine(self, other):
+        """Return the cosine of the angle between two vectors.
+
+        Arguments
+        ---------
+        other : TaskVector
+            Over the same parameters.
+
+        Returns
+        -------
+        float
+            In [-1, 1]; 0 where one of them is zero.
+        """
+        length = self.norm() * other.norm()
+        if not length:
+            return 0.0
+        return max(-1.0, min(1.0, self.dot(other) / length))
+
+    def to(self, device):
+        """Return the vector on a device.
+
+        Arguments
+        ---------
+        device : str or torch.device
+            Where to.
+
+        Returns
+        -------
+        TaskVector
+            Shares memory with this one where nothing had to move.
+        """
+        return self._map(lambda d: d.to(device), None)
+
+    def restrict(self, include=("*",), exclude=()):
+        """Return the vector over some of its parameters.
+
+        Arguments
+        ---------
+        include, exclude : sequence of str
+            Anchored shell patterns on parameter names.
+
+        Returns
+        -------
+        TaskVector
+            Applying it leaves the other parameters as they are.
+        """
+        chosen = select(self, include, exclude)
+        deltas = {name: self._deltas[name] for name in chosen}
+        return TaskVector(deltas, self.base_fingerprint, self.metadata)
+
+    def scales(self, scale):
+        """Return the scale of every parameter.
+
+        Arguments
+        ---------
+        scale : float or dict
+            One number, or `{pattern: number}` of which the first match
+            wins; parameters without a match get 0, that is, stay as they
+            are.
+
+        Returns
+        -------
+        dict
+            `{name: float}`.
+
+        Raises
+        ------
+        ValueError
+            A scale that is not finite, or a pattern that matches nothing.
+        """
+        if not isinstance(scale, Mapping):
+            _check_scale(scale)
+            return dict.fromkeys(self, float(scale))
+        for pattern, value in scale.items():
+            _check_scale(value)
+            require_match(list(self), pattern)
+        return {name: float(first_match(name, scale, 0.0)) for name in self}
+
+    def apply(self, base, scale=1.0, *, any_base=False):
+        """Return edited weights: `theta = theta_base + scale * tau`.
+
+        Computed in float32 and cast back to the base's dtype. Everything
+        that the vector does not hold (integer tensors, running statistics,
+        excluded parameters) is copied from the base.
+
+        Arguments
+        ---------
+        base : path, torch.nn.Module, mapping or State
+            The weights to edit; they stay as they are.
+        scale : float or dict
+            One number, or `{pattern: number}`, see `scales`.
+        any_base : bool
+            False: the base must be the one that the vector was taken from.
+            True: any weights of the same names and shapes (SYN2REAL applies
+            a source domain's vector to the target's model).
+
+        Returns
+        -------
+        dict
+            `{name: tensor}`, all names of the base; tied names share a
+            tensor.
+
+        Raises
+        ------
+        ValueError
+            Another base, other shapes, a scale that is not finite.
+        KeyError
+            The base lacks parameters of the vector.
+        """
+        base = as_state(base)
+        base.verify()
+        self.check_fits(base)
+        if not any_base:
+            self._check_ancestry(base)
+        scales, edited, done = self.scales(scale), {}, {}
+        for name in base:
+            origin = base.aliases.get(name, name)
+            if origin in done and _same_edit(self, scales, name, done[origin]):
+                edited[name] = edited[done[origin]]
+                continue
+            done.setdefault(origin, name)
+            tensor = base[name]
+            if scales.get(name, 0.0) == 0.0:
+                edited[name] = tensor.clone()
+                continue
+            # Product, then sum, each rounded: a fused multiply-add would
+            # give other last bits than the engine and on other machines.
+            step = self._deltas[name].to(tensor.device) * scales[name]
+            edited[name] = tensor.float().add(step).to(tensor.dtype)
+        return edited
+
+    @torch.no_grad()
+    def apply_(self, module, scale=1.0):
+        """Edit a module in place, on its own device.
+
+        Reads two tensors and writes one. `apply_(module, -scale)` undoes it
+        up to rounding; for exact undo keep the base and use `apply`. Only
+        names and shapes are checked (after an edit the module is no longer
+        the base), and nothing is changed where they do not fit.
+
+        Arguments
+        ---------
+        module : torch.nn.Module
+            The module; also one wrapped for data-parallel training.
+        scale : float or dict
+            See `scales`.
+        """
+        state = as_state(module)
+        self.check_fits(state)
+        scales, seen = self.scales(scale), set()
+        for name, delta in self._deltas.items():
+            origin = state.aliases.get(name, name)
+            if origin in seen or scales[name] == 0.0:
+                continue
+            seen.add(origin)
+            _add_scaled_(state[name], delta, scales[name])
+
+    def check_fits(self, base):
+        """Raise unless weights hold all parameters in the right shape.
+
+        Arguments
+        ---------
+        base : State
+            The weights to be edited.
+        """
+        missing = [name for name in self if name not in base]
+        if missing:
+            raise KeyError(
+                f"{base.label} lacks {some(missing)} of the task vector. "
+                "Is it another model, or wrapped (names with 'module.')? "
+                "Edit fewer parameters with TaskVector.restrict"
+            )
+        for name, delta in self._deltas.items():
+            shape = base.info(name).shape
+            if tuple(delta.shape) != shape:
+                raise ValueError(
+                    f"{base.label}: {name!r} has shape {shape}, the task "
+                    f"vector {tuple(delta.shape)}; for a grown vocabulary "
+                    "align the rows by token first (align_vocabulary)"
+                )
+
+    def save(self, path, *, encoding="lossless"):
+        """Store the vector as safetensors, atomically.
+
+        Arguments
+        ---------
+        path : str or pathlib.Path
+            Must end in `.safetensors`.
+        encoding : str
+            `"lossless"`, `"bf16"`, `"int8"`, `"sparse"` (exact; small for a
+            trimmed vector), `"sparse-bf16"` or `"sparse-int8"`; see
+            `encodings.encode`.
+
+        Returns
+        -------
+        pathlib.Path
+            The path.
+        """
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            raise ValueError(f"{path}: a task vector is stored as .safetensors")
+        tensors, layout = encode(self._deltas, encoding)
+        header = {
+            "task_vector": json.dumps(
+                {
+                    "version": 1,
+                    "layout": layout,
+                    "base_fingerprint": self.base_fingerprint,
+                    "metadata": self.metadata,
+                }
+            )
+        }
+        return save_state(tensors, path, metadata=header)
+
+    @classmethod
+    def load(cls, path):
+        """Load a stored vector; a damaged file is refused.
+
+        Arguments
+        ---------
+        path : str or pathlib.Path
+            What `save` wrote.
+
+        Returns
+        -------
+        TaskVector
+            On the CPU.
+
+        Raises
+        ------
+        ValueError
+            Damaged, or weights that are no task vector.
+        """
+        stored = open_state(path)
+        text = stored.metadata.get("task_vector")
+        if text is None:
+            raise ValueError(
+                f"{path}: holds weights, no task vector; make one with "
+                "TaskVector.between(base, finetuned)"
+            )
+        stored.verify()
+        try:
+            header = json.loads(text)
+            deltas = decode(stored, header["layout"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise damaged(path, f"is no whole task vector ({error})") from None
+        for name, delta in deltas.items():
+            if not torch.isfinite(delta).all():
+                raise damaged(path, f"{name!r} holds NaN or infinity")
+        return cls(deltas, header["base_fingerprint"], header["metadata"])
+
+    def _map(self, function, operation):
+        done, deltas = {}, {}
+        for name, delta in self._deltas.items():
+            # Tied parameters share one tensor here, and go on sharing it.
+            if id(delta) not in done:
+                done[id(delta)] = function(delta)
+            deltas[name] = done[id(delta)]
+        metadata = self.metadata
+        if operation is not None:
+            metadata = {**operation, "parents": [self.metadata]}
+        return TaskVector(deltas, self.base_fingerprint, metadata)
+
+    def _pair(self, other, function, operation):
+        if not isinstance(other, TaskVector):
+            return NotImplemented
+        self._check_same_names(other)
+        done, deltas = {}, {}
+        for name, delta in self._deltas.items():
+            key = (id(delta), id(other[name]))
+            if key not in done:
+                done[key] = function(delta, other[name].to(delta.device))
+            deltas[name] = done[key]
+        shared = self.base_fingerprint == other.base_fingerprint
+        return TaskVector(
+            deltas,
+            self.base_fingerprint if shared else None,
+            {
+                "operation": operation,
+                "parents": [self.metadata, other.metadata],
+            },
+        )
+
+    def _check_same_names(self, other):
+        if self.keys() != other.keys():
+            raise KeyError(
+                "the task vectors edit different parameters: "
+                f"{some(sorted(self.keys() ^ other.keys()))} on one side "
+                "only; bring them to the same with restrict()"
+            )
+        for name, delta in self._deltas.items():
+            if delta.shape != other[name].shape:
+                raise ValueError(
+                    f"{name!r} has shape {tuple(delta.shape)} in one task "
+                    f"vector and {tuple(other[name].shape)} in the other"
+                )
+
+    def _check_ancestry(self, base):
+        if self.base_fingerprint == base.fingerprint:
+            return
+        taken = (
+            f"was taken from {short(self.base_fingerprint)} "
+            f"({self.metadata.get('base', 'path unknown')})"
+            if self.base_fingerprint
+            else "combines vectors of several bases"
+        )
+        raise ValueError(
+            f"{base.label} ({short(base.fingerprint)}) is not the base of "
+            f"this task vector, which {taken}. Apply it to its own base, or "
+            "say any_base=True if another model is meant"
+        )
+
+
+def _same_edit(tau, scales, name, twin):
+    """Tell whether two tied names get the same edit and so stay tied."""
+    if (name in tau) != (twin in tau):
+        raise ValueError(
+            f"{name!r} and {twin!r} are one tensor in the base, but the task "
+            "vector edits only one of them; include or exclude both"
+        )
+    if scales.get(name) != scales.get(twin):
+        raise ValueError(
+            f"{name!r} and {twin!r} are one tensor in the base, but get two "
+            "scales; let one pattern match both"
+        )
+    return True
+
+
+def _add_scaled_(tensor, delta, scale):
+    """`tensor += scale * delta` with the bytes that `apply` would give."""
+    delta = delta.to(tensor.device)
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        tensor.copy_(tensor.float().add_(delta * scale))
+        return
+    target, source = tensor.view(-1), delta.reshape(-1)
+    scratch = torch.empty(min(_CHUNK, target.numel()))
+    for start in range(0, target.numel(), _CHUNK):
+        part = target[start : start + _CHUNK]
+        step = scratch[: part.numel()]
+        torch.mul(source[start : start + _CHUNK], scale, out=step)
+        if part.dtype == torch.float32:
+            part.add_(step)
+        else:
+            part.copy_(step.add_(part.float()))
+
+
+def _check_scale(scale):
+    if not math.isfinite(scale):
+        raise ValueError(f"scale {scale}: expected a finite number")

@@ -1,0 +1,398 @@
+"""States: every form read and written, and everything that can be wrong."""
+
+import os
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from speechbrain_taskarith.vectors import as_state, open_state, save_state
+from speechbrain_taskarith.vectors.safetensors_file import (
+    SafetensorsWriter,
+    TensorInfo,
+    read_header,
+)
+
+
+def example():
+    """Tensors of many dtypes and shapes, also empty and scalar ones."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "encoder.weight": torch.randn(7, 5, generator=generator),
+        "encoder.bias": torch.randn(7, generator=generator).half(),
+        "decoder.weight": torch.randn(3, 3, 2, generator=generator).bfloat16(),
+        "double": torch.randn(4, generator=generator).double(),
+        "steps": torch.tensor(12),
+        "mask": torch.tensor([True, False, True]),
+        "nothing": torch.zeros(0, 4),
+        "scalar": torch.tensor(2.5),
+        "bytes": torch.arange(5, dtype=torch.uint8),
+    }
+
+
+def same(state, tensors):
+    assert set(state) == set(tensors)
+    for name, tensor in tensors.items():
+        assert state[name].dtype == tensor.dtype, name
+        assert torch.equal(state[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    "name", ["a.safetensors", "a.ckpt", "a.pt", "a.bin", "folder"]
+)
+def test_written_is_read(tmp_path, name):
+    state = example()
+    save_state(state, tmp_path / name)
+    opened = open_state(tmp_path / name)
+    same(opened, state)
+    opened.verify()
+    assert opened.fingerprint == as_state(state).fingerprint
+
+
+def test_safetensors_package_reads_ours_and_we_read_its(tmp_path):
+    state = example()
+    save_state(state, tmp_path / "ours.safetensors", metadata={"k": [1, 2]})
+    same(safetensors.torch.load_file(tmp_path / "ours.safetensors"), state)
+    safetensors.torch.save_file(state, tmp_path / "theirs.safetensors")
+    same(open_state(tmp_path / "theirs.safetensors"), state)
+    meta = open_state(tmp_path / "ours.safetensors").metadata
+    assert meta["k"] == "[1, 2]"
+
+
+def test_torch_reads_ours(tmp_path):
+    save_state(example(), tmp_path / "ours.ckpt")
+    same(torch.load(tmp_path / "ours.ckpt", weights_only=True), example())
+
+
+def test_sharded_folder(tmp_path):
+    state = example()
+    save_state(state, tmp_path / "shards", shard_size=100)
+    files = sorted(p.name for p in (tmp_path / "shards").iterdir())
+    assert len(files) > 3 and "model.safetensors.index.json" in files
+    opened = open_state(tmp_path / "shards")
+    same(opened, state)
+    opened.verify()
+    first = next(f for f in files if "-00001-" in f)
+    os.remove(tmp_path / "shards" / first)
+    with pytest.raises(FileNotFoundError, match=first):
+        open_state(tmp_path / "shards")
+
+
+def test_transformers_reads_our_folder(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.WhisperConfig(
+        d_model=8,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=8,
+        decoder_ffn_dim=8,
+        vocab_size=60,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        max_source_positions=10,
+        max_target_positions=10,
+        num_mel_bins=4,
+    )
+    model = transformers.WhisperForConditionalGeneration(config)
+    model.save_pretrained(tmp_path / "theirs")
+    state = open_state(tmp_path / "theirs")
+    save_state(
+        state, tmp_path / "ours", shard_size=2000, like=tmp_path / "theirs"
+    )
+    again = transformers.WhisperForConditionalGeneration.from_pretrained(
+        tmp_path / "ours"
+    )
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    "key", ["state_dict", "model_state_dict", "model", "module"]
+)
+def test_nested_state(tmp_path, key):
+    content = {key: {"w": torch.ones(2)}, "epoch": 3, "optimizer": {}}
+    torch.save(content, tmp_path / "a.pt")
+    same(open_state(tmp_path / "a.pt"), {"w": torch.ones(2)})
+
+
+def test_legacy_torch_file(tmp_path):
+    torch.save(
+        {"w": torch.arange(3.0)},
+        tmp_path / "old.pt",
+        _use_new_zipfile_serialization=False,
+    )
+    same(open_state(tmp_path / "old.pt"), {"w": torch.arange(3.0)})
+
+
+def test_checkpoint_folder_of_speechbrain(tmp_path):
+    from speechbrain.utils.checkpoints import Checkpointer
+    from speechbrain.utils.epoch_loop import EpochCounter
+
+    model = torch.nn.Linear(3, 2)
+    checkpointer = Checkpointer(
+        tmp_path, {"model": model, "counter": EpochCounter(3)}
+    )
+    checkpointer.save_checkpoint(name="old", meta={"WER": 3.0})
+    old = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        model.weight.add_(1)
+    checkpointer.save_checkpoint(name="new")
+    # The save folder gives the newest, a CKPT folder itself.
+    same(open_state(tmp_path), model.state_dict())
+    same(open_state(tmp_path / "CKPT+old"), old)
+    assert open_state(tmp_path / "CKPT+old").metadata["WER"] == "3.0"
+    # An unfinished folder never counts.
+    shutil.copytree(tmp_path / "CKPT+old", tmp_path / "CKPT+zz")
+    os.remove(tmp_path / "CKPT+zz" / "CKPT.yaml")
+    same(open_state(tmp_path), model.state_dict())
+    with pytest.raises(FileNotFoundError, match="'asr'.*counter, model"):
+        open_state(tmp_path, recoverable="asr")
+
+
+def test_only_state_dict_of_a_checkpoint(tmp_path):
+    from speechbrain.utils.checkpoints import Checkpointer
+
+    one = {"asr": torch.nn.Linear(3, 2)}
+    Checkpointer(tmp_path / "1", one).save_checkpoint()
+    same(open_state(tmp_path / "1"), one["asr"].state_dict())
+    two = {**one, "lm": torch.nn.Linear(2, 2)}
+    Checkpointer(tmp_path / "2", two).save_checkpoint()
+    with pytest.raises(ValueError, match="asr, lm"):
+        open_state(tmp_path / "2")
+    same(open_state(tmp_path / "2", recoverable="lm"), two["lm"].state_dict())
+
+
+class Evil:
+    """Would make a folder when unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_code_is_refused_and_not_run(tmp_path, zipped):
+    trap = str(tmp_path / "ran")
+    torch.save(
+        {"w": torch.ones(1), "x": Evil(trap)},
+        tmp_path / "evil.pt",
+        _use_new_zipfile_serialization=zipped,
+    )
+    with pytest.raises(ValueError, match="evil.pt.*refused.*code"):
+        open_state(tmp_path / "evil.pt")
+    assert not os.path.exists(trap)
+
+
+def test_yaml_code_is_refused_and_not_run(tmp_path):
+    trap = tmp_path / "ran"
+    folder = tmp_path / "CKPT+1"
+    folder.mkdir()
+    torch.save({"w": torch.ones(1)}, folder / "model.ckpt")
+    (folder / "CKPT.yaml").write_text(
+        f"!!python/object/apply:os.mkdir ['{trap}']"
+    )
+    with pytest.raises(ValueError, match="CKPT.yaml"):
+        open_state(folder)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt"])
+def test_truncated_at_any_length_is_refused(tmp_path, name):
+    save_state(example(), tmp_path / name)
+    content = (tmp_path / name).read_bytes()
+    for length in [0, 1, 7, 8, 9, 50, len(content) // 2, len(content) - 1]:
+        (tmp_path / name).write_bytes(content[:length])
+        with pytest.raises(ValueError, match=name):
+            open_state(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt"])
+def test_altered_weights_are_found(tmp_path, name):
+    tensor = torch.arange(50.0)
+    save_state({"w": tensor}, tmp_path / name)
+    content = bytearray((tmp_path / name).read_bytes())
+    where = content.index(tensor.numpy().tobytes())
+    content[where + 17] ^= 1
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=name):
+        open_state(tmp_path / name).verify()
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]},
+        {"dtype": "F99", "shape": [2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": "x", "data_offsets": [0, 8]},
+        {"shape": [2]},
+        7,
+    ],
+)
+def test_wrong_header_is_refused(tmp_path, entry):
+    import json
+
+    header = json.dumps({"w": entry}).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(8)
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="x.safetensors"):
+        open_state(tmp_path / "x.safetensors")
+
+
+def test_huge_header_length_allocates_nothing(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(ValueError, match="header claims"):
+        open_state(tmp_path / "x.safetensors")
+
+
+def test_other_things_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone.ckpt"):
+        open_state(tmp_path / "gone.ckpt")
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(ValueError, match="suffix '.txt'"):
+        open_state(tmp_path / "a.txt")
+    with pytest.raises(ValueError, match="holds no weights"):
+        open_state(tmp_path)
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="holds a list"):
+        open_state(tmp_path / "list.pt")
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(1))])
+    torch.save(optimizer.state_dict(), tmp_path / "optim.pt")
+    with pytest.raises(ValueError, match="optimizer"):
+        open_state(tmp_path / "optim.pt")
+    with pytest.raises(TypeError, match="int"):
+        as_state(3)
+    with pytest.raises(ValueError, match="no tensors"):
+        as_state({})
+
+
+def test_shard_outside_its_folder_is_refused(tmp_path):
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"w": "../secret.safetensors"}}'
+    )
+    with pytest.raises(ValueError, match="outside"):
+        open_state(folder)
+
+
+def test_reading_is_read_only(tmp_path):
+    save_state({"w": torch.ones(4)}, tmp_path / "a.safetensors")
+    state = open_state(tmp_path / "a.safetensors")
+    state["w"].add_(1)
+    assert torch.equal(state["w"], torch.ones(4))
+    with pytest.raises(TypeError):
+        state["w"] = torch.zeros(4)
+
+
+def test_ties_are_seen_and_kept(tmp_path):
+    model = torch.nn.ModuleList([torch.nn.Linear(3, 3, bias=False)] * 2)
+    state = as_state(model)
+    assert state.aliases == {"0.weight": "0.weight", "1.weight": "0.weight"}
+    save_state(model, tmp_path / "tied.ckpt")
+    assert open_state(tmp_path / "tied.ckpt").aliases == state.aliases
+    size = os.path.getsize(tmp_path / "tied.ckpt")
+    save_state({"a": torch.ones(1000)}, tmp_path / "one.ckpt")
+    view = torch.ones(100_000)[:1000]
+    save_state({"a": view}, tmp_path / "view.ckpt")
+    assert os.path.getsize(tmp_path / "view.ckpt") == os.path.getsize(
+        tmp_path / "one.ckpt"
+    )
+    assert size < 3000
+
+
+def test_fingerprint_depends_on_everything_and_nothing_else():
+    state = example()
+    print_ = as_state(state).fingerprint
+    assert as_state(dict(reversed(list(state.items())))).fingerprint == print_
+    changed = dict(state, scalar=torch.tensor(2.5000002))
+    renamed = {("x" if k == "scalar" else k): v for k, v in state.items()}
+    cast = dict(state, scalar=state["scalar"].double())
+    shaped = dict(state, scalar=state["scalar"].reshape(1))
+    for other in (changed, renamed, cast, shaped):
+        assert as_state(other).fingerprint != print_
+    strided = dict(state, **{"encoder.weight": state["encoder.weight"].T})
+    strided["encoder.weight"] = strided["encoder.weight"].contiguous().T
+    assert as_state(strided).fingerprint == print_
+
+
+def test_ranges_are_read(tmp_path):
+    state = example()
+    for name in ("a.safetensors", "a.ckpt"):
+        save_state(state, tmp_path / name)
+        opened = open_state(tmp_path / name)
+        buffer = np.empty(3 * 4, np.uint8)
+        opened.read_into("encoder.weight", 4, 7, buffer)
+        expected = state["encoder.weight"].reshape(-1)[4:7]
+        assert np.array_equal(buffer.view(np.float32), expected.numpy())
+        with pytest.raises(IndexError):
+            opened.read_into("encoder.weight", 4, 36, np.empty(128, np.uint8))
+        with pytest.raises(ValueError):
+            opened.read_into("encoder.weight", 0, 1, np.empty(3, np.uint8))
+
+
+def test_data_parallel_wrapper_is_taken_off(tmp_path):
+    import torch.distributed as dist
+
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        model = torch.nn.Linear(2, 2)
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        assert list(as_state(wrapped)) == ["weight", "bias"]
+    finally:
+        dist.destroy_process_group()
+
+
+def test_failing_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_state({"w": torch.ones(2)}, path)
+    before = path.read_bytes()
+    with pytest.raises(RuntimeError):
+        with SafetensorsWriter(path, {"w": TensorInfo("F32", (2,))}):
+            raise RuntimeError
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to mount a small disk")
+@pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt", "folder"])
+def test_full_disk(tmp_path, name):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.system(f"mount -t tmpfs -o size=64k tmpfs {disk} 2>/dev/null"):
+        pytest.skip("mounting is not allowed here")
+    try:
+        save_state({"w": torch.ones(100)}, disk / name)
+        old = open_state(disk / name).fingerprint
+        with pytest.raises((OSError, RuntimeError)) as error:
+            save_state({"w": torch.ones(100_000)}, disk / name)
+        assert name in str(error.value)
+        assert open_state(disk / name).fingerprint == old
+        assert [p.name for p in disk.iterdir()] == [name]
+    finally:
+        os.system(f"umount {disk}")
+
+
+def test_header_order_keeps_alignment(tmp_path):
+    save_state(example(), tmp_path / "a.safetensors")
+    tensors, _ = read_header(tmp_path / "a.safetensors")
+    for info, offset in tensors.values():
+        assert offset % (info.nbytes // max(info.numel, 1) or 1) == 0
+
+
+def test_no_warning_about_read_only_memory(tmp_path):
+    save_state({"w": torch.ones(4)}, tmp_path / "a.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_state(tmp_path / "a.safetensors")["w"]

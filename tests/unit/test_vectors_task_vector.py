@@ -1,0 +1,365 @@
+"""Task vectors: algebra, application, ancestry, storage."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from speechbrain_taskarith.vectors import TaskVector, as_state
+from speechbrain_taskarith.vectors.encodings import ENCODINGS, decode, encode
+
+
+class Net(torch.nn.Module):
+    """Two linear maps that share weights, a BatchNorm and a counter."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.encoder = torch.nn.Linear(6, 6)
+        self.decoder = torch.nn.ModuleDict(
+            {"encoder_attn": torch.nn.Linear(6, 6)}
+        )
+        self.norm = torch.nn.BatchNorm1d(6)
+        self.tied = torch.nn.Linear(6, 6, bias=False)
+        self.tied.weight = self.encoder.weight
+
+
+def tuned(base, seed=1, dtype=None):
+    """A copy with every floating point number moved."""
+    net = Net()
+    net.load_state_dict(base.state_dict())
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for tensor in (*net.parameters(), net.norm.running_var):
+            tensor.add_(0.1 * torch.rand_like(tensor))
+        net.norm.num_batches_tracked.fill_(5)
+    return net if dtype is None else net.to(dtype)
+
+
+def test_difference_and_application_against_numpy():
+    base = Net()
+    after = tuned(base)
+    tau = TaskVector.between(base, after)
+    edited = tau.apply(base, 0.3)
+    for name, before in base.state_dict().items():
+        before, end = before.numpy(), after.state_dict()[name].numpy()
+        if "running" in name or before.dtype != np.float32:
+            assert name not in tau
+            assert np.array_equal(edited[name].numpy(), before)
+            continue
+        assert np.array_equal(tau[name].numpy(), end - before)
+        # In float32, product and sum rounded one after the other.
+        expected = before + np.float32(0.3) * (end - before)
+        assert np.array_equal(edited[name].numpy(), expected)
+
+
+def test_full_scale_gives_back_the_finetuned_up_to_rounding():
+    base, after = Net(), tuned(Net())
+    edited = TaskVector.between(base, after).apply(base)
+    for name, parameter in after.named_parameters():
+        torch.testing.assert_close(
+            edited[name], parameter.detach(), rtol=3e-7, atol=3e-8
+        )
+
+
+def test_scale_zero_is_the_base_bit_for_bit():
+    base = Net()
+    edited = TaskVector.between(base, tuned(base)).apply(base, 0.0)
+    assert as_state(edited).fingerprint == as_state(base).fingerprint
+    edited["encoder.weight"].add_(1)  # what was returned is the caller's
+    assert not torch.equal(edited["encoder.weight"], base.encoder.weight)
+
+
+def test_in_place_equals_apply_bit_for_bit():
+    base, net = Net(), Net()
+    tau = TaskVector.between(base, tuned(base))
+    tau.apply_(net, 0.37)
+    expected = tau.apply(base, 0.37)
+    assert as_state(net).fingerprint == as_state(expected).fingerprint
+    tau.apply_(net, -0.37)
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(
+            parameter, base.get_parameter(name), rtol=1e-6, atol=1e-7
+        )
+
+
+def test_in_place_over_many_chunks(monkeypatch):
+    from speechbrain_taskarith.vectors import task_vector
+
+    monkeypatch.setattr(task_vector, "_CHUNK", 7)
+    test_in_place_equals_apply_bit_for_bit()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_edited_in_float32(dtype):
+    base = Net().to(dtype)
+    after = tuned(Net()).to(dtype)
+    tau = TaskVector.between(base, after)
+    name = "encoder.weight"
+    x, y = base.state_dict()[name].double(), after.state_dict()[name].double()
+    assert tau[name].dtype == torch.float32
+    assert torch.equal(tau[name].double(), y - x)
+    edited = tau.apply(base, 0.5)
+    assert edited[name].dtype == dtype
+    assert torch.equal(edited[name], (x + 0.5 * (y - x)).to(dtype))
+    net = Net().to(dtype)
+    tau.apply_(net, 0.5)
+    assert torch.equal(net.encoder.weight, edited[name])
+
+
+def test_tied_tensors_are_edited_once_and_stay_tied():
+    base = Net()
+    tau = TaskVector.between(base, tuned(base))
+    edited = tau.apply(base, 1.0)
+    assert edited["tied.weight"] is edited["encoder.weight"]
+    net = Net()
+    tau.apply_(net, 1.0)
+    assert torch.equal(net.encoder.weight, edited["encoder.weight"])
+    assert net.tied.weight is net.encoder.weight
+    with pytest.raises(ValueError, match="two scales"):
+        tau.apply(base, {"tied.*": 0.1, "*": 0.2})
+    with pytest.raises(ValueError, match="only one of them"):
+        tau.restrict(exclude=["tied.*"]).apply(base)
+    apart = {k: v.clone() for k, v in tuned(base).state_dict().items()}
+    apart["tied.weight"] += 1
+    with pytest.raises(ValueError, match="two different ones"):
+        TaskVector.between(base, apart)
+
+
+def test_running_statistics_on_demand():
+    base, after = Net(), tuned(Net())
+    tau = TaskVector.between(base, after, buffers="edit")
+    assert "norm.running_var" in tau
+    assert "norm.num_batches_tracked" not in tau
+    with pytest.raises(ValueError, match="buffers"):
+        TaskVector.between(base, after, buffers="drop")
+
+
+def test_patterns_are_anchored():
+    base = Net()
+    tau = TaskVector.between(base, tuned(base), include=["encoder.*"])
+    assert set(tau) == {"encoder.weight", "encoder.bias"}
+    scales = TaskVector.between(base, tuned(base)).scales(
+        {"encoder.*": 0.1, "*.bias": 0.2}
+    )
+    assert scales["encoder.bias"] == 0.1
+    assert scales["decoder.encoder_attn.bias"] == 0.2
+    assert scales["decoder.encoder_attn.weight"] == 0.0
+    for wrong in ({"include": ["enc"]}, {"exclude": ["layers.*"]}):
+        with pytest.raises(ValueError, match="matches no parameter"):
+            TaskVector.between(base, tuned(base), **wrong)
+    with pytest.raises(ValueError, match="matches no parameter"):
+        tau.apply(base, {"decoder.*": 1.0})
+
+
+def test_keys_and_shapes_that_differ():
+    base = Net().state_dict()
+    less = {k: v for k, v in base.items() if k != "encoder.bias"}
+    with pytest.raises(KeyError, match="encoder.bias"):
+        TaskVector.between(base, less)
+    with pytest.raises(KeyError, match="encoder.bias"):
+        TaskVector.between(less, base)
+    assert "encoder.bias" not in TaskVector.between(
+        base, less, exclude=["encoder.bias"]
+    )
+    wide = dict(base, **{"encoder.bias": torch.zeros(9)})
+    with pytest.raises(ValueError, match=re.escape("(6,)")):
+        TaskVector.between(base, wide)
+    with pytest.warns(UserWarning, match="encoder.bias"):
+        tau = TaskVector.between(base, wide, strict=False)
+    assert "encoder.bias" not in tau
+    full = TaskVector.between(base, tuned(Net()))
+    with pytest.raises(KeyError, match="lacks.*encoder.bias"):
+        full.apply(less, any_base=True)
+    with pytest.raises(ValueError, match="vocabulary"):
+        full.apply(wide, any_base=True)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", ["base", "finetuned"])
+def test_not_finite_is_refused(value, side):
+    states = {"base": Net(), "finetuned": tuned(Net())}
+    with torch.no_grad():
+        states[side].encoder.bias[2] = value
+    with pytest.raises(ValueError, match="encoder.bias.*NaN or infinity"):
+        TaskVector.between(states["base"], states["finetuned"])
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf])
+def test_scale_must_be_finite(scale):
+    base = Net()
+    tau = TaskVector.between(base, tuned(base))
+    net = Net()
+    for call in (
+        lambda: tau.apply(base, scale),
+        lambda: tau.apply_(net, {"*": scale}),
+        lambda: tau * scale,
+    ):
+        with pytest.raises(ValueError, match="finite"):
+            call()
+    assert as_state(net).fingerprint == as_state(base).fingerprint
+
+
+def test_ancestry():
+    base, other = Net(), Net(seed=4)
+    tau = TaskVector.between(base, tuned(base))
+    with pytest.raises(ValueError, match="not the base of this task vector"):
+        tau.apply(other)
+    assert tau.apply(other, any_base=True)
+    second = TaskVector.between(other, tuned(other))
+    assert (tau + tau).base_fingerprint == as_state(base).fingerprint
+    assert (tau + second).base_fingerprint is None
+    with pytest.raises(ValueError, match="several bases"):
+        (tau + second).apply(base)
+
+
+def vectors_of(draw_shape=(3, 4)):
+    element = st.floats(-1e3, 1e3, width=32)
+    return hnp.arrays(np.float32, draw_shape, elements=element).map(
+        lambda a: TaskVector({"w": torch.from_numpy(a.copy())}, "f" * 64)
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(vectors_of(), vectors_of(), st.floats(-4, 4, width=32))
+def test_algebra(a, b, factor):
+    assert torch.equal((a + b)["w"], (b + a)["w"])
+    assert torch.equal((a - b)["w"], (-(b - a))["w"])
+    assert torch.equal((factor * a)["w"], (a * factor)["w"])
+    negative = -a
+    assert torch.equal((-negative)["w"], a["w"])
+    assert (a - a).norm() == 0.0
+    x, y = a["w"].double().numpy(), b["w"].double().numpy()
+    np.testing.assert_allclose(a.norm(), np.linalg.norm(x), rtol=1e-12)
+    length = np.linalg.norm(x) * np.linalg.norm(y)
+    expected = (x * y).sum() / length if length else 0.0
+    np.testing.assert_allclose(a.cosine(b), expected, atol=1e-9)
+    assert -1.0 <= a.cosine(b) <= 1.0
+    mean = TaskVector.mean([a, b, a])["w"].double().numpy()
+    np.testing.assert_allclose(mean, (x + y + x) / 3, rtol=1e-5, atol=1e-3)
+
+
+def test_different_parameters_do_not_mix():
+    a = TaskVector({"w": torch.ones(2)})
+    with pytest.raises(KeyError, match="v, w"):
+        a + TaskVector({"v": torch.ones(2)})
+    with pytest.raises(ValueError, match="shape"):
+        a + TaskVector({"w": torch.ones(3)})
+    with pytest.raises(TypeError):
+        a + 1
+    with pytest.raises(TypeError, match="floating"):
+        TaskVector({"w": torch.ones(2, dtype=torch.int32)})
+    with pytest.raises(ValueError, match="no task vectors"):
+        TaskVector.mean([])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    hnp.arrays(
+        np.float32,
+        hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=9),
+        elements=st.floats(-(2.0**99), 2.0**99, width=32) | st.just(-0.0),
+    ),
+    st.sampled_from(ENCODINGS),
+)
+def test_encodings(array, encoding):
+    delta = torch.from_numpy(np.array(array))
+    back = decode(*encode({"x.weight": delta}, encoding))["x.weight"]
+    assert back.shape == delta.shape and back.dtype == torch.float32
+    x, y = array.astype(np.float64), back.double().numpy()
+    if encoding in ("lossless", "sparse"):
+        assert back.numpy().tobytes() == np.array(array).tobytes()
+    elif encoding.endswith("bf16"):
+        assert np.all(np.abs(x - y) <= np.abs(x) * 2.0**-8 + 1e-38)
+    elif array.size:
+        rows = x.reshape(x.shape[0], -1) if x.ndim > 1 else x.reshape(1, -1)
+        if encoding == "sparse-int8":
+            rows = x.reshape(1, -1)
+        bound = np.abs(rows).max(axis=1, keepdims=True) / 127 * 0.5001 + 1e-38
+        assert np.all(np.abs(rows - y.reshape(rows.shape)) <= bound)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_saved_equals_loaded(tmp_path, encoding):
+    base = Net()
+    tau = TaskVector.between(base, tuned(base))
+    path = tau.save(tmp_path / "tau.safetensors", encoding=encoding)
+    again = TaskVector.load(path)
+    assert again.base_fingerprint == tau.base_fingerprint
+    assert again.metadata == tau.metadata
+    assert set(again) == set(tau)
+    tolerance = 0 if encoding in ("lossless", "sparse") else 1e-3
+    for name in tau:
+        error = (again[name] - tau[name]).abs().max()
+        assert error <= tolerance, name
+    # What is loaded from a lossy file is stored again without further loss.
+    second = TaskVector.load(
+        again.save(tmp_path / "b.safetensors", encoding=encoding)
+    )
+    if "int8" not in encoding:
+        assert all(torch.equal(second[n], again[n]) for n in tau)
+
+
+def test_small_encodings_are_small(tmp_path):
+    torch.manual_seed(0)
+    delta = torch.randn(400, 500)
+    delta[torch.rand_like(delta) < 0.8] = 0.0
+    tau = TaskVector({"w": delta})
+    size = {
+        e: tau.save(tmp_path / f"{e}.safetensors", encoding=e).stat().st_size
+        for e in ENCODINGS
+    }
+    full = size["lossless"]
+    assert full / size["bf16"] > 1.95 and full / size["int8"] > 3.7
+    assert full / size["sparse"] > 4.0 and full / size["sparse-bf16"] > 7.0
+    assert full / size["sparse-int8"] > 11.0
+
+
+def test_damaged_vector_is_refused(tmp_path):
+    base = Net()
+    path = tmp_path / "tau.safetensors"
+    TaskVector.between(base, tuned(base)).save(path)
+    content = path.read_bytes()
+    damaged = bytearray(content)
+    damaged[-9] ^= 4
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match="tau.safetensors"):
+        TaskVector.load(path)
+    path.write_bytes(content[:-5])
+    with pytest.raises(ValueError, match="tau.safetensors"):
+        TaskVector.load(path)
+    other = tmp_path / "weights.safetensors"
+    from speechbrain_taskarith.vectors import save_state
+
+    save_state(base, other)
+    with pytest.raises(ValueError, match="no task vector"):
+        TaskVector.load(other)
+    with pytest.raises(ValueError, match=".safetensors"):
+        TaskVector.between(base, tuned(base)).save(tmp_path / "tau.pt")
+    with pytest.raises(ValueError, match="unknown encoding"):
+        TaskVector.between(base, tuned(base)).save(path, encoding="zip")
+
+
+def test_applies_on_the_module_s_device(device):
+    base = Net().to(device)
+    tau = TaskVector.between(base, tuned(Net()).to(device))
+    net = Net().to(device)
+    tau.to("cpu").apply_(net, 0.5)
+    assert net.encoder.weight.device == torch.device(device)
+    torch.testing.assert_close(
+        net.encoder.weight.detach().cpu(),
+        tau.to("cpu").apply(Net(), 0.5)["encoder.weight"],
+    )
+
+
+@pytest.mark.parametrize("encoding", ["sparse", "int8"])
+def test_layout_that_does_not_fit_names_the_parameter(encoding):
+    tensors, layout = encode({"w": torch.ones(4, 4)}, encoding)
+    layout["w"]["shape"] = [9, 9]
+    with pytest.raises(ValueError, match="^w: "):
+        decode(tensors, layout)
