@@ -1,4 +1,4 @@
-"""Fixtures of all tests: the device, real recordings, and quiet runs.
+"""Fixtures of all tests: the device and the real recordings.
 
 Authors
  * speechbrain_taskarith contributors 2026
@@ -8,11 +8,6 @@ import os
 from pathlib import Path
 
 import pytest
-
-# Tests never ask a hub, and run the same with any number of cores.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("MPLBACKEND", "Agg")
 
 
 def pytest_addoption(parser):
@@ -36,15 +31,3 @@ def shared_data():
             "(set TASKARITH_SHARED)"
         )
     return folder
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _lazy_modules_hold_still():
-    """Keep hypothesis from importing speechbrain's lazy modules.
-
-    It asks every module for its `__file__`; speechbrain answers by importing
-    optional packages (k2 and the like) and raises where they are missing.
-    """
-    from speechbrain.utils.importutils import LazyModule
-
-    LazyModule.__file__ = None

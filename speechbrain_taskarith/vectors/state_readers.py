@@ -8,6 +8,7 @@ Authors
  * speechbrain_taskarith contributors 2026
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -135,11 +136,15 @@ def load_torch_file(path):
             path, map_location="cpu", mmap=mapped, weights_only=True
         )
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[-1]
+        called = re.search(r"GLOBAL (\S+)", str(error))
+        reason = (
+            f"loading it would call {called[1]}, code stored in the file"
+            if called
+            else "it holds more than tensors and plain values, or is damaged"
+        )
         raise ValueError(
-            f"{path}: refused, because loading it would run code stored in "
-            f"the file, or because it is damaged ({reason}). Save the plain "
-            "state dict (tensors only) with torch.save and use that file."
+            f"{path}: refused: {reason}. Save the plain state dict (tensors "
+            "only) with torch.save and use that file."
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error) else error

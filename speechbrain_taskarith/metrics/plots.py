@@ -1,0 +1,400 @@
+"""Plots for results: WER against scale, heat maps, values by layer.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from speechbrain_taskarith.metrics.figure import (
+    COLOURS,
+    MARKERS,
+    figure,
+    legend_beside,
+)
+from speechbrain_taskarith.utils.optional import require
+
+
+def plot_scale_curve(
+    curves,
+    path,
+    *,
+    baseline=None,
+    chosen=None,
+    oracle=None,
+    title="WER against scale",
+    xlabel="scale",
+    ylabel="WER (%)",
+):
+    """Draw WER against the scale of the task vector.
+
+    Arguments
+    ---------
+    curves : dict of str: dict of float: float
+        `{name: {scale: WER in %}}`; a list of values at a scale (several
+        seeds) is drawn as its mean, with a band of one sample standard
+        deviation where a scale has two values or more.
+    path : str or pathlib.Path
+        `.png`, `.pdf` or `.svg`.
+    baseline : float or None
+        WER without the edit, drawn as a dashed line.
+    chosen : float or tuple or None
+        The chosen scale (a vertical line), or `(scale, WER)` to mark the
+        point as well.
+    oracle : float or tuple or None
+        The best scale on the test data in the same form, drawn apart: it
+        is an upper bound that no one may choose.
+    title : str
+        Above the plot.
+    xlabel : str
+        Under it.
+    ylabel : str
+        Beside it.
+
+    Returns
+    -------
+    pathlib.Path
+        The file.
+
+    Raises
+    ------
+    ValueError
+        No curve, or a curve without a point.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "scale.png"
+    >>> plot_scale_curve(
+    ...     {"news": {0: 20.0, 0.2: 17.5, 0.4: 19.0}}, path,
+    ...     baseline=20.0, chosen=(0.2, 17.5),
+    ... ).name
+    'scale.png'
+    """
+    _require_curves(curves)
+    with figure(path) as axes:
+        for i, (name, curve) in enumerate(curves.items()):
+            scales = sorted(curve)
+            means, deviations = zip(*(_spread(curve[s]) for s in scales))
+            colour = COLOURS[i % len(COLOURS)]
+            axes.plot(
+                scales,
+                means,
+                color=colour,
+                marker=MARKERS[i % len(MARKERS)],
+                markersize=4,
+                label=name,
+            )
+            if any(deviations):
+                axes.fill_between(
+                    scales,
+                    [m - s for m, s in zip(means, deviations)],
+                    [m + s for m, s in zip(means, deviations)],
+                    color=colour,
+                    alpha=0.15,
+                    linewidth=0,
+                )
+        if baseline is not None:
+            axes.axhline(
+                baseline,
+                color="0.35",
+                linestyle="--",
+                linewidth=1,
+                zorder=0,
+                label=f"baseline: {baseline:.2f}",
+            )
+        _mark(axes, chosen, "chosen", "#000000", "*", "-")
+        _mark(axes, oracle, "oracle", "#CC79A7", "X", ":")
+        axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+        axes.yaxis.grid(True, color="0.9")
+        axes.set_axisbelow(True)
+        legend_beside(axes)
+    return Path(path)
+
+
+def plot_heat_map(
+    values,
+    rows,
+    columns,
+    path,
+    *,
+    title="",
+    xlabel="",
+    ylabel="",
+    colours="viridis",
+    limits=None,
+    form="{:.1f}",
+    unit="",
+):
+    """Draw a matrix as an annotated heat map.
+
+    Arguments
+    ---------
+    values : list of list of float, or array [R, C]
+        NaN cells stay empty.
+    rows : sequence of str
+        R names.
+    columns : sequence of str
+        C names.
+    path : str or pathlib.Path
+        `.png`, `.pdf` or `.svg`.
+    title : str
+        Above the plot.
+    xlabel : str
+        What the columns are.
+    ylabel : str
+        What the rows are.
+    colours : str
+        A matplotlib colour map.
+    limits : tuple of float or None
+        Values at the ends of the colour map; None takes the data's.
+    form : str
+        Format of the figures in the cells.
+    unit : str
+        Beside the colour bar.
+
+    Returns
+    -------
+    pathlib.Path
+        The file.
+
+    Raises
+    ------
+    ValueError
+        Names that do not fit the matrix, or no value at all.
+    """
+    values = [[float(value) for value in row] for row in values]
+    _require_matrix(values, rows, columns)
+    known = [v for row in values for v in row if math.isfinite(v)]
+    low, high = limits or (min(known), max(known))
+    side = 0.62
+    longest = max(len(str(name)) for name in (*rows, *columns))
+    # Wide enough for the title too; every cell holds its figure.
+    width = max(1.8 + side * len(columns) + 0.07 * longest, 4.2)
+    height = max(1.3 + side * 0.8 * len(rows) + 0.05 * longest, 2.6)
+    with figure(path, width, height) as axes:
+        matplotlib = require("matplotlib", "plots", "plotting")
+        colour_map = matplotlib.colormaps[colours].with_extremes(bad="0.95")
+        image = axes.imshow(
+            values, cmap=colour_map, vmin=low, vmax=high, aspect="auto"
+        )
+        for r, row in enumerate(values):
+            for c, value in enumerate(row):
+                if not math.isfinite(value):
+                    continue
+                red, green, blue, _ = image.cmap(image.norm(value))
+                # Luminance (ITU-R BT.601) decides whether black or white
+                # text can be read on the cell.
+                light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
+                axes.text(
+                    c,
+                    r,
+                    form.format(value),
+                    ha="center",
+                    va="center",
+                    color="black" if light else "white",
+                    fontsize=9 if len(columns) <= 10 else 7,
+                )
+        # About eight characters fit under a cell.
+        turned = max(len(str(name)) for name in columns) > 8
+        axes.set_xticks(
+            range(len(columns)),
+            [str(name) for name in columns],
+            rotation=40 if turned else 0,
+            ha="right" if turned else "center",
+            rotation_mode="anchor" if turned else "default",
+        )
+        axes.set_yticks(range(len(rows)), [str(name) for name in rows])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.set_title(title, wrap=True)
+        axes.figure.colorbar(image, ax=axes, label=unit, fraction=0.05)
+    return Path(path)
+
+
+def plot_wer_matrix(
+    matrix, domains, path, *, title="WER (%) on each domain after each step"
+):
+    """Draw the WER on every domain after every step of a sequence.
+
+    Arguments
+    ---------
+    matrix : list of list of float, or array [N, N]
+        `[k][j]` in %, NaN where not measured (`LifelongMatrix.rows()`).
+    domains : sequence of str
+        N names in the order learned.
+    path : str or pathlib.Path
+        `.png`, `.pdf` or `.svg`.
+    title : str
+        Above the plot.
+
+    Returns
+    -------
+    pathlib.Path
+        The file.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "matrix.png"
+    >>> nan = float("nan")
+    >>> plot_wer_matrix([[9.0, nan], [12.0, 20.0]], ["us", "de"], path).name
+    'matrix.png'
+    """
+    return plot_heat_map(
+        matrix,
+        domains,
+        domains,
+        path,
+        title=title,
+        xlabel="tested on",
+        ylabel="after learning",
+        # Pale where good, dark where bad.
+        colours="YlOrRd",
+        unit="WER (%)",
+    )
+
+
+def plot_by_layer(
+    values, path, *, kind="bar", title="", ylabel="", xlabel="layer"
+):
+    """Draw one number per layer, for one model or several side by side.
+
+    Arguments
+    ---------
+    values : dict of str: float, or dict of str: dict of str: float
+        `{layer: value}`, or `{name: {layer: value}}`. Layers keep the order
+        in which they first appear.
+    path : str or pathlib.Path
+        `.png`, `.pdf` or `.svg`.
+    kind : str
+        `"bar"` or `"line"` (easier to read from about five names on).
+    title : str
+        Above the plot.
+    ylabel : str
+        What the values are.
+    xlabel : str
+        What the layers are.
+
+    Returns
+    -------
+    pathlib.Path
+        The file.
+
+    Raises
+    ------
+    ValueError
+        Nothing to draw, or another kind.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "norms.png"
+    >>> plot_by_layer({"encoder.0": 1.5, "encoder.1": 2.0}, path).name
+    'norms.png'
+    """
+    if kind not in ("bar", "line"):
+        raise ValueError(f"kind is {kind!r}, expected 'bar' or 'line'")
+    single = not any(isinstance(v, Mapping) for v in values.values())
+    groups = {"": values} if single else values
+    _require_curves(groups)
+    layers = list(dict.fromkeys(x for group in groups.values() for x in group))
+    share = 0.8 / len(groups)
+    longest = max(len(str(layer)) for layer in layers)
+    width = max(6.4, 0.28 * len(layers) + 1.5)
+    with figure(path, width, 3.4 + min(0.06 * longest, 2)) as axes:
+        for i, (name, group) in enumerate(groups.items()):
+            heights = [float(group.get(layer, math.nan)) for layer in layers]
+            colour = COLOURS[i % len(COLOURS)]
+            if kind == "bar":
+                left = [x + (i + 0.5) * share - 0.4 for x in range(len(layers))]
+                axes.bar(left, heights, share, color=colour, label=name)
+            else:
+                axes.plot(
+                    range(len(layers)),
+                    heights,
+                    color=colour,
+                    marker=MARKERS[i % len(MARKERS)],
+                    markersize=4,
+                    label=name,
+                )
+        turned = longest * len(layers) > 70
+        axes.set_xticks(
+            range(len(layers)),
+            [str(layer) for layer in layers],
+            rotation=50 if turned else 0,
+            ha="right" if turned else "center",
+            rotation_mode="anchor" if turned else "default",
+        )
+        axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+        axes.yaxis.grid(True, color="0.9")
+        axes.set_axisbelow(True)
+        if not single:
+            legend_beside(axes)
+    return Path(path)
+
+
+def _spread(value):
+    """Return mean and sample standard deviation of one or more values."""
+    if not _several(value):
+        return float(value), 0.0
+    values = [float(v) for v in value]
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return mean, 0.0
+    squares = math.fsum((v - mean) ** 2 for v in values)
+    return mean, math.sqrt(squares / (len(values) - 1))
+
+
+def _several(value):
+    # Tensors without a dimension have a __len__ that only raises.
+    return isinstance(value, list | tuple) or getattr(value, "ndim", 0) > 0
+
+
+def _mark(axes, where, what, colour, marker, line):
+    if where is None:
+        return
+    scale, wer = where if _several(where) else (where, None)
+    label = f"{what}: {scale:g}"
+    if wer is not None:
+        label += f" ({wer:.2f})"
+        axes.plot(
+            [scale],
+            [wer],
+            marker,
+            color=colour,
+            markersize=11,
+            markeredgecolor="white",
+            zorder=5,
+            label=label,
+        )
+    axes.axvline(
+        scale,
+        color=colour,
+        linestyle=line,
+        linewidth=0.8,
+        alpha=0.6,
+        zorder=1,
+        label=None if wer is not None else label,
+    )
+
+
+def _require_curves(curves):
+    empty = [name for name, curve in curves.items() if not curve]
+    if not curves or empty:
+        raise ValueError(
+            f"nothing to draw{' for ' + ', '.join(map(str, empty)) if empty else ''}"
+            "; give at least one point per curve"
+        )
+
+
+def _require_matrix(values, rows, columns):
+    lengths = {len(row) for row in values}
+    if len(values) != len(rows) or lengths != {len(columns)}:
+        raise ValueError(
+            f"the matrix has {len(values)} rows of {sorted(lengths)} values, "
+            f"the names are {len(rows)} for rows and {len(columns)} for "
+            "columns"
+        )
+    if not any(math.isfinite(v) for row in values for v in row):
+        raise ValueError("the matrix holds no finite value; nothing to draw")

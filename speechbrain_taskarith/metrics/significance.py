@@ -1,0 +1,209 @@
+"""How sure a word error rate is: bootstrap over utterances.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+# Resamples drawn at once: bounds memory at about 32 MB for any corpus.
+_CHUNK_ENTRIES = 1 << 22
+
+
+@dataclass(frozen=True)
+class PairedBootstrap:
+    """What a paired bootstrap test found.
+
+    Arguments
+    ---------
+    difference : float
+        WER of the first system minus that of the second, in percentage
+        points: positive where the second is better.
+    low : float
+        Lower end of the confidence interval of the difference.
+    high : float
+        Upper end.
+    probability_of_improvement : float
+        Share of resamples in which the second system is strictly better.
+    p_value : float
+        Two-sided: how easily a difference at least as far from 0 arises by
+        chance, from the resampled differences centred at 0.
+    """
+
+    difference: float
+    low: float
+    high: float
+    probability_of_improvement: float
+    p_value: float
+
+
+def confidence_interval(
+    report, level=0.95, resamples=2000, seed=0, blocks=None
+):
+    """Percentile bootstrap interval of a WER.
+
+    Whole utterances are drawn with replacement, since errors within one
+    depend on each other (Bisani and Ney, "Bootstrap estimates for
+    confidence intervals in ASR performance evaluation", ICASSP 2004,
+    section 3).
+
+    Arguments
+    ---------
+    report : WERReport
+        What `wer` returned.
+    level : float
+        Coverage, in (0, 1).
+    resamples : int
+        Number of bootstrap samples, at least 1.
+    seed : int
+        Seed of the draws; the same seed gives the same interval.
+    blocks : sequence or None
+        A label per utterance, e.g. its speaker: whole blocks are drawn
+        instead, for utterances that are not independent of one another.
+
+    Returns
+    -------
+    tuple of float
+        `(low, high)` in %.
+
+    Raises
+    ------
+    ValueError
+        A level, number or block list out of range, or a report without a
+        single reference word.
+
+    Example
+    -------
+    >>> from speechbrain_taskarith.metrics import wer
+    >>> report = wer(["one two"] * 30, ["one two"] * 20 + ["one six"] * 10)
+    >>> low, high = confidence_interval(report)
+    >>> low < report.wer < high
+    True
+    """
+    _check(level, resamples)
+    counts = _block_counts([report], blocks)
+    rates = _resampled_rates(counts, resamples, seed)[:, 0]
+    low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def paired_bootstrap(
+    first, second, level=0.95, resamples=2000, seed=0, blocks=None
+):
+    """Test whether two systems differ on the same utterances.
+
+    Both systems are scored on the same resampled utterances, so that how
+    hard an utterance is cancels out (Bisani and Ney 2004, section 4).
+
+    Arguments
+    ---------
+    first : WERReport
+        The baseline.
+    second : WERReport
+        The other system, on the same utterances in the same order.
+    level : float
+        Coverage of the interval, in (0, 1).
+    resamples : int
+        Number of bootstrap samples, at least 1.
+    seed : int
+        Seed of the draws.
+    blocks : sequence or None
+        As in `confidence_interval`.
+
+    Returns
+    -------
+    PairedBootstrap
+        Difference, interval and probabilities.
+
+    Raises
+    ------
+    ValueError
+        The reports are not over the same utterances.
+
+    Example
+    -------
+    >>> from speechbrain_taskarith.metrics import wer
+    >>> words = ["one two three four"] * 50
+    >>> base = wer(words, ["one two six four"] * 40 + words[:10])
+    >>> edited = wer(words, ["one two six four"] * 10 + words[:40])
+    >>> test = paired_bootstrap(base, edited)
+    >>> test.difference, test.low > 0, test.p_value < 0.01
+    (15.0, True, True)
+    """
+    _check(level, resamples)
+    if first.ids != second.ids:
+        raise ValueError(
+            "the two reports name different utterances or another order; "
+            "score both systems on one test set"
+        )
+    for a, b in zip(first.utterances, second.utterances):
+        if a.words != b.words:
+            raise ValueError(
+                f"utterance {a.id!r} has {a.words} reference words in the "
+                f"first report and {b.words} in the second; use the same "
+                "references"
+            )
+    counts = _block_counts([first, second], blocks)
+    rates = _resampled_rates(counts, resamples, seed)
+    differences = rates[:, 0] - rates[:, 1]
+    observed = first.wer - second.wer
+    low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
+    # Add-one keeps the p-value honest: it can never be below 1 / resamples.
+    # The margin keeps rounding from turning an exact tie into a difference.
+    as_far = np.abs(differences - observed) >= abs(observed) - 1e-9
+    return PairedBootstrap(
+        difference=float(observed),
+        low=float(low),
+        high=float(high),
+        probability_of_improvement=float((differences > 0).mean()),
+        p_value=float((1 + as_far.sum()) / (1 + resamples)),
+    )
+
+
+def _check(level, resamples):
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}, expected a number in (0, 1)")
+    if resamples < 1:
+        raise ValueError(f"resamples is {resamples}, expected at least 1")
+
+
+def _block_counts(reports, blocks):
+    """Return words and each report's errors per block, [blocks, 1 + R]."""
+    if reports[0].words == 0:
+        raise ValueError("the report holds no reference words")
+    columns = [[u.words for u in reports[0].utterances]]
+    columns += [[u.errors for u in report.utterances] for report in reports]
+    counts = np.array(columns, dtype=np.float64).T
+    if blocks is None:
+        return counts
+    blocks = list(blocks)
+    if len(blocks) != len(counts):
+        raise ValueError(
+            f"{len(counts)} utterances but {len(blocks)} block labels; give "
+            "one label per utterance"
+        )
+    number = {label: i for i, label in enumerate(dict.fromkeys(blocks))}
+    summed = np.zeros((len(number), counts.shape[1]))
+    np.add.at(summed, [number[label] for label in blocks], counts)
+    return summed
+
+
+def _resampled_rates(counts, resamples, seed):
+    """Return the rates of every bootstrap sample in %, [resamples, R]."""
+    generator = np.random.default_rng(seed)
+    blocks = len(counts)
+    step = max(1, _CHUNK_ENTRIES // blocks)
+    rates = []
+    for start in range(0, resamples, step):
+        rows = min(step, resamples - start)
+        # How often each block is drawn: one matrix product scores them all.
+        drawn = generator.multinomial(blocks, [1 / blocks] * blocks, size=rows)
+        sums = drawn @ counts
+        # A sample of only empty references has no rate; count it as error
+        # free unless something was inserted.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            rate = 100 * sums[:, 1:] / sums[:, :1]
+        rates.append(np.where(sums[:, 1:] == 0, 0.0, rate))
+    return np.concatenate(rates)

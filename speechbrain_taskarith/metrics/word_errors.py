@@ -1,0 +1,369 @@
+"""Word error rate: counted once per utterance, pooled wherever needed.
+
+The alignment is jiwer's; this file keeps the counts of every utterance, so
+that rates over domains pool exactly and confidence intervals can resample
+utterances.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jiwer
+
+
+class UtteranceErrors(NamedTuple):
+    """The counts of one utterance.
+
+    Arguments
+    ---------
+    id : str
+        The utterance.
+    hits : int
+        Reference words recognised.
+    substitutions : int
+        Reference words recognised as another word.
+    deletions : int
+        Reference words with nothing in the hypothesis.
+    insertions : int
+        Hypothesis words with nothing in the reference.
+
+    Example
+    -------
+    >>> UtteranceErrors("u1", 3, 1, 0, 2).words
+    4
+    """
+
+    id: str
+    hits: int
+    substitutions: int
+    deletions: int
+    insertions: int
+
+    @property
+    def words(self):
+        """Number of reference words."""
+        return self.hits + self.substitutions + self.deletions
+
+    @property
+    def errors(self):
+        """Substitutions, deletions and insertions together."""
+        return self.substitutions + self.deletions + self.insertions
+
+
+@dataclass(frozen=True)
+class WERReport:
+    """Word errors over a set of utterances; reports add up.
+
+    Made by `wer`. The sum of two reports is the report over both sets: the
+    pooled rate is total errors over total words, not a mean of two rates.
+
+    Arguments
+    ---------
+    utterances : tuple of UtteranceErrors
+        The counts, in the order given to `wer`.
+
+    Example
+    -------
+    >>> news = wer(["one two three"], ["one too three four"])
+    >>> print(news)
+    WER 66.67 % (2 / 3 words: 1 sub, 0 del, 1 ins), 1 of 1 sentences wrong
+    >>> music = wer(["six seven"], ["six seven"])
+    >>> round((news + music).wer, 6)
+    40.0
+    """
+
+    utterances: tuple
+
+    def _total(self, what):
+        return sum(getattr(utterance, what) for utterance in self.utterances)
+
+    @property
+    def hits(self):
+        """Reference words recognised."""
+        return self._total("hits")
+
+    @property
+    def substitutions(self):
+        """Reference words recognised as another word."""
+        return self._total("substitutions")
+
+    @property
+    def deletions(self):
+        """Reference words missing from the hypotheses."""
+        return self._total("deletions")
+
+    @property
+    def insertions(self):
+        """Hypothesis words that no reference has."""
+        return self._total("insertions")
+
+    @property
+    def words(self):
+        """Number of reference words."""
+        return self._total("words")
+
+    @property
+    def errors(self):
+        """Substitutions, deletions and insertions together."""
+        return self._total("errors")
+
+    @property
+    def sentences(self):
+        """Number of utterances."""
+        return len(self.utterances)
+
+    @property
+    def sentence_errors(self):
+        """Number of utterances with at least one error."""
+        return sum(utterance.errors > 0 for utterance in self.utterances)
+
+    @property
+    def ids(self):
+        """The utterances' names, in order."""
+        return tuple(utterance.id for utterance in self.utterances)
+
+    @property
+    def wer(self):
+        """Word error rate in %, `100 (S + D + I) / words`.
+
+        Above 100 where insertions abound. Without a single reference word
+        it is 0 when nothing was inserted and infinite otherwise.
+        """
+        return _rate(self.errors, self.words)
+
+    @property
+    def sentence_error_rate(self):
+        """Share of utterances with an error, in %."""
+        return _rate(self.sentence_errors, self.sentences)
+
+    def __add__(self, other):
+        if not isinstance(other, WERReport):
+            return NotImplemented
+        return WERReport(self.utterances + other.utterances)
+
+    def __radd__(self, other):
+        # sum() starts from the number 0.
+        return self if other == 0 else NotImplemented
+
+    def __str__(self):
+        return (
+            f"WER {self.wer:.2f} % ({self.errors} / {self.words} words: "
+            f"{self.substitutions} sub, {self.deletions} del, "
+            f"{self.insertions} ins), {self.sentence_errors} of "
+            f"{self.sentences} sentences wrong"
+        )
+
+    def __repr__(self):
+        return f"<WERReport: {self}>"
+
+
+def wer(references, hypotheses, ids=None):
+    """Count word errors of hypotheses against references.
+
+    Words are compared as written: case and punctuation count, nothing is
+    normalised. Strings are split at white space.
+
+    Arguments
+    ---------
+    references : sequence or dict
+        One transcript per utterance, each a string or a list of words; or
+        `{utterance ID: transcript}`. An empty transcript ("" or []) is
+        allowed: whatever was recognised there counts as insertions.
+    hypotheses : sequence or dict
+        The recognised words in the same form and order; a dict is matched
+        with the references by utterance ID. "" or [] is a hypothesis
+        without words.
+    ids : sequence of str or None
+        Names of the utterances, for messages and for `WERReport.ids`; by
+        default the keys of a dict or "0", "1", ...
+
+    Returns
+    -------
+    WERReport
+        The counts; `.wer` in %.
+
+    Raises
+    ------
+    ValueError
+        No utterances at all, different numbers of references and
+        hypotheses, or IDs that do not match.
+    TypeError
+        A transcript that is neither a string nor a list of words (None or
+        NaN, as a table with a missing cell yields), naming the utterance.
+
+    Example
+    -------
+    >>> report = wer(["one two", ""], [["one", "two"], ["six"]])
+    >>> report.wer, report.insertions, report.sentence_errors
+    (50.0, 1, 1)
+    >>> wer({"a": "one", "b": "two"}, {"b": "two", "a": "nine"}).ids
+    ('a', 'b')
+    """
+    references, hypotheses, ids = _matched(references, hypotheses, ids)
+    references = _tokenised(references, ids, "reference")
+    hypotheses = _tokenised(hypotheses, ids, "hypothesis")
+    output = jiwer.process_words(
+        references,
+        hypotheses,
+        # The words are split already; jiwer's default would join and split
+        # them again, and break words that hold a space.
+        reference_transform=_unchanged,
+        hypothesis_transform=_unchanged,
+    )
+    counted = map(_counts, ids, output.alignments)
+    return WERReport(tuple(counted))
+
+
+def by_domain(references, hypotheses, domains, ids=None):
+    """Count word errors separately for every domain.
+
+    Arguments
+    ---------
+    references : sequence or dict
+        As in `wer`.
+    hypotheses : sequence or dict
+        As in `wer`.
+    domains : sequence or dict
+        The domain of every utterance (any hashable, e.g. an accent): as
+        many and in the same order, or by utterance ID.
+    ids : sequence of str or None
+        As in `wer`.
+
+    Returns
+    -------
+    dict of str: WERReport
+        In order of first appearance; `sum(result.values())` pools them.
+
+    Raises
+    ------
+    ValueError
+        As `wer`, also for domains that do not match the utterances.
+
+    Example
+    -------
+    >>> reports = by_domain(
+    ...     ["one", "two", "six"], ["one", "too", "six"], ["us", "de", "us"]
+    ... )
+    >>> {domain: report.wer for domain, report in reports.items()}
+    {'us': 0.0, 'de': 100.0}
+    >>> sum(reports.values()).words
+    3
+    """
+    report = wer(references, hypotheses, ids)
+    if isinstance(domains, Mapping):
+        missing = [id_ for id_ in report.ids if id_ not in domains]
+        if missing:
+            raise ValueError(
+                f"{_some(missing)}: no domain given; add it to `domains`"
+            )
+        domains = [domains[id_] for id_ in report.ids]
+    domains = list(domains)
+    if len(domains) != report.sentences:
+        raise ValueError(
+            f"{report.sentences} utterances but {len(domains)} domains; give "
+            "one domain per utterance, in the same order"
+        )
+    groups = {}
+    for domain, utterance in zip(domains, report.utterances):
+        groups.setdefault(domain, []).append(utterance)
+    return {name: WERReport(tuple(group)) for name, group in groups.items()}
+
+
+def _rate(errors, total):
+    if total == 0:
+        return 0.0 if errors == 0 else float("inf")
+    return 100.0 * errors / total
+
+
+def _unchanged(sentences):
+    return sentences
+
+
+def _counts(id_, alignment):
+    counts = {"equal": 0, "substitute": 0, "delete": 0, "insert": 0}
+    for chunk in alignment:
+        counts[chunk.type] += max(
+            chunk.ref_end_idx - chunk.ref_start_idx,
+            chunk.hyp_end_idx - chunk.hyp_start_idx,
+        )
+    return UtteranceErrors(id_, *counts.values())
+
+
+def _matched(references, hypotheses, ids):
+    """Bring both sides into lists of one order, with one ID each."""
+    if isinstance(references, str) or isinstance(hypotheses, str):
+        raise TypeError(
+            "expected a list of transcripts, got a single string; write "
+            "wer([reference], [hypothesis])"
+        )
+    if isinstance(references, Mapping) != isinstance(hypotheses, Mapping):
+        raise TypeError(
+            "references and hypotheses must both be dicts by utterance ID, "
+            "or both sequences in the same order"
+        )
+    if isinstance(references, Mapping):
+        if ids is None:
+            ids = list(references)
+        for side, name in (
+            (references, "reference"),
+            (hypotheses, "hypothesis"),
+        ):
+            missing = [id_ for id_ in ids if id_ not in side]
+            extra = set(side) - set(ids)
+            if missing or extra:
+                kind = "has no" if missing else "has an unexpected"
+                raise ValueError(
+                    f"{_some(missing or sorted(extra, key=str))} {kind} "
+                    f"{name}; references and hypotheses must name the same "
+                    "utterances"
+                )
+        references = [references[id_] for id_ in ids]
+        hypotheses = [hypotheses[id_] for id_ in ids]
+    references, hypotheses = list(references), list(hypotheses)
+    if len(references) != len(hypotheses):
+        raise ValueError(
+            f"{len(references)} references but {len(hypotheses)} hypotheses; "
+            "give one hypothesis per reference ('' where nothing was "
+            "recognised)"
+        )
+    if not references:
+        raise ValueError(
+            "no utterances: the WER over nothing is not defined; check that "
+            "the test set is not empty"
+        )
+    ids = [str(i) for i in (range(len(references)) if ids is None else ids)]
+    if len(ids) != len(references):
+        raise ValueError(
+            f"{len(references)} utterances but {len(ids)} ids; give one each"
+        )
+    return references, hypotheses, ids
+
+
+def _tokenised(transcripts, ids, what):
+    result = []
+    for id_, transcript in zip(ids, transcripts):
+        if isinstance(transcript, str):
+            words = transcript.split()
+        elif isinstance(transcript, list | tuple) and all(
+            isinstance(word, str) for word in transcript
+        ):
+            words = list(transcript)
+        else:
+            raise TypeError(
+                f"utterance {id_!r}: the {what} is {transcript!r}, expected "
+                "a string or a list of words; a missing transcript must be "
+                "filled in or its utterance left out"
+            )
+        result.append(words)
+    return result
+
+
+def _some(ids, show=5):
+    """Name a few utterances, and how many more there are."""
+    more = f" and {len(ids) - show} more" if len(ids) > show else ""
+    plural = "s" if len(ids) > 1 else ""
+    return f"utterance{plural} {', '.join(map(repr, ids[:show]))}{more}"

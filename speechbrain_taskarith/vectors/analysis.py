@@ -1,0 +1,383 @@
+"""Looking at task vectors: how alike they are, and where they are large.
+
+Vectors are read tensor by tensor, so that comparing many vectors of a large
+model needs memory for one tensor of each. Any mapping from parameter name to
+tensor will do.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+import logging
+import math
+
+import torch
+
+from speechbrain_taskarith.utils.patterns import select
+
+logger = logging.getLogger(__name__)
+
+# Entries of each vector turned to float64 at a time: 2 MiB per vector.
+_BLOCK = 1 << 18
+
+
+def cosine_matrix(vectors, *, include=("*",), exclude=()):
+    """Cosine similarity of every pair of task vectors.
+
+    `cos(a, b) = <a, b> / (|a| |b|)` over all parameters together, as Ilharco
+    et al., "Editing models with task arithmetic", 2023 (section 5) compare
+    tasks. Products are summed in float64.
+
+    Arguments
+    ---------
+    vectors : sequence of TaskVector
+        N vectors (or mappings name -> tensor) with the same parameters.
+    include : str or sequence of str
+        Shell patterns on whole parameter names: only these count.
+    exclude : str or sequence of str
+        ... and not these.
+
+    Returns
+    -------
+    torch.Tensor
+        float64, [N, N], in [-1, 1], symmetric, ones on the diagonal. A zero
+        vector has no direction: its row, column and diagonal entry are 0,
+        and a warning names it.
+
+    Raises
+    ------
+    ValueError
+        No vectors, other parameters or shapes, or NaN or infinity in one.
+
+    Example
+    -------
+    >>> a = {"weight": torch.tensor([[1.0, 0.0]]), "bias": torch.zeros(1)}
+    >>> b = {"weight": torch.tensor([[1.0, 1.0]]), "bias": torch.zeros(1)}
+    >>> cosine_matrix([a, b])
+    tensor([[1.0000, 0.7071],
+            [0.7071, 1.0000]], dtype=torch.float64)
+    """
+    vectors = list(vectors)
+    gram = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
+    for block in _blocks(vectors, include, exclude):
+        gram += block @ block.T
+    norms = gram.diagonal().sqrt()
+    for i in (norms == 0).nonzero().flatten().tolist():
+        logger.warning(
+            "vector %d is zero, so it has no direction: its cosine with "
+            "every vector is given as 0",
+            i,
+        )
+    scale = torch.where(norms > 0, norms, torch.ones_like(norms))
+    cosine = (gram / scale / scale[:, None]).clamp(-1, 1)
+    # Rounding must not make a vector differ from itself.
+    cosine.diagonal().copy_((norms > 0).to(torch.float64))
+    return (cosine + cosine.T) / 2
+
+
+def sign_agreement(vectors, *, include=("*",), exclude=()):
+    """Share of entries on which two task vectors agree in sign.
+
+    Counted over the entries that are non-zero in both; about 0.5 for
+    unrelated vectors. Entries that disagree are what TIES resolves (Yadav
+    et al., "TIES-Merging", 2023, section 3.2).
+
+    Arguments
+    ---------
+    vectors : sequence of TaskVector
+        N vectors (or mappings name -> tensor) with the same parameters.
+    include : str or sequence of str
+        As in `cosine_matrix`.
+    exclude : str or sequence of str
+        As in `cosine_matrix`.
+
+    Returns
+    -------
+    torch.Tensor
+        float64, [N, N], in [0, 1], symmetric. NaN, with a warning, where
+        two vectors share no non-zero entry: 0 would read as "always
+        opposite".
+
+    Raises
+    ------
+    ValueError
+        As `cosine_matrix`.
+
+    Example
+    -------
+    >>> a = {"weight": torch.tensor([1.0, -2.0, 3.0, 0.0])}
+    >>> b = {"weight": torch.tensor([5.0, -1.0, -1.0, 9.0])}
+    >>> sign_agreement([a, b])[0, 1].item()
+    0.6666666666666666
+    """
+    vectors = list(vectors)
+    shape = (len(vectors), len(vectors))
+    difference = torch.zeros(shape, dtype=torch.float64)
+    shared = torch.zeros(shape, dtype=torch.float64)
+    for block in _blocks(vectors, include, exclude):
+        sign = block.sign()
+        # Of s shared entries, a agree and s - a do not: the product of the
+        # signs sums to a - (s - a).
+        difference += sign @ sign.T
+        shared += sign.abs() @ sign.abs().T
+    for i, j in (shared == 0).nonzero().tolist():
+        if i <= j:
+            logger.warning(
+                "vectors %d and %d share no non-zero entry: their sign "
+                "agreement is not defined (NaN)",
+                i,
+                j,
+            )
+    return (difference / shared + 1) / 2
+
+
+def layer_norms(vector, depth=None, *, base=None, include=("*",), exclude=()):
+    """Euclidean norm of a task vector, layer by layer.
+
+    Arguments
+    ---------
+    vector : TaskVector
+        The vector, or any mapping name -> tensor.
+    depth : int or None
+        How many dotted parts of a parameter's name make a layer (`2`:
+        `encoder.layers`). None cuts behind the first number that is not the
+        very first part (`1.encoder.layers.3.norm.weight` belongs to
+        `1.encoder.layers.3`), or before the last part where there is none.
+    base : mapping or None
+        The base model: norms are then relative to the norm of the base's
+        layer, `|tau_l| / |theta_l|`; 0 / 0 is 0.
+    include : str or sequence of str
+        As in `cosine_matrix`.
+    exclude : str or sequence of str
+        As in `cosine_matrix`.
+
+    Returns
+    -------
+    dict of str: float
+        By layer, in the order of the names, numbers in counting order.
+
+    Raises
+    ------
+    ValueError
+        A depth below 1, NaN or infinity in the vector or the base, or
+        parameters that the base lacks or has in another shape.
+
+    Example
+    -------
+    >>> tau = {
+    ...     "layers.10.weight": torch.ones(2, 2),
+    ...     "layers.2.weight": torch.tensor([3.0]),
+    ...     "layers.2.bias": torch.tensor([4.0]),
+    ... }
+    >>> layer_norms(tau)
+    {'layers.2': 5.0, 'layers.10': 2.0}
+    """
+    if depth is not None and depth < 1:
+        raise ValueError(f"depth is {depth}, expected a whole number >= 1")
+    names = select(vector.keys(), include, exclude)
+    squares, base_squares = {}, {}
+    for name in names:
+        tensor = vector[name]
+        layer = _layer(name, depth)
+        squares[layer] = squares.get(layer, 0.0) + _square(tensor, name)
+        if base is not None:
+            if name not in base.keys():
+                raise ValueError(
+                    f"the base has no parameter {name!r}; give the base this "
+                    "vector was taken from"
+                )
+            reference = base[name]
+            if reference.shape != tensor.shape:
+                raise ValueError(
+                    f"{name!r} has shape {tuple(tensor.shape)} in the vector "
+                    f"and {tuple(reference.shape)} in the base; give the "
+                    "base this vector was taken from"
+                )
+            base_squares[layer] = base_squares.get(layer, 0.0) + _square(
+                reference, name
+            )
+    norms = {}
+    for layer in _in_order(squares):
+        norms[layer] = math.sqrt(squares[layer])
+        if base is not None:
+            norms[layer] = _ratio(norms[layer], base_squares[layer])
+    return norms
+
+
+def plot_cosine_matrix(
+    matrix, names, path, *, title="Cosine similarity of task vectors"
+):
+    """Draw a cosine matrix as an annotated heat map.
+
+    Arguments
+    ---------
+    matrix : torch.Tensor
+        [N, N], from `cosine_matrix`.
+    names : sequence of str
+        N names.
+    path : str or pathlib.Path
+        `.png`, `.pdf` or `.svg`.
+    title : str
+        Above the plot.
+
+    Returns
+    -------
+    pathlib.Path
+        The file.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "cosine.png"
+    >>> plot_cosine_matrix(torch.eye(2), ["news", "music"], path).name
+    'cosine.png'
+    """
+    from speechbrain_taskarith.metrics.plots import plot_heat_map
+
+    return plot_heat_map(
+        torch.as_tensor(matrix).tolist(),
+        names,
+        names,
+        path,
+        title=title,
+        # Opposite vectors in one colour, alike ones in another, white at 0.
+        colours="RdBu_r",
+        limits=(-1.0, 1.0),
+        form="{:.2f}",
+        unit="cosine",
+    )
+
+
+def plot_layer_norms(
+    norms, path, *, relative=False, title="Task vector by layer"
+):
+    """Draw norms by layer, of one vector or of several.
+
+    Arguments
+    ---------
+    norms : dict of str: float, or dict of str: dict of str: float
+        From `layer_norms`; or `{name: layer_norms(...)}`.
+    path : str or pathlib.Path
+        `.png`, `.pdf` or `.svg`.
+    relative : bool
+        True labels the axis as relative to the base.
+    title : str
+        Above the plot.
+
+    Returns
+    -------
+    pathlib.Path
+        The file.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "norms.png"
+    >>> plot_layer_norms({"layers.0": 0.5, "layers.1": 0.7}, path).name
+    'norms.png'
+    """
+    from speechbrain_taskarith.metrics.plots import plot_by_layer
+
+    # Bars of many vectors are too thin to read.
+    nested = sum(hasattr(value, "keys") for value in norms.values())
+    return plot_by_layer(
+        norms,
+        path,
+        kind="line" if nested > 4 else "bar",
+        title=title,
+        ylabel="norm / norm of the base" if relative else "norm",
+    )
+
+
+def _blocks(vectors, include, exclude):
+    """Yield all vectors side by side, float64 [N, at most _BLOCK]."""
+    if not vectors:
+        raise ValueError("no task vectors; give one or more")
+    names = select(vectors[0].keys(), include, exclude)
+    expected = set(vectors[0].keys())
+    for i, vector in enumerate(vectors):
+        odd = expected.symmetric_difference(vector.keys())
+        if odd:
+            raise ValueError(
+                f"vectors 0 and {i} do not have the same parameters: "
+                f"{', '.join(sorted(odd)[:5])}"
+                f"{f' and {len(odd) - 5} more' if len(odd) > 5 else ''} are "
+                "in one only; compare vectors of one architecture"
+            )
+    for name in names:
+        tensors = [_flat(vector, name, i) for i, vector in enumerate(vectors)]
+        shapes = {shape for _, shape in tensors}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"{name!r} has the shapes "
+                f"{' and '.join(map(str, sorted(shapes)))}; compare vectors "
+                "of one architecture"
+            )
+        for start in range(0, tensors[0][0].numel(), _BLOCK):
+            yield torch.stack(
+                [
+                    flat[start : start + _BLOCK].to(torch.float64)
+                    for flat, _ in tensors
+                ]
+            )
+
+
+def _flat(vector, name, i):
+    tensor = vector[name].detach()
+    if not torch.isfinite(tensor).all():
+        raise ValueError(
+            f"vector {i}: {name!r} holds NaN or infinity; the training run "
+            "it comes from diverged, take another checkpoint"
+        )
+    return tensor.reshape(-1).cpu(), tuple(tensor.shape)
+
+
+def _square(tensor, name):
+    """Sum of squares in float64, a block at a time."""
+    flat = tensor.detach().reshape(-1).cpu()
+    parts = [part.to(torch.float64) for part in flat.split(_BLOCK)]
+    total = math.fsum(part.dot(part).item() for part in parts)
+    if not math.isfinite(total):
+        raise ValueError(
+            f"{name!r} holds NaN or infinity; the training run it comes from "
+            "diverged, take another checkpoint"
+        )
+    return total
+
+
+def _ratio(norm, base_square):
+    if norm == 0.0:
+        return 0.0
+    return norm / math.sqrt(base_square) if base_square > 0 else math.inf
+
+
+def _layer(name, depth):
+    parts = name.split(".")
+    if depth is None:
+        depth = next(
+            (i + 1 for i, p in enumerate(parts) if i and p.isdigit()),
+            max(1, len(parts) - 1),
+        )
+    return ".".join(parts[:depth])
+
+
+def _in_order(layers):
+    """Sort numbers by value, other parts as they first appear.
+
+    The order of the file is the order of the model, except that safetensors
+    sorts names as text, which puts layer 10 before layer 2.
+    """
+    rank = {}
+
+    def key(layer):
+        parts = layer.split(".")
+        return [
+            (0, int(part))
+            if part.isdigit()
+            else (1, rank[".".join(parts[: i + 1])])
+            for i, part in enumerate(parts)
+        ]
+
+    for layer in layers:
+        parts = layer.split(".")
+        for i in range(len(parts)):
+            rank.setdefault(".".join(parts[: i + 1]), len(rank))
+    return sorted(layers, key=key)

@@ -1,0 +1,166 @@
+"""Plots: what is drawn, files that are whole, input that cannot be drawn.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+import contextlib
+import math
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+
+from speechbrain_taskarith.metrics import (
+    plot_by_layer,
+    plot_heat_map,
+    plot_scale_curve,
+    plot_wer_matrix,
+    plots,
+)
+
+CURVES = {"a": {0.4: 18.0, 0.0: 20.0, 0.2: 17.0}, "b": {0.0: 21.0, 0.4: 19.0}}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Axes that the plot functions drew on."""
+    seen = []
+    original = plots.figure
+
+    @contextlib.contextmanager
+    def spy(*arguments):
+        with original(*arguments) as axes:
+            seen.append(axes)
+            yield axes
+
+    monkeypatch.setattr(plots, "figure", spy)
+    return seen
+
+
+def legend(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_scale_curve_draws_its_points_in_order(tmp_path, drawn):
+    path = plot_scale_curve(
+        CURVES,
+        tmp_path / "plots" / "scale.png",
+        baseline=20.5,
+        chosen=(0.2, 17.0),
+        oracle=0.25,
+    )
+    assert path.read_bytes().startswith(b"\x89PNG")
+    (axes,) = drawn
+    line = axes.get_lines()[0]
+    assert line.get_xdata() == pytest.approx([0.0, 0.2, 0.4])
+    assert line.get_ydata() == pytest.approx([20.0, 17.0, 18.0])
+    assert legend(axes) == [
+        "a",
+        "b",
+        "baseline: 20.50",
+        "chosen: 0.2 (17.00)",
+        "oracle: 0.25",
+    ]
+    assert [p.name for p in path.parent.iterdir()] == ["scale.png"]
+
+
+def test_several_seeds_are_a_mean_with_a_band(tmp_path, drawn):
+    values = {0.0: [20.0, 22.0, 27.0], 0.5: np.array([10.0, 11.0, 12.0])}
+    plot_scale_curve({"a": values}, tmp_path / "s.png")
+    (axes,) = drawn
+    assert axes.get_lines()[0].get_ydata() == pytest.approx([23.0, 11.0])
+    (band,) = axes.collections
+    ys = band.get_paths()[0].vertices[:, 1]
+    deviation = np.std([20.0, 22.0, 27.0], ddof=1)
+    assert ys.min() == pytest.approx(10.0)
+    assert ys.max() == pytest.approx(23.0 + deviation)
+
+
+def test_scale_curve_takes_tensors(tmp_path, drawn):
+    curve = {0.0: torch.tensor(3.0), 0.1: torch.tensor([2.0, 4.0])}
+    plot_scale_curve({"a": curve}, tmp_path / "s.png")
+    assert drawn[0].get_lines()[0].get_ydata() == pytest.approx([3.0, 3.0])
+
+
+def test_wer_matrix_writes_every_figure(tmp_path, drawn):
+    matrix = [[9.04, math.nan], [12.0, 20.06]]
+    plot_wer_matrix(matrix, ["us", "French-Belgian"], tmp_path / "w.png")
+    (axes,) = drawn
+    assert [t.get_text() for t in axes.texts] == ["9.0", "12.0", "20.1"]
+    assert [t.get_position() for t in axes.texts] == [(0, 0), (0, 1), (1, 1)]
+    ticks = [t.get_text() for t in axes.get_xticklabels()]
+    assert ticks == ["us", "French-Belgian"]
+
+
+def test_text_can_be_read_on_its_cell(tmp_path, drawn):
+    plot_heat_map(
+        [[0, 1]], ["r"], ["a", "b"], tmp_path / "h.png", colours="gray"
+    )
+    assert [t.get_color() for t in drawn[0].texts] == ["white", "black"]
+
+
+def test_equal_values_and_one_cell_can_be_drawn(tmp_path):
+    assert plot_wer_matrix([[5.0]], ["us"], tmp_path / "one.png").exists()
+    same = np.full((2, 2), 3.0)
+    assert plot_wer_matrix(same, ["a", "b"], tmp_path / "same.png").exists()
+
+
+@pytest.mark.parametrize("kind", ["bar", "line"])
+def test_layers_keep_their_order_and_values(tmp_path, drawn, kind):
+    values = {"a": {"l.2": 1.0, "l.10": 2.0}, "b": {"l.2": 3.0, "out": 4.0}}
+    plot_by_layer(values, tmp_path / "l.png", kind=kind)
+    (axes,) = drawn
+    ticks = [t.get_text() for t in axes.get_xticklabels()]
+    assert ticks == ["l.2", "l.10", "out"]
+    assert legend(axes) == ["a", "b"]
+    if kind == "bar":
+        heights = [[r.get_height() for r in c] for c in axes.containers]
+    else:
+        heights = [line.get_ydata() for line in axes.get_lines()]
+    expected = [[1, 2, math.nan], [3, math.nan, 4]]
+    np.testing.assert_array_equal(np.array(heights, float), expected)
+
+
+def test_one_model_needs_no_legend(tmp_path, drawn):
+    plot_by_layer({"l.0": 1.0}, tmp_path / "l.png")
+    assert drawn[0].get_legend() is None
+
+
+@pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
+def test_same_results_same_bytes(tmp_path, suffix):
+    first = plot_scale_curve(CURVES, tmp_path / f"a.{suffix}")
+    second = plot_scale_curve(CURVES, tmp_path / f"b.{suffix}")
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_the_users_matplotlib_is_left_alone(tmp_path):
+    before = dict(matplotlib.rcParams)
+    plot_scale_curve(CURVES, tmp_path / "a.png")
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_a_failed_plot_leaves_the_old_file(tmp_path):
+    path = tmp_path / "l.png"
+    path.write_bytes(b"old")
+    with pytest.raises((ValueError, TypeError)):
+        plot_by_layer({"l": "no number"}, path)
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["l.png"]
+
+
+def test_what_cannot_be_drawn_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="a.jpg: cannot draw '.jpg'"):
+        plot_scale_curve(CURVES, tmp_path / "a.jpg")
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plot_scale_curve({}, tmp_path / "a.png")
+    with pytest.raises(ValueError, match="nothing to draw for news"):
+        plot_scale_curve({"news": {}}, tmp_path / "a.png")
+    with pytest.raises(ValueError, match="2 rows of .2. values"):
+        plot_wer_matrix([[1, 2], [3, 4]], ["a"], tmp_path / "a.png")
+    with pytest.raises(ValueError, match="no finite value"):
+        plot_wer_matrix([[math.nan]], ["a"], tmp_path / "a.png")
+    with pytest.raises(ValueError, match="kind is 'pie'"):
+        plot_by_layer({"l": 1.0}, tmp_path / "a.png", kind="pie")
+    assert not list(tmp_path.iterdir())
