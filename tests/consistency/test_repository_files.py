@@ -1,0 +1,82 @@
+"""What must never be in the repository, and how long a file may be.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+import re
+
+import pytest
+from house import files, repository_files, shown
+
+LONGEST = 500
+
+BINARY = {
+    *(".wav", ".flac", ".mp3", ".ogg", ".opus", ".sph"),
+    *(".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".npy", ".npz"),
+    *(".zip", ".gz", ".tar", ".whl", ".pkl", ".so"),
+}
+
+# Written so that this file does not contain what it forbids.
+MACHINE_PATH = re.compile(
+    r"(?<![\w.~$}/])/(?:" + "work|opt|root|home|tmp|mnt|scratch|Users" + r")/\w"
+)
+OTHERS = {
+    "a merge marker": re.compile(r"^(<{7}|>{7}|={7}) ?", re.M),
+    "a package index": re.compile(r"(--index|extra-index|trusted-host)\b"),
+    "a key": re.compile(
+        r"(BEGIN [A-Z ]*PRIVATE KEY|gh[pous]_\w{20}|hf_\w{30})"
+    ),
+    "a debugger": re.compile(r"\b(breakpoint\(\)|pdb\.set_trace)"),
+}
+
+
+def _texts():
+    for path in repository_files():
+        if path.suffix in BINARY or path.suffix == ".png":
+            continue
+        yield pytest.param(path, id=shown(path))
+
+
+@pytest.mark.parametrize("path", list(_texts()))
+def test_file_is_clean_text(path):
+    text = path.read_text(encoding="utf-8")
+    found = [line for line in text.splitlines() if MACHINE_PATH.search(line)]
+    assert not found, f"paths of one machine: {found}"
+    for what, pattern in OTHERS.items():
+        if path.name == "test_repository_files.py":
+            continue
+        assert not pattern.search(text), f"{shown(path)} contains {what}"
+    assert "\r" not in text, "lines end in \\n"
+    assert not text or text.endswith("\n"), "the last line ends, too"
+
+
+def test_no_audio_weights_or_archives():
+    found = [shown(p) for p in repository_files() if p.suffix in BINARY]
+    assert not found, f"data does not belong here: {found}"
+
+
+def test_no_large_file():
+    large = [
+        f"{shown(p)}: {p.stat().st_size}"
+        for p in repository_files()
+        if p.stat().st_size > 300_000
+    ]
+    assert not large, large
+
+
+def test_no_file_is_too_long():
+    long = {}
+    for path in files(".py"):
+        count = len(path.read_text(encoding="utf-8").splitlines())
+        if count > LONGEST:
+            long[shown(path)] = count
+    assert not long, f"one idea a file: over {LONGEST} lines: {long}"
+
+
+def test_the_path_check_sees_what_it_should():
+    slash = "/"
+    for bad in ("cd {}work{}x", "'{}tmp{}a.ckpt'", "open({}root{}x)"):
+        assert MACHINE_PATH.search(bad.format(slash, slash)), bad
+    for good in ("results/work/x", "$TMP/tmp/x", "/proc/self", "/usr/bin/env"):
+        assert not MACHINE_PATH.search(good), good

@@ -1,0 +1,148 @@
+"""Every YAML loads, and every value in it is used.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+import ast
+import re
+
+import pytest
+from house import HPARAMS, PACKAGE, RECIPES, files, parse, shown
+from hyperpyyaml import load_hyperpyyaml
+from speechbrain.utils.run_opts import RunOptions
+
+RECIPE_FILES = [
+    path
+    for path in files(".yaml", under=RECIPES)
+    if "hparams" in path.parts and "models" not in path.parts
+]
+FRAGMENTS = files(".yaml", under=HPARAMS)
+
+TOP_KEY = re.compile(r"^([A-Za-z_]\w*):(.*)$", re.M)
+REFERENCE = re.compile(r"<([A-Za-z_]\w*)(?:\[[^>]*)?>")
+# Read by sb.Brain itself, not by the script.
+RUN_OPTIONS = set(RunOptions.__dataclass_fields__)
+
+
+def placeholders(text):
+    """Return the top-level keys that the user has to give."""
+    return [k for k, v in TOP_KEY.findall(text) if "!PLACEHOLDER" in v]
+
+
+def overrides(text, folder):
+    """Return what makes a YAML load here, without touching the checkout."""
+    given = {key: str(folder) for key in placeholders(text)}
+    if "output_folder" in dict(TOP_KEY.findall(text)):
+        given["output_folder"] = str(folder / "results")
+    return given
+
+
+def used_keys(tree):
+    """Return what a script reads from hparams and modules."""
+    used, patterns = set(), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript):
+            if isinstance(node.slice, ast.Constant):
+                used.add(node.slice.value)
+            elif isinstance(node.slice, ast.JoinedStr):
+                patterns.append(_pattern(node.slice))
+        elif isinstance(node, ast.Attribute):
+            owner = getattr(node.value, "attr", getattr(node.value, "id", ""))
+            if owner in ("hparams", "modules"):
+                used.add(node.attr)
+        elif isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if name in ("getattr", "hasattr", "get", "pop"):
+                for value in node.args[:2]:
+                    if isinstance(value, ast.Constant):
+                        used.add(value.value)
+    return used, patterns
+
+
+def readers_of(folder):
+    """Return the files that read a recipe's hparams.
+
+    The recipe's own scripts, and the ready Brains where they use one: those
+    read `self.hparams` in the script's place.
+    """
+    scripts = [p for p in sorted(folder.glob("*.py")) if not p.is_symlink()]
+    texts = [path.read_text(encoding="utf-8") for path in scripts]
+    if any("speechbrain_taskarith.brains" in text for text in texts):
+        scripts += files(".py", under=PACKAGE / "brains")
+    return scripts
+
+
+def _pattern(joined):
+    parts = [
+        re.escape(part.value) if isinstance(part, ast.Constant) else r"\w+"
+        for part in joined.values
+    ]
+    return re.compile("".join(parts))
+
+
+def test_there_are_yaml_files():
+    assert RECIPE_FILES and FRAGMENTS, "nothing below would be checked"
+
+
+@pytest.mark.parametrize("path", RECIPE_FILES + FRAGMENTS, ids=shown)
+def test_yaml_loads(path, tmp_path, monkeypatch):
+    text = path.read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    with open(path, encoding="utf-8") as stream:
+        loaded = load_hyperpyyaml(stream, overrides(text, tmp_path))
+    assert loaded
+
+
+@pytest.mark.parametrize("path", RECIPE_FILES, ids=shown)
+def test_every_key_is_used(path):
+    text = path.read_text(encoding="utf-8")
+    uncommented = re.sub(r"(^|\s)#.*$", "", text, flags=re.M)
+    referred = set(REFERENCE.findall(uncommented))
+    scripts = readers_of(path.parents[1])
+    assert scripts, f"{shown(path)} belongs to no script"
+    used, patterns = set(RUN_OPTIONS), []
+    for script in scripts:
+        names, joined = used_keys(parse(script))
+        used |= names
+        patterns += joined
+    unused = [
+        key
+        for key, value in TOP_KEY.findall(text)
+        if key not in used | referred
+        and not value.strip().startswith("!apply")
+        and not any(p.fullmatch(key) for p in patterns)
+    ]
+    assert not unused, f"{shown(path)}: neither used nor referred to: {unused}"
+
+
+@pytest.mark.parametrize("path", RECIPE_FILES, ids=shown)
+def test_recipe_yaml_starts_as_upstreams_do(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# ####"), "a banner says model, data and authors"
+    assert "# Authors:" in text.split("\n\n")[0]
+    keys = [key for key, _ in TOP_KEY.findall(text)]
+    assert keys[:2] == ["seed", "__set_seed"]
+    for key in ("output_folder", "save_folder", "train_log", "data_folder"):
+        assert key in keys, f"{shown(path)} lacks {key}"
+    assert "data_folder" in placeholders(text)
+
+
+@pytest.mark.parametrize("path", FRAGMENTS, ids=shown)
+def test_fragment_says_how_to_use_it(path):
+    text = path.read_text(encoding="utf-8")
+    header = re.match(r"(#.*\n)+", text)
+    assert header, f"{shown(path)} has no header"
+    assert "!include:" in header[0], "the header shows how to include it"
+    assert "Authors:" in header[0]
+
+
+def test_the_reader_of_scripts_sees_every_form():
+    source = (
+        "hparams['one']; self.hparams.two; self.modules.three(x)\n"
+        "getattr(self.hparams, 'four'); hparams.get('five')\n"
+        "hparams[f'{split}_csv']\n"
+    )
+    used, patterns = used_keys(ast.parse(source))
+    assert {"one", "two", "three", "four", "five"} <= used
+    assert patterns[0].fullmatch("valid_csv")
