@@ -1,4 +1,4 @@
-"""Subtracting weights, and all that can be wrong with the two sides.
+"""Subtracting weights, and whether weights and a vector fit.
 
 Authors
  * speechbrain_taskarith contributors 2026
@@ -9,6 +9,7 @@ import warnings
 import torch
 
 from ..utils.patterns import matches, select
+from .fingerprints import short
 
 # Running statistics: copied from the base unless asked for, since adding
 # differences of variances can make a variance negative.
@@ -57,6 +58,58 @@ def subtract(base, finetuned, include, exclude, strict, buffers):
             raise _not_finite(name, base, finetuned)
         deltas[name] = delta
     return deltas
+
+
+def check_fits(tau, base):
+    """Raise unless weights hold all parameters of a vector, in its shapes.
+
+    Arguments
+    ---------
+    tau : TaskVector
+        The vector.
+    base : State
+        The weights to be edited.
+    """
+    missing = [name for name in tau if name not in base]
+    if missing:
+        raise KeyError(
+            f"{base.label} lacks {some(missing)} of the task vector. Is it "
+            "another model, or wrapped (names with 'module.')? Edit fewer "
+            "parameters with TaskVector.restrict"
+        )
+    for name, delta in tau.items():
+        shape = base.info(name).shape
+        if tuple(delta.shape) != shape:
+            raise ValueError(
+                f"{base.label}: {name!r} has shape {shape}, the task vector "
+                f"{tuple(delta.shape)}; for a grown vocabulary align the "
+                "rows by token first (align_vocabulary)"
+            )
+
+
+def check_ancestry(tau, base):
+    """Raise unless a vector was taken from just these weights.
+
+    Arguments
+    ---------
+    tau : TaskVector
+        The vector.
+    base : State
+        The weights to be edited.
+    """
+    if tau.base_fingerprint == base.fingerprint:
+        return
+    taken = (
+        f"was taken from {short(tau.base_fingerprint)} "
+        f"({tau.metadata.get('base', 'path unknown')})"
+        if tau.base_fingerprint
+        else "combines vectors of several bases"
+    )
+    raise ValueError(
+        f"{base.label} ({short(base.fingerprint)}) is not the base of this "
+        f"task vector, which {taken}. Apply it to its own base, or say "
+        "any_base=True if another model is meant"
+    )
 
 
 def some(names, most=5):

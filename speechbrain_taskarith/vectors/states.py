@@ -127,7 +127,13 @@ def raw_bytes(tensor):
 
 
 class FileHandle:
-    """A file descriptor that closes with the last tensor that uses it."""
+    """A file descriptor that closes with the last tensor that uses it.
+
+    Arguments
+    ---------
+    path : str or pathlib.Path
+        The file.
+    """
 
     def __init__(self, path):
         self.path = Path(path)
@@ -139,7 +145,17 @@ class FileHandle:
 
 
 class StoredTensor:
-    """A tensor as a range of bytes in a file."""
+    """A tensor as a range of bytes in a file.
+
+    Arguments
+    ---------
+    file : FileHandle
+        The file.
+    info : TensorInfo
+        Dtype and shape.
+    offset : int
+        Of its first byte in the file.
+    """
 
     def __init__(self, file, info, offset):
         self.file, self.info, self.offset = file, info, offset
@@ -147,7 +163,7 @@ class StoredTensor:
     identity = None
 
     def read_into(self, start, buffer):
-        """Read bytes from element `start` on until the buffer is full."""
+        """Fill a buffer (see `State.read_into`)."""
         position = self.offset + start * ITEM_SIZE[self.info.dtype]
         view = memoryview(buffer)
         while view:
@@ -157,7 +173,7 @@ class StoredTensor:
             view, position = view[count:], position + count
 
     def tensor(self):
-        """Return the tensor, mapped."""
+        """Return the tensor, mapped (see `State`)."""
         import torch
 
         info = self.info
@@ -376,6 +392,12 @@ def as_state(source):
         For anything else.
     ValueError
         A mapping without weights, or with an entry that is no tensor.
+
+    Example
+    -------
+    >>> import torch
+    >>> as_state({"w": torch.zeros(2, 3)}).info("w")
+    TensorInfo(dtype='F32', shape=(2, 3))
     """
     if isinstance(source, State):
         return source

@@ -8,25 +8,17 @@ Authors
  * speechbrain_taskarith contributors 2026
 """
 
-import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
 from ..utils.patterns import first_match, require_match, select
-from .differences import some, subtract
-from .encodings import decode, encode
+from .application import edit_in_place, edited
+from .differences import check_ancestry, check_fits, some, subtract
 from .fingerprints import short
-from .safetensors_file import damaged
-from .state_readers import open_state
-from .state_writers import save_state
 from .states import as_state
-
-# Elements edited at a time: a scratch buffer of this size stays in the cache,
-# so that an edit in place reads two tensors and writes one, no more.
-_CHUNK = 1 << 17
+from .vector_files import read_vector, write_vector
 
 
 class TaskVector(Mapping):
@@ -361,25 +353,9 @@ class TaskVector(Mapping):
         base.verify()
         self.check_fits(base)
         if not any_base:
-            self._check_ancestry(base)
-        scales, edited, done = self.scales(scale), {}, {}
-        for name in base:
-            origin = base.aliases.get(name, name)
-            if origin in done and _same_edit(self, scales, name, done[origin]):
-                edited[name] = edited[done[origin]]
-                continue
-            done.setdefault(origin, name)
-            tensor = base[name]
-            if scales.get(name, 0.0) == 0.0:
-                edited[name] = tensor.clone()
-                continue
-            # Product, then sum, each rounded: a fused multiply-add would
-            # give other last bits than the engine and on other machines.
-            step = self._deltas[name].to(tensor.device) * scales[name]
-            edited[name] = tensor.float().add(step).to(tensor.dtype)
-        return edited
+            check_ancestry(self, base)
+        return edited(self, base, self.scales(scale))
 
-    @torch.no_grad()
     def apply_(self, module, scale=1.0):
         """Edit a module in place, on its own device.
 
@@ -397,13 +373,7 @@ class TaskVector(Mapping):
         """
         state = as_state(module)
         self.check_fits(state)
-        scales, seen = self.scales(scale), set()
-        for name, delta in self._deltas.items():
-            origin = state.aliases.get(name, name)
-            if origin in seen or scales[name] == 0.0:
-                continue
-            seen.add(origin)
-            _add_scaled_(state[name], delta, scales[name])
+        edit_in_place(self, state, self.scales(scale))
 
     def check_fits(self, base):
         """Raise unless weights hold all parameters in the right shape.
@@ -413,21 +383,7 @@ class TaskVector(Mapping):
         base : State
             The weights to be edited.
         """
-        missing = [name for name in self if name not in base]
-        if missing:
-            raise KeyError(
-                f"{base.label} lacks {some(missing)} of the task vector. "
-                "Is it another model, or wrapped (names with 'module.')? "
-                "Edit fewer parameters with TaskVector.restrict"
-            )
-        for name, delta in self._deltas.items():
-            shape = base.info(name).shape
-            if tuple(delta.shape) != shape:
-                raise ValueError(
-                    f"{base.label}: {name!r} has shape {shape}, the task "
-                    f"vector {tuple(delta.shape)}; for a grown vocabulary "
-                    "align the rows by token first (align_vocabulary)"
-                )
+        check_fits(self, base)
 
     def save(self, path, *, encoding="lossless"):
         """Store the vector as safetensors, atomically.
@@ -446,21 +402,7 @@ class TaskVector(Mapping):
         pathlib.Path
             The path.
         """
-        path = Path(path)
-        if path.suffix != ".safetensors":
-            raise ValueError(f"{path}: a task vector is stored as .safetensors")
-        tensors, layout = encode(self._deltas, encoding)
-        header = {
-            "task_vector": json.dumps(
-                {
-                    "version": 1,
-                    "layout": layout,
-                    "base_fingerprint": self.base_fingerprint,
-                    "metadata": self.metadata,
-                }
-            )
-        }
-        return save_state(tensors, path, metadata=header)
+        return write_vector(self, path, encoding)
 
     @classmethod
     def load(cls, path):
@@ -481,23 +423,7 @@ class TaskVector(Mapping):
         ValueError
             Damaged, or weights that are no task vector.
         """
-        stored = open_state(path)
-        text = stored.metadata.get("task_vector")
-        if text is None:
-            raise ValueError(
-                f"{path}: holds weights, no task vector; make one with "
-                "TaskVector.between(base, finetuned)"
-            )
-        stored.verify()
-        try:
-            header = json.loads(text)
-            deltas = decode(stored, header["layout"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise damaged(path, f"is no whole task vector ({error})") from None
-        for name, delta in deltas.items():
-            if not torch.isfinite(delta).all():
-                raise damaged(path, f"{name!r} holds NaN or infinity")
-        return cls(deltas, header["base_fingerprint"], header["metadata"])
+        return cls(*read_vector(path))
 
     def _map(self, function, operation):
         done, deltas = {}, {}
@@ -544,54 +470,6 @@ class TaskVector(Mapping):
                     f"{name!r} has shape {tuple(delta.shape)} in one task "
                     f"vector and {tuple(other[name].shape)} in the other"
                 )
-
-    def _check_ancestry(self, base):
-        if self.base_fingerprint == base.fingerprint:
-            return
-        taken = (
-            f"was taken from {short(self.base_fingerprint)} "
-            f"({self.metadata.get('base', 'path unknown')})"
-            if self.base_fingerprint
-            else "combines vectors of several bases"
-        )
-        raise ValueError(
-            f"{base.label} ({short(base.fingerprint)}) is not the base of "
-            f"this task vector, which {taken}. Apply it to its own base, or "
-            "say any_base=True if another model is meant"
-        )
-
-
-def _same_edit(tau, scales, name, twin):
-    """Tell whether two tied names get the same edit and so stay tied."""
-    if (name in tau) != (twin in tau):
-        raise ValueError(
-            f"{name!r} and {twin!r} are one tensor in the base, but the task "
-            "vector edits only one of them; include or exclude both"
-        )
-    if scales.get(name) != scales.get(twin):
-        raise ValueError(
-            f"{name!r} and {twin!r} are one tensor in the base, but get two "
-            "scales; let one pattern match both"
-        )
-    return True
-
-
-def _add_scaled_(tensor, delta, scale):
-    """`tensor += scale * delta` with the bytes that `apply` would give."""
-    delta = delta.to(tensor.device)
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
-        tensor.copy_(tensor.float().add_(delta * scale))
-        return
-    target, source = tensor.view(-1), delta.reshape(-1)
-    scratch = torch.empty(min(_CHUNK, target.numel()))
-    for start in range(0, target.numel(), _CHUNK):
-        part = target[start : start + _CHUNK]
-        step = scratch[: part.numel()]
-        torch.mul(source[start : start + _CHUNK], scale, out=step)
-        if part.dtype == torch.float32:
-            part.add_(step)
-        else:
-            part.copy_(step.add_(part.float()))
 
 
 def _check_scale(scale):

@@ -1,0 +1,345 @@
+"""Low-rank adapters as task vectors: what a LoRA adds to the weights.
+
+Hu et al. 2022, https://arxiv.org/abs/2106.09685: `W' = W + scaling * B A`.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ..utils.files import read_json
+from .state_readers import open_state
+from .states import as_state
+
+_PREFIX = "base_model.model."
+# What changes the formula; refused, since the result would be plausible and
+# wrong. Each is a key of PEFT's adapter_config.json.
+_OTHER_METHODS = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "arrow_config",
+    "corda_config",
+)
+# Starts that take a part out of the base's own weights.
+_MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def lora_deltas(base, adapted, *, alpha=None):
+    """Return what a low-rank adapter adds to each weight of its base.
+
+    Linear layers and convolutions, with `scaling * B A` taken in float32;
+    for a convolution `A` has the kernel and `B` is pointwise (eq. 3 of the
+    paper, kernel position by kernel position). Weights that were trained
+    beside the adapter (unfrozen layers, biases, PEFT's `modules_to_save`)
+    enter as plain differences.
+
+    Arguments
+    ---------
+    base : path, torch.nn.Module, or mapping of tensors
+        The weights that the adapter was trained on.
+    adapted : torch.nn.Module, path, or mapping of tensors
+        SpeechBrain's `AdaptedModel` with `LoRA`; or what such a model
+        saves (then `alpha` is needed, since it is not stored); or a PEFT
+        folder (`adapter_config.json`, `adapter_model.safetensors`).
+    alpha : float or None
+        SpeechBrain's `LoRA(alpha=...)`, for stored adapters only.
+
+    Returns
+    -------
+    dict
+        `{name: float32 tensor}`, by the base's names; weights that are as
+        they were in the base are left out.
+
+    Raises
+    ------
+    ValueError
+        Another kind of adapter (DoRA, Houlsby, ...), shapes that do not fit,
+        or frozen weights that are not the base's.
+    KeyError
+        The adapter changes a weight that the base lacks.
+
+    Example
+    -------
+    >>> from speechbrain.nnet.adapters import AdaptedModel, LoRA
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    >>> base = {k: v.clone() for k, v in model.state_dict().items()}
+    >>> adapted = AdaptedModel(
+    ...     model, LoRA, all_linear=True, adapter_kwargs={"rank": 1}
+    ... )
+    >>> lora = model[0]
+    >>> _ = torch.nn.init.ones_(lora.adapter_down_proj.weight)
+    >>> _ = torch.nn.init.ones_(lora.adapter_up_proj.weight)
+    >>> lora_deltas(base, adapted)
+    {'0.weight': tensor([[1., 1.],
+            [1., 1.]])}
+    """
+    base = as_state(base)
+    if isinstance(adapted, (str, os.PathLike)):
+        folder = Path(adapted)
+        if (folder / "adapter_config.json").exists():
+            return _peft(base, folder)
+        return _stored(base, open_state(adapted), alpha, str(adapted))
+    if isinstance(adapted, Mapping):
+        return _stored(base, as_state(adapted), alpha, "the mapping")
+    if isinstance(adapted, torch.nn.Module):
+        return _speechbrain(base, adapted)
+    raise TypeError(
+        "adapted: expected an AdaptedModel, its stored weights, or a PEFT "
+        f"folder, got {type(adapted).__name__}"
+    )
+
+
+# -- SpeechBrain -------------------------------------------------------------
+
+
+def _speechbrain(base, adapted):
+    from speechbrain.nnet.adapters import LoRA
+
+    model = adapted
+    if "adapted_model" in dict(adapted.named_children()):
+        model = dict(adapted.named_children())["adapted_model"]
+    pairs, values = {}, {}
+    state = model.state_dict()
+    owned = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, LoRA):
+            if hasattr(module, "adapter_down_proj"):
+                raise ValueError(
+                    f"{name}: a {type(module).__name__} has an activation "
+                    "inside and is no difference of weights; only LoRA is"
+                )
+            continue
+        prefix = f"{name}." if name else ""
+        pairs[f"{prefix}weight"] = (
+            module.adapter_up_proj.weight,
+            module.adapter_down_proj.weight,
+            module.scaling,
+        )
+        for key in state:
+            if key.startswith(f"{prefix}adapter_"):
+                owned.add(key)
+            elif key.startswith(f"{prefix}pretrained_module."):
+                owned.add(key)
+                inner = key[len(f"{prefix}pretrained_module.") :]
+                values[f"{prefix}{inner}"] = state[key]
+    if not pairs:
+        raise ValueError("the adapted model holds no LoRA layer")
+    values |= {key: state[key] for key in state if key not in owned}
+    frozen = {
+        key: value
+        for key, value in values.items()
+        if not _trained(model, key, pairs)
+    }
+    for key in frozen:
+        expected = _of_base(base, key)
+        if key.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            continue
+        if not torch.equal(frozen[key].cpu(), expected.cpu()):
+            raise ValueError(
+                f"{key}: the adapter's frozen weights are not the base's "
+                f"({base.label}); give the base that it was trained on"
+            )
+    deltas = _differences(
+        base, {k: v for k, v in values.items() if k not in frozen}
+    )
+    return _add_products(base, deltas, pairs)
+
+
+def _trained(model, key, pairs):
+    """Tell whether a weight outside the adapters was trained itself."""
+    if key in pairs:
+        return False
+    owner, _, leaf = key.rpartition(".")
+    try:
+        parameter = getattr(model.get_submodule(owner), leaf)
+    except AttributeError:
+        # A LoRA layer stands where the base has this weight's owner.
+        parameter = getattr(
+            model.get_submodule(f"{owner}.pretrained_module"), leaf
+        )
+    return bool(getattr(parameter, "requires_grad", False))
+
+
+def _stored(base, state, alpha, label):
+    """Read what `AdaptedModel` saves: trained tensors only."""
+    pairs, values = {}, {}
+    down = ".adapter_down_proj.weight"
+    for key in state:
+        name = key.removeprefix("adapted_model.")
+        if key.endswith(down):
+            stem = key.removesuffix(down)
+            up = f"{stem}.adapter_up_proj.weight"
+            if up not in state or f"{stem}.adapter_down_proj.bias" in state:
+                raise ValueError(f"{label}: {key!r} belongs to no LoRA")
+            if alpha is None:
+                raise ValueError(
+                    f"{label}: SpeechBrain does not store a LoRA's alpha; "
+                    "give the one it was trained with (alpha=1.0 is LoRA's "
+                    "own default)"
+                )
+            rank = state[key].shape[0]
+            target = name.removesuffix(down) + ".weight"
+            pairs[target] = (state[up], state[key], alpha / rank)
+        elif "adapter_" not in name.rpartition(".")[0].rpartition(".")[2]:
+            values[name.replace(".pretrained_module.", ".")] = state[key]
+    if not pairs:
+        raise ValueError(
+            f"{label}: holds no LoRA (expected ...{down} and its partner, or "
+            "a PEFT folder with adapter_config.json)"
+        )
+    return _add_products(base, _differences(base, values), pairs)
+
+
+# -- PEFT --------------------------------------------------------------------
+
+
+def _peft(base, folder):
+    config = read_json(folder / "adapter_config.json")
+    kind = str(config.get("peft_type", "")).upper()
+    if kind != "LORA":
+        raise ValueError(
+            f"{folder}: is a {kind or 'nameless'} adapter, no LoRA"
+        )
+    for key in _OTHER_METHODS:
+        if config.get(key):
+            raise ValueError(
+                f"{folder}: {key} is on; this is no plain LoRA (W + scaling "
+                "B A) and cannot be read as one. Merge it with PEFT "
+                "(merge_and_unload) and subtract: TaskVector.between"
+            )
+    start = str(config.get("init_lora_weights", ""))
+    if start.startswith(_MOVES_THE_BASE):
+        raise ValueError(
+            f"{folder}: init_lora_weights is {start!r}, which changes the "
+            "base's weights before training; B A is then not the difference "
+            "from the base. Convert it with PEFT (save_pretrained(path_"
+            "initial_model_for_weight_conversion=...)), or merge and subtract"
+        )
+    state = _peft_state(folder)
+    pairs, matched = _peft_pairs(state, config, folder)
+    values = {}
+    for key in state:
+        if key in matched:
+            continue
+        name = key.removeprefix(_PREFIX)
+        if "lora_" in name:
+            raise ValueError(
+                f"{folder}: does not know what to do with {key!r} (a LoRA "
+                "bias or a magnitude?); merge with PEFT and subtract"
+            )
+        for part in (".modules_to_save", ".base_layer", ".default"):
+            name = name.replace(part, "")
+        values[name] = state[key]
+    if not pairs and not values:
+        raise ValueError(f"{folder}: the adapter is empty")
+    return _add_products(base, _differences(base, values), pairs)
+
+
+def _peft_pairs(state, config, folder):
+    """Return `{base's name: (B, A, scaling)}` and the keys that went in."""
+    pairs, matched = {}, set()
+    for key in state:
+        for a, b in (
+            (".lora_A.weight", ".lora_B.weight"),
+            (".lora_embedding_A", ".lora_embedding_B"),
+        ):
+            if not key.endswith(a):
+                continue
+            other = key.removesuffix(a) + b
+            if other not in state:
+                raise ValueError(f"{folder}: {key!r} lacks its partner {other}")
+            matched |= {key, other}
+            module = key.removeprefix(_PREFIX).removesuffix(a)
+            down, up = state[key].float(), state[other].float()
+            scaling = _peft_scaling(config, module, down.shape[0])
+            # An embedding is W[token], and fan-in-fan-out layers keep W
+            # transposed: both are the transpose of B A.
+            if "embedding" in a or config.get("fan_in_fan_out"):
+                down, up = up.T, down.T
+            pairs[f"{module}.weight"] = (up, down, scaling)
+    return pairs, matched
+
+
+def _peft_state(folder):
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (folder / name).exists():
+            return open_state(folder / name)
+    raise FileNotFoundError(
+        f"{folder}: has an adapter_config.json, but neither "
+        "adapter_model.safetensors nor adapter_model.bin"
+    )
+
+
+def _peft_scaling(config, module, rank):
+    """Return alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA."""
+    alpha = config.get("lora_alpha", 8)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if _peft_match(module, pattern):
+            alpha = value
+            break
+    # The rank is that of the tensors, so rank_pattern needs no reading.
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _peft_match(module, pattern):
+    """Match as PEFT does: a suffix at a dot, or a regular expression."""
+    import re
+
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+# -- both --------------------------------------------------------------------
+
+
+def _of_base(base, name):
+    if name not in base:
+        raise KeyError(
+            f"{base.label} has no {name!r}, which the adapter changes; give "
+            "the base that it was trained on"
+        )
+    return base[name]
+
+
+def _differences(base, values):
+    deltas = {}
+    for name, value in values.items():
+        before = _of_base(base, name)
+        if not torch.is_floating_point(before):
+            continue
+        if before.shape != value.shape:
+            raise ValueError(
+                f"{name!r} has shape {tuple(value.shape)} beside the adapter "
+                f"and {tuple(before.shape)} in {base.label}"
+            )
+        delta = value.detach().to(before.device).float() - before.float()
+        if delta.any():
+            deltas[name] = delta
+    return deltas
+
+
+@torch.no_grad()
+def _add_products(base, deltas, pairs):
+    for name, (up, down, scaling) in pairs.items():
+        before = _of_base(base, name)
+        up = up.detach().to(before.device).float()
+        down = down.detach().to(before.device).float()
+        flat = up.reshape(up.shape[0], -1) @ down.reshape(down.shape[0], -1)
+        if flat.numel() != before.numel():
+            raise ValueError(
+                f"{name!r}: the adapter makes {tuple(flat.shape)}, the "
+                f"weight in {base.label} is {tuple(before.shape)}"
+            )
+        delta = flat.reshape(before.shape) * scaling
+        deltas[name] = deltas[name] + delta if name in deltas else delta
+    return deltas

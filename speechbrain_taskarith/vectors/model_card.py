@@ -1,0 +1,326 @@
+"""A card beside every output: where these weights come from.
+
+Markdown for people, JSON for programs, the same content.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+import dataclasses
+import importlib.metadata
+import math
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..utils.files import atomic_write, write_json
+from .edit_log import now
+from .rule_description import describe_rule
+
+_PACKAGES = ("speechbrain_taskarith", "speechbrain", "torch", "numpy")
+
+
+@dataclass
+class ModelCard:
+    """Provenance of weights that were made from other weights.
+
+    Arguments
+    ---------
+    title : str
+        First line of the card.
+    parents : list of dict
+        What it was made from: `{"role", "path", "fingerprint"}`, see
+        `parent`.
+    rule : object or dict
+        The rule, or its description.
+    scale : float, dict or list
+        What the vectors were multiplied by.
+    wer : list of dict
+        Rows of a table of word error rates, e.g. `{"row": "edited", "wer":
+        4.2, "split": "test"}`; or `{name: number}`.
+    selected_on : str or None
+        What the scale was chosen on.
+    fingerprint : str or None
+        Of the weights that the card lies beside.
+    notes : list of str
+        What a user should know.
+    date : str
+        UTC, ISO 8601; now by default.
+    versions : dict
+        Of the packages that made it; those installed by default.
+
+    Example
+    -------
+    >>> card = ModelCard(
+    ...     "Edited",
+    ...     parents=[{"role": "base", "path": "us.ckpt", "fingerprint": "ab"}],
+    ...     scale=0.4,
+    ...     wer={"german": 5.0},
+    ...     selected_on="valid",
+    ... )
+    >>> print(card.to_markdown())
+    # Edited
+    ...
+    | name | wer |
+    | --- | --- |
+    | german | 5.00 |
+    ...
+    """
+
+    title: str = "Edited model"
+    parents: list = field(default_factory=list)
+    rule: object = None
+    scale: object = None
+    wer: object = field(default_factory=list)
+    selected_on: str | None = None
+    fingerprint: str | None = None
+    notes: list = field(default_factory=list)
+    date: str = field(default_factory=now)
+    versions: dict = field(default_factory=lambda: _versions())
+
+    def __post_init__(self):
+        if self.rule is not None and not isinstance(self.rule, dict):
+            self.rule = describe_rule(self.rule)
+        if isinstance(self.wer, dict):
+            self.wer = [{"name": k, "wer": v} for k, v in self.wer.items()]
+        if isinstance(self.notes, str):
+            self.notes = [self.notes]
+        self.parents = [dict(parent) for parent in self.parents]
+
+    @staticmethod
+    def parent(role, source):
+        """Describe one parent.
+
+        Arguments
+        ---------
+        role : str
+            `"base"`, `"fine-tuned"`, `"vector"`, ...
+        source : State or TaskVector
+            The parent.
+
+        Returns
+        -------
+        dict
+            Role, path (as given), and fingerprint.
+        """
+        if hasattr(source, "fingerprint"):
+            return {
+                "role": role,
+                "path": source.label,
+                "fingerprint": source.fingerprint,
+            }
+        described = {
+            "role": role,
+            "base_fingerprint": source.base_fingerprint,
+        }
+        for key, name in (
+            ("finetuned", "path"),
+            ("finetuned_fingerprint", "fingerprint"),
+        ):
+            if key in source.metadata:
+                described[name] = source.metadata[key]
+        return described
+
+    @classmethod
+    def of_edits(cls, editor, **fields):
+        """Make the card of a `SequentialEditor`'s present state.
+
+        Arguments
+        ---------
+        editor : SequentialEditor
+            The editor.
+        **fields : object
+            Further fields of the card.
+
+        Returns
+        -------
+        ModelCard
+            One parent for the base, one for every edit in force.
+        """
+        parents = [{"role": "base", "fingerprint": editor.base_fingerprint}]
+        for edit in editor.log:
+            parents.append(
+                {
+                    "role": f"edit {edit.name!r}",
+                    "vector_sha256": edit.sha256,
+                    "encoding": edit.encoding,
+                    "scale": edit.scale,
+                    "rule": edit.rule,
+                    "exact": edit.exact,
+                }
+            )
+        given = {
+            "title": "Sequentially edited model",
+            "parents": parents,
+            "rule": editor.log[-1].rule if editor.log else None,
+            "scale": [edit.scale for edit in editor.log],
+            "selected_on": "; ".join(
+                dict.fromkeys(
+                    e.selected_on for e in editor.log if e.selected_on
+                )
+            )
+            or None,
+            "fingerprint": editor.fingerprint,
+        }
+        if any(not edit.exact for edit in editor.log):
+            given["notes"] = [
+                "An earlier edit was dropped or moved: later vectors were "
+                "applied to another state than they were learned on."
+            ]
+        return cls(**{**given, **fields})
+
+    def to_dict(self):
+        """Return plain types.
+
+        Returns
+        -------
+        dict
+            One entry a field; numbers that are not finite become None.
+        """
+        return _plain(dataclasses.asdict(self))
+
+    def provenance(self):
+        """Return what belongs into a file's own metadata: the card, short.
+
+        Returns
+        -------
+        dict
+            Parents, rule, scale, selection and date.
+        """
+        keys = ("parents", "rule", "scale", "selected_on", "date", "versions")
+        content = self.to_dict()
+        return {key: content[key] for key in keys if content[key]}
+
+    def to_markdown(self):
+        """Return the card as Markdown.
+
+        Returns
+        -------
+        str
+            A heading, facts, tables.
+        """
+        card = self.to_dict()
+        lines = [f"# {_cell(card['title'])}", ""]
+        for label, value in (
+            ("Made", card["date"]),
+            ("Rule", _rule_text(card["rule"])),
+            ("Scale", _scale_text(card["scale"])),
+            ("Chosen on", card["selected_on"]),
+            ("Fingerprint", card["fingerprint"]),
+        ):
+            if value not in (None, "", []):
+                lines.append(f"- {label}: {value}")
+        if card["parents"]:
+            lines += ["", "## Made from", "", *_table(card["parents"])]
+        if card["wer"]:
+            lines += ["", "## Word error rates", "", *_table(card["wer"])]
+        if card["notes"]:
+            lines += ["", "## Notes", "", *[f"- {n}" for n in card["notes"]]]
+        versions = [
+            {"package": k, "version": v} for k, v in card["versions"].items()
+        ]
+        lines += ["", "## Versions", "", *_table(versions)]
+        return "\n".join(lines) + "\n"
+
+    def save(self, output):
+        """Write both forms beside an output, each atomically.
+
+        Arguments
+        ---------
+        output : str or pathlib.Path
+            The weights' file or folder. A folder gets `model_card.md` and
+            `model_card.json` inside; a file `x.safetensors` gets
+            `x.card.md` and `x.card.json` beside it.
+
+        Returns
+        -------
+        list of pathlib.Path
+            The two files.
+        """
+        output = Path(output)
+        if output.is_dir():
+            stem = output / "model_card"
+            paths = [Path(f"{stem}.md"), Path(f"{stem}.json")]
+        else:
+            paths = [
+                output.with_suffix(".card.md"),
+                output.with_suffix(".card.json"),
+            ]
+        with atomic_write(paths[0], "w") as stream:
+            stream.write(self.to_markdown())
+        write_json(paths[1], self.to_dict())
+        return paths
+
+
+def _versions():
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if "speechbrain_taskarith" not in found:
+        from .. import __version__
+
+        found["speechbrain_taskarith"] = __version__
+    return found
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    return str(value)
+
+
+def _table(rows):
+    columns = []
+    for row in rows:
+        columns += [key for key in row if key not in columns]
+    lines = [
+        f"| {' | '.join(map(_cell, columns))} |",
+        f"| {' | '.join('---' for _ in columns)} |",
+    ]
+    for row in rows:
+        cells = " | ".join(_cell(row.get(column)) for column in columns)
+        lines.append(f"| {cells} |")
+    return lines
+
+
+def _cell(value):
+    """Return a value as the text of one table cell."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    if isinstance(value, dict):
+        value = _rule_text(value) if "rule" in value else _scale_text(value)
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _rule_text(rule):
+    if not rule:
+        return None
+    arguments = ", ".join(
+        f"{key}={_rule_text(v) if isinstance(v, dict) and 'rule' in v else v}"
+        for key, v in rule.items()
+        if key not in ("rule", "module")
+    )
+    return f"{rule.get('rule')}({arguments})"
+
+
+def _scale_text(scale):
+    if isinstance(scale, dict):
+        return ", ".join(f"`{key}`: {value}" for key, value in scale.items())
+    if isinstance(scale, list):
+        return ", ".join(str(_scale_text(entry)) for entry in scale)
+    return scale

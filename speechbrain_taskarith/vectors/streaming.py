@@ -1,0 +1,456 @@
+"""Passing vectors through a rule, chunk by chunk.
+
+What a rule computes is written once, against the operators that NumPy and
+torch share; this file feeds it. Vectors may be tensors in memory or files
+that are read piece by piece (`merge`), the chunks may be worked on by several
+threads, and the result is the same to the last bit: every chunk is computed
+alone, and what is gathered over chunks is gathered in their order.
+
+Nothing here imports torch, unless tensors of a GPU are passed in.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import NamedTuple
+
+import numpy as np
+
+from ..utils.progress import progress
+from .chunk_reader import read_float32
+from .kernels import all_finite
+
+# Elements that are worked on at a time. A handful of float32 buffers of this
+# size stay in a core's second-level cache, which is what makes a pass cost
+# little more than reading the files; much smaller, Python's calls would show.
+CHUNK = 1 << 16
+
+# Sums over many elements (dot products) are taken over runs of this many and
+# then added in order, so that they do not depend on the chunk size.
+RUN = 1 << 14
+
+
+class Place(NamedTuple):
+    """A run of elements of one tensor.
+
+    Arguments
+    ---------
+    index : int
+        Its number in the order of the whole vector.
+    name : str
+        The tensor's name.
+    shape : tuple of int
+        The whole tensor's shape.
+    start, stop : int
+        The run `[start, stop)` in the flattened tensor.
+    """
+
+    index: int
+    name: str
+    shape: tuple
+    start: int
+    stop: int
+
+    @property
+    def size(self):
+        """Number of elements."""
+        return self.stop - self.start
+
+
+def places(shapes, chunk=CHUNK, granularity=None):
+    """Cut tensors into chunks.
+
+    Arguments
+    ---------
+    shapes : dict
+        `{name: shape}`, in the order of the vector.
+    chunk : int
+        Elements of a chunk; rounded down to whole units, at least one.
+    granularity : callable or None
+        `shape -> int`: smallest number of elements that a rule can work on
+        (1, a row, a whole tensor).
+
+    Returns
+    -------
+    list of Place
+        They cover every element once, in order.
+
+    Example
+    -------
+    >>> [(p.name, p.start, p.stop) for p in places({"w": (5,)}, chunk=2)]
+    [('w', 0, 2), ('w', 2, 4), ('w', 4, 5)]
+    """
+    found = []
+    for name, shape in shapes.items():
+        numel = math.prod(shape)
+        unit = max(1, granularity(shape)) if granularity else 1
+        step = max(chunk // unit, 1) * unit
+        for start in range(0, numel, step):
+            stop = min(start + step, numel)
+            found.append(Place(len(found), name, tuple(shape), start, stop))
+    return found
+
+
+class Workspace:
+    """Buffers of one thread, used again for every chunk.
+
+    Arguments
+    ---------
+    xp : module
+        `numpy` or `torch`: where the arrays live.
+    device : torch.device or None
+        For torch.
+    """
+
+    def __init__(self, xp=np, device=None):
+        self.xp, self.device = xp, device
+        self._buffers = {}
+        # What a rule learns about a chunk besides the result: whether it
+        # waits for the sign that prevails in the whole vector, how many more
+        # elements are positive than negative; and that sign (-1, 0, 1).
+        self.unresolved, self.tally, self.majority = False, 0, None
+        # Which place the base's buffer holds, and bytes read from files.
+        self.place, self.bytes_read = None, 0
+
+    def array(self, key, size, dtype="float32"):
+        """Return an uninitialised buffer.
+
+        Arguments
+        ---------
+        key : str
+            What it is for; the same key gives the same memory.
+        size : int
+            Number of elements.
+        dtype : str
+            Name of its type, one that NumPy and torch both know.
+
+        Returns
+        -------
+        numpy.ndarray or torch.Tensor
+            One-dimensional.
+        """
+        buffer = self._buffers.get((key, dtype))
+        if buffer is None or len(buffer) < size:
+            where = {} if self.xp is np else {"device": self.device}
+            kind = getattr(self.xp, dtype)
+            buffer = self.xp.empty(size, dtype=kind, **where)
+            self._buffers[key, dtype] = buffer
+        return buffer[:size]
+
+    def bytes(self, key, size):
+        """Return an uninitialised NumPy buffer of bytes (see `array`)."""
+        buffer = self._buffers.get((key, "bytes"))
+        if buffer is None or len(buffer) < size:
+            buffer = self._buffers[key, "bytes"] = np.empty(size, np.uint8)
+        return buffer[:size]
+
+    def zeros(self, key, size, dtype="float32"):
+        """Return a buffer filled with zeros (see `array`)."""
+        buffer = self.array(key, size, dtype)
+        buffer[:] = 0
+        return buffer
+
+    def number(self, value):
+        """Return a float32 scalar array, for `maximum` and `minimum`."""
+        buffer = self._buffers.get(("number", value))
+        if buffer is None:
+            buffer = self.array(f"number {value}", 1)
+            buffer[:] = value
+            buffer = self._buffers["number", value] = buffer.reshape(())
+        return buffer
+
+    def from_numpy(self, array):
+        """Bring a NumPy array to where this workspace's arrays live."""
+        if self.xp is np:
+            return array
+        return self.xp.from_numpy(array).to(self.device)
+
+
+def to_numpy(array):
+    """Return an array of either kind as NumPy, without a copy on the CPU."""
+    return array if isinstance(array, np.ndarray) else array.cpu().numpy()
+
+
+class MemoryVectors:
+    """Vectors that are tensors in memory, as flat arrays.
+
+    Arguments
+    ---------
+    vectors : sequence of mappings
+        `{name: float32 tensor}`, all with the same names and shapes.
+    base : State or None
+        The base's weights, for rules that look at them.
+
+    Attributes
+    ----------
+    shapes : dict
+        `{name: shape}` of what is to be merged; of tied tensors only the
+        first.
+    twins : dict
+        `{name: first name}` of the other tied tensors.
+    """
+
+    def __init__(self, vectors, base=None):
+        import torch
+
+        self.number, self.base = len(vectors), base
+        first = vectors[0]
+        self.shapes, self.twins, self._flat = {}, {}, {}
+        seen = {}
+        on_cpu = True
+        for name in first.keys():
+            tensors = [vector[name] for vector in vectors]
+            same = tuple(map(_memory, tensors))
+            if None not in same and same in seen:
+                self.twins[name] = seen[same]
+                continue
+            seen[same] = name
+            self.shapes[name] = tuple(tensors[0].shape)
+            device = tensors[0].device
+            on_cpu = on_cpu and device.type == "cpu"
+            self._flat[name] = [
+                tensor.detach().to(device, torch.float32).reshape(-1)
+                for tensor in tensors
+            ]
+        self.xp, self.device = (np, None) if on_cpu else (torch, device)
+        if on_cpu:
+            for name, tensors in self._flat.items():
+                self._flat[name] = [tensor.numpy() for tensor in tensors]
+
+    def vector(self, index, place, work):
+        """Return a run of one vector; not to be written to."""
+        return self._flat[place.name][index][place.start : place.stop]
+
+    def require_base(self):
+        """Raise unless the base is known."""
+        if self.base is None:
+            raise ValueError(
+                "this rule looks at the models' weights: pass the base too, "
+                "as in rule(base, vectors) or combine(vectors, base=base)"
+            )
+
+    def base_chunk(self, place, work):
+        """Return a run of the base as float32."""
+        return read_float32(
+            self.base, place.name, place.start, place.stop, work, "base"
+        )
+
+    def blame(self, index, place):
+        """Make the error for NaN or infinity in a vector."""
+        return ValueError(
+            f"task vector {index + 1} of {self.number} holds NaN or infinity "
+            f"in {place.name!r}. The training that made it diverged; use an "
+            "earlier checkpoint"
+        )
+
+
+def _memory(tensor):
+    """Tell which memory a tensor shows; None for an empty one."""
+    if not tensor.numel():
+        return None
+    shape, stride = tuple(tensor.shape), tuple(tensor.stride())
+    return tensor.device, tensor.data_ptr(), shape, stride
+
+
+class Pass:
+    """One way through all chunks, by one thread or several.
+
+    Arguments
+    ---------
+    threads : int
+        Number of threads.
+    xp, device : module, torch.device or None
+        Where the workspaces' arrays live.
+    progress : bool
+        Whether to show a bar for every pass that has a label.
+    """
+
+    def __init__(self, threads=1, xp=np, device=None, progress=False):
+        self.threads = max(1, threads)
+        self.progress = progress
+        self.lock = threading.Lock()
+        self._workspaces = [
+            Workspace(xp, device) for _ in range(self.threads)
+        ]
+
+    def run(self, function, items, label=None):
+        """Call `function(item, workspace)` for every item.
+
+        Arguments
+        ---------
+        function : callable
+            What to do with an item.
+        items : sequence
+            Taken in order by whichever thread is free; `item.size` is what
+            the bar counts.
+        label : str or None
+            What to write before the bar; None shows no bar.
+
+        Returns
+        -------
+        list
+            The results in the order of the items.
+        """
+        if label is None or not self.progress:
+            return self._run(function, items, None)
+        total = sum(item.size for item in items)
+        with progress(total=total, desc=label, unit="el") as bar:
+            return self._run(function, items, bar)
+
+    def _run(self, function, items, bar):
+        results, stop = [None] * len(items), []
+        numbers = iter(range(len(items)))
+
+        def work(workspace):
+            while not stop:
+                with self.lock:
+                    number = next(numbers, None)
+                if number is None:
+                    return
+                try:
+                    # Overflow shows as infinity, which is looked for.
+                    with np.errstate(over="ignore", invalid="ignore"):
+                        results[number] = function(items[number], workspace)
+                except BaseException:
+                    stop.append(True)
+                    raise
+                if bar is not None:
+                    with self.lock:
+                        bar.update(items[number].size)
+
+        if self.threads == 1 or len(items) < 2:
+            work(self._workspaces[0])
+            return results
+        with ThreadPoolExecutor(self.threads) as pool:
+            futures = [pool.submit(work, w) for w in self._workspaces]
+            wait(futures)
+            # The first error in the order of the items would need waiting
+            # for all; any of them names its place.
+            for future in futures:
+                future.result()
+        return results
+
+    @property
+    def workspace(self):
+        """A workspace for work between the passes."""
+        return self._workspaces[0]
+
+    @property
+    def bytes_read(self):
+        """Bytes read from files so far."""
+        return sum(work.bytes_read for work in self._workspaces)
+
+    def tell(self, majority):
+        """Let all workspaces know the sign that prevails."""
+        for work in self._workspaces:
+            work.majority = majority
+
+
+class Stream:
+    """Vectors on their way through a rule's stages.
+
+    Arguments
+    ---------
+    source : MemoryVectors or alike
+        Gives runs of the vectors: `number`, `shapes`, `vector`, `blame`,
+        `xp`, `device`.
+    stages : sequence of Stage
+        What is done to each vector alone, in this order.
+    chunk : int
+        Elements at a time.
+    threads : int
+        Number of threads.
+    progress : bool
+        See `Pass`.
+    """
+
+    def __init__(
+        self, source, stages=(), chunk=CHUNK, threads=1, progress=False
+    ):
+        self.source, self.chunk = source, chunk
+        self.numel = {n: math.prod(s) for n, s in source.shapes.items()}
+        self.passes = Pass(threads, source.xp, source.device, progress)
+        # Whether the vectors are known to hold neither NaN nor infinity.
+        self.finite = False
+        self.ready = []
+        for stage in stages:
+            self.ready.append(stage.prepare(self))
+
+    def granularity(self, shape):
+        """Return the smallest run that all stages so far can work on."""
+        return max((stage.granularity(shape) for stage in self.ready), default=1)
+
+    def places(self, granularity=None):
+        """Cut the vectors into chunks that all stages so far can work on,
+        and a rule with this granularity too."""
+
+        def coarsest(shape):
+            unit = granularity(shape) if granularity is not None else 1
+            return max(unit, self.granularity(shape))
+
+        return places(self.source.shapes, self.chunk, coarsest)
+
+    def vector(self, index, place, work):
+        """Return a run of one vector after all stages so far.
+
+        Raises ValueError for NaN or infinity, unless a pass before has
+        looked at all vectors already.
+        """
+        tau = self.source.vector(index, place, work)
+        if not self.finite and not all_finite(tau):
+            raise self.source.blame(index, place)
+        for number, stage in enumerate(self.ready):
+            out = work.array(f"stage{number % 2}", place.size)
+            tau = stage.apply(index, tau, place, work, out)
+        return tau
+
+    def vectors(self, place, work):
+        """Yield a run of every vector; each is valid until the next."""
+        for index in range(self.source.number):
+            yield self.vector(index, place, work)
+
+    def merge(self, rule, emit):
+        """Merge all chunks.
+
+        Arguments
+        ---------
+        rule : Rule
+            What to do with the vectors.
+        emit : callable
+            Called as `emit(place, merged, workspace)`, from any thread; the
+            array is valid until it returns.
+        """
+        prepared = rule.prepare(self)
+        passes, spots = self.passes, self.places(rule.granularity)
+        # One look at the result is cheaper than one at every vector.
+        carried = rule.carries_nan and not self.ready and not self.finite
+        self.finite = self.finite or carried
+
+        def visit(place, work):
+            work.unresolved, work.tally = False, 0
+            vectors = self.vectors(place, work)
+            merged = rule.merge(vectors, place, work, prepared)
+            if carried and not all_finite(merged):
+                self._look_for_nan(place, work)
+            if not work.unresolved:
+                emit(place, merged, work)
+            return work.unresolved, work.tally
+
+        told = passes.run(visit, spots, "merging")
+        open_spots = [p for p, (left, _) in zip(spots, told) if left]
+        if open_spots:
+            # Entries that cancel exactly take the sign that prevails in the
+            # whole vector, which is known only now.
+            majority = int(np.sign(sum(tally for _, tally in told)))
+            passes.tell(majority)
+            passes.run(visit, open_spots)
+
+    def _look_for_nan(self, place, work):
+        """Raise for the vector that holds NaN or infinity, if any does:
+        large finite numbers may also overflow by being added."""
+        for index in range(self.source.number):
+            if not all_finite(self.source.vector(index, place, work)):
+                raise self.source.blame(index, place)

@@ -1,0 +1,134 @@
+"""SYN2REAL: what real speech adds to synthetic speech, as a vector.
+
+Su et al., "Task Arithmetic can Mitigate Synthetic-to-Real Gap in Automatic
+Speech Recognition", EMNLP 2024, https://arxiv.org/abs/2406.02925.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+from .rule_description import combine
+from .states import as_state
+from .task_vector import TaskVector
+
+
+def syn2real(
+    target_synthetic, pairs, *, scale=0.2, rule=None, include=("*",), exclude=()
+):
+    """Move a model that knows a domain from synthetic speech towards real.
+
+    With `S` source domains, of which there is real and synthetic speech, and
+    a target domain `T`, of which there is only synthetic speech (eq. 1-2)::
+
+        theta = theta_syn^T + scale * mean_i(theta_real^i - theta_syn^i)
+
+    All models are fine-tuned from one pre-trained model; that they are
+    relatives cannot be seen from the weights, so it is the caller's word.
+    One pair is the plain method, several pairs are its ensemble.
+
+    Integer buffers (counters) and running statistics (BatchNorm) are the
+    target's; `reestimate_statistics` renews the latter from data.
+
+    Arguments
+    ---------
+    target_synthetic : path, torch.nn.Module, or mapping of tensors
+        The target domain's model, tuned on synthetic speech.
+    pairs : sequence of (real, synthetic)
+        The source domains' models, in this order; anything that weights are
+        taken from. A lone pair need not be put into a list.
+    scale : float or dict
+        Share of the vector that is added; `{pattern: scale}` gives each
+        parameter the scale of the first pattern that its name fits. The
+        paper's scripts use 0.2 and 0.25.
+    rule : object or None
+        What makes one vector of several, by its `combine`; None takes the
+        mean. Only `scale` scales: a scale of the rule's own is left aside.
+    include, exclude : str or sequence of str
+        Patterns of the parameters to be edited.
+
+    Returns
+    -------
+    dict
+        The edited state, with the target's names, dtypes and order.
+
+    Raises
+    ------
+    ValueError
+        No pairs, names or shapes that differ (all are listed), or patterns
+        that fit nothing.
+
+    Example
+    -------
+    >>> import torch
+    >>> target, real, synthetic = (
+    ...     {"w": torch.tensor([float(value)])} for value in (10, 3, 1)
+    ... )
+    >>> syn2real(target, [(real, synthetic)], scale=0.5)
+    {'w': tensor([11.])}
+    """
+    target = as_state(target_synthetic)
+    vectors = []
+    for number, (real, synthetic) in enumerate(_as_pairs(pairs)):
+        vector = TaskVector.between(
+            synthetic, real, include=include, exclude=exclude
+        )
+        _same_model(target, as_state(synthetic), number)
+        vectors.append(vector)
+    if rule is not None:
+        combined = combine(rule, vectors, target)
+    elif len(vectors) == 1:
+        combined = vectors[0]
+    else:
+        combined = TaskVector.mean(vectors)
+    # The one place where a vector meets a base that it was not taken from:
+    # that is the method.
+    return combined.apply(target, scale, any_base=True)
+
+
+def _as_pairs(pairs):
+    """Check the pairs' form: a swapped or flat list would run and be wrong."""
+    pairs = list(pairs)
+    if len(pairs) == 2 and not any(
+        isinstance(pair, (tuple, list)) for pair in pairs
+    ):
+        pairs = [tuple(pairs)]
+    if not pairs:
+        raise ValueError(
+            "pairs: expected at least one (real, synthetic) pair of models "
+            "of a source domain, got none"
+        )
+    for number, pair in enumerate(pairs):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise ValueError(
+                f"pairs[{number}]: expected (real, synthetic), two models"
+            )
+    return pairs
+
+
+def _same_model(target, source, number):
+    """Raise, listing what differs, unless names and shapes are the same."""
+    problems = [
+        f"{name}: only in the {where}"
+        for where, here, there in (
+            ("target", target, source),
+            ("source pair", source, target),
+        )
+        for name in here
+        if name not in there
+    ]
+    problems += [
+        f"{name}: {tuple(target.info(name).shape)} in the target, "
+        f"{tuple(source.info(name).shape)} in the source pair"
+        for name in target
+        if name in source and target.info(name).shape != source.info(name).shape
+    ]
+    if problems:
+        listed = "\n  ".join(problems[:20])
+        more = len(problems) - 20
+        raise ValueError(
+            f"pairs[{number}] and the target ({target.label}) are not the "
+            f"same model:\n  {listed}"
+            + (f"\n  and {more} more" if more > 0 else "")
+            + "\nAll models of SYN2REAL are fine-tuned from one; for a "
+            "vocabulary that grew use align_vocabulary first"
+        )
