@@ -103,6 +103,13 @@ def write_audio(path, wave, sample_rate):
         Shape [T], within [-1, 1]; beyond that it is clipped.
     sample_rate : int
         In Hz.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "tone.flac"
+    >>> write_audio(path, 0.1 * torch.sin(torch.arange(800) / 10), 8000)
+    >>> read_audio(path, 8000).shape
+    torch.Size([800])
     """
     path = os.fspath(path)
     suffix = os.path.splitext(path)[1].lower().lstrip(".")

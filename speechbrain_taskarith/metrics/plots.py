@@ -163,6 +163,12 @@ def plot_heat_map(
     ------
     ValueError
         Names that do not fit the matrix, or no value at all.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "matrix.png"
+    >>> plot_heat_map([[1.0, 0.2]], ["a"], ["a", "b"], path).name
+    'matrix.png'
     """
     values = [[float(value) for value in row] for row in values]
     _require_matrix(values, rows, columns)

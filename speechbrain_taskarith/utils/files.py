@@ -9,6 +9,7 @@ Authors
 """
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -131,21 +132,50 @@ def atomic_folder(path):
             if inside.is_file():
                 with open(inside, "rb") as stream:
                     os.fsync(stream.fileno())
-        if path.is_dir():
-            # rename() cannot replace a filled folder: step the old one
-            # aside first, and take it away only when the new one stands.
-            aside = Path(
-                tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
-            )
-            os.replace(path, aside / "old")
-            os.replace(temporary, path)
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            os.replace(temporary, path)
+        replace_folder(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def replace_folder(folder, path):
+    """Give a complete folder its final name, in place of what stands there.
+
+    On Linux the two folders are exchanged in one step. Elsewhere the old one
+    steps aside as `<name>.replaced`, since no single rename replaces a filled
+    folder: killed in between, it is still there under that name.
+
+    Arguments
+    ---------
+    folder : str or pathlib.Path
+        Complete, with a temporary name, in the same parent.
+    path : str or pathlib.Path
+        The final name.
+    """
+    folder, path = Path(folder), Path(path)
+    fsync_directory(folder)
+    if path.is_dir() and _exchange(folder, path):
+        aside = folder
+    else:
+        aside = path.with_name(f"{path.name}.replaced")
+        if path.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path, aside)
+        os.replace(folder, path)
     fsync_directory(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one, other):
+    """Exchange two names in one step; False where the system cannot."""
+    try:
+        libc = ctypes.CDLL(None)
+        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        return not libc.renameat2(
+            here, os.fsencode(one), here, os.fsencode(other), exchange
+        )
+    except (AttributeError, OSError, TypeError):
+        return False
 
 
 def write_json(path, content):

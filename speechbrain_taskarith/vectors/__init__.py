@@ -26,6 +26,7 @@ _WHERE = {
         "LiNeS",
         "LinearAverage",
         "ModelStock",
+        "MultiSLERP",
         "SLERP",
         "TSVM",
         "TaskArithmetic",
@@ -33,7 +34,8 @@ _WHERE = {
     "merge": ("MergeReport", "merge_checkpoints"),
     "synthetic_to_real": ("syn2real",),
     "sequential": ("Edit", "SequentialEditor"),
-    "selection": ("ScaleSearch", "search_scale"),
+    "selection": ("refuse_test_split", "search_scale"),
+    "scale_table": ("ScaleSearch",),
     "analysis": (
         "cosine_matrix",
         "layer_norms",
@@ -41,12 +43,14 @@ _WHERE = {
         "plot_layer_norms",
         "sign_agreement",
     ),
-    "checkpointing": ("EditingCheckpointer", "TaskVectorPretrainer"),
-    "checkpoint_folder": ("save_checkpoint",),
+    "atomic_checkpointer": ("AtomicCheckpointer",),
+    "checkpointing": ("EditingCheckpointer",),
+    "pretraining": ("TaskVectorPretrainer",),
+    "checkpoint_folder": ("find_checkpoint_folder", "save_checkpoint"),
+    "lora": ("lora_deltas",),
     "model_card": ("ModelCard",),
     "statistics": ("pool_normalizers", "reestimate_statistics"),
-    "vocabulary": ("align_vocabulary",),
-    "lifelong": (),
+    "vocabulary": ("align_vocabulary", "read_vocabulary"),
 }
 _FILE_OF = {name: file for file, names in _WHERE.items() for name in names}
 

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ..utils.files import TEMPORARY_PREFIX, atomic_write, fsync_directory
+from ..utils.files import TEMPORARY_PREFIX, atomic_write, replace_folder
 from ..utils.patterns import first_match, require_match
 from .state_readers import load_torch_file, open_state, read_checkpoint_meta
 from .state_writers import save_state
@@ -158,11 +158,7 @@ def save_checkpoint(
 
 
 def publish(folder, path):
-    """Give a complete checkpoint folder its name: the moment it exists.
-
-    Where one of this name stands, it steps aside under a name that is found
-    as well, since no single rename replaces a filled folder: killed in
-    between, there is still a whole checkpoint.
+    """Flush a complete checkpoint folder and give it its name.
 
     Arguments
     ---------
@@ -174,14 +170,7 @@ def publish(folder, path):
     for file in folder.iterdir():
         with open(file, "rb") as stream:
             os.fsync(stream.fileno())
-    fsync_directory(folder)
-    aside = path.with_name(f"{path.name}.replaced")
-    if path.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(path, aside)
-    os.replace(folder, path)
-    fsync_directory(path.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    replace_folder(folder, path)
 
 
 def find_checkpoint_folder(path, *, min_key=None, max_key=None):

@@ -15,7 +15,7 @@ import numpy as np
 from . import checks
 from .kernels import dot_table, weighted_sum
 from .rule import Rule, check_weights
-from .streaming import RUN
+from .workspace import RUN
 
 SCOPES = ("tensor", "global")
 OF = ("vectors", "weights")

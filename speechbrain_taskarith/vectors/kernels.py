@@ -12,6 +12,7 @@ Authors
 import numpy as np
 
 _WITHOUT_SIGN = 0x7FFFFFFF
+_INFINITE = 0x7F800000
 
 
 def magnitude_bits(values, work, key="bits"):
@@ -55,6 +56,11 @@ def all_finite(values):
     # Both reductions carry a NaN to their result.
     low, high = values.min(), values.max()
     return bool(low > -np.inf) and bool(high < np.inf)
+
+
+def finite_bits(bits):
+    """Tell the same of what `magnitude_bits` gave."""
+    return not len(bits) or int(bits.max()) < _INFINITE
 
 
 def pick(values, mask):

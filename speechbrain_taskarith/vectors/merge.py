@@ -11,33 +11,25 @@ Authors
 """
 
 import dataclasses
-import json
 import math
 import os
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from ..utils.files import TEMPORARY_PREFIX
-from . import fingerprints
-from .chunk_reader import to_stored
+from .hashing import Hasher
+from .measuring import MemoryWatch, Timed
 from .merge_inputs import MergeInputs
-from .safetensors_file import SafetensorsWriter
-from .state_readers import TORCH_SUFFIXES, open_state
-from .state_writers import save_state
-from .streaming import CHUNK, Pass, Stream, places, to_numpy
+from .merge_output import Job, convert
+from .state_readers import TORCH_SUFFIXES
+from .workspace import CHUNK, places
 
 # Elements at a time on a GPU, which wants much work at once.
 _DEVICE_CHUNK = 1 << 23
 _SMALLEST_CHUNK = 1 << 12
-_COPY_BYTES = 1 << 20
 _MOST_THREADS = 16
-# Stands for a fingerprint until it is known; of the same length.
-_UNKNOWN = "0" * 64
 
 
 @dataclasses.dataclass
@@ -193,29 +185,29 @@ def merge_checkpoints(
     start = time.perf_counter()
     output = Path(output)
     _check_output(output)
-    with _MemoryWatch() as memory:
+    with MemoryWatch() as memory:
         inputs = MergeInputs(base, finetuned, include, exclude, buffers)
         rule.check_number(inputs.number)
         scales = _scales(rule, inputs)
         _to_device(inputs, device)
         plan = _plan(inputs, rule, threads, chunk, memory_limit)
-        steps, hasher = {}, _Hasher(plan.threads, progress)
-        with _timed(steps, "fingerprints"):
+        steps, hasher = {}, Hasher(plan.threads, progress)
+        with Timed(steps, "fingerprints"):
             if fingerprint:
                 hasher.hash([inputs.base, *_stored(inputs)])
                 for state in (inputs.base, *_stored(inputs)):
                     state.verify()
             if not any_base:
                 _check_ancestry(inputs, fingerprint)
-        job = _Job(inputs, rule, scales, plan, fingerprint, metadata)
+        job = Job(inputs, rule, scales, plan, fingerprint, metadata)
         written = output
         if output.suffix != ".safetensors":
             written = _beside(output)
         try:
             found = job.run(written, steps, hasher, progress)
             if written != output:
-                with _timed(steps, "convert"):
-                    _convert(written, output, job, inputs)
+                with Timed(steps, "convert"):
+                    convert(written, output, job, inputs)
         finally:
             if written != output:
                 written.unlink(missing_ok=True)
@@ -249,7 +241,7 @@ def _plan(inputs, rule, threads, chunk, memory_limit):
     """Choose threads and chunk size within a memory limit."""
     on_cpu = inputs.device is None
     if threads is None:
-        threads = min(len(os.sched_getaffinity(0)), _MOST_THREADS)
+        threads = min(_cores(), _MOST_THREADS)
         if rule.whole_tensors or not on_cpu:
             threads = 1
     if threads < 1:
@@ -281,110 +273,11 @@ def _plan(inputs, rule, threads, chunk, memory_limit):
     return _Plan(threads, chunk)
 
 
-class _Job:
-    """One merge, planned."""
-
-    def __init__(self, inputs, rule, scales, plan, fingerprint, metadata):
-        self.inputs, self.rule, self.scales = inputs, rule, scales
-        self.plan, self.fingerprint = plan, fingerprint
-        self.metadata = metadata or {}
-        self.bytes_read = self.bytes_written = 0
-        told = (lambda state: state.fingerprint) if fingerprint else _none
-        self.provenance = {
-            "rule": rule.describe(),
-            "base": {
-                "path": inputs.base.label,
-                "fingerprint": told(inputs.base),
-            },
-            "parents": [
-                {
-                    "path": parent.label,
-                    "kind": parent.kind,
-                    "fingerprint": told(parent.state),
-                }
-                for parent in inputs.parents
-            ],
-        }
-
-    def run(self, path, steps, hasher, progress):
-        """Write the result to a safetensors file; return its fingerprint."""
-        inputs, plan = self.inputs, self.plan
-        infos = {name: inputs.base.info(name) for name in inputs.base}
-        header = {"format": "pt", **self.metadata}
-        header["merge"] = json.dumps(self.provenance)
-        if self.fingerprint:
-            header["fingerprint"] = _UNKNOWN
-        with SafetensorsWriter(path, infos, header) as out:
-            with _timed(steps, "statistics"):
-                stream = Stream(
-                    inputs,
-                    self.rule.stages,
-                    plan.chunk,
-                    plan.threads,
-                    progress,
-                )
-            with _timed(steps, "merge"):
-                stream.merge(self.rule, self._emitter(out))
-                self._copy(out, stream.passes)
-            self.bytes_read += stream.passes.bytes_read
-            self.bytes_written += sum(info.nbytes for info in infos.values())
-            found = None
-            if self.fingerprint:
-                with _timed(steps, "output fingerprint"):
-                    # Read back from the page cache: chunks come in any
-                    # order, a hash wants them in one.
-                    state = open_state(out._temporary)
-                    found = hasher.hash([state])[0]
-                    out.close(fingerprint=found)
-        return found
-
-    def _emitter(self, out):
-        inputs, scales = self.inputs, self.scales
-        names = {name: [name] for name in inputs.shapes}
-        for twin, origin in inputs.twins.items():
-            names[origin].append(twin)
-
-        def emit(place, merged, work):
-            scale = scales[place.name]
-            if scale == 0:
-                # Not even the sign of a zero changes.
-                self._copy_run(out, place, names[place.name], work)
-                return
-            xp = work.xp
-            base = inputs.base_chunk(place, work)
-            result = work.array("result", place.size)
-            # Product, then sum, each rounded, as `TaskVector.apply` does.
-            xp.multiply(merged, scale, out=result)
-            xp.add(base, result, out=result)
-            dtype = inputs.base.info(place.name).dtype
-            stored = to_stored(to_numpy(result), dtype, work)
-            for name in names[place.name]:
-                out.write(name, place.start, stored)
-
-        return emit
-
-    def _copy(self, out, passes):
-        """Copy what is not edited."""
-        base = self.inputs.base
-        shapes = {name: base.info(name).shape for name in self.inputs.copied}
-        step = _COPY_BYTES // 8
-        passes.run(
-            lambda place, work: self._copy_run(out, place, [place.name], work),
-            places(shapes, step),
-        )
-
-    def _copy_run(self, out, place, names, work):
-        info = self.inputs.base.info(place.name)
-        size = place.size * info.nbytes // info.numel
-        raw = work.bytes("copy", size)
-        work.bytes_read += size
-        self.inputs.base.read_into(place.name, place.start, place.stop, raw)
-        for name in names:
-            out.write(name, place.start, raw)
-
-
-def _none(_):
-    return None
+def _cores():
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _scales(rule, inputs):
@@ -440,107 +333,3 @@ def _beside(output):
     )
     os.close(descriptor)
     return Path(name)
-
-
-def _convert(written, output, job, inputs):
-    """Turn the safetensors file into the form asked for.
-
-    Its tensors are mapped, so that torch writes them from the page cache.
-    """
-    state, aliases = open_state(written), inputs.base.aliases
-    tensors = {name: state[name] for name in state}
-    content = {name: tensors[aliases.get(name, name)] for name in state}
-    like = inputs.base.path
-    keep = like is not None and like.is_dir() and not output.suffix
-    save_state(
-        content,
-        output,
-        metadata={**job.metadata, "merge": job.provenance},
-        **({"like": like} if keep else {}),
-    )
-
-
-class _Hashed(NamedTuple):
-    state: object
-    name: str
-    size: int
-
-
-class _Hasher:
-    """Fingerprints of several states by several threads."""
-
-    def __init__(self, threads, progress):
-        self.passes, self.bytes_read = Pass(threads, progress=progress), 0
-
-    def hash(self, states):
-        """Return the fingerprints, and let the states remember theirs."""
-        items = [
-            _Hashed(state, name, state.info(name).nbytes)
-            for state in states
-            if "fingerprint" not in vars(state)
-            for name in state
-        ]
-        # The largest first, so that no thread is left alone with it.
-        items.sort(key=lambda item: -item.size)
-        digests = self.passes.run(
-            lambda item, work: item.state._digest(item.name),
-            items,
-            "fingerprints",
-        )
-        self.bytes_read += sum(item.size for item in items)
-        found = {}
-        for item, digest in zip(items, digests):
-            found.setdefault(id(item.state), {})[item.name] = digest
-        for state in states:
-            if id(state) in found:
-                leaves = found[id(state)]
-                vars(state)["fingerprint"] = fingerprints.combine(leaves)
-        return [state.fingerprint for state in states]
-
-
-class _timed:
-    """Notes the wall time of a block."""
-
-    def __init__(self, steps, name):
-        self.steps, self.name = steps, name
-
-    def __enter__(self):
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_):
-        self.steps[self.name] = time.perf_counter() - self.start
-
-
-class _MemoryWatch:
-    """Samples the process's anonymous memory from a thread of its own."""
-
-    def __init__(self, interval=0.02):
-        self.interval, self.peak = interval, None
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self):
-        self._look()
-        if self.peak is not None:
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._stop.set()
-        if self.peak is not None:
-            self._thread.join()
-
-    def _run(self):
-        while not self._stop.wait(self.interval):
-            self._look()
-
-    def _look(self):
-        try:
-            with open("/proc/self/status", "rb") as stream:
-                for line in stream:
-                    if line.startswith(b"RssAnon:"):
-                        now = int(line.split()[1]) * 1024
-                        self.peak = max(self.peak or 0, now)
-                        return
-        except OSError:
-            pass

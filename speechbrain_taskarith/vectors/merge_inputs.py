@@ -75,18 +75,8 @@ class Checkpoint:
                 "one architecture"
             )
         for name in base:
-            if base.info(name).shape != self.state.info(name).shape:
-                raise ValueError(
-                    f"{self.label}: {name!r} has shape "
-                    f"{self.state.info(name).shape}, in {base.label} "
-                    f"{base.info(name).shape}. For a grown vocabulary align "
-                    "the rows by token first (align_vocabulary)"
-                )
-        names = [
-            name
-            for name in base
-            if base.info(name).floating and self.state.info(name).floating
-        ]
+            _check_same_kind(base, self.state, name)
+        names = [name for name in base if base.info(name).floating]
         if buffers == "base":
             names = [n for n in names if not _is_running(n)]
         return names
@@ -126,12 +116,7 @@ class StoredVector:
                 f"{self.label}. Is it another model?"
             )
         for name in self.state:
-            if base.info(name).shape != self.state.info(name).shape:
-                raise ValueError(
-                    f"{self.label}: {name!r} has shape "
-                    f"{self.state.info(name).shape}, in {base.label} "
-                    f"{base.info(name).shape}"
-                )
+            _check_same_kind(base, self.state, name)
         return [name for name in base if name in self.state]
 
     def check_ancestry(self, base):
@@ -305,7 +290,7 @@ class MergeInputs:
 
     def blame(self, index, place):
         """Make the error for NaN or infinity."""
-        from .streaming import Workspace
+        from .workspace import Workspace
 
         parent, work = self.parents[index], Workspace()
         run = (place.name, place.start, place.stop)
@@ -324,6 +309,24 @@ class MergeInputs:
             f"{bad.label}: {place.name!r} {what}. The training that made it "
             "diverged: use an earlier checkpoint; or exclude this parameter "
             "if it is meant to be so"
+        )
+
+
+def _check_same_kind(base, state, name):
+    """Raise unless a tensor has the same shape, and is of a floating point
+    type, on both sides or on neither."""
+    one, other = base.info(name), state.info(name)
+    if one.shape != other.shape:
+        raise ValueError(
+            f"{state.label}: {name!r} has shape {other.shape}, in "
+            f"{base.label} {one.shape}. For a grown vocabulary align the rows "
+            "by token first (align_vocabulary)"
+        )
+    if one.floating != other.floating:
+        raise ValueError(
+            f"{state.label}: {name!r} is of type {other.dtype}, in "
+            f"{base.label} of {one.dtype}; integers and floating point "
+            "numbers cannot be compared. Save both in one type"
         )
 
 

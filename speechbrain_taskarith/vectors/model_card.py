@@ -230,7 +230,7 @@ class ModelCard:
         output : str or pathlib.Path
             The weights' file or folder. A folder gets `model_card.md` and
             `model_card.json` inside; a file `x.safetensors` gets
-            `x.card.md` and `x.card.json` beside it.
+            `x.safetensors.card.md` and `.card.json` beside it.
 
         Returns
         -------
@@ -243,8 +243,8 @@ class ModelCard:
             paths = [Path(f"{stem}.md"), Path(f"{stem}.json")]
         else:
             paths = [
-                output.with_suffix(".card.md"),
-                output.with_suffix(".card.json"),
+                output.with_name(f"{output.name}.card.md"),
+                output.with_name(f"{output.name}.card.json"),
             ]
         with atomic_write(paths[0], "w") as stream:
             stream.write(self.to_markdown())

@@ -15,7 +15,8 @@ from collections.abc import Mapping
 
 from ..utils.patterns import first_match, require_match
 from . import checks
-from .streaming import CHUNK, MemoryVectors, Stream
+from .streaming import MemoryVectors, Stream
+from .workspace import CHUNK
 
 
 class Rule:
@@ -164,7 +165,7 @@ class Rule:
         ---------
         vectors : sequence of TaskVector
             All over the same parameters. Mappings from name to tensor do.
-        base : mapping or None
+        base : path, torch.nn.Module, mapping, State or None
             The base's weights, for the few rules that look at them.
 
         Returns
@@ -181,15 +182,20 @@ class Rule:
         """
         import torch
 
+        from .states import as_state
         from .task_vector import TaskVector
 
         vectors = list(vectors)
+        base = None if base is None else as_state(base)
         self.check_number(len(vectors))
         _check_alike(vectors)
         source = MemoryVectors(vectors, base)
-        # A GPU is filled by whole tensors, a cache by little.
-        chunk = CHUNK if source.device is None else 1 << 26
-        threads = torch.get_num_threads() if source.device is None else 1
+        # A GPU is filled by whole tensors, a cache by little; and linear
+        # algebra has threads of its own.
+        on_cpu = source.device is None
+        chunk = CHUNK if on_cpu else 1 << 26
+        alone = self.whole_tensors or not on_cpu
+        threads = 1 if alone else torch.get_num_threads()
         merged = {
             name: torch.empty(shape, device=source.device)
             for name, shape in source.shapes.items()

@@ -11,6 +11,7 @@ Authors
  * speechbrain_taskarith contributors 2026
 """
 
+import errno
 import json
 import math
 import os
@@ -312,11 +313,12 @@ class SafetensorsWriter:
 
 def _allocate(descriptor, size):
     """Reserve the file's space now, so that a full disk shows at once."""
+    if not hasattr(os, "posix_fallocate"):
+        os.ftruncate(descriptor, size)
+        return
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
-        import errno
-
         # Some file systems cannot reserve; there the write will tell.
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise

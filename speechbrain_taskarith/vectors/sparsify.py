@@ -15,8 +15,8 @@ import numpy as np
 
 from . import checks
 from .kernels import magnitude_bits
-from .streaming import to_numpy
 from .thresholds import find_cuts
+from .workspace import to_numpy
 
 SCOPES = ("global", "tensor")
 
@@ -284,7 +284,7 @@ def random_numbers(seed, index, place):
 
     Example
     -------
-    >>> from speechbrain_taskarith.vectors.streaming import Place
+    >>> from speechbrain_taskarith.vectors.workspace import Place
     >>> whole = random_numbers(0, 0, Place(0, "w", (9,), 0, 9))
     >>> part = random_numbers(0, 0, Place(0, "w", (9,), 3, 7))
     >>> bool((whole[3:7] == part).all())

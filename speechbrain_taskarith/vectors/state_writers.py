@@ -51,8 +51,9 @@ def save_state(
     shard_size : int
         Largest file of a Hugging Face folder, in bytes.
     like : str, pathlib.Path or None
-        For a Hugging Face folder: another one whose further files
-        (`config.json`, feature extractor, tokenizer) are copied along.
+        For a folder: another one whose further content is taken along
+        (Hugging Face: `config.json`, feature extractor, tokenizer;
+        SpeechBrain: the other recoverables, see `save_checkpoint`).
 
     Returns
     -------
@@ -83,7 +84,7 @@ def save_state(
     elif path.name.startswith("CKPT+"):
         from .checkpoint_folder import save_checkpoint
 
-        save_checkpoint({"model": state}, path, metadata=metadata)
+        save_checkpoint({"model": state}, path, like=like, metadata=metadata)
     elif not path.suffix or path.is_dir():
         _save_folder(state, path, metadata, shard_size, like)
     else:

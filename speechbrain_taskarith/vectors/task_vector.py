@@ -111,7 +111,7 @@ class TaskVector(Mapping):
         return cls(deltas, base.fingerprint, metadata)
 
     @classmethod
-    def from_lora(cls, base, adapted):
+    def from_lora(cls, base, adapted, *, alpha=None):
         """Turn a LoRA into the vector it stands for: `scaling * B A`.
 
         Arguments
@@ -120,6 +120,8 @@ class TaskVector(Mapping):
             The weights that the LoRA was trained on.
         adapted : torch.nn.Module or path
             SpeechBrain's `LoRA` in an `AdaptedModel`, or a PEFT folder.
+        alpha : float or None
+            For what does not carry it (a stored SpeechBrain adapter).
 
         Returns
         -------
@@ -129,7 +131,7 @@ class TaskVector(Mapping):
         from .lora import lora_deltas
 
         base = as_state(base)
-        deltas = lora_deltas(base, adapted)
+        deltas = lora_deltas(base, adapted, alpha=alpha)
         label = str(adapted) if not hasattr(adapted, "modules") else "LoRA"
         return cls(
             deltas, base.fingerprint, {"base": base.label, "lora": label}

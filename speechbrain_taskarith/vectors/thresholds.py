@@ -15,24 +15,16 @@ Authors
  * speechbrain_taskarith contributors 2026
 """
 
-import math
 from typing import NamedTuple
 
 import numpy as np
 
-from .kernels import magnitude_bits, pick
-from .streaming import Place, to_numpy
+from .kernels import finite_bits, magnitude_bits, pick
+from .sampling import bracket, sample_places
+from .workspace import to_numpy
 
-# Sample: this share of the elements, but at least so many, in runs of about
-# so many.
-_SHARE = 1 / 256
-_FEWEST = 1 << 14
-_RUN = 1 << 10
 # Below so many elements the sample would not be smaller than the whole.
 _SMALL = 1 << 17
-# Half the bracket's width in standard errors of the sampled rank: four miss
-# once in some ten thousand times, and a miss costs time, not exactness.
-_ERRORS = 4.0
 # Largest share of the elements that may lie in the bracket before memory is
 # saved by the histograms instead.
 _MOST = 1 / 16
@@ -181,42 +173,6 @@ class _Search:
 
     # -- the usual way: a bracket from a sample
 
-    def bracket(self, strata):
-        """Choose the bracket from sampled runs of magnitude bits.
-
-        The sample is stratified: `strata` holds `(elements, runs)` of each
-        large tensor, and of all small ones together, of which an equal share
-        was taken. So what counts is how runs of the same stratum differ.
-        """
-        values = np.sort(np.concatenate([run for _, r in strata for run in r]))
-        share, size = self.k / self.numel, len(values)
-        guess = values[min(int((1 - share) * size), size - 1)]
-        variances, parts = [], []
-        for numel, runs in strata:
-            above = np.array([np.mean(run > guess) for run in runs])
-            # Runs that lie side by side resemble one another, and the sample
-            # is spread evenly: differences of neighbours tell its error.
-            if len(runs) > 1:
-                variances.append(np.mean(np.diff(above) ** 2) / 2)
-                parts.append((numel, len(runs), variances[-1]))
-            else:
-                parts.append((numel, 1, None))
-        typical = np.mean(variances) if variances else share * (1 - share)
-        error = math.sqrt(
-            sum(
-                (numel / self.numel) ** 2
-                * (typical if variance is None else variance)
-                / count
-                for numel, count, variance in parts
-            )
-        )
-        error = max(error, math.sqrt(share * (1 - share) / size))
-        width = _ERRORS * error + 2 / size
-        low = math.floor((1 - share - width) * size)
-        high = math.ceil((1 - share + width) * size)
-        self.low = int(values[low]) if low >= 0 else 0
-        self.high = int(values[high]) if high < size else _TOP
-
     def collect(self, bits, place, work, lock):
         """Count what lies above the bracket, keep what lies inside."""
         xp, size = work.xp, place.size
@@ -264,9 +220,7 @@ class _Search:
             total = np.cumsum(weights[order])
             bits = int(values[order[np.searchsorted(total, need)]])
             kept = need - int(weights[values > bits].sum())
-        equal = [
-            (place, _count_equal(v, c, bits)) for place, _, v, c in seen
-        ]
+        equal = [(place, _count_equal(v, c, bits)) for place, _, v, c in seen]
         self.settle(bits, kept, equal)
 
     def settle(self, bits, kept, equal):
@@ -278,11 +232,11 @@ class _Search:
 
     def locate(self, stream):
         """Find the position of the last element kept, and make the cut."""
-        left = self.kept
-        for place, count in self.equal:
-            if left <= count:
-                break
+        left, numbers = self.kept, iter(self.equal)
+        place, count = next(numbers)
+        while left > count:
             left -= count
+            place, count = next(numbers)
         last = place.stop - 1
         if left < count:
             work = stream.passes.workspace
@@ -358,7 +312,7 @@ def _sample_all(searches, stream):
     for domain, members in domains.items():
         if members[0].numel < _SMALL:
             continue
-        strata = _sample_places(stream, domain, members[0].numel)
+        strata = sample_places(stream, domain, members[0].numel)
         spots = [(i, place) for i, (_, ps) in enumerate(strata) for place in ps]
         for index in sorted({search.index for search in members}):
 
@@ -373,39 +327,8 @@ def _sample_all(searches, stream):
             sample = [(n, r) for (n, _), r in zip(strata, runs) if r]
             for search in members:
                 if search.index == index:
-                    search.bracket(sample)
-
-
-def _sample_places(stream, domain, numel):
-    """Choose what is sampled: for each stratum `(elements, places)`."""
-    share = min(max(_SHARE, _FEWEST / numel), 1)
-    large = [n for n in domain if stream.numel[n] * share >= _RUN]
-    small = [n for n in domain if stream.numel[n] * share < _RUN]
-    strata = []
-    for names in [[name] for name in large] + [small] * bool(small):
-        size = sum(stream.numel[name] for name in names)
-        wanted = round(size * share)
-        runs = max(1, round(wanted / _RUN))
-        spots = []
-        for run in range(runs):
-            start = (2 * run + 1) * size // (2 * runs)
-            spots += _between(stream, names, start, start + wanted // runs)
-        strata.append((size, spots))
-    return strata
-
-
-def _between(stream, names, start, stop):
-    """Return the places of elements `[start, stop)` of tensors in a row."""
-    found, begin = [], 0
-    for name in names:
-        shape, numel = stream.source.shapes[name], stream.numel[name]
-        low, high = max(start - begin, 0), min(stop - begin, numel)
-        if low < high:
-            unit = stream.granularity(shape)
-            low, high = low // unit * unit, -(-high // unit) * unit
-            found.append(Place(0, name, shape, low, min(high, numel)))
-        begin += numel
-    return found
+                    share = search.k / search.numel
+                    search.low, search.high = bracket(sample, share)
 
 
 def _sweep(stream, searches, look, decide):
@@ -420,17 +343,21 @@ def _sweep(stream, searches, look, decide):
     for place in spots:
         chunks[place.name] = chunks.get(place.name, 0) + 1
     for search in searches:
-        left[id(search)] = sum(
-            chunks.get(name, 0) for name in search.domain
-        )
+        left[id(search)] = sum(chunks.get(name, 0) for name in search.domain)
+
+    # The magnitudes tell of NaN and infinity too, at less cost; stages may
+    # hide them.
+    staged = bool(stream.ready)
 
     def visit(place, work):
         index = None
         for search in wanted[place.name]:
             if search.index != index:
                 index = search.index
-                tau = stream.vector(index, place, work)
+                tau = stream.vector(index, place, work, look=staged)
                 bits = magnitude_bits(tau, work)
+                if not (staged or stream.finite or finite_bits(bits)):
+                    raise stream.source.blame(index, place)
             look(search, bits, place, work, stream.passes.lock)
         done = []
         with stream.passes.lock:

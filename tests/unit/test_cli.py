@@ -48,7 +48,7 @@ def test_vector_holds_the_difference(folder, capsys):
         assert torch.equal(tau[name], after[name] - before[name])
     assert found["parameters"] == 12 + 16 + 5
     assert found["norm"] == pytest.approx(tau.norm())
-    card = json.loads(Path("us.card.json").read_text())
+    card = json.loads(Path("us.safetensors.card.json").read_text())
     prints = [parent["fingerprint"] for parent in card["parents"]]
     assert prints == [
         open_state("base.ckpt").fingerprint,
@@ -81,7 +81,7 @@ def test_apply_adds_the_scaled_vector(folder):
         assert torch.allclose(edited[name], expected, atol=1e-7)
     for name in ("encoder.norm.running_var", "ctc.steps"):
         assert torch.equal(edited[name], before[name])
-    assert "Edited model" in Path("e.card.md").read_text()
+    assert "Edited model" in Path("e.ckpt.card.md").read_text()
 
 
 def test_apply_mean_and_any_base_is_syn2real(folder):

@@ -91,7 +91,7 @@ def test_merge_file_is_the_rule_in_memory(folder, capsys):
         assert torch.equal(merged[name], wanted[name]), name
     assert found["fingerprint"] == merged.fingerprint
     assert (found["edited"], found["copied"]) == (3, 1)
-    card = json.loads(Path("merged.card.json").read_text())
+    card = json.loads(Path("merged.safetensors.card.json").read_text())
     assert [p["role"] for p in card["parents"]] == [
         "base",
         "fine-tuned",
@@ -294,4 +294,4 @@ def test_merging_safetensors_never_imports_torch(folder):
     )
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout)["edited"] == 3
-    assert Path("merged.card.md").is_file()
+    assert Path("merged.safetensors.card.md").is_file()

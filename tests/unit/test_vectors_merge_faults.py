@@ -21,9 +21,9 @@ from speechbrain_taskarith.vectors import (
     TaskArithmetic,
     TaskVector,
     merge_checkpoints,
+    safetensors_file,
     save_state,
 )
-from speechbrain_taskarith.vectors import safetensors_file
 
 
 @pytest.fixture
@@ -90,6 +90,12 @@ def test_shapes_that_differ(fails, folder):
     change(folder / "t0.safetensors", **{"dec.w": torch.zeros(21)})
     text = fails(ValueError, r"\(21,\).*\(20,\)")
     assert "t0.safetensors" in text and "align_vocabulary" in text
+
+
+def test_integers_against_floating_point(fails, folder):
+    change(folder / "t0.safetensors", **{"dec.w": torch.zeros(20).int()})
+    text = fails(ValueError, "'dec.w' is of type I32")
+    assert "t0.safetensors" in text
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

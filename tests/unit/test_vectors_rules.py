@@ -654,6 +654,8 @@ def test_ancestry_is_checked_and_kept():
 
 
 def test_looking_at_weights_needs_the_base():
+    vectors, base = make(2), make(1, seed=9)[0]
+    SLERP(0.5, of="weights").combine(vectors, base=base)
     with pytest.raises(ValueError, match="pass the base"):
         SLERP(0.5, of="weights").combine(make(2))
 

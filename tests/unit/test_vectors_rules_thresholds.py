@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speechbrain_taskarith.vectors import thresholds
+from speechbrain_taskarith.vectors import sampling, thresholds
 from speechbrain_taskarith.vectors.streaming import MemoryVectors, Stream
 from speechbrain_taskarith.vectors.thresholds import find_cuts, survivors
 
@@ -83,11 +83,11 @@ def way(request, monkeypatch):
     if request.param == "collect all":
         return request.param
     monkeypatch.setattr(thresholds, "_SMALL", 1000)
-    monkeypatch.setattr(thresholds, "_FEWEST", 1 << 12)
-    monkeypatch.setattr(thresholds, "_RUN", 64)
+    monkeypatch.setattr(sampling, "_FEWEST", 1 << 12)
+    monkeypatch.setattr(sampling, "_RUN", 64)
     if request.param == "misled":
         # A bracket that is far too narrow misses nearly always.
-        monkeypatch.setattr(thresholds, "_ERRORS", 0.0)
+        monkeypatch.setattr(sampling, "_ERRORS", 0.0)
     if request.param == "histograms":
         # No room: whatever is collected is too much.
         monkeypatch.setattr(thresholds, "_SMALL", -1)

@@ -1,0 +1,168 @@
+"""What a run of the recipe leaves behind: tables, plots, and the undo proof.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from speechbrain.utils.logger import get_logger
+
+from speechbrain_taskarith.metrics import Summary, merge_summaries
+from speechbrain_taskarith.metrics.cl_masr import write_cl_masr_log
+from speechbrain_taskarith.vectors import (
+    SequentialEditor,
+    cosine_matrix,
+    open_state,
+    plot_cosine_matrix,
+)
+
+logger = get_logger(__name__)
+
+TABLE = "sequential_editing"
+TITLE = "Sequential editing of a speech recogniser"
+BASELINE = "fine_tuning"
+
+
+def write_report(matrices, hparams):
+    """Write summary, tables, plots and logs of one seed, and show the table.
+
+    Arguments
+    ---------
+    matrices : dict
+        `{row: LifelongMatrix}`.
+    hparams : dict
+        Of the recipe.
+    """
+    output = Path(hparams["output_folder"])
+    if hparams["report_on"] != "test":
+        output = output / hparams["report_on"]
+    summary = Summary(output, title=TITLE)
+    summary.note(
+        "Average WER over all domains at the end of the sequence "
+        f"{' > '.join(hparams['domains'])}; BWT: mean change of earlier "
+        "domains (negative: forgetting); WERR: relative reduction of the "
+        f"average WER against `{BASELINE}`."
+    )
+    for name, matrix in matrices.items():
+        choose_on = hparams["rows"][name].get("choose_on")
+        common = {
+            "table": TABLE,
+            "row": name,
+            "split": hparams["report_on"],
+            "seed": hparams["seed"],
+            "selected_on": choose_on and f"valid_{choose_on}",
+        }
+        values = {"average_wer": matrix.average_wer(), "bwt": matrix.bwt()}
+        if BASELINE in matrices:
+            values["werr"] = matrix.werr(matrices[BASELINE])
+        for metric, value in values.items():
+            summary.add(metric=metric, value=value, **common)
+        matrix.save(output / "matrices" / f"{name}.csv")
+        matrix.plot(output / "plots" / f"wer_matrix_{name}.png", title=name)
+        write_cl_masr_log(
+            matrix, output / "cl_masr_logs", name, seed=hparams["seed"]
+        )
+    for name in matrices:
+        if hparams["rows"][name].get("rule") is not None:
+            folder = Path(hparams["save_folder"]) / name
+            plot_cosines(folder / "editor", output / "plots", name)
+            summary.note(undo_last(folder, name))
+    summary.write()
+    summary.print()
+
+
+def plot_cosines(folder, plots, name):
+    """Plot the cosines between the vectors of one sequence of edits.
+
+    Arguments
+    ---------
+    folder : pathlib.Path
+        Of the editor.
+    plots : pathlib.Path
+        Where the plot goes.
+    name : str
+        Of the row.
+    """
+    editor = SequentialEditor.resume(folder, read_only=True, verify=False)
+    names = [edit.name for edit in editor.log]
+    matrix = cosine_matrix([editor.vector(domain) for domain in names])
+    plot_cosine_matrix(
+        matrix,
+        names,
+        plots / f"cosines_{name}.png",
+        title=f"Cosines of the vectors as applied: {name}",
+    )
+
+
+def undo_last(folder, row):
+    """Drop the last domain in a copy of the editor; compare every byte.
+
+    Arguments
+    ---------
+    folder : pathlib.Path
+        Of the row: the editor, and the weights kept after each domain.
+    row : str
+        Its name.
+
+    Returns
+    -------
+    str
+        What was found, for the results page.
+
+    Raises
+    ------
+    RuntimeError
+        The weights differ.
+    """
+    steps = sorted(folder.glob("*/kept.safetensors"))
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        copy = Path(place) / "editor"
+        shutil.copytree(folder / "editor", copy)
+        editor = SequentialEditor.resume(copy)
+        dropped = editor.undo(editor.log[-1].name)
+        undone = editor.state()
+        before = editor.base_fingerprint
+        expected = dict(open_state(steps[-2])) if len(steps) > 1 else None
+        editor.close()
+    if expected is None:
+        same = before == dropped.learned_on
+    else:
+        same = undone.keys() == expected.keys() and all(
+            torch.equal(
+                undone[name].view(torch.uint8), tensor.view(torch.uint8)
+            )
+            if tensor.dim()
+            else torch.equal(undone[name], tensor)
+            for name, tensor in expected.items()
+        )
+    if not same:
+        raise RuntimeError(
+            f"{row}: dropping {dropped.name!r} did not give back the weights "
+            "before it"
+        )
+    return (
+        f"Undo, `{row}`: dropping the last domain (`{dropped.name}`) gives "
+        "back the weights before it, bit for bit."
+    )
+
+
+def merge_seeds(folder):
+    """Make one table of all seeds under a folder, and show it.
+
+    Arguments
+    ---------
+    folder : str
+        Holds one output folder for each seed.
+    """
+    runs = sorted(path.parent for path in Path(folder).glob("*/summary.json"))
+    if not runs:
+        raise FileNotFoundError(
+            f"{folder}: no */summary.json; run train.py for some seeds first"
+        )
+    merged = merge_summaries(runs, folder, title=TITLE)
+    merged.write()
+    merged.print()

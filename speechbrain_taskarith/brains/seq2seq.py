@@ -1,0 +1,252 @@
+"""A ready Brain for attention encoder-decoders, Whisper among them.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+import speechbrain as sb
+import torch
+
+from speechbrain_taskarith.brains.ctc import CTCBrain, bare
+
+
+class Seq2SeqBrain(CTCBrain):
+    """Train and test a `Seq2SeqNetwork` or `WhisperNetwork`.
+
+    As `CTCBrain`, with these differences:
+
+    - `model(x, lens, tokens_bos) -> log-probabilities of the next tokens`,
+      and `model.encode`, `model.decode` for the search;
+    - `seq_cost` in place of `ctc_cost`: e.g.
+      `!name:speechbrain.nnet.losses.nll_loss` with `label_smoothing` and
+      `reduction: batchmean`;
+    - `prompt`: list of token indices that every transcript starts with (the
+      beginning token; for Whisper also language and task), and
+      `eos_index`;
+    - `max_tokens`: longest transcript of the search;
+    - `searcher` (optional): `searcher(encoded, lens)` whose first result
+      are the hypotheses, as SpeechBrain's; without it a greedy search of
+      our own is used.
+
+    A batch's `tokens` are those of the transcript alone: prompt and end are
+    put around them here.
+
+    Arguments
+    ---------
+    modules, opt_class, hparams, run_opts, checkpointer : object
+        As `sb.Brain` takes them.
+
+    Example
+    -------
+    >>> from functools import partial
+    >>> from speechbrain.dataio.batch import PaddedBatch
+    >>> from speechbrain.lobes.models.transformer.TransformerASR import (
+    ...     TransformerASR,
+    ... )
+    >>> from speechbrain.nnet.losses import nll_loss
+    >>> from speechbrain_taskarith.brains import (
+    ...     CharacterLabels,
+    ...     Seq2SeqNetwork,
+    ... )
+    >>> transformer = TransformerASR(5, 4, 8, 2, 1, 1, 16, causal=False)
+    >>> model = Seq2SeqNetwork(transformer, torch.nn.Linear(8, 5))
+    >>> labels = CharacterLabels("AB")
+    >>> brain = Seq2SeqBrain(
+    ...     {"model": model},
+    ...     hparams={
+    ...         "seq_cost": partial(nll_loss, reduction="batchmean"),
+    ...         "prompt": [3],
+    ...         "eos_index": 4,
+    ...         "max_tokens": 5,
+    ...         "tokenizer": labels,
+    ...     },
+    ...     run_opts={"device": "cpu"},
+    ... )
+    >>> batch = PaddedBatch(
+    ...     [
+    ...         {
+    ...             "id": "u1",
+    ...             "sig": torch.rand(6, 4),
+    ...             "tokens": labels.encode("AB"),
+    ...             "wrd": "AB",
+    ...         }
+    ...     ]
+    ... )
+    >>> log_probs, lens = brain.compute_forward(batch, sb.Stage.TRAIN)
+    >>> log_probs.shape, lens
+    (torch.Size([1, 3, 5]), tensor([1.]))
+    """
+
+    def compute_forward(self, batch, stage):
+        """Score every next token of a batch.
+
+        Arguments
+        ---------
+        batch : PaddedBatch
+            See the class.
+        stage : sb.Stage
+            Training augments.
+
+        Returns
+        -------
+        torch.Tensor
+            [batch, tokens, vocabulary], log-probabilities of what follows
+            each token, from the last of the prompt on.
+        torch.Tensor
+            [batch], relative lengths on the token axis.
+        """
+        batch = batch.to(self.device)
+        features, lens = self.features(batch, stage)
+        bos, self._targets, token_lens = self._around(batch)
+        self._inputs = (features, lens, bos)
+        log_probs = self.modules.model(features, lens, bos)
+        return log_probs[:, len(self.hparams.prompt) - 1 :], token_lens
+
+    def _around(self, batch):
+        """Return decoder input, targets, and the targets' lengths."""
+        tokens, lens = batch.tokens
+        count = (lens * tokens.shape[1]).round().long()
+        prompt = torch.as_tensor(self.hparams.prompt, device=tokens.device)
+        prompt = prompt.expand(len(tokens), -1)
+        eos = self.hparams.eos_index
+        positions = torch.arange(tokens.shape[1] + 1, device=tokens.device)
+        targets = torch.nn.functional.pad(tokens, (0, 1), value=eos)
+        targets = torch.where(positions < count[:, None], targets, eos)
+        bos = torch.cat([prompt, targets[:, :-1]], dim=1)
+        return bos, targets, (count + 1) / targets.shape[1]
+
+    def compute_objectives(self, predictions, batch, stage):
+        """Return the loss; outside training also search for words.
+
+        Arguments
+        ---------
+        predictions : tuple
+            From `compute_forward`.
+        batch : PaddedBatch
+            See the class.
+        stage : sb.Stage
+            Training or not.
+
+        Returns
+        -------
+        torch.Tensor
+            A scalar.
+        """
+        log_probs, token_lens = predictions
+        loss = self.hparams.seq_cost(
+            log_probs, self._targets, length=token_lens
+        )
+        if stage == sb.Stage.TRAIN:
+            return loss
+        features, lens, _ = self._inputs
+        with torch.no_grad():
+            encoded = bare(self.modules.model).encode(features, lens)
+            labels = self._search(encoded, lens)
+        self._collect(batch, self.hparams.tokenizer.decode(labels))
+        return loss
+
+    def _search(self, encoded, lens):
+        searcher = getattr(self.hparams, "searcher", None)
+        if searcher is not None:
+            return searcher(encoded, lens)[0]
+        return greedy_search(
+            bare(self.modules.model),
+            encoded,
+            lens,
+            self.hparams.prompt,
+            self.hparams.eos_index,
+            self.hparams.max_tokens,
+        )
+
+    def loss_of(self, batch):
+        """Return the loss of a batch, with gradient and no augmentation.
+
+        Arguments
+        ---------
+        batch : PaddedBatch
+            See the class; of one utterance, for the Fisher information.
+
+        Returns
+        -------
+        torch.Tensor
+            A scalar.
+        """
+        batch = batch.to(self.device)
+        x, lens = self.features(batch, sb.Stage.VALID)
+        bos, targets, token_lens = self._around(batch)
+        log_probs = bare(self.modules.model)(x, lens, bos)
+        log_probs = log_probs[:, len(self.hparams.prompt) - 1 :]
+        return self.hparams.seq_cost(log_probs, targets, length=token_lens)
+
+    def penalty(self, method, predictions):
+        """Return what a lifelong method adds to the loss of this batch.
+
+        Arguments
+        ---------
+        method : speechbrain_taskarith.vectors.lifelong.FineTuning
+            Or one of its kin.
+        predictions : tuple
+            From `compute_forward`, for the batch at hand.
+
+        Returns
+        -------
+        torch.Tensor or None
+            A scalar, or None.
+        """
+        log_probs, token_lens = predictions
+        features, lens, bos = self._inputs
+        start = len(self.hparams.prompt) - 1
+        return method.penalty(
+            bare(self.modules.model),
+            lambda model: model(features, lens, bos)[:, start:],
+            log_probs,
+            token_lens,
+        )
+
+
+def greedy_search(model, encoded, lens, prompt, eos_index, max_tokens):
+    """Take the best next token, batched, until all have ended.
+
+    Arguments
+    ---------
+    model : torch.nn.Module
+        With `decode(tokens, encoded, lens) -> [batch, vocabulary]`.
+    encoded : torch.Tensor
+        [batch, frames, d].
+    lens : torch.Tensor
+        [batch], relative lengths.
+    prompt : list of int
+        Tokens to start from.
+    eos_index : int
+        Ends a transcript.
+    max_tokens : int
+        Most tokens after the prompt.
+
+    Returns
+    -------
+    list of list of int
+        Tokens without prompt and end.
+
+    Example
+    -------
+    >>> class Counting(torch.nn.Module):
+    ...     def decode(self, tokens, encoded, lens):
+    ...         return torch.eye(4)[(tokens[:, -1] + 1) % 4]
+    >>> greedy_search(Counting(), torch.zeros(2, 1, 1), None, [0], 3, 9)
+    [[1, 2], [1, 2]]
+    """
+    start = torch.tensor([list(prompt)], device=encoded.device)
+    tokens = start.expand(len(encoded), -1)
+    ended = torch.zeros(len(encoded), dtype=torch.bool, device=encoded.device)
+    for _ in range(max_tokens):
+        best = model.decode(tokens, encoded, lens).argmax(dim=-1)
+        best = torch.where(ended, eos_index, best)
+        tokens = torch.cat([tokens, best[:, None]], dim=1)
+        ended = ended | (best == eos_index)
+        if ended.all():
+            break
+    found = []
+    for row in tokens[:, len(prompt) :].tolist():
+        end = row.index(eos_index) if eos_index in row else len(row)
+        found.append(row[:end])
+    return found

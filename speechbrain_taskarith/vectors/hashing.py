@@ -1,0 +1,48 @@
+"""Fingerprints of several checkpoints at once.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+from typing import NamedTuple
+
+from . import fingerprints
+from .streaming import Pass
+
+
+class _Hashed(NamedTuple):
+    state: object
+    name: str
+    size: int
+
+
+class Hasher:
+    """Fingerprints of several states by several threads."""
+
+    def __init__(self, threads, progress):
+        self.passes, self.bytes_read = Pass(threads, progress=progress), 0
+
+    def hash(self, states):
+        """Return the fingerprints, and let the states remember theirs."""
+        items = [
+            _Hashed(state, name, state.info(name).nbytes)
+            for state in states
+            if "fingerprint" not in vars(state)
+            for name in state
+        ]
+        # The largest first, so that no thread is left alone with it.
+        items.sort(key=lambda item: -item.size)
+        digests = self.passes.run(
+            lambda item, work: item.state._digest(item.name),
+            items,
+            "fingerprints",
+        )
+        self.bytes_read += sum(item.size for item in items)
+        found = {}
+        for item, digest in zip(items, digests):
+            found.setdefault(id(item.state), {})[item.name] = digest
+        for state in states:
+            if id(state) in found:
+                leaves = found[id(state)]
+                vars(state)["fingerprint"] = fingerprints.combine(leaves)
+        return [state.fingerprint for state in states]

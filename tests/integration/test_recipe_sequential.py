@@ -1,0 +1,158 @@
+"""The recipe `FSDD/ASR/sequential_editing` at toy size, as users run it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from speechbrain_taskarith.metrics import LifelongMatrix
+from speechbrain_taskarith.vectors import open_state
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "recipes/FSDD/ASR/sequential_editing"
+TINY = {
+    "d_model": 16,
+    "d_ffn": 16,
+    "nhead": 2,
+    "num_encoder_layers": 1,
+    "first_steps": 4,
+    "steps": 2,
+    "batch_size": 4,
+    "valid_strings_per_speaker": 3,
+    "test_strings_per_speaker": 3,
+    # Random numbers differ between processes; without them the results of
+    # one and two processes can be compared.
+    "dropout": 0.0,
+    "augment_prob": 0.0,
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A few takes of three words by one speaker of each accent."""
+    pytest.importorskip("espeakng_loader")
+    from speechbrain_taskarith.data import (
+        SIMULATED_SPEAKERS,
+        make_digits_corpus,
+    )
+
+    accents = {}
+    for speaker in SIMULATED_SPEAKERS:
+        accents.setdefault(speaker.accent, speaker)
+    folder = tmp_path_factory.mktemp("corpus")
+    make_digits_corpus(
+        folder,
+        speakers=list(accents.values()),
+        takes=12,
+        words=["ONE", "TWO", "SIX"],
+        voices=["en-us+f1", "en-us+m1"],
+        synthetic_takes=1,
+        show_progress=False,
+    )
+    return folder / "recorded"
+
+
+def run(data, output, *more, processes=1, hparams="train", **options):
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc_per_node={processes}"]
+        more = (*more, "--distributed_backend", "gloo")
+    command += ["train.py", f"hparams/{hparams}.yaml"]
+    options = {"data_folder": data, "output_folder": output, **options}
+    for key, value in options.items():
+        command += [f"--{key}", str(value)]
+    done = subprocess.run(
+        [*command, "--device", "cpu", "--noprogressbar", *more],
+        cwd=RECIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    said = done.stdout[-4000:] + done.stderr[-4000:]
+    assert done.returncode == 0, said
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    output = tmp_path_factory.mktemp("one")
+    run(corpus, output, **TINY)
+    return output
+
+
+def weights(output, row, step):
+    path = next((output / "save" / row).glob(f"{step:02d}_*/kept.*"))
+    return dict(open_state(path))
+
+
+@pytest.mark.slow
+def test_leaves_the_whole_table(finished):
+    rows = json.loads((finished / "summary.json").read_text())
+    found = {(r["row"], r["metric"]) for r in rows}
+    names = {"fine_tuning", "averaging_half", "averaging_one_over_t"}
+    names |= {"encoder_only", "ewc", "lwf", "replay", "joint"}
+    names |= {"task_arithmetic", "ties", "chosen_scale", "chosen_scale_new"}
+    assert {(n, "average_wer") for n in names} <= found
+    assert {(n, "bwt") for n in names} <= found
+    assert {(n, "werr") for n in names} <= found
+    assert {r["table"] for r in rows} == {"sequential_editing"}
+    chosen = [r for r in rows if r["row"] == "chosen_scale"]
+    assert {r["selected_on"] for r in chosen} == {"valid_seen"}
+    assert {r["split"] for r in rows} == {"test"}
+    # The table is what the matrices say.
+    for row in rows:
+        matrix = LifelongMatrix.load(
+            finished / "save" / row["row"] / "matrix_test.json"
+        )
+        if row["metric"] == "average_wer":
+            last = matrix.domains[-1]
+            naive = sum(matrix[last, d] for d in matrix.domains) / 4
+            assert row["value"] == pytest.approx(naive)
+    text = (finished / "results.md").read_text()
+    assert text.count("gives back the weights before it, bit for bit") == 4
+    for name in (
+        "wer_matrix_ties",
+        "cosines_task_arithmetic",
+        "wer_against_scale_chosen_scale_german",
+    ):
+        assert (finished / "plots" / f"{name}.png").stat().st_size > 1000
+    assert len(list((finished / "cl_masr_logs").iterdir())) == len(names) + 1
+
+
+@pytest.mark.slow
+def test_started_again_it_changes_nothing(corpus, finished):
+    before = {
+        path: path.read_bytes() for path in finished.rglob("*.safetensors")
+    }
+    summary = (finished / "summary.json").read_text()
+    run(corpus, finished, **TINY)
+    assert (finished / "summary.json").read_text() == summary
+    assert all(path.read_bytes() == old for path, old in before.items())
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_table_of_one(corpus, finished, tmp_path):
+    """Same global batches; equal up to the order of floating-point sums."""
+    rows = "fine_tuning,ewc,task_arithmetic,chosen_scale"
+    run(corpus, tmp_path, only=rows, processes=2, **TINY)
+    for row in rows.split(","):
+        for step in (2, 4):
+            one, two = (weights(o, row, step) for o in (finished, tmp_path))
+            assert one.keys() == two.keys()
+            assert not any(name.startswith("module.") for name in two)
+            for name, value in one.items():
+                assert torch.allclose(value, two[name], atol=1e-4), name
+
+
+@pytest.mark.slow
+def test_an_unknown_accent_or_row_is_named(corpus, tmp_path):
+    with pytest.raises(AssertionError, match="no rows nothing"):
+        run(corpus, tmp_path / "a", only="nothing", **TINY)
+    with pytest.raises(AssertionError, match="the data has .*GRC/Greek"):
+        run(corpus, tmp_path / "b", domains="{us: Martian}", **TINY)

@@ -1,0 +1,80 @@
+"""The checkpointer: whole folders or none, and otherwise SpeechBrain's."""
+
+import os
+
+import pytest
+import torch
+from speechbrain.utils.checkpoints import Checkpointer
+
+from speechbrain_taskarith.brains import AtomicCheckpointer
+
+
+class Breaks:
+    """A recoverable whose saving is interrupted."""
+
+
+def interrupted(obj, path):
+    path.write_bytes(b"half")
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_save_leaves_no_checkpoint(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    saver = AtomicCheckpointer(tmp_path, {"model": model})
+    saver.save_checkpoint(meta={"WER": 1.0})
+    saver.add_recoverable("breaks", Breaks(), custom_save_hook=interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        saver.save_checkpoint(meta={"WER": 2.0})
+    again = AtomicCheckpointer(tmp_path, {"model": model})
+    assert [c.meta["WER"] for c in again.list_checkpoints()] == [1.0]
+    assert len(os.listdir(tmp_path)) == 1, "left-overs are swept away"
+
+
+def test_speechbrains_own_reads_what_ours_writes(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    saved = AtomicCheckpointer(tmp_path, {"model": model}).save_checkpoint()
+    other = torch.nn.Linear(2, 2)
+    Checkpointer(tmp_path, {"model": other}).recover_if_possible()
+    assert torch.equal(model.weight, other.weight)
+    assert saved.paramfiles["model"].exists()
+    assert saved.path.name.startswith("CKPT+")
+
+
+def test_a_named_checkpoint_is_replaced(tmp_path):
+    model = torch.nn.Linear(1, 1)
+    saver = AtomicCheckpointer(tmp_path, {"model": model})
+    for value in (1.0, 2.0):
+        torch.nn.init.constant_(model.weight, value)
+        saver.save_checkpoint(name="kept")
+    assert os.listdir(tmp_path) == ["CKPT+kept"]
+    torch.nn.init.zeros_(model.weight)
+    saver.recover_if_possible()
+    assert model.weight.item() == 2.0
+
+
+@pytest.mark.parametrize("cls", [Checkpointer, AtomicCheckpointer])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"num_to_keep": 2},
+        {"num_to_keep": 1, "min_keys": ["WER"]},
+        {"num_to_keep": 1, "max_keys": ["acc"]},
+        {"num_to_keep": 0},
+        {"num_to_keep": 1, "ckpt_predicate": lambda c: c.meta["WER"] > 2},
+    ],
+)
+def test_keeps_what_speechbrain_keeps(tmp_path, cls, rule):
+    """Both classes are held to one list, worked out by hand."""
+    saver = cls(tmp_path, {"model": torch.nn.Linear(1, 1)})
+    for number, (wer, acc) in enumerate([(3, 1), (1, 5), (2, 2), (4, 0)]):
+        saver.save_checkpoint(
+            meta={"WER": wer, "acc": acc, "unixtime": number}, name=str(number)
+        )
+    saver.delete_checkpoints(**rule)
+    kept = sorted(path.name[-1] for path in tmp_path.iterdir())
+    if "min_keys" in rule or "max_keys" in rule:
+        assert kept == ["1", "3"]
+    elif "ckpt_predicate" in rule:
+        assert kept == ["1", "2", "3"]
+    else:
+        assert kept == ["2", "3"][: rule["num_to_keep"]]
