@@ -27,6 +27,18 @@ class DigitStringBrain(SequentialMixin, CTCBrain):
         As for `speechbrain.Brain`.
     cache : AudioCache or None
         Of decoded or synthetic recordings; None makes one.
+
+    Example
+    -------
+    >>> from speechbrain_taskarith.brains import WordLabels
+    >>> brain = DigitStringBrain(
+    ...     modules={"model": torch.nn.Linear(1, 1)},
+    ...     hparams={"sample_rate": 8000, "tokenizer": WordLabels(["ONE"])},
+    ...     run_opts={"device": "cpu"},
+    ... )
+    >>> item = {"ID": "a", "wavs": [], "gaps": [0.5], "wrd": "ONE"}
+    >>> brain.dataset([item]).data_ids
+    ['000000-a']
     """
 
     def __init__(self, *arguments, cache=None, **keywords):

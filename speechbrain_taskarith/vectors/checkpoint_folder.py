@@ -193,6 +193,18 @@ def find_checkpoint_folder(path, *, min_key=None, max_key=None):
     ------
     FileNotFoundError
         None there, or none with such a score.
+
+    Example
+    -------
+    >>> import torch
+    >>> folder = getfixture("tmp_path")
+    >>> weights = {"model": {"w": torch.ones(1)}}
+    >>> for wer in (9.0, 4.0, 6.0):
+    ...     path = save_checkpoint(
+    ...         weights, folder / f"CKPT+{wer}", meta={"WER": wer}
+    ...     )
+    >>> find_checkpoint_folder(folder, min_key="WER").name
+    'CKPT+4.0'
     """
     path = Path(path)
     if (path / META_FILE).is_file():

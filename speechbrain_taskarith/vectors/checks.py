@@ -58,7 +58,18 @@ def finite(name, value):
 
 
 def scale(value):
-    """Return a scale: a finite number, or `{pattern: finite number}`."""
+    """Return a scale: a finite number, or `{pattern: finite number}`.
+
+    Arguments
+    ---------
+    value : object
+        What was given.
+
+    Returns
+    -------
+    float or dict
+        The same, as plain numbers.
+    """
     if isinstance(value, Mapping):
         if not value:
             raise ValueError("scale={}: expected at least one pattern")
@@ -70,7 +81,18 @@ def scale(value):
 
 
 def weights(value):
-    """Return weights of vectors: None, or a list of finite numbers."""
+    """Return weights of vectors: None, or a list of finite numbers.
+
+    Arguments
+    ---------
+    value : object
+        What was given.
+
+    Returns
+    -------
+    list of float, or None
+        The same, as plain numbers.
+    """
     if value is None:
         return None
     if isinstance(value, (str, bytes, Mapping)) or not hasattr(
@@ -81,7 +103,22 @@ def weights(value):
 
 
 def one_of(name, value, allowed):
-    """Return a value that is one of those allowed."""
+    """Return a value that is one of those allowed.
+
+    Arguments
+    ---------
+    name : str
+        What the argument is called.
+    value : object
+        What was given.
+    allowed : sequence
+        The values it may have.
+
+    Returns
+    -------
+    object
+        The value.
+    """
     if value not in allowed:
         listed = ", ".join(repr(choice) for choice in allowed)
         raise ValueError(f"{name}={value!r}: expected one of {listed}")
@@ -89,7 +126,20 @@ def one_of(name, value, allowed):
 
 
 def whole(name, value):
-    """Return an integer that is not negative, such as a seed."""
+    """Return an integer that is not negative, such as a seed.
+
+    Arguments
+    ---------
+    name : str
+        What the argument is called.
+    value : object
+        What was given.
+
+    Returns
+    -------
+    int
+        The value.
+    """
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ValueError(f"{name}={value!r}: expected an integer >= 0")
     return value

@@ -8,12 +8,10 @@ import warnings
 
 import torch
 
-from ..utils.patterns import matches, select
+from ..utils.messages import some
+from ..utils.patterns import select
 from .fingerprints import short
-
-# Running statistics: copied from the base unless asked for, since adding
-# differences of variances can make a variance negative.
-RUNNING_STATISTICS = ("*running_mean", "*running_var")
+from .states import is_running_statistic
 
 
 def subtract(base, finetuned, include, exclude, strict, buffers):
@@ -112,27 +110,6 @@ def check_ancestry(tau, base):
     )
 
 
-def some(names, most=5):
-    """Name a few of many parameters, for a message.
-
-    Arguments
-    ---------
-    names : sequence of str
-        Parameter names.
-    most : int
-        How many to write out.
-
-    Returns
-    -------
-    str
-        E.g. `"7 parameter(s) (a, b, c, d, e and 2 more)"`.
-    """
-    names = list(names)
-    shown = ", ".join(names[:most])
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{len(names)} parameter(s) ({shown}{more})"
-
-
 def _common_names(base, finetuned, names, strict):
     missing = [name for name in names if name not in finetuned]
     extra = [name for name in names if name not in base]
@@ -173,11 +150,7 @@ def _common_names(base, finetuned, names, strict):
 def _editable(base, names, buffers):
     chosen = [name for name in names if base.info(name).floating]
     if buffers == "base":
-        chosen = [
-            name
-            for name in chosen
-            if not any(matches(name, p) for p in RUNNING_STATISTICS)
-        ]
+        chosen = [name for name in chosen if not is_running_statistic(name)]
     if not chosen:
         raise ValueError(
             f"{base.label}: no floating point parameter is left to subtract"

@@ -220,6 +220,14 @@ class LinearAverage(TaskArithmetic):
     ---------
     weights : sequence of float or None
         One for each vector, of any sum but zero; None: all equal.
+
+    Example
+    -------
+    >>> import torch
+    >>> a = {"w": torch.tensor([3.0, 0.0])}
+    >>> b = {"w": torch.tensor([0.0, 3.0])}
+    >>> LinearAverage(weights=[1, 3]).combine([a, b])["w"]
+    tensor([0.7500, 2.2500])
     """
 
     def __init__(self, weights=None):
@@ -297,6 +305,13 @@ class Breadcrumbs(Merge):
     elect : str
         `"none"` as in the paper; `"mass"` or `"count"` elect signs and take
         the disjoint mean, as TIES does.
+
+    Example
+    -------
+    >>> import torch
+    >>> tau = {"w": torch.tensor([9.0, 0.1, 2.0, 1.0])}
+    >>> Breadcrumbs(density=0.5, gamma=0.25).combine([tau])["w"]
+    tensor([0., 0., 2., 1.])
     """
 
     def __init__(
@@ -327,6 +342,14 @@ class DELLA(Merge):
         Not negative.
     elect : str
         `"mass"` as in the paper, `"count"` or `"none"`.
+
+    Example
+    -------
+    >>> import torch
+    >>> tau = {"w": torch.ones(1000)}
+    >>> kept = DELLA(drop=0.7).combine([tau])["w"].count_nonzero()
+    >>> 200 < kept < 400
+    tensor(True)
     """
 
     def __init__(self, drop=0.7, epsilon=0.2, scale=1.0, seed=0, elect="mass"):

@@ -25,6 +25,15 @@ class Fisher(Rule):
         with the shapes of the parameters.
     scale : float or dict
         See `Rule`.
+
+    Example
+    -------
+    >>> import torch
+    >>> a = {"w": torch.tensor([3.0, 0.0])}
+    >>> b = {"w": torch.tensor([0.0, 3.0])}
+    >>> fishers = [{"w": torch.tensor([1.0, 1.0])}, {"w": torch.tensor([3.0, 0.0])}]
+    >>> Fisher(fishers).combine([a, b])["w"]
+    tensor([0.7500, 0.0000])
     """
 
     def __init__(self, fishers, scale=1.0):

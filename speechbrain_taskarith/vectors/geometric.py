@@ -194,6 +194,14 @@ class Karcher(Angular):
         Steps (in radians) smaller than this end the search.
     scope, of, scale
         See `Angular`.
+
+    Example
+    -------
+    >>> import torch
+    >>> a = {"w": torch.tensor([3.0, 0.0])}
+    >>> b = {"w": torch.tensor([0.0, 3.0])}
+    >>> Karcher().combine([a, b])["w"]
+    tensor([2.1213, 2.1213])
     """
 
     def __init__(
@@ -267,6 +275,14 @@ class MultiSLERP(Karcher):
         One for each vector, not negative; None: all equal.
     scope, of, scale
         See `Angular`.
+
+    Example
+    -------
+    >>> import torch
+    >>> a = {"w": torch.tensor([3.0, 0.0])}
+    >>> b = {"w": torch.tensor([0.0, 3.0])}
+    >>> MultiSLERP().combine([a, b])["w"]
+    tensor([2.1213, 2.1213])
     """
 
     def __init__(self, weights=None, scope="tensor", of="vectors", scale=1.0):
@@ -287,6 +303,14 @@ class ModelStock(Angular):
         `"tensor"` or `"global"`.
     scale : float or dict
         See `Rule`.
+
+    Example
+    -------
+    >>> import torch
+    >>> a = {"w": torch.tensor([3.0, 0.0])}
+    >>> b = {"w": torch.tensor([3.0, 3.0])}
+    >>> ModelStock().combine([a, b])["w"]
+    tensor([2.4853, 1.2426])
     """
 
     fewest = 2

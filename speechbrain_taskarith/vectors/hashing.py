@@ -17,13 +17,32 @@ class _Hashed(NamedTuple):
 
 
 class Hasher:
-    """Fingerprints of several states by several threads."""
+    """Fingerprints of several states by several threads.
+
+    Arguments
+    ---------
+    threads : int
+        Number of threads.
+    progress : bool
+        Show a progress bar.
+    """
 
     def __init__(self, threads, progress):
         self.passes, self.bytes_read = Pass(threads, progress=progress), 0
 
     def hash(self, states):
-        """Return the fingerprints, and let the states remember theirs."""
+        """Return the fingerprints, and let the states remember theirs.
+
+        Arguments
+        ---------
+        states : sequence of State
+            What to hash; what is hashed already is not again.
+
+        Returns
+        -------
+        list of str
+            One fingerprint for each state.
+        """
         items = [
             _Hashed(state, name, state.info(name).nbytes)
             for state in states

@@ -59,7 +59,18 @@ def all_finite(values):
 
 
 def finite_bits(bits):
-    """Tell the same of what `magnitude_bits` gave."""
+    """Tell the same of what `magnitude_bits` gave.
+
+    Arguments
+    ---------
+    bits : array
+        int32, one-dimensional.
+
+    Returns
+    -------
+    bool
+        True where no element stands for NaN or infinity.
+    """
     return not len(bits) or int(bits.max()) < _INFINITE
 
 

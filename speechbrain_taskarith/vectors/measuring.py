@@ -9,7 +9,15 @@ import time
 
 
 class Timed:
-    """Notes the wall time of a block."""
+    """Notes the wall time of a block.
+
+    Arguments
+    ---------
+    steps : dict
+        Where the seconds are written.
+    name : str
+        Under which name.
+    """
 
     def __init__(self, steps, name):
         self.steps, self.name = steps, name
@@ -22,7 +30,13 @@ class Timed:
 
 
 class MemoryWatch:
-    """Samples the process's anonymous memory from a thread of its own."""
+    """Samples the process's anonymous memory from a thread of its own.
+
+    Arguments
+    ---------
+    interval : float
+        Seconds between two looks.
+    """
 
     def __init__(self, interval=0.02):
         self.interval, self.peak = interval, None

@@ -81,7 +81,13 @@ class MergeReport:
     peak_anonymous: int | None
 
     def to_dict(self):
-        """Return it as plain types, for JSON."""
+        """Return it as plain types, for JSON.
+
+        Returns
+        -------
+        dict
+            Every field by its name.
+        """
         return dataclasses.asdict(self)
 
 

@@ -13,14 +13,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..utils.patterns import matches, select
+from ..utils.messages import some
+from ..utils.patterns import select
 from .chunk_reader import read_float32
 from .fingerprints import short
-from .states import State, as_state
-
-# Running means and variances stay the base's, since adding differences of
-# variances can make a variance negative.
-RUNNING_STATISTICS = ("*running_mean", "*running_var")
+from .states import State, as_state, is_running_statistic
 
 
 class Checkpoint:
@@ -78,11 +75,26 @@ class Checkpoint:
             _check_same_kind(base, self.state, name)
         names = [name for name in base if base.info(name).floating]
         if buffers == "base":
-            names = [n for n in names if not _is_running(n)]
+            names = [n for n in names if not is_running_statistic(n)]
         return names
 
     def chunk(self, inputs, place, work):
-        """Return a run of the vector, in a buffer of its own."""
+        """Return a run of the vector, in a buffer of its own.
+
+        Arguments
+        ---------
+        inputs : MergeInputs
+            Knows the base.
+        place : Place
+            Where the run lies.
+        work : Workspace
+            For buffers.
+
+        Returns
+        -------
+        array
+            float32.
+        """
         base = inputs.base_chunk(place, work)
         tuned = read_float32(
             self.state, place.name, place.start, place.stop, work, "tuned"
@@ -120,7 +132,13 @@ class StoredVector:
         return [name for name in base if name in self.state]
 
     def check_ancestry(self, base):
-        """Raise unless the vector was taken from this base."""
+        """Raise unless the vector was taken from this base.
+
+        Arguments
+        ---------
+        base : State
+            The base of the merge.
+        """
         if self.base_fingerprint != base.fingerprint:
             raise ValueError(
                 f"{base.label} ({short(base.fingerprint)}) is not the base "
@@ -130,7 +148,7 @@ class StoredVector:
             )
 
     def chunk(self, inputs, place, work):
-        """Return a run of the vector."""
+        """Return a run of the vector (see `Checkpoint.chunk`)."""
         return read_float32(
             self.state, place.name, place.start, place.stop, work, "tuned"
         )
@@ -273,11 +291,14 @@ class MergeInputs:
                 parent.check_ancestry(self.base)
 
     def vector(self, index, place, work):
-        """Return a run of one vector."""
+        """Return a run of one vector (see `MemoryVectors.vector`)."""
         return self.parents[index].chunk(self, place, work)
 
     def base_chunk(self, place, work):
-        """Return a run of the base as float32, read once for a place."""
+        """Return a run of the base (see `MemoryVectors.base_chunk`).
+
+        It is read once for a place.
+        """
         if work.place is not place:
             work.base = read_float32(
                 self.base, place.name, place.start, place.stop, work, "base"
@@ -289,7 +310,7 @@ class MergeInputs:
         """Nothing to do: there always is a base."""
 
     def blame(self, index, place):
-        """Make the error for NaN or infinity."""
+        """Make the error for NaN or infinity (see `MemoryVectors.blame`)."""
         from .workspace import Workspace
 
         parent, work = self.parents[index], Workspace()
@@ -328,17 +349,6 @@ def _check_same_kind(base, state, name):
             f"{base.label} of {one.dtype}; integers and floating point "
             "numbers cannot be compared. Save both in one type"
         )
-
-
-def some(names, most=5):
-    """Name a few of many parameters, for a message."""
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{len(names)} parameter(s) ({', '.join(names[:most])}{more})"
-
-
-def _is_running(name):
-    return any(matches(name, pattern) for pattern in RUNNING_STATISTICS)
 
 
 def _require_equal(parent, name, origin):

@@ -20,7 +20,23 @@ _UNKNOWN = "0" * 64
 
 
 class Job:
-    """One merge, planned."""
+    """One merge, planned.
+
+    Arguments
+    ---------
+    inputs : MergeInputs
+        Base and parents.
+    rule : Rule
+        How to merge.
+    scales : dict
+        `{name: float}`.
+    plan : object
+        Threads and chunk size.
+    fingerprint : bool
+        Note the fingerprints.
+    metadata : dict or None
+        Texts to keep with the weights.
+    """
 
     def __init__(self, inputs, rule, scales, plan, fingerprint, metadata):
         self.inputs, self.rule, self.scales = inputs, rule, scales
@@ -45,7 +61,24 @@ class Job:
         }
 
     def run(self, path, steps, hasher, progress):
-        """Write the result to a safetensors file; return its fingerprint."""
+        """Write the result to a safetensors file.
+
+        Arguments
+        ---------
+        path : pathlib.Path
+            The file.
+        steps : dict
+            Takes the seconds of each step.
+        hasher : Hasher
+            Hashes the result.
+        progress : bool
+            Show progress bars.
+
+        Returns
+        -------
+        str or None
+            The fingerprint; None where none is wanted.
+        """
         inputs, plan = self.inputs, self.plan
         infos = {name: inputs.base.info(name) for name in inputs.base}
         header = {"format": "pt", **self.metadata}
@@ -129,6 +162,17 @@ def convert(written, output, job, inputs):
     """Turn the safetensors file into the form asked for.
 
     Its tensors are mapped, so that torch writes them from the page cache.
+
+    Arguments
+    ---------
+    written : pathlib.Path
+        The safetensors file.
+    output : pathlib.Path
+        The final name.
+    job : Job
+        Knows the provenance.
+    inputs : MergeInputs
+        Knows which tensors are tied.
     """
     state, aliases = open_state(written), inputs.base.aliases
     tensors = {name: state[name] for name in state}

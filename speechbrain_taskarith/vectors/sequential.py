@@ -151,9 +151,8 @@ class SequentialEditor:
             True takes no lock and changes nothing: for looking, and for the
             other processes of a distributed run.
         verify : bool
-            True reads every vector, compares its hash with the log, and
-            compares the state after every edit with the one that was
-            reported. False does so only when the state is asked for.
+            True compares every vector and the state after every edit with
+            the log; False does so when the state is asked for.
 
         Returns
         -------
@@ -459,7 +458,7 @@ class SequentialEditor:
 
     def _set_up(self, rule, scale, include, exclude):
         self.rule, self.scale = rule, scale
-        self._include, self._exclude = _as_list(include), _as_list(exclude)
+        self._include, self._exclude = include, exclude
         self._current = None
 
     def _get_rule(self):
@@ -492,10 +491,6 @@ class SequentialEditor:
                 f"{', '.join(names) or 'none'}"
             )
         return names.index(name)
-
-
-def _as_list(patterns):
-    return [patterns] if isinstance(patterns, str) else list(patterns)
 
 
 def _check_finite(state, label):

@@ -45,7 +45,13 @@ class Stage:
         return self
 
     def describe(self):
-        """Write the stage down: `{"stage": class name, argument: ...}`."""
+        """Write the stage down in plain types.
+
+        Returns
+        -------
+        dict
+            `{"stage": class name, argument: value, ...}`.
+        """
         names = inspect.signature(type(self)).parameters
         described = {name: getattr(self, name) for name in names}
         return {"stage": type(self).__name__, **described}

@@ -120,6 +120,15 @@ class TSVM(Spectral):
         None: `1 / N`, as in the paper.
     precision : str
         See `Spectral`.
+
+    Example
+    -------
+    >>> import torch
+    >>> a = {"w": torch.diag(torch.tensor([4.0, 0.0]))}
+    >>> b = {"w": torch.diag(torch.tensor([0.0, 2.0]))}
+    >>> TSVM().combine([a, b])["w"]
+    tensor([[4., 0.],
+            [0., 2.]])
     """
 
     def __init__(self, scale=1.0, share=None, precision="float32"):
@@ -172,6 +181,15 @@ class IsoC(Spectral):
         See `Rule`.
     precision : str
         See `Spectral`.
+
+    Example
+    -------
+    >>> import torch
+    >>> a = {"w": torch.diag(torch.tensor([4.0, 0.0]))}
+    >>> b = {"w": torch.diag(torch.tensor([0.0, 2.0]))}
+    >>> IsoC().combine([a, b])["w"]
+    tensor([[3., 0.],
+            [0., 3.]])
     """
 
     def merge_matrices(self, matrices, xp):

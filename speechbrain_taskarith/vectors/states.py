@@ -372,6 +372,30 @@ class State(Mapping):
         return digest.digest()
 
 
+def is_running_statistic(name):
+    """Tell whether a name is that of a running mean or variance.
+
+    They stay the base's unless asked for, since adding differences of
+    variances can make a variance negative.
+
+    Arguments
+    ---------
+    name : str
+        A tensor's name, as `torch.nn.BatchNorm1d` and its kin give it.
+
+    Returns
+    -------
+    bool
+        True for running statistics.
+
+    Example
+    -------
+    >>> is_running_statistic("norm.running_var")
+    True
+    """
+    return name.endswith(("running_mean", "running_var"))
+
+
 def as_state(source):
     """Return a `State` for a path, a module, a mapping or a `State`.
 

@@ -71,7 +71,22 @@ class MemoryVectors:
                 self._flat[name] = [tensor.numpy() for tensor in tensors]
 
     def vector(self, index, place, work):
-        """Return a run of one vector; not to be written to."""
+        """Return a run of one vector; not to be written to.
+
+        Arguments
+        ---------
+        index : int
+            Number of the vector.
+        place : Place
+            Where the run lies.
+        work : Workspace
+            For buffers.
+
+        Returns
+        -------
+        array
+            float32.
+        """
         return self._flat[place.name][index][place.start : place.stop]
 
     def require_base(self):
@@ -83,13 +98,39 @@ class MemoryVectors:
             )
 
     def base_chunk(self, place, work):
-        """Return a run of the base as float32."""
+        """Return a run of the base.
+
+        Arguments
+        ---------
+        place : Place
+            Where the run lies.
+        work : Workspace
+            For buffers.
+
+        Returns
+        -------
+        array
+            float32.
+        """
         return read_float32(
             self.base, place.name, place.start, place.stop, work, "base"
         )
 
     def blame(self, index, place):
-        """Make the error for NaN or infinity in a vector."""
+        """Make the error for NaN or infinity in a vector.
+
+        Arguments
+        ---------
+        index : int
+            Number of the vector.
+        place : Place
+            Where it was found.
+
+        Returns
+        -------
+        ValueError
+            To be raised by the caller.
+        """
         return ValueError(
             f"task vector {index + 1} of {self.number} holds NaN or infinity "
             f"in {place.name!r}. The training that made it diverged; use an "
@@ -192,7 +233,13 @@ class Pass:
         return sum(work.bytes_read for work in self._workspaces)
 
     def tell(self, majority):
-        """Let all workspaces know the sign that prevails."""
+        """Let all workspaces know the sign that prevails.
+
+        Arguments
+        ---------
+        majority : int
+            Above 0: plus; below: minus.
+        """
         for work in self._workspaces:
             work.majority = majority
 
@@ -228,14 +275,35 @@ class Stream:
             self.ready.append(stage.prepare(self))
 
     def granularity(self, shape):
-        """Return the smallest run that all stages so far can work on."""
+        """Return the smallest run that all stages so far can work on.
+
+        Arguments
+        ---------
+        shape : tuple of int
+            A tensor's shape.
+
+        Returns
+        -------
+        int
+            Number of elements.
+        """
         return max(
             (stage.granularity(shape) for stage in self.ready), default=1
         )
 
     def places(self, granularity=None):
-        """Cut the vectors into chunks that all stages so far can work on,
-        and a rule with this granularity too."""
+        """Cut the vectors into chunks that all stages so far can work on.
+
+        Arguments
+        ---------
+        granularity : callable or None
+            Of a rule that is to work on them too, see `Rule.granularity`.
+
+        Returns
+        -------
+        list of Place
+            The chunks.
+        """
 
         def coarsest(shape):
             unit = granularity(shape) if granularity is not None else 1
@@ -246,8 +314,27 @@ class Stream:
     def vector(self, index, place, work, look=True):
         """Return a run of one vector after all stages so far.
 
-        Raises ValueError for NaN or infinity, unless `look` is false or a
-        pass before has looked at all vectors already.
+        Arguments
+        ---------
+        index : int
+            Number of the vector.
+        place : Place
+            Where the run lies.
+        work : Workspace
+            For buffers.
+        look : bool
+            False does not look for NaN.
+
+        Returns
+        -------
+        array
+            float32.
+
+        Raises
+        ------
+        ValueError
+            NaN or infinity, unless `look` is false or a pass before has
+            looked at all vectors already.
         """
         tau = self.source.vector(index, place, work)
         if look and not self.finite and not all_finite(tau):
@@ -258,7 +345,20 @@ class Stream:
         return tau
 
     def vectors(self, place, work):
-        """Yield a run of every vector; each is valid until the next."""
+        """Go through a run of every vector.
+
+        Arguments
+        ---------
+        place : Place
+            Where the run lies.
+        work : Workspace
+            For buffers.
+
+        Yields
+        ------
+        array
+            float32, valid until the next is asked for.
+        """
         for index in range(self.source.number):
             yield self.vector(index, place, work)
 

@@ -13,9 +13,10 @@ from collections.abc import Mapping
 
 import torch
 
+from ..utils.messages import some
 from ..utils.patterns import first_match, require_match, select
 from .application import edit_in_place, edited
-from .differences import check_ancestry, check_fits, some, subtract
+from .differences import check_ancestry, check_fits, subtract
 from .fingerprints import short
 from .states import as_state
 from .vector_files import read_vector, write_vector

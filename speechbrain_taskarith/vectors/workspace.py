@@ -140,7 +140,18 @@ class Workspace:
         return buffer
 
     def number(self, value):
-        """Return a float32 scalar array, for `maximum` and `minimum`."""
+        """Return a float32 scalar array, for `maximum` and `minimum`.
+
+        Arguments
+        ---------
+        value : float
+            The number.
+
+        Returns
+        -------
+        array
+            Of no dimension.
+        """
         buffer = self._buffers.get(("number", value))
         if buffer is None:
             buffer = self.array(f"number {value}", 1)
@@ -149,12 +160,34 @@ class Workspace:
         return buffer
 
     def from_numpy(self, array):
-        """Bring a NumPy array to where this workspace's arrays live."""
+        """Bring a NumPy array to where this workspace's arrays live.
+
+        Arguments
+        ---------
+        array : numpy.ndarray
+            Any array.
+
+        Returns
+        -------
+        array
+            NumPy, or torch on the device.
+        """
         if self.xp is np:
             return array
         return self.xp.from_numpy(array).to(self.device)
 
 
 def to_numpy(array):
-    """Return an array of either kind as NumPy, without a copy on the CPU."""
+    """Return an array of either kind as NumPy, without a copy on the CPU.
+
+    Arguments
+    ---------
+    array : array
+        NumPy or torch.
+
+    Returns
+    -------
+    numpy.ndarray
+        The same numbers.
+    """
     return array if isinstance(array, np.ndarray) else array.cpu().numpy()

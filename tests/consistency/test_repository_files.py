@@ -9,7 +9,8 @@ import re
 import pytest
 from house import files, repository_files, shown
 
-LONGEST = 500
+# Tests and benchmarks may go on longer: what they hold is a list.
+LONGEST = {"speechbrain_taskarith": 500, "recipes": 500, "": 900}
 
 BINARY = {
     *(".wav", ".flac", ".mp3", ".ogg", ".opus", ".sph"),
@@ -69,9 +70,10 @@ def test_no_file_is_too_long():
     long = {}
     for path in files(".py"):
         count = len(path.read_text(encoding="utf-8").splitlines())
-        if count > LONGEST:
+        top = shown(path).split("/")[0]
+        if count > LONGEST.get(top, LONGEST[""]):
             long[shown(path)] = count
-    assert not long, f"one idea a file: over {LONGEST} lines: {long}"
+    assert not long, f"one idea a file: too many lines: {long}"
 
 
 def test_the_path_check_sees_what_it_should():

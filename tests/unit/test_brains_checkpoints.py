@@ -1,6 +1,9 @@
 """The checkpointer: whole folders or none, and otherwise SpeechBrain's."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,3 +81,46 @@ def test_keeps_what_speechbrain_keeps(tmp_path, cls, rule):
         assert kept == ["1", "2", "3"]
     else:
         assert kept == ["2", "3"][: rule["num_to_keep"]]
+
+
+SLOW_SAVER = """
+import sys, time
+import speechbrain as sb
+_, run_opts, _ = sb.parse_arguments(
+    ["none.yaml", "--device", "cpu", "--distributed_backend", "gloo"]
+)
+sb.utils.distributed.ddp_init_group(run_opts)
+import torch
+from speechbrain_taskarith.brains import AtomicCheckpointer
+
+def save(obj, path):
+    # As SpeechBrain's Brain and schedulers: every process writes.
+    time.sleep(0.5 * torch.distributed.get_rank())
+    path.write_text("state")
+
+saver = AtomicCheckpointer({folder!r})
+saver.add_recoverable("slow", object(), custom_save_hook=save)
+for number in (1, 2):
+    saver.save_and_keep_only(meta={{"number": number}})
+found = saver.list_checkpoints()
+assert [c.meta["number"] for c in found] == [2], found
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_a_slow_process_still_finds_the_folder(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SLOW_SAVER.format(folder=str(tmp_path / "saved")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [*command, "--nproc_per_node=2", str(script)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(os.listdir(tmp_path / "saved")) == 1

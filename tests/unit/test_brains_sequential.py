@@ -10,28 +10,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from brains_toy import domains, initial, make_brain
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from brains_toy import domains, initial, make_brain  # noqa: E402
-
-from speechbrain_taskarith.metrics import LifelongMatrix  # noqa: E402
-from speechbrain_taskarith.vectors import (  # noqa: E402
+from speechbrain_taskarith.metrics import LifelongMatrix
+from speechbrain_taskarith.vectors import (
     TIES,
     SequentialEditor,
     TaskArithmetic,
     open_state,
 )
-from speechbrain_taskarith.vectors.lifelong import (  # noqa: E402
+from speechbrain_taskarith.vectors.lifelong import (
     Averaging,
     FineTuning,
     PartialUpdate,
 )
-from speechbrain_taskarith.vectors.lifelong_memory import (  # noqa: E402
+from speechbrain_taskarith.vectors.lifelong_memory import (
     JointTraining,
     Replay,
 )
-from speechbrain_taskarith.vectors.lifelong_penalties import (  # noqa: E402
+from speechbrain_taskarith.vectors.lifelong_penalties import (
     EWC,
     LwF,
 )
@@ -233,6 +230,7 @@ def sequence(folder, first):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
 def test_killed_at_random_moments_it_ends_with_the_same_weights(
     first, tmp_path
@@ -289,6 +287,8 @@ _, run_opts, _ = sb.parse_arguments(
 sb.utils.distributed.ddp_init_group(run_opts)
 from test_brains_sequential import sequence_for_ddp
 sequence_for_ddp({folder!r}, run_opts)
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
@@ -304,6 +304,7 @@ def sequence_for_ddp(folder, run_opts):
         brain.learn_sequence(domains(), first, Path(folder) / name, **arguments)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_result_of_one(first, tmp_path):
     """The same global batches, shared out and padded alike.
 

@@ -38,7 +38,10 @@ def card(**fields):
 def test_everything_is_in_both_forms(tmp_path):
     made, base, tau = card()
     paths = made.save(tmp_path / "merged.safetensors")
-    assert [p.name for p in paths] == ["merged.safetensors.card.md", "merged.safetensors.card.json"]
+    assert [p.name for p in paths] == [
+        "merged.safetensors.card.md",
+        "merged.safetensors.card.json",
+    ]
     content = json.loads(paths[1].read_text())
     assert content["parents"][0]["fingerprint"] == base.fingerprint
     assert content["parents"][1]["base_fingerprint"] == base.fingerprint

@@ -561,7 +561,10 @@ def test_saving_writes_weights_and_card(tmp_path):
     card = json.loads((tmp_path / "edited.safetensors.card.json").read_text())
     assert card["fingerprint"] == editor.fingerprint
     assert card["wer"] == [{"name": "german", "wer": 4.5}]
-    assert "TIES(density=0.5" in (tmp_path / "edited.safetensors.card.md").read_text()
+    assert (
+        "TIES(density=0.5"
+        in (tmp_path / "edited.safetensors.card.md").read_text()
+    )
 
 
 @settings(

@@ -25,6 +25,7 @@ import sys
 from pathlib import Path
 
 import speechbrain as sb
+import torch
 from hyperpyyaml import load_hyperpyyaml
 from report import merge_seeds, write_report
 from speechbrain.utils.distributed import if_main_process, run_on_main
@@ -217,3 +218,7 @@ if __name__ == "__main__":
     first = learn_first_model(brain, domains[0], hparams)
     matrices = run_rows(brain, domains, first, rows, hparams)
     run_on_main(write_report, args=[matrices, hparams])
+    # Without it a process that ends first may take the others down.
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,30 @@
+"""Pieces of error messages.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+
+def some(names, most=5):
+    """Name a few of many parameters, for a message.
+
+    Arguments
+    ---------
+    names : sequence of str
+        Parameter names.
+    most : int
+        How many to write out.
+
+    Returns
+    -------
+    str
+        Their number and the first of them.
+
+    Example
+    -------
+    >>> some("abc", most=2)
+    '3 parameter(s) (a, b and 1 more)'
+    """
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{len(names)} parameter(s) ({', '.join(names[:most])}{more})"
