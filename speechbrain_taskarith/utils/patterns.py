@@ -76,7 +76,7 @@ def select(names, include=("*",), exclude=(), what="parameter"):
     ['a.weight', 'b.weight']
     """
     names = list(names)
-    include, exclude = _as_tuple(include), _as_tuple(exclude)
+    include, exclude = as_tuple(include), as_tuple(exclude)
     for pattern in include + exclude:
         # "*" over no names at all is an empty model, not a misspelling.
         if pattern != "*":
@@ -146,5 +146,17 @@ def require_match(names, pattern, what="parameter"):
     )
 
 
-def _as_tuple(patterns):
+def as_tuple(patterns):
+    """Return one pattern or several as a tuple.
+
+    Arguments
+    ---------
+    patterns : str or sequence of str
+        One pattern, or some.
+
+    Returns
+    -------
+    tuple of str
+        The patterns.
+    """
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)

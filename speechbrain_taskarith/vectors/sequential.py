@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ..utils.patterns import as_tuple
 from .edit_folder import EditFolder
 from .edit_log import LOG_NAME, Edit, now
 from .encodings import ENCODINGS
@@ -117,8 +118,8 @@ class SequentialEditor:
             rule=describe_rule(rule),
             schedule=plain_schedule(scale),
             encoding=encoding,
-            include=_as_list(include),
-            exclude=_as_list(exclude),
+            include=list(as_tuple(include)),
+            exclude=list(as_tuple(exclude)),
         )
         self._set_up(rule, scale, include, exclude)
 
@@ -162,9 +163,9 @@ class SequentialEditor:
         Raises
         ------
         FileNotFoundError
-            No log, or a file that the log names is gone.
+            No log, or a file that it names is gone.
         ValueError
-            The log, the base or a vector is damaged; the file is named.
+            The log, the base or a vector is damaged.
         RuntimeError
             Another process edits the folder.
         """
@@ -231,11 +232,6 @@ class SequentialEditor:
     def folder(self):
         """Where the base, the vectors and the log lie: a `Path`."""
         return self._files.path
-
-    @property
-    def encoding(self):
-        """How vectors are stored."""
-        return self._files.log.encoding
 
     @property
     def log(self):
@@ -340,7 +336,7 @@ class SequentialEditor:
             # What is applied is what can be read back, also where the
             # encoding rounds: the log and the weights never disagree.
             file, digest, vector = self._files.store(
-                name, vector, self.encoding
+                name, vector, self._files.log.encoding
             )
             after = as_state(vector.apply(before, scale))
             _check_finite(after, f"{name!r} with scale {scale}")
@@ -348,7 +344,7 @@ class SequentialEditor:
                 name=name,
                 vector=file,
                 sha256=digest,
-                encoding=self.encoding,
+                encoding=self._files.log.encoding,
                 scale=scale,
                 rule=describe_rule(rule),
                 learned_on=before.fingerprint,
@@ -462,14 +458,14 @@ class SequentialEditor:
         self._current = None
 
     def _get_rule(self):
-        if self.rule is None:
-            try:
-                self.rule = build_rule(self._files.log.rule)
-            except ValueError as error:
-                raise ValueError(
-                    f"{self.folder / LOG_NAME}: {error}: "
-                    "SequentialEditor.resume(folder, rule=...)"
-                ) from None
+        if self.rule is not None:
+            return self.rule
+        try:
+            self.rule = build_rule(self._files.log.rule)
+        except ValueError as error:
+            hint = "SequentialEditor.resume(folder, rule=...)"
+            path = self.folder / LOG_NAME
+            raise ValueError(f"{path}: {error}: {hint}") from None
         return self.rule
 
     def _state(self):
