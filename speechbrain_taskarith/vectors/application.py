@@ -12,7 +12,7 @@ import torch
 
 # Elements edited at a time: a scratch buffer of this size stays in the cache,
 # so that an edit in place reads two tensors and writes one, no more.
-_CHUNK = 1 << 17
+_CHUNK = 1 << 19
 
 
 def edited(tau, base, scales):

@@ -12,7 +12,7 @@ from .states import as_state
 # What is worked on at a time: the piece of scaled vector stays in the cache,
 # so that memory is passed three times (base, vector, parameter). A GPU wants
 # larger pieces, for fewer launches.
-_CHUNK = {"cpu": 1 << 17, "cuda": 1 << 22}
+_CHUNK = {"cpu": 1 << 19, "cuda": 1 << 22}
 
 
 class Editing:

@@ -56,7 +56,9 @@ class TaskVector(Mapping):
                     f"{name}: a task vector holds floating point tensors, "
                     f"got {delta.dtype}"
                 )
-        self._deltas = {n: d.detach().float() for n, d in deltas.items()}
+        # Tied parameters come as one tensor and stay one.
+        own = {id(d): d.detach().float() for d in deltas.values()}
+        self._deltas = {name: own[id(d)] for name, d in deltas.items()}
         self.base_fingerprint = base_fingerprint
         self.metadata = dict(metadata or {})
 

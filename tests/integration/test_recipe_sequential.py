@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from speechbrain_taskarith.metrics import LifelongMatrix
 from speechbrain_taskarith.vectors import open_state
@@ -138,16 +137,25 @@ def test_started_again_it_changes_nothing(corpus, finished):
 
 @pytest.mark.slow
 def test_two_processes_give_the_table_of_one(corpus, finished, tmp_path):
-    """Same global batches; equal up to the order of floating-point sums."""
+    """Same global batches; equal up to the order of floating-point sums.
+
+    Measured by how far training moved the weights: Adam divides a gradient
+    by its own size, so that a single weight whose gradient is next to
+    nothing may differ by a tenth of a step.
+    """
     rows = "fine_tuning,ewc,task_arithmetic,chosen_scale"
     run(corpus, tmp_path, only=rows, processes=2, **TINY)
+    path = "save/first_model/kept.safetensors"
+    start = dict(open_state(finished / path))
     for row in rows.split(","):
         for step in (2, 4):
             one, two = (weights(o, row, step) for o in (finished, tmp_path))
-            assert one.keys() == two.keys()
-            assert not any(name.startswith("module.") for name in two)
+            assert one.keys() == two.keys() == start.keys()
+            apart = sum((one[n] - two[n]).square().sum() for n in one)
+            moved = sum((one[n] - start[n]).square().sum() for n in one)
+            assert apart.sqrt() <= 0.005 * moved.sqrt() + 1e-4, (row, step)
             for name, value in one.items():
-                assert torch.allclose(value, two[name], atol=1e-4), name
+                assert (value - two[name]).abs().max() < 1e-3, (row, name)
 
 
 @pytest.mark.slow

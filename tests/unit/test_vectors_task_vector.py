@@ -117,6 +117,8 @@ def test_tied_tensors_are_edited_once_and_stay_tied():
     tau = TaskVector.between(base, tuned(base))
     edited = tau.apply(base, 1.0)
     assert edited["tied.weight"] is edited["encoder.weight"]
+    for vector in (tau, -tau, tau + tau, 2 * tau):
+        assert vector["tied.weight"] is vector["encoder.weight"]
     net = Net()
     tau.apply_(net, 1.0)
     assert torch.equal(net.encoder.weight, edited["encoder.weight"])
