@@ -1,0 +1,281 @@
+"""What the study measures and leaves behind: tables, plots, edited models.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+import csv
+import io
+import statistics
+from pathlib import Path
+
+from fold import ALLOWED, REAL_TARGET, Fold
+from speechbrain.utils.logger import get_logger
+
+from speechbrain_taskarith.metrics import (
+    Summary,
+    merge_summaries,
+    plot_scale_curve,
+)
+from speechbrain_taskarith.utils.files import atomic_write
+from speechbrain_taskarith.utils.progress import progress
+from speechbrain_taskarith.vectors import (
+    ModelCard,
+    cosine_matrix,
+    open_state,
+    plot_cosine_matrix,
+    save_state,
+)
+
+logger = get_logger(__name__)
+
+TABLE = "syn2real"
+TITLE = "SYN2REAL on strings of digits"
+# Rows of the tables, and what the scale of each was chosen on.
+ROWS = {
+    "pretrained": None,
+    "baseline": None,
+    "edited": ALLOWED,
+    "ensemble": ALLOWED,
+    "members": ALLOWED,
+    "paper_scale": None,
+    "oracle": REAL_TARGET,
+}
+NOTE = (
+    "Means over the left-out domains. `relative_reduction`: mean of each "
+    "domain's relative WER reduction against `baseline`, the model that knows "
+    "its domain from synthetic speech only (scale 0). `edited` is the "
+    "`ensemble`, the mean of the source domains' vectors; `members`: one "
+    "source domain's vector, mean over sources; each at a scale of its own, "
+    "chosen on development strings (real ones of the source domains, synthetic "
+    "ones of the target). `paper_scale`: the ensemble at {paper_scale}. "
+    "`oracle`: the best scale on the very strings that are reported on, a "
+    "bound that no one may choose. `own_words`, `shared_words`: share of the "
+    "domain's own and of the shared words that came out wrong."
+)
+
+
+def write_report(brain, models, strings, hparams):
+    """Measure, write tables, plots and edited models, show the table.
+
+    Arguments
+    ---------
+    brain : SyntheticToReal
+        Decodes.
+    models : ModelFolder
+        All models, trained.
+    strings : Strings
+        Makes the strings to measure on.
+    hparams : dict
+        Of the recipe.
+    """
+    output = Path(hparams["output_folder"])
+    if hparams["report_on"] != "test":
+        output = output / hparams["report_on"]
+    kept = {}
+
+    def held_out(side, domain, split):
+        key = (side, domain, split)
+        if key not in kept:
+            items = strings.held_out_strings(side, split, domain)
+            kept[key] = brain.in_memory(items)
+        return kept[key]
+
+    results = {}
+    for target in progress(hparams["domains"], desc="domains measured"):
+        fold = Fold(target, brain, models, held_out, hparams)
+        results[target] = result = fold.measure()
+        logger.info(
+            f"{target}: {result['rows']['baseline']['wer']:.2f} -> "
+            f"{result['rows']['edited']['wer']:.2f} % at scale "
+            f"{result['scale']}"
+        )
+        keep_edited(fold, result, Path(hparams["save_folder"]) / "edited")
+        draw(fold, result, output)
+    summary = summarise(results, output, hparams)
+    summary.write()
+    summary.print()
+
+
+def keep_edited(fold, result, folder):
+    """Keep the edited model with its card.
+
+    Arguments
+    ---------
+    fold : Fold
+        Its models.
+    result : dict
+        From `Fold.measure`.
+    folder : pathlib.Path
+        Where it goes, in a folder of its own.
+    """
+    path = folder / fold.target / "model.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_state(result["state"], path)
+    parents = [ModelCard.parent("target, synthetic", fold.base)]
+    for source, (real, synthetic) in fold.pairs.items():
+        parents.append(ModelCard.parent(f"{source}, real", real))
+        parents.append(ModelCard.parent(f"{source}, synthetic", synthetic))
+    ModelCard(
+        title=f"SYN2REAL, left out: {fold.target}",
+        parents=parents,
+        scale=result["scale"],
+        wer={
+            row: result["rows"][row]["wer"]
+            for row in ("baseline", "edited", "oracle")
+        },
+        selected_on=ALLOWED,
+        fingerprint=open_state(path).fingerprint,
+        notes=[
+            "WER on real recordings of the target domain. The oracle is the "
+            "best scale on these recordings: a bound, not a result."
+        ],
+    ).save(path)
+
+
+def draw(fold, result, output):
+    """Draw WER against scale, and the cosines between the vectors.
+
+    Arguments
+    ---------
+    fold : Fold
+        Its vectors.
+    result : dict
+        From `Fold.measure`.
+    output : pathlib.Path
+        Of the run.
+    """
+    name, curve = fold.target, result["curve"]
+    plot_scale_curve(
+        {
+            f"real {name} ({fold.hparams['report_on']})": curve,
+            "chosen on: real sources, synthetic target": result["selection"],
+        },
+        output / "plots" / f"scale_{name}.png",
+        baseline=curve[0.0],
+        chosen=(result["scale"], curve[result["scale"]]),
+        oracle=(result["oracle_scale"], curve[result["oracle_scale"]]),
+        title=f"WER against scale, {name} left out",
+    )
+    plot_cosine_matrix(
+        cosine_matrix(list(fold.vectors.values())),
+        list(fold.vectors),
+        output / "plots" / f"cosines_without_{name}.png",
+        title=f"Cosines of the vectors, {name} left out",
+    )
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(["scale", "wer", "wer_chosen_on"])
+    table.writerows(
+        [scale, wer, result["selection"][scale]] for scale, wer in curve.items()
+    )
+    (output / "scales").mkdir(parents=True, exist_ok=True)
+    with atomic_write(output / "scales" / f"{name}.csv", "w") as stream:
+        stream.write(text.getvalue())
+
+
+def summarise(results, output, hparams):
+    """Make the tables of one seed.
+
+    Arguments
+    ---------
+    results : dict
+        `{domain: from Fold.measure}`.
+    output : pathlib.Path
+        Where they go.
+    hparams : dict
+        Of the recipe.
+
+    Returns
+    -------
+    Summary
+        Not written yet.
+    """
+    summary = Summary(output, title=TITLE)
+    common = {"split": hparams["report_on"], "seed": hparams["seed"]}
+    for row, chosen in ROWS.items():
+        errors = {
+            target: dict(result["rows"][row])
+            for target, result in results.items()
+        }
+        for target, result in results.items():
+            if row != "pretrained":
+                errors[target]["relative_reduction"] = reduction(
+                    result["rows"]["baseline"]["wer"], errors[target]["wer"]
+                )
+            for metric, value in errors[target].items():
+                summary.add(
+                    table=f"{TABLE}_domains",
+                    row=f"{target}: {row}",
+                    metric=metric,
+                    value=value,
+                    unit="%",
+                    selected_on=chosen,
+                    **common,
+                )
+        for metric in errors[target]:
+            summary.add(
+                table=TABLE,
+                row=row,
+                metric=metric,
+                value=statistics.fmean(e[metric] for e in errors.values()),
+                unit="%",
+                selected_on=chosen,
+                **common,
+            )
+    for target, result in results.items():
+        for row, key in (("edited", "scale"), ("oracle", "oracle_scale")):
+            summary.add(
+                table=f"{TABLE}_domains",
+                row=f"{target}: {row}",
+                metric="scale",
+                value=result[key],
+                selected_on=ROWS[row],
+                **common,
+            )
+    summary.note(NOTE.format(paper_scale=hparams["paper_scale"]))
+    worst = max(result["proof"] for result in results.values())
+    summary.note(
+        "A source domain's vector applied to its own synthetic model gives "
+        f"its real model back; largest difference of a weight: {worst:.1e}."
+    )
+    return summary
+
+
+def reduction(before, after):
+    """Return the relative reduction in %.
+
+    Arguments
+    ---------
+    before, after : float
+        WERs.
+
+    Returns
+    -------
+    float
+        Positive when `after` is lower; 0 when there was nothing to reduce.
+
+    Example
+    -------
+    >>> reduction(20.0, 15.0)
+    25.0
+    """
+    return 100.0 * (before - after) / before if before else 0.0
+
+
+def merge_seeds(folder):
+    """Make one table of all seeds under a folder, and show it.
+
+    Arguments
+    ---------
+    folder : str
+        Holds one output folder for each seed.
+    """
+    runs = sorted(path.parent for path in Path(folder).glob("*/summary.json"))
+    if not runs:
+        raise FileNotFoundError(
+            f"{folder}: no */summary.json; run train.py for some seeds first"
+        )
+    merged = merge_summaries(runs, folder, title=TITLE)
+    merged.write()
+    merged.print()

@@ -1,0 +1,351 @@
+"""The recipe `FSDD/ASR/syn2real` at toy size, as users run it.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+import importlib
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "recipes/FSDD/ASR/syn2real"
+# The names of the recipe: an override adds to a mapping, it replaces none.
+DOMAINS = {"zero_one": ["ONE"], "two_three": ["TWO"], "five_six": ["SIX"]}
+TINY = {
+    "d_model": 16,
+    "d_ffn": 16,
+    "nhead": 2,
+    "num_encoder_layers": 1,
+    "domains": "{zero_one: [ONE], two_three: [TWO], five_six: [SIX]}",
+    "shared_words": "[NINE]",
+    "vocabulary": "[ONE, TWO, SIX, NINE]",
+    "output_neurons": 5,
+    "voices": "[en-us+f1, en-us+m1]",
+    "pretraining_steps": 4,
+    "mixed_steps": 2,
+    "target_steps": 2,
+    "source_steps": 2,
+    "batch_size": 4,
+    "valid_strings": 3,
+    "test_strings": 4,
+    "scales": "[0.5, 1.0]",
+    "train_precision": "fp32",
+}
+MODELS = 1 + 3 * (1 + 1 + 2 * 2)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A few takes of four words by two speakers."""
+    pytest.importorskip("espeakng_loader")
+    from speechbrain_taskarith.data import (
+        SIMULATED_SPEAKERS,
+        make_digits_corpus,
+    )
+
+    folder = tmp_path_factory.mktemp("corpus")
+    make_digits_corpus(
+        folder,
+        speakers=SIMULATED_SPEAKERS[:2],
+        takes=12,
+        words=["ONE", "TWO", "SIX", "NINE"],
+        voices=["en-us+f1", "en-us+m1"],
+        synthetic_takes=1,
+        show_progress=False,
+    )
+    return folder / "recorded"
+
+
+def start(data, output, **options):
+    """Start the recipe as a user would."""
+    command = [sys.executable, "train.py", "hparams/train.yaml"]
+    options = {**TINY, **options, "data_folder": data, "output_folder": output}
+    for key, value in options.items():
+        command += [f"--{key}", str(value)]
+    return subprocess.Popen(
+        [*command, "--device", "cpu"],
+        cwd=RECIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(data, output, **options):
+    """Run the recipe to its end; return what it said."""
+    process = start(data, output, **options)
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, said[-6000:]
+    return said
+
+
+def weights(output, name):
+    """Read a model of the study by torch alone."""
+    path = output / "save" / "models" / name / "CKPT+finished" / "model.ckpt"
+    return torch.load(path, weights_only=True)
+
+
+def finished_models(output):
+    return len(list((output / "save" / "models").rglob("CKPT+finished")))
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    output = tmp_path_factory.mktemp("finished")
+    run(corpus, output)
+    return output
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    """The recipe's own modules, which have everyday names."""
+    monkeypatch.syspath_prepend(str(RECIPE))
+    names = ("models", "strings", "fold", "report")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield lambda name: importlib.import_module(name)
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.slow
+def test_leaves_the_whole_table(finished):
+    rows = json.loads((finished / "summary.json").read_text())
+    main = {
+        (row["row"], row["metric"]): row
+        for row in rows
+        if row["table"] == "syn2real"
+    }
+    names = {"pretrained", "baseline", "edited", "ensemble", "members"}
+    names |= {"paper_scale", "oracle"}
+    assert {(name, "wer") for name in names} <= set(main)
+    assert main["edited", "relative_reduction"]["unit"] == "%"
+    for name, chosen in (
+        ("baseline", None),
+        ("edited", "real_source+synthetic_target"),
+        ("members", "real_source+synthetic_target"),
+        ("oracle", "real_target"),
+    ):
+        assert main[name, "wer"]["selected_on"] == chosen
+        assert main[name, "wer"]["split"] == "test"
+        # Means over the left-out domains, recalculated.
+        by_domain = [
+            row["value"]
+            for row in rows
+            if row["row"] in {f"{domain}: {name}" for domain in DOMAINS}
+            and row["metric"] == "wer"
+        ]
+        assert len(by_domain) == 3
+        assert main[name, "wer"]["value"] == pytest.approx(
+            statistics.fmean(by_domain)
+        )
+    assert main["oracle", "wer"]["value"] <= main["edited", "wer"]["value"]
+    assert "gives its real model back" in (finished / "results.md").read_text()
+    for domain in DOMAINS:
+        for plot in (f"scale_{domain}", f"cosines_without_{domain}"):
+            path = finished / "plots" / f"{plot}.png"
+            assert path.stat().st_size > 1000
+    assert finished_models(finished) == MODELS
+
+
+@pytest.mark.slow
+def test_edited_model_is_the_papers_formula(finished):
+    rows = json.loads((finished / "summary.json").read_text())
+    for target in DOMAINS:
+        scale = next(
+            row["value"]
+            for row in rows
+            if row["row"] == f"{target}: edited" and row["metric"] == "scale"
+        )
+        edited = load_file(
+            finished / "save" / "edited" / target / "model.safetensors"
+        )
+        base = weights(finished, f"target/{target}")
+        sources = [name for name in DOMAINS if name != target]
+        for name, tensor in base.items():
+            if not tensor.is_floating_point():
+                continue
+            vectors = [
+                weights(finished, f"without_{target}/real/{s}")[name].double()
+                - weights(finished, f"without_{target}/synthetic/{s}")[
+                    name
+                ].double()
+                for s in sources
+            ]
+            expected = tensor.double() + scale * sum(vectors) / len(vectors)
+            torch.testing.assert_close(
+                edited[name].double(), expected, rtol=1e-5, atol=1e-6
+            )
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_gives_the_same(corpus, finished, tmp_path):
+    # Two processes share the models; both die without warning.
+    process = start(corpus, tmp_path, processes=2)
+    deadline = time.monotonic() + 300
+    while finished_models(tmp_path) < 4 and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0][-6000:]
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert 4 <= finished_models(tmp_path) < MODELS
+    run(corpus, tmp_path, processes=2)
+    assert finished_models(tmp_path) == MODELS
+    old = json.loads((finished / "summary.json").read_text())
+    assert json.loads((tmp_path / "summary.json").read_text()) == old
+    for name in ("pretrained", "target/one", "without_two/real/six"):
+        one, other = weights(finished, name), weights(tmp_path, name)
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.slow
+def test_seeds_make_one_table(corpus, finished, tmp_path):
+    for seed in (0, 1):
+        rows = json.loads((finished / "summary.json").read_text())
+        for row in rows:
+            row["seed"] = seed
+            row["value"] += seed
+        (tmp_path / str(seed)).mkdir()
+        (tmp_path / str(seed) / "summary.json").write_text(json.dumps(rows))
+    subprocess.run(
+        [sys.executable, "train.py", "--merge", str(tmp_path)],
+        cwd=RECIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    merged = json.loads((tmp_path / "summary.json").read_text())
+    edited = {
+        row["seed"]: row["value"]
+        for row in merged
+        if (row["table"], row["row"], row["metric"])
+        == ("syn2real", "edited", "wer")
+    }
+    assert edited["mean"] == pytest.approx(edited[0] + 0.5)
+
+
+def takes(split, side, words=("ONE", "TWO", "SIX", "NINE")):
+    from speechbrain_taskarith.data import Recording
+
+    return [
+        Recording(f"{side}-{split}-{w}-{s}-{n}", 0.5, f"{split}{w}{s}{n}.wav",
+                  s, w, split=split)
+        for w in words
+        for s in ("anna", "ben")
+        for n in range(3)
+    ]  # fmt: skip
+
+
+def hparams_of_strings(**changes):
+    return {
+        "seed": 0,
+        "batch_size": 5,
+        "n_words": [2, 4],
+        "valid_strings": 10,
+        "test_strings": 200,
+        "shared_words": ["NINE"],
+        "own_share": 0.25,
+        "domains": DOMAINS,
+        **changes,
+    }
+
+
+def all_takes():
+    splits = {"real": ("train", "valid", "test")}
+    splits["synthetic"] = ("train", "valid")
+    return {
+        side: {split: takes(split, side) for split in names}
+        for side, names in splits.items()
+    }
+
+
+def test_real_and_synthetic_strings_say_the_same(recipe):
+    strings = recipe("strings").Strings(all_takes(), hparams_of_strings())
+    real = strings.training("real", "one", steps=20)
+    synthetic = strings.training("synthetic", "one", steps=20)
+    assert len(real) == 100
+    for one, other in zip(real, synthetic):
+        assert one["wrd"] == other["wrd"] and one["gaps"] == other["gaps"]
+        assert len(one["wavs"]) == len(one["gaps"]) - 1
+        assert 2 <= len(one["wavs"]) <= 4
+        assert len({wav[-8:-5] for wav in one["wavs"]}) == 1, "one speaker"
+    assert {w for s in real for w in s["wrd"].split()} == {"ONE", "NINE"}
+    # A later seed says something else.
+    later = recipe("strings").Strings(all_takes(), hparams_of_strings(seed=1))
+    assert [s["wrd"] for s in real] != [
+        s["wrd"] for s in later.training("real", "one", steps=20)
+    ]
+
+
+def test_share_of_own_words(recipe):
+    strings = recipe("strings").Strings(all_takes(), hparams_of_strings())
+    words = " ".join(
+        s["wrd"] for s in strings.held_out_strings("real", "test", "six")
+    ).split()
+    # 600 words or so: four standard deviations are 0.07.
+    assert words.count("SIX") / len(words) == pytest.approx(0.25, abs=0.07)
+    alone = recipe("strings").Strings(
+        all_takes(), hparams_of_strings(shared_words=[])
+    )
+    assert {s["wrd"] for s in alone.training("real", "six", 2)} <= {
+        " ".join(["SIX"] * n) for n in (2, 3, 4)
+    }
+
+
+def test_no_model_hears_the_target_for_real_before_its_test(recipe):
+    strings = recipe("strings").Strings(all_takes(), hparams_of_strings())
+    hparams = hparams_of_strings(
+        **{
+            f"{stage}_{what}": 2
+            for stage in ("pretraining", "mixed", "target", "source", "domain")
+            for what in ("steps", "lr")
+        }
+    )
+    models = recipe("models").plan_models(strings, hparams)
+    assert len(models) == MODELS
+    names = [model.name for model in models]
+    for model in models:
+        assert model.parent is None or names.index(model.parent) < names.index(
+            model.name
+        )
+        heard = [i for i in model.strings() if "-real-" in i["ID"]]
+        assert all("/test" not in w for i in heard for w in i["wavs"])
+        assert all(w.startswith("train") for i in heard for w in i["wavs"])
+        folder, _, rest = model.name.partition("/")
+        target = rest if folder in ("mixed", "target") else None
+        if folder.startswith("without_"):
+            target = folder[len("without_") :]
+        words = {w for i in heard for w in i["wrd"].split()}
+        if target:
+            assert not words & set(DOMAINS[target]), model.name
+        if folder in ("pretrained", "target"):
+            assert not heard
+
+
+def test_a_word_that_nobody_says_is_named(recipe):
+    with pytest.raises(ValueError, match="no recording of SEVEN"):
+        recipe("strings").Strings(
+            all_takes(), hparams_of_strings(shared_words=["SEVEN"])
+        )
+
+
+def test_errors_of_own_words_are_counted_apart(recipe):
+    errors = recipe("fold").count_errors(
+        ["ONE NINE NINE ONE", "NINE"], ["NINE NINE TWO", "NINE NINE"], {"ONE"}
+    )
+    # ONE deleted, ONE > TWO; and an insertion, which belongs to no word.
+    assert errors == {"wer": 60.0, "own_words": 100.0, "shared_words": 0.0}
