@@ -206,7 +206,11 @@ def test_killed_and_started_again_it_gives_the_same(corpus, finished, tmp_path):
     assert finished_models(tmp_path) == MODELS
     old = json.loads((finished / "summary.json").read_text())
     assert json.loads((tmp_path / "summary.json").read_text()) == old
-    for name in ("pretrained", "target/one", "without_two/real/six"):
+    for name in (
+        "pretrained",
+        "target/zero_one",
+        "without_two_three/real/five_six",
+    ):
         one, other = weights(finished, name), weights(tmp_path, name)
         assert all(torch.equal(one[key], other[key]) for key in one)
 
@@ -275,8 +279,8 @@ def all_takes():
 
 def test_real_and_synthetic_strings_say_the_same(recipe):
     strings = recipe("strings").Strings(all_takes(), hparams_of_strings())
-    real = strings.training("real", "one", steps=20)
-    synthetic = strings.training("synthetic", "one", steps=20)
+    real = strings.training("real", "zero_one", steps=20)
+    synthetic = strings.training("synthetic", "zero_one", steps=20)
     assert len(real) == 100
     for one, other in zip(real, synthetic):
         assert one["wrd"] == other["wrd"] and one["gaps"] == other["gaps"]
@@ -287,21 +291,21 @@ def test_real_and_synthetic_strings_say_the_same(recipe):
     # A later seed says something else.
     later = recipe("strings").Strings(all_takes(), hparams_of_strings(seed=1))
     assert [s["wrd"] for s in real] != [
-        s["wrd"] for s in later.training("real", "one", steps=20)
+        s["wrd"] for s in later.training("real", "zero_one", steps=20)
     ]
 
 
 def test_share_of_own_words(recipe):
     strings = recipe("strings").Strings(all_takes(), hparams_of_strings())
     words = " ".join(
-        s["wrd"] for s in strings.held_out_strings("real", "test", "six")
+        s["wrd"] for s in strings.held_out_strings("real", "test", "five_six")
     ).split()
     # 600 words or so: four standard deviations are 0.07.
     assert words.count("SIX") / len(words) == pytest.approx(0.25, abs=0.07)
     alone = recipe("strings").Strings(
         all_takes(), hparams_of_strings(shared_words=[])
     )
-    assert {s["wrd"] for s in alone.training("real", "six", 2)} <= {
+    assert {s["wrd"] for s in alone.training("real", "five_six", 2)} <= {
         " ".join(["SIX"] * n) for n in (2, 3, 4)
     }
 
