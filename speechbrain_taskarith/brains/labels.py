@@ -1,86 +1,13 @@
 """Characters or words as labels, where no tokenizer need be trained.
 
+A trained SentencePiece processor can take their place: all have
+`decode(list of lists of indices) -> list of transcripts`.
+
 Authors
  * speechbrain_taskarith contributors 2026
 """
 
 import torch
-
-
-class CharacterLabels:
-    """Turns transcripts into character indices and back; index 0 is blank.
-
-    A trained SentencePiece processor can take its place: both have
-    `decode(list of lists of indices) -> list of transcripts`.
-
-    Arguments
-    ---------
-    characters : str
-        All characters that occur, each once; a space separates words.
-
-    Example
-    -------
-    >>> labels = CharacterLabels(" ENOTW")
-    >>> labels.encode("TWO ONE")
-    tensor([5, 6, 4, 1, 4, 3, 2])
-    >>> labels.decode([[5, 6, 4], []])
-    ['TWO', '']
-    >>> len(labels)
-    7
-    """
-
-    def __init__(self, characters):
-        if len(set(characters)) != len(characters):
-            raise ValueError(f"characters={characters!r}: one occurs twice")
-        self.characters = characters
-        self._index = {c: n for n, c in enumerate(characters, start=1)}
-
-    def __len__(self):
-        return len(self.characters) + 1
-
-    def encode(self, text):
-        """Return the labels of a transcript.
-
-        Arguments
-        ---------
-        text : str
-            The transcript.
-
-        Returns
-        -------
-        torch.Tensor
-            [labels], int64.
-
-        Raises
-        ------
-        ValueError
-            A character that is none of the labels.
-        """
-        try:
-            return torch.tensor([self._index[c] for c in text]).long()
-        except KeyError as error:
-            raise ValueError(
-                f"{text!r}: the character {error.args[0]!r} has no label; "
-                f"there are {self.characters!r}"
-            ) from None
-
-    def decode(self, sequences):
-        """Return transcripts.
-
-        Arguments
-        ---------
-        sequences : list of list of int
-            Labels without blanks.
-
-        Returns
-        -------
-        list of str
-            Words separated by single spaces.
-        """
-        return [
-            " ".join("".join(self.characters[i - 1] for i in labels).split())
-            for labels in sequences
-        ]
 
 
 class WordLabels:
@@ -104,14 +31,32 @@ class WordLabels:
     3
     """
 
+    #: What stands between the units of a transcript, and what they are.
+    joint, unit = " ", "word"
+
     def __init__(self, words):
         if len(set(words)) != len(words):
-            raise ValueError(f"words={list(words)}: one occurs twice")
-        self.words = list(words)
-        self._index = {word: n for n, word in enumerate(self.words, start=1)}
+            raise ValueError(f"{self.unit}s={words!r}: one occurs twice")
+        self.units = list(words)
+        self._index = {unit: n for n, unit in enumerate(self.units, start=1)}
 
     def __len__(self):
-        return len(self.words) + 1
+        return len(self.units) + 1
+
+    def split(self, text):
+        """Return the units of a transcript.
+
+        Arguments
+        ---------
+        text : str
+            The transcript.
+
+        Returns
+        -------
+        sequence of str
+            Words.
+        """
+        return text.split()
 
     def encode(self, text):
         """Return the labels of a transcript.
@@ -129,15 +74,16 @@ class WordLabels:
         Raises
         ------
         ValueError
-            A word that is none of the labels.
+            A unit that is none of the labels.
         """
         try:
-            return torch.tensor([self._index[w] for w in text.split()]).long()
+            labels = [self._index[unit] for unit in self.split(text)]
         except KeyError as error:
             raise ValueError(
-                f"{text!r}: the word {error.args[0]!r} has no label; there "
-                f"are {', '.join(self.words)}"
+                f"{text!r}: the {self.unit} {error.args[0]!r} has no label; "
+                f"there are {self.joint.join(self.units)!r}"
             ) from None
+        return torch.tensor(labels).long()
 
     def decode(self, sequences):
         """Return transcripts.
@@ -152,6 +98,37 @@ class WordLabels:
         list of str
             Words separated by single spaces.
         """
-        return [
-            " ".join(self.words[i - 1] for i in labels) for labels in sequences
-        ]
+        texts = (
+            self.joint.join(self.units[label - 1] for label in labels)
+            for labels in sequences
+        )
+        return [" ".join(text.split()) for text in texts]
+
+
+class CharacterLabels(WordLabels):
+    """Turns transcripts into character indices and back; index 0 is blank.
+
+    Arguments
+    ---------
+    characters : str
+        All characters that occur, each once; a space separates words.
+
+    Example
+    -------
+    >>> labels = CharacterLabels(" ENOTW")
+    >>> labels.encode("TWO ONE")
+    tensor([5, 6, 4, 1, 4, 3, 2])
+    >>> labels.decode([[5, 6, 4], []])
+    ['TWO', '']
+    >>> len(labels)
+    7
+    """
+
+    joint, unit = "", "character"
+
+    def __init__(self, characters):
+        super().__init__(characters)
+
+    def split(self, text):
+        """Return the characters of a transcript (see `WordLabels.split`)."""
+        return text
