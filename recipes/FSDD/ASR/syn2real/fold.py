@@ -8,7 +8,6 @@ import statistics
 
 from jiwer import process_words
 from models import PRETRAINED, source_model, target_model
-from strings import SHARED
 
 from speechbrain_taskarith.vectors import TaskVector, search_scale, syn2real
 
@@ -101,13 +100,10 @@ class Fold:
     def choose_scale(self, tau):
         """Choose the scale without any real target speech.
 
-        What the target's domain says is known, only its recordings are not.
         The target's model, edited at each scale, decodes development
-        strings: real ones of the words that the target shares with the
-        source domains (does it hear real speech better?) and synthetic ones
-        of the target (does it still know the target's own words?). The least
-        mean WER wins. Without shared words, real strings of the source
-        domains take their place.
+        strings: real ones of every source domain (does it hear real speech
+        better?) and synthetic ones of the target (does it still know the
+        target's words?). The least mean WER wins.
 
         Arguments
         ---------
@@ -121,8 +117,7 @@ class Fold:
         dict of float to float
             `{scale: mean WER}`.
         """
-        names = [SHARED] if self.hparams["shared_words"] else self.sources
-        heard = [("real", name) for name in names]
+        heard = [("real", source) for source in self.sources]
         heard.append(("synthetic", self.target))
         curve = self.curve(tau, heard, "valid", ALLOWED)
         return best_scale(curve), curve

@@ -76,7 +76,7 @@ def plan_models(strings, hparams):
             hparams["pretraining_lr"],
         )
     ]
-    for target in hparams["left_out"]:
+    for target in domains:
         sources = [name for name in domains if name != target]
         mixed = f"mixed/{target}"
         models.append(

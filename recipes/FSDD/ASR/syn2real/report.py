@@ -47,8 +47,8 @@ NOTE = (
     "its domain from synthetic speech only (scale 0). `edited` is the "
     "`ensemble`, the mean of the source domains' vectors; `members`: one "
     "source domain's vector, mean over sources; each at a scale of its own, "
-    "chosen on development strings (real ones of the words that the target "
-    "shares with the source domains, and synthetic ones of the target). `paper_scale`: the ensemble at {paper_scale}. "
+    "chosen on development strings (real ones of the source domains, synthetic "
+    "ones of the target). `paper_scale`: the ensemble at {paper_scale}. "
     "`oracle`: the best scale on the very strings that are reported on, a "
     "bound that no one may choose. `own_words`, `shared_words`: share of the "
     "domain's own and of the shared words that came out wrong."
@@ -82,7 +82,7 @@ def write_report(brain, models, strings, hparams):
         return kept[key]
 
     results = {}
-    for target in progress(hparams["left_out"], desc="domains measured"):
+    for target in progress(hparams["domains"], desc="domains measured"):
         fold = Fold(target, brain, models, held_out, hparams)
         results[target] = result = fold.measure()
         logger.info(
@@ -149,9 +149,7 @@ def draw(fold, result, output):
     plot_scale_curve(
         {
             f"real {name} ({fold.hparams['report_on']})": curve,
-            "chosen on: shared words real, target synthetic": result[
-                "selection"
-            ],
+            "chosen on: real sources, synthetic target": result["selection"],
         },
         output / "plots" / f"scale_{name}.png",
         baseline=curve[0.0],

@@ -18,8 +18,6 @@ from speechbrain_taskarith.data import make_digit_strings
 # Pauses in seconds: between words, and before the first and after the last.
 GAP = (0.0, 0.12)
 EDGE = (0.03, 0.1)
-# Name of the strings that hold shared words only.
-SHARED = "shared"
 
 
 class Strings:
@@ -46,16 +44,12 @@ class Strings:
             name: [*group, *shared]
             for name, group in hparams["domains"].items()
         }
-        if shared:
-            # What a domain shares with the others, by itself.
-            self.words[SHARED] = shared
         own = hparams["own_share"] if shared else 1.0
         self.weights = {
             name: [own / len(group)] * len(group)
             + [(1.0 - own) / max(1, len(shared))] * len(shared)
             for name, group in hparams["domains"].items()
         }
-        self.weights[SHARED] = [1.0] * len(shared)
         self._takes = {}
         self._check_words()
 

@@ -147,15 +147,10 @@ def read_recordings(hparams, cache):
         )
         for split in ("train", "valid", "test")
     }
-    voices = [
-        f"{language}+{variant}"
-        for variant in hparams["voice_variants"]
-        for language in hparams["voice_languages"]
-    ]
     synthetic = {
         split: synthesize_digits(
             hparams["vocabulary"],
-            voices,
+            hparams["voices"],
             takes=hparams[f"{split}_takes_per_voice"],
             sample_rate=hparams["sample_rate"],
             seed=number,
