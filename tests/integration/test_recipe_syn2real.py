@@ -21,13 +21,13 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes/FSDD/ASR/syn2real"
 # The names of the recipe: an override adds to a mapping, it replaces none.
-DOMAINS = {"zero_one": ["ONE"], "two_three": ["TWO"], "five_six": ["SIX"]}
+DOMAINS = {"one_four": ["ONE"], "two_five": ["TWO"], "three_six": ["SIX"]}
 TINY = {
     "d_model": 16,
     "d_ffn": 16,
     "nhead": 2,
     "num_encoder_layers": 1,
-    "domains": "{zero_one: [ONE], two_three: [TWO], five_six: [SIX]}",
+    "domains": "{one_four: [ONE], two_five: [TWO], three_six: [SIX]}",
     "shared_words": "[NINE]",
     "vocabulary": "[ONE, TWO, SIX, NINE]",
     "output_neurons": 5,
@@ -42,7 +42,7 @@ TINY = {
     "scales": "[0.5, 1.0]",
     "train_precision": "fp32",
 }
-MODELS = 1 + 3 * (1 + 1 + 2 * 2)
+MODELS = 1 + 3 * (1 + 1 + 1 + 2 * 2)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_leaves_the_whole_table(finished):
         for row in rows
         if row["table"] == "syn2real"
     }
-    names = {"pretrained", "baseline", "edited", "ensemble", "members"}
+    names = {"pretrained", "baseline", "joint", "edited", "ensemble", "members"}
     names |= {"paper_scale", "oracle"}
     assert {(name, "wer") for name in names} <= set(main)
     assert main["edited", "relative_reduction"]["unit"] == "%"
@@ -208,8 +208,8 @@ def test_killed_and_started_again_it_gives_the_same(corpus, finished, tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text()) == old
     for name in (
         "pretrained",
-        "target/zero_one",
-        "without_two_three/real/five_six",
+        "target/one_four",
+        "without_two_five/real/three_six",
     ):
         one, other = weights(finished, name), weights(tmp_path, name)
         assert all(torch.equal(one[key], other[key]) for key in one)
@@ -279,8 +279,8 @@ def all_takes():
 
 def test_real_and_synthetic_strings_say_the_same(recipe):
     strings = recipe("strings").Strings(all_takes(), hparams_of_strings())
-    real = strings.training("real", "zero_one", steps=20)
-    synthetic = strings.training("synthetic", "zero_one", steps=20)
+    real = strings.training("real", "one_four", steps=20)
+    synthetic = strings.training("synthetic", "one_four", steps=20)
     assert len(real) == 100
     for one, other in zip(real, synthetic):
         assert one["wrd"] == other["wrd"] and one["gaps"] == other["gaps"]
@@ -291,21 +291,21 @@ def test_real_and_synthetic_strings_say_the_same(recipe):
     # A later seed says something else.
     later = recipe("strings").Strings(all_takes(), hparams_of_strings(seed=1))
     assert [s["wrd"] for s in real] != [
-        s["wrd"] for s in later.training("real", "zero_one", steps=20)
+        s["wrd"] for s in later.training("real", "one_four", steps=20)
     ]
 
 
 def test_share_of_own_words(recipe):
     strings = recipe("strings").Strings(all_takes(), hparams_of_strings())
     words = " ".join(
-        s["wrd"] for s in strings.held_out_strings("real", "test", "five_six")
+        s["wrd"] for s in strings.held_out_strings("real", "test", "three_six")
     ).split()
     # 600 words or so: four standard deviations are 0.07.
     assert words.count("SIX") / len(words) == pytest.approx(0.25, abs=0.07)
     alone = recipe("strings").Strings(
         all_takes(), hparams_of_strings(shared_words=[])
     )
-    assert {s["wrd"] for s in alone.training("real", "five_six", 2)} <= {
+    assert {s["wrd"] for s in alone.training("real", "three_six", 2)} <= {
         " ".join(["SIX"] * n) for n in (2, 3, 4)
     }
 
@@ -330,7 +330,7 @@ def test_no_model_hears_the_target_for_real_before_its_test(recipe):
         assert all("/test" not in w for i in heard for w in i["wavs"])
         assert all(w.startswith("train") for i in heard for w in i["wavs"])
         folder, _, rest = model.name.partition("/")
-        target = rest if folder in ("mixed", "target") else None
+        target = rest if folder in ("mixed", "target", "joint") else None
         if folder.startswith("without_"):
             target = folder[len("without_") :]
         words = {w for i in heard for w in i["wrd"].split()}

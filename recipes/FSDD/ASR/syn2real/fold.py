@@ -7,7 +7,7 @@ Authors
 import statistics
 
 from jiwer import process_words
-from models import PRETRAINED, source_model, target_model
+from models import PRETRAINED, joint_model, source_model, target_model
 
 from speechbrain_taskarith.vectors import TaskVector, search_scale, syn2real
 
@@ -62,6 +62,8 @@ class Fold:
         model, rows = self.hparams["model"], {}
         model.load_state_dict(dict(self.models.state(PRETRAINED)))
         rows["pretrained"] = self.errors()
+        model.load_state_dict(dict(self.models.state(joint_model(self.target))))
+        rows["joint"] = self.errors()
         model.load_state_dict(dict(self.base))
         rows["baseline"] = self.errors()
 

@@ -64,8 +64,9 @@ def plan_models(strings, hparams):
     -------
     list of Model
         The pre-trained model, and for each left-out domain the model tuned
-        on the other domains (real and synthetic), the target's model and
-        the pairs of the source domains.
+        on the other domains (real and synthetic), the target's model, the
+        one tuned on the target with the other domains, and the pairs of the
+        source domains.
     """
     domains = list(hparams["domains"])
     models = [
@@ -78,13 +79,14 @@ def plan_models(strings, hparams):
     ]
     for target in domains:
         sources = [name for name in domains if name != target]
+        heard = [(s, d) for d in sources for s in ("real", "synthetic")]
         mixed = f"mixed/{target}"
         models.append(
             Model(
                 mixed,
                 PRETRAINED,
-                lambda sources=sources: strings.mixed(
-                    sources, hparams["mixed_steps"]
+                lambda parts=heard: strings.mixed(
+                    parts, hparams["mixed_steps"]
                 ),
                 hparams["mixed_lr"],
             )
@@ -95,6 +97,16 @@ def plan_models(strings, hparams):
                 mixed,
                 lambda t=target: strings.training(
                     "synthetic", t, hparams["target_steps"]
+                ),
+                hparams["domain_lr"],
+            )
+        )
+        models.append(
+            Model(
+                joint_model(target),
+                mixed,
+                lambda parts=[*heard, ("synthetic", target)]: strings.mixed(
+                    parts, hparams["target_steps"]
                 ),
                 hparams["domain_lr"],
             )
@@ -117,6 +129,11 @@ def plan_models(strings, hparams):
 def target_model(target):
     """Name the model that knows the target from synthetic speech only."""
     return f"target/{target}"
+
+
+def joint_model(target):
+    """Name the model tuned on the target and all sources together."""
+    return f"joint/{target}"
 
 
 def source_model(target, side, source):

@@ -35,6 +35,7 @@ TITLE = "SYN2REAL on strings of digits"
 ROWS = {
     "pretrained": None,
     "baseline": None,
+    "joint": None,
     "edited": ALLOWED,
     "ensemble": ALLOWED,
     "members": ALLOWED,
@@ -44,7 +45,9 @@ ROWS = {
 NOTE = (
     "Means over the left-out domains. `relative_reduction`: mean of each "
     "domain's relative WER reduction against `baseline`, the model that knows "
-    "its domain from synthetic speech only (scale 0). `edited` is the "
+    "its domain from synthetic speech only (scale 0). `joint`: tuned as "
+    "often on the target's synthetic speech together with the real and "
+    "synthetic speech of the other domains, no vector. `edited` is the "
     "`ensemble`, the mean of the source domains' vectors; `members`: one "
     "source domain's vector, mean over sources; each at a scale of its own, "
     "chosen on development strings (real ones of the source domains, synthetic "

@@ -111,13 +111,13 @@ class Strings:
         count = steps * self.batch_size
         return self._strings(side, "train", domain, count, self.seed)
 
-    def mixed(self, domains, steps):
-        """Mix real and synthetic strings of several domains, in equal parts.
+    def mixed(self, parts, steps):
+        """Mix strings of several sides and domains, in equal parts.
 
         Arguments
         ---------
-        domains : list of str
-            Their names.
+        parts : list of tuple of str
+            `(side, domain)`; the sides are `"real"` and `"synthetic"`.
         steps : int
             Number of batches.
 
@@ -127,11 +127,10 @@ class Strings:
             Strings.
         """
         count = steps * self.batch_size
-        each = -(-count // (2 * len(domains)))
+        each = -(-count // len(parts))
         items = [
             item
-            for domain in domains
-            for side in ("real", "synthetic")
+            for side, domain in parts
             for item in self._strings(side, "train", domain, each, self.seed)
         ]
         random.Random(f"mixed {self.seed}").shuffle(items)
