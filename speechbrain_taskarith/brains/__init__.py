@@ -15,6 +15,7 @@ _WHERE = {
     "ctc": ("CTCBrain",),
     "seq2seq": ("Seq2SeqBrain",),
     "checkpoints": ("AtomicCheckpointer",),
+    "precision": ("fast_precision",),
     "sharding": ("ShardedBatch", "shard_loader"),
     "fine_tuning": ("FineTuneMixin",),
     "sequential": ("Domain", "SequentialMixin"),

@@ -111,7 +111,15 @@ class CTCBrain(sb.Brain):
         batch = batch.to(self.device)
         features, lens = self.features(batch, stage)
         self._inputs = (features, lens)
-        return self.modules.model(features, lens), lens
+        return self._score(self.modules.model, *self._inputs), lens
+
+    def _score(self, model, *inputs):
+        """Run a model (ours, or an older copy) on a batch's inputs.
+
+        This and what `compute_forward` keeps in `self._inputs` is all that
+        differs between kinds of models where a lifelong method is at work.
+        """
+        return model(*inputs)
 
     def features(self, batch, stage):
         """Turn a batch's waveforms into the model's input.
@@ -254,7 +262,7 @@ class CTCBrain(sb.Brain):
         batch = batch.to(self.device)
         x, lens = self.features(batch, sb.Stage.VALID)
         # The bare module: a gradient of our own must not start DDP's.
-        log_probs = bare(self.modules.model)(x, lens)
+        log_probs = self._score(bare(self.modules.model), x, lens)
         tokens, token_lens = batch.tokens
         return self.hparams.ctc_cost(log_probs, tokens, lens, token_lens)
 
@@ -274,10 +282,9 @@ class CTCBrain(sb.Brain):
             A scalar, or None.
         """
         log_probs, lens = predictions
-        features, _ = self._inputs
         return method.penalty(
             bare(self.modules.model),
-            lambda model: model(features, lens),
+            lambda model: self._score(model, *self._inputs),
             log_probs,
             lens,
         )

@@ -12,7 +12,9 @@ from pathlib import Path
 import speechbrain as sb
 import torch
 
-from speechbrain_taskarith.brains.checkpoints import AtomicCheckpointer
+from speechbrain_taskarith.vectors.atomic_checkpointer import (
+    AtomicCheckpointer,
+)
 from speechbrain_taskarith.vectors.lifelong import FineTuning
 
 FIRST_TASK = 1

@@ -99,8 +99,12 @@ class Seq2SeqBrain(CTCBrain):
         features, lens = self.features(batch, stage)
         bos, self._targets, token_lens = self._around(batch)
         self._inputs = (features, lens, bos)
-        log_probs = self.modules.model(features, lens, bos)
-        return log_probs[:, len(self.hparams.prompt) - 1 :], token_lens
+        log_probs = self._score(self.modules.model, *self._inputs)
+        return log_probs, token_lens
+
+    def _score(self, model, *inputs):
+        # The prompt is given: what follows its last token is scored.
+        return model(*inputs)[:, len(self.hparams.prompt) - 1 :]
 
     def _around(self, batch):
         """Return decoder input, targets, and the targets' lengths."""
@@ -174,34 +178,8 @@ class Seq2SeqBrain(CTCBrain):
         batch = batch.to(self.device)
         x, lens = self.features(batch, sb.Stage.VALID)
         bos, targets, token_lens = self._around(batch)
-        log_probs = bare(self.modules.model)(x, lens, bos)
-        log_probs = log_probs[:, len(self.hparams.prompt) - 1 :]
+        log_probs = self._score(bare(self.modules.model), x, lens, bos)
         return self.hparams.seq_cost(log_probs, targets, length=token_lens)
-
-    def penalty(self, method, predictions):
-        """Return what a lifelong method adds to the loss of this batch.
-
-        Arguments
-        ---------
-        method : speechbrain_taskarith.vectors.lifelong.FineTuning
-            Or one of its kin.
-        predictions : tuple
-            From `compute_forward`, for the batch at hand.
-
-        Returns
-        -------
-        torch.Tensor or None
-            A scalar, or None.
-        """
-        log_probs, token_lens = predictions
-        features, lens, bos = self._inputs
-        start = len(self.hparams.prompt) - 1
-        return method.penalty(
-            bare(self.modules.model),
-            lambda model: model(features, lens, bos)[:, start:],
-            log_probs,
-            token_lens,
-        )
 
 
 def greedy_search(model, encoded, lens, prompt, eos_index, max_tokens):

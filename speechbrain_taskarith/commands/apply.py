@@ -76,9 +76,9 @@ def run(options):
     inputs = [options.base, *options.vectors]
     output = shared.check_output(options.output, inputs, options.overwrite)
     rule = _rule(options)
-    from ..vectors import ModelCard, TaskVector, as_state, open_state
+    from ..vectors import ModelCard, TaskVector, as_state
 
-    base = open_state(options.base, recoverable=options.recoverable)
+    base = shared.open_weights(options.base, options)
     base.verify()
     files = progress(
         options.vectors, desc="reading", enable=not options.no_progress

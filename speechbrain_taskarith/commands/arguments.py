@@ -197,7 +197,27 @@ def _number(text):
         raise ValueError(f"--scale: {text!r} is no number") from None
 
 
-def check_output(output, inputs, overwrite):
+def open_weights(path, options):
+    """Open weights that a verb reads.
+
+    Arguments
+    ---------
+    path : str or pathlib.Path
+        What the user gave.
+    options : argparse.Namespace
+        With `recoverable`.
+
+    Returns
+    -------
+    State
+        Lazy, not yet verified.
+    """
+    from ..vectors import open_state
+
+    return open_state(path, recoverable=options.recoverable)
+
+
+def check_output(output, inputs, overwrite, suffixes=None, what=None):
     """Refuse an output that would harm what is there.
 
     Arguments
@@ -208,6 +228,10 @@ def check_output(output, inputs, overwrite):
         What is read.
     overwrite : bool
         Whether the user has asked to replace what is there.
+    suffixes : sequence of str or None
+        What the name may end in; None: anything.
+    what : str or None
+        With suffixes: what is written, for the error.
 
     Returns
     -------
@@ -217,7 +241,8 @@ def check_output(output, inputs, overwrite):
     Raises
     ------
     ValueError
-        The output is one of the inputs, or lies inside one.
+        The output is one of the inputs, or lies inside one; or its name
+        ends in something else.
     FileExistsError
         Something stands there.
     """
@@ -231,6 +256,10 @@ def check_output(output, inputs, overwrite):
             raise ValueError(
                 f"{output}: is (or lies in) an input; name another output"
             )
+    if suffixes and output.suffix.lower() not in suffixes:
+        raise ValueError(
+            f"{output}: {what} is stored as {', '.join(suffixes)}; name it so"
+        )
     if output.exists() and not overwrite:
         raise FileExistsError(
             f"{output}: exists already; choose another name or say --overwrite"

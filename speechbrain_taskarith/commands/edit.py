@@ -141,10 +141,8 @@ def learn_domain(options):
     console.Result
         The edit.
     """
-    from ..vectors import open_state
-
     folder, scale = Path(options.folder), _scale(options)
-    finetuned = open_state(options.finetuned, recoverable=options.recoverable)
+    finetuned = shared.open_weights(options.finetuned, options)
     if options.dry_run:
         return _would_learn(options, finetuned, scale)
     starting, existed = _is_new(options), folder.exists()
@@ -208,11 +206,11 @@ def _scale(options):
 
 
 def _open(options, starting, scale=None, read_only=False):
-    from ..vectors import SequentialEditor, open_state
+    from ..vectors import SequentialEditor
 
     rule = None if options.rule is None else from_words(options.rule)
     if starting:
-        base = open_state(options.base, recoverable=options.recoverable)
+        base = shared.open_weights(options.base, options)
         # The first edit's scale is that of the whole sequence.
         return SequentialEditor(
             base,
@@ -225,7 +223,7 @@ def _open(options, starting, scale=None, read_only=False):
     if options.base:
         from ..vectors.fingerprints import short
 
-        base = open_state(options.base, recoverable=options.recoverable)
+        base = shared.open_weights(options.base, options)
         if base.fingerprint != editor.base_fingerprint:
             editor.close()
             raise ValueError(
@@ -252,26 +250,17 @@ def _remove_start(folder, existed):
         folder.rmdir()
 
 
-def _planned(scale, rule, number):
-    """Return the scale that an edit would get from a schedule."""
-    from ..vectors.rule_description import scale_of
-
-    if isinstance(scale, list):
-        scale = scale[number - 1] if number <= len(scale) else None
-    if scale == "1/t":
-        return 1 / (number + 1)
-    return scale_of(rule) if scale is None else scale
-
-
 def _would_learn(options, finetuned, scale):
     """Compute the edit in memory, and write nothing."""
-    from ..vectors import TaskVector, as_state, open_state
+    from ..vectors import TaskVector, as_state
     from ..vectors.encodings import encode
-    from ..vectors.rule_description import build_rule
+    from ..vectors.rule_description import build_rule, combine
+    from ..vectors.schedules import scheduled_scale
 
+    patterns = {}
     if _is_new(options):
         rule, number = from_words(options.rule), 1
-        base = open_state(options.base, recoverable=options.recoverable)
+        base = shared.open_weights(options.base, options)
         encoding = options.encoding or "lossless"
     else:
         editor = _open(options, starting=False, read_only=True)
@@ -284,8 +273,11 @@ def _would_learn(options, finetuned, scale):
         rule = from_words(options.rule) if options.rule else None
         rule, number = rule or build_rule(log.rule), len(log.edits) + 1
         scale = log.schedule if scale is None else scale
-    vector = rule.combine([TaskVector.between(base, finetuned)])
-    scale = _planned(scale, rule, number)
+        patterns = {"include": log.include, "exclude": log.exclude}
+    base = as_state(base)
+    vector = TaskVector.between(base, finetuned, **patterns)
+    vector = combine(rule, [vector], base)
+    scale = scheduled_scale(scale, number, rule, vector)
     vector.scales(scale)
     stored, _ = encode(dict(vector), encoding)
     count = sum(as_state(stored).info(name).nbytes for name in stored)

@@ -26,7 +26,7 @@ def undo_edit(options):
     console.Result
         The edits left.
     """
-    names = [edit.name for edit in read_log(options.folder).edits]
+    names = _names(options)
     if options.name not in names:
         raise KeyError(
             f"{options.folder}: no edit {options.name!r}; there are: "
@@ -35,6 +35,7 @@ def undo_edit(options):
     left = [name for name in names if name != options.name]
     return _change(
         options,
+        names,
         left,
         f"undone {options.name!r}",
         lambda editor: editor.undo(options.name),
@@ -54,7 +55,7 @@ def reorder_edits(options):
     console.Result
         The edits in their new order.
     """
-    names = [edit.name for edit in read_log(options.folder).edits]
+    names = _names(options)
     if sorted(names) != sorted(options.names):
         raise ValueError(
             f"{options.folder}: expected each of {', '.join(names) or 'none'} "
@@ -63,15 +64,19 @@ def reorder_edits(options):
         )
     return _change(
         options,
+        names,
         list(options.names),
         "reordered",
         lambda editor: editor.reorder(options.names),
     )
 
 
-def _change(options, names, what, act):
+def _names(options):
+    return [edit.name for edit in read_log(options.folder).edits]
+
+
+def _change(options, before, names, what, act):
     """Undo or re-order, or say what it would come to."""
-    before = [edit.name for edit in read_log(options.folder).edits]
     data = {"verb": f"edit {options.action}", "dry_run": options.dry_run}
     if options.dry_run:
         approximate = [

@@ -62,13 +62,13 @@ def run(options):
         The numbers that were drawn.
     """
     output = shared.check_output(
-        options.output, options.vectors, options.overwrite
+        options.output,
+        options.vectors,
+        options.overwrite,
+        suffixes=(".png", ".pdf", ".svg"),
+        what="a plot",
     )
     names = _names(options)
-    if output.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise ValueError(
-            f"{output}: expected a name that ends in .png, .pdf, or .svg"
-        )
     if options.relative_to and options.what == "cosine":
         raise ValueError("--relative-to is for `plot layers`; leave it out")
     from ..vectors import TaskVector

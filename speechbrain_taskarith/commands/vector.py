@@ -74,14 +74,16 @@ def run(options):
         What was written.
     """
     inputs = [options.base, options.finetuned]
-    output = shared.check_output(options.output, inputs, options.overwrite)
-    if output.suffix != ".safetensors":
-        raise ValueError(
-            f"{output}: a task vector is stored as .safetensors; name it so"
-        )
+    output = shared.check_output(
+        options.output,
+        inputs,
+        options.overwrite,
+        suffixes=(".safetensors",),
+        what="a task vector",
+    )
     with steps(2, not options.no_progress) as step:
         step("subtracting")
-        base = _open(options.base, options.recoverable)
+        base = shared.open_weights(options.base, options)
         tau = _subtract(base, options)
         step("storing")
         store = _size_if_stored if options.dry_run else _store
@@ -118,7 +120,7 @@ def _subtract(base, options):
         return tau.restrict(options.include, options.exclude)
     return TaskVector.between(
         base,
-        _open(options.finetuned, options.recoverable),
+        shared.open_weights(options.finetuned, options),
         include=options.include,
         exclude=options.exclude,
         strict=not options.not_strict,
@@ -152,12 +154,6 @@ def _size_if_stored(tau, output, base, options):
     tensors, _ = encode(dict(tau), options.encoding)
     stored = as_state(tensors)
     return sum(stored.info(name).nbytes for name in stored)
-
-
-def _open(path, recoverable):
-    from ..vectors import open_state
-
-    return open_state(path, recoverable=recoverable)
 
 
 def _patterns(base, tau, options):

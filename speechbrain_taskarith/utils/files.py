@@ -77,7 +77,7 @@ def atomic_write(path, mode="wb"):
     )
     try:
         # mkstemp makes private files; results are to be shared as any other.
-        os.fchmod(descriptor, 0o666 & ~_umask())
+        os.fchmod(descriptor, 0o666 & ~current_umask())
         with os.fdopen(descriptor, mode, **text) as stream:
             yield stream
             stream.flush()
@@ -126,7 +126,7 @@ def atomic_folder(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
     try:
-        os.chmod(temporary, 0o777 & ~_umask())
+        os.chmod(temporary, 0o777 & ~current_umask())
         yield temporary
         for inside in temporary.rglob("*"):
             if inside.is_file():
@@ -269,13 +269,24 @@ def remove_leftovers(folder):
     return sorted(removed)
 
 
-def _remove(path):
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
+def current_umask():
+    """Return the process's umask (there is no call that only reads it).
 
+    Returns
+    -------
+    int
+        Permissions that new files do not get.
 
-def _umask():
-    """Return the process's umask (there is no call that only reads it)."""
+    Example
+    -------
+    >>> 0 <= current_umask() <= 0o777
+    True
+    """
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
+
+
+def _remove(path):
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)

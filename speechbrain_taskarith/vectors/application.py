@@ -1,8 +1,6 @@
 """Adding a task vector to weights, as a copy or in place.
 
-Both ways give the same bytes: the product and the sum are rounded one after
-the other, since a fused multiply-add would give other last bits than the
-merge engine, and on other machines.
+Both ways give the same bytes (see `in_place.edit_into`).
 
 Authors
  * speechbrain_taskarith contributors 2026
@@ -10,9 +8,7 @@ Authors
 
 import torch
 
-# Elements edited at a time: a scratch buffer of this size stays in the cache,
-# so that an edit in place reads two tensors and writes one, no more.
-_CHUNK = 1 << 19
+from .in_place import edit_into
 
 
 def edited(tau, base, scales):
@@ -37,24 +33,23 @@ def edited(tau, base, scales):
     ValueError
         Two names of one tensor that would get different edits.
     """
+    check_tied(tau, base, scales)
     result, done = {}, {}
     for name in base:
         origin = base.aliases.get(name, name)
         if origin in done:
-            _check_same_edit(tau, scales, name, done[origin])
-            result[name] = result[done[origin]]
+            result[name] = done[origin]
             continue
-        done[origin] = name
         tensor = base[name]
         if scales.get(name, 0.0) == 0.0:
             result[name] = tensor.clone()
-            continue
-        step = tau[name].to(tensor.device) * scales[name]
-        result[name] = tensor.float().add(step).to(tensor.dtype)
+        else:
+            step = tau[name].to(tensor.device) * scales[name]
+            result[name] = tensor.float().add(step).to(tensor.dtype)
+        done[origin] = result[name]
     return result
 
 
-@torch.no_grad()
 def edit_in_place(tau, state, scales):
     """Add `scale * tau` to tensors in place, tied ones once.
 
@@ -66,43 +61,62 @@ def edit_in_place(tau, state, scales):
         The tensors to change, of a module.
     scales : dict
         `{name: float}`.
+
+    Raises
+    ------
+    ValueError
+        Two names of one tensor that would get different edits; nothing is
+        changed then.
     """
+    check_tied(tau, state, scales)
     seen = set()
     for name in tau:
         origin = state.aliases.get(name, name)
         if origin in seen or scales[name] == 0.0:
             continue
         seen.add(origin)
-        _add_scaled_(state[name], tau[name], scales[name])
+        tensor = state[name]
+        edit_into(tensor, tensor, tau[name].to(tensor.device), scales[name])
 
 
-def _check_same_edit(tau, scales, name, twin):
-    """Raise unless two tied names get the same edit and so stay tied."""
-    if (name in tau) != (twin in tau):
-        raise ValueError(
-            f"{name!r} and {twin!r} are one tensor in the base, but the task "
-            "vector edits only one of them; include or exclude both"
-        )
-    if scales.get(name) != scales.get(twin):
-        raise ValueError(
-            f"{name!r} and {twin!r} are one tensor in the base, but get two "
-            "scales; let one pattern match both"
-        )
+def check_tied(tau, state, scales):
+    """Raise unless the names of one tensor all get one edit.
 
+    Arguments
+    ---------
+    tau : TaskVector
+        What is to be added.
+    state : State
+        The weights, whose tied names count.
+    scales : dict
+        `{name: value}`, a scale or whatever decides it (its group).
 
-def _add_scaled_(tensor, delta, scale):
-    """`tensor += scale * delta` with the bytes that `edited` would give."""
-    delta = delta.to(tensor.device)
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
-        tensor.copy_(tensor.float().add_(delta * scale))
-        return
-    target, source = tensor.view(-1), delta.reshape(-1)
-    scratch = torch.empty(min(_CHUNK, target.numel()))
-    for start in range(0, target.numel(), _CHUNK):
-        part = target[start : start + _CHUNK]
-        step = scratch[: part.numel()]
-        torch.mul(source[start : start + _CHUNK], scale, out=step)
-        if part.dtype == torch.float32:
-            part.add_(step)
-        else:
-            part.copy_(step.add_(part.float()))
+    Raises
+    ------
+    ValueError
+        Only one of two tied names is edited, or they get different vectors
+        or scales.
+    """
+    for name, origin in state.aliases.items():
+        if name == origin:
+            continue
+        pair = f"{name!r} and {origin!r} are one tensor in {state.label}"
+        if (name in tau) != (origin in tau):
+            raise ValueError(
+                f"{pair}, but the task vector edits only one of them; "
+                "include or exclude both"
+            )
+        if name not in tau:
+            continue
+        if scales[name] != scales[origin]:
+            raise ValueError(
+                f"{pair}, but get two scales; let one pattern match both"
+            )
+        one, other = tau[name], tau[origin]
+        if one is not other and not torch.equal(one, other.to(one.device)):
+            raise ValueError(
+                f"{pair}, but the task vector has two different edits for "
+                "them: it was taken from a model that does not tie them. "
+                "Leave one name out of both (TaskVector.restrict, exclude) "
+                "or tie the other model"
+            )

@@ -8,12 +8,19 @@ import logging
 import os
 import shutil
 
-from speechbrain.utils.checkpoints import Checkpoint, Checkpointer
+import torch
+from speechbrain.utils.checkpoints import (
+    Checkpoint,
+    Checkpointer,
+    ckpt_recency,
+)
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 
 from ..utils.files import TEMPORARY_PREFIX, remove_leftovers
 from .checkpoint_folder import META_KEY, is_whole, plain, publish, write_meta
 from .state_readers import read_checkpoint_meta
+
+logger = logging.getLogger(__name__)
 
 
 class AtomicCheckpointer(Checkpointer):
@@ -22,19 +29,21 @@ class AtomicCheckpointer(Checkpointer):
     Upstream writes `CKPT.yaml` first and the parameters after it, under the
     final name: a process killed in between leaves a folder that the next
     run takes for a checkpoint. Here a checkpoint is written under another
-    name and renamed when it is whole. A checkpoint whose deletion was cut
+    name and renamed when it is whole, and one that is to be deleted loses
+    its name first. A checkpoint whose deletion (by upstream's) was cut
     short does not count. What a killed run left is swept away by the next
-    one that saves.
+    one that trains (registers an optimizer) or saves.
 
     Values in `meta` are made plain, since upstream saves tensors, tuples
     and NumPy numbers, and then cannot list the folder.
 
     Takes the same arguments as `Checkpointer`, and reads its checkpoints.
+    The folder is this checkpointer's alone.
 
     Arguments
     ---------
     *args, **kwargs : object
-        As for `Checkpointer`.
+        As for `Checkpointer`: `checkpoints_dir`, `recoverables`, ...
 
     Example
     -------
@@ -56,6 +65,23 @@ class AtomicCheckpointer(Checkpointer):
         self._owned = False
         self._pending = None
 
+    def add_recoverable(self, name, obj, *args, **kwargs):
+        """Register a recoverable; who registers an optimizer writes here.
+
+        Arguments
+        ---------
+        name : str
+            Its name.
+        obj : object
+            The recoverable.
+        *args, **kwargs : object
+            As for `Checkpointer`.
+        """
+        super().add_recoverable(name, obj, *args, **kwargs)
+        if isinstance(obj, torch.optim.Optimizer) and if_main_process():
+            # No listing shows these, so other processes may be listing.
+            remove_leftovers(self.checkpoints_dir)
+
     def save_checkpoint(
         self, meta=None, end_of_epoch=True, name=None, verbosity=logging.INFO
     ):
@@ -68,7 +94,7 @@ class AtomicCheckpointer(Checkpointer):
         end_of_epoch : bool
             As for `Checkpointer`.
         name : str or None
-            As for `Checkpointer`.
+            As for `Checkpointer`; a checkpoint of that name is replaced.
         verbosity : int
             Logging level.
 
@@ -82,7 +108,8 @@ class AtomicCheckpointer(Checkpointer):
         meta = plain(dict(meta or {}), "meta")
         try:
             saved = super().save_checkpoint(meta, end_of_epoch, name, verbosity)
-            # All processes have written what they write.
+            # Some objects are saved by every process (a Brain, schedulers):
+            # all must have written before the folder changes its name.
             ddp_barrier()
             if if_main_process():
                 saved = self._publish(saved)
@@ -94,6 +121,63 @@ class AtomicCheckpointer(Checkpointer):
             self._pending = None
         ddp_barrier()
         return saved
+
+    def delete_checkpoints(
+        self,
+        *,
+        num_to_keep=1,
+        min_keys=None,
+        max_keys=None,
+        importance_keys=(ckpt_recency,),
+        ckpt_predicate=None,
+        verbosity=logging.INFO,
+    ):
+        """Delete the least important checkpoints, each at one stroke.
+
+        Arguments
+        ---------
+        num_to_keep : int
+            How many to keep by each key.
+        min_keys, max_keys : list of str, optional
+            Keep those with the lowest (highest) of these in their `meta`.
+        importance_keys : sequence of callable
+            Further keys, functions of a checkpoint.
+        ckpt_predicate : callable, optional
+            Look only at checkpoints for which it returns True.
+        verbosity : int
+            Logging level.
+
+        Raises
+        ------
+        ValueError
+            A `num_to_keep` below 0.
+        """
+        if num_to_keep < 0:
+            raise ValueError(f"num_to_keep={num_to_keep}: expected at least 0")
+        keys = [{"min_key": key} for key in min_keys or ()]
+        keys += [{"max_key": key} for key in max_keys or ()]
+        keys += [{"importance_key": key} for key in importance_keys]
+        candidates, kept = set(), set()
+        for key in keys:
+            # As upstream: a checkpoint without the key is left alone.
+            found = self.find_checkpoints(**key, ckpt_predicate=ckpt_predicate)
+            candidates.update(checkpoint.path for checkpoint in found)
+            best = self.find_checkpoints(
+                **key,
+                ckpt_predicate=ckpt_predicate,
+                max_num_checkpoints=num_to_keep,
+            )
+            kept.update(checkpoint.path for checkpoint in best)
+        ddp_barrier()  # all have listed before any is deleted
+        if if_main_process():
+            for path in sorted(candidates - kept):
+                # Without its name it is no checkpoint any more.
+                aside = path.with_name(f"{TEMPORARY_PREFIX}old-{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(path, aside)
+                shutil.rmtree(aside, ignore_errors=True)
+                logger.log(verbosity, f"Deleted {path}")
+        ddp_barrier()
 
     def _start_saving(self):
         """For subclasses: a checkpoint is about to be saved."""

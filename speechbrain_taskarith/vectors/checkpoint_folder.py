@@ -17,15 +17,19 @@ from pathlib import Path
 
 from ..utils.files import TEMPORARY_PREFIX, atomic_write, replace_folder
 from ..utils.patterns import first_match, require_match
-from .state_readers import load_torch_file, open_state, read_checkpoint_meta
+from .state_readers import (
+    META_KEY,
+    is_whole,
+    load_torch_file,
+    open_state,
+    read_checkpoint_meta,
+)
 from .state_writers import save_state
 from .states import as_state
 from .statistics import pool_normalizers
 
 META_FILE = "CKPT.yaml"
 PREFIX = "CKPT+"
-# Under this key of CKPT.yaml stands what this package knows of a checkpoint.
-META_KEY = "taskarith"
 # Behind a recoverable's name: the weights before the edit, for resuming.
 FINETUNED = ".finetuned"
 
@@ -234,31 +238,6 @@ def find_checkpoint_folder(path, *, min_key=None, max_key=None):
         return (-meta[key] if min_key else meta[key], recency)
 
     return max(found, key=rank)[1]
-
-
-def is_whole(folder, meta=None):
-    """Tell whether all files that a checkpoint was written with are there.
-
-    Deleting a checkpoint takes its files away one by one; a process killed
-    meanwhile leaves a folder that looks like a checkpoint and is none.
-
-    Arguments
-    ---------
-    folder : pathlib.Path
-        A `CKPT+` folder.
-    meta : dict or None
-        Its `CKPT.yaml`, where it was read already.
-
-    Returns
-    -------
-    bool
-        True also for checkpoints that list no files (SpeechBrain's own).
-    """
-    if meta is None:
-        meta = read_checkpoint_meta(folder)
-    ours = meta.get(META_KEY)
-    files = ours.get("files", ()) if isinstance(ours, dict) else ()
-    return all((Path(folder) / file).exists() for file in files)
 
 
 def write_meta(folder, content):

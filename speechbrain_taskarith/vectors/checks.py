@@ -5,7 +5,12 @@ Authors
 """
 
 import math
+import numbers
 from collections.abc import Mapping
+
+# Largest number of float32, in which everything is computed: beyond it a
+# factor is infinite, and infinity times zero is NaN.
+_LARGEST = 3.4028234663852886e38
 
 
 def in_range(name, value, low, high, *, open_high=False):
@@ -40,21 +45,47 @@ def in_range(name, value, low, high, *, open_high=False):
     Traceback (most recent call last):
     ValueError: density=20: expected a number in [0, 1]
     """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not low <= value <= high or (open_high and value == high):
+    if (
+        not _is_number(value)
+        or not low <= value <= high
+        or (open_high and value == high)
+    ):
         end = ")" if open_high else "]"
         raise ValueError(
             f"{name}={value!r}: expected a number in [{low}, {high}{end}"
         )
-    return value
+    return _plain(value)
 
 
 def finite(name, value):
-    """Return a finite number (see `in_range`)."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value):
-        raise ValueError(f"{name}={value!r}: expected a finite number")
-    return value
+    """Return a number that is finite in float32 (see `in_range`)."""
+    if not _is_number(value) or not is_finite(value):
+        raise ValueError(
+            f"{name}={value!r}: expected a finite number (at most 3.4e38, as "
+            "float32 holds it)"
+        )
+    return _plain(value)
+
+
+def is_finite(value):
+    """Tell whether a number is finite in float32.
+
+    Arguments
+    ---------
+    value : float
+        A number.
+
+    Returns
+    -------
+    bool
+        False for NaN, infinity, and what float32 makes infinite.
+
+    Example
+    -------
+    >>> is_finite(0.5), is_finite(1e39)
+    (True, False)
+    """
+    return math.isfinite(value) and abs(value) <= _LARGEST
 
 
 def scale(value):
@@ -125,6 +156,18 @@ def one_of(name, value, allowed):
     return value
 
 
+def _is_number(value):
+    """True for Python's and NumPy's numbers, not for booleans."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _plain(value):
+    """Return Python's own number: descriptions go into JSON and YAML."""
+    if type(value) in (int, float):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
 def whole(name, value):
     """Return an integer that is not negative, such as a seed.
 
@@ -140,6 +183,7 @@ def whole(name, value):
     int
         The value.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    whole = isinstance(value, numbers.Integral) and _is_number(value)
+    if not whole or value < 0:
         raise ValueError(f"{name}={value!r}: expected an integer >= 0")
-    return value
+    return _plain(value)

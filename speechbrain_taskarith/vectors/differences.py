@@ -76,7 +76,14 @@ def check_fits(tau, base):
             "parameters with TaskVector.restrict"
         )
     for name, delta in tau.items():
-        shape = base.info(name).shape
+        dtype, shape = base.info(name).dtype, base.info(name).shape
+        if not base.info(name).floating:
+            raise ValueError(
+                f"{base.label}: {name!r} is of type {dtype}, which a task "
+                "vector cannot edit without losing it to rounding; restore "
+                "floating point weights first (quantised models), or leave "
+                "the name out with TaskVector.restrict"
+            )
         if tuple(delta.shape) != shape:
             raise ValueError(
                 f"{base.label}: {name!r} has shape {shape}, the task vector "
@@ -167,10 +174,14 @@ def _check_tied(name, origin, finetuned):
 
 
 def _not_finite(name, base, finetuned):
-    bad = finetuned
-    if not torch.isfinite(base[name].float()).all():
-        bad = base
+    for state in (base, finetuned):
+        if not torch.isfinite(state[name]).all():
+            return ValueError(
+                f"{state.label}: {name!r} holds NaN or infinity. The training "
+                "that made it diverged: use an earlier checkpoint; or exclude "
+                "this parameter if it is meant to be so"
+            )
     return ValueError(
-        f"{bad.label}: {name!r} holds NaN or infinity. The training that "
-        "made it diverged; use an earlier checkpoint"
+        f"{finetuned.label}: {name!r} differs from {base.label} by more than "
+        "float32 can hold; exclude this parameter"
     )

@@ -110,7 +110,7 @@ def decode(tensors, layout):
                 # its numbers.
                 flat = tensors[name].to(torch.float32, copy=True)
             deltas[name] = flat.reshape(shape)
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (LookupError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"{name}: the stored layout ({form}, {shape}) does not fit "
                 f"the stored tensors ({error})"
@@ -127,7 +127,8 @@ def _rows(delta):
 
 def _to_int8(rows):
     if not rows.numel():
-        return rows.to(torch.int8), torch.ones(rows.shape[0])
+        ones = torch.ones(rows.shape[0], dtype=torch.float32)
+        return rows.to(torch.int8), ones
     scale = rows.abs().amax(dim=1) / 127
     # A row of zeros has no scale of its own; any will do. Where a scale
     # underflows to a subnormal the quotient may leave the range: clamp.
@@ -165,6 +166,6 @@ def _from_sparse(name, tensors, form, shape):
         raise ValueError(f"{values.numel()} values for {int(mask.sum())} bits")
     if form == "sparse-int8":
         values = values * tensors[name + _SCALE]
-    flat = torch.zeros(count)
+    flat = torch.zeros(count, dtype=torch.float32)
     flat[mask] = values
     return flat

@@ -215,7 +215,7 @@ class Karcher(Angular):
     ):
         super().__init__(scope, of, scale)
         self.weights = checks.weights(weights)
-        if weights is not None and (min(self.weights) < 0):
+        if any(weight < 0 for weight in self.weights or ()):
             raise ValueError(f"weights={weights}: expected none below zero")
         self.iterations = checks.whole("iterations", iterations)
         self.tolerance = checks.in_range("tolerance", tolerance, 0, 1)
@@ -294,8 +294,8 @@ class ModelStock(Angular):
 
     `theta = t mean + (1 - t) base` with `t = N cos / (1 + (N - 1) cos)`
     (Jang et al. 2024, arXiv 2403.19522, equation 3), tensor by tensor;
-    `cos` is the mean cosine over the pairs of vectors. Where the vectors do
-    not agree (`cos <= 0`), `t` is 0: the base stays.
+    `cos` is the cosine of the mean angle over the pairs of vectors. Where
+    they do not agree (`cos <= 0`), `t` is 0: the base stays.
 
     Arguments
     ---------

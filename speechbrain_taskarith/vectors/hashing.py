@@ -52,7 +52,7 @@ class Hasher:
         # The largest first, so that no thread is left alone with it.
         items.sort(key=lambda item: -item.size)
         digests = self.passes.run(
-            lambda item, work: item.state._digest(item.name),
+            lambda item, work: item.state.digest(item.name),
             items,
             "fingerprints",
         )

@@ -104,7 +104,7 @@ class Job:
                 with Timed(steps, "output fingerprint"):
                     # Read back from the page cache: chunks come in any
                     # order, a hash wants them in one.
-                    state = open_state(out._temporary)
+                    state = open_state(out.temporary)
                     found = hasher.hash([state])[0]
                     out.close(fingerprint=found)
         return found

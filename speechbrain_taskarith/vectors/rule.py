@@ -8,15 +8,13 @@ Authors
  * speechbrain_taskarith contributors 2026
 """
 
-import glob
-import inspect
-import os
-from collections.abc import Mapping
-
 from ..utils.patterns import first_match, require_match
 from . import checks
+from .rule_description import describe, from_description, scale_of
 from .streaming import MemoryVectors, Stream
 from .workspace import CHUNK
+
+__all__ = ["Rule", "check_weights", "from_description"]
 
 
 class Rule:
@@ -196,8 +194,9 @@ class Rule:
         chunk = CHUNK if on_cpu else 1 << 26
         alone = self.whole_tensors or not on_cpu
         threads = 1 if alone else torch.get_num_threads()
+        # Not torch's default type, which a program may have changed.
         merged = {
-            name: torch.empty(shape, device=source.device)
+            name: torch.empty(shape, dtype=torch.float32, device=source.device)
             for name, shape in source.shapes.items()
         }
         flat = {name: tensor.view(-1) for name, tensor in merged.items()}
@@ -249,10 +248,7 @@ class Rule:
         base, vectors = as_state(base), list(vectors)
         merged = self.combine(vectors, base=base)
         traced = [v for v in vectors if hasattr(v, "base_fingerprint")]
-        scale = self.scale
-        if type(self).scales is not Rule.scales:
-            scales = self.scales(merged)
-            scale = {glob.escape(name): s for name, s in scales.items()}
+        scale = scale_of(self, merged)
         return merged.apply(base, scale, any_base=any_base or not traced)
 
     def describe(self):
@@ -271,82 +267,13 @@ class Rule:
         {'rule': 'TIES', 'density': 0.5, 'scale': 0.6, 'trim': 'global',
          'elect': 'mass'}
         """
-        description = {"rule": type(self).__name__}
-        for name in inspect.signature(type(self)).parameters:
-            description[name] = _plain(getattr(self, name))
-        return description
+        return describe(self, "rule")
 
     def __repr__(self):
         description = self.describe()
         name = description.pop("rule")
         arguments = ", ".join(f"{k}={v!r}" for k, v in description.items())
         return f"{name}({arguments})"
-
-
-def from_description(description):
-    """Make a rule again from what `Rule.describe` wrote.
-
-    Arguments
-    ---------
-    description : dict
-        `{"rule": class name, argument: value, ...}`.
-
-    Returns
-    -------
-    Rule
-        The same rule.
-
-    Raises
-    ------
-    ValueError
-        A rule that this plugin does not have, or arguments that it does not
-        take.
-
-    Example
-    -------
-    >>> from_description({"rule": "TaskArithmetic", "scale": 0.4})
-    TaskArithmetic(scale=0.4, weights=None)
-    """
-    from . import rules, sparsify
-
-    def again(value):
-        if isinstance(value, Mapping) and "rule" in value:
-            return from_description(value)
-        if isinstance(value, Mapping) and "stage" in value:
-            return _build(sparsify, sparsify.Stage, "stage", value, again)
-        if isinstance(value, list):
-            return [again(item) for item in value]
-        return value
-
-    return _build(rules, Rule, "rule", description, again)
-
-
-def _build(module, kind, key, description, again):
-    """Make an object of a class that a module has, by its name."""
-    found = getattr(module, str(description.get(key)), None)
-    if not (isinstance(found, type) and issubclass(found, kind)):
-        raise ValueError(
-            f"no {key} {description.get(key)!r} here; make the object "
-            "yourself and pass it"
-        )
-    arguments = {n: again(v) for n, v in description.items() if n != key}
-    try:
-        return found(**arguments)
-    except TypeError as error:
-        raise ValueError(f"{description}: {error}") from None
-
-
-def _plain(value):
-    if hasattr(value, "describe"):
-        return value.describe()
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, Mapping):
-        plain = all(isinstance(v, (int, float)) for v in value.values())
-        return dict(value) if plain else "weights in memory"
-    return str(value) if isinstance(value, os.PathLike) else repr(value)
 
 
 def _check_alike(vectors):

@@ -1,4 +1,4 @@
-"""What those who apply rules ask of one: its text, its vector, its scale.
+"""Rules as text and back, and what those who apply one ask of it.
 
 A user's own rule need be no `Rule`: an object with
 `combine(vectors) -> TaskVector`, and maybe a `scale`, will do.
@@ -9,6 +9,11 @@ Authors
 
 import glob
 import inspect
+import os
+from collections.abc import Mapping
+
+# Stands for an argument that is too large for a text.
+_IN_MEMORY = "weights in memory"
 
 
 def describe_rule(rule):
@@ -38,6 +43,27 @@ def describe_rule(rule):
     return {"rule": kind.__qualname__, "module": kind.__module__}
 
 
+def describe(thing, key):
+    """Write down an object that keeps its arguments as attributes.
+
+    Arguments
+    ---------
+    thing : Rule or Stage
+        Has an attribute for each argument of its class.
+    key : str
+        What it is: `"rule"` or `"stage"`.
+
+    Returns
+    -------
+    dict
+        `{key: class name, argument: value, ...}`, plain types.
+    """
+    description = {key: type(thing).__name__}
+    for name in inspect.signature(type(thing)).parameters:
+        description[name] = _plain(getattr(thing, name))
+    return description
+
+
 def build_rule(description):
     """Build a rule of this package from what `describe_rule` wrote.
 
@@ -60,14 +86,55 @@ def build_rule(description):
         It is no rule of this package, or has arguments that text cannot
         hold: pass the rule itself.
     """
-    from .rule import from_description
-
     if "module" in description:
         raise ValueError(
             f"rule {description['rule']!r} is none of this package's; pass "
             "the rule itself, set up as it was"
         )
     return from_description(description)
+
+
+def from_description(description):
+    """Make a rule again from what `Rule.describe` wrote.
+
+    Arguments
+    ---------
+    description : dict
+        `{"rule": class name, argument: value, ...}`.
+
+    Returns
+    -------
+    Rule
+        The same rule.
+
+    Raises
+    ------
+    ValueError
+        A rule that this plugin does not have, or arguments that it does not
+        take, or that no text can hold.
+
+    Example
+    -------
+    >>> from_description({"rule": "TaskArithmetic", "scale": 0.4})
+    TaskArithmetic(scale=0.4, weights=None)
+    """
+    from . import rules, sparsify
+
+    def again(value):
+        if isinstance(value, Mapping) and "rule" in value:
+            return from_description(value)
+        if isinstance(value, Mapping) and "stage" in value:
+            return _build(sparsify, sparsify.Stage, "stage", value, again)
+        if isinstance(value, (list, tuple)):
+            return [again(item) for item in value]
+        if value == _IN_MEMORY:
+            raise ValueError(
+                f"{description.get('rule')} was given weights that were in "
+                "memory; make the object yourself and pass it"
+            )
+        return value
+
+    return _build(rules, rules.Rule, "rule", description, again)
 
 
 def combine(rule, vectors, base):
@@ -114,10 +181,54 @@ def scale_of(rule, vector):
         One number, or `{pattern: number}`; a rule whose scale follows from
         the parameter (`LiNeS`) gives a pattern for each.
     """
-    from .rule import Rule
-
-    if isinstance(rule, Rule) and type(rule).scales is not Rule.scales:
+    if scales_by_parameter(rule):
         scales = rule.scales(list(vector))
         return {glob.escape(name): scale for name, scale in scales.items()}
     scale = getattr(rule, "scale", None)
     return 1.0 if scale is None else scale
+
+
+def scales_by_parameter(rule):
+    """Tell whether a rule's scale follows from the parameter's name.
+
+    Arguments
+    ---------
+    rule : object or None
+        A rule.
+
+    Returns
+    -------
+    bool
+        True for `LiNeS` and its kin.
+    """
+    from .rule import Rule
+
+    return isinstance(rule, Rule) and type(rule).scales is not Rule.scales
+
+
+def _build(module, kind, key, description, again):
+    """Make an object of a class that a module has, by its name."""
+    found = getattr(module, str(description.get(key)), None)
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        raise ValueError(
+            f"no {key} {description.get(key)!r} here; make the object "
+            "yourself and pass it"
+        )
+    arguments = {n: again(v) for n, v in description.items() if n != key}
+    try:
+        return found(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{description}: {error}") from None
+
+
+def _plain(value):
+    if hasattr(value, "describe"):
+        return value.describe()
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        plain = all(isinstance(v, (int, float)) for v in value.values())
+        return dict(value) if plain else _IN_MEMORY
+    return str(value) if isinstance(value, os.PathLike) else repr(value)

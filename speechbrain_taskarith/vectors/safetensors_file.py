@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from ..utils.files import TEMPORARY_PREFIX, fsync_directory
+from ..utils.files import TEMPORARY_PREFIX, current_umask, fsync_directory
 
 # Bytes per element of the dtypes that the format knows and that we handle.
 ITEM_SIZE = {
@@ -134,17 +134,37 @@ def read_header(path):
         text = stream.read(length)
     try:
         header = json.loads(text)
-        metadata = header.pop("__metadata__", {})
-        entries = {
-            name: (
-                TensorInfo(entry["dtype"], tuple(entry["shape"])),
-                tuple(entry["data_offsets"]),
-            )
-            for name, entry in header.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        metadata = _texts(header.pop("__metadata__", {}))
+        entries = {name: _entry(entry) for name, entry in header.items()}
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise damaged(path, f"its header cannot be read ({error})") from None
     return _place(path, entries, 8 + length, size), metadata
+
+
+def _entry(entry):
+    """Return one tensor's `TensorInfo` and the range of its bytes."""
+    dtype, shape = entry["dtype"], tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    if not isinstance(dtype, str):
+        raise ValueError(f"dtype {dtype!r}")
+    for number in (*shape, begin, end):
+        if type(number) is not int or number < 0:
+            raise ValueError(f"{number!r} is no size")
+    return TensorInfo(dtype, shape), (begin, end)
+
+
+def _texts(metadata):
+    """Return `__metadata__`, which may hold texts only."""
+    for value in metadata.values():
+        if not isinstance(value, str):
+            raise ValueError(f"its metadata holds {value!r}, no text")
+    return metadata
 
 
 def _place(path, entries, data_start, size):
@@ -185,6 +205,12 @@ class SafetensorsWriter:
         Text values for `__metadata__`. Values may be replaced at `close`
         by texts of the same length (a hash known only at the end).
 
+    Attributes
+    ----------
+    temporary : pathlib.Path
+        Where the file lies until `close`; what was written so far can be
+        read there.
+
     Example
     -------
     >>> path = str(getfixture("tmpdir") / "one.safetensors")
@@ -208,13 +234,15 @@ class SafetensorsWriter:
             self._offsets[name] = end
             end += info.nbytes
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file, self._temporary = tempfile.mkstemp(
+        self._file, name = tempfile.mkstemp(
             prefix=TEMPORARY_PREFIX,
             suffix=self.path.suffix,
             dir=self.path.parent,
         )
+        self.temporary = Path(name)
         try:
-            os.fchmod(self._file, 0o644)
+            # mkstemp makes private files; results are shared as any other.
+            os.fchmod(self._file, 0o666 & ~current_umask())
             if end:
                 _allocate(self._file, end)
             _write_at(self._file, header, 0)
@@ -262,12 +290,12 @@ class SafetensorsWriter:
                     )
                 _write_at(self._file, header, 0)
             os.fsync(self._file)
+            os.replace(self.temporary, self.path)
         except OSError as error:
             self.abort()
             raise self._named(error) from error
         os.close(self._file)
         self._file = None
-        os.replace(self._temporary, self.path)
         fsync_directory(self.path.parent)
 
     def abort(self):
@@ -275,8 +303,7 @@ class SafetensorsWriter:
         if self._file is not None:
             os.close(self._file)
             self._file = None
-        if os.path.exists(self._temporary):
-            os.unlink(self._temporary)
+        self.temporary.unlink(missing_ok=True)
 
     def __enter__(self):
         return self

@@ -7,12 +7,9 @@ Authors
 import torch
 
 from ..utils.patterns import matches
+from .application import check_tied
+from .in_place import edit_into
 from .states import as_state
-
-# What is worked on at a time: the piece of scaled vector stays in the cache,
-# so that memory is passed three times (base, vector, parameter). A GPU wants
-# larger pieces, for fewer launches.
-_CHUNK = {"cpu": 1 << 19, "cuda": 1 << 22}
 
 
 class Editing:
@@ -49,6 +46,7 @@ class Editing:
             )
         parameters = {name for name, _ in model.named_parameters()}
         self._group = {name: group_of(name, patterns) for name in tau}
+        check_tied(tau, live, self._group)
         self._edited, self._buffers, outside, seen = {}, [], [], set()
         for name in live:
             origin, tensor = live.aliases.get(name, name), live[name]
@@ -123,44 +121,6 @@ class Editing:
         _write(self._buffers)
         for name, (tensor, base, delta) in self._edited.items():
             edit_into(tensor, base, delta, setting[self._group[name]])
-
-
-@torch.no_grad()
-def edit_into(tensor, base, delta, scale):
-    """Write `base + scale * delta` into a tensor.
-
-    The product is rounded before it is added, as `TaskVector.apply` does,
-    so that both give the same bytes. Piece by piece, so that memory is
-    passed three times: two tensors read, one written.
-
-    Arguments
-    ---------
-    tensor : torch.Tensor
-        Is overwritten.
-    base : torch.Tensor
-        Of the tensor's dtype and shape, on its device.
-    delta : torch.Tensor
-        float32, the same shape and device.
-    scale : float
-        0 copies the base's bytes.
-    """
-    if scale == 0:
-        tensor.copy_(base)
-        return
-    if not tensor.is_contiguous():
-        tensor.copy_(base.float() + delta * scale)
-        return
-    chunk = _CHUNK.get(tensor.device.type, _CHUNK["cuda"])
-    target, source, step = tensor.view(-1), base.reshape(-1), delta.reshape(-1)
-    scratch = torch.empty(min(chunk, len(step)), device=tensor.device)
-    for start in range(0, len(step), chunk):
-        part = slice(start, start + chunk)
-        scaled = scratch[: len(step[part])]
-        torch.mul(step[part], scale, out=scaled)
-        if target.dtype == torch.float32:
-            torch.add(source[part], scaled, out=target[part])
-        else:
-            target[part] = scaled.add_(source[part].float())
 
 
 def _copy(source, like):

@@ -4,8 +4,7 @@ Authors
  * speechbrain_taskarith contributors 2026
 """
 
-import math
-
+from .checks import is_finite
 from .rule_description import scale_of
 
 ONE_OVER_T = "1/t"
@@ -39,9 +38,12 @@ def checked_scale(scale):
     try:
         number = float(scale)
     except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"scale: expected a finite number, got {scale!r}")
+        number = None
+    if number is None or not is_finite(number):
+        raise ValueError(
+            f"scale: expected a finite number (at most 3.4e38, as float32 "
+            f"holds it), got {scale!r}"
+        )
     return number
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 from ..utils.patterns import require_match
 from ..utils.progress import progress
+from .checks import is_finite
 from .scale_editing import Editing, group_of
 from .scale_table import REST, ScaleSearch, finite
 
@@ -110,10 +111,11 @@ def search_scale(
         look at a test split, and every row says `oracle`.
     hopeless : float or None
         A setting with more than `hopeless` times the least WER so far, or a
-        WER that is NaN or infinite, is hopeless: scales farther from 0 on
-        its side are not tried (the WER falls and rises but once along a
-        line, up to noise). They are in the table, with the state
-        `"skipped"`. None tries all, except after NaN.
+        WER that is NaN or infinite, is hopeless: scales farther out on its
+        side (from 0; in a group's line from the scale it starts with) are
+        not tried, since the WER falls and rises but once along a line, up
+        to noise. They are in the table, with the state `"skipped"`. None
+        tries all, except after NaN.
     max_degradation : float or None
         With `{domain: WER}`: a setting where a domain is worse than at scale
         0 by more than this share (0.1: ten per cent) may not be chosen.
@@ -193,6 +195,7 @@ def search_scale(
                             lambda s, group=group, at=best: {**at, group: s},
                             judge,
                             start=best,
+                            origin=best[group],
                         )
                 if best == before:
                     break
@@ -290,19 +293,20 @@ class _Judge:
         )
 
 
-def _line(evaluate, scales, setting_of, judge, start=None):
-    """Search one line, from 0 outwards; return the best setting or None."""
+def _line(evaluate, scales, setting_of, judge, start=None, origin=0.0):
+    """Search one line outwards from its origin, the best known so far (0 at
+    first); return the best setting or None."""
     best, best_row = start, None if start is None else evaluate(start)
     stopped = set()
-    # From 0 outwards: a hopeless setting then rules out what lies behind
-    # it, and of two equal settings the one nearer the base is kept.
-    for scale in sorted(set(scales), key=lambda s: (abs(s), s)):
-        side = scale > 0
-        if scale and side in stopped:
+    # Outwards: a hopeless setting then rules out what lies behind it, and of
+    # two equal settings the one nearer the origin (at first the base) stays.
+    for scale in sorted(set(scales), key=lambda s: (abs(s - origin), s)):
+        side = scale > origin
+        if scale != origin and side in stopped:
             judge.skipped(setting_of(scale))
             continue
         row = evaluate(setting_of(scale))
-        if row["state"] == "hopeless":
+        if row["state"] == "hopeless" and scale != origin:
             stopped.add(side)
         elif row["state"] == "ok" and (
             best_row is None or row["wer"] < best_row["wer"]
@@ -347,8 +351,11 @@ def _candidates(scales, patterns):
         if not result[group]:
             raise ValueError("scales: expected at least one")
         for value in result[group]:
-            if not math.isfinite(value):
-                raise ValueError(f"scales: {value} is not a finite number")
+            if not is_finite(value):
+                raise ValueError(
+                    f"scales: {value} is not a finite number (float32 holds "
+                    "at most 3.4e38)"
+                )
     return result
 
 

@@ -8,13 +8,13 @@ Authors
 """
 
 import hashlib
-import inspect
 import math
 
 import numpy as np
 
 from . import checks
 from .kernels import magnitude_bits
+from .rule_description import describe
 from .thresholds import find_cuts
 from .workspace import to_numpy
 
@@ -52,9 +52,7 @@ class Stage:
         dict
             `{"stage": class name, argument: value, ...}`.
         """
-        names = inspect.signature(type(self)).parameters
-        described = {name: getattr(self, name) for name in names}
-        return {"stage": type(self).__name__, **described}
+        return describe(self, "stage")
 
     def granularity(self, shape):
         """Return the smallest number of elements that can be worked on.

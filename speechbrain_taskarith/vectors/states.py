@@ -336,7 +336,7 @@ class State(Mapping):
         """SHA-256 over names, dtypes, shapes and bytes; equal weights have
         equal fingerprints in every format. Computed once, on first use."""
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            digests = list(pool.map(self._digest, self._entries))
+            digests = list(pool.map(self.digest, self._entries))
         return fingerprints.combine(dict(zip(self._entries, digests)))
 
     def verify(self):
@@ -353,14 +353,20 @@ class State(Mapping):
         if self._check is not None:
             self._check(self)
 
-    def _entry(self, name):
-        try:
-            return self._entries[name]
-        except KeyError:
-            raise KeyError(f"{self.label} holds no tensor {name!r}") from None
+    def digest(self, name):
+        """Return a tensor's hash, a leaf of the fingerprint; thread-safe.
 
-    def _digest(self, name):
-        entry = self._entries[name]
+        Arguments
+        ---------
+        name : str
+            The parameter's name.
+
+        Returns
+        -------
+        bytes
+            SHA-256 over name, dtype, shape and bytes.
+        """
+        entry = self._entry(name)
         digest = fingerprints.leaf(name, entry.info)
         step = _HASH_BLOCK // ITEM_SIZE[entry.info.dtype]
         buffer = np.empty(min(_HASH_BLOCK, entry.info.nbytes), np.uint8)
@@ -370,6 +376,12 @@ class State(Mapping):
             entry.read_into(start, part)
             digest.update(part)
         return digest.digest()
+
+    def _entry(self, name):
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise KeyError(f"{self.label} holds no tensor {name!r}") from None
 
 
 def is_running_statistic(name):

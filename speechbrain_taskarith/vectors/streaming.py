@@ -49,22 +49,24 @@ class MemoryVectors:
         self.number, self.base = len(vectors), base
         first = vectors[0]
         self.shapes, self.twins, self._flat = {}, {}, {}
-        seen = {}
-        on_cpu = True
+        seen, alive = {}, []
+        device = _device_of(vectors) or torch.device("cpu")
         for name in first.keys():
             tensors = [vector[name] for vector in vectors]
+            # A lazy mapping's tensor must not be freed meanwhile: the next
+            # one could lie at its address, and would look tied to it.
+            alive.append(tensors)
             same = tuple(map(_memory, tensors))
             if None not in same and same in seen:
                 self.twins[name] = seen[same]
                 continue
             seen[same] = name
             self.shapes[name] = tuple(tensors[0].shape)
-            device = tensors[0].device
-            on_cpu = on_cpu and device.type == "cpu"
             self._flat[name] = [
                 tensor.detach().to(device, torch.float32).reshape(-1)
                 for tensor in tensors
             ]
+        on_cpu = device.type == "cpu"
         self.xp, self.device = (np, None) if on_cpu else (torch, device)
         if on_cpu:
             for name, tensors in self._flat.items():
@@ -136,6 +138,14 @@ class MemoryVectors:
             f"in {place.name!r}. The training that made it diverged; use an "
             "earlier checkpoint"
         )
+
+
+def _device_of(vectors):
+    """Return where to compute: on the first accelerator that holds any."""
+    found = [vectors[0][name].device for name in vectors[0].keys()]
+    found += [next(iter(v.values())).device for v in vectors[1:] if len(v)]
+    on_device = [device for device in found if device.type != "cpu"]
+    return next(iter(on_device or found), None)
 
 
 def _memory(tensor):

@@ -16,6 +16,7 @@ import torch
 from ..utils.messages import some
 from ..utils.patterns import first_match, require_match, select
 from .application import edit_in_place, edited
+from .checks import is_finite
 from .differences import check_ancestry, check_fits, subtract
 from .fingerprints import short
 from .states import as_state
@@ -50,6 +51,8 @@ class TaskVector(Mapping):
     """
 
     def __init__(self, deltas, base_fingerprint=None, metadata=None):
+        # A lazy mapping makes its tensors anew at every look.
+        deltas = dict(deltas)
         for name, delta in deltas.items():
             if not torch.is_floating_point(delta):
                 raise TypeError(
@@ -208,6 +211,8 @@ class TaskVector(Mapping):
 
     def __truediv__(self, divisor):
         _check_scale(divisor)
+        if divisor == 0:
+            raise ZeroDivisionError("a task vector cannot be divided by zero")
         return self._map(
             lambda d: d / divisor,
             {"operation": "quotient", "divisor": float(divisor)},
@@ -478,5 +483,8 @@ class TaskVector(Mapping):
 
 
 def _check_scale(scale):
-    if not math.isfinite(scale):
-        raise ValueError(f"scale {scale}: expected a finite number")
+    if not is_finite(scale):
+        raise ValueError(
+            f"scale {scale}: expected a finite number (at most 3.4e38, as "
+            "float32 holds it)"
+        )

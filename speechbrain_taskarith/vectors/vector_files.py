@@ -39,6 +39,13 @@ def write_vector(tau, path, encoding):
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: a task vector is stored as .safetensors")
     tensors, layout = encode(tau, encoding)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{path}: {name!r} holds NaN or infinity as {encoding}; "
+                "nothing was written. Look for a scale that is too large, or "
+                "store it lossless"
+            )
     content = {
         "version": 1,
         "layout": layout,

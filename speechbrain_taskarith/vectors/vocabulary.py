@@ -8,6 +8,7 @@ Authors
  * speechbrain_taskarith contributors 2026
 """
 
+import ast
 import collections
 import json
 import re
@@ -137,18 +138,30 @@ def read_vocabulary(path):
     if path.suffix == ".json":
         rows = {int(row): token for token, row in json.loads(text).items()}
         return _in_order(rows, len(json.loads(text)), path)
-    lines = text.splitlines()
+    # Not splitlines(): tokens may hold what that takes for an end of line.
+    lines = text.replace("\r\n", "\n").split("\n")
     found = {}
     count = 0
     for line in lines:
         if line.startswith("====="):
             break  # SpeechBrain's extras follow
-        if match := re.fullmatch(r"(['\"])(.*)\1 => (\d+)", line):
-            found[int(match[3])] = match[2]
+        if match := re.fullmatch(r"((['\"]).*\2) => (\d+)", line):
+            found[int(match[3])] = _token(match[1], path)
             count += 1
     if found:
         return _in_order(found, count, path)
     return [line.split("\t")[0] for line in lines if line]
+
+
+def _token(literal, path):
+    """Undo the quotes and escapes that SpeechBrain writes a token with."""
+    try:
+        return ast.literal_eval(literal)
+    except (SyntaxError, ValueError):
+        raise ValueError(
+            f"{path}: {literal} is no token as SpeechBrain's encoders write "
+            "them; write the file again with encoder.save"
+        ) from None
 
 
 def _in_order(rows, count, path):

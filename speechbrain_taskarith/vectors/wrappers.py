@@ -10,6 +10,7 @@ from ..utils.patterns import matches, require_match
 from . import checks
 from .elementwise import TaskArithmetic
 from .rule import Rule
+from .rule_description import scales_by_parameter
 from .sparsify import RandomDrop
 
 # "layers.3.", "blocks.3.", "conv_layers.3.", GPT's "h.3."
@@ -100,6 +101,11 @@ class DARE(Wrapper):
         self.then = then if then is not None else TaskArithmetic()
         if not isinstance(self.then, Rule):
             raise TypeError(f"then={then!r}: expected a rule")
+        if scales_by_parameter(self.then):
+            raise ValueError(
+                f"then={self.then!r} scales by the parameter, which would be "
+                "left out; put it outside: LiNeS(DARE(...), slope=...)"
+            )
         if self.then.scale != 1:
             raise ValueError(
                 f"then={self.then!r} has a scale of its own; give the scale "
@@ -153,6 +159,11 @@ class LiNeS(Wrapper):
     def __init__(self, inner_rule, slope, top=(), layers=LAYERS):
         if not isinstance(inner_rule, Rule):
             raise TypeError(f"inner_rule={inner_rule!r}: expected a rule")
+        if scales_by_parameter(inner_rule):
+            raise ValueError(
+                f"inner_rule={inner_rule!r} scales by the parameter itself, "
+                "which would be left out; use one LiNeS"
+            )
         if isinstance(inner_rule.scale, dict):
             raise ValueError(
                 "inner_rule: expected a scale that is one number; LiNeS "

@@ -33,6 +33,29 @@ def test_an_interrupted_save_leaves_no_checkpoint(tmp_path):
     assert len(os.listdir(tmp_path)) == 1, "left-overs are swept away"
 
 
+@pytest.mark.parametrize("act", ["train", "save"])
+def test_what_a_kill_left_is_swept_by_who_writes(tmp_path, act):
+    """Killed between taking a checkpoint's name away and deleting it."""
+    model = torch.nn.Linear(2, 2)
+    AtomicCheckpointer(tmp_path, {"model": model}).save_checkpoint(name="a")
+    (tmp_path / ".partial-old-CKPT+b").mkdir()
+    again = AtomicCheckpointer(tmp_path, {"model": model})
+    again.recover_if_possible()
+    assert len(os.listdir(tmp_path)) == 2, "who only reads changes nothing"
+    if act == "train":
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        again.add_recoverable("optimizer", optimizer)
+    else:
+        again.save_checkpoint(name="a")
+    assert os.listdir(tmp_path) == ["CKPT+a"]
+
+
+def test_fewer_than_no_checkpoints_cannot_be_kept(tmp_path):
+    saver = AtomicCheckpointer(tmp_path, {"model": torch.nn.Linear(1, 1)})
+    with pytest.raises(ValueError, match="num_to_keep"):
+        saver.delete_checkpoints(num_to_keep=-1)
+
+
 def test_speechbrains_own_reads_what_ours_writes(tmp_path):
     model = torch.nn.Linear(2, 2)
     saved = AtomicCheckpointer(tmp_path, {"model": model}).save_checkpoint()

@@ -153,6 +153,22 @@ def test_the_scale_may_be_a_schedule(folder, capsys):
     assert would["scale"] == found["scale"] == pytest.approx(1 / 3)
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        ("TaskArithmetic", "scale=0.25"),
+        ("LiNeS", "inner_rule={name: TaskArithmetic, scale: 0.2}", "slope=0.5"),
+    ],
+)
+def test_a_dry_run_tells_the_rules_own_scale(folder, capsys, rule):
+    words = ("--base", "us.ckpt", "--rule", *rule)
+    would = run(capsys, "learn", "e", "de", "de.ckpt", *words, "--dry-run")
+    found = run(capsys, "learn", "e", "de", "de.ckpt", *words)
+    assert would["scale"] == found["scale"]
+    would = run(capsys, "learn", "e", "gr", "gr.ckpt", "--dry-run")
+    assert would["scale"] == found["scale"]
+
+
 def test_encoding_rule_and_selection_are_kept(folder, capsys):
     run(
         *(capsys, "learn", "edits", "de", "de.ckpt", "--base", "us.ckpt"),

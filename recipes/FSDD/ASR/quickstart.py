@@ -79,7 +79,12 @@ def run_study(name, data, output, seed):
         f"--output_folder={output / name}",
         f"--seed={seed}",
     ]
-    environment = {**os.environ, "TASKARITH_PROGRESS": "1"}
+    # Only bars and tables: SpeechBrain logs each of many short trainings.
+    environment = {
+        "SB_LOG_LEVEL": "WARNING",
+        **os.environ,
+        "TASKARITH_PROGRESS": "1",
+    }
     status = subprocess.run(command, cwd=recipe, env=environment).returncode
     if status:
         sys.exit(

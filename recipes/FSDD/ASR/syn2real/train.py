@@ -35,7 +35,7 @@ from report import merge_seeds, write_report
 from speechbrain.utils.distributed import run_on_main
 from strings import Strings
 
-from speechbrain_taskarith.brains import DigitStringBrain
+from speechbrain_taskarith.brains import DigitStringBrain, fast_precision
 from speechbrain_taskarith.data import (
     AudioCache,
     read_manifest,
@@ -164,31 +164,6 @@ def read_recordings(hparams, cache):
     return {"real": real, "synthetic": synthetic}
 
 
-def precision_of(name, device):
-    """Return the precision to train in.
-
-    Arguments
-    ---------
-    name : str
-        `"auto"`: bfloat16 where the processor calculates in it (twice as
-        fast), else float32; or one of SpeechBrain's own.
-    device : str or None
-        Where the models are; None: a GPU if there is one.
-
-    Returns
-    -------
-    str
-        SpeechBrain's name of a precision.
-    """
-    if name != "auto":
-        return name
-    if device == "cpu" or not torch.cuda.is_available():
-        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    else:
-        native = torch.cuda.is_bf16_supported()
-    return "bf16" if native else "fp32"
-
-
 def start_helpers(count):
     """Start processes that train models beside this one.
 
@@ -241,9 +216,9 @@ if __name__ == "__main__":
         )
 
     # What the command line says goes first: --precision fp32
-    hparams["precision"] = precision_of(
-        hparams["train_precision"], run_opts.get("device")
-    )
+    hparams["precision"] = hparams["train_precision"]
+    if hparams["precision"] == "auto":
+        hparams["precision"] = fast_precision(run_opts.get("device"))
     hparams["noprogressbar"] = True  # one bar over all models instead
     cache = AudioCache(hparams["sample_rate"])
     brain = SyntheticToReal(
