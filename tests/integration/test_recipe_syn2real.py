@@ -34,8 +34,8 @@ TINY = {
     "voices": "[en-us+f1, en-us+m1]",
     "pretraining_steps": 4,
     "mixed_steps": 2,
-    "target_steps": 2,
-    "source_steps": 2,
+    "choose_on": "edited_target",
+    "domain_steps": 2,
     "batch_size": 4,
     "valid_strings": 3,
     "test_strings": 4,
@@ -173,7 +173,7 @@ def test_edited_model_is_the_papers_formula(finished):
         edited = load_file(
             finished / "save" / "edited" / target / "model.safetensors"
         )
-        base = weights(finished, f"target/{target}")
+        base = weights(finished, f"without_{target}/synthetic/{target}")
         sources = [name for name in DOMAINS if name != target]
         for name, tensor in base.items():
             if not tensor.is_floating_point():
@@ -188,6 +188,34 @@ def test_edited_model_is_the_papers_formula(finished):
             expected = tensor.double() + scale * sum(vectors) / len(vectors)
             torch.testing.assert_close(
                 edited[name].double(), expected, rtol=1e-5, atol=1e-6
+            )
+
+
+@pytest.mark.slow
+def test_sources_in_the_targets_place_choose_the_scale(corpus, tmp_path):
+    run(corpus, tmp_path, mixed_steps=0, choose_on="sources_as_targets")
+    assert finished_models(tmp_path) == 1 + 3 * 3
+    rows = json.loads((tmp_path / "summary.json").read_text())
+    edited = [row for row in rows if row["row"] == "edited"]
+    assert edited and {row["selected_on"] for row in edited} == {"real_source"}
+    edited = load_file(tmp_path / "save/edited/one_four/model.safetensors")
+    scale = next(
+        row["value"]
+        for row in rows
+        if row["row"] == "one_four: edited" and row["metric"] == "scale"
+    )
+    for name, tensor in weights(tmp_path, "synthetic/one_four").items():
+        if tensor.is_floating_point():
+            mean = sum(
+                weights(tmp_path, f"real/{s}")[name].double()
+                - weights(tmp_path, f"synthetic/{s}")[name].double()
+                for s in ("two_five", "three_six")
+            )
+            torch.testing.assert_close(
+                edited[name].double(),
+                tensor.double() + scale * mean / 2,
+                rtol=1e-5,
+                atol=1e-6,
             )
 
 
@@ -208,7 +236,7 @@ def test_killed_and_started_again_it_gives_the_same(corpus, finished, tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text()) == old
     for name in (
         "pretrained",
-        "target/one_four",
+        "without_one_four/synthetic/one_four",
         "without_two_five/real/three_six",
     ):
         one, other = weights(finished, name), weights(tmp_path, name)
@@ -310,34 +338,45 @@ def test_share_of_own_words(recipe):
     }
 
 
-def test_no_model_hears_the_target_for_real_before_its_test(recipe):
+@pytest.mark.parametrize(
+    ("mixed_steps", "count"), [(2, MODELS), (0, 1 + 3 * 3)]
+)
+def test_no_model_hears_the_target_for_real_before_its_test(
+    recipe, mixed_steps, count
+):
     strings = recipe("strings").Strings(all_takes(), hparams_of_strings())
     hparams = hparams_of_strings(
         **{
             f"{stage}_{what}": 2
-            for stage in ("pretraining", "mixed", "target", "source", "domain")
+            for stage in ("pretraining", "mixed", "domain")
             for what in ("steps", "lr")
         }
+        | {"mixed_steps": mixed_steps}
     )
-    models = recipe("models").plan_models(strings, hparams)
-    assert len(models) == MODELS
-    names = [model.name for model in models]
-    for model in models:
-        assert model.parent is None or names.index(model.parent) < names.index(
-            model.name
-        )
+    module = recipe("models")
+    planned = module.plan_models(strings, hparams)
+    models = {model.name: model for model in planned}
+    assert len(planned) == len(models) == count
+    real = {}
+    for number, model in enumerate(planned):
+        assert model.parent is None or model.parent in list(models)[:number]
         heard = [i for i in model.strings() if "-real-" in i["ID"]]
-        assert all("/test" not in w for i in heard for w in i["wavs"])
         assert all(w.startswith("train") for i in heard for w in i["wavs"])
-        folder, _, rest = model.name.partition("/")
-        target = rest if folder in ("mixed", "target", "joint") else None
-        if folder.startswith("without_"):
-            target = folder[len("without_") :]
-        words = {w for i in heard for w in i["wrd"].split()}
-        if target:
-            assert not words & set(DOMAINS[target]), model.name
-        if folder in ("pretrained", "target"):
-            assert not heard
+        real[model.name] = {w for i in heard for w in i["wrd"].split()}
+    assert not real[module.PRETRAINED]
+    for target, own in DOMAINS.items():
+        name = module.domain_model(target, "synthetic", target, hparams)
+        assert not real[name]
+        used = [name, module.joint_model(target)]
+        for source in set(DOMAINS) - {target}:
+            for side in ("real", "synthetic"):
+                name = module.domain_model(target, side, source, hparams)
+                assert bool(real[name]) == (side == "real")
+                used.append(name)
+        while used:
+            model = models[used.pop()]
+            assert not real[model.name] & set(own), (target, model.name)
+            used += [model.parent] if model.parent else []
 
 
 def test_a_word_that_nobody_says_is_named(recipe):

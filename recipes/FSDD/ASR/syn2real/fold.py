@@ -7,12 +7,16 @@ Authors
 import statistics
 
 from jiwer import process_words
-from models import PRETRAINED, joint_model, source_model, target_model
+from models import PRETRAINED, domain_model, joint_model
 
 from speechbrain_taskarith.vectors import TaskVector, search_scale, syn2real
 
-# What the scale is chosen on, and what only the oracle looks at.
-ALLOWED = "real_source+synthetic_target"
+# What a scale is chosen on, by the value of `choose_on`, and what only the
+# oracle looks at.
+CHOSEN_ON = {
+    "sources_as_targets": "real_source",
+    "edited_target": "real_source+synthetic_target",
+}
 REAL_TARGET = "real_target"
 
 
@@ -37,12 +41,13 @@ class Fold:
         self.target, self.brain, self.models = target, brain, models
         self.held_out, self.hparams = held_out, hparams
         self.sources = [d for d in hparams["domains"] if d != target]
-        self.base = models.state(target_model(target))
+
+        def state(side, domain):
+            return models.state(domain_model(target, side, domain, hparams))
+
+        self.base = state("synthetic", target)
         self.pairs = {
-            source: tuple(
-                models.state(source_model(target, side, source))
-                for side in ("real", "synthetic")
-            )
+            source: (state("real", source), state("synthetic", source))
             for source in self.sources
         }
         self.vectors = {
@@ -72,14 +77,14 @@ class Fold:
         rows["ensemble"] = rows["edited"] = self.edited(ensemble, scale)
         rows["paper_scale"] = self.edited(ensemble, self.hparams["paper_scale"])
         members = [
-            self.edited(vector, self.choose_scale(vector)[0])
-            for vector in self.vectors.values()
+            self.edited(vector, scale) for vector in self.vectors.values()
         ]
         rows["members"] = {
             what: statistics.fmean(member[what] for member in members)
             for what in rows["baseline"]
         }
         curve = self.curve(
+            self.base,
             ensemble,
             [("real", self.target)],
             self.hparams["report_on"],
@@ -102,15 +107,17 @@ class Fold:
     def choose_scale(self, tau):
         """Choose the scale without any real target speech.
 
-        The target's model, edited at each scale, decodes development
-        strings: real ones of every source domain (does it hear real speech
-        better?) and synthetic ones of the target (does it still know the
-        target's words?). The least mean WER wins.
+        With `choose_on: sources_as_targets` each source domain takes the
+        target's place: its model of synthetic speech, plus the mean of the
+        *other* sources' vectors, decodes its real development strings. With
+        `edited_target` the target's model, edited, decodes real development
+        strings of the source domains and synthetic ones of the target. The
+        least mean WER wins.
 
         Arguments
         ---------
         tau : TaskVector
-            What is added.
+            What is added to the target's model.
 
         Returns
         -------
@@ -119,16 +126,40 @@ class Fold:
         dict of float to float
             `{scale: mean WER}`.
         """
-        heard = [("real", source) for source in self.sources]
-        heard.append(("synthetic", self.target))
-        curve = self.curve(tau, heard, "valid", ALLOWED)
+        if self.hparams["choose_on"] == "edited_target":
+            heard = [("real", source) for source in self.sources]
+            heard.append(("synthetic", self.target))
+            curves = [
+                self.curve(self.base, tau, heard, "valid", self.chosen_on)
+            ]
+        else:
+            curves = [
+                self.curve(
+                    self.pairs[source][1],
+                    TaskVector.mean(
+                        [self.vectors[s] for s in self.sources if s != source]
+                    ),
+                    [("real", source)],
+                    "valid",
+                    self.chosen_on,
+                )
+                for source in self.sources
+            ]
+        curve = {s: statistics.fmean(c[s] for c in curves) for s in curves[0]}
         return best_scale(curve), curve
 
-    def curve(self, tau, heard, split, select_on):
-        """Measure WER against scale, of the target's model plus a vector.
+    @property
+    def chosen_on(self):
+        """What the choice of the scale is called in tables and cards."""
+        return CHOSEN_ON[self.hparams["choose_on"]]
+
+    def curve(self, base, tau, heard, split, select_on):
+        """Measure WER against scale, of a model plus a vector.
 
         Arguments
         ---------
+        base : State
+            The model's weights.
         tau : TaskVector
             What is added.
         heard : list of tuple of str
@@ -146,7 +177,7 @@ class Fold:
         data = {"/".join(key): self.held_out(*key, split) for key in heard}
         search = search_scale(
             self.hparams["model"],
-            self.base,
+            base,
             tau,
             lambda model: {key: self.brain.wer_on(data[key]) for key in data},
             [0.0, *self.hparams["scales"]],

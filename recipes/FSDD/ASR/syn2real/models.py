@@ -63,10 +63,12 @@ def plan_models(strings, hparams):
     Returns
     -------
     list of Model
-        The pre-trained model, and for each left-out domain the model tuned
-        on the other domains (real and synthetic), the target's model, the
-        one tuned on the target with the other domains, and the pairs of the
-        source domains.
+        The pre-trained model; with `mixed_steps`, for each left-out domain a
+        model tuned on the other domains; from there (else from the
+        pre-trained model, once for all left-out domains) each domain's
+        models of synthetic and of real speech. The left-out domain's has
+        synthetic speech only. Beside it a model tuned on the left-out
+        domain together with the others.
     """
     domains = list(hparams["domains"])
     models = [
@@ -80,65 +82,62 @@ def plan_models(strings, hparams):
     for target in domains:
         sources = [name for name in domains if name != target]
         heard = [(s, d) for d in sources for s in ("real", "synthetic")]
-        mixed = f"mixed/{target}"
-        models.append(
-            Model(
-                mixed,
-                PRETRAINED,
-                lambda parts=heard: strings.mixed(
-                    parts, hparams["mixed_steps"]
-                ),
-                hparams["mixed_lr"],
+        start = start_model(target, hparams)
+        if start != PRETRAINED:
+            models.append(
+                Model(
+                    start,
+                    PRETRAINED,
+                    lambda parts=heard: strings.mixed(
+                        parts, hparams["mixed_steps"]
+                    ),
+                    hparams["mixed_lr"],
+                )
             )
-        )
-        models.append(
-            Model(
-                target_model(target),
-                mixed,
-                lambda t=target: strings.training(
-                    "synthetic", t, hparams["target_steps"]
-                ),
-                hparams["domain_lr"],
-            )
-        )
         models.append(
             Model(
                 joint_model(target),
-                mixed,
+                start,
                 lambda parts=[*heard, ("synthetic", target)]: strings.mixed(
-                    parts, hparams["target_steps"]
+                    parts, hparams["domain_steps"]
                 ),
                 hparams["domain_lr"],
             )
         )
-        for source in sources:
-            for side in ("real", "synthetic"):
-                models.append(
-                    Model(
-                        source_model(target, side, source),
-                        mixed,
-                        lambda x=side, s=source: strings.training(
-                            x, s, hparams["source_steps"]
-                        ),
-                        hparams["domain_lr"],
-                    )
+        for side, domain in [("synthetic", target), *heard]:
+            models.append(
+                Model(
+                    domain_model(target, side, domain, hparams),
+                    start,
+                    lambda x=side, d=domain: strings.training(
+                        x, d, hparams["domain_steps"]
+                    ),
+                    hparams["domain_lr"],
                 )
-    return models
+            )
+    # Without a mixed model the left-out domains share the models.
+    return list({model.name: model for model in models}.values())
 
 
-def target_model(target):
-    """Name the model that knows the target from synthetic speech only."""
-    return f"target/{target}"
+def start_model(target, hparams):
+    """Name the model that a left-out domain's study starts from."""
+    return f"mixed/{target}" if hparams["mixed_steps"] else PRETRAINED
+
+
+def domain_model(target, side, domain, hparams):
+    """Name a domain's model for a left-out `target`.
+
+    `side` is `real` or `synthetic`; of the target itself there is the
+    synthetic one only.
+    """
+    if hparams["mixed_steps"]:
+        return f"without_{target}/{side}/{domain}"
+    return f"{side}/{domain}"
 
 
 def joint_model(target):
     """Name the model tuned on the target and all sources together."""
     return f"joint/{target}"
-
-
-def source_model(target, side, source):
-    """Name a source domain's model; `side` is `real` or `synthetic`."""
-    return f"without_{target}/{side}/{source}"
 
 
 class ModelFolder:

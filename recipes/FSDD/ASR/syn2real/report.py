@@ -9,7 +9,7 @@ import io
 import statistics
 from pathlib import Path
 
-from fold import ALLOWED, REAL_TARGET, Fold
+from fold import CHOSEN_ON, REAL_TARGET, Fold
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_taskarith.metrics import (
@@ -31,16 +31,24 @@ logger = get_logger(__name__)
 
 TABLE = "syn2real"
 TITLE = "SYN2REAL on strings of digits"
-# Rows of the tables, and what the scale of each was chosen on.
+# Rows of the tables, and what the scale of each was chosen on; CHOSEN stands
+# for what `choose_on` says.
+CHOSEN = "chosen"
 ROWS = {
     "pretrained": None,
     "baseline": None,
     "joint": None,
-    "edited": ALLOWED,
-    "ensemble": ALLOWED,
-    "members": ALLOWED,
+    "edited": CHOSEN,
+    "ensemble": CHOSEN,
+    "members": CHOSEN,
     "paper_scale": None,
     "oracle": REAL_TARGET,
+}
+RULES = {
+    "sources_as_targets": "real ones of each source domain, decoded by its "
+    "model of synthetic speech plus the other sources' vectors",
+    "edited_target": "real ones of the source domains and synthetic ones of "
+    "the target, decoded by the target's edited model",
 }
 NOTE = (
     "Means over the left-out domains. `relative_reduction`: mean of each "
@@ -49,9 +57,8 @@ NOTE = (
     "often on the target's synthetic speech together with the real and "
     "synthetic speech of the other domains, no vector. `edited` is the "
     "`ensemble`, the mean of the source domains' vectors; `members`: one "
-    "source domain's vector, mean over sources; each at a scale of its own, "
-    "chosen on development strings (real ones of the source domains, synthetic "
-    "ones of the target). `paper_scale`: the ensemble at {paper_scale}. "
+    "source domain's vector, mean over sources; all at the scale that was "
+    "chosen on development strings: {rule}. `paper_scale`: the ensemble at {paper_scale}. "
     "`oracle`: the best scale on the very strings that are reported on, a "
     "bound that no one may choose. `own_words`, `shared_words`: share of the "
     "domain's own and of the shared words that came out wrong."
@@ -127,7 +134,7 @@ def keep_edited(fold, result, folder):
             row: result["rows"][row]["wer"]
             for row in ("baseline", "edited", "oracle")
         },
-        selected_on=ALLOWED,
+        selected_on=fold.chosen_on,
         fingerprint=open_state(path).fingerprint,
         notes=[
             "WER on real recordings of the target domain. The oracle is the "
@@ -152,7 +159,7 @@ def draw(fold, result, output):
     plot_scale_curve(
         {
             f"real {name} ({fold.hparams['report_on']})": curve,
-            "chosen on: real sources, synthetic target": result["selection"],
+            f"chosen on: {fold.chosen_on}": result["selection"],
         },
         output / "plots" / f"scale_{name}.png",
         baseline=curve[0.0],
@@ -196,7 +203,11 @@ def summarise(results, output, hparams):
     """
     summary = Summary(output, title=TITLE)
     common = {"split": hparams["report_on"], "seed": hparams["seed"]}
-    for row, chosen in ROWS.items():
+    chosen_on = {
+        row: CHOSEN_ON[hparams["choose_on"]] if on is CHOSEN else on
+        for row, on in ROWS.items()
+    }
+    for row, chosen in chosen_on.items():
         errors = {
             target: dict(result["rows"][row])
             for target, result in results.items()
@@ -233,10 +244,15 @@ def summarise(results, output, hparams):
                 row=f"{target}: {row}",
                 metric="scale",
                 value=result[key],
-                selected_on=ROWS[row],
+                selected_on=chosen_on[row],
                 **common,
             )
-    summary.note(NOTE.format(paper_scale=hparams["paper_scale"]))
+    summary.note(
+        NOTE.format(
+            paper_scale=hparams["paper_scale"],
+            rule=RULES[hparams["choose_on"]],
+        )
+    )
     worst = max(result["proof"] for result in results.values())
     summary.note(
         "A source domain's vector applied to its own synthetic model gives "
