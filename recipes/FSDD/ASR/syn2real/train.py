@@ -2,12 +2,11 @@
 """Recipe for SYN2REAL task vectors on strings of digits (FSDD).
 
 Every domain (group of words) is left out in turn. A Conformer CTC model
-learns the others from real and synthetic speech, and the one left out from
-synthetic speech only. Task vectors between models of real and of synthetic
-speech, taken from the other domains, bring it closer to real speech. The
-left-out domain's real recordings are for testing alone. One run makes the
-whole table of one seed; a run that was killed goes on where it stopped when
-started again.
+learns it from synthetic speech only. Task vectors between models of real and
+of synthetic speech, taken from the other domains, bring it closer to real
+speech. The left-out domain's real recordings are for testing alone. One run
+makes the whole table of one seed; a run that was killed goes on where it
+stopped when started again.
 
 To run this recipe, do the following:
 > python train.py hparams/train.yaml --data_folder /path/to/FSDD --seed 0
