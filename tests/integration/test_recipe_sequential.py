@@ -132,6 +132,9 @@ def test_started_again_it_changes_nothing(corpus, finished):
     summary = (finished / "summary.json").read_text()
     run(corpus, finished, **TINY)
     assert (finished / "summary.json").read_text() == summary
+    # Some rows only: the others stay in the table.
+    run(corpus, finished, only="ties", **TINY)
+    assert (finished / "summary.json").read_text() == summary
     assert all(path.read_bytes() == old for path, old in before.items())
 
 

@@ -11,7 +11,11 @@ from pathlib import Path
 import torch
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_taskarith.metrics import Summary, merge_summaries
+from speechbrain_taskarith.metrics import (
+    LifelongMatrix,
+    Summary,
+    merge_summaries,
+)
 from speechbrain_taskarith.metrics.cl_masr import write_cl_masr_log
 from speechbrain_taskarith.vectors import (
     SequentialEditor,
@@ -33,13 +37,16 @@ def write_report(matrices, hparams):
     Arguments
     ---------
     matrices : dict
-        `{row: LifelongMatrix}`.
+        `{row: LifelongMatrix}`; rows that earlier runs left in the folder
+        are added.
     hparams : dict
         Of the recipe.
     """
     output = Path(hparams["output_folder"])
     if hparams["report_on"] != "test":
         output = output / hparams["report_on"]
+    matrices = {**earlier_rows(output, hparams), **matrices}
+    matrices = {n: matrices[n] for n in hparams["rows"] if n in matrices}
     summary = Summary(output, title=TITLE)
     summary.note(
         "Average WER over all domains at the end of the sequence "
@@ -73,6 +80,29 @@ def write_report(matrices, hparams):
             summary.note(undo_last(folder, name))
     summary.write()
     summary.print()
+
+
+def earlier_rows(output, hparams):
+    """Read the rows that runs with another `--only` left in this folder.
+
+    Arguments
+    ---------
+    output : pathlib.Path
+        Where `matrices` is.
+    hparams : dict
+        Of the recipe.
+
+    Returns
+    -------
+    dict
+        `{row: LifelongMatrix}`.
+    """
+    files = {n: output / "matrices" / f"{n}.csv" for n in hparams["rows"]}
+    return {
+        name: LifelongMatrix.load(path)
+        for name, path in files.items()
+        if path.exists()
+    }
 
 
 def plot_cosines(folder, plots, name):
