@@ -1,0 +1,137 @@
+"""How much each adapter is attended to: numbers for the log, a heat map.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+import torch
+
+
+def adapter_attention(layers, layer_names, lens):
+    """See `AdapterHandle.attention`.
+
+    Arguments
+    ---------
+    layers : iterable of LayerAdapters
+        The layers.
+    layer_names : list of str
+        Theirs, for messages.
+    lens : torch.Tensor or None
+        [B], relative.
+
+    Returns
+    -------
+    torch.Tensor
+        [layers, N]
+    """
+    rows = []
+    for name, layer in zip(layer_names, layers):
+        made = layer.combination
+        if hasattr(made, "weights"):
+            rows.append(made.weights().detach().float())
+            continue
+        weights = made.last_weights
+        if weights is None:
+            raise ValueError(
+                f"layer {name!r} has combined no batch yet: run the encoder "
+                "with handle.use('combined') first"
+            )
+        weights = weights.float()
+        if lens is None:
+            rows.append(weights.flatten(0, -2).mean(0))
+            continue
+        if weights.dim() != 3 or len(lens) != len(weights):
+            raise ValueError(
+                f"{len(lens)} lengths for a batch of {tuple(weights.shape)}; "
+                "give the last batch's, one an utterance"
+            )
+        frames = weights.shape[1]
+        ends = torch.round(lens.to(weights.device) * frames)
+        valid = torch.arange(frames, device=weights.device) < ends[:, None]
+        rows.append(weights[valid].mean(0))
+    return torch.stack(rows)
+
+
+def attention_stats(attention, names):
+    """Return mean attention by adapter, for SpeechBrain's train logger.
+
+    Arguments
+    ---------
+    attention : torch.Tensor
+        [layers, N], from `handle.attention()`.
+    names : sequence of str
+        N names, e.g. `handle.combined_names`.
+
+    Returns
+    -------
+    dict of str: float
+        Mean over layers.
+
+    Example
+    -------
+    >>> attention_stats(torch.tensor([[0.5, 0.5], [1.0, 0.0]]), ["a", "b"])
+    {'attention a': 0.75, 'attention b': 0.25}
+    """
+    _require_shape(attention, names)
+    means = attention.mean(0).tolist()
+    return {f"attention {n}": mean for n, mean in zip(names, means)}
+
+
+def plot_attention(
+    attention, names, path, *, layers=None, title="Attention to adapters"
+):
+    """Draw attention as a heat map, adapter by layer.
+
+    Arguments
+    ---------
+    attention : torch.Tensor
+        [layers, N], from `handle.attention()`, or a mean of such.
+    names : sequence of str
+        N names, the rows.
+    path : str or pathlib.Path
+        `.png`, `.pdf` or `.svg`.
+    layers : sequence of str or None
+        Names of the columns; None numbers them from 0.
+    title : str
+        Above the plot.
+
+    Returns
+    -------
+    pathlib.Path
+        The file.
+
+    Raises
+    ------
+    ValueError
+        Names that do not fit the numbers.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "attention.png"
+    >>> plot_attention(torch.full((3, 2), 0.5), ["us", "german"], path).name
+    'attention.png'
+    """
+    from speechbrain_taskarith.metrics.plots import plot_heat_map
+
+    attention = torch.as_tensor(attention)
+    _require_shape(attention, names)
+    if layers is None:
+        layers = range(len(attention))
+    return plot_heat_map(
+        attention.t().tolist(),
+        list(names),
+        [str(layer) for layer in layers],
+        path,
+        title=title,
+        limits=(0.0, 1.0),
+        form="{:.2f}",
+        unit="mean weight",
+    )
+
+
+def _require_shape(attention, names):
+    if attention.dim() != 2 or attention.shape[1] != len(names):
+        raise ValueError(
+            f"attention has the shape {tuple(attention.shape)}, expected "
+            f"[layers, {len(names)}] for {', '.join(names)}"
+        )
