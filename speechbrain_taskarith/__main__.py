@@ -25,6 +25,10 @@ Task vectors of speech models: subtract, apply, merge, edit, look.
   edit     a folder of edits: learn, undo, reorder, log, export
   inspect  what a file or folder holds
   plot     cosine matrix, norms by layer
+
+Streaming transducers:
+
+  transcribe  recordings to text, whole or as a stream
 """
 
 _EPILOG = """\

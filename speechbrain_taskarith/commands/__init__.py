@@ -10,7 +10,15 @@ Authors
 
 import importlib
 
-VERBS = ("vector", "apply", "merge", "edit", "inspect", "plot")
+VERBS = (
+    "vector",
+    "apply",
+    "merge",
+    "edit",
+    "inspect",
+    "plot",
+    "transcribe",
+)
 
 
 def load_verb(verb):

@@ -12,6 +12,12 @@ from speechbrain_taskarith.metrics.plots import (
     plot_scale_curve,
     plot_wer_matrix,
 )
+from speechbrain_taskarith.metrics.rare_words import (
+    RareWordReport,
+    RareWords,
+    WordGroupErrors,
+    rare_words_by_language,
+)
 from speechbrain_taskarith.metrics.significance import (
     PairedBootstrap,
     confidence_interval,
@@ -28,9 +34,12 @@ from speechbrain_taskarith.metrics.word_errors import (
 __all__ = [
     "LifelongMatrix",
     "PairedBootstrap",
+    "RareWordReport",
+    "RareWords",
     "Summary",
     "UtteranceErrors",
     "WERReport",
+    "WordGroupErrors",
     "by_domain",
     "confidence_interval",
     "merge_summaries",
@@ -39,6 +48,7 @@ __all__ = [
     "plot_heat_map",
     "plot_scale_curve",
     "plot_wer_matrix",
+    "rare_words_by_language",
     "wer",
     "write_cl_masr_log",
 ]

@@ -1,0 +1,209 @@
+"""The chunked joint equals the whole one; HAT; SpeechBrain's joints.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+import pytest
+import torch
+from transducer_oracles import brute_force, hat_formula
+
+from speechbrain_taskarith.transducer import (
+    HATJoint,
+    HATOutput,
+    RNNTJoint,
+    SpeechBrainJoint,
+    joint_transducer_loss,
+    sequence_log_prob,
+    transducer_loss,
+)
+from speechbrain_taskarith.transducer.hat import hat_log_probs
+
+FRAMES, LABELS = torch.tensor([9, 6, 2]), torch.tensor([3, 4, 0])
+
+
+def setting(kind, dtype=torch.float64, blank=0):
+    torch.manual_seed(5)
+    joint = kind(6, 5, 8, 7, blank_index=blank).to(dtype)
+    x = torch.randn(3, 9, 6, dtype=dtype, requires_grad=True)
+    g = torch.randn(3, 5, 5, dtype=dtype, requires_grad=True)
+    labels = torch.tensor([label for label in range(7) if label != blank])
+    return joint, x, g, labels[torch.randint(0, 6, (3, 4))]
+
+
+def chunked(joint, x, g, y, blank=0, **options):
+    return joint_transducer_loss(
+        joint, x, g, y, FRAMES / 9, LABELS / 4, blank, "none", **options
+    )
+
+
+@pytest.mark.parametrize("kind", [RNNTJoint, HATJoint])
+@pytest.mark.parametrize("blank", [0, 6])
+@pytest.mark.parametrize("budget", [1, 3000, 2**28])
+def test_chunked_equals_whole(kind, blank, budget):
+    joint, x, g, y = setting(kind, blank=blank)
+    whole = transducer_loss(
+        joint(x.unsqueeze(2), g.unsqueeze(1)),
+        y,
+        FRAMES / 9,
+        LABELS / 4,
+        blank,
+        "none",
+    )
+    pieces = chunked(joint, x, g, y, blank, memory_budget=budget)
+    assert torch.allclose(whole, pieces, rtol=1e-12)
+    leaves = [x, g, *joint.parameters()]
+    weights = torch.tensor([1.0, 0.3, -2.0], dtype=torch.float64)
+    by_whole = torch.autograd.grad((whole * weights).sum(), leaves)
+    by_pieces = torch.autograd.grad((pieces * weights).sum(), leaves)
+    for one, other in zip(by_whole, by_pieces):
+        assert torch.allclose(one, other, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [RNNTJoint, HATJoint])
+def test_dropping_unlikely_nodes_stays_below_float32(kind):
+    # 120 x 31 nodes, most of them far from every likely alignment.
+    torch.manual_seed(0)
+    joint = kind(6, 5, 16, 20, blank_index=0)
+    x = (3 * torch.randn(2, 120, 6)).requires_grad_()
+    g = (3 * torch.randn(2, 31, 5)).requires_grad_()
+    y, one = torch.randint(1, 20, (2, 30)), torch.ones(2)
+    leaves = [x, g, *joint.parameters()]
+    found = joint_transducer_loss(joint, x, g, y, one, one, 0)
+    by_found = torch.autograd.grad(found, leaves)
+    exact = joint.double()
+    x2, g2 = (v.detach().double().requires_grad_() for v in (x, g))
+    oracle = transducer_loss(
+        exact(x2.unsqueeze(2), g2.unsqueeze(1)), y, one, one, 0
+    )
+    by_oracle = torch.autograd.grad(oracle, [x2, g2, *exact.parameters()])
+    for a, b in zip(by_found, by_oracle):
+        assert (a.double() - b).norm() / b.norm() < 2e-6
+
+
+def test_sequences_that_share_an_encoder():
+    joint, x, g, y = setting(RNNTJoint)
+    rows = torch.tensor([1, 1, 0])
+    found = sequence_log_prob(joint, x, g, y, FRAMES, LABELS, encoder_rows=rows)
+    logits = joint(x[rows].unsqueeze(2), g.unsqueeze(1)).log_softmax(-1)
+    for h in range(3):
+        t, u = FRAMES[rows[h]], LABELS[h]
+        oracle = brute_force(logits[h, :t, : u + 1], y[h, :u].tolist(), 0)
+        assert found[h].item() == pytest.approx(oracle.item(), rel=1e-12)
+    leaves = [x, *joint.parameters()]
+    by_found = torch.autograd.grad(found[:2].sum(), leaves)
+    oracle = sequence_log_prob(joint, x[rows], g, y, FRAMES[rows], LABELS)
+    by_oracle = torch.autograd.grad(oracle[:2].sum(), leaves)
+    for a, b in zip(by_found, by_oracle):
+        assert torch.allclose(a, b)
+
+
+def test_padding_and_frozen_parts():
+    joint, x, g, y = setting(HATJoint)
+    clean = chunked(joint, x, g, y)
+    (by_clean,) = torch.autograd.grad(clean.sum(), g, retain_graph=True)
+    dirty = x.detach().clone()
+    dirty[1, 6:] = float("nan")
+    for parameter in joint.parameters():
+        parameter.requires_grad_(False)
+    found = chunked(joint, dirty, g, y)
+    (by_found,) = torch.autograd.grad(found.sum(), g)
+    assert torch.equal(found, clean)
+    assert torch.allclose(by_found, by_clean)
+    assert not chunked(joint, x.detach(), g.detach(), y).requires_grad
+
+
+def test_autocast_is_kept_in_backward():
+    joint, x, g, y = setting(RNNTJoint, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = chunked(joint, x, g, y)
+    (by_low,) = torch.autograd.grad(low.sum(), x)
+    (by_high,) = torch.autograd.grad(chunked(joint, x, g, y).sum(), x)
+    assert torch.allclose(low, chunked(joint, x, g, y), rtol=0.02)
+    assert 0 < (by_low - by_high).norm() / by_high.norm() < 0.05
+
+
+def test_refusals():
+    joint, x, g, y = setting(RNNTJoint)
+    with pytest.raises(ValueError, match="made with blank_index 0"):
+        chunked(joint, x, g, y, blank=1)
+    with pytest.raises(ValueError, match="memory_budget 0"):
+        chunked(joint, x, g, y, memory_budget=0)
+    with pytest.raises(ValueError, match="room for 2"):
+        chunked(joint, x, g[:, :3], y)
+    with pytest.raises(ValueError, match="rows of the encoder"):
+        chunked(joint, x[:2], g, y)
+    with pytest.raises(ValueError, match="vocabulary of 7"):
+        chunked(joint, x, g, y + 40)
+    with pytest.raises(ValueError, match="vocab_size"):
+        HATOutput(4, vocab_size=5, blank_index=5)
+    dropping = SpeechBrainJoint(
+        lambda a, b: a + b, torch.nn.Dropout(0.1), blank_index=0
+    )
+    with pytest.raises(ValueError, match="dropout"):
+        chunked(dropping, x, torch.randn(3, 5, 6).double(), y)
+
+
+@pytest.mark.parametrize("output", ["linear", "hat"])
+def test_speechbrain_joint(output):
+    from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
+
+    torch.manual_seed(0)
+    last = torch.nn.Linear(6, 7) if output == "linear" else HATOutput(6, 7, 0)
+    tjoint = Transducer_joint(joint="sum", nonlinearity=torch.nn.Tanh)
+    joint = SpeechBrainJoint(tjoint, last, blank_index=0).double()
+    x = torch.randn(3, 9, 6, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(3, 5, 6, dtype=torch.float64, requires_grad=True)
+    y = torch.randint(1, 7, (3, 4))
+    # As a recipe computes it, without any joint of ours.
+    logits = last(tjoint(x.unsqueeze(2), g.unsqueeze(1)))
+    whole = transducer_loss(logits, y, FRAMES / 9, LABELS / 4, 0, "none")
+    pieces = chunked(joint, x, g, y, memory_budget=2000)
+    assert torch.allclose(whole, pieces)
+    leaves = [x, g, *last.parameters()]
+    for a, b in zip(
+        torch.autograd.grad(whole.sum(), leaves),
+        torch.autograd.grad(pieces.sum(), leaves),
+    ):
+        assert torch.allclose(a, b)
+    internal = joint.internal_lm(g)
+    assert torch.allclose(internal.exp().sum(-1), torch.ones(3, 5).double())
+    assert torch.isneginf(internal[..., 0]).all()
+
+
+@pytest.mark.parametrize("blank", [0, 3])
+def test_hat_is_the_papers_formula(blank):
+    torch.manual_seed(0)
+    z = 3 * torch.randn(50, 4, dtype=torch.float64)
+    oracle = hat_formula(z, blank)
+    assert torch.allclose(hat_log_probs(z, blank).exp(), oracle, rtol=1e-10)
+
+
+def test_hat_sums_to_one_and_keeps_its_gradient_for_any_blank_score():
+    for score in torch.linspace(-40, 40, 81).tolist():
+        z = torch.tensor([0.3, score, -1.0, 2.0], requires_grad=True)
+        log_probs = hat_log_probs(z, 1)
+        assert log_probs.exp().sum().item() == pytest.approx(1.0, abs=1e-6)
+        (grad,) = torch.autograd.grad(log_probs[0], z)
+        # d log P(y) / d z_blank = -sigmoid(z_blank)
+        exact = -torch.sigmoid(torch.tensor(score, dtype=torch.float64))
+        assert grad[1].item() == pytest.approx(exact.item(), rel=1e-5)
+
+
+def test_hat_gradcheck_through_the_loss():
+    torch.manual_seed(0)
+    joint = HATJoint(3, 2, 4, 5, blank_index=2).double()
+    x = torch.randn(1, 3, 3, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(1, 3, 2, dtype=torch.float64, requires_grad=True)
+    y, one = torch.tensor([[1, 4]]), torch.ones(1)
+    assert torch.autograd.gradcheck(
+        lambda *v: joint_transducer_loss(joint, *v, y, one, one, 2), (x, g)
+    )
+
+
+def test_internal_lm_is_the_joint_without_encoder():
+    joint, _, g, _ = setting(HATJoint)
+    found = joint.internal_lm(g)
+    hidden = torch.tanh(g @ joint.predictor_layer.weight.T)
+    scores = joint.output(hidden)[..., 1:]
+    assert torch.allclose(found[..., 1:], scores.log_softmax(-1))

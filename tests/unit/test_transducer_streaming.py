@@ -1,0 +1,208 @@
+"""Streams: any portions of samples give what the whole recording gives.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+import pytest
+import torch
+from speechbrain.processing.features import InputNormalization
+
+from speechbrain_taskarith.transducer import (
+    ChunkedEncoder,
+    Emformer,
+    LocalFbank,
+    LSTMPredictor,
+    RNNTJoint,
+    StreamingTransducer,
+    TimeReduction,
+    TransducerBeamSearch,
+    TransducerGreedySearch,
+)
+from speechbrain_taskarith.transducer.sample_stream import FeatureStream
+
+
+def conformer(width):
+    from speechbrain.lobes.models.transformer.TransformerASR import (
+        TransformerASR,
+    )
+
+    transformer = TransformerASR(
+        tgt_vocab=5,
+        input_size=width,
+        d_model=16,
+        nhead=2,
+        num_encoder_layers=2,
+        num_decoder_layers=0,
+        d_ffn=16,
+        attention_type="RelPosMHAXL",
+        positional_encoding=None,
+        encoder_module="conformer",
+        normalize_before=True,
+        causal=False,
+    )
+    return ChunkedEncoder(transformer, chunk_size=4, left_context=2)
+
+
+def model(beam=True, encoder=None, normalize=None):
+    torch.manual_seed(2)
+    predictor = LSTMPredictor(9, 4, 5, num_layers=1)
+    joint = RNNTJoint(16, 5, 8, 9)
+    joint.output.weight.data *= 20  # labels come out
+    joint.predictor_layer.weight.data *= 3
+    search = (
+        TransducerBeamSearch(predictor, joint, 0, 3)
+        if beam
+        else TransducerGreedySearch(predictor, joint, 0, 2)
+    )
+    return StreamingTransducer(
+        LocalFbank(n_mels=20, n_fft=400),
+        encoder or Emformer(16, 4, 32, 2, 4, 1, 8, 2),
+        search,
+        lambda tokens: " ".join(map(str, tokens)),
+        normalize=normalize,
+        frontend=TimeReduction(20, 16, factor=4),
+    ).eval()
+
+
+def wave(samples, seed=0):
+    made = torch.Generator().manual_seed(seed)
+    envelope = torch.rand(samples // 800 + 1, generator=made)
+    noise = torch.randn(samples, generator=made)
+    return noise * envelope.repeat_interleave(800)[:samples]
+
+
+PORTIONS = [1600, 333, 7, 10**6]
+
+
+@pytest.mark.parametrize("beam", [True, False])
+@pytest.mark.parametrize("portion", PORTIONS)
+def test_stream_equals_whole(beam, portion):
+    recogniser = model(beam)
+    for samples in (12345, 160, 1, 640, 9600):
+        stream, given = recogniser.stream(), wave(samples)
+        for part in given.split(portion if samples < 13000 else 1600):
+            partial = stream.feed(part, sample_rate=16000)
+            assert not partial.final
+        final = stream.finish()
+        assert final.final
+        assert final.text == recogniser.transcribe(given)
+        assert final.seconds == samples / 16000
+    assert len(model(beam).transcribe(wave(12345)).split()) > 2
+
+
+@pytest.mark.parametrize("frames", [4, 16, 14])
+def test_speechbrain_conformer_streams_too(frames):
+    torch.manual_seed(0)
+    encoder = conformer(16).eval()
+    x, context = torch.randn(1, frames, 16), encoder.make_streaming_context()
+    parts = [encoder.forward_streaming(c, context) for c in x.split(4, dim=1)]
+    whole = encoder(x, torch.ones(1))
+    assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-4)
+    recogniser = model(beam=False, encoder=encoder)
+    given, stream = wave(640 * frames), recogniser.stream()
+    for part in given.split(500):
+        stream.feed(part)
+    assert stream.finish().text == recogniser.transcribe(given)
+
+
+@pytest.mark.parametrize("samples", [1, 159, 160, 200, 201, 1600, 4321])
+@pytest.mark.parametrize("portion", [1, 100, 160, 777])
+def test_features_of_a_stream_are_those_of_the_whole(samples, portion):
+    fbank, given = LocalFbank(n_mels=20), wave(samples)
+    stream = FeatureStream(fbank, window=400, stride=160)
+    parts = [stream.push(part) for part in given.split(portion)]
+    parts.append(stream.finish())
+    parts = torch.cat([part for part in parts if part is not None], 1)
+    whole = fbank(given[None])
+    assert parts.shape == whole.shape
+    assert torch.allclose(parts, whole, atol=2e-3)
+
+
+def test_frames_come_as_soon_as_they_are_certain():
+    stream = FeatureStream(LocalFbank(n_mels=20), window=400, stride=160)
+    # Frame 0 needs samples up to 199, frame 1 up to 359.
+    assert stream.push(torch.rand(199)) is None
+    assert stream.push(torch.rand(1)).shape[1] == 1
+    assert stream.push(torch.rand(159)) is None
+    assert stream.push(torch.rand(1)).shape[1] == 1
+
+
+def test_text_comes_before_the_end():
+    recogniser, stream = model(False), None
+    stream = recogniser.stream()
+    seen = [stream.feed(part).tokens for part in wave(16000).split(1600)]
+    for before, after in zip(seen, seen[1:]):
+        # Greedy never takes anything back.
+        assert after[: len(before)] == before
+    assert seen[4] and len(seen[4]) < len(seen[-1])
+
+
+def test_streams_do_not_disturb_one_another():
+    recogniser = model()
+    one, other = recogniser.stream(), recogniser.stream()
+    a, b = wave(8000, 1), wave(8000, 2)
+    for x, y in zip(a.split(900), b.split(900)):
+        one.feed(x)
+        other.feed(y)
+    assert one.finish().text == recogniser.transcribe(a)
+    assert other.finish().text == recogniser.transcribe(b)
+
+
+def test_batch_of_ragged_recordings_equals_singles():
+    recogniser = model()
+    lengths = [9600, 4000, 7777]
+    waves = torch.zeros(3, 9600)
+    for row, count in enumerate(lengths):
+        waves[row, :count] = wave(count, row)
+    out, lens = recogniser.encode(waves, torch.tensor(lengths) / 9600)
+    for row, count in enumerate(lengths):
+        alone, _ = recogniser.encode(waves[row : row + 1, :count])
+        frames = round(float(lens[row]) * out.shape[1])
+        assert alone.shape[1] == frames
+        assert torch.allclose(alone[0, :-2], out[row, : frames - 2], atol=1e-4)
+
+
+def test_global_normalisation_is_applied():
+    normalize = InputNormalization(norm_type="global", update_until_epoch=1)
+    normalize(torch.randn(4, 50, 20) * 3 + 5, torch.ones(4), epoch=0)
+    recogniser = model(normalize=normalize)
+    given, stream = wave(8000), recogniser.stream()
+    for part in given.split(1000):
+        stream.feed(part)
+    assert stream.finish().text == recogniser.transcribe(given)
+    mean = normalize.glob_mean.clone()
+    recogniser.transcribe(given)
+    assert torch.equal(mean, normalize.glob_mean)
+    with pytest.raises(ValueError, match="'sentence'"):
+        model(normalize=InputNormalization(norm_type="sentence"))
+
+
+def test_silence_nothing_and_latency():
+    recogniser = model()
+    empty = recogniser.stream().finish()
+    assert empty.text == "" and empty.real_time_factor == 0.0
+    assert recogniser.transcribe(torch.zeros(0)) == ""
+    latency = recogniser.latency()
+    # Segment 4, look-ahead 1, of 40 ms; half a window of 25 ms.
+    assert latency["segment"] == pytest.approx(0.160)
+    assert latency["look_ahead"] == pytest.approx(0.040)
+    assert latency["algorithmic"] == pytest.approx(0.2125)
+
+
+def test_bad_input():
+    stream = model().stream()
+    bad = [
+        ({"samples": torch.zeros(8), "sample_rate": 8000}, "16000 Hz"),
+        ({"samples": torch.zeros(2, 8)}, "one channel"),
+        ({"samples": torch.zeros(8, dtype=torch.int16)}, "32768"),
+        ({"samples": torch.full((8,), torch.nan)}, "NaN"),
+    ]
+    for given, message in bad:
+        with pytest.raises(ValueError, match=message):
+            stream.feed(**given)
+    stream.finish()
+    with pytest.raises(RuntimeError, match="has ended"):
+        stream.feed(torch.zeros(8))
+    with pytest.raises(RuntimeError, match="training mode"):
+        model().train().stream()
