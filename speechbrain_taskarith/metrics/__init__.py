@@ -23,7 +23,11 @@ from speechbrain_taskarith.metrics.significance import (
     confidence_interval,
     paired_bootstrap,
 )
-from speechbrain_taskarith.metrics.summary import Summary, merge_summaries
+from speechbrain_taskarith.metrics.summary import (
+    Summary,
+    merge_seeds,
+    merge_summaries,
+)
 from speechbrain_taskarith.metrics.word_errors import (
     UtteranceErrors,
     WERReport,
@@ -42,6 +46,7 @@ __all__ = [
     "WordGroupErrors",
     "by_domain",
     "confidence_interval",
+    "merge_seeds",
     "merge_summaries",
     "paired_bootstrap",
     "plot_by_layer",

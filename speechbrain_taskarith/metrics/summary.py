@@ -401,3 +401,45 @@ def merge_summaries(folders, output, title="Results"):
                     "their seed"
                 ) from None
     return merged
+
+
+def merge_seeds(folder, title="Results"):
+    """Make one table of all seeds under a folder, write it and show it.
+
+    Arguments
+    ---------
+    folder : str or pathlib.Path
+        Holds one output folder for each seed; the table goes beside them.
+    title : str
+        Heading of its `results.md`.
+
+    Returns
+    -------
+    Summary
+        The merged one.
+
+    Raises
+    ------
+    FileNotFoundError
+        No seed has a summary yet.
+
+    Example
+    -------
+    >>> folder = getfixture("tmp_path")
+    >>> for seed in (0, 1):
+    ...     run = Summary(folder / str(seed))
+    ...     run.add(table="t", row="r", metric="wer", value=seed, seed=seed)
+    ...     _ = run.write()
+    >>> merge_seeds(folder).value("t", "r", "wer")
+    t...
+    0.5
+    """
+    runs = sorted(path.parent for path in Path(folder).glob("*/summary.json"))
+    if not runs:
+        raise FileNotFoundError(
+            f"{folder}: no */summary.json; run train.py for some seeds first"
+        )
+    merged = merge_summaries(runs, folder, title=title)
+    merged.write()
+    merged.print()
+    return merged

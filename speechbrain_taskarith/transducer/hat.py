@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from .joint import RNNTJoint
+from .lengths import check_vocabulary
 
 
 def hat_log_probs(scores, blank_index):
@@ -127,12 +128,7 @@ class HATOutput(torch.nn.Module):
 
     def __init__(self, input_size, vocab_size, blank_index):
         super().__init__()
-        if vocab_size < 2 or not 0 <= blank_index < vocab_size:
-            raise ValueError(
-                f"vocab_size {vocab_size}, blank_index {blank_index}: expected "
-                "at least one label beside the blank, and the blank's index "
-                "below vocab_size"
-            )
+        check_vocabulary(vocab_size, blank_index)
         self.linear = torch.nn.Linear(input_size, vocab_size)
         self.vocab_size = vocab_size
         self.blank_index = blank_index

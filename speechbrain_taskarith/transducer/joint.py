@@ -8,7 +8,12 @@ import torch
 
 from .chunked import chunked_transitions
 from .lattice import lattice_log_prob
-from .lengths import absolute_lengths, check_targets, reduced
+from .lengths import (
+    absolute_lengths,
+    check_targets,
+    check_vocabulary,
+    reduced,
+)
 from .transitions import accumulate_type, next_labels
 
 
@@ -52,12 +57,7 @@ class RNNTJoint(torch.nn.Module):
         activation=torch.nn.Tanh,
     ):
         super().__init__()
-        if vocab_size < 2 or not 0 <= blank_index < vocab_size:
-            raise ValueError(
-                f"vocab_size {vocab_size}, blank_index {blank_index}: expected "
-                "at least one label beside the blank, and the blank's index "
-                "below vocab_size"
-            )
+        check_vocabulary(vocab_size, blank_index)
         self.encoder_layer = torch.nn.Linear(encoder_dim, joint_dim)
         self.predictor_layer = torch.nn.Linear(
             predictor_dim, joint_dim, bias=False

@@ -148,3 +148,26 @@ def reduced(losses, reduction):
         f"reduction {reduction!r}: expected 'mean' (over the batch), 'sum' "
         "or 'none'"
     )
+
+
+def check_vocabulary(vocab_size, blank_index):
+    """Refuse a vocabulary without labels, or a blank outside it.
+
+    Arguments
+    ---------
+    vocab_size : int
+        Number of scores: labels and blank.
+    blank_index : int
+        Index of the blank.
+
+    Raises
+    ------
+    ValueError
+        Saying what was expected.
+    """
+    if vocab_size < 2 or not 0 <= blank_index < vocab_size:
+        raise ValueError(
+            f"vocab_size {vocab_size}, blank_index {blank_index}: expected "
+            "at least one label beside the blank, and the blank's index "
+            "below vocab_size"
+        )

@@ -14,7 +14,6 @@ from speechbrain.utils.logger import get_logger
 from speechbrain_taskarith.metrics import (
     LifelongMatrix,
     Summary,
-    merge_summaries,
 )
 from speechbrain_taskarith.metrics.cl_masr import write_cl_masr_log
 from speechbrain_taskarith.vectors import (
@@ -178,21 +177,3 @@ def undo_last(folder, row):
         f"Undo, `{row}`: dropping the last domain (`{dropped.name}`) gives "
         "back the weights before it, bit for bit."
     )
-
-
-def merge_seeds(folder):
-    """Make one table of all seeds under a folder, and show it.
-
-    Arguments
-    ---------
-    folder : str
-        Holds one output folder for each seed.
-    """
-    runs = sorted(path.parent for path in Path(folder).glob("*/summary.json"))
-    if not runs:
-        raise FileNotFoundError(
-            f"{folder}: no */summary.json; run train.py for some seeds first"
-        )
-    merged = merge_summaries(runs, folder, title=TITLE)
-    merged.write()
-    merged.print()

@@ -27,12 +27,13 @@ from pathlib import Path
 import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
-from report import merge_seeds, write_report
+from report import TITLE, write_report
 from speechbrain.utils.distributed import if_main_process, run_on_main
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_taskarith.brains import DigitStringBrain, Domain
 from speechbrain_taskarith.data import make_digit_strings, read_manifest
+from speechbrain_taskarith.metrics import merge_seeds
 from speechbrain_taskarith.vectors import (
     open_state,
     save_state,
@@ -182,7 +183,7 @@ def run_rows(brain, domains, first, rows, hparams):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--merge"]:
-        merge_seeds(sys.argv[2])
+        merge_seeds(sys.argv[2], title=TITLE)
         sys.exit()
 
     # CLI

@@ -14,7 +14,6 @@ from speechbrain.utils.logger import get_logger
 
 from speechbrain_taskarith.metrics import (
     Summary,
-    merge_summaries,
     plot_scale_curve,
 )
 from speechbrain_taskarith.utils.files import atomic_write
@@ -280,21 +279,3 @@ def reduction(before, after):
     25.0
     """
     return 100.0 * (before - after) / before if before else 0.0
-
-
-def merge_seeds(folder):
-    """Make one table of all seeds under a folder, and show it.
-
-    Arguments
-    ---------
-    folder : str
-        Holds one output folder for each seed.
-    """
-    runs = sorted(path.parent for path in Path(folder).glob("*/summary.json"))
-    if not runs:
-        raise FileNotFoundError(
-            f"{folder}: no */summary.json; run train.py for some seeds first"
-        )
-    merged = merge_summaries(runs, folder, title=TITLE)
-    merged.write()
-    merged.print()

@@ -30,7 +30,7 @@ import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
 from models import ModelFolder, plan_models
-from report import merge_seeds, write_report
+from report import TITLE, write_report
 from speechbrain.utils.distributed import run_on_main
 from strings import Strings
 
@@ -40,6 +40,7 @@ from speechbrain_taskarith.data import (
     read_manifest,
     synthesize_digits,
 )
+from speechbrain_taskarith.metrics import merge_seeds
 
 # Set in the processes that help the main one with training.
 HELPER = "SYN2REAL_HELPER"
@@ -186,7 +187,7 @@ def start_helpers(count):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--merge"]:
-        merge_seeds(sys.argv[2])
+        merge_seeds(sys.argv[2], title=TITLE)
         sys.exit()
 
     # CLI
