@@ -120,6 +120,25 @@ def run_once(work):
     return reports, time.monotonic() - start
 
 
+class Moments:
+    """Random moments within a work whose length is learned as we go.
+
+    How long it took once is only a first guess: under a changing load of the
+    machine it may be several times too long (every child ends before its kill)
+    or too short (none gets anywhere). A kill widens the span a little and an
+    end narrows it, so that about four children of five are killed.
+    """
+
+    def __init__(self, seed, seconds):
+        self.random, self.span = random.Random(seed), seconds
+
+    def draw(self):
+        return self.random.uniform(0, self.span)
+
+    def learn(self, killed):
+        self.span *= 1.1 if killed else 0.7
+
+
 def files(folder):
     return sorted(
         str(path.relative_to(folder))
@@ -200,15 +219,14 @@ def check_edits(folder, reports, uninterrupted):
 
 
 def test_editing_killed_at_random_moments(tmp_path, uninterrupted_edits):
-    random_ = random.Random(1)
-    kills, attempts = 0, 0
+    moments, kills, attempts = Moments(1, uninterrupted_edits[2]), 0, 0
     while kills < 30:
         attempts += 1
         assert attempts < 100
         folder = tmp_path / str(attempts)
         pid, reader = in_child(edit(folder))
-        delay = random_.uniform(0, uninterrupted_edits[2])
-        killed, reports = collect(pid, reader, kill_after=delay)
+        killed, reports = collect(pid, reader, kill_after=moments.draw())
+        moments.learn(killed)
         kills += killed
         check_edits(folder, reports, uninterrupted_edits)
 
@@ -230,11 +248,12 @@ def test_editing_killed_before_each_call_to_the_disk(
 
 def test_editing_killed_again_and_again(tmp_path, uninterrupted_edits):
     """One folder, killed until it is done: no progress is ever lost."""
-    random_, folder, last = random.Random(2), tmp_path / "e", 0
+    folder, last = tmp_path / "e", 0
+    moments = Moments(2, uninterrupted_edits[2] / 8)
     for _ in range(200):
         pid, reader = in_child(edit(folder))
-        delay = random_.uniform(0, uninterrupted_edits[2] / 4)
-        killed, reports = collect(pid, reader, kill_after=delay)
+        killed, reports = collect(pid, reader, kill_after=moments.draw())
+        moments.learn(killed)
         if reports:
             assert reports[-1] >= last
             last = reports[-1]
@@ -271,7 +290,7 @@ def test_merging_killed_at_random_moments(tmp_path, suffix):
     expected = open_state(output).fingerprint
     old = save_state(weights(9), tmp_path / "out" / f"old.{suffix}")
     old_fingerprint = open_state(old).fingerprint
-    random_, kills = random.Random(3), 0
+    moments, kills = Moments(3, seconds), 0
     for attempt in range(100):
         # In turn into nothing and over an older result.
         if attempt % 2:
@@ -279,9 +298,8 @@ def test_merging_killed_at_random_moments(tmp_path, suffix):
         else:
             save_state(weights(9), output)
         pid, reader = in_child(work)
-        killed, reports = collect(
-            pid, reader, kill_after=random_.uniform(0, 1.2 * seconds)
-        )
+        killed, reports = collect(pid, reader, kill_after=moments.draw())
+        moments.learn(killed)
         kills += killed
         if reports:
             assert open_state(output).fingerprint == expected
@@ -396,15 +414,14 @@ def test_training_killed_at_random_moments(tmp_path):
     reports, seconds = run_once(train(whole, base))
     assert reports == [*range(1, EPOCHS + 1), EPOCHS + 1]
     expected = open_state(whole.parent / "final.safetensors").fingerprint
-    random_, kills = random.Random(4), 0
+    moments, kills = Moments(4, seconds), 0
     for run in range(50):
         folder = tmp_path / str(run) / "save"
         last = 0
         for _ in range(60):
             pid, reader = in_child(train(folder, base))
-            killed, reports = collect(
-                pid, reader, kill_after=random_.uniform(0, seconds)
-            )
+            killed, reports = collect(pid, reader, kill_after=moments.draw())
+            moments.learn(killed)
             kills += killed
             last = max([last, *reports])
             if 0 < last <= EPOCHS:
