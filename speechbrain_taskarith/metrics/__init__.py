@@ -28,6 +28,10 @@ from speechbrain_taskarith.metrics.summary import (
     merge_seeds,
     merge_summaries,
 )
+from speechbrain_taskarith.metrics.translation import (
+    TranslationReport,
+    translation_scores,
+)
 from speechbrain_taskarith.metrics.word_errors import (
     UtteranceErrors,
     WERReport,
@@ -41,6 +45,7 @@ __all__ = [
     "RareWordReport",
     "RareWords",
     "Summary",
+    "TranslationReport",
     "UtteranceErrors",
     "WERReport",
     "WordGroupErrors",
@@ -54,6 +59,7 @@ __all__ = [
     "plot_scale_curve",
     "plot_wer_matrix",
     "rare_words_by_language",
+    "translation_scores",
     "wer",
     "write_cl_masr_log",
 ]

@@ -1,0 +1,362 @@
+"""Length reduction: CTC shrink and looking back, against loops and SDPA.
+
+Outputs and gradients of all sides are compared before a time counts; times
+are taken in turn (A B A B) on the same inputs, memory in fresh processes::
+
+    python benchmarks/length_reduction.py                  # all parts
+    python benchmarks/length_reduction.py shrink look --rounds 7
+    python benchmarks/length_reduction.py shrink look --device cuda
+
+See `benchmarks/README.md` for what came out.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+from speechbrain_taskarith.translation import (  # noqa: E402
+    CTCShrink,
+    LookingBack,
+    gradient_consistency,
+)
+from speechbrain_taskarith.translation.window import (  # noqa: E402
+    windowed_attention,
+)
+
+BATCH, WIDTH, VOCAB, RUN = 16, 512, 64, 5
+# Wall or CPU time; the latter for machines with other jobs.
+CLOCK = time.perf_counter
+
+
+def inputs(frames, device="cpu", batch=BATCH, vocab=VOCAB):
+    """Return features, logits with runs of five frames, and lengths."""
+    torch.manual_seed(0)
+    change = torch.rand(batch, frames) < 1 / RUN
+    drawn = torch.randint(vocab, (batch, frames))
+    first = torch.where(change, torch.arange(frames), 0).cummax(1).values
+    labels = drawn.gather(1, first)
+    logits = torch.randn(batch, frames, vocab)
+    logits.scatter_(2, labels[..., None], 10.0)
+    x = torch.randn(batch, frames, WIDTH)
+    return x.to(device), logits.to(device), torch.ones(batch, device=device)
+
+
+def loop(x, logits, lens):
+    """The plain way: utterance after utterance, segment after segment."""
+    rows = []
+    labels = logits.argmax(-1)
+    lengths = (lens * x.shape[1]).round().long().tolist()
+    for b, n in enumerate(lengths):
+        _, counts = labels[b, :n].unique_consecutive(return_counts=True)
+        parts = x[b, :n].split(counts.tolist())
+        rows.append(torch.stack([part.mean(0) for part in parts]))
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def matrices(x, logits, lens):
+    """As FBK's CTC compression does: a [T, S] matrix for each utterance."""
+    lengths = (lens * x.shape[1]).round().long().tolist()
+    labels = [row[:n].tolist() for row, n in zip(logits.argmax(-1), lengths)]
+    runs = [[len(list(g)) for _, g in itertools.groupby(r)] for r in labels]
+    most = max(map(len, runs))
+    weights = x.new_zeros(len(x), x.shape[1], most)
+    for b, counts in enumerate(runs):
+        start = 0
+        for s, count in enumerate(counts):
+            weights[b, start : start + count, s] = 1 / count
+            start += count
+    return (x.transpose(1, 2) @ weights).transpose(1, 2)
+
+
+def ours(pooling="mean", **settings):
+    """Return our shrink as a function of the same inputs."""
+    shrink = CTCShrink(pooling=pooling, **settings)
+    return lambda x, logits, lens: shrink(x, logits, lens).x
+
+
+SHRINKS = {"ours": ours(), "loop": loop, "matrices": matrices}
+
+
+def seconds(functions, rounds, device="cpu"):
+    """Time functions in turn; return their times in seconds."""
+    times = {name: [] for name in functions}
+    for _ in range(rounds + 2):
+        for name, function in functions.items():
+            times[name].append(_one(function, device))
+    # The first two rounds warm up.
+    return {name: taken[2:] for name, taken in times.items()}
+
+
+def _one(function, device):
+    if device == "cpu":
+        began = CLOCK()
+        function()
+        return CLOCK() - began
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    function()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def table(title, taken, against=None):
+    """Print medians, spread and ratios."""
+    print(f"\n| {title} | ms | ratio |\n|---|---|---|")
+    base = statistics.median(taken[against]) if against else None
+    for name, times in taken.items():
+        middle = statistics.median(times)
+        ratio = f"{base / middle:.2f} x" if base else ""
+        print(
+            f"| {name} | {1e3 * middle:.3g} ({1e3 * min(times):.3g}-"
+            f"{1e3 * max(times):.3g}) | {ratio} |"
+        )
+
+
+def backward(function, x, *rest):
+    """Return a step: forward, and the gradient by x."""
+    x = x.detach().requires_grad_()
+    weight = torch.randn_like(function(x, *rest))
+    return lambda: torch.autograd.grad(function(x, *rest), x, weight)
+
+
+def same(functions, x, *rest):
+    """Assert equal outputs and gradients."""
+    x = x.detach().requires_grad_()
+    found = []
+    for function in functions.values():
+        out = function(x, *rest)
+        found.append((out, *torch.autograd.grad(out.square().sum(), x)))
+    for other in found[1:]:
+        for a, b in zip(found[0], other):
+            torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
+
+
+def bench_shrink(rounds, device):
+    """Shrink: forward, forward and backward, poolings, compiled."""
+    for frames in (500, 2000):
+        given = inputs(frames, device)
+        same(SHRINKS, *given)
+        functions = {n: partial(f, *given) for n, f in SHRINKS.items()}
+        kinds = {
+            "first": ours("first"),
+            "weighted": ours("weighted"),
+            "capacity": ours(capacity=frames // 2),
+        }
+        functions.update(
+            {f"ours, {n}": partial(f, *given) for n, f in kinds.items()}
+        )
+        with torch.no_grad():
+            taken = seconds(functions, rounds, device)
+        table(f"shrink, forward, T={frames}", taken, "loop")
+        steps = {n: backward(f, *given) for n, f in SHRINKS.items()}
+        taken = seconds(steps, rounds, device)
+        table(f"shrink, forward and backward, T={frames}", taken, "loop")
+
+
+def bench_compile(rounds, device):
+    """The fixed-capacity form under torch.compile."""
+    given = inputs(2000, device)
+    plain = ours(capacity=1000)
+    compiled = torch.compile(
+        CTCShrink(pooling="mean", capacity=1000), fullgraph=True
+    )
+    functions = {
+        "capacity": lambda: plain(*given),
+        "capacity, compiled": lambda: compiled(*given).x,
+    }
+    torch.testing.assert_close(*(f() for f in functions.values()))
+    with torch.no_grad():
+        table("shrink, T=2000", seconds(functions, rounds, device), "capacity")
+
+
+def bench_look(rounds, device):
+    """Looking back: attention alone, and the whole layer."""
+    for frames in (500, 2000, 4000):
+        x, logits, lens = inputs(frames, device)
+        shrunk = CTCShrink()(x, logits, lens)
+        segments = shrunk.segments
+        q = torch.randn(BATCH, 8, shrunk.x.shape[1], 64, device=device)
+        kv = torch.randn(BATCH, frames, 2 * WIDTH, device=device)
+        mask = torch.ones(BATCH, 1, 1, frames, dtype=torch.bool, device=device)
+
+        def attention(kv, window, q=q, mask=mask, segments=segments):
+            k, v = (
+                part.unflatten(-1, (8, -1)).transpose(1, 2)
+                for part in kv.chunk(2, -1)
+            )
+            if window is None:
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            return windowed_attention(q, k, v, segments, window)
+
+        windows = {"exact": None, "window 0": 0, "window 1": 1, "window 2": 2}
+        with torch.no_grad():
+            taken = seconds(
+                {n: partial(attention, kv, w) for n, w in windows.items()},
+                rounds,
+                device,
+            )
+        table(f"attention, forward, T={frames}", taken, "exact")
+        steps = {
+            n: backward(lambda kv, w=w: attention(kv, w), kv)
+            for n, w in windows.items()
+        }
+        table(
+            f"attention, forward and backward, T={frames}",
+            seconds(steps, rounds, device),
+            "exact",
+        )
+        layers = {
+            n: LookingBack(WIDTH, 8, 2048, dropout=0.0, window=w).to(device)
+            for n, w in windows.items()
+        }
+        steps = {
+            n: backward(lambda x, m=m, s=shrunk, ls=lens: m(s, x, ls), x)
+            for n, m in layers.items()
+        }
+        table(
+            f"whole layer, forward and backward, T={frames}",
+            seconds(steps, rounds, device),
+            "exact",
+        )
+
+
+def bench_probe(rounds, device):
+    """Cost of the consistency probe at its default interval."""
+    layer = torch.nn.TransformerEncoderLayer(WIDTH, 8, 2048, batch_first=True)
+    shared = torch.nn.TransformerEncoder(layer, 3).to(device).train()
+    x = inputs(200, device, batch=4)[0]
+
+    def losses():
+        out = shared(x)
+        return {"st": out.square().mean(), "asr": out[..., 0].mean()}
+
+    def step():
+        sum(losses().values()).backward()
+
+    def probed():
+        found = losses()
+        gradient_consistency(found, shared)
+        sum(found.values()).backward()
+
+    taken = seconds({"step": step, "step and probe": probed}, rounds, device)
+    table("gradient consistency, two tasks", taken)
+    plain, with_probe = (statistics.median(t) for t in taken.values())
+    share = (with_probe - plain) / (100 * plain)
+    print(f"\nshare of training time at interval 100: {100 * share:.2f} %")
+
+
+def _anonymous():
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("the kernel gives no RssAnon")
+
+
+def run_memory(name, frames):
+    """Print how far anonymous memory rises in a step, sampled by a thread."""
+    import threading
+
+    given = inputs(frames)
+    step = backward(SHRINKS[name], *given)
+    small = inputs(50)
+    backward(SHRINKS[name], *small)()
+    before, peak, going = _anonymous(), 0, True
+
+    def watch():
+        nonlocal peak
+        while going:
+            peak = max(peak, _anonymous())
+            time.sleep(0.0005)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    found = step()
+    peak, going = max(peak, _anonymous()), False
+    thread.join()
+    del found
+    print(json.dumps({"peak": peak - before}))
+
+
+def bench_memory(rounds, device):
+    """Extra memory of a shrink with gradient at T=4000."""
+    size = BATCH * 4000 * WIDTH * 4 / 2**20
+    print(f"\n| shrink, memory, T=4000 (input: {size:.0f} MiB) | MiB |")
+    print("|---|---|")
+    if device != "cpu":
+        given = inputs(4000, device)
+        for name, function in SHRINKS.items():
+            step = backward(function, *given)
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            step()
+            peak = torch.cuda.max_memory_allocated() - before
+            print(f"| {name} | {peak / 2**20:.0f} |")
+        return
+    for name in SHRINKS:
+        ran = subprocess.run(
+            [sys.executable, __file__, "--measure", name],
+            capture_output=True,
+            text=True,
+            check=True,
+            # What is freed goes back at once: holes are no need.
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"},
+        )
+        peak = json.loads(ran.stdout)["peak"]
+        print(f"| {name} | {peak / 2**20:.0f} |")
+
+
+PARTS = {
+    "shrink": bench_shrink,
+    "memory": bench_memory,
+    "look": bench_look,
+    "probe": bench_probe,
+    "compile": bench_compile,
+}
+
+
+def main():
+    """Run the parts that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{[*PARTS]}")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--measure", choices=SHRINKS, help=argparse.SUPPRESS)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    options = parser.parse_args()
+    if options.clock == "cpu":
+        global CLOCK
+        CLOCK = time.process_time
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if options.measure:
+        run_memory(options.measure, 4000)
+        return
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"{sorted(unknown)}: expected {', '.join(PARTS)}")
+    print(
+        f"torch {torch.__version__}, {options.device}, "
+        f"{torch.get_num_threads()} thread(s), B={BATCH}, d={WIDTH}, V={VOCAB}"
+        f", {options.clock} time"
+    )
+    for part in options.parts or PARTS:
+        PARTS[part](options.rounds, options.device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""How good a translation is: BLEU and chrF by sacrebleu, and its length.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+from dataclasses import dataclass
+
+from speechbrain_taskarith.utils.optional import require
+
+
+@dataclass(frozen=True)
+class TranslationReport:
+    """Scores of a set of translations, made by `translation_scores`.
+
+    Arguments
+    ---------
+    bleu : float
+        BLEU, 0 to 100.
+    chrf : float
+        chrF2, 0 to 100.
+    length_ratio : float
+        Words written over words of the references.
+    sentences : int
+        How many.
+    bleu_signature : str
+        sacrebleu's, to be quoted with the figure.
+    chrf_signature : str
+        sacrebleu's.
+
+    Example
+    -------
+    >>> print(TranslationReport(23.456, 51.2, 0.98, 514, "sig", "sig"))
+    BLEU 23.46, chrF 51.20, length ratio 0.980 (514 sentences)
+    """
+
+    bleu: float
+    chrf: float
+    length_ratio: float
+    sentences: int
+    bleu_signature: str
+    chrf_signature: str
+
+    def __str__(self):
+        return (
+            f"BLEU {self.bleu:.2f}, chrF {self.chrf:.2f}, length ratio "
+            f"{self.length_ratio:.3f} ({self.sentences} sentences)"
+        )
+
+
+def translation_scores(
+    references, hypotheses, *, lowercase=False, tokenize="13a"
+):
+    """Score translations with sacrebleu.
+
+    Arguments
+    ---------
+    references : sequence of str, or sequence of sequence of str
+        One translation for every sentence, or several sets of them, each as
+        long as `hypotheses`.
+    hypotheses : sequence of str
+        What was written, detokenised.
+    lowercase : bool
+        True: the case of letters does not count.
+    tokenize : str
+        sacrebleu's tokeniser for BLEU: `"13a"`, `"zh"`, `"ja-mecab"`,
+        `"none"`, ...
+
+    Returns
+    -------
+    TranslationReport
+        With both signatures.
+
+    Raises
+    ------
+    ImportError
+        Without sacrebleu, naming the extra to install.
+    ValueError
+        Numbers of sentences that differ, or none.
+
+    Example
+    -------
+    >>> try:
+    ...     report = translation_scores(["le chat dort ici"], ["le chat dort"])
+    ...     ratio = report.length_ratio
+    ... except ImportError:
+    ...     ratio = 0.75                      # the extra is not installed
+    >>> ratio
+    0.75
+    """
+    sacrebleu = require("sacrebleu", "translation", "BLEU")
+    hypotheses = list(hypotheses)
+    references = list(references)
+    sets = [references]
+    if references and not isinstance(references[0], str):
+        sets = [list(one) for one in references]
+    if not hypotheses or any(len(one) != len(hypotheses) for one in sets):
+        raise ValueError(
+            f"{len(hypotheses)} hypotheses, {[len(one) for one in sets]} "
+            "references: expected as many, and at least one"
+        )
+    bleu = sacrebleu.BLEU(lowercase=lowercase, tokenize=tokenize)
+    chrf = sacrebleu.CHRF(lowercase=lowercase)
+    by_bleu = bleu.corpus_score(hypotheses, sets)
+    by_chrf = chrf.corpus_score(hypotheses, sets)
+    words = sum(len(line.split()) for one in sets for line in one) / len(sets)
+    written = sum(len(line.split()) for line in hypotheses)
+    return TranslationReport(
+        bleu=by_bleu.score,
+        chrf=by_chrf.score,
+        length_ratio=written / words if words else float(written > 0),
+        sentences=len(hypotheses),
+        bleu_signature=str(bleu.get_signature()),
+        chrf_signature=str(chrf.get_signature()),
+    )

@@ -1,0 +1,79 @@
+"""Acoustic encoders behind one interface.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+import torch
+
+
+class AcousticEncoder(torch.nn.Module):
+    """Any SpeechBrain encoder of features or of waveforms.
+
+    Arguments
+    ---------
+    encoder : torch.nn.Module
+        `encoder(x, lens) -> [B, T, D]`: SpeechBrain's `EncoderWrapper` around
+        a Conformer, or `HuBERT` and `Wav2Vec2` of
+        `speechbrain.integrations.huggingface`, whose `source` may be a local
+        folder.
+    d_model : int
+        Width of what is returned.
+    d_encoder : int, optional
+        Width D; where it differs from `d_model` a linear layer is added.
+    frontend : torch.nn.Module, optional
+        `frontend(x) -> x` before the encoder, e.g. strided convolutions.
+
+    Example
+    -------
+    >>> class Tiny(torch.nn.Module):
+    ...     def forward(self, x, lens):
+    ...         return x.repeat(1, 1, 2)
+    >>> AcousticEncoder(Tiny(), 8, d_encoder=6)(
+    ...     torch.rand(2, 5, 3), torch.ones(2)
+    ... ).shape
+    torch.Size([2, 5, 8])
+    """
+
+    def __init__(self, encoder, d_model, d_encoder=None, frontend=None):
+        super().__init__()
+        self.frontend = frontend
+        self.encoder = encoder
+        self.projection = None
+        if d_encoder not in (None, d_model):
+            self.projection = torch.nn.Linear(d_encoder, d_model)
+        self.d_model = d_model
+
+    def forward(self, x, lens):
+        """Encode a batch.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            Features [B, T', F] or waveforms [B, T'].
+        lens : torch.Tensor
+            [B], relative lengths.
+
+        Returns
+        -------
+        torch.Tensor
+            [B, T, d].
+
+        Raises
+        ------
+        ValueError
+            The encoder's output is of another width than was said.
+        """
+        if self.frontend is not None:
+            x = self.frontend(x)
+        x = self.encoder(x, lens)
+        if isinstance(x, tuple):
+            x = x[0]
+        if self.projection is not None:
+            x = self.projection(x)
+        if x.dim() != 3 or x.shape[-1] != self.d_model:
+            raise ValueError(
+                f"the encoder returned {tuple(x.shape)}, expected [batch, "
+                f"frames, {self.d_model}]; give its width as d_encoder"
+            )
+        return x

@@ -1,0 +1,135 @@
+"""Bad input: an error that names the utterance, or left out and counted.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+import logging
+
+import torch
+
+from .lengths import absolute_lengths, padding_mask
+
+logger = logging.getLogger(__name__)
+
+
+class InputGuard:
+    """Look over a batch before it is computed.
+
+    Found are: a length of 0 or beyond the tensor, NaN or infinity among the
+    features or samples in use, an empty transcript or translation.
+
+    Arguments
+    ---------
+    skip_bad : bool
+        False: an error that names the utterance. True: the utterance is left
+        out of the batch, counted, and named in the log.
+
+    Example
+    -------
+    >>> guard = InputGuard(skip_bad=True)
+    >>> x = torch.tensor([[1.0, 2.0], [float("nan"), 1.0]])
+    >>> guard(["a", "b"], x, torch.ones(2)).tolist()
+    [0]
+    >>> guard.counts
+    {'NaN or infinity among its features': 1}
+    >>> InputGuard()(["a", "b"], x, torch.ones(2))
+    Traceback (most recent call last):
+        ...
+    ValueError: utterance 'b': NaN or infinity among its features...
+    """
+
+    def __init__(self, skip_bad=False):
+        self.skip_bad = skip_bad
+        self.counts = {}
+
+    def __call__(
+        self, ids, x=None, lens=None, transcripts=None, translations=None
+    ):
+        """Check a batch; see the class.
+
+        Arguments
+        ---------
+        ids : sequence of str
+            Names of the utterances.
+        x : torch.Tensor, optional
+            [B, T, ...], features or samples.
+        lens : torch.Tensor, optional
+            [B], their relative lengths.
+        transcripts : sequence of sized, optional
+            B transcripts, as text or tokens; None or empty is bad.
+        translations : sequence of sized, optional
+            B translations.
+
+        Returns
+        -------
+        torch.Tensor or None
+            Positions of the good utterances; None where all are good.
+
+        Raises
+        ------
+        ValueError
+            A bad utterance, unless they are skipped; or no good one is left
+            in the batch of a process (take larger batches).
+        """
+        reasons = {}
+        if x is not None:
+            self._look_at_features(x, lens, reasons)
+        for what, given in (
+            ("transcript", transcripts),
+            ("translation", translations),
+        ):
+            for row, one in enumerate(given if given is not None else ()):
+                if one is None or len(one) == 0:
+                    reasons.setdefault(row, f"it has no {what}")
+        if not reasons:
+            return None
+        self._report(ids, reasons)
+        good = [row for row in range(len(ids)) if row not in reasons]
+        if not good:
+            raise ValueError(
+                f"all utterances of a batch are bad: {', '.join(ids)}; the "
+                "data or their preparation must be wrong"
+            )
+        return torch.tensor(good)
+
+    def _look_at_features(self, x, lens, reasons):
+        size = x.shape[1]
+        lengths = absolute_lengths(lens, size)
+        outside = padding_mask(lengths, size)
+        bad = ~x.flatten(2).isfinite().all(-1) if x.dim() > 2 else ~x.isfinite()
+        wrong = torch.stack([lengths, (bad & ~outside).any(1).long()]).tolist()
+        for row, (length, not_finite) in enumerate(zip(*wrong)):
+            if not 1 <= length <= size:
+                reasons[row] = "its length is 0, beyond the tensor or NaN"
+            elif not_finite:
+                reasons[row] = "NaN or infinity among its features"
+
+    def _report(self, ids, reasons):
+        for row, reason in reasons.items():
+            if not self.skip_bad:
+                raise ValueError(
+                    f"utterance {ids[row]!r}: {reason}. Correct it or take it "
+                    "out of the data; InputGuard(skip_bad=True) leaves such "
+                    "utterances out and counts them"
+                )
+            self.counts[reason] = self.counts.get(reason, 0) + 1
+            logger.warning("utterance %r is left out: %s", ids[row], reason)
+
+    def summary(self):
+        """Say what was left out, for the log at the end of an epoch.
+
+        Returns
+        -------
+        str
+            One line.
+
+        Example
+        -------
+        >>> InputGuard().summary()
+        'no utterance was left out'
+        """
+        if not self.counts:
+            return "no utterance was left out"
+        listed = ", ".join(f"{n} ({why})" for why, n in self.counts.items())
+        return f"{sum(self.counts.values())} utterance(s) left out: {listed}"

@@ -1,0 +1,329 @@
+"""The whole model: acoustic encoder, shrink, look back, textual encoder, decoder.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from .lengths import absolute_lengths, check_lengths, relative_lengths
+from .segments import Segments
+
+
+class SpeechEncoding(NamedTuple):
+    """What becomes of speech.
+
+    Arguments
+    ---------
+    logits : torch.Tensor
+        [B, T, V], of the CTC head, on the frames.
+    frame_lens : torch.Tensor
+        [B], relative lengths of the frames.
+    embedded : torch.Tensor
+        [B, S, d], shrunk and looked back; it stands where text is embedded.
+    encoded : torch.Tensor
+        [B, S, d], from the textual encoder.
+    lens : torch.Tensor
+        [B], relative lengths of the two.
+    segments : Segments or None
+        Which frames a vector stands for; None without shrinking.
+    """
+
+    logits: torch.Tensor
+    frame_lens: torch.Tensor
+    embedded: torch.Tensor
+    encoded: torch.Tensor
+    lens: torch.Tensor
+    segments: Segments | None
+
+
+class TextEncoding(NamedTuple):
+    """What becomes of text.
+
+    Arguments
+    ---------
+    embedded : torch.Tensor
+        [B, U, d].
+    encoded : torch.Tensor
+        [B, U, d], from the textual encoder.
+    lens : torch.Tensor
+        [B], relative lengths (noise makes text longer).
+    """
+
+    embedded: torch.Tensor
+    encoded: torch.Tensor
+    lens: torch.Tensor
+
+
+class TranslationOutput(NamedTuple):
+    """What `SpeechTranslationModel` returns; None where a task is not asked.
+
+    Arguments
+    ---------
+    speech : SpeechEncoding or None
+        Of a batch with speech.
+    text : TextEncoding or None
+        Of a batch with transcripts, where something needs them.
+    st : torch.Tensor or None
+        [B, U, V], logits of the translation of speech.
+    mt : torch.Tensor or None
+        [B, U, V], logits of the translation of the transcript.
+    tasks : tuple of str
+        What was asked for.
+    """
+
+    speech: SpeechEncoding | None
+    text: TextEncoding | None
+    st: torch.Tensor | None
+    mt: torch.Tensor | None
+    tasks: tuple = ("st", "asr", "mt")
+
+
+class SpeechTranslationModel(torch.nn.Module):
+    """Speech and text translation with shared encoder and decoder.
+
+    `speech -> acoustic encoder -> (CTC) shrink -> looking back -> textual
+    encoder -> decoder`, `text -> embedding (noise) -> textual encoder ->
+    decoder` (arXiv 2311.03810). Each part may be left out by `None`.
+
+    One call of `forward` computes all tasks, so that DDP sees one graph. Once
+    a task stops, some parameters get no gradient: run DDP with SpeechBrain's
+    `--find_unused_parameters`.
+
+    Arguments
+    ---------
+    acoustic : torch.nn.Module
+        `acoustic(x, lens) -> [B, T, d]`, e.g. `AcousticEncoder`.
+    textual : TextEncoder
+        Shared by speech and text.
+    decoder : TranslationDecoder
+        Shared too.
+    source_vocab : int
+        Labels of the CTC head and of the transcript, blank among them.
+    shrink : CTCShrink, optional
+        None: all frames go on.
+    looking_back : LookingBack, optional
+        None: what shrinking drops is gone.
+    noise : BlankNoise, optional
+        On the text side, in training.
+    contrast : bool
+        True: task "asr" needs the transcript's encoding, for the contrastive
+        loss.
+
+    Example
+    -------
+    >>> from speechbrain_taskarith.translation import (
+    ...     AcousticEncoder,
+    ...     CTCShrink,
+    ...     LookingBack,
+    ...     TextEncoder,
+    ...     TranslationDecoder,
+    ... )
+    >>> class Tiny(torch.nn.Module):
+    ...     def forward(self, x, lens):
+    ...         return x
+    >>> model = SpeechTranslationModel(
+    ...     AcousticEncoder(Tiny(), 8),
+    ...     TextEncoder(8, 2, num_layers=1),
+    ...     TranslationDecoder(9, 8, 2, num_layers=1),
+    ...     source_vocab=5,
+    ...     shrink=CTCShrink(),
+    ...     looking_back=LookingBack(8, 2),
+    ... )
+    >>> out = model(
+    ...     tasks=("st", "asr", "mt"),
+    ...     x=torch.rand(2, 20, 8),
+    ...     lens=torch.tensor([1.0, 0.7]),
+    ...     source=torch.randint(1, 5, (2, 4)),
+    ...     source_lens=torch.ones(2),
+    ...     target_bos=torch.ones(2, 3).long(),
+    ... )
+    >>> out.st.shape, out.mt.shape
+    (torch.Size([2, 3, 9]), torch.Size([2, 3, 9]))
+    """
+
+    def __init__(
+        self,
+        acoustic,
+        textual,
+        decoder,
+        source_vocab,
+        shrink=None,
+        looking_back=None,
+        noise=None,
+        contrast=True,
+    ):
+        super().__init__()
+        d_model = textual.norm.normalized_shape[0]
+        self.acoustic = acoustic
+        self.ctc_lin = torch.nn.Linear(d_model, source_vocab)
+        self.source_embedding = torch.nn.Embedding(source_vocab, d_model)
+        # Its output has the size of what comes from looking back.
+        torch.nn.init.normal_(self.source_embedding.weight, std=d_model**-0.5)
+        self.textual = textual
+        self.decoder = decoder
+        self.shrink = shrink
+        self.looking_back = looking_back
+        self.noise = noise
+        self.contrast = contrast
+        self.source_vocab = source_vocab
+        if looking_back is not None and shrink is None:
+            raise ValueError(
+                "looking_back without shrink: nothing was dropped that could "
+                "be looked for; give both, or neither"
+            )
+        blank = getattr(shrink, "blank_index", None)
+        token = getattr(noise, "blank_token", blank)
+        if None not in (blank, token) and blank != token:
+            raise ValueError(
+                f"the noise's blank is {token}, that of the CTC head {blank}: "
+                "text would not come to look like CTC output"
+            )
+
+    def parts(self):
+        """Return what tasks share, as `TaskNormWeights.observe` takes it.
+
+        Returns
+        -------
+        dict of str: torch.nn.Module
+            `acoustic`, `textual` and `decoder`.
+        """
+        return {
+            "acoustic": self.acoustic,
+            "textual": self.textual,
+            "decoder": self.decoder,
+        }
+
+    def forward(
+        self,
+        tasks=("st",),
+        x=None,
+        lens=None,
+        source=None,
+        source_lens=None,
+        target_bos=None,
+        ids=None,
+    ):
+        """Compute what some tasks need, and no more.
+
+        Arguments
+        ---------
+        tasks : sequence of str
+            Of `"st"`, `"asr"`, `"mt"`.
+        x : torch.Tensor, optional
+            Features or waveforms; needed by "st" and "asr".
+        lens : torch.Tensor, optional
+            [B], their relative lengths.
+        source : torch.Tensor, optional
+            [B, U], transcripts; needed by "mt", and by "asr" with contrast.
+        source_lens : torch.Tensor, optional
+            [B], their relative lengths.
+        target_bos : torch.Tensor, optional
+            [B, W], translations behind the beginning token; needed by "st"
+            and "mt".
+        ids : sequence of str, optional
+            The utterances' names, for errors.
+
+        Returns
+        -------
+        TranslationOutput
+            See there.
+
+        Raises
+        ------
+        ValueError
+            An unknown task, or an input that is missing.
+        """
+        self._check(tasks, x, source, target_bos)
+        speech = text = st = mt = None
+        if x is not None and {"st", "asr"} & set(tasks):
+            speech = self.encode_speech(x, lens, ids)
+        if "mt" in tasks:
+            text = self.encode_text(source, source_lens)
+            mt = self.decoder(target_bos, text.encoded, text.lens)
+        elif "asr" in tasks and self.contrast:
+            # Text gets no gradient from the contrastive loss.
+            with torch.no_grad():
+                text = self.encode_text(source, source_lens)
+        if "st" in tasks:
+            st = self.decoder(target_bos, speech.encoded, speech.lens)
+        return TranslationOutput(speech, text, st, mt, tuple(tasks))
+
+    def _check(self, tasks, x, source, target_bos):
+        needs = {
+            "st": {"x": x, "target_bos": target_bos},
+            "asr": {"x": x, **({"source": source} if self.contrast else {})},
+            "mt": {"source": source, "target_bos": target_bos},
+        }
+        for task in tasks:
+            if task not in needs:
+                raise ValueError(
+                    f"unknown task {task!r}; known are {', '.join(needs)}"
+                )
+            for name, given in needs[task].items():
+                if given is None:
+                    raise ValueError(
+                        f"task {task!r} needs {name}; leave the task out "
+                        "where a batch does not have it"
+                    )
+
+    def encode_speech(self, x, lens, ids=None):
+        """Encode speech.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            Features [B, T', F] or waveforms [B, T'].
+        lens : torch.Tensor
+            [B], relative lengths.
+        ids : sequence of str, optional
+            The utterances' names, for errors.
+
+        Returns
+        -------
+        SpeechEncoding
+            See there.
+        """
+        frames = self.acoustic(x, lens)
+        # The same rounding for everything on this axis.
+        count = absolute_lengths(lens, frames.shape[1])
+        # A short utterance keeps a frame; a length of 0 stays an error.
+        count = torch.where(lens > 0, count.clamp(min=1), count)
+        if self.shrink is None:
+            check_lengths(count, frames.shape[1], "features", ids)
+        frame_lens = relative_lengths(count, frames.shape[1])
+        logits = self.ctc_lin(frames)
+        embedded, embedded_lens, segments = frames, frame_lens, None
+        if self.shrink is not None:
+            shrunk = self.shrink(frames, logits, frame_lens, ids)
+            embedded, embedded_lens, segments = shrunk
+        if self.looking_back is not None:
+            embedded = self.looking_back(embedded, frames, frame_lens, segments)
+        encoded = self.textual(embedded, embedded_lens)
+        return SpeechEncoding(
+            logits, frame_lens, embedded, encoded, embedded_lens, segments
+        )
+
+    def encode_text(self, tokens, lens):
+        """Encode transcripts.
+
+        Arguments
+        ---------
+        tokens : torch.Tensor
+            [B, U].
+        lens : torch.Tensor
+            [B], relative lengths.
+
+        Returns
+        -------
+        TextEncoding
+            See there.
+        """
+        if self.noise is not None:
+            tokens, lens = self.noise(tokens, lens)
+        width = self.source_embedding.embedding_dim
+        embedded = self.source_embedding(tokens) * math.sqrt(width)
+        return TextEncoding(embedded, self.textual(embedded, lens), lens)

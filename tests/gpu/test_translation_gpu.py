@@ -1,0 +1,89 @@
+"""Speech translation on a GPU: the same numbers, and no waiting for the host.
+
+    python -m pytest tests/gpu -o addopts=""
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+
+from translation_toy import shrink_batch, toy_batch, toy_model  # noqa: E402
+
+from speechbrain_taskarith.translation import (  # noqa: E402
+    CTCShrink,
+    LookingBack,
+    TranslationObjective,
+)
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU"
+)
+POOLINGS = ("first", "mean", "weighted", "softmax")
+LENS = [130, 1, 70, 120]
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_shrink_is_that_of_the_cpu_and_deterministic(pooling):
+    x, logits, lens = shrink_batch(LENS, width=64)
+    train = pooling in ("weighted", "softmax")
+    shrink = CTCShrink(pooling=pooling, train_weights=train)
+    found = []
+    for device in ("cpu", "cuda", "cuda"):
+        a = x.to(device).requires_grad_()
+        b = logits.to(device).requires_grad_()
+        out = shrink(a, b, lens.to(device))
+        out.x.square().sum().backward()
+        grads = [a.grad] + ([b.grad] if train else [])
+        found.append([out.x.cpu(), *(g.cpu() for g in grads)])
+    for host, one, two in zip(*found):
+        torch.testing.assert_close(one, host)
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_fixed_capacity_never_waits_for_the_host(pooling):
+    x, logits, lens = (
+        t.cuda() for t in shrink_batch(LENS, width=64, dtype=torch.float32)
+    )
+    x.requires_grad_()
+    shrink = CTCShrink(pooling=pooling, capacity=80)
+    look = LookingBack(64, 4, window=1).cuda()
+    look(shrink(x, logits, lens), x, lens).sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        look(shrink(x, logits, lens), x, lens).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("window", [None, 0, 2])
+def test_looking_back_is_that_of_the_cpu(window, monkeypatch):
+    name = "speechbrain_taskarith.translation.looking_back._DENSE_BELOW"
+    monkeypatch.setattr(name, 0)
+    x, logits, lens = shrink_batch(LENS, width=64)
+    look = LookingBack(64, 4, dropout=0.0, window=window).double()
+    shrunk = CTCShrink()(x, logits, lens)
+    expected = look(shrunk, x, lens)
+    x, logits, lens = x.cuda(), logits.cuda(), lens.cuda()
+    found = look.cuda()(CTCShrink()(x, logits, lens), x, lens)
+    torch.testing.assert_close(found.cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_trains(dtype):
+    model = toy_model().cuda()
+    inputs, targets = (
+        {k: v.cuda() for k, v in part.items()} for part in toy_batch()
+    )
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        out = model(tasks=("st", "asr", "mt"), **inputs)
+        losses = TranslationObjective(0)(out, **targets)
+    sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())

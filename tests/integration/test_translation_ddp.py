@@ -1,0 +1,118 @@
+"""Two processes train speech translation as one does with the whole batch.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+
+from translation_toy import toy_batch, toy_model  # noqa: E402
+
+from speechbrain_taskarith.translation import (  # noqa: E402
+    CrossModalContrastiveLoss,
+    TaskNormWeights,
+    TranslationObjective,
+    gradient_consistency,
+)
+
+TASKS = ("st", "asr", "mt")
+
+
+def train(rank=None, updates=4):
+    """Train with task weights; `rank` sees half of every batch."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = toy_model()
+    forward = model
+    if rank is not None:
+        forward = DistributedDataParallel(model, find_unused_parameters=True)
+    # Not Adam: it makes the sign of a rounding error a whole step.
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    weights = TaskNormWeights(interval=2, exponent=0.5, floor=0.05)
+    objective = TranslationObjective(0)
+    cosines = []
+    for update in range(updates):
+        parts = toy_batch(4, seed=update)
+        if rank is not None:
+            own = slice(2 * rank, 2 * rank + 2)
+            parts = [{k: v[own] for k, v in p.items()} for p in parts]
+        tasks = weights.active if update < 3 else ("st",)
+        losses = objective(forward(tasks=tasks, **parts[0]), **parts[1])
+        if weights.due and len(losses) > 1:
+            weights.observe(losses, model.parts())
+            table = gradient_consistency(losses, model, by="module")
+            cosines += [v for pairs in table.values() for v in pairs.values()]
+        optimizer.zero_grad()
+        weights.total(losses).backward()
+        optimizer.step()
+        weights.step()
+    return {
+        "model": model.state_dict(),
+        "cosines": torch.tensor(cosines),
+        "norms": torch.tensor(
+            [n for h in weights.history for n in h["norms"].values()]
+        ),
+    }
+
+
+def sides(rank=None):
+    """Contrastive losses of batches of 1 and 3, and their gradient."""
+    g = torch.Generator().manual_seed(0)
+    lens = torch.tensor([1.0, 0.5, 0.75, 1.0])
+    speech = torch.randn(4, 4, 3, generator=g)
+    text = torch.randn(4, 4, 3, generator=g)
+    weight = torch.eye(3).requires_grad_()
+    other = torch.eye(3).requires_grad_()
+    own = slice(None)
+    if rank is not None:
+        own = slice(0, 1) if rank == 0 else slice(1, 4)
+    loss = CrossModalContrastiveLoss(0.5, detach_text=False, symmetric=True)
+    value = loss(speech[own] @ weight, lens[own], text[own] @ other, lens[own])
+    value.backward()
+    found = torch.cat([weight.grad, other.grad, value.detach().expand(1, 3)])
+    if rank is not None:
+        # As DDP does.
+        torch.distributed.all_reduce(found)
+        found /= 2
+    return found
+
+
+def process(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    found = {**train(rank), "sides": sides(rank)}
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
+    first, second = (
+        torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for rank in range(2)
+    )
+    alone, start = train(), toy_model().state_dict()
+    for name, tensor in alone["model"].items():
+        assert torch.equal(first["model"][name], second["model"][name]), name
+        torch.testing.assert_close(
+            first["model"][name], tensor, atol=2e-5, rtol=1e-3, msg=name
+        )
+    moved = [
+        n for n, t in alone["model"].items() if not torch.equal(t, start[n])
+    ]
+    assert len(moved) > 40
+    for name in ("norms", "cosines"):
+        assert torch.equal(first[name], second[name]) and len(first[name])
+        torch.testing.assert_close(
+            first[name], alone[name], atol=1e-3, rtol=1e-3
+        )
+    torch.testing.assert_close(first["sides"], sides(), atol=1e-5, rtol=1e-4)

@@ -1,0 +1,180 @@
+"""Contrastive, distillation and the objective, against their formulas.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from translation_toy import toy_batch, toy_model
+
+from speechbrain_taskarith.translation import (
+    CrossModalContrastiveLoss,
+    TranslationObjective,
+    distillation_loss,
+)
+
+
+def info_nce(speech, speech_lens, text, text_lens, tau):
+    """The formula, term by term."""
+
+    def mean(x, lens, b):
+        return x[b, : round(float(lens[b]) * x.shape[1])].mean(0)
+
+    n, total = len(speech), 0.0
+    for i in range(n):
+        s = mean(speech, speech_lens, i)
+        cosines = [
+            F.cosine_similarity(s, mean(text, text_lens, j), 0) / tau
+            for j in range(n)
+        ]
+        total = total - torch.log(
+            cosines[i].exp() / sum(map(torch.exp, cosines))
+        )
+    return total / n
+
+
+def sides():
+    torch.manual_seed(0)
+    speech = torch.randn(4, 6, 3).double()
+    text = torch.randn(4, 5, 3).double()
+    return (
+        speech,
+        torch.tensor([1, 0.5, 1 / 6, 1]),
+        text,
+        torch.linspace(0.4, 1, 4),
+    )
+
+
+def test_contrastive_is_the_formula():
+    speech, s_lens, text, t_lens = sides()
+    speech.requires_grad_()
+    text.requires_grad_()
+    found = CrossModalContrastiveLoss(0.3)(speech, s_lens, text, t_lens)
+    expected = info_nce(speech, s_lens, text, t_lens, 0.3)
+    torch.testing.assert_close(found, expected)
+    a = torch.autograd.grad(found, [speech, text], allow_unused=True)
+    b = torch.autograd.grad(expected, [speech])
+    torch.testing.assert_close(a[0], b[0])
+    assert a[1] is None, "text gets no gradient"
+
+
+def test_contrastive_both_ways():
+    speech, s_lens, text, t_lens = sides()
+    both = CrossModalContrastiveLoss(0.3, detach_text=False, symmetric=True)
+    expected = info_nce(speech, s_lens, text, t_lens, 0.3)
+    expected = expected + info_nce(text, t_lens, speech, s_lens, 0.3)
+    torch.testing.assert_close(both(speech, s_lens, text, t_lens), expected / 2)
+
+
+def test_contrastive_does_not_see_padding():
+    speech, s_lens, text, t_lens = sides()
+    loss = CrossModalContrastiveLoss()
+    clean = loss(speech, s_lens, text, t_lens)
+    speech[1, 3:] = math.nan
+    text[0, 2:] = math.nan
+    assert torch.equal(loss(speech, s_lens, text, t_lens), clean)
+
+
+def test_one_utterance_has_no_negative():
+    x = torch.randn(1, 3, 4, requires_grad=True)
+    one = torch.ones(1)
+    loss = CrossModalContrastiveLoss()(x, one, torch.randn(1, 2, 4), one)
+    loss.backward()
+    assert loss.item() == 0 and not x.grad.any()
+
+
+def test_contrastive_bad_input():
+    with pytest.raises(ValueError, match="temperature"):
+        CrossModalContrastiveLoss(0.0)
+    x, one = torch.zeros(2, 3, 4), torch.ones(2)
+    with pytest.raises(ValueError, match="a transcript for every"):
+        CrossModalContrastiveLoss()(x, one, x[:1], one[:1])
+
+
+def test_distillation_is_the_divergence():
+    torch.manual_seed(0)
+    student = torch.randn(2, 3, 5).double().requires_grad_()
+    teacher = torch.randn(2, 3, 5).double().requires_grad_()
+    lens = torch.tensor([1.0, 1 / 3])
+    loss = distillation_loss(student, teacher, lens, temperature=2.0)
+    rows = (
+        torch.cat([student[0], student[1, :1]]),
+        torch.cat([teacher[0], teacher[1, :1]]),
+    )
+    p, q = (row / 2.0 for row in rows)
+    expected = (
+        4 * F.kl_div(p.log_softmax(-1), q.softmax(-1), reduction="sum") / 4
+    )
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert teacher.grad is None and student.grad[1, 1:].abs().max() == 0
+    with pytest.raises(ValueError, match="the same vocabulary"):
+        distillation_loss(student, teacher[:, :2], lens)
+
+
+def test_objective_is_the_sum_of_the_paper():
+    model = toy_model(shrink=True).eval()
+    inputs, targets = toy_batch()
+    out = model(tasks=("st", "asr", "mt"), **inputs)
+    losses = TranslationObjective(0, st_smoothing=0.0)(out, **targets)
+    b = len(inputs["x"])
+    ce = F.cross_entropy(
+        out.st.transpose(1, 2), targets["target_eos"], reduction="sum"
+    )
+    torch.testing.assert_close(losses["st"], 0.7 * ce / b)
+    frames = (out.speech.frame_lens * out.speech.logits.shape[1]).round()
+    ctc = F.ctc_loss(
+        out.speech.logits.log_softmax(-1).transpose(0, 1),
+        targets["source"],
+        frames.long(),
+        (targets["source_lens"] * 5).round().long(),
+        reduction="sum",
+    )
+    speech, text = out.speech, out.text
+    apart = sum(
+        info_nce(s, speech.lens, t, text.lens, 0.1)
+        for s, t in (
+            (speech.embedded, text.embedded),
+            (speech.encoded, text.encoded),
+        )
+    )
+    torch.testing.assert_close(
+        losses["asr"], 0.3 * (ctc / b + apart / 2), rtol=1e-4, atol=1e-5
+    )
+    smooth = F.cross_entropy(
+        out.mt.transpose(1, 2),
+        targets["target_eos"],
+        reduction="sum",
+        label_smoothing=0.2,
+    )
+    torch.testing.assert_close(losses["mt"], smooth / b)
+    with pytest.raises(ValueError, match="ce_weight"):
+        TranslationObjective(0, ce_weight=0.0)
+
+
+def test_objective_leaves_out_what_was_not_computed():
+    model = toy_model().eval()
+    inputs, targets = toy_batch()
+    objective = TranslationObjective(0, distillation=0.5)
+    for tasks in (("st",), ("asr",), ("mt",), ("st", "mt")):
+        out = model(tasks=tasks, **inputs)
+        assert set(objective(out, **targets, tasks=tasks)) == set(tasks)
+    both = objective(model(tasks=("st", "mt"), **inputs), **targets)
+    alone = objective(model(tasks=("st",), **inputs), **targets, tasks=("st",))
+    assert both["st"] > alone["st"], "distillation is a part of it"
+
+
+def test_padded_targets_do_not_count():
+    model = toy_model().eval()
+    inputs, targets = toy_batch()
+    targets["target_lens"] = torch.tensor([1.0, 0.4, 1.0, 1.0])
+    objective = TranslationObjective(0)
+    one = objective(model(tasks=("st",), **inputs), **targets)["st"]
+    inputs["target_bos"][1, 3:] = 7
+    targets["target_eos"][1, 2:] = 0
+    other = objective(model(tasks=("st",), **inputs), **targets)["st"]
+    assert torch.equal(one, other)
