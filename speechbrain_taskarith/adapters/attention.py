@@ -45,11 +45,69 @@ def adapter_attention(layers, layer_names, lens):
                 f"{len(lens)} lengths for a batch of {tuple(weights.shape)}; "
                 "give the last batch's, one an utterance"
             )
-        frames = weights.shape[1]
-        ends = torch.round(lens.to(weights.device) * frames)
-        valid = torch.arange(frames, device=weights.device) < ends[:, None]
-        rows.append(weights[valid].mean(0))
+        rows.append(weights[_valid_frames(weights, lens)].mean(0))
     return torch.stack(rows)
+
+
+def guidance_loss(layers, layer_names, names, tasks, lens):
+    """See `AdapterHandle.attention_loss`.
+
+    Arguments
+    ---------
+    layers : iterable of LayerAdapters
+        The layers.
+    layer_names : list of str
+        Theirs, for messages.
+    names : list of str
+        The combined adapters.
+    tasks : sequence of str
+        B names.
+    lens : torch.Tensor or None
+        [B], relative.
+
+    Returns
+    -------
+    torch.Tensor
+        A scalar.
+    """
+    unknown = sorted(set(tasks) - set(names))
+    if unknown:
+        raise ValueError(
+            f"tasks {', '.join(unknown)}: no such adapter is combined; there "
+            f"are {', '.join(names)}"
+        )
+    losses = []
+    for name, layer in zip(layer_names, layers):
+        weights = getattr(layer.combination, "live_weights", None)
+        if weights is None:
+            raise ValueError(
+                f"layer {name!r} has kept no attention: combine by "
+                "AudioAdapterFusion(guided=True), and run the encoder with "
+                "handle.use('combined') first"
+            )
+        if weights.dim() != 3 or len(tasks) != len(weights):
+            raise ValueError(
+                f"{len(tasks)} tasks for a batch of {tuple(weights.shape)}; "
+                "give the last batch's, one an utterance"
+            )
+        index = torch.tensor(
+            [names.index(task) for task in tasks], device=weights.device
+        )
+        index = index[:, None, None].expand(-1, weights.shape[1], 1)
+        own = weights.gather(-1, index).squeeze(-1)
+        # Not log(0): a softmax may underflow in single precision.
+        costs = -own.clamp_min(torch.finfo(own.dtype).tiny).log()
+        if lens is not None:
+            costs = costs[_valid_frames(costs, lens)]
+        losses.append(costs.mean())
+    return torch.stack(losses).mean()
+
+
+def _valid_frames(values, lens):
+    """Return which of [B, T] are no padding, by relative lengths."""
+    frames = values.shape[1]
+    ends = torch.round(lens.to(values.device) * frames)
+    return torch.arange(frames, device=values.device) < ends[:, None]
 
 
 def attention_stats(attention, names):

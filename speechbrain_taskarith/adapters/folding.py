@@ -76,6 +76,8 @@ class FoldedFusion(NamedTuple):
         [d, N b]: `U^T`
     offset : torch.Tensor
         [N, d]: `S`
+    running : bool
+        Whether scores are averaged over the frames so far.
     """
 
     down: torch.Tensor
@@ -84,6 +86,7 @@ class FoldedFusion(NamedTuple):
     score_bias: torch.Tensor
     up: torch.Tensor
     offset: torch.Tensor
+    running: bool = False
 
     def __call__(self, bank, x):
         """Return the attended sum of the adapters' outputs.
@@ -108,8 +111,10 @@ class FoldedFusion(NamedTuple):
         free = not (hidden.requires_grad or scores.requires_grad)
         gate, plain = scores.split((hidden.shape[-1], number), dim=-1)
         gate = gate.mul_(hidden) if free else gate * hidden
-        scores = sum_of_parts(gate, number)
-        weights = (scores + plain).softmax(-1)
+        scores = sum_of_parts(gate, number) + plain
+        if self.running:
+            scores = running_mean(scores)
+        weights = scores.softmax(-1)
         hidden = hidden.unflatten(-1, (number, -1))
         gain = weights.to(hidden.dtype).unsqueeze(-1)
         hidden = hidden.mul_(gain) if free else hidden * gain
@@ -228,3 +233,28 @@ def sum_of_parts(values, number):
     """
     exact = torch.promote_types(values.dtype, torch.float32)
     return values.unflatten(-1, (number, -1)).sum(-1, dtype=exact)
+
+
+def running_mean(scores):
+    """Average over the frames so far, itself included.
+
+    Arguments
+    ---------
+    scores : torch.Tensor
+        [..., T, N], float32 or more.
+
+    Returns
+    -------
+    torch.Tensor
+        [..., T, N]; no frame depends on a later one.
+
+    Example
+    -------
+    >>> running_mean(torch.tensor([[2.0], [4.0], [9.0]])).flatten()
+    tensor([2., 3., 5.])
+    """
+    frames = scores.shape[-2]
+    count = torch.arange(
+        1, frames + 1, dtype=scores.dtype, device=scores.device
+    )
+    return scores.cumsum(-2) / count.unsqueeze(-1)

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from .combination import Combination
-from .folding import FoldedFusion, sum_of_parts
+from .folding import FoldedFusion, running_mean, sum_of_parts
 
 
 class AudioAdapterFusion(Combination):
@@ -46,6 +46,16 @@ class AudioAdapterFusion(Combination):
         How to compute it, see `Combination`.
     recompute : bool
         Hold less memory in training, see `Combination`.
+    running : bool
+        True averages the scores over all frames so far (dimension -2 is
+        time) before the softmax. Beyond the paper, whose attention looks at
+        one frame alone: a frame seldom tells the task, an utterance does.
+        It looks at no later frame; called chunk by chunk, the average
+        starts anew with every chunk.
+    guided : bool
+        True keeps what `AdapterHandle.attention_loss` needs. Beyond the
+        paper as well: it teaches the attention which task an utterance of
+        the training data is from.
 
     Example
     -------
@@ -67,6 +77,8 @@ class AudioAdapterFusion(Combination):
         names=None,
         form="auto",
         recompute=False,
+        running=False,
+        guided=False,
     ):
         super().__init__(
             bank,
@@ -75,7 +87,9 @@ class AudioAdapterFusion(Combination):
             form=form,
             recompute=recompute,
         )
-        self.scaled = scaled
+        self.scaled, self.running, self.guided = scaled, running, guided
+        #: The last batch's weights [..., N] with their graph, for `guided`.
+        self.live_weights = None
         if bank is not None:
             width = bank.d_model
             self.query = torch.nn.Linear(width, width)
@@ -95,7 +109,12 @@ class AudioAdapterFusion(Combination):
         dict
             Plain values.
         """
-        return {"scaled": self.scaled, **super().settings()}
+        return {
+            "scaled": self.scaled,
+            "running": self.running,
+            "guided": self.guided,
+            **super().settings(),
+        }
 
     def penalty(self, weight=0.01):
         """Return `weight * ||I - W_V||^2`, to be added to a training loss.
@@ -121,9 +140,22 @@ class AudioAdapterFusion(Combination):
         return self.bank.d_model**-0.5 if self.scaled else 1.0
 
     def _softmax(self, scores):
-        weights = (scores * self._scale).softmax(-1)
+        scores = scores * self._scale
+        if self.running:
+            scores = running_mean(scores)
+        weights = scores.softmax(-1)
         self.last_weights = weights.detach()
+        if self.guided:
+            self.live_weights = weights
         return weights
+
+    def _apply(self, fn, recurse=True):
+        self.live_weights = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self):
+        # A tensor with a graph cannot be copied.
+        return {**super().__getstate__(), "live_weights": None}
 
     def _as_loop(self, x):
         outputs = [self.bank[name](x) for name in self.names]
@@ -162,6 +194,8 @@ class AudioAdapterFusion(Combination):
     def _as_folded(self, x):
         combined, weights = self._folded_weights()(self.bank, x)
         self.last_weights = weights.detach()
+        if self.guided:
+            self.live_weights = weights
         return combined
 
     def _fold(self):
@@ -177,4 +211,5 @@ class AudioAdapterFusion(Combination):
             torch.matmul(rows, bias),
             torch.matmul(value, stack.up.t()),
             torch.matmul(stack.beta, value.t()),
+            self.running,
         )

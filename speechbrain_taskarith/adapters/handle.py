@@ -8,7 +8,7 @@ import logging
 
 from . import adapter_files
 from .adapter_set import KINDS, AdapterSet
-from .attention import adapter_attention
+from .attention import adapter_attention, guidance_loss
 from .bank import COMBINED
 from .freezing import StayFrozen, hold_statistics
 from .insertion import CHILD
@@ -252,6 +252,58 @@ class AdapterHandle(AdapterSet):
         """
         self._require_combination("attention")
         return adapter_attention(self.layers, self.layer_names, lens)
+
+    def attention_loss(self, tasks, lens=None):
+        """Return how far attention is from the utterances' own adapters.
+
+        `- mean_layers mean_t log s_task(t)` of the last batch, to be added
+        to a training loss with a small weight: the tasks of training data
+        are known, those of test data need not be. Wants fusions made with
+        `guided=True`.
+
+        Arguments
+        ---------
+        tasks : sequence of str
+            B names of combined adapters.
+        lens : torch.Tensor or None
+            [B], relative lengths in (0, 1]; frames behind them do not
+            count. None counts all.
+
+        Returns
+        -------
+        torch.Tensor
+            A scalar with a gradient.
+
+        Raises
+        ------
+        ValueError
+            No combination, no batch yet, an adapter that is not combined,
+            or another number of tasks than of utterances.
+
+        Example
+        -------
+        >>> import torch
+        >>> from speechbrain_taskarith.adapters import (
+        ...     AudioAdapterFusion,
+        ...     insert_adapters,
+        ... )
+        >>> encoder = torch.nn.TransformerEncoder(
+        ...     torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2
+        ... )
+        >>> adapters = insert_adapters(
+        ...     encoder,
+        ...     ["us", "german"],
+        ...     bottleneck=4,
+        ...     combination=AudioAdapterFusion(guided=True),
+        ... )
+        >>> parameters = adapters.train_composition("ST-A")
+        >>> _ = encoder(torch.randn(3, 5, 8))
+        >>> adapters.attention_loss(["us", "us", "german"]).backward()
+        """
+        self._require_combination("attention_loss")
+        return guidance_loss(
+            self.layers, self.layer_names, self.combined_names, tasks, lens
+        )
 
     def _require_combination(self, what):
         if self.layers[0].combination is None:

@@ -490,3 +490,68 @@ def test_bad_input_is_an_error_that_says_so():
     bank.remove("task 0")
     with pytest.raises(ValueError, match="the last adapter"):
         bank.remove("task 1")
+
+
+def naive_running_fusion(combination, frames):
+    """Scores of all frames so far, averaged by a loop; then the formula."""
+    query = torch.nn.functional.linear(
+        frames, combination.query.weight, combination.query.bias
+    )
+    outputs = [combination.bank[name](frames) for name in combination.names]
+    results = []
+    for t in range(len(frames)):
+        scores = []
+        for output in outputs:
+            so_far = [
+                float(query[u] @ (combination.key.weight @ output[u]))
+                for u in range(t + 1)
+            ]
+            scores.append(sum(so_far) / len(so_far))
+        weights = torch.tensor(scores, dtype=torch.float64).softmax(0)
+        results.append(
+            sum(
+                w * (combination.value.weight @ output[t])
+                for w, output in zip(weights, outputs)
+            )
+        )
+    return torch.stack(results)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_running_scores_follow_a_naive_loop(form):
+    combination = made("fusion", make_bank(4, 8, 3), running=True)
+    x = torch.randn(3, 6, 8, dtype=torch.float64)
+    with torch.no_grad():
+        expected = torch.stack(
+            [naive_running_fusion(combination, frames) for frames in x]
+        )
+        got = combination.combine(x, form)
+        assert torch.allclose(got, expected, atol=1e-10)
+        # Longer batches change no valid frame; one frame is the paper's.
+        padded = torch.cat([x, torch.full((3, 4, 8), torch.nan)], 1)
+        padded = torch.nan_to_num(padded, nan=1e3)
+        assert torch.allclose(
+            combination.combine(padded, form)[:, :6], got, atol=1e-10
+        )
+        plain = AudioAdapterFusion(combination.bank).double()
+        plain.load_state_dict(combination.state_dict())
+        assert torch.allclose(
+            combination.combine(x[:, :1], form),
+            plain.combine(x[:, :1], form),
+            atol=1e-12,
+        )
+
+
+def test_running_scores_train_alike_in_every_form():
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    gradients = {}
+    for form in ("loop", "stacked", "collapsed"):
+        torch.manual_seed(3)
+        combination = made("fusion", make_bank(3, 8, 4), running=True)
+        combination.combine(x, form).square().sum().backward()
+        gradients[form] = [p.grad for p in combination.parameters()]
+    for form in ("stacked", "collapsed"):
+        for one, other in zip(gradients["loop"], gradients[form]):
+            assert (one is None) == (other is None)
+            if one is not None:
+                assert torch.allclose(one, other, atol=1e-9), form

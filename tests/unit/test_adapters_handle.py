@@ -600,3 +600,46 @@ def test_layers_that_return_something_else(x):
     handle.use("a")
     with pytest.raises(ValueError, match=r"'layers.0' returns \(3, 7, 5\)"):
         encoder(x)
+
+
+def test_attention_loss_is_the_mean_log_weight_of_the_own_adapter(encoder, x):
+    handle = inserted(encoder, AudioAdapterFusion(guided=True))
+    handle.train_composition("ST-A")
+    tasks, lens = ["us", "indian", "us"], torch.tensor([1.0, 3 / 7, 5 / 7])
+    encoder(x)
+    costs = []
+    for layer in handle.layers:
+        weights = layer.combination.last_weights
+        of_layer = [
+            -float(weights[b, t, NAMES.index(task)].log())
+            for b, task in enumerate(tasks)
+            for t in range(round(float(lens[b]) * 7))
+        ]
+        costs.append(sum(of_layer) / len(of_layer))
+    loss = handle.attention_loss(tasks, lens).item()
+    assert loss == pytest.approx(sum(costs) / len(costs), rel=1e-5)
+    optimizer = torch.optim.SGD(handle.trained_parameters(), 0.5)
+    for _ in range(20):
+        optimizer.zero_grad()
+        encoder(x)
+        handle.attention_loss(tasks, lens).backward()
+        optimizer.step()
+    encoder(x)
+    assert handle.attention_loss(tasks, lens).item() < loss
+    copy.deepcopy(encoder)  # what is kept has a graph, copies leave it
+
+
+def test_attention_loss_says_what_is_wrong(encoder, x):
+    handle = inserted(encoder)
+    handle.use("combined")
+    encoder(x)
+    with pytest.raises(ValueError, match="guided=True"):
+        handle.attention_loss(["us"] * 3)
+    handle.set_combination(AudioAdapterFusion(guided=True))
+    with pytest.raises(ValueError, match="kept no attention"):
+        handle.attention_loss(["us"] * 3)
+    encoder(x)
+    with pytest.raises(ValueError, match="2 tasks for a batch"):
+        handle.attention_loss(["us"] * 2)
+    with pytest.raises(ValueError, match="greek"):
+        handle.attention_loss(["us", "us", "greek"])
