@@ -4,8 +4,11 @@ Authors
  * speechbrain_taskarith contributors 2026
 """
 
+from pathlib import Path
+
 import pytest
 import torch
+from hyperpyyaml import load_hyperpyyaml
 
 from speechbrain_taskarith.transducer import (
     HATJoint,
@@ -209,3 +212,13 @@ def test_bad_settings():
         offline(x, lens[0], targets, lens[1], hypotheses=lists)
     with pytest.raises(ValueError, match="is the blank"):
         offline(x, lens[0], targets, torch.ones(3), hypotheses=LISTS)
+
+
+def test_the_yaml_fragment_as_its_header_says():
+    fragment = Path(__file__).parents[2] / "hparams/transducer/min_wer.yaml"
+    hparams = load_hyperpyyaml(f"min_wer: !include:{fragment}\n    n_best: 3\n")
+    search, x, targets, lens = setting()
+    loss = hparams["min_wer"]["make_loss"](searcher=search, detokenize=str)
+    assert isinstance(loss, MinWERLoss)
+    assert (loss.n_best, loss.rnnt_weight) == (3, 0.1)
+    assert loss(x, lens[0], targets, lens[1]).isfinite()
