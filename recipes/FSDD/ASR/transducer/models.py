@@ -1,0 +1,271 @@
+"""The models of the study: what each starts from and how it is trained.
+
+Every model has a folder with a SpeechBrain checkpoint and needs nothing but
+the models it starts from, so that several processes can share the work and a
+run that was killed goes on where it stopped.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+import fcntl
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from speechbrain.utils.logger import get_logger
+
+from speechbrain_taskarith.brains import AtomicCheckpointer
+from speechbrain_taskarith.transducer import transfer_encoder
+from speechbrain_taskarith.utils.progress import progress
+
+logger = get_logger(__name__)
+
+FINISHED = "finished"
+# What is taken over of a pre-trained model: the encoder with what is in front
+# of it, and nothing else. Predictor, joint and vocabulary are fresh.
+TAKEN_OVER = ("frontend", "encoder")
+
+
+@dataclass
+class Model:
+    """One training of the study.
+
+    Arguments
+    ---------
+    name : str
+        Its folder under `models`, and its row.
+    part : str
+        Which model of hparams.
+    strings : str
+        Name of the training set.
+    steps : int
+        Number of batches.
+    lr : float
+        Highest learning rate.
+    start : str or None
+        Model to start from; None: random weights.
+    encoder_of : str or None
+        Model whose encoder is put in the place of that.
+    min_wer : bool
+        Train with MinWER.
+    """
+
+    name: str
+    part: str
+    strings: str
+    steps: int
+    lr: float
+    start: str | None = None
+    encoder_of: str | None = None
+    min_wer: bool = False
+
+    @property
+    def parents(self):
+        """Names of the models that have to be there."""
+        return [name for name in (self.start, self.encoder_of) if name]
+
+    @property
+    def stage(self):
+        """Seeds dropout and masks: the same for all models of a stage."""
+        return "further" if self.start else self.part
+
+
+def plan_models(hparams):
+    """List all models, parents before children.
+
+    Arguments
+    ---------
+    hparams : dict
+        Of the recipe.
+
+    Returns
+    -------
+    list of Model
+        Pre-training in and out of domain; English models from scratch and
+        with either's encoder; from these, MinWER and as many further steps
+        of the transducer loss; the encoder brought in before MinWER only.
+    """
+    pretraining = hparams["pretraining_steps"], hparams["pretraining_lr"]
+    rnnt = hparams["rnnt_steps"], hparams["rnnt_lr"]
+    last = hparams["min_wer_steps"], hparams["min_wer_lr"]
+    models = [
+        Model(f"pretrained_{domain}", "multilingual", domain, *pretraining)
+        for domain in hparams["pretraining_domains"]
+    ]
+    first = models[0].name
+    models.append(Model("scratch", "target", "train", *rnnt))
+    transfers = {"transfer": first}
+    for domain in hparams["pretraining_domains"][1:]:
+        transfers[f"transfer_{domain}"] = f"pretrained_{domain}"
+    for name, source in transfers.items():
+        models.append(Model(name, "target", "train", *rnnt, encoder_of=source))
+    for name in ("scratch", *transfers):
+        for ending, min_wer in (("min_wer", True), ("more_rnnt", False)):
+            models.append(
+                Model(
+                    f"{name}_{ending}",
+                    "target",
+                    "train",
+                    *last,
+                    start=name,
+                    min_wer=min_wer,
+                )
+            )
+    models.append(
+        Model(
+            "transfer_at_min_wer",
+            "target",
+            "train",
+            *last,
+            start="scratch",
+            encoder_of=first,
+            min_wer=True,
+        )
+    )
+    models.append(
+        Model("full_context", "full_context", "train", *rnnt, encoder_of=first)
+    )
+    return models
+
+
+class ModelFolder:
+    """The models on disk.
+
+    Arguments
+    ---------
+    folder : pathlib.Path
+        One folder in it for each model.
+    brains : dict
+        `{part: Transducer}`.
+    """
+
+    def __init__(self, folder, brains):
+        self.folder, self.brains = Path(folder), brains
+        # Copies: training changes the tensors that it is given.
+        self.initial = {
+            part: _copy(brain.hparams.model.state_dict())
+            for part, brain in brains.items()
+        }
+
+    def path(self, name):
+        """Return a finished model's checkpoint."""
+        return self.folder / name / f"CKPT+{FINISHED}"
+
+    def meta(self, name):
+        """Return what was noted about a finished model."""
+        return AtomicCheckpointer(self.folder / name).find_checkpoint().meta
+
+    def load(self, model):
+        """Load a finished model; return its brain."""
+        brain = self.brains[model.part]
+        place = self.path(model.name).parent
+        AtomicCheckpointer(place, _recoverables(brain)).recover_if_possible()
+        return brain
+
+    def start_of(self, model):
+        """Return the weights that a model starts from."""
+        network = self.brains[model.part].hparams.model
+        network.load_state_dict(self.initial[model.part])
+        if model.start:
+            AtomicCheckpointer(
+                self.path(model.start).parent, {"model": network}
+            ).recover_if_possible()
+        if model.encoder_of:
+            for name in TAKEN_OVER:
+                report = transfer_encoder(
+                    self.path(model.encoder_of),
+                    network[name],
+                    prefix=f"{name}.",
+                )
+                logger.info(f"{model.name}, {name}: {report}")
+        return _copy(network.state_dict())
+
+    def train(self, model, strings):
+        """Train a model whose parents are finished; keep its checkpoint."""
+        logger.info(f"training {model.name}")
+        brain, place = self.brains[model.part], self.folder / model.name
+        started = time.monotonic()
+        brain.train_model(
+            model,
+            self.start_of(model),
+            strings[model.strings],
+            place / "training" / model.stage,
+        )
+        AtomicCheckpointer(place, _recoverables(brain)).save_checkpoint(
+            meta={
+                "model": model.name,
+                "seconds": round(time.monotonic() - started, 1),
+                **brain.train_stats,
+            },
+            name=FINISHED,
+        )
+
+    def train_all(self, models, strings, show_progress=True):
+        """Train what is missing, side by side with other processes.
+
+        Each process takes the next model whose parents are finished and that
+        nobody else has taken. What a killed process had taken is free again:
+        the system gives its lock back.
+
+        Arguments
+        ---------
+        models : list of Model
+            Parents before children.
+        strings : dict
+            The training sets.
+        show_progress : bool
+            Show a bar with the models that are finished, whoever trained
+            them.
+        """
+        bar = progress(
+            total=len(models),
+            desc="models trained",
+            unit="model",
+            enable=show_progress,
+        )
+        with bar:
+            while missing := self._missing(models):
+                bar.update(len(models) - len(missing) - bar.n)
+                if not self._train_one(missing, strings):
+                    time.sleep(0.2)
+            bar.update(len(models) - bar.n)
+
+    def _missing(self, models):
+        return [m for m in models if not self.path(m.name).is_dir()]
+
+    def _train_one(self, missing, strings):
+        """Train the first model that is ready and free; was there one?"""
+        waiting = {model.name for model in missing}
+        for model in missing:
+            if waiting.intersection(model.parents):
+                continue
+            with self._taken(model.name) as mine:
+                if mine and not self.path(model.name).is_dir():
+                    self.train(model, strings)
+                    return True
+        return False
+
+    @contextmanager
+    def _taken(self, name):
+        """Take a model, if nobody else has; tell whether it worked."""
+        (self.folder / name).mkdir(parents=True, exist_ok=True)
+        with open(self.folder / name / "lock", "w", encoding="ascii") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+
+
+def _recoverables(brain):
+    return {
+        "model": brain.hparams.model,
+        "normalizer": brain.modules.normalize,
+    }
+
+
+def _copy(state):
+    return {name: tensor.clone() for name, tensor in state.items()}

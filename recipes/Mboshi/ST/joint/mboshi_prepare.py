@@ -1,0 +1,1 @@
+../../mboshi_prepare.py

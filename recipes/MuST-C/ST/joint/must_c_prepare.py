@@ -1,0 +1,1 @@
+../../must_c_prepare.py

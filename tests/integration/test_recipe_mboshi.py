@@ -1,0 +1,384 @@
+"""The recipe `Mboshi/ST/joint` on a tiny corpus of the same layout.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+import csv
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy
+import pytest
+import soundfile
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "recipes/Mboshi/ST/joint"
+RATE = 16000
+TINY = {
+    "d_model": 16,
+    "d_ffn": 16,
+    "nhead": 2,
+    "num_acoustic_layers": 1,
+    "num_textual_layers": 1,
+    "num_decoder_layers": 1,
+    "target_pieces": 22,
+    "number_of_epochs": 2,
+    "asr_epochs": 1,
+    "mt_epochs": 1,
+    "max_batch_seconds": 8,
+    "num_buckets": 2,
+    "test_batch_size": 4,
+    "task_interval": 2,
+    "consistency_interval": 2,
+    "greedy_tokens": 5,
+    "beam_size": 2,
+    "beam_steps": 5,
+    "target_bleu": 0.0,
+    "valid_one_in": 4,
+}
+MBOSHI = "wa ámikoá mwána ngá oyúlu ndzóo kyéma sεngέ".split()
+FRENCH = "il va voir un enfant chez lui ; le chat dort".split()
+
+
+def noise(seconds, seed):
+    """Return what stands for speech."""
+    g = numpy.random.default_rng(seed)
+    return (0.1 * g.standard_normal(round(seconds * RATE))).astype("float32")
+
+
+def sentence(number):
+    """Return a sentence in both languages, another for every number."""
+    said = [MBOSHI[number % 8], MBOSHI[number // 8 % 8], MBOSHI[number % 3]]
+    meant = [FRENCH[number % 11], FRENCH[(3 * number + 1) % 11], "l’eau"]
+    return " ".join(said), " ".join(meant).capitalize()
+
+
+def make_mboshi(folder):
+    """Write 24 utterances of train and 5 of dev."""
+    number = 0
+    for split, count in (("train", 24), ("dev", 5)):
+        place = folder / "full_corpus_newsplit" / split
+        place.mkdir(parents=True)
+        for _ in range(count):
+            speaker = ("abiayi", "kouarata")[number % 2]
+            ID = f"{speaker}_2015-09-08_Dico_{number}"
+            said, meant = sentence(number)
+            wave = noise(1.2 + number % 3 / 10, number)
+            soundfile.write(place / f"{ID}.wav", wave, RATE)
+            (place / f"{ID}.mb.cleaned").write_text(said + "\n", "utf-8")
+            (place / f"{ID}.fr").write_text(meant + "\n", "utf-8")
+            number += 1
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mboshi")
+    make_mboshi(folder)
+    return folder
+
+
+def start(data, output, **options):
+    """Start the recipe as a user would."""
+    command = [sys.executable, "train.py", "hparams/train.yaml"]
+    options = {"data_folder": data, "output_folder": output, **TINY, **options}
+    for key, value in options.items():
+        command += [f"--{key}", str(value)]
+    return subprocess.Popen(
+        [*command, "--device", "cpu", "--noprogressbar"],
+        cwd=RECIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(data, output, fails=False, **options):
+    """Run the recipe to its end; return what it said."""
+    process = start(data, output, **options)
+    said, _ = process.communicate(timeout=600)
+    assert (process.returncode != 0) == fails, said[-6000:]
+    return said
+
+
+def weights(output, row):
+    """Read a row's last model by torch alone."""
+    from speechbrain.utils.checkpoints import Checkpointer
+
+    folder = output / "save" / row
+    path = Checkpointer(folder).find_checkpoint().path
+    return torch.load(path / "model.ckpt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    output = tmp_path_factory.mktemp("all") / "0"
+    run(corpus, output)
+    return output
+
+
+ROWS = {"st", "st_mt", "st_asr", "st_mt_asr", "whole", "no_shrink"}
+ROWS |= {"no_looking_back", "no_local_to_global", "no_noise"}
+ROWS |= {"no_contrastive", "no_task_weights", "no_shrink_no_task_weights"}
+STAGES = {"asr", "mt", "mt_local"}
+
+
+@pytest.mark.slow
+def test_leaves_the_whole_table(finished):
+    rows = json.loads((finished / "summary.json").read_text())
+    assert {row["row"] for row in rows} == ROWS | STAGES
+    found = {(row["row"], row["metric"]) for row in rows}
+    for metric in ("bleu", "chrf", "length_ratio", "seconds"):
+        assert {(name, metric) for name in ROWS} <= found
+    # A target of 0 is reached after the first epoch.
+    seconds = {(r["row"], r["metric"]): r["value"] for r in rows}
+    for name in ROWS:
+        assert 0 < seconds[name, "seconds_to_bleu"]
+        assert seconds[name, "seconds_to_bleu"] < seconds[name, "seconds"]
+    # Words of the CTC head where it was trained, and only there.
+    heard = {name for name, metric in found if metric == "ctc_wer"}
+    assert heard == ROWS - {"st", "st_mt"} | {"asr"}
+    assert ("asr", "bleu") not in found and ("mt_local", "bleu") in found
+    assert "nrefs:1" in (finished / "results.md").read_text()
+    for plot in (
+        "bleu_against_time",
+        "consistency_whole_st_asr",
+        "consistency_st_mt_st_mt",
+        "task_weights_whole",
+    ):
+        assert (finished / "plots" / f"{plot}.png").stat().st_size > 1000
+    lines = (finished / "rows" / "whole.txt").read_text().splitlines()
+    assert len(lines) == 3 * 5
+    assert any("l'eau" in line for line in lines[1::3])
+
+
+@pytest.mark.slow
+def test_each_row_is_what_its_name_says(finished):
+    names = {row: set(weights(finished, row)) for row in ROWS}
+
+    def has(row, part):
+        return any(name.startswith(part) for name in names[row])
+
+    without_shrink = {"st", "st_mt", "st_asr", "st_mt_asr", "no_shrink"}
+    without_shrink.add("no_shrink_no_task_weights")
+    for row in ROWS:
+        looks = row not in without_shrink | {"no_looking_back"}
+        assert has(row, "looking_back.") == looks, row
+        local = row != "no_local_to_global" and not row.startswith("st")
+        assert has(row, "textual.local.") == local, row
+        noisy = row != "no_noise" and not row.startswith("st")
+        assert has(row, "noise.calls") == noisy, row
+        result = json.loads((finished / "rows" / f"{row}.json").read_text())
+        measured = not row.startswith("st") and "task_weights" not in row
+        assert bool(result["task_weights"]) == measured, row
+
+
+@pytest.mark.slow
+def test_rows_start_from_their_stages(corpus, finished, tmp_path):
+    # Nothing moves without a learning rate.
+    run(corpus, tmp_path, only="st,st_mt,whole", lr=0.0)
+    for row, text in (("st", None), ("st_mt", "mt"), ("whole", "mt_local")):
+        found = weights(tmp_path, row)
+        for stage, parts in (
+            ("asr", ("acoustic.", "ctc_lin.")),
+            (text, ("source_embedding.", "textual.", "decoder.")),
+        ):
+            if stage is None:
+                continue
+            given = weights(tmp_path, stage)
+            for name in found:
+                if name.startswith(parts):
+                    assert torch.equal(found[name], given[name]), (row, name)
+    assert not (tmp_path / "save" / "st_mt_asr").exists()
+    # A stage trains its own part, and no other.
+    still, moved = weights(tmp_path, "asr"), weights(finished, "asr")
+    for name in still:
+        same = torch.equal(still[name], moved[name])
+        if name.startswith(("textual.", "decoder.", "source_embedding.")):
+            assert same, name
+    assert not torch.equal(still["ctc_lin.weight"], moved["ctc_lin.weight"])
+
+
+@pytest.mark.slow
+def test_a_row_that_is_done_is_not_trained_again(corpus, finished):
+    paths = sorted((finished / "rows").glob("*.json"))
+    before = [path.read_bytes() for path in paths]
+    summary = (finished / "summary.json").read_text()
+    said = run(corpus, finished, only="st,whole")
+    assert said.count("done before") == 4  # two stages, two rows
+    assert [path.read_bytes() for path in paths] == before
+    # The other rows stay in the table.
+    assert (finished / "summary.json").read_text() == summary
+    done = subprocess.run(
+        [sys.executable, "train.py", "--merge", str(finished.parent)],
+        cwd=RECIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (finished.parent / "results.md").is_file()
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_it_gives_the_same(corpus, tmp_path):
+    options = {"only": "whole", "number_of_epochs": 3}
+    # A checkpoint after every update.
+    options["ckpt_interval_steps"] = 1
+    run(corpus, tmp_path / "whole", **options)
+    output = tmp_path / "killed"
+    process = start(corpus, output, **options)
+    deadline = time.monotonic() + 300
+    # Within the second epoch: one validated checkpoint and a later one.
+    while time.monotonic() < deadline:
+        found = sorted((output / "save/whole").glob("CKPT+*/CKPT.yaml"))
+        metas = [path.read_text() for path in found]
+        validated = [n for n, text in enumerate(metas) if "BLEU" in text]
+        if validated and validated[-1] + 2 < len(metas):
+            break
+        assert process.poll() is None, process.communicate()[0][-6000:]
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    run(corpus, output, **options)
+    one, other = (weights(tmp_path / n, "whole") for n in ("whole", "killed"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    results = [
+        json.loads((tmp_path / name / "rows/whole.json").read_text())
+        for name in ("whole", "killed")
+    ]
+    for result in results:
+        # All but how long it took.
+        for epoch in (result, *result["epochs"]):
+            assert epoch.pop("seconds") > 0 and epoch.pop("cpu_seconds") > 0
+    assert results[0] == results[1]
+    assert len(results[0]["epochs"]) == 3
+
+
+@pytest.mark.slow
+def test_an_unknown_row_is_named(corpus, tmp_path):
+    said = run(corpus, tmp_path, only="st,nothing", fails=True)
+    assert "no rows nothing; there are asr, mt" in said
+
+
+@pytest.fixture
+def prepare(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPE))
+    yield importlib.import_module("mboshi_prepare").prepare_mboshi
+    sys.modules.pop("mboshi_prepare", None)
+
+
+def prepared(folder, split="train"):
+    with open(folder / f"{split}.csv", newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_the_corpus_own_split_is_kept(corpus, tmp_path, prepare):
+    prepare(str(corpus), str(tmp_path), valid_one_in=4)
+    rows = {s: prepared(tmp_path, s) for s in ("train", "valid", "test")}
+    place = corpus / "full_corpus_newsplit"
+    for split, name in (
+        ("train", "train"),
+        ("valid", "train"),
+        ("test", "dev"),
+    ):
+        assert rows[split]
+        for row in rows[split]:
+            assert Path(row["wav"]).parent == place / name
+    assert len(rows["test"]) == 5
+    assert len(rows["train"]) + len(rows["valid"]) == 24
+    # No sentence is in two of them.
+    for one, other in (("train", "valid"), ("train", "test")):
+        said = {row["wrd"] for row in rows[one]}
+        assert not said & {row["wrd"] for row in rows[other]}
+    row = rows["test"][0]
+    number = int(row["ID"].split("_")[-1])
+    said, meant = sentence(number)
+    assert row["wrd"] == said
+    assert row["translation"] == meant.lower().replace("’", "'")
+    # The folder itself will do, too, and nothing is drawn by chance.
+    prepare(str(place), str(tmp_path / "again"), valid_one_in=4)
+    assert prepared(tmp_path / "again", "valid") == rows["valid"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "message"),
+    [
+        (".wav", None, "no recording"),
+        (".wav", b"no wav", "unreadable recording"),
+        (".mb.cleaned", None, "no transcript"),
+        (".mb.cleaned", b" \n", "empty transcript"),
+        (".fr", None, "no translation"),
+        (".fr", b"\n", "empty translation"),
+        (".fr", b"\xff\xfe", "translation is not UTF-8"),
+    ],
+)
+def test_bad_utterance_is_named_or_left_out(
+    tmp_path, prepare, suffix, content, message
+):
+    make_mboshi(tmp_path)
+    place = tmp_path / "full_corpus_newsplit/train"
+    ID = "abiayi_2015-09-08_Dico_2"
+    path = place / f"{ID}{suffix}"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    out = tmp_path / "out"
+    with pytest.raises(
+        (ValueError, FileNotFoundError), match=f"'{ID}': {message}"
+    ):
+        prepare(str(tmp_path), str(out))
+    # Nothing says that the preparation is done.
+    assert not (out / "mboshi_prepare.json").exists()
+    prepare(str(tmp_path), str(out), valid_one_in=4, skip_bad=True)
+    kept = prepared(out) + prepared(out, "valid")
+    assert len(kept) == 23
+    assert ID not in {row["ID"] for row in kept}
+
+
+def test_another_folder_is_refused(tmp_path, prepare):
+    with pytest.raises(FileNotFoundError, match="full_corpus_newsplit"):
+        prepare(str(tmp_path), str(tmp_path / "out"))
+
+
+def test_batch_without_its_bad_utterances(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPE))
+    # Other recipes have files of the same names.
+    for name in ("train", "history", "report"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    taken_rows = importlib.import_module("train").taken_rows
+    from speechbrain.dataio.batch import PaddedBatch
+
+    batch = PaddedBatch(
+        [
+            {
+                "id": f"u{n}",
+                "source": torch.arange(n + 1),
+                "target_bos": torch.arange(n + 2),
+                "target_eos": torch.arange(n + 2),
+                "wrd": f"said {n}",
+                "translation": f"meant {n}",
+            }
+            for n in range(3)
+        ]
+    )
+    x, lens = torch.rand(3, 5, 2), torch.tensor([0.4, 0.6, 1.0])
+    taken = taken_rows(batch, x, lens, torch.tensor([0, 2]))
+    assert taken["ids"] == ["u0", "u2"]
+    assert taken["transcripts"] == ["said 0", "said 2"]
+    assert taken["translations"] == ["meant 0", "meant 2"]
+    assert torch.equal(taken["x"], x[[0, 2]])
+    assert torch.equal(taken["lens"], lens[[0, 2]])
+    for name in ("source", "target_bos", "target_eos"):
+        assert torch.equal(taken[name], getattr(batch, name).data[[0, 2]])
+    for name in ("train", "history", "report"):
+        sys.modules.pop(name, None)

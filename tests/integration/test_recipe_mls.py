@@ -1,0 +1,332 @@
+"""The recipe `MLS/ASR/transducer` on a tiny corpus of the same layout.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+import csv
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "recipes/MLS/ASR/transducer"
+TINY = {
+    "n_mels": 20,
+    "d_model": 16,
+    "num_heads": 2,
+    "ffn_dim": 16,
+    "num_layers": 2,
+    "predictor_dim": 8,
+    "predictor_layers": 2,
+    "joint_dim": 8,
+    "output_neurons": 31,
+    "number_of_epochs": 2,
+    "max_batch_seconds": 6,
+    "num_buckets": 2,
+    "num_workers": 0,
+    "test_batch_size": 2,
+    "warmup_steps": 4,
+}
+SENTENCES = {
+    "italian": (
+        "it",
+        "nel mezzo del cammin di nostra vita mi ritrovai per una selva "
+        "oscura che la diritta via era smarrita",
+    ),
+    "spanish": (
+        "es",
+        "en un lugar de la mancha de cuyo nombre no quiero acordarme no ha "
+        "mucho tiempo que vivia un hidalgo",
+    ),
+}
+COUNTS = {"train": 14, "dev": 3, "test": 3}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Two languages in MLS's layout, in Opus where it can be written."""
+    pytest.importorskip("espeakng_loader")
+    folder = tmp_path_factory.mktemp("MLS")
+    for language in SENTENCES:
+        make_language(folder / f"mls_{language}_opus", language)
+    return folder
+
+
+def make_language(folder, language):
+    """Write one language: audio, transcripts, segments, the short lists."""
+    import soundfile
+
+    from speechbrain_taskarith.data import EspeakVoice
+
+    code, text = SENTENCES[language]
+    words, speaker = text.split(), 0
+    for split, count in COUNTS.items():
+        transcripts, segments = [], []
+        for number in range(count):
+            speaker += 1
+            said = " ".join(words[number : number + 3])
+            wave = EspeakVoice(code, ("f1", "m1")[number % 2])(said)
+            ID = f"{speaker}_7_{number:06d}"
+            path = folder / split / "audio" / str(speaker) / "7" / f"{ID}.opus"
+            path.parent.mkdir(parents=True)
+            soundfile.write(
+                path, wave.numpy(), 16000, format="OGG", subtype="OPUS"
+            )
+            transcripts.append(f"{ID}\t{said}\n")
+            end = 5 + len(wave) / 16000
+            segments.append(f"{ID}\thttp://a/{number}.mp3\t5.0\t{end:.2f}\n")
+        (folder / split / "transcripts.txt").write_text("".join(transcripts))
+        (folder / split / "segments.txt").write_text("".join(segments))
+        if split == "train":
+            limited = folder / split / "limited_supervision"
+            ids = [line.split("\t")[0] for line in transcripts]
+            for name, part in (
+                ("9hr", ids[:6]),
+                *((f"1hr/{n}", [ids[6 + n]]) for n in range(6)),
+            ):
+                (limited / name).mkdir(parents=True)
+                (limited / name / "handles.txt").write_text(
+                    "\n".join(part) + "\n"
+                )
+
+
+def start(stage, data, output, **options):
+    """Start a stage as a user would."""
+    command = [sys.executable, "train.py", f"hparams/{stage}.yaml"]
+    options = {**TINY, **options, "data_folder": data, "output_folder": output}
+    for key, value in options.items():
+        command += [f"--{key}", str(value)]
+    return subprocess.Popen(
+        [*command, "--device", "cpu", "--noprogressbar"],
+        cwd=RECIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        # A file: a pipe that nobody reads would stop the process.
+        stdout=open(f"{output}.log", "a", encoding="utf-8"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def said(output):
+    """Return the end of what the processes of an output folder said."""
+    return Path(f"{output}.log").read_text(encoding="utf-8")[-6000:]
+
+
+def run(stage, data, output, **options):
+    """Run a stage to its end."""
+    process = start(stage, data, output, **options)
+    process.wait(timeout=600)
+    assert process.returncode == 0, said(output)
+
+
+def weights(output):
+    """Read a stage's last model by torch alone."""
+    from speechbrain.utils.checkpoints import Checkpointer
+
+    path = Checkpointer(output / "save").find_checkpoint().path
+    return torch.load(path / "model.ckpt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def stages(corpus, tmp_path_factory):
+    """The three stages, one after another."""
+    folder = tmp_path_factory.mktemp("stages")
+    run(
+        "pretrain",
+        corpus,
+        folder / "pretrain",
+        languages="[italian, spanish]",
+    )
+    run(
+        "transfer",
+        corpus,
+        folder / "transfer",
+        encoder_from=folder / "pretrain" / "save",
+        subset="10h",
+        lr=0.0,  # what it starts from is what it ends with
+    )
+    run("min_wer", corpus, folder / "min_wer", start_from=folder / "transfer")
+    return folder
+
+
+@pytest.mark.slow
+def test_the_encoder_alone_is_taken_over(stages):
+    folder = stages
+    before, after = weights(folder / "pretrain"), weights(folder / "transfer")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        taken = name.split(".")[0] in ("frontend", "encoder")
+        moves = tensor.shape != after[name].shape or not torch.equal(
+            tensor, after[name]
+        )
+        # A LayerNorm of the fresh part begins with ones and zeros.
+        if taken:
+            assert not moves, name
+        elif name.endswith("weight"):
+            assert moves, name
+
+
+@pytest.mark.slow
+def test_every_stage_leaves_its_row_and_recogniser(stages):
+    folder = stages
+    for stage, languages in (
+        ("pretrain", ("italian", "spanish")),
+        ("transfer", ("italian",)),
+        ("min_wer", ("italian",)),
+    ):
+        rows = json.loads((folder / stage / "summary.json").read_text())
+        names = {row["row"].split(", ")[1] for row in rows}
+        assert names == set(languages)
+        assert {"wer", "rare_wer", "non_rare_wer", "insertions"} == {
+            row["metric"] for row in rows
+        }
+        assert (folder / stage / "transcriber" / "tokenizer.model").is_file()
+    log = (folder / "min_wer" / "train_log.txt").read_text()
+    for name in ("with_gradient", "oracle_wer", "expected_wer"):
+        assert name in log, "statistics of the n-best lists"
+    assert (
+        "with_gradient"
+        not in (folder / "transfer" / "train_log.txt").read_text()
+    )
+    # Stage 3 keeps the labels of stage 2.
+    assert (folder / "transfer/transcriber/tokenizer.model").read_bytes() == (
+        folder / "min_wer/transcriber/tokenizer.model"
+    ).read_bytes()
+
+
+@pytest.mark.slow
+def test_command_streams_an_opus_file(stages, corpus):
+    folder = stages
+    audio = next((corpus / "mls_italian_opus/test/audio").rglob("*.opus"))
+    texts = []
+    for more in ([], ["--stream", "--chunk", "0.05"]):
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "speechbrain_taskarith"),
+                *("transcribe", "--json", *more, "--resample"),
+                *("--model", str(folder / "min_wer/transcriber"), str(audio)),
+            ],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        texts.append(json.loads(done.stdout)["files"][0]["text"])
+    assert texts[0] == texts[1]
+
+
+def in_second_epoch(output):
+    """Is there a checkpoint after the one that ended the first epoch?"""
+    metas = []
+    for path in sorted((output / "save").glob("CKPT+*/CKPT.yaml")):
+        try:
+            metas.append(path.read_text())
+        except FileNotFoundError:  # deleted just now
+            pass
+    return any("WER" in meta for meta in metas) and "WER" not in metas[-1]
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_it_gives_the_same(corpus, tmp_path):
+    options = {
+        "languages": "[italian]",
+        # A checkpoint after every batch.
+        "ckpt_interval_steps": 1,
+        "number_of_epochs": 4,
+    }
+    run("pretrain", corpus, tmp_path / "whole", **options)
+    output = tmp_path / "killed"
+    process = start("pretrain", corpus, output, **options)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and not in_second_epoch(output):
+        assert process.poll() is None, said(output)
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    run("pretrain", corpus, output, **options)
+    one, other = weights(tmp_path / "whole"), weights(output)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    logs = [
+        (tmp_path / name / "train_log.txt").read_text().splitlines()
+        for name in ("whole", "killed")
+    ]
+    assert logs[0][-2:] == logs[1][-2:]
+
+
+@pytest.fixture
+def prepare(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPE))
+    yield importlib.import_module("mls_prepare").prepare_mls
+    sys.modules.pop("mls_prepare", None)
+
+
+def prepared(folder, split="train"):
+    with open(folder / f"{split}.csv", newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+@pytest.mark.parametrize(
+    ("subset", "numbers"),
+    [
+        ("full", range(14)),
+        ("9h", range(6)),
+        ("1h", range(6, 12)),
+        ("10h", range(12)),
+        ("10min", [6]),
+        ("10min/4", [10]),
+    ],
+)
+def test_limited_supervision(corpus, tmp_path, prepare, subset, numbers):
+    prepare(str(corpus), str(tmp_path), ["italian"], subset)
+    rows = prepared(tmp_path)
+    found = sorted(int(row["ID"].split("_")[-1]) for row in rows)
+    assert found == sorted(numbers)
+    assert {row["accent"] for row in rows} == {"italian"}
+    # Test data are never cut.
+    assert len(prepared(tmp_path, "test")) == COUNTS["test"]
+    assert len(prepared(tmp_path, "valid")) == COUNTS["dev"]
+
+
+def test_durations_without_segments_are_those_of_the_files(
+    corpus, tmp_path, prepare
+):
+    make_language(tmp_path / "mls_italian", "italian")
+    (tmp_path / "mls_italian/dev/segments.txt").unlink()
+    prepare(str(tmp_path), str(tmp_path / "there"), ["italian"])
+    prepare(str(corpus), str(tmp_path / "other"), ["italian"])
+    for one, other in zip(
+        prepared(tmp_path / "there", "valid"),
+        prepared(tmp_path / "other", "valid"),
+    ):
+        assert float(one["duration"]) == pytest.approx(
+            float(other["duration"]), abs=0.05
+        )
+
+
+def test_faults_are_named(corpus, tmp_path, prepare):
+    with pytest.raises(ValueError, match="subset '2h': expected one of full"):
+        prepare(str(corpus), str(tmp_path), ["italian"], "2h")
+    with pytest.raises(FileNotFoundError, match="there are: mls_italian_opus"):
+        prepare(str(corpus), str(tmp_path), ["dutch"])
+    make_language(tmp_path / "mls_italian_opus", "italian")
+    folder = tmp_path / "mls_italian_opus"
+    gone = next((folder / "test/audio").rglob("*.opus"))
+    gone.unlink()
+    with pytest.raises(FileNotFoundError, match=gone.stem):
+        prepare(str(tmp_path), str(tmp_path / "out"), ["italian"])
+    with open(folder / "train/transcripts.txt", "a") as stream:
+        stream.write("9_9_000001 no tab here\n")
+    with pytest.raises(ValueError, match="transcripts.txt, line 15"):
+        prepare(str(tmp_path), str(tmp_path / "out"), ["italian"])
+    # Nothing says that the preparation is done.
+    assert not (tmp_path / "out" / "mls_prepare.json").exists()

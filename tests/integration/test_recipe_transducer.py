@@ -1,0 +1,271 @@
+"""The recipe `FSDD/ASR/transducer` at toy size, as users run it.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "recipes/FSDD/ASR/transducer"
+TINY = {
+    "d_model": 16,
+    "d_ffn": 16,
+    "nhead": 2,
+    "num_layers": 1,
+    "kernel_size": 3,
+    "predictor_dim": 8,
+    "joint_dim": 8,
+    "vocabulary": "[ONE, TWO, SIX]",
+    "labels": "[<blank>, ONE, TWO, SIX]",
+    "output_neurons": 4,
+    "rare_words": "[SIX]",
+    "pretraining_domains": "[in_domain, out_of_domain]",
+    "languages": "[de, it]",
+    "variants": "[f1, m1]",
+    "takes_per_voice": 1,
+    "pretraining_strings": 12,
+    "pretraining_steps": 3,
+    "rnnt_steps": 3,
+    "min_wer_steps": 3,
+    "train_minutes": 0.2,
+    "batch_size": 4,
+    "valid_strings": 3,
+    "test_strings": 8,
+    "streamed_strings": 3,
+    # A killed run goes on in the middle of a training.
+    "ckpt_interval_steps": 1,
+}
+ENGLISH = ("scratch", "transfer", "transfer_out_of_domain")
+STAGES = [f"{n}_{e}" for n in ENGLISH for e in ("min_wer", "more_rnnt")]
+ROWS = [*ENGLISH, *STAGES, "transfer_at_min_wer", "full_context"]
+MODELS = len(ROWS) + 2
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A few takes of three words by two speakers."""
+    pytest.importorskip("espeakng_loader")
+    from speechbrain_taskarith.data import (
+        SIMULATED_SPEAKERS,
+        make_digits_corpus,
+    )
+
+    folder = tmp_path_factory.mktemp("corpus")
+    make_digits_corpus(
+        folder,
+        speakers=SIMULATED_SPEAKERS[:2],
+        takes=12,
+        words=["ONE", "TWO", "SIX"],
+        voices=["en-us+f1"],
+        synthetic_takes=1,
+        show_progress=False,
+    )
+    return folder / "recorded"
+
+
+def environment():
+    """Return what a user's shell would have, with one thread."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def start(data, output, **options):
+    """Start the recipe as a user would."""
+    command = [sys.executable, "train.py", "hparams/train.yaml"]
+    options = {**TINY, **options, "data_folder": data, "output_folder": output}
+    for key, value in options.items():
+        command += [f"--{key}", str(value)]
+    return subprocess.Popen(
+        [*command, "--device", "cpu"],
+        cwd=RECIPE,
+        env=environment(),
+        # A file: a pipe that nobody reads would stop the process.
+        stdout=open(f"{output}.log", "a", encoding="utf-8"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def said(output):
+    """Return the end of what the processes of an output folder said."""
+    return Path(f"{output}.log").read_text(encoding="utf-8")[-6000:]
+
+
+def run(data, output, **options):
+    """Run the recipe to its end."""
+    process = start(data, output, **options)
+    process.wait(timeout=600)
+    assert process.returncode == 0, said(output)
+
+
+def weights(output, name):
+    """Read a model of the study by torch alone."""
+    path = output / "save" / "models" / name / "CKPT+finished" / "model.ckpt"
+    return torch.load(path, weights_only=True)
+
+
+def finished_models(output):
+    return len(list((output / "save" / "models").glob("*/CKPT+finished")))
+
+
+def part_of(state, *names):
+    """Return the weights below some names."""
+    return {k: v for k, v in state.items() if k.split(".")[0] in names}
+
+
+def equal(one, other):
+    """Are two sets of weights the same, bit for bit?"""
+    return one.keys() == other.keys() and all(
+        torch.equal(one[name], other[name]) for name in one
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    output = tmp_path_factory.mktemp("finished")
+    run(corpus, output)
+    return output
+
+
+@pytest.mark.slow
+def test_leaves_the_whole_table(finished):
+    rows = json.loads((finished / "summary.json").read_text())
+    table = {
+        (row["row"], row["metric"]): row["value"]
+        for row in rows
+        if row["table"] == "transducer"
+    }
+    assert {row for row, _ in table} == set(ROWS)
+    for name in ROWS:
+        for metric in ("wer", "rare_wer", "non_rare_wer", "insertions"):
+            assert (name, metric) in table
+        scratch = table["scratch", "wer"]
+        assert table[name, "relative_reduction"] == pytest.approx(
+            100 * (scratch - table[name, "wer"]) / scratch
+        )
+    for name in ENGLISH:
+        control = table[f"{name}_more_rnnt", "wer"]
+        assert table[f"{name}_min_wer", "reduction_over_rnnt"] == pytest.approx(
+            100 * (control - table[f"{name}_min_wer", "wer"]) / control
+        )
+    statistics = {
+        (row["row"], row["metric"]): row["value"]
+        for row in rows
+        if row["table"] == "min_wer_statistics"
+    }
+    # The best of a list is never worse than what is expected of it.
+    for name in (*(f"{n}_min_wer" for n in ENGLISH), "transfer_at_min_wer"):
+        oracle = statistics[name, "oracle_wer"]
+        assert 0 <= oracle <= statistics[name, "expected_wer"] + 1e-6
+        assert 1 <= statistics[name, "hypotheses"] <= 4
+    assert {row["split"] for row in rows} == {"test", "train"}
+    text = (finished / "results.md").read_text()
+    assert "3 of 3 strings come out of `transfer_min_wer`" in text
+    assert "Rare words, by the training transcripts: SIX" in text
+    assert (finished / "plots" / "wer.png").stat().st_size > 1000
+    assert finished_models(finished) == MODELS
+
+
+@pytest.mark.slow
+def test_command_streams_the_recipes_own_recogniser(finished):
+    folder = finished / "transcriber"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "speechbrain_taskarith", "transcribe"),
+            *("--stream", "--chunk", "0.1", "--json"),
+            *("--model", str(folder), str(folder / "example.wav")),
+        ],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    from speechbrain_taskarith.commands.transcriber_folder import (
+        load_transcriber,
+    )
+    from speechbrain_taskarith.data import read_audio
+
+    model = load_transcriber(folder)
+    wave = read_audio(folder / "example.wav", 16000)
+    assert found["files"][0]["text"] == model.transcribe(wave)
+    # 8 frames of 40 ms, and half a window of 25 ms.
+    assert found["latency"]["algorithmic"] == pytest.approx(0.3325)
+    # It is the last model of the study, with the sizes of this run.
+    last = weights(finished, "transfer_min_wer")
+    for name in ("frontend", "encoder"):
+        state = getattr(model, name).state_dict()
+        assert equal(
+            state,
+            {
+                k.removeprefix(f"{name}."): v
+                for k, v in part_of(last, name).items()
+            },
+        )
+
+
+@pytest.mark.slow
+def test_encoder_is_taken_over_and_nothing_else(corpus, tmp_path):
+    # A rate of 0 leaves every model at its start.
+    run(corpus, tmp_path, rnnt_lr=0.0, min_wer_lr=0.0, processes=2)
+    start, source = (
+        weights(tmp_path, name) for name in ("scratch", "pretrained_in_domain")
+    )
+    other = weights(tmp_path, "pretrained_out_of_domain")
+    for name, encoder in (
+        ("transfer", source),
+        ("transfer_min_wer", source),
+        ("transfer_at_min_wer", source),
+        ("full_context", source),
+        ("transfer_out_of_domain", other),
+        ("scratch_min_wer", start),
+    ):
+        found = weights(tmp_path, name)
+        taken, fresh = ("frontend", "encoder"), ("predictor", "joint")
+        assert equal(part_of(found, *taken), part_of(encoder, *taken)), name
+        if name != "full_context":  # it draws its own
+            assert equal(part_of(found, *fresh), part_of(start, *fresh)), name
+    assert not equal(part_of(source, "encoder"), part_of(start, "encoder"))
+    assert source["joint.output.weight"].shape != (4, 8)
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_gives_the_same(corpus, finished, tmp_path):
+    # Two processes share the models; both die without warning.
+    process = start(corpus, tmp_path, processes=2)
+    deadline = time.monotonic() + 300
+    while finished_models(tmp_path) < 4 and time.monotonic() < deadline:
+        assert process.poll() is None, said(tmp_path)
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert 4 <= finished_models(tmp_path) < MODELS
+    run(corpus, tmp_path, processes=2)
+    assert finished_models(tmp_path) == MODELS
+    for name in ("pretrained_in_domain", *ROWS):
+        assert equal(weights(finished, name), weights(tmp_path, name)), name
+    # What depends on a stop-watch is not in the table.
+    old = json.loads((finished / "summary.json").read_text())
+    assert json.loads((tmp_path / "summary.json").read_text()) == old
+
+
+@pytest.mark.slow
+def test_missing_words_are_named(corpus, tmp_path):
+    with pytest.raises(AssertionError, match="no train recording of TEN by"):
+        run(
+            corpus,
+            tmp_path,
+            vocabulary="[ONE, TEN]",
+            labels="[<blank>, ONE, TEN]",
+            output_neurons=3,
+        )
