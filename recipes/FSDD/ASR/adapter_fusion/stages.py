@@ -8,6 +8,7 @@ Authors
 """
 
 import time
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,6 +108,20 @@ class Trainer:
         self.folder = Path(hparams["save_folder"])
         self._loaders = {}
         self.bar = None
+
+    def seed_for(self, name):
+        """Seed what is about to be made from random numbers.
+
+        What trainings before it have drawn depends on where a killed run
+        was started again.
+
+        Arguments
+        ---------
+        name : str
+            Of the training.
+        """
+        text = f"{self.hparams['seed']} {name}"
+        torch.manual_seed(zlib.crc32(text.encode()))
 
     def train(self, name, make_items, start, choose, row, use):
         """Train from some weights, or read what an earlier run has made.

@@ -188,6 +188,7 @@ class Study(Trainer):
         plain = copy.deepcopy(self.model)
         handle = plain.get_submodule(self.handle_name())
         handle.remove()
+        self.seed_for("lora")
         adapted = AdaptedModel(
             plain,
             adapter_class=LoRA,
@@ -286,6 +287,7 @@ class Study(Trainer):
         """
         settings = self.hparams["compositions"][row]
         self.model.load_state_dict(extracted)
+        self.seed_for(folder)
         self.adapters.set_combination(settings["combination"], names=names)
         mode = MODES[settings["mode"]]
         chosen = self.adapters.train_composition(mode)
@@ -361,6 +363,7 @@ class Study(Trainer):
         """
         self.model.load_state_dict(extracted)
         before = [self.outputs(name) for name in self.tasks.names]
+        self.seed_for(SHARED)
         self.adapters.add_adapter(SHARED, self.hparams["shared_bottleneck"])
         start = {**self.state(), **extracted}
         state, count, seconds = self.train(
