@@ -216,10 +216,25 @@ class Trainer:
         float
             WER in %.
         """
+        return self.brain.wer_on(_Batches(self.batches(name)))
+
+    def batches(self, name):
+        """Return the batches to measure a task on, put together once.
+
+        Arguments
+        ---------
+        name : str
+            The task.
+
+        Returns
+        -------
+        list of PaddedBatch
+            The shortest strings first.
+        """
         if name not in self._loaders:
             items = self.tasks.held_out(name, self.hparams["report_on"])
             self._loaders[name] = list(self.brain.evaluation_loader(items))
-        return self.brain.wer_on(_Batches(self._loaders[name]))
+        return self._loaders[name]
 
     @torch.no_grad()
     def outputs(self, name):
@@ -235,10 +250,9 @@ class Trainer:
         torch.Tensor
             [batch, frames, labels]
         """
-        self.wer_of(name)
         self.model.eval()
         with self.adapters.use(name):
-            batch = self._loaders[name][0]
+            batch = self.batches(name)[0]
             return self.brain.compute_forward(batch, "probe")[0].clone()
 
     def mixture(self, names, row):

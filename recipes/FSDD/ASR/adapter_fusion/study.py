@@ -149,7 +149,9 @@ class Study(Trainer):
                 "full_fine_tuning_each",
                 None,
             )
-            each.wer[name] = self.measure(None, state).wer[name]
+            self.model.load_state_dict(state)
+            with self.adapters.use(None):
+                each.wer[name] = self.wer_of(name)
             each.trained += count
             each.seconds += seconds
             if turn is base:  # the first task has nothing to forget
