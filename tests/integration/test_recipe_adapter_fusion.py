@@ -1,5 +1,6 @@
 """The recipe `FSDD/ASR/adapter_fusion` at toy size, as users run it."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -207,9 +208,23 @@ def test_an_adapters_file_works_in_another_copy_of_the_base(finished):
     torch.testing.assert_close(*outputs, rtol=0, atol=0)
 
 
+@pytest.mark.slow
+def test_a_task_may_be_a_speaker(finished):
+    spec = importlib.util.spec_from_file_location("tasks", RECIPE / "tasks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    hparams = {"prepared_folder": str(finished / "prepared")}
+    hparams |= {"takes_per_word": 2, "tasks": {"a": "GRC/Greek", "b": None}}
+    tasks = module.Tasks(hparams, None)
+    by_accent = tasks.of("a", "train")
+    (hparams["tasks"]["b"],) = {r.spk_id for r in by_accent}
+    assert tasks.of("b", "train") == by_accent
+    assert len(by_accent) == 2 * 3  # takes of each word
+
+
 def test_an_accent_that_nobody_speaks(corpus, tmp_path):
     code, said = run(
-        corpus, tmp_path, **TINY, tasks="{us: Mars}", base_data="pooled"
+        corpus, tmp_path, **TINY, accents="{us: Mars}", base_data="pooled"
     )
     assert code != 0
-    assert "task 'us': no train recording has the accent 'Mars'" in said
+    assert "'us': no train recording has the accent or speaker 'Mars'" in said

@@ -123,21 +123,21 @@ class Trainer:
         text = f"{self.hparams['seed']} {name}"
         torch.manual_seed(zlib.crc32(text.encode()))
 
-    def train(self, name, make_items, start, choose, row, use):
+    def train(self, name, tasks, start, choose, row, use):
         """Train from some weights, or read what an earlier run has made.
 
         Arguments
         ---------
         name : str
             Its folder under `save`.
-        make_items : callable
-            Returns the training strings.
+        tasks : None or list of str
+            Whose recordings it learns, all alike; None: the base's.
         start : dict of str to torch.Tensor
             The weights to start from.
         choose : callable
             Returns the parameters to train.
         row : str
-            Whose `training` says the learning rate.
+            Whose `training` says steps and learning rate.
         use : None or str
             The adapter that is in use, or `"combined"`.
 
@@ -156,8 +156,12 @@ class Trainer:
             method = Only(choose)
             self.adapters.use(use)
             begin = time.perf_counter()
+            if tasks is None:
+                items = self.tasks.for_base()
+            else:
+                items = self.tasks.training(tasks, settings["steps"])
             state = self.brain.fine_tune(
-                Domain(name, make_items()),
+                Domain(name, items),
                 start,
                 folder / "training",
                 method=method,
@@ -168,8 +172,8 @@ class Trainer:
         told = read_json(about)
         return dict(open_state(path)), told["trained"], told["seconds"]
 
-    def measure(self, use, state, trained=0, seconds=0.0):
-        """Measure every task with some weights.
+    def measure(self, use, state, trained=0, seconds=0.0, tasks=None):
+        """Measure tasks with some weights.
 
         Arguments
         ---------
@@ -181,6 +185,8 @@ class Trainer:
             Goes into the row.
         seconds : float
             Goes into the row.
+        tasks : list of str, optional
+            Which ones; all by default.
 
         Returns
         -------
@@ -189,7 +195,7 @@ class Trainer:
         """
         self.model.load_state_dict(state)
         row = Row({}, trained, seconds)
-        for name in self.tasks.names:
+        for name in tasks or self.tasks.names:
             with self.adapters.use(name if use == "own" else use):
                 row.wer[name] = self.wer_of(name)
             seen = self.brain.attention
@@ -254,25 +260,6 @@ class Trainer:
         with self.adapters.use(name):
             batch = self.batches(name)[0]
             return self.brain.compute_forward(batch, "probe")[0].clone()
-
-    def mixture(self, names, row):
-        """Make the strings of one training.
-
-        Arguments
-        ---------
-        names : list of str
-            Tasks, all alike.
-        row : str
-            Whose `training` says how many steps.
-
-        Returns
-        -------
-        list of dict
-            In the order to train in.
-        """
-        return self.tasks.training(
-            names, self.hparams["training"][row]["steps"]
-        )
 
     def state(self):
         """Return a copy of all weights at hand.

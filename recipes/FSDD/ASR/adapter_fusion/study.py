@@ -88,11 +88,9 @@ class Study(Trainer):
                     "a base of this model"
                 )
             return {k: v if own in k else given[k] for k, v in start.items()}
-        return self.train(
-            "base", self.tasks.for_base, start, self.base_only, "base", None
-        )[0]
+        return self.train("base", None, start, self.base_only, "base", None)[0]
 
-    def full_fine_tuning(self, folder, names, base):
+    def full_fine_tuning(self, folder, names, base, measured=None):
         """Fine-tune every parameter of the base on some tasks.
 
         Arguments
@@ -103,21 +101,18 @@ class Study(Trainer):
             The tasks.
         base : dict of str to torch.Tensor
             Where it starts.
+        measured : list of str, optional
+            The tasks that are measured; all by default.
 
         Returns
         -------
         Row
-            Measured on all tasks.
+            The result.
         """
         state, count, seconds = self.train(
-            folder,
-            lambda: self.mixture(names, "full_fine_tuning"),
-            base,
-            self.base_only,
-            "full_fine_tuning",
-            None,
+            folder, names, base, self.base_only, "full_fine_tuning", None
         )
-        return self.measure(None, state, trained=count, seconds=seconds)
+        return self.measure(None, state, count, seconds, measured)
 
     def task_by_task(self, base):
         """Fine-tune everything on one task at a time.
@@ -137,13 +132,9 @@ class Study(Trainer):
         each, turn = Row({}), base
         in_turn = Row({}, 0, 0.0)
         for name in self.tasks.names:
-
-            def items(name=name):
-                return self.mixture([name], "full_fine_tuning_each")
-
             state, count, seconds = self.train(
                 f"full_{name}",
-                items,
+                [name],
                 base,
                 self.base_only,
                 "full_fine_tuning_each",
@@ -160,7 +151,7 @@ class Study(Trainer):
                 continue
             turn, _, seconds = self.train(
                 f"full_until_{name}",
-                items,
+                [name],
                 turn,
                 self.base_only,
                 "full_fine_tuning_each",
@@ -201,7 +192,7 @@ class Study(Trainer):
         with self.other_model(adapted):
             state, count, seconds = self.train(
                 "lora",
-                lambda: self.mixture(self.tasks.names, "lora"),
+                self.tasks.names,
                 {k: v.clone() for k, v in adapted.state_dict().items()},
                 lambda: trained,
                 "lora",
@@ -234,7 +225,7 @@ class Study(Trainer):
             first, prefix, row = names[0], "from_shared_", "from_shared"
             together, _, total = self.train(
                 "extraction_together",
-                lambda: self.mixture(names, "extraction_together"),
+                names,
                 base,
                 lambda: self.adapters.train_extraction(first),
                 "extraction_together",
@@ -249,7 +240,7 @@ class Study(Trainer):
         for name in names:
             one, _, seconds = self.train(
                 f"extraction_{prefix}{name}",
-                lambda name=name: self.mixture([name], row),
+                [name],
                 base,
                 lambda name=name: self.adapters.train_extraction(name),
                 row,
@@ -268,7 +259,7 @@ class Study(Trainer):
             if not torch.equal(value, before[key])
         }
 
-    def compose(self, folder, row, names, extracted):
+    def compose(self, folder, row, names, extracted, measured=None):
         """Knowledge composition: train a combination on some tasks.
 
         Arguments
@@ -282,10 +273,13 @@ class Study(Trainer):
         extracted : dict of str to torch.Tensor
             Base and trained adapters.
 
+        measured : list of str, optional
+            The tasks that are measured; all by default.
+
         Returns
         -------
         Row
-            Measured on all tasks; seconds are of composition alone.
+            The result; seconds are of composition alone.
         """
         settings = self.hparams["compositions"][row]
         self.model.load_state_dict(extracted)
@@ -297,7 +291,7 @@ class Study(Trainer):
         if chosen:
             state, _, seconds = self.train(
                 folder,
-                lambda: self.mixture(names, row),
+                names,
                 state,
                 lambda: self.adapters.train_composition(mode),
                 row,
@@ -308,7 +302,7 @@ class Study(Trainer):
         counts = self.adapters.count_parameters()
         count = counts["adapters"] * len(names) // len(self.tasks.names)
         count += counts["combination"]
-        found = self.measure("combined", state, trained=count, seconds=seconds)
+        found = self.measure("combined", state, count, seconds, measured)
         self.adapters.save_combination(self.folder / f"{folder}.safetensors")
         # What was frozen has kept its bytes.
         kept = [k for k in extracted if mode == "ST-A" or "bank" not in k]
@@ -339,11 +333,11 @@ class Study(Trainer):
         for left_out in self.tasks.names:
             others = [name for name in self.tasks.names if name != left_out]
             for row in rows:
-                folder = f"without_{left_out}_{row}"
+                folder, only = f"without_{left_out}_{row}", [left_out]
                 if row == "full_fine_tuning":
-                    result = self.full_fine_tuning(folder, others, base)
+                    result = self.full_fine_tuning(folder, others, base, only)
                 else:
-                    result = self.compose(folder, row, others, extracted)
+                    result = self.compose(folder, row, others, extracted, only)
                 found[row].wer[left_out] = result.wer[left_out]
                 found[row].trained = result.trained
                 found[row].seconds += result.seconds / len(self.tasks.names)
@@ -370,13 +364,13 @@ class Study(Trainer):
         start = {**self.state(), **extracted}
         state, count, seconds = self.train(
             SHARED,
-            lambda: self.mixture(self.tasks.names, "shared_adapter"),
+            self.tasks.names,
             start,
             lambda: self.adapters.train_extraction(SHARED),
             "shared_adapter",
             SHARED,
         )
-        found = self.measure(SHARED, state, trained=count, seconds=seconds)
+        found = self.measure(SHARED, state, count, seconds)
         after = [self.outputs(name) for name in self.tasks.names]
         same = all(torch.equal(a, b) for a, b in zip(before, after))
         self.adapters.use(None)

@@ -17,7 +17,7 @@ from speechbrain_taskarith.data import (
 
 
 class Tasks:
-    """Makes strings of every task; a task is an accent.
+    """Makes strings of every task; a task is an accent or a speaker.
 
     Arguments
     ---------
@@ -54,16 +54,19 @@ class Tasks:
         Raises
         ------
         ValueError
-            The data has no recording of the task's accent.
+            The data has no recording of the task's accent or speaker.
         """
-        accent = self.hparams["tasks"][task]
-        found = [r for r in self._recordings[split] if r.accent == accent]
+        wanted = self.hparams["tasks"][task]
+        recordings = self._recordings[split]
+        found = [r for r in recordings if wanted in (r.accent, r.spk_id)]
         if not found:
-            accents = sorted({r.accent for r in self._recordings[split]})
+            accents = sorted({r.accent for r in recordings})
+            speakers = sorted({r.spk_id for r in recordings})
             raise ValueError(
-                f"task {task!r}: no {split} recording has the accent "
-                f"{accent!r}; the data has {', '.join(accents)}. Name "
-                "accents of your data under `tasks`"
+                f"task {task!r}: no {split} recording has the accent or "
+                f"speaker {wanted!r}; the data has {', '.join(accents)}; "
+                f"{', '.join(speakers)}. Name accents or speakers of your "
+                "data under `tasks`"
             )
         most = self.hparams["takes_per_word"]
         if split != "train" or most is None:
