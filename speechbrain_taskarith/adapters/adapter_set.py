@@ -15,6 +15,7 @@ from .freezing import hold_statistics
 from .fusion import AudioAdapterFusion
 from .insertion import CHILD, Attachment
 from .layer import LayerAdapters, Route
+from .pass_through import PassThrough
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ KINDS = {
 }
 
 
-class AdapterSet(torch.nn.Module):
+class AdapterSet(PassThrough):
     """The adapters of an encoder: members, and what is in use.
 
     The part of `AdapterHandle` that neither trains nor saves.
@@ -236,28 +237,6 @@ class AdapterSet(torch.nn.Module):
             parameter.requires_grad_(flag)
         self._flags = []
         self.encoder.train(self.encoder.training)
-
-    def forward(self, x, *others, **named):
-        """Return the first input as it is.
-
-        The hooks do the work; an encoder that is a `Sequential` calls its
-        last child with what it returns.
-
-        Arguments
-        ---------
-        x : object
-            Anything.
-        *others : tuple
-            Ignored.
-        **named : dict
-            Ignored.
-
-        Returns
-        -------
-        object
-            `x`
-        """
-        return x
 
 
 class _Back:

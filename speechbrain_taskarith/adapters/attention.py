@@ -6,6 +6,8 @@ Authors
 
 import torch
 
+from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
+
 
 def adapter_attention(layers, layer_names, lens):
     """See `AdapterHandle.attention`.
@@ -106,8 +108,9 @@ def guidance_loss(layers, layer_names, names, tasks, lens):
 def _valid_frames(values, lens):
     """Return which of [B, T] are no padding, by relative lengths."""
     frames = values.shape[1]
-    ends = torch.round(lens.to(values.device) * frames)
-    return torch.arange(frames, device=values.device) < ends[:, None]
+    return ~padding_mask(
+        absolute_lengths(lens.to(values.device), frames), frames
+    )
 
 
 def attention_stats(attention, names):

@@ -6,6 +6,8 @@ Authors
 
 import torch
 
+from .pass_through import PassThrough
+
 
 def keeps_statistics(module):
     """Tell whether a module changes by itself in training mode.
@@ -38,7 +40,7 @@ def keeps_statistics(module):
     )
 
 
-class StayFrozen(torch.nn.Module):
+class StayFrozen(PassThrough):
     """A child that keeps its parent's statistics still.
 
     `parent.train()` reaches every child, this one last, which then puts
@@ -78,27 +80,6 @@ class StayFrozen(torch.nn.Module):
         super().train(mode)
         hold_statistics(self._parent[0])
         return self
-
-    def forward(self, x, *others, **named):
-        """Return the first input as it is.
-
-        Containers such as `Sequential` call their children.
-
-        Arguments
-        ---------
-        x : object
-            Anything.
-        *others : tuple
-            Ignored.
-        **named : dict
-            Ignored.
-
-        Returns
-        -------
-        object
-            `x`
-        """
-        return x
 
 
 def hold_statistics(module):

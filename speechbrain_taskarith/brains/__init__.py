@@ -17,9 +17,14 @@ _WHERE = {
     "checkpoints": ("AtomicCheckpointer",),
     "precision": ("fast_precision",),
     "sharding": ("ShardedBatch", "shard_loader"),
-    "fine_tuning": ("FineTuneMixin",),
+    "fine_tuning": ("FineTuneMixin", "copy_of"),
     "sequential": ("Domain", "SequentialMixin"),
     "digit_strings": ("DigitStringBrain",),
+    "pieces": ("PieceLabels",),
+    "running_means": ("RunningMeans",),
+    "translation": ("TranslationBrain", "best_key"),
+    "helper_processes": ("helpers", "is_helper"),
+    "model_folder": ("ModelFolder",),
 }
 _FILE_OF = {name: file for file, names in _WHERE.items() for name in names}
 

@@ -5,13 +5,12 @@ Authors
 """
 
 import functools
-import random
-import zlib
 from pathlib import Path
 
 import speechbrain as sb
 import torch
 
+from speechbrain_taskarith.utils.seeds import seed_random_numbers
 from speechbrain_taskarith.vectors.atomic_checkpointer import (
     AtomicCheckpointer,
 )
@@ -175,10 +174,7 @@ class FineTuneMixin:
             Passed on.
         """
         super().on_fit_batch_start(batch, should_step)
-        text = f"{self._task_seed} {self.optimizer_step} {self.step}"
-        seed = zlib.crc32(text.encode())
-        torch.manual_seed(seed)
-        random.seed(seed)
+        seed_random_numbers(self._task_seed, self.optimizer_step, self.step)
 
     def compute_objectives(self, predictions, batch, stage):
         """Add the lifelong method's term to the training loss.

@@ -10,6 +10,8 @@ Authors
 
 import torch
 
+from speechbrain_taskarith.utils.lengths import absolute_lengths
+
 
 class CTCNetwork(torch.nn.Module):
     """Front-end, encoder and output layer of a CTC model.
@@ -168,7 +170,7 @@ class Seq2SeqNetwork(torch.nn.Module):
         torch.Tensor
             [batch, vocabulary], log-probabilities.
         """
-        absolute = (lens * encoded.shape[1]).round().long()
+        absolute = absolute_lengths(lens, encoded.shape[1])
         # SpeechBrain makes the mask as wide as the longest utterance.
         encoded = encoded[:, : absolute.max()]
         decoded, _ = self.transformer.decode(tokens, encoded, absolute)

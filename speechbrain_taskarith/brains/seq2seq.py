@@ -8,6 +8,7 @@ import speechbrain as sb
 import torch
 
 from speechbrain_taskarith.brains.ctc import CTCBrain, bare
+from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
 
 
 class Seq2SeqBrain(CTCBrain):
@@ -109,13 +110,13 @@ class Seq2SeqBrain(CTCBrain):
     def _around(self, batch):
         """Return decoder input, targets, and the targets' lengths."""
         tokens, lens = batch.tokens
-        count = (lens * tokens.shape[1]).round().long()
+        count = absolute_lengths(lens, tokens.shape[1])
         prompt = torch.as_tensor(self.hparams.prompt, device=tokens.device)
         prompt = prompt.expand(len(tokens), -1)
         eos = self.hparams.eos_index
-        positions = torch.arange(tokens.shape[1] + 1, device=tokens.device)
         targets = torch.nn.functional.pad(tokens, (0, 1), value=eos)
-        targets = torch.where(positions < count[:, None], targets, eos)
+        beyond = padding_mask(count, targets.shape[1])
+        targets = targets.masked_fill(beyond, eos)
         bos = torch.cat([prompt, targets[:, :-1]], dim=1)
         return bos, targets, (count + 1) / targets.shape[1]
 

@@ -16,6 +16,11 @@ import torch
 from speechbrain.dataio.batch import PaddedBatch, PaddedData
 from speechbrain.dataio.dataloader import SaveableDataLoader
 
+from speechbrain_taskarith.utils.lengths import (
+    absolute_lengths,
+    relative_lengths,
+)
+
 
 class ShardedBatch:
     """Collate function: a process's part of a batch.
@@ -119,5 +124,6 @@ def _pad(padded, longest):
         return padded
     room = data.new_zeros(data.shape[0], missing, *data.shape[2:])
     # A product of two roundings may miss the exact length: go by samples.
-    absolute = (lengths * data.shape[1]).round()
-    return PaddedData(torch.cat([data, room], dim=1), absolute / longest)
+    absolute = absolute_lengths(lengths, data.shape[1])
+    lengths = relative_lengths(absolute, longest)
+    return PaddedData(torch.cat([data, room], dim=1), lengths)

@@ -11,13 +11,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import jiwer
-
-from speechbrain_taskarith.metrics.word_errors import (
-    _matched,
-    _rate,
-    _tokenised,
-    _unchanged,
+from speechbrain_taskarith.metrics.word_alignment import (
+    aligned,
+    error_rate,
+    matched,
 )
 
 
@@ -61,7 +58,7 @@ class WordGroupErrors:
 
         0 where the group has no word: see `words`.
         """
-        return _rate(self.errors, self.words)
+        return error_rate(self.errors, self.words)
 
     def __add__(self, other):
         return WordGroupErrors(
@@ -111,12 +108,12 @@ class RareWordReport:
     @property
     def wer(self):
         """Word error rate over all words, in %; that of `metrics.wer`."""
-        return _rate(self.errors, self.words)
+        return error_rate(self.errors, self.words)
 
     @property
     def insertion_rate(self):
         """Insertions in % of all reference words."""
-        return _rate(self.insertions, self.words)
+        return error_rate(self.insertions, self.words)
 
     def __add__(self, other):
         if not isinstance(other, RareWordReport):
@@ -235,18 +232,10 @@ class RareWords:
 
     def _reports(self, references, hypotheses, ids):
         """Return one `RareWordReport` an utterance, in order."""
-        references, hypotheses, ids = _matched(references, hypotheses, ids)
-        references = _tokenised(references, ids, "reference")
-        hypotheses = _tokenised(hypotheses, ids, "hypothesis")
-        output = jiwer.process_words(
-            references,
-            hypotheses,
-            reference_transform=_unchanged,
-            hypothesis_transform=_unchanged,
-        )
+        words, _, alignments = aligned(references, hypotheses, ids)
         return [
-            self._utterance(words, chunks)
-            for words, chunks in zip(references, output.alignments)
+            self._utterance(reference, chunks)
+            for reference, chunks in zip(words, alignments)
         ]
 
     def _utterance(self, reference, chunks):
@@ -303,7 +292,7 @@ def rare_words_by_language(
     >>> {language: report.rare.wer for language, report in found.items()}
     {'it': 0.0, 'en': 100.0}
     """
-    _, _, names = _matched(references, hypotheses, ids)
+    _, _, names = matched(references, hypotheses, ids)
     if isinstance(languages, Mapping):
         by_name = {str(name): spoken for name, spoken in languages.items()}
         languages = [by_name.get(name) for name in names]

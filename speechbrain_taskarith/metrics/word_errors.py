@@ -12,7 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import jiwer
+from speechbrain_taskarith.metrics.word_alignment import (
+    aligned,
+    error_rate,
+    some_utterances,
+)
 
 
 class UtteranceErrors(NamedTuple):
@@ -133,12 +137,12 @@ class WERReport:
         Above 100 where insertions abound. Without a single reference word
         it is 0 when nothing was inserted and infinite otherwise.
         """
-        return _rate(self.errors, self.words)
+        return error_rate(self.errors, self.words)
 
     @property
     def sentence_error_rate(self):
         """Share of utterances with an error, in %."""
-        return _rate(self.sentence_errors, self.sentences)
+        return error_rate(self.sentence_errors, self.sentences)
 
     def __add__(self, other):
         if not isinstance(other, WERReport):
@@ -203,18 +207,8 @@ def wer(references, hypotheses, ids=None):
     >>> wer({"a": "one", "b": "two"}, {"b": "two", "a": "nine"}).ids
     ('a', 'b')
     """
-    references, hypotheses, ids = _matched(references, hypotheses, ids)
-    references = _tokenised(references, ids, "reference")
-    hypotheses = _tokenised(hypotheses, ids, "hypothesis")
-    output = jiwer.process_words(
-        references,
-        hypotheses,
-        # The words are split already; jiwer's default would join and split
-        # them again, and break words that hold a space.
-        reference_transform=_unchanged,
-        hypothesis_transform=_unchanged,
-    )
-    counted = map(_counts, ids, output.alignments)
+    _, ids, alignments = aligned(references, hypotheses, ids)
+    counted = map(_counts, ids, alignments)
     return WERReport(tuple(counted))
 
 
@@ -258,7 +252,8 @@ def by_domain(references, hypotheses, domains, ids=None):
         missing = [id_ for id_ in report.ids if id_ not in domains]
         if missing:
             raise ValueError(
-                f"{_some(missing)}: no domain given; add it to `domains`"
+                f"{some_utterances(missing)}: no domain given; add it to "
+                "`domains`"
             )
         domains = [domains[id_] for id_ in report.ids]
     domains = list(domains)
@@ -273,16 +268,6 @@ def by_domain(references, hypotheses, domains, ids=None):
     return {name: WERReport(tuple(group)) for name, group in groups.items()}
 
 
-def _rate(errors, total):
-    if total == 0:
-        return 0.0 if errors == 0 else float("inf")
-    return 100.0 * errors / total
-
-
-def _unchanged(sentences):
-    return sentences
-
-
 def _counts(id_, alignment):
     counts = {"equal": 0, "substitute": 0, "delete": 0, "insert": 0}
     for chunk in alignment:
@@ -291,79 +276,3 @@ def _counts(id_, alignment):
             chunk.hyp_end_idx - chunk.hyp_start_idx,
         )
     return UtteranceErrors(id_, *counts.values())
-
-
-def _matched(references, hypotheses, ids):
-    """Bring both sides into lists of one order, with one ID each."""
-    if isinstance(references, str) or isinstance(hypotheses, str):
-        raise TypeError(
-            "expected a list of transcripts, got a single string; write "
-            "wer([reference], [hypothesis])"
-        )
-    if isinstance(references, Mapping) != isinstance(hypotheses, Mapping):
-        raise TypeError(
-            "references and hypotheses must both be dicts by utterance ID, "
-            "or both sequences in the same order"
-        )
-    if isinstance(references, Mapping):
-        if ids is None:
-            ids = list(references)
-        for side, name in (
-            (references, "reference"),
-            (hypotheses, "hypothesis"),
-        ):
-            missing = [id_ for id_ in ids if id_ not in side]
-            extra = set(side) - set(ids)
-            if missing or extra:
-                kind = "has no" if missing else "has an unexpected"
-                raise ValueError(
-                    f"{_some(missing or sorted(extra, key=str))} {kind} "
-                    f"{name}; references and hypotheses must name the same "
-                    "utterances"
-                )
-        references = [references[id_] for id_ in ids]
-        hypotheses = [hypotheses[id_] for id_ in ids]
-    references, hypotheses = list(references), list(hypotheses)
-    if len(references) != len(hypotheses):
-        raise ValueError(
-            f"{len(references)} references but {len(hypotheses)} hypotheses; "
-            "give one hypothesis per reference ('' where nothing was "
-            "recognised)"
-        )
-    if not references:
-        raise ValueError(
-            "no utterances: the WER over nothing is not defined; check that "
-            "the test set is not empty"
-        )
-    ids = [str(i) for i in (range(len(references)) if ids is None else ids)]
-    if len(ids) != len(references):
-        raise ValueError(
-            f"{len(references)} utterances but {len(ids)} ids; give one each"
-        )
-    return references, hypotheses, ids
-
-
-def _tokenised(transcripts, ids, what):
-    result = []
-    for id_, transcript in zip(ids, transcripts):
-        if isinstance(transcript, str):
-            words = transcript.split()
-        elif isinstance(transcript, list | tuple) and all(
-            isinstance(word, str) for word in transcript
-        ):
-            words = list(transcript)
-        else:
-            raise TypeError(
-                f"utterance {id_!r}: the {what} is {transcript!r}, expected "
-                "a string or a list of words; a missing transcript must be "
-                "filled in or its utterance left out"
-            )
-        result.append(words)
-    return result
-
-
-def _some(ids, show=5):
-    """Name a few utterances, and how many more there are."""
-    more = f" and {len(ids) - show} more" if len(ids) > show else ""
-    plural = "s" if len(ids) > 1 else ""
-    return f"utterance{plural} {', '.join(map(repr, ids[:show]))}{more}"

@@ -9,6 +9,8 @@ Authors
 
 import torch
 
+from speechbrain_taskarith.utils.lengths import padding_mask
+
 
 def torchaudio_loss(logits, targets, frames, labels, blank_index):
     """Run `torchaudio.functional.rnnt_loss`.
@@ -114,8 +116,7 @@ def k2_loss(logits, targets, frames, labels, blank_index):
     boundary = torch.zeros(len(logits), 4, dtype=torch.long)
     boundary[:, 2], boundary[:, 3] = labels.cpu(), frames.cpu()
     other = 1 if blank_index == 0 else 0
-    columns = torch.arange(targets.shape[1], device=targets.device)
-    used = columns < labels[:, None]
+    used = ~padding_mask(labels, targets.shape[1])
     return k2.rnnt_loss(
         logits=logits.float(),
         symbols=torch.where(used, targets.long(), other),

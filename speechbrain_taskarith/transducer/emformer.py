@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
+from speechbrain_taskarith.utils.lengths import padding_mask
+
 from .emformer_layer import EmformerLayer
-from .lengths import absolute_lengths
+from .lengths import checked_lengths
 
 
 @dataclass
@@ -136,8 +138,8 @@ class Emformer(torch.nn.Module):
         batch, time, width = x.shape
         frames = torch.full((batch,), time, device=x.device)
         if lens is not None:
-            frames = absolute_lengths(lens, time, "input").to(x.device)
-        inside = torch.arange(time, device=x.device) < frames[:, None]
+            frames = checked_lengths(lens, time, "input").to(x.device)
+        inside = ~padding_mask(frames, time)
         x = x.masked_fill(~inside[..., None], 0.0)
         size, ahead = self.segment_length, self.right_context
         segments = -(-time // size)
@@ -241,12 +243,10 @@ class Emformer(torch.nn.Module):
             )
         frames = torch.full((batch,), time, device=chunk.device)
         if lens is not None:
-            frames = absolute_lengths(lens, time, "chunk", least=0)
+            frames = checked_lengths(lens, time, "chunk", least=0)
             frames = frames.to(chunk.device)
         x = torch.nn.functional.pad(chunk, (0, 0, 0, size + ahead - time))
-        own_there = (
-            torch.arange(size + ahead, device=x.device) < frames[:, None]
-        )
+        own_there = ~padding_mask(frames, size + ahead)
         x = x.masked_fill(~own_there[..., None], 0.0)
         masks = (context.memory_there, context.left_there, own_there)
         carried = None

@@ -7,6 +7,8 @@ Authors
 import torch
 from speechbrain.lobes.features import Fbank
 
+from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
+
 
 class LocalFbank(Fbank):
     """SpeechBrain's log-mel features, each frame from its own samples alone.
@@ -84,9 +86,8 @@ class TimeReduction(torch.nn.Module):
         batch, time, width = x.shape
         frames = torch.full((batch,), time, device=x.device)
         if lens is not None:
-            frames = (lens.double() * time).round().long().to(x.device)
-            inside = torch.arange(time, device=x.device) < frames[:, None]
-            x = x.masked_fill(~inside[..., None], 0.0)
+            frames = absolute_lengths(lens, time).to(x.device)
+            x = x.masked_fill(padding_mask(frames, time)[..., None], 0.0)
         x = torch.nn.functional.pad(x, (0, 0, 0, -time % self.factor))
         x = self.linear(x.reshape(batch, -1, width * self.factor))
         stacks = torch.div(

@@ -11,7 +11,7 @@ import torch
 
 from .hypotheses import Hypothesis, SearchResult
 from .joint import as_joint
-from .lengths import absolute_lengths
+from .lengths import checked_lengths
 from .predictor import join_states, select_state
 
 
@@ -92,7 +92,7 @@ class TransducerGreedySearch(torch.nn.Module):
         state = self.start(len(encoder_out), encoder_out.device)
         frames = None
         if lens is not None:
-            frames = absolute_lengths(lens, encoder_out.shape[1], "input")
+            frames = checked_lengths(lens, encoder_out.shape[1], "input")
         return self.results(self.advance(encoder_out, state, frames))
 
     @torch.no_grad()

@@ -9,9 +9,9 @@ import torch
 from .chunked import chunked_transitions
 from .lattice import lattice_log_prob
 from .lengths import (
-    absolute_lengths,
     check_targets,
     check_vocabulary,
+    checked_lengths,
     reduced,
 )
 from .transitions import accumulate_type, next_labels
@@ -303,8 +303,8 @@ def joint_transducer_loss(
         encoder_out = encoder_out.squeeze(2)
     if predictor_out.dim() == 4:
         predictor_out = predictor_out.squeeze(1)
-    frames = absolute_lengths(input_lens, encoder_out.shape[1], "input")
-    labels = absolute_lengths(target_lens, targets.shape[1], "target", least=0)
+    frames = checked_lengths(input_lens, encoder_out.shape[1], "input")
+    labels = checked_lengths(target_lens, targets.shape[1], "target", least=0)
     log_prob = sequence_log_prob(
         joint,
         encoder_out,

@@ -6,9 +6,11 @@ Authors
 
 import torch
 
+from speechbrain_taskarith.utils.lengths import padding_mask
 
-def absolute_lengths(lens, size, what, least=1):
-    """Turn relative lengths into numbers of steps.
+
+def checked_lengths(lens, size, what, least=1):
+    """Turn relative lengths into numbers of steps, and check them.
 
     Arguments
     ---------
@@ -34,7 +36,7 @@ def absolute_lengths(lens, size, what, least=1):
 
     Example
     -------
-    >>> absolute_lengths(torch.tensor([1.0, 0.5]), 7, "input").tolist()
+    >>> checked_lengths(torch.tensor([1.0, 0.5]), 7, "input").tolist()
     [7, 4]
     """
     lens = torch.as_tensor(lens)
@@ -100,8 +102,7 @@ def check_targets(targets, labels, blank_index, vocab_size, most=None):
             f"room for {most} (their third dimension must be the longest "
             "target + 1: feed the predictor a blank and then the targets)"
         )
-    columns = torch.arange(targets.shape[1], device=targets.device)
-    used = columns < labels.to(targets.device)[:, None]
+    used = ~padding_mask(labels.to(targets.device), targets.shape[1])
     bad = (targets == blank_index) | (targets < 0) | (targets >= vocab_size)
     bad = bad & used
     if bool(bad.any()):

@@ -6,7 +6,7 @@ Authors
 
 from .backends import BACKENDS
 from .lattice import lattice_log_prob, usable_transitions
-from .lengths import absolute_lengths, check_targets, reduced
+from .lengths import check_targets, checked_lengths, reduced
 from .transitions import accumulate_type, dense_transitions, next_labels
 
 
@@ -94,8 +94,8 @@ def transducer_loss(
         raise ValueError(
             f"{len(logits)} rows of logits but {len(targets)} rows of targets"
         )
-    frames = absolute_lengths(input_lens, logits.shape[1], "input")
-    labels = absolute_lengths(target_lens, targets.shape[1], "target", least=0)
+    frames = checked_lengths(input_lens, logits.shape[1], "input")
+    labels = checked_lengths(target_lens, targets.shape[1], "target", least=0)
     device = logits.device
     frames, labels = frames.to(device), labels.to(device)
     targets = targets.to(device)

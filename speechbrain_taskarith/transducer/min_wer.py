@@ -14,7 +14,7 @@ from rapidfuzz.distance import Levenshtein
 
 from .greedy import TransducerSampler
 from .joint import sequence_log_prob
-from .lengths import absolute_lengths, check_targets
+from .lengths import check_targets, checked_lengths
 from .n_best import evaluation_mode, n_best_tensors
 from .predictor import predictor_input
 
@@ -193,8 +193,8 @@ class MinWERLoss(torch.nn.Module):
         ValueError
             An empty n-best list, targets as in `transducer_loss`.
         """
-        frames = absolute_lengths(input_lens, encoder_out.shape[1], "input")
-        labels = absolute_lengths(
+        frames = checked_lengths(input_lens, encoder_out.shape[1], "input")
+        labels = checked_lengths(
             target_lens, targets.shape[1], "target", least=0
         )
         device = encoder_out.device

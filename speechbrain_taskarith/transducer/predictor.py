@@ -12,6 +12,8 @@ import inspect
 
 import torch
 
+from speechbrain_taskarith.utils.lengths import padding_mask
+
 
 class LSTMPredictor(torch.nn.Module):
     """Embedding and LSTM layers; fed with a blank first.
@@ -148,8 +150,7 @@ def predictor_input(targets, labels, blank_index):
     >>> predictor_input(targets, torch.tensor([2, 1]), 0).tolist()
     [[0, 3, 4], [0, 5, 0]]
     """
-    columns = torch.arange(targets.shape[1], device=targets.device)
-    used = columns < labels.to(targets.device)[:, None]
+    used = ~padding_mask(labels.to(targets.device), targets.shape[1])
     inputs = targets.new_full(
         (len(targets), targets.shape[1] + 1), blank_index, dtype=torch.long
     )

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
+from speechbrain_taskarith.utils.lengths import padding_mask
+
 from .beam_rows import Rows
 from .hypotheses import Hypothesis, SearchResult
 from .joint import as_joint
 from .label_scores import LabelScores
-from .lengths import absolute_lengths
+from .lengths import checked_lengths
 
 _NEVER = float("-inf")
 
@@ -154,7 +156,7 @@ class TransducerBeamSearch(torch.nn.Module):
         state = self.start(len(encoder_out), encoder_out.device)
         frames = None
         if lens is not None:
-            frames = absolute_lengths(lens, encoder_out.shape[1], "input")
+            frames = checked_lengths(lens, encoder_out.shape[1], "input")
         return self.results(self.advance(encoder_out, state, frames), n_best)
 
     @torch.no_grad()
@@ -379,9 +381,9 @@ class _Pool:
 
 def _only_valid(encoder_out, frames):
     """Let padding hold anything; what counts must be finite."""
-    t = torch.arange(encoder_out.shape[1], device=encoder_out.device)
     if frames is not None:
-        padding = t >= frames.to(t.device)[:, None]
+        frames = frames.to(encoder_out.device)
+        padding = padding_mask(frames, encoder_out.shape[1])
         encoder_out = encoder_out.masked_fill(padding[..., None], 0.0)
     if not bool(torch.isfinite(encoder_out).all()):
         row = int((~torch.isfinite(encoder_out)).nonzero()[0, 0])

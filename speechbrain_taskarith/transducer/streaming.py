@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from speechbrain_taskarith.utils.lengths import absolute_lengths
+
 from .sample_stream import FeatureStream
 
 
@@ -217,7 +219,7 @@ class StreamingTransducer(torch.nn.Module):
         x = self.features(waves)
         samples = torch.full((len(waves),), waves.shape[1]).double()
         if lens is not None:
-            samples = (lens.cpu().double() * waves.shape[1]).round()
+            samples = absolute_lengths(lens.cpu(), waves.shape[1]).double()
         # A centred analysis gives one frame more than strides.
         frames = (samples / self.stride).floor() + 1
         lens = (frames / x.shape[1]).clamp(max=1.0).to(x.device)

@@ -7,8 +7,9 @@ Authors
 import torch
 import torch.nn.functional as F
 
+from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
+
 from .gathering import gather_rows, processes
-from .lengths import absolute_lengths, padding_mask
 
 
 class CrossModalContrastiveLoss(torch.nn.Module):

@@ -11,7 +11,8 @@ from speechbrain.lobes.models.transformer.Transformer import (
     TransformerDecoder,
 )
 
-from .lengths import absolute_lengths, padding_mask
+from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
+
 from .text_encoder import check_positions, initialise
 
 

@@ -4,7 +4,7 @@ Authors
  * speechbrain_taskarith contributors 2026
 """
 
-from .lengths import absolute_lengths, padding_mask
+from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
 
 
 def distillation_loss(student, teacher, lens, temperature=1.0):

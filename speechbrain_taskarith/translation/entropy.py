@@ -7,8 +7,7 @@ Authors
 import torch
 
 from speechbrain_taskarith.metrics import plot_by_layer
-
-from .lengths import absolute_lengths
+from speechbrain_taskarith.utils.lengths import absolute_lengths
 
 
 def window_entropy(x, lens, windows=(2, 4, 8, 16, 32)):

@@ -8,7 +8,7 @@ import logging
 
 import torch
 
-from .lengths import absolute_lengths, padding_mask
+from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
 
 logger = logging.getLogger(__name__)
 

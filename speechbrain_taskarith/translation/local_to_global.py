@@ -6,7 +6,7 @@ Authors
 
 import torch
 
-from .lengths import absolute_lengths, padding_mask
+from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
 
 
 class LocalExtractor(torch.nn.Module):

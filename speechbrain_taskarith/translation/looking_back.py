@@ -9,7 +9,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .lengths import absolute_lengths, padding_mask
+from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
+
 from .shrink import Shrunk
 from .window import window_mask, windowed_attention
 

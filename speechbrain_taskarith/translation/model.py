@@ -9,7 +9,12 @@ from typing import NamedTuple
 
 import torch
 
-from .lengths import absolute_lengths, check_lengths, relative_lengths
+from speechbrain_taskarith.utils.lengths import (
+    absolute_lengths,
+    relative_lengths,
+)
+
+from .lengths import check_lengths
 from .segments import Segments
 
 

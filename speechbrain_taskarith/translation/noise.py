@@ -8,7 +8,11 @@ import unicodedata
 
 import torch
 
-from .lengths import absolute_lengths, padding_mask, relative_lengths
+from speechbrain_taskarith.utils.lengths import (
+    absolute_lengths,
+    padding_mask,
+    relative_lengths,
+)
 
 
 class BlankNoise(torch.nn.Module):

@@ -7,9 +7,10 @@ Authors
 import torch
 import torch.nn.functional as F
 
+from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
+
 from .contrastive import CrossModalContrastiveLoss
 from .distillation import distillation_loss
-from .lengths import absolute_lengths, padding_mask
 
 
 class TranslationObjective:

@@ -7,7 +7,7 @@ Authors
 import torch
 from speechbrain.decoders.seq2seq import S2STransformerBeamSearcher
 
-from .lengths import absolute_lengths
+from speechbrain_taskarith.utils.lengths import absolute_lengths
 
 
 class TranslationBeamSearch(S2STransformerBeamSearcher):

@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from .lengths import check_lengths, padding_mask
+from speechbrain_taskarith.utils.lengths import padding_mask
+
+from .lengths import check_lengths
 from .runs import _spread
 
 

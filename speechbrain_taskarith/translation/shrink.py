@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 import torch
 
-from .collapse import CollapseWatch
-from .lengths import (
+from speechbrain_taskarith.utils.lengths import (
     absolute_lengths,
-    check_lengths,
     padding_mask,
     relative_lengths,
-    row_name,
 )
+
+from .collapse import CollapseWatch
+from .lengths import check_lengths, row_name
 from .runs import pool_runs, take_rows
 from .segments import Segments, _arrange, _begins, _check
 

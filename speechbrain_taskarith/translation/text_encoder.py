@@ -10,7 +10,8 @@ from speechbrain.lobes.models.transformer.Transformer import (
     TransformerEncoderLayer,
 )
 
-from .lengths import absolute_lengths, padding_mask
+from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
+
 from .local_to_global import LocalToGlobal
 
 

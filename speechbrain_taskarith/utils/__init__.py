@@ -1,7 +1,7 @@
-"""What every room may use: files, name patterns, progress, optional imports.
+"""What every room may use: files, name patterns, progress, lengths, seeds.
 
-Nothing here knows of weights, audio or models, and nothing here imports
-torch or speechbrain.
+Nothing here knows of weights, audio or models or imports speechbrain, and
+only `lengths` and `seeds` import torch.
 
 Authors
  * speechbrain_taskarith contributors 2026

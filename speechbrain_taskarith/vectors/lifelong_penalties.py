@@ -9,6 +9,7 @@ import random
 
 import torch
 
+from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
 from speechbrain_taskarith.vectors.lifelong import FineTuning
 
 
@@ -266,8 +267,8 @@ class LwF(FineTuning):
         new = (log_probs / self.temperature).log_softmax(-1)
         frames = (old.exp() * (old - new)).sum(-1)
         steps = frames.shape[1]
-        absolute = (lens.to(frames) * steps).round()
-        valid = torch.arange(steps, device=frames.device) < absolute[:, None]
+        absolute = absolute_lengths(lens.to(frames.device), steps)
+        valid = ~padding_mask(absolute, steps)
         # where(), not a product: a padded frame may hold anything.
         total = torch.where(valid, frames, torch.zeros_like(frames)).sum(1)
         weight = self.strength * self.temperature**2

@@ -7,20 +7,18 @@ Authors
 import csv
 import importlib
 import json
-import os
-import signal
-import subprocess
+import re
 import sys
-import time
 from pathlib import Path
 
 import numpy
 import pytest
 import soundfile
 import torch
+from pretrained_encoder import tiny_hubert, with_hubert
+from processes import Recipe
 
-ROOT = Path(__file__).resolve().parents[2]
-RECIPE = ROOT / "recipes/Mboshi/ST/joint"
+RECIPE = Recipe("Mboshi/ST/joint", "--noprogressbar")
 RATE = 16000
 TINY = {
     "d_model": 16,
@@ -29,6 +27,7 @@ TINY = {
     "num_acoustic_layers": 1,
     "num_textual_layers": 1,
     "num_decoder_layers": 1,
+    "source_type": "char",
     "target_pieces": 22,
     "number_of_epochs": 2,
     "asr_epochs": 1,
@@ -43,6 +42,8 @@ TINY = {
     "beam_steps": 5,
     "target_bleu": 0.0,
     "valid_one_in": 4,
+    "entropy_windows": "[1, 2]",
+    "entropy_utterances": 3,
 }
 MBOSHI = "wa ámikoá mwána ngá oyúlu ndzóo kyéma sεngέ".split()
 FRENCH = "il va voir un enfant chez lui ; le chat dort".split()
@@ -85,29 +86,15 @@ def corpus(tmp_path_factory):
     return folder
 
 
-def start(data, output, **options):
+def start(data, output, ranks=1, **options):
     """Start the recipe as a user would."""
-    command = [sys.executable, "train.py", "hparams/train.yaml"]
-    options = {"data_folder": data, "output_folder": output, **TINY, **options}
-    for key, value in options.items():
-        command += [f"--{key}", str(value)]
-    return subprocess.Popen(
-        [*command, "--device", "cpu", "--noprogressbar"],
-        cwd=RECIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    options = {"data_folder": data, **TINY, **options}
+    return RECIPE.start(output, options, ranks=ranks)
 
 
 def run(data, output, fails=False, **options):
     """Run the recipe to its end; return what it said."""
-    process = start(data, output, **options)
-    said, _ = process.communicate(timeout=600)
-    assert (process.returncode != 0) == fails, said[-6000:]
-    return said
+    return start(data, output, **options).finish(fails=fails)
 
 
 def weights(output, row):
@@ -154,8 +141,14 @@ def test_leaves_the_whole_table(finished):
         "consistency_whole_st_asr",
         "consistency_st_mt_st_mt",
         "task_weights_whole",
+        "entropy_whole",
     ):
         assert (finished / "plots" / f"{plot}.png").stat().st_size > 1000
+    entropy = json.loads((finished / "rows/whole.json").read_text())["entropy"]
+    assert set(entropy) == {"frames", "shrunk", "text"}
+    # One vector tells nothing, two tell ln 2 at most.
+    assert all(abs(curve["1"]) < 1e-6 for curve in entropy.values())
+    assert all(0 <= curve.get("2", 0) <= 0.6932 for curve in entropy.values())
     lines = (finished / "rows" / "whole.txt").read_text().splitlines()
     assert len(lines) == 3 * 5
     assert any("l'eau" in line for line in lines[1::3])
@@ -218,14 +211,7 @@ def test_a_row_that_is_done_is_not_trained_again(corpus, finished):
     assert [path.read_bytes() for path in paths] == before
     # The other rows stay in the table.
     assert (finished / "summary.json").read_text() == summary
-    done = subprocess.run(
-        [sys.executable, "train.py", "--merge", str(finished.parent)],
-        cwd=RECIPE,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    RECIPE.merge(finished.parent)
     assert (finished.parent / "results.md").is_file()
 
 
@@ -236,19 +222,15 @@ def test_killed_in_the_middle_it_gives_the_same(corpus, tmp_path):
     options["ckpt_interval_steps"] = 1
     run(corpus, tmp_path / "whole", **options)
     output = tmp_path / "killed"
-    process = start(corpus, output, **options)
-    deadline = time.monotonic() + 300
-    # Within the second epoch: one validated checkpoint and a later one.
-    while time.monotonic() < deadline:
+
+    def within_the_second_epoch():
+        # One validated checkpoint and two later ones.
         found = sorted((output / "save/whole").glob("CKPT+*/CKPT.yaml"))
         metas = [path.read_text() for path in found]
         validated = [n for n, text in enumerate(metas) if "BLEU" in text]
-        if validated and validated[-1] + 2 < len(metas):
-            break
-        assert process.poll() is None, process.communicate()[0][-6000:]
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+        return validated and validated[-1] + 2 < len(metas)
+
+    start(corpus, output, **options).kill_when(within_the_second_epoch)
     run(corpus, output, **options)
     one, other = (weights(tmp_path / n, "whole") for n in ("whole", "killed"))
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -262,6 +244,78 @@ def test_killed_in_the_middle_it_gives_the_same(corpus, tmp_path):
             assert epoch.pop("seconds") > 0 and epoch.pop("cpu_seconds") > 0
     assert results[0] == results[1]
     assert len(results[0]["epochs"]) == 3
+    logs = [
+        (tmp_path / name / "save/whole/train_log.txt").read_text()
+        for name in ("whole", "killed")
+    ]
+    # Losses of each task, too; and how long it took.
+    logs = [re.sub(r"seconds: [^,]*", "", log) for log in logs]
+    assert logs[0] == logs[1] and "train asr" in logs[0]
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_weights_of_one(corpus, tmp_path):
+    """Two batches an update, by one process or by two.
+
+    Without what is drawn by chance, and without the contrastive loss, whose
+    negatives are those of all processes at once.
+    """
+    options = {
+        "only": "no_contrastive",
+        "text_from": "null",
+        "acoustic_from": "null",
+        "dropout": 0.0,
+        "fea_augment": "null",
+        "make_noise": "null",
+        # Adam makes a whole step of what is rounding.
+        "opt_class": "!name:torch.optim.SGD",
+        "ckpt_interval_steps": 1000,
+    }
+    for name, more in (
+        ("start", {"lr": 0.0}),
+        ("one", {"grad_accumulation_factor": 2}),
+    ):
+        run(corpus, tmp_path / name, **{**options, **more})
+    flags = ("--noprogressbar", "--find_unused_parameters")
+    options = {"data_folder": corpus, **TINY, **options}
+    Recipe("Mboshi/ST/joint", *flags).run(tmp_path / "two", options, ranks=2)
+    start, one, two = (
+        weights(tmp_path / name, "no_contrastive")
+        for name in ("start", "one", "two")
+    )
+    apart = sum((one[n] - two[n]).square().sum() for n in one).sqrt()
+    moved = sum((one[n] - start[n]).square().sum() for n in one).sqrt()
+    assert moved > 0.01
+    assert apart <= 0.005 * moved
+    results = [
+        json.loads((tmp_path / n / "rows/no_contrastive.json").read_text())
+        for n in ("one", "two")
+    ]
+    # Tasks were weighed by the gradients of both processes.
+    for first, second in zip(*(result["task_weights"] for result in results)):
+        assert first["weights"] == pytest.approx(second["weights"], rel=1e-3)
+    assert results[0]["task_weights"]
+
+
+@pytest.mark.slow
+def test_hubert_of_a_local_folder_takes_the_conformers_place(corpus, tmp_path):
+    pytest.importorskip("transformers")
+    tiny_hubert(tmp_path / "hubert")
+    recipe = Recipe("Mboshi/ST/joint", "--noprogressbar")
+    path = "hparams/train.yaml"
+    with_hubert(recipe, tmp_path / "recipe", path, tmp_path / "hubert", 12)
+    options = {
+        **TINY,
+        "only": "whole",
+        "text_from": "null",
+        "data_folder": corpus,
+    }
+    recipe.run(tmp_path / "out", options)
+    names = set(weights(tmp_path / "out", "whole"))
+    assert "acoustic.projection.weight" in names
+    assert any(n.startswith("acoustic.encoder.model.") for n in names)
+    result = json.loads((tmp_path / "out/rows/whole.json").read_text())
+    assert set(result["entropy"]) == {"frames", "shrunk", "text"}
 
 
 @pytest.mark.slow
@@ -272,7 +326,7 @@ def test_an_unknown_row_is_named(corpus, tmp_path):
 
 @pytest.fixture
 def prepare(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPE))
+    monkeypatch.syspath_prepend(str(RECIPE.folder))
     yield importlib.import_module("mboshi_prepare").prepare_mboshi
     sys.modules.pop("mboshi_prepare", None)
 
@@ -348,37 +402,3 @@ def test_bad_utterance_is_named_or_left_out(
 def test_another_folder_is_refused(tmp_path, prepare):
     with pytest.raises(FileNotFoundError, match="full_corpus_newsplit"):
         prepare(str(tmp_path), str(tmp_path / "out"))
-
-
-def test_batch_without_its_bad_utterances(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPE))
-    # Other recipes have files of the same names.
-    for name in ("train", "history", "report"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    taken_rows = importlib.import_module("train").taken_rows
-    from speechbrain.dataio.batch import PaddedBatch
-
-    batch = PaddedBatch(
-        [
-            {
-                "id": f"u{n}",
-                "source": torch.arange(n + 1),
-                "target_bos": torch.arange(n + 2),
-                "target_eos": torch.arange(n + 2),
-                "wrd": f"said {n}",
-                "translation": f"meant {n}",
-            }
-            for n in range(3)
-        ]
-    )
-    x, lens = torch.rand(3, 5, 2), torch.tensor([0.4, 0.6, 1.0])
-    taken = taken_rows(batch, x, lens, torch.tensor([0, 2]))
-    assert taken["ids"] == ["u0", "u2"]
-    assert taken["transcripts"] == ["said 0", "said 2"]
-    assert taken["translations"] == ["meant 0", "meant 2"]
-    assert torch.equal(taken["x"], x[[0, 2]])
-    assert torch.equal(taken["lens"], lens[[0, 2]])
-    for name in ("source", "target_bos", "target_eos"):
-        assert torch.equal(taken[name], getattr(batch, name).data[[0, 2]])
-    for name in ("train", "history", "report"):
-        sys.modules.pop(name, None)

@@ -7,18 +7,13 @@ Authors
 import csv
 import importlib
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
+from processes import Recipe, taskarith
 
-ROOT = Path(__file__).resolve().parents[2]
-RECIPE = ROOT / "recipes/MLS/ASR/transducer"
+RECIPE = Recipe("MLS/ASR/transducer", "--noprogressbar")
 TINY = {
     "n_mels": 20,
     "d_model": 16,
@@ -101,31 +96,13 @@ def make_language(folder, language):
 
 def start(stage, data, output, **options):
     """Start a stage as a user would."""
-    command = [sys.executable, "train.py", f"hparams/{stage}.yaml"]
-    options = {**TINY, **options, "data_folder": data, "output_folder": output}
-    for key, value in options.items():
-        command += [f"--{key}", str(value)]
-    return subprocess.Popen(
-        [*command, "--device", "cpu", "--noprogressbar"],
-        cwd=RECIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        # A file: a pipe that nobody reads would stop the process.
-        stdout=open(f"{output}.log", "a", encoding="utf-8"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-
-
-def said(output):
-    """Return the end of what the processes of an output folder said."""
-    return Path(f"{output}.log").read_text(encoding="utf-8")[-6000:]
+    options = {**TINY, **options, "data_folder": data}
+    return RECIPE.start(output, options, hparams=stage)
 
 
 def run(stage, data, output, **options):
-    """Run a stage to its end."""
-    process = start(stage, data, output, **options)
-    process.wait(timeout=600)
-    assert process.returncode == 0, said(output)
+    """Run a stage to its end; return what it said."""
+    return start(stage, data, output, **options).finish()
 
 
 def weights(output):
@@ -209,19 +186,11 @@ def test_command_streams_an_opus_file(stages, corpus):
     audio = next((corpus / "mls_italian_opus/test/audio").rglob("*.opus"))
     texts = []
     for more in ([], ["--stream", "--chunk", "0.05"]):
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "speechbrain_taskarith"),
-                *("transcribe", "--json", *more, "--resample"),
-                *("--model", str(folder / "min_wer/transcriber"), str(audio)),
-            ],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=300,
+        said = taskarith(
+            *("transcribe", "--json", *more, "--resample"),
+            *("--model", folder / "min_wer/transcriber", audio),
         )
-        assert done.returncode == 0, done.stderr
-        texts.append(json.loads(done.stdout)["files"][0]["text"])
+        texts.append(json.loads(said)["files"][0]["text"])
     assert texts[0] == texts[1]
 
 
@@ -246,13 +215,9 @@ def test_killed_in_the_middle_it_gives_the_same(corpus, tmp_path):
     }
     run("pretrain", corpus, tmp_path / "whole", **options)
     output = tmp_path / "killed"
-    process = start("pretrain", corpus, output, **options)
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and not in_second_epoch(output):
-        assert process.poll() is None, said(output)
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    start("pretrain", corpus, output, **options).kill_when(
+        lambda: in_second_epoch(output)
+    )
     run("pretrain", corpus, output, **options)
     one, other = weights(tmp_path / "whole"), weights(output)
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -265,7 +230,7 @@ def test_killed_in_the_middle_it_gives_the_same(corpus, tmp_path):
 
 @pytest.fixture
 def prepare(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPE))
+    monkeypatch.syspath_prepend(str(RECIPE.folder))
     yield importlib.import_module("mls_prepare").prepare_mls
     sys.modules.pop("mls_prepare", None)
 

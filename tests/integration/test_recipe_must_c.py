@@ -7,20 +7,17 @@ Authors
 import csv
 import importlib
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy
 import pytest
 import soundfile
 import torch
+from pretrained_encoder import tiny_hubert, with_hubert
+from processes import Recipe
 
-ROOT = Path(__file__).resolve().parents[2]
-RECIPE = ROOT / "recipes/MuST-C/ST/joint"
+RECIPE = Recipe("MuST-C/ST/joint", "--noprogressbar")
 RATE = 16000
 TINY = {
     "pieces": 40,
@@ -126,35 +123,21 @@ def corpus(tmp_path_factory):
     return folder
 
 
+def options_of(corpus, **options):
+    """Return what a run gets on its command line."""
+    labels = corpus / "labels"
+    return {**TINY, "data_folder": corpus, "labels_folder": labels, **options}
+
+
 def start(stage, corpus, output, **options):
     """Start a stage as a user would."""
-    command = [sys.executable, "train.py", f"hparams/{stage}.yaml"]
-    options = {
-        **TINY,
-        "data_folder": corpus,
-        "labels_folder": corpus / "labels",
-        "output_folder": output,
-        **options,
-    }
-    for key, value in options.items():
-        command += [f"--{key}", str(value)]
-    return subprocess.Popen(
-        [*command, "--device", "cpu", "--noprogressbar"],
-        cwd=RECIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    options = options_of(corpus, **options)
+    return RECIPE.start(output, options, hparams=stage)
 
 
 def run(stage, corpus, output, **options):
     """Run a stage to its end; return what it said."""
-    process = start(stage, corpus, output, **options)
-    said, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, said[-6000:]
-    return said
+    return start(stage, corpus, output, **options).finish()
 
 
 def weights(output):
@@ -189,7 +172,8 @@ def test_joint_training_starts_from_text(corpus, text_stage, tmp_path):
         if name.startswith(taken):
             assert torch.equal(tensor, text[name]), name
     rows = json.loads((tmp_path / "still" / "summary.json").read_text())
-    assert {r["metric"] for r in rows} == {"bleu", "chrf", "length_ratio"}
+    metrics = {row["metric"] for row in rows}
+    assert metrics == {"bleu", "chrf", "length_ratio", "ctc_wer"}
     assert {r["row"] for r in rows} == {"whole, de"}
     assert (tmp_path / "still/plots/consistency_st_asr.png").exists()
 
@@ -225,19 +209,15 @@ def test_killed_in_the_middle_it_gives_the_same(corpus, tmp_path):
     }
     run("train", corpus, tmp_path / "whole", **options)
     output = tmp_path / "killed"
-    process = start("train", corpus, output, **options)
-    deadline = time.monotonic() + 300
-    # Within the second epoch: one validated checkpoint and a later one.
-    while time.monotonic() < deadline:
+
+    def within_the_second_epoch():
+        # One validated checkpoint and a later one.
         found = sorted((output / "save").glob("CKPT+*/CKPT.yaml"))
         metas = [path.read_text() for path in found]
         validated = [n for n, text in enumerate(metas) if "BLEU" in text]
-        if validated and validated[-1] + 1 < len(metas):
-            break
-        assert process.poll() is None, process.communicate()[0][-6000:]
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+        return validated and validated[-1] + 1 < len(metas)
+
+    start("train", corpus, output, **options).kill_when(within_the_second_epoch)
     run("train", corpus, output, **options)
     one, other = weights(tmp_path / "whole"), weights(output)
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -248,9 +228,23 @@ def test_killed_in_the_middle_it_gives_the_same(corpus, tmp_path):
     assert logs[0][-2:] == logs[1][-2:]
 
 
+@pytest.mark.slow
+def test_hubert_of_a_local_folder_takes_the_conformers_place(corpus, tmp_path):
+    pytest.importorskip("transformers")
+    tiny_hubert(tmp_path / "hubert")
+    recipe = Recipe("MuST-C/ST/joint", "--noprogressbar")
+    path = "hparams/models/translation.yaml"
+    with_hubert(recipe, tmp_path / "recipe", path, tmp_path / "hubert", 12)
+    options = options_of(corpus, fea_augment="null", number_of_epochs=1)
+    recipe.run(tmp_path / "out", options)
+    names = set(weights(tmp_path / "out"))
+    assert "acoustic.projection.weight" in names
+    assert any(n.startswith("acoustic.encoder.model.") for n in names)
+
+
 @pytest.fixture
 def prepare(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPE))
+    monkeypatch.syspath_prepend(str(RECIPE.folder))
     yield importlib.import_module("must_c_prepare").prepare_must_c
     sys.modules.pop("must_c_prepare", None)
 
@@ -346,7 +340,7 @@ def test_faults_of_the_corpus_are_named(tmp_path, prepare):
 
 
 def test_every_update_has_a_batch_of_each_kind(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPE))
+    monkeypatch.syspath_prepend(str(RECIPE.folder))
     KindSampler = importlib.import_module("sampling").KindSampler
     text, speech = [[0], [1], [2]], [[0], [1], [2], [3], [4]]
     sampler = KindSampler([(10, text), (0, speech)], processes=2)

@@ -6,20 +6,15 @@ Authors
 
 import importlib
 import json
-import os
-import signal
 import statistics
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
+from processes import Recipe
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[2]
-RECIPE = ROOT / "recipes/FSDD/ASR/syn2real"
+RECIPE = Recipe("FSDD/ASR/syn2real")
 # The names of the recipe: an override adds to a mapping, it replaces none.
 DOMAINS = {"one_four": ["ONE"], "two_five": ["TWO"], "three_six": ["SIX"]}
 TINY = {
@@ -69,27 +64,12 @@ def corpus(tmp_path_factory):
 
 def start(data, output, **options):
     """Start the recipe as a user would."""
-    command = [sys.executable, "train.py", "hparams/train.yaml"]
-    options = {**TINY, **options, "data_folder": data, "output_folder": output}
-    for key, value in options.items():
-        command += [f"--{key}", str(value)]
-    return subprocess.Popen(
-        [*command, "--device", "cpu"],
-        cwd=RECIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return RECIPE.start(output, {**TINY, **options, "data_folder": data})
 
 
 def run(data, output, **options):
     """Run the recipe to its end; return what it said."""
-    process = start(data, output, **options)
-    said, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, said[-6000:]
-    return said
+    return start(data, output, **options).finish()
 
 
 def weights(output, name):
@@ -112,7 +92,7 @@ def finished(corpus, tmp_path_factory):
 @pytest.fixture
 def recipe(monkeypatch):
     """The recipe's own modules, which have everyday names."""
-    monkeypatch.syspath_prepend(str(RECIPE))
+    monkeypatch.syspath_prepend(str(RECIPE.folder))
     names = ("models", "strings", "fold", "report")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -222,13 +202,9 @@ def test_sources_in_the_targets_place_choose_the_scale(corpus, tmp_path):
 @pytest.mark.slow
 def test_killed_and_started_again_it_gives_the_same(corpus, finished, tmp_path):
     # Two processes share the models; both die without warning.
-    process = start(corpus, tmp_path, processes=2)
-    deadline = time.monotonic() + 300
-    while finished_models(tmp_path) < 4 and time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()[0][-6000:]
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    start(corpus, tmp_path, processes=2).kill_when(
+        lambda: finished_models(tmp_path) >= 4
+    )
     assert 4 <= finished_models(tmp_path) < MODELS
     run(corpus, tmp_path, processes=2)
     assert finished_models(tmp_path) == MODELS
@@ -252,14 +228,7 @@ def test_seeds_make_one_table(corpus, finished, tmp_path):
             row["value"] += seed
         (tmp_path / str(seed)).mkdir()
         (tmp_path / str(seed) / "summary.json").write_text(json.dumps(rows))
-    subprocess.run(
-        [sys.executable, "train.py", "--merge", str(tmp_path)],
-        cwd=RECIPE,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=True,
-        capture_output=True,
-        timeout=300,
-    )
+    RECIPE.merge(tmp_path)
     merged = json.loads((tmp_path / "summary.json").read_text())
     edited = {
         row["seed"]: row["value"]

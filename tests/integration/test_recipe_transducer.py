@@ -5,18 +5,12 @@ Authors
 """
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
+from processes import Recipe, taskarith
 
-ROOT = Path(__file__).resolve().parents[2]
-RECIPE = ROOT / "recipes/FSDD/ASR/transducer"
+RECIPE = Recipe("FSDD/ASR/transducer")
 TINY = {
     "d_model": 16,
     "d_ffn": 16,
@@ -73,38 +67,14 @@ def corpus(tmp_path_factory):
     return folder / "recorded"
 
 
-def environment():
-    """Return what a user's shell would have, with one thread."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
 def start(data, output, **options):
     """Start the recipe as a user would."""
-    command = [sys.executable, "train.py", "hparams/train.yaml"]
-    options = {**TINY, **options, "data_folder": data, "output_folder": output}
-    for key, value in options.items():
-        command += [f"--{key}", str(value)]
-    return subprocess.Popen(
-        [*command, "--device", "cpu"],
-        cwd=RECIPE,
-        env=environment(),
-        # A file: a pipe that nobody reads would stop the process.
-        stdout=open(f"{output}.log", "a", encoding="utf-8"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    return RECIPE.start(output, {**TINY, **options, "data_folder": data})
 
 
-def said(output):
-    """Return the end of what the processes of an output folder said."""
-    return Path(f"{output}.log").read_text(encoding="utf-8")[-6000:]
-
-
-def run(data, output, **options):
-    """Run the recipe to its end."""
-    process = start(data, output, **options)
-    process.wait(timeout=600)
-    assert process.returncode == 0, said(output)
+def run(data, output, fails=False, **options):
+    """Run the recipe to its end; return what it said."""
+    return start(data, output, **options).finish(fails=fails)
 
 
 def weights(output, name):
@@ -178,19 +148,12 @@ def test_leaves_the_whole_table(finished):
 @pytest.mark.slow
 def test_command_streams_the_recipes_own_recogniser(finished):
     folder = finished / "transcriber"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "speechbrain_taskarith", "transcribe"),
-            *("--stream", "--chunk", "0.1", "--json"),
-            *("--model", str(folder), str(folder / "example.wav")),
-        ],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
+    found = json.loads(
+        taskarith(
+            *("transcribe", "--stream", "--chunk", "0.1", "--json"),
+            *("--model", folder, folder / "example.wav"),
+        )
     )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
     from speechbrain_taskarith.commands.transcriber_folder import (
         load_transcriber,
     )
@@ -242,13 +205,9 @@ def test_encoder_is_taken_over_and_nothing_else(corpus, tmp_path):
 @pytest.mark.slow
 def test_killed_and_started_again_it_gives_the_same(corpus, finished, tmp_path):
     # Two processes share the models; both die without warning.
-    process = start(corpus, tmp_path, processes=2)
-    deadline = time.monotonic() + 300
-    while finished_models(tmp_path) < 4 and time.monotonic() < deadline:
-        assert process.poll() is None, said(tmp_path)
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    start(corpus, tmp_path, processes=2).kill_when(
+        lambda: finished_models(tmp_path) >= 4
+    )
     assert 4 <= finished_models(tmp_path) < MODELS
     run(corpus, tmp_path, processes=2)
     assert finished_models(tmp_path) == MODELS
@@ -261,11 +220,12 @@ def test_killed_and_started_again_it_gives_the_same(corpus, finished, tmp_path):
 
 @pytest.mark.slow
 def test_missing_words_are_named(corpus, tmp_path):
-    with pytest.raises(AssertionError, match="no train recording of TEN by"):
-        run(
-            corpus,
-            tmp_path,
-            vocabulary="[ONE, TEN]",
-            labels="[<blank>, ONE, TEN]",
-            output_neurons=3,
-        )
+    said = run(
+        corpus,
+        tmp_path,
+        fails=True,
+        vocabulary="[ONE, TEN]",
+        labels="[<blank>, ONE, TEN]",
+        output_neurons=3,
+    )
+    assert "no train recording of TEN by" in said

@@ -29,7 +29,7 @@ class Fold:
         The domain that is left out.
     brain : SyntheticToReal
         Decodes.
-    models : ModelFolder
+    models : StudyModels
         All models, trained.
     held_out : callable
         `held_out(side, domain, split)` returns strings to measure on.

@@ -8,22 +8,17 @@ Authors
  * speechbrain_taskarith contributors 2026
 """
 
-import fcntl
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_taskarith.brains import AtomicCheckpointer, Domain
-from speechbrain_taskarith.utils.progress import progress
+from speechbrain_taskarith.brains import Domain, ModelFolder, copy_of
 from speechbrain_taskarith.vectors import open_state
 
 logger = get_logger(__name__)
 
 PRETRAINED = "pretrained"
-FINISHED = "finished"
 
 
 @dataclass
@@ -48,6 +43,11 @@ class Model:
     parent: str
     strings: object
     lr: float
+
+    @property
+    def parents(self):
+        """Names of the models that have to be there."""
+        return [self.parent] if self.parent else []
 
 
 def plan_models(strings, hparams):
@@ -140,49 +140,38 @@ def joint_model(target):
     return f"joint/{target}"
 
 
-class ModelFolder:
+class StudyModels(ModelFolder):
     """The models on disk.
 
     Arguments
     ---------
     folder : str or pathlib.Path
         One folder in it for each model.
-    initial : dict of str to torch.Tensor
-        Weights that the first model starts from.
+    brain : SequentialMixin
+        With a `Brain`; its weights now are what the first model starts from.
     """
 
-    def __init__(self, folder, initial):
-        self.folder = Path(folder)
-        # A copy: training changes the tensors that it is given.
-        self.initial = {k: v.clone() for k, v in initial.items()}
-
-    def path(self, name):
-        """Return a finished model's checkpoint."""
-        return self.folder / name / f"CKPT+{FINISHED}"
-
-    def finished(self, name):
-        """Is this model trained? (Its checkpoint appears when whole.)"""
-        return self.path(name).is_dir()
+    def __init__(self, folder, brain):
+        super().__init__(folder)
+        self.brain = brain
+        self.initial = copy_of(brain.hparams.model.state_dict())
 
     def state(self, name):
         """Read a finished model's weights, lazily."""
         return open_state(self.path(name) / "model.ckpt")
 
-    def train(self, brain, model):
-        """Train a model and keep its checkpoint.
+    def train(self, model):
+        """Train a model whose parent is finished; keep its checkpoint.
 
         Arguments
         ---------
-        brain : SequentialMixin
-            With a `Brain`.
         model : Model
-            Its parent is finished.
+            What to train.
         """
         logger.info(f"training {model.name}")
+        brain = self.brain
         if model.parent is None:
-            start = {
-                name: tensor.clone() for name, tensor in self.initial.items()
-            }
+            start = copy_of(self.initial)
         else:
             start = dict(self.state(model.parent))
         brain.lr, brain.training_of = model.lr, model.name
@@ -195,72 +184,12 @@ class ModelFolder:
             start,
             place / "training" / place.name,
         )
-        AtomicCheckpointer(
-            place, {"model": brain.hparams.model}
-        ).save_checkpoint(
-            meta={
-                "model": model.name,
+        self.keep(
+            model.name,
+            {"model": brain.hparams.model},
+            {
                 "parent": model.parent or "",
                 "lr": float(model.lr),
                 "seconds": round(time.monotonic() - started, 1),
             },
-            name=FINISHED,
         )
-
-    def train_all(self, brain, models, show_progress=True):
-        """Train what is missing, side by side with other processes.
-
-        Each process takes the next model whose parent is finished and that
-        nobody else has taken. What a killed process had taken is free again:
-        the system gives its lock back.
-
-        Arguments
-        ---------
-        brain : SequentialMixin
-            With a `Brain`.
-        models : list of Model
-            Parents before children.
-        show_progress : bool
-            Show a bar with the models that are finished, whoever trained
-            them.
-        """
-        bar = progress(
-            total=len(models),
-            desc="models trained",
-            unit="model",
-            enable=show_progress,
-        )
-        with bar:
-            self._train_all(brain, models, bar)
-
-    def _train_all(self, brain, models, bar):
-        while True:
-            missing = [m for m in models if not self.finished(m.name)]
-            bar.update(len(models) - len(missing) - bar.n)
-            if not missing:
-                return
-            ready = [
-                m
-                for m in missing
-                if m.parent is None or self.finished(m.parent)
-            ]
-            for model in ready:
-                with self._taken(model.name) as mine:
-                    if mine and not self.finished(model.name):
-                        self.train(brain, model)
-                        break
-            else:
-                time.sleep(0.2)
-
-    @contextmanager
-    def _taken(self, name):
-        """Take a model, if nobody else has; tell whether it worked."""
-        folder = self.folder / name
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "lock", "w", encoding="ascii") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-            else:
-                yield True

@@ -71,7 +71,7 @@ def write_report(brain, models, strings, hparams):
     ---------
     brain : SyntheticToReal
         Decodes.
-    models : ModelFolder
+    models : StudyModels
         All models, trained.
     strings : Strings
         Makes the strings to measure on.

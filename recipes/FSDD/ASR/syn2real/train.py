@@ -23,27 +23,28 @@ Authors
 """
 
 import os
-import subprocess
 import sys
 
 import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
-from models import ModelFolder, plan_models
+from models import StudyModels, plan_models
 from report import TITLE, write_report
 from speechbrain.utils.distributed import run_on_main
 from strings import Strings
 
-from speechbrain_taskarith.brains import DigitStringBrain, fast_precision
+from speechbrain_taskarith.brains import (
+    DigitStringBrain,
+    fast_precision,
+    helpers,
+    is_helper,
+)
 from speechbrain_taskarith.data import (
     AudioCache,
     read_manifest,
     synthesize_digits,
 )
 from speechbrain_taskarith.metrics import merge_seeds
-
-# Set in the processes that help the main one with training.
-HELPER = "SYN2REAL_HELPER"
 
 
 class SyntheticToReal(DigitStringBrain):
@@ -157,32 +158,11 @@ def read_recordings(hparams, cache):
             split=split,
             prefix=f"synthetic-{split}",
             cache=cache,
-            show_progress=HELPER not in os.environ,
+            show_progress=not is_helper(),
         )
         for number, split in enumerate(("train", "valid"))
     }
     return {"real": real, "synthetic": synthetic}
-
-
-def start_helpers(count):
-    """Start processes that train models beside this one.
-
-    Arguments
-    ---------
-    count : int
-        How many.
-
-    Returns
-    -------
-    list of subprocess.Popen
-        They end when all models are trained.
-    """
-    return [
-        subprocess.Popen(
-            [sys.executable, *sys.argv], env={**os.environ, HELPER: str(n + 1)}
-        )
-        for n in range(count)
-    ]
 
 
 if __name__ == "__main__":
@@ -194,9 +174,8 @@ if __name__ == "__main__":
     hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
     with open(hparams_file, encoding="utf-8") as fin:
         hparams = load_hyperpyyaml(fin, overrides)
-    is_helper = HELPER in os.environ
 
-    if not is_helper:
+    if not is_helper():
         sb.create_experiment_directory(
             experiment_directory=hparams["output_folder"],
             hyperparams_to_save=hparams_file,
@@ -229,22 +208,8 @@ if __name__ == "__main__":
     )
     strings = Strings(read_recordings(hparams, cache), hparams)
     models = plan_models(strings, hparams)
-    folder = ModelFolder(
-        os.path.join(hparams["save_folder"], "models"),
-        hparams["model"].state_dict(),
-    )
-
-    helpers = []
-    if not is_helper:
-        helpers = start_helpers(hparams["processes"] - 1)
-    try:
-        folder.train_all(brain, models, show_progress=not is_helper)
-    except BaseException:
-        for helper in helpers:
-            helper.terminate()
-        raise
-    finally:
-        for helper in helpers:
-            helper.wait()
-    if not is_helper:
+    folder = StudyModels(os.path.join(hparams["save_folder"], "models"), brain)
+    with helpers(hparams["processes"] - 1):
+        folder.train_all(models, folder.train, show_progress=not is_helper())
+    if not is_helper():
         write_report(brain, folder, strings, hparams)

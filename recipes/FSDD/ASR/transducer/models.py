@@ -8,21 +8,16 @@ Authors
  * speechbrain_taskarith contributors 2026
 """
 
-import fcntl
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_taskarith.brains import AtomicCheckpointer
+from speechbrain_taskarith.brains import ModelFolder, copy_of
 from speechbrain_taskarith.transducer import transfer_encoder
-from speechbrain_taskarith.utils.progress import progress
 
 logger = get_logger(__name__)
 
-FINISHED = "finished"
 # What is taken over of a pre-trained model: the encoder with what is in front
 # of it, and nothing else. Predictor, joint and vocabulary are fresh.
 TAKEN_OVER = ("frontend", "encoder")
@@ -130,7 +125,7 @@ def plan_models(hparams):
     return models
 
 
-class ModelFolder:
+class StudyModels(ModelFolder):
     """The models on disk.
 
     Arguments
@@ -142,26 +137,18 @@ class ModelFolder:
     """
 
     def __init__(self, folder, brains):
-        self.folder, self.brains = Path(folder), brains
+        super().__init__(folder)
+        self.brains = brains
         # Copies: training changes the tensors that it is given.
         self.initial = {
-            part: _copy(brain.hparams.model.state_dict())
+            part: copy_of(brain.hparams.model.state_dict())
             for part, brain in brains.items()
         }
-
-    def path(self, name):
-        """Return a finished model's checkpoint."""
-        return self.folder / name / f"CKPT+{FINISHED}"
-
-    def meta(self, name):
-        """Return what was noted about a finished model."""
-        return AtomicCheckpointer(self.folder / name).find_checkpoint().meta
 
     def load(self, model):
         """Load a finished model; return its brain."""
         brain = self.brains[model.part]
-        place = self.path(model.name).parent
-        AtomicCheckpointer(place, _recoverables(brain)).recover_if_possible()
+        self.recover(model.name, _recoverables(brain))
         return brain
 
     def start_of(self, model):
@@ -169,9 +156,7 @@ class ModelFolder:
         network = self.brains[model.part].hparams.model
         network.load_state_dict(self.initial[model.part])
         if model.start:
-            AtomicCheckpointer(
-                self.path(model.start).parent, {"model": network}
-            ).recover_if_possible()
+            self.recover(model.start, {"model": network})
         if model.encoder_of:
             for name in TAKEN_OVER:
                 report = transfer_encoder(
@@ -180,84 +165,35 @@ class ModelFolder:
                     prefix=f"{name}.",
                 )
                 logger.info(f"{model.name}, {name}: {report}")
-        return _copy(network.state_dict())
+        return copy_of(network.state_dict())
 
     def train(self, model, strings):
-        """Train a model whose parents are finished; keep its checkpoint."""
+        """Train a model whose parents are finished; keep its checkpoint.
+
+        Arguments
+        ---------
+        model : Model
+            What to train.
+        strings : list of dict
+            Its training set.
+        """
         logger.info(f"training {model.name}")
         brain, place = self.brains[model.part], self.folder / model.name
         started = time.monotonic()
         brain.train_model(
             model,
             self.start_of(model),
-            strings[model.strings],
+            strings,
             place / "training" / model.stage,
         )
-        AtomicCheckpointer(place, _recoverables(brain)).save_checkpoint(
-            meta={
-                "model": model.name,
+        self.keep(
+            model.name,
+            _recoverables(brain),
+            {
                 "seconds": round(time.monotonic() - started, 1),
                 **brain.train_stats,
             },
-            name=FINISHED,
         )
-
-    def train_all(self, models, strings, show_progress=True):
-        """Train what is missing, side by side with other processes.
-
-        Each process takes the next model whose parents are finished and that
-        nobody else has taken. What a killed process had taken is free again:
-        the system gives its lock back.
-
-        Arguments
-        ---------
-        models : list of Model
-            Parents before children.
-        strings : dict
-            The training sets.
-        show_progress : bool
-            Show a bar with the models that are finished, whoever trained
-            them.
-        """
-        bar = progress(
-            total=len(models),
-            desc="models trained",
-            unit="model",
-            enable=show_progress,
-        )
-        with bar:
-            while missing := self._missing(models):
-                bar.update(len(models) - len(missing) - bar.n)
-                if not self._train_one(missing, strings):
-                    time.sleep(0.2)
-            bar.update(len(models) - bar.n)
-
-    def _missing(self, models):
-        return [m for m in models if not self.path(m.name).is_dir()]
-
-    def _train_one(self, missing, strings):
-        """Train the first model that is ready and free; was there one?"""
-        waiting = {model.name for model in missing}
-        for model in missing:
-            if waiting.intersection(model.parents):
-                continue
-            with self._taken(model.name) as mine:
-                if mine and not self.path(model.name).is_dir():
-                    self.train(model, strings)
-                    return True
-        return False
-
-    @contextmanager
-    def _taken(self, name):
-        """Take a model, if nobody else has; tell whether it worked."""
-        (self.folder / name).mkdir(parents=True, exist_ok=True)
-        with open(self.folder / name / "lock", "w", encoding="ascii") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-            else:
-                yield True
 
 
 def _recoverables(brain):
@@ -265,7 +201,3 @@ def _recoverables(brain):
         "model": brain.hparams.model,
         "normalizer": brain.modules.normalize,
     }
-
-
-def _copy(state):
-    return {name: tensor.clone() for name, tensor in state.items()}

@@ -42,7 +42,7 @@ def write_report(models, plan, strings, hparams):
 
     Arguments
     ---------
-    models : ModelFolder
+    models : StudyModels
         All models, trained.
     plan : list of Model
         What there is.

@@ -21,15 +21,13 @@ Authors
  * speechbrain_taskarith contributors 2026
 """
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
-from models import ModelFolder, plan_models
+from models import StudyModels, plan_models
 from report import TITLE, write_report
 from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataloader import SaveableDataLoader
@@ -37,7 +35,12 @@ from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.utils.distributed import run_on_main
 from strings import in_order, multilingual_strings, target_strings
 
-from speechbrain_taskarith.brains import Domain, FineTuneMixin
+from speechbrain_taskarith.brains import (
+    Domain,
+    FineTuneMixin,
+    helpers,
+    is_helper,
+)
 from speechbrain_taskarith.data import (
     AudioCache,
     DigitStringLoader,
@@ -45,9 +48,6 @@ from speechbrain_taskarith.data import (
 )
 from speechbrain_taskarith.metrics import merge_seeds
 from speechbrain_taskarith.transducer import joint_transducer_loss
-
-# Set in the processes that help the main one with training.
-HELPER = "TRANSDUCER_HELPER"
 
 
 class Transducer(FineTuneMixin, sb.Brain):
@@ -256,16 +256,6 @@ def make_strings(hparams, cache, show_progress):
     return strings
 
 
-def start_helpers(count):
-    """Start processes that train models beside this one."""
-    return [
-        subprocess.Popen(
-            [sys.executable, *sys.argv], env={**os.environ, HELPER: str(n + 1)}
-        )
-        for n in range(count)
-    ]
-
-
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--merge"]:
         merge_seeds(sys.argv[2], title=TITLE)
@@ -275,9 +265,8 @@ if __name__ == "__main__":
     hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
     with open(hparams_file, encoding="utf-8") as fin:
         hparams = load_hyperpyyaml(fin, overrides)
-    is_helper = HELPER in os.environ
 
-    if not is_helper:
+    if not is_helper():
         sb.create_experiment_directory(
             experiment_directory=hparams["output_folder"],
             hyperparams_to_save=hparams_file,
@@ -298,7 +287,7 @@ if __name__ == "__main__":
 
     hparams["noprogressbar"] = True  # one bar over all models instead
     cache = AudioCache(hparams["sample_rate"])
-    strings = make_strings(hparams, cache, show_progress=not is_helper)
+    strings = make_strings(hparams, cache, show_progress=not is_helper())
     brains = {
         part: Transducer(part, own, hparams, run_opts, cache)
         for part, own in (
@@ -308,19 +297,12 @@ if __name__ == "__main__":
         )
     }
     models = plan_models(hparams)
-    folder = ModelFolder(Path(hparams["save_folder"], "models"), brains)
-
-    helpers = []
-    if not is_helper:
-        helpers = start_helpers(hparams["processes"] - 1)
-    try:
-        folder.train_all(models, strings, show_progress=not is_helper)
-    except BaseException:
-        for helper in helpers:
-            helper.terminate()
-        raise
-    finally:
-        for helper in helpers:
-            helper.wait()
-    if not is_helper:
+    folder = StudyModels(Path(hparams["save_folder"], "models"), brains)
+    with helpers(hparams["processes"] - 1):
+        folder.train_all(
+            models,
+            lambda model: folder.train(model, strings[model.strings]),
+            show_progress=not is_helper(),
+        )
+    if not is_helper():
         write_report(folder, models, strings, hparams)

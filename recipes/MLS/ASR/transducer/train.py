@@ -17,9 +17,7 @@ Authors
  * speechbrain_taskarith contributors 2026
 """
 
-import random
 import sys
-import zlib
 from pathlib import Path
 
 import speechbrain as sb
@@ -29,7 +27,7 @@ from report import write_report
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.dataio.sampler import DynamicBatchSampler
 from speechbrain.tokenizers.SentencePiece import SentencePiece
-from speechbrain.utils.distributed import run_on_main
+from speechbrain.utils.distributed import get_rank, run_on_main
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_taskarith.data import read_audio
@@ -39,6 +37,7 @@ from speechbrain_taskarith.transducer import (
     joint_transducer_loss,
     transfer_encoder,
 )
+from speechbrain_taskarith.utils.seeds import seed_random_numbers
 
 logger = get_logger(__name__)
 
@@ -121,9 +120,7 @@ class ASR(sb.Brain):
     def on_fit_batch_start(self, batch, should_step):
         """Seed every batch: a resumed run draws what it would have drawn."""
         epoch = self.hparams.epoch_counter.current
-        key = f"{self.hparams.seed} {epoch} {self.step} {sb.utils.distributed.get_rank()}"
-        torch.manual_seed(zlib.crc32(key.encode()))
-        random.seed(key)
+        seed_random_numbers(self.hparams.seed, epoch, self.step, get_rank())
 
     def on_fit_batch_end(self, batch, outputs, loss, should_step):
         """Move the learning rate on."""

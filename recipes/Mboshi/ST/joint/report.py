@@ -11,6 +11,7 @@ from speechbrain.utils.logger import get_logger
 
 from speechbrain_taskarith.metrics import Summary
 from speechbrain_taskarith.metrics.figure import MARKERS, figure, legend_beside
+from speechbrain_taskarith.translation import plot_window_entropy
 from speechbrain_taskarith.utils.files import (
     atomic_write,
     read_json,
@@ -65,7 +66,7 @@ def results_folder(hparams):
     return folder if hparams["report_on"] == "test" else folder / "valid"
 
 
-def write_result(row, brain, history, weights, hparams):
+def write_result(row, brain, history, weights, entropies, hparams):
     """Write result, translations and plots of one row.
 
     Arguments
@@ -78,6 +79,8 @@ def write_result(row, brain, history, weights, hparams):
         `TrainingHistory.state()` at the end of training.
     weights : list of dict
         `TaskNormWeights.history` at the end of training.
+    entropies : dict of str: dict of int: float
+        Of `representation_entropy`.
     hparams : dict
         Of the row.
     """
@@ -93,17 +96,20 @@ def write_result(row, brain, history, weights, hparams):
     for one, other in sorted({(r[2], r[3]) for r in probe.rows}):
         name = f"consistency_{row}_{one}_{other}.png"
         probe.plot(plots / name, (one, other))
+    if entropies:
+        plot_window_entropy(entropies, plots / f"entropy_{row}.png")
     parameters = (p for p in hparams["model"].parameters() if p.requires_grad)
     # Last: where it stands, the row is done.
     write_json(
         path,
         {
-            "scores": brain.test_stats,
+            "scores": brain.stats,
             "bleu_signature": getattr(brain.scores, "bleu_signature", None),
             "chrf_signature": getattr(brain.scores, "chrf_signature", None),
             "parameters": sum(p.numel() for p in parameters),
             "left_out": hparams["guard"].counts,
             "task_weights": weights,
+            "entropy": entropies,
             **history,
         },
     )

@@ -34,13 +34,16 @@ def write_report(brain, hparams):
         probe.plot(output / "plots" / name, (one, other))
     summary = Summary(output, title=TITLE)
     scores = brain.scores
-    summary.note(f"BLEU: `{scores.bleu_signature}`.")
-    summary.note(f"chrF: `{scores.chrf_signature}`.")
-    for metric, value, unit in (
+    values = [
         ("bleu", scores.bleu, "points"),
         ("chrf", scores.chrf, "points"),
         ("length_ratio", scores.length_ratio, "1"),
-    ):
+    ]
+    if "CTC_WER" in brain.stats:
+        values.append(("ctc_wer", brain.stats["CTC_WER"], "%"))
+    summary.note(f"BLEU: `{scores.bleu_signature}`.")
+    summary.note(f"chrF: `{scores.chrf_signature}`.")
+    for metric, value, unit in values:
         summary.add(
             table=TABLE,
             row=f"{hparams['row']}, {hparams['language']}",

@@ -17,9 +17,7 @@ Authors
  * speechbrain_taskarith contributors 2026
 """
 
-import random
 import sys
-import zlib
 
 import speechbrain as sb
 import torch
@@ -31,14 +29,16 @@ from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.dataio.sampler import DynamicBatchSampler
 from speechbrain.tokenizers.SentencePiece import SentencePiece
 from speechbrain.utils.checkpoints import Checkpointer
-from speechbrain.utils.distributed import get_rank, run_on_main
+from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_taskarith.metrics import merge_seeds, translation_scores
-from speechbrain_taskarith.translation import (
-    greedy_translation,
-    initialise_from_text_translation,
+from speechbrain_taskarith.brains import (
+    PieceLabels,
+    TranslationBrain,
+    best_key,
 )
+from speechbrain_taskarith.metrics import merge_seeds
+from speechbrain_taskarith.translation import initialise_from_text_translation
 
 logger = get_logger(__name__)
 
@@ -46,156 +46,15 @@ logger = get_logger(__name__)
 TASKS = {"st": ("st", "asr", "mt"), "asr": ("asr",), "mt": ("mt",)}
 
 
-class ST(sb.Brain):
-    """The Brain of both stages."""
+class ST(TranslationBrain):
+    """The Brain of both stages, for data of several kinds."""
 
     def tasks_of(self, batch, stage):
-        """Return what to compute of a batch."""
+        """Return what to compute of a batch of its kind."""
+        going = super().tasks_of(batch, stage)
         if stage != sb.Stage.TRAIN:
-            return (self.hparams.main,)
-        active = self.hparams.task_weights.active
-        return tuple(t for t in TASKS[batch.kind[0]] if t in active)
-
-    def compute_forward(self, batch, stage):
-        """Compute the tasks that are still going."""
-        batch = batch.to(self.device)
-        tasks = self.tasks_of(batch, stage)
-        x = lens = None
-        wants = {"transcripts": batch.wrd}
-        if batch.kind[0] != "asr":
-            wants["translations"] = batch.translation
-        if {"st", "asr"} & set(tasks):
-            x, lens = batch.sig
-            if self.hparams.translation["features"] is not None:
-                x = self.hparams.translation["features"](x)
-                x = self.modules.normalize(x, lens)
-        good = self.hparams.guard(batch.id, x, lens, **wants)
-        augment = self.hparams.fea_augment
-        if stage == sb.Stage.TRAIN and x is not None and augment is not None:
-            x, lens = augment(x, lens)
-        self.batch = taken_rows(batch, x, lens, good)
-        names = ("x", "lens", "source", "source_lens", "target_bos", "ids")
-        inputs = {name: self.batch.get(name) for name in names}
-        return self.modules.model(tasks=tasks, **inputs)
-
-    def compute_objectives(self, predictions, batch, stage):
-        """Return the weighted sum of losses; outside training translate."""
-        names = ("source", "source_lens", "target_eos", "target_lens")
-        targets = {name: self.batch[name] for name in names}
-        losses = self.hparams.objective(predictions, **targets)
-        if stage != sb.Stage.TRAIN:
-            self.translate(predictions, stage)
-            return losses[self.hparams.main]
-        weights, model = self.hparams.task_weights, self.bare_model
-        if weights.due:
-            share = 1 / self.grad_accumulation_factor
-            weights.observe(losses, model.parts(), share)
-        if self.should_step:
-            self.hparams.consistency.step(losses, model)
-        return weights.total(losses)
-
-    def translate(self, predictions, stage):
-        """Search for translations; greedily while training goes on."""
-        speech = self.hparams.main == "st"
-        found = predictions.speech if speech else predictions.text
-        translation = self.hparams.translation
-        if stage == sb.Stage.VALID:
-            hypotheses = greedy_translation(
-                self.bare_model.decoder,
-                found.encoded,
-                found.lens,
-                translation["bos_index"],
-                translation["eos_index"],
-                self.hparams.greedy_tokens,
-            )
-        else:
-            hypotheses = translation["search"](found.encoded, found.lens)[0]
-        self.ids += self.batch["ids"]
-        self.references += self.batch["translations"]
-        self.hypotheses += self.labels.decode_ids(
-            [list(map(int, one)) for one in hypotheses]
-        )
-
-    @property
-    def bare_model(self):
-        """The model without what DDP puts around it."""
-        return self.hparams.translation["model"]
-
-    def fit_batch(self, batch):
-        """Train on a batch, unless its task has stopped."""
-        if not self.tasks_of(batch, sb.Stage.TRAIN):
-            return torch.zeros(())
-        return super().fit_batch(batch)
-
-    def on_fit_batch_start(self, batch, should_step):
-        """Seed every batch: a resumed run draws what it would have drawn."""
-        self.should_step = should_step
-        epoch = self.hparams.epoch_counter.current
-        key = f"{self.hparams.seed} {epoch} {self.step} {get_rank()}"
-        torch.manual_seed(zlib.crc32(key.encode()))
-        random.seed(key)
-
-    def on_fit_batch_end(self, batch, outputs, loss, should_step):
-        """Move learning rate and task weights on."""
-        if should_step:
-            self.hparams.lr_annealing(self.optimizer)
-            self.hparams.task_weights.step()
-
-    def _should_save_intra_epoch_ckpt(self, *when):
-        """Save behind whole updates only: half a gradient is not kept."""
-        whole = self.step % self.grad_accumulation_factor == 0
-        return super()._should_save_intra_epoch_ckpt(*when) and whole
-
-    def on_stage_start(self, stage, epoch=None):
-        """Forget what was said in the stage before."""
-        self.ids, self.references, self.hypotheses = [], [], []
-
-    def on_stage_end(self, stage, stage_loss, epoch=None):
-        """Score, log, and save after validation."""
-        if stage == sb.Stage.TRAIN:
-            self.train_stats = {"loss": float(stage_loss)}
-            return
-        scores = translation_scores(self.references, self.hypotheses)
-        stats = {
-            "loss": float(stage_loss),
-            "BLEU": scores.bleu,
-            "chrF": scores.chrf,
-            "length_ratio": scores.length_ratio,
-        }
-        if stage == sb.Stage.TEST:
-            self.hparams.train_logger.log_stats(
-                {"stage": "test"}, test_stats=stats
-            )
-            self.scores = scores
-            return
-        weights = self.hparams.task_weights
-        self.hparams.train_logger.log_stats(
-            {
-                "epoch": epoch,
-                "lr": self.optimizer.param_groups[0]["lr"],
-                **{f"weight_{t}": weights[t] for t in weights.tasks},
-            },
-            train_stats=self.train_stats,
-            valid_stats=stats,
-        )
-        logger.info(self.hparams.guard.summary())
-        self.checkpointer.save_and_keep_only(
-            meta={"BLEU": stats["BLEU"], "epoch": epoch}, max_keys=["BLEU"]
-        )
-
-
-def taken_rows(batch, x, lens, good=None):
-    """Return what the model needs of a batch, of its good utterances only."""
-    fields = {"x": x, "lens": lens} if x is not None else {}
-    for name in ("source", "target_bos", "target_eos"):
-        fields[name], relative = getattr(batch, name)
-        if name != "target_bos":
-            fields[f"{name.split('_')[0]}_lens"] = relative
-    lists = {"ids": batch.id, "translations": batch.translation}
-    if good is not None:
-        fields = {n: f[good.to(f.device)] for n, f in fields.items()}
-        lists = {n: [one[i] for i in good.tolist()] for n, one in lists.items()}
-    return {**fields, **lists}
+            return going
+        return tuple(task for task in TASKS[batch.kind[0]] if task in going)
 
 
 def make_labels(hparams):
@@ -208,10 +67,14 @@ def make_labels(hparams):
         # Both columns.
         text_file=f"{hparams['prepared_folder']}/text_for_labels.txt",
         model_type="unigram",
-        bos_id=hparams["translation"]["bos_index"],
-        eos_id=hparams["translation"]["eos_index"],
+        bos_id=hparams["bos_index"],
+        eos_id=hparams["eos_index"],
     )
-    return tokenizer.sp
+    # One vocabulary; the CTC head writes a blank besides.
+    return {
+        "source": PieceLabels(tokenizer.sp, ["<blank>"]),
+        "target": PieceLabels(tokenizer.sp),
+    }
 
 
 def read_rows(hparams, name, kind):
@@ -254,8 +117,7 @@ def make_datasets(hparams, labels):
 
 def add_pipelines(datasets, hparams, labels):
     """Say how audio and labels are made."""
-    bos = hparams["translation"]["bos_index"]
-    eos = hparams["translation"]["eos_index"]
+    bos, eos = hparams["bos_index"], hparams["eos_index"]
 
     @sb.utils.data_pipeline.takes("kind", "id", "wav", "start", "duration")
     @sb.utils.data_pipeline.provides("sig")
@@ -278,15 +140,14 @@ def add_pipelines(datasets, hparams, labels):
     @sb.utils.data_pipeline.takes("wrd")
     @sb.utils.data_pipeline.provides("source")
     def transcript_pipeline(wrd):
-        # 0 is the blank.
-        return torch.tensor(labels.encode_as_ids(wrd)).long() + 1
+        return labels["source"].encode(wrd)
 
     @sb.utils.data_pipeline.takes("translation")
     @sb.utils.data_pipeline.provides("target_bos", "target_eos")
     def translation_pipeline(translation):
-        ids = labels.encode_as_ids(translation)
-        yield torch.tensor([bos, *ids])
-        yield torch.tensor([*ids, eos])
+        pieces = labels["target"].encode(translation)
+        yield torch.cat([torch.tensor([bos]), pieces])
+        yield torch.cat([pieces, torch.tensor([eos])])
 
     for pipeline in (audio_pipeline, transcript_pipeline, translation_pipeline):
         sb.dataio.dataset.add_dynamic_item(datasets, pipeline)
@@ -331,7 +192,7 @@ def _seconds(row):
 def start_from_text(hparams):
     """Take textual encoder and decoder from the best model of stage 1."""
     folder = f"{hparams['start_from']}/save"
-    found = Checkpointer(folder).find_checkpoint(max_key="BLEU")
+    found = Checkpointer(folder).find_checkpoint(**best_key("mt"))
     if found is None:
         raise FileNotFoundError(
             f"{folder}: no checkpoint; start_from is the output folder of "
@@ -378,19 +239,21 @@ if __name__ == "__main__":
             "skip_prep": hparams["skip_prep"],
         },
     )
-    labels = make_labels(hparams)
+    # By one process: where several make a tokenizer's folder, one fails.
+    labels = run_on_main(make_labels, args=[hparams])
     datasets, counts = make_datasets(hparams, labels)
     logger.info(f"training data: {counts}")
 
-    pieces = [labels.id_to_piece(i) for i in range(len(labels))]
     hparams["translation"]["model"].noise = hparams["make_noise"](
-        ["<blank>", *pieces],
+        labels["source"].pieces,
         blank_token=hparams["translation"]["blank_index"],
     )
     if hparams["start_from"]:
         start_from_text(hparams)
     # An update has a batch of every kind of data.
     hparams["grad_accumulation_factor"] = len(counts)
+    hparams["source_labels"] = labels["source"]
+    hparams["target_labels"] = labels["target"]
     # Under DDP batches stay in the sampler's order.
     hparams["sorting"] = "as sampled"
     brain = ST(
@@ -401,7 +264,8 @@ if __name__ == "__main__":
         checkpointer=hparams["checkpointer"],
     )
     sampler = make_sampler(datasets["train"], counts, hparams)
-    brain.train_sampler, brain.labels = sampler, labels
+    # Told the epoch, it gives a resumed run the batches of that epoch.
+    brain.train_sampler = sampler
     loading = {"batch_size": hparams["test_batch_size"]}
     brain.fit(
         hparams["epoch_counter"],
@@ -413,7 +277,11 @@ if __name__ == "__main__":
         },
         valid_loader_kwargs=loading,
     )
-    brain.evaluate(datasets["test"], max_key="BLEU", test_loader_kwargs=loading)
+    brain.evaluate(
+        datasets["test"],
+        test_loader_kwargs=loading,
+        **best_key(hparams["main"]),
+    )
     run_on_main(write_report, args=[brain, hparams])
     # Without it a process that ends first may take the others down.
     if torch.distributed.is_initialized():

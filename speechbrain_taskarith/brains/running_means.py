@@ -1,0 +1,91 @@
+"""Means over an epoch that a resumed run goes on with.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+from speechbrain.utils.checkpoints import (
+    mark_as_loader,
+    mark_as_saver,
+    register_checkpoint_hooks,
+)
+
+from speechbrain_taskarith.utils.files import read_json, write_json
+
+
+@register_checkpoint_hooks
+class RunningMeans:
+    """The mean of each of several figures since `clear`; a recoverable.
+
+    Sums are kept in float64 where the figures are: nothing is asked of a GPU
+    until `means`.
+
+    Example
+    -------
+    >>> import torch
+    >>> losses = RunningMeans()
+    >>> losses.add({"st": torch.tensor(1.0), "asr": torch.tensor(5.0)})
+    >>> losses.add({"st": torch.tensor(2.0)})
+    >>> losses.means()
+    {'st': 1.5, 'asr': 5.0}
+    """
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self):
+        """Forget all figures."""
+        self._sums, self._counts = {}, {}
+
+    def add(self, figures):
+        """Count figures in.
+
+        Arguments
+        ---------
+        figures : dict of str: torch.Tensor
+            Scalars.
+        """
+        for name, figure in figures.items():
+            figure = figure.detach().double()
+            self._sums[name] = self._sums.get(name, 0.0) + figure
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def means(self):
+        """Return the means.
+
+        Returns
+        -------
+        dict of str: float
+            Of every figure that was ever there.
+        """
+        return {
+            name: float(total) / self._counts[name]
+            for name, total in self._sums.items()
+        }
+
+    @mark_as_saver
+    def save(self, path):
+        """Save sums and counts, for a SpeechBrain checkpointer.
+
+        Arguments
+        ---------
+        path : str or pathlib.Path
+            The file.
+        """
+        sums = {name: float(total) for name, total in self._sums.items()}
+        write_json(path, {"sums": sums, "counts": self._counts})
+
+    @mark_as_loader
+    def load(self, path, end_of_epoch=False):
+        """Load what was saved.
+
+        Arguments
+        ---------
+        path : str or pathlib.Path
+            The file.
+        end_of_epoch : bool
+            Not used.
+        """
+        del end_of_epoch
+        state = read_json(path)
+        self._sums, self._counts = state["sums"], state["counts"]

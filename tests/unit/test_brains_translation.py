@@ -1,0 +1,379 @@
+"""The Brain of speech translation: losses, tasks, searches, resuming.
+
+Authors
+ * speechbrain_taskarith contributors 2026
+"""
+
+from functools import partial
+
+import pytest
+import speechbrain as sb
+import torch
+from speechbrain.dataio.batch import PaddedBatch
+from translation_toy import toy_model
+
+from speechbrain_taskarith.brains import (
+    AtomicCheckpointer,
+    PieceLabels,
+    RunningMeans,
+    TranslationBrain,
+    WordLabels,
+    best_key,
+)
+from speechbrain_taskarith.brains.translation_batch import taken_rows
+from speechbrain_taskarith.translation import (
+    InputGuard,
+    TaskNormWeights,
+    TranslationObjective,
+)
+
+SOURCE = WordLabels(["a", "b", "c", "d", "e"])
+TARGET = WordLabels(["<s>", "</s>", "A", "B", "C", "D", "E"])
+
+
+def item(number, **changed):
+    """Return an utterance; its translation has its words in capitals."""
+    g = torch.Generator().manual_seed(number)
+    words = [SOURCE.units[(number + i) % 5] for i in range(2 + number % 2)]
+    said, meant = " ".join(words), " ".join(words).upper()
+    return {
+        "id": f"u{number}",
+        "sig": torch.randn(20 + 2 * number, 5, generator=g),
+        "source": SOURCE.encode(said),
+        "target_bos": TARGET.encode(f"<s> {meant}"),
+        "target_eos": TARGET.encode(f"{meant} </s>"),
+        "wrd": said,
+        "translation": meant,
+        **changed,
+    }
+
+
+def loader(*batches):
+    """Return a loader of batches, of utterances by number or as they are."""
+    made = [
+        PaddedBatch([one if isinstance(one, dict) else item(one) for one in b])
+        for b in batches
+    ]
+    return torch.utils.data.DataLoader(
+        made, batch_size=1, collate_fn=lambda batches: batches[0]
+    )
+
+
+def make_brain(
+    kind=TranslationBrain,
+    main="st",
+    tasks=("asr", "mt"),
+    lr=0.01,
+    folder=None,
+    weights=None,
+    dropout=0.0,
+    run_opts=None,
+    **hparams,
+):
+    model = toy_model(dropout=dropout)
+    weights = weights or TaskNormWeights(tasks, main=main, interval=1000)
+    checkpointer = None
+    if folder is not None:
+        recoverables = {"model": model, "task_weights": weights}
+        checkpointer = AtomicCheckpointer(folder, recoverables)
+    return kind(
+        {"model": model},
+        opt_class=partial(torch.optim.SGD, lr=lr),
+        hparams={
+            "main": main,
+            "objective": TranslationObjective(blank_index=0),
+            "task_weights": weights,
+            "source_labels": SOURCE,
+            "target_labels": TARGET,
+            "bos_index": 1,
+            "eos_index": 2,
+            "greedy_tokens": 4,
+            "seed": 3,
+            **hparams,
+        },
+        run_opts={"device": "cpu", "noprogressbar": True, **(run_opts or {})},
+        checkpointer=checkpointer,
+    )
+
+
+def state(brain):
+    return {k: v.clone() for k, v in brain.modules.model.state_dict().items()}
+
+
+def same(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_loss_is_the_weighted_sum_of_the_objectives():
+    weights = TaskNormWeights(initial={"asr": 0.5, "mt": 0.25})
+    brain = make_brain(weights=weights)
+    brain.should_step = True
+    batch = PaddedBatch([item(0), item(1)])
+    out = brain.compute_forward(batch, sb.Stage.TRAIN)
+    loss = brain.compute_objectives(out, batch, sb.Stage.TRAIN)
+    losses = brain.hparams.objective(
+        out,
+        source=batch.source[0],
+        source_lens=batch.source[1],
+        target_eos=batch.target_eos[0],
+        target_lens=batch.target_eos[1],
+    )
+    expected = losses["st"] + 0.5 * losses["asr"] + 0.25 * losses["mt"]
+    torch.testing.assert_close(loss, expected)
+    assert brain.task_losses.means() == pytest.approx(
+        {task: value.item() for task, value in losses.items()}
+    )
+    # Outside training the main task alone is computed.
+    brain.on_stage_start(sb.Stage.VALID)
+    with torch.no_grad():
+        out = brain.compute_forward(batch, sb.Stage.VALID)
+        loss = brain.compute_objectives(out, batch, sb.Stage.VALID)
+    assert out.mt is None
+    torch.testing.assert_close(loss, losses["st"].detach())
+
+
+def test_it_learns_to_translate(tmp_path):
+    brain = make_brain(lr=0.05, folder=tmp_path)
+    data = loader([0, 1, 2])
+    before = None
+    for _ in brain_epochs(brain, 60, data):
+        before = before or brain.stats["loss"]
+    brain.evaluate(data, max_key="BLEU")
+    assert brain.stats["loss"] < 0.5 * before
+    assert brain.hypotheses == brain.references
+    assert brain.ids == ["u0", "u1", "u2"]
+    assert brain.stats["BLEU"] == pytest.approx(brain.scores.bleu)
+
+
+def brain_epochs(brain, count, data):
+    for epoch in range(count):
+        brain.fit([epoch], data, data)
+        yield epoch
+
+
+class Search:
+    """A search that always finds the same."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, encoded, lens):
+        self.calls += 1
+        found = [[torch.tensor(3), torch.tensor(4)]] * len(encoded)
+        return found, None, None, None
+
+
+def test_development_data_are_translated_greedily():
+    search = Search()
+    brain = make_brain(search=search)
+    brain.fit([0], loader([0, 1]), loader([0, 1]))
+    assert search.calls == 0 and len(brain.hypotheses) == 2
+    brain.evaluate(loader([0, 1], [2]))
+    assert search.calls == 2
+    assert brain.hypotheses == ["A B"] * 3
+
+
+@pytest.mark.parametrize(
+    ("main", "tasks", "scores"),
+    [
+        ("st", (), {"BLEU", "chrF", "length_ratio"}),
+        ("st", ("mt",), {"BLEU", "chrF", "length_ratio"}),
+        ("st", ("asr",), {"BLEU", "chrF", "length_ratio", "CTC_WER"}),
+        ("mt", (), {"BLEU", "chrF", "length_ratio"}),
+        ("asr", (), {"CTC_WER"}),
+    ],
+)
+def test_scores_are_those_of_the_tasks(main, tasks, scores, tmp_path):
+    brain = make_brain(main=main, tasks=tasks, folder=tmp_path)
+    brain.fit([1], loader([0, 1]), loader([0, 1]))
+    assert set(brain.stats) == scores | {"loss"}
+    found = brain.checkpointer.find_checkpoint(**best_key(main))
+    key = "CTC_WER" if main == "asr" else "BLEU"
+    assert found.meta[key] == pytest.approx(brain.stats[key])
+    assert set(brain.train_stats) == {"loss", main, *tasks}
+
+
+def test_what_was_drawn_before_does_not_matter():
+    found = []
+    for drawn in (0, 7):
+        brain = make_brain(dropout=0.3)
+        for epoch in (1, 2):
+            torch.rand(drawn)
+            brain.fit([epoch], loader([0, 1], [2, 3]))
+        found.append(state(brain))
+    assert same(*found)
+    # Another epoch draws something else.
+    other = make_brain(dropout=0.3)
+    for epoch in (1, 3):
+        other.fit([epoch], loader([0, 1], [2, 3]))
+    assert not same(found[0], state(other))
+
+
+class Mixed(TranslationBrain):
+    """Even batches have lost all their tasks."""
+
+    def tasks_of(self, batch, stage):
+        return () if batch.id[0] == "u0" else super().tasks_of(batch, stage)
+
+
+def test_a_batch_without_tasks_is_not_trained_on():
+    brains = [make_brain(kind=Mixed), make_brain()]
+    brains[0].fit([1], loader([0], [1]))
+    brains[1].fit([1], loader([1]))
+    assert same(*map(state, brains))
+
+
+def test_accumulated_batches_are_one_update():
+    brain = make_brain(run_opts={"grad_accumulation_factor": 2})
+    rates = []
+
+    def annealing(optimizer):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.param_groups[0]["lr"] = 0.5
+
+    brain.lr_annealing = annealing
+    brain.fit([1], loader([0], [1], [2], [3]))
+    assert brain.hparams.task_weights.updates == 2
+    assert rates == [0.01, 0.5]
+    one = make_brain(run_opts={"grad_accumulation_factor": 2}, lr=0.5)
+    one.fit([1], loader([0], [1], [2], [3]))
+    # It moved before the first update, not behind it.
+    assert same(state(brain), state(one))
+
+
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+class Dying(TranslationBrain):
+    """Dies in front of the batch whose name it is told."""
+
+    dies_at = None
+
+    def on_fit_batch_start(self, batch, should_step):
+        if batch.id[0] == self.dies_at:
+            raise Killed
+        super().on_fit_batch_start(batch, should_step)
+
+
+def test_resumed_in_an_epoch_it_gives_the_same(tmp_path):
+    def fresh(name):
+        brain = make_brain(
+            kind=Dying,
+            folder=tmp_path / name,
+            dropout=0.2,
+            weights=TaskNormWeights(interval=2, floor=0.0),
+            run_opts={
+                "ckpt_interval_steps": 1,
+                "grad_accumulation_factor": 2,
+            },
+        )
+        counter = sb.utils.epoch_loop.EpochCounter(limit=1)
+        brain.checkpointer.add_recoverable("counter", counter)
+        data = [PaddedBatch([item(2 * n), item(2 * n + 1)]) for n in range(6)]
+        train = sb.dataio.dataloader.SaveableDataLoader(
+            data, batch_size=1, collate_fn=lambda batches: batches[0]
+        )
+        brain.checkpointer.add_recoverable("loader", train)
+        return brain, (counter, train, loader([0, 1]))
+
+    whole, given = fresh("whole")
+    whole.fit(*given)
+    # In the middle of an update: that batch is seen again.
+    killed, given = fresh("killed")
+    killed.dies_at = "u10"
+    with pytest.raises(Killed):
+        killed.fit(*given)
+    resumed, given = fresh("killed")
+    resumed.fit(*given)
+    assert same(state(whole), state(resumed))
+    assert resumed.train_stats == pytest.approx(whole.train_stats, rel=1e-12)
+    weights = [b.hparams.task_weights for b in (whole, resumed)]
+    assert weights[0].history == weights[1].history != []
+
+
+def test_who_is_left_out_does_not_hang_on_tasks_that_stopped():
+    mute = item(1, wrd="", source=torch.tensor([]).long())
+    for weight in (1.0, 0.0):
+        guard = InputGuard(skip_bad=True)
+        weights = TaskNormWeights(initial={"asr": weight, "mt": weight})
+        brain = make_brain(weights=weights, guard=guard)
+        batch = PaddedBatch([item(0), mute, item(2)])
+        brain.compute_forward(batch, sb.Stage.TRAIN)
+        assert brain.taken["ids"] == ["u0", "u2"]
+        assert guard.counts == {"it has no transcript": 1}
+
+
+def test_batch_without_its_bad_utterances():
+    batch = PaddedBatch([item(number) for number in range(3)])
+    x, lens = torch.rand(3, 5, 2), torch.tensor([0.4, 0.6, 1.0])
+    taken = taken_rows(batch, x, lens, torch.tensor([0, 2]))
+    assert taken["ids"] == ["u0", "u2"]
+    assert taken["transcripts"] == ["a b", "c d"]
+    assert taken["translations"] == ["A B", "C D"]
+    assert torch.equal(taken["x"], x[[0, 2]])
+    assert torch.equal(taken["lens"], lens[[0, 2]])
+    for name in ("source", "target_bos", "target_eos"):
+        assert torch.equal(taken[name], getattr(batch, name).data[[0, 2]])
+    assert "x" not in taken_rows(batch, None, None)
+
+
+def test_features_are_made_normalised_and_augmented():
+    def half(waves):
+        return waves / 2
+
+    def silence(x, lens):
+        return torch.zeros_like(x), lens
+
+    brain = make_brain(compute_features=half, fea_augment=silence)
+    batch = PaddedBatch([item(0), item(1)])
+    out = brain.compute_forward(batch, sb.Stage.VALID)
+    assert torch.equal(brain.taken["x"], batch.sig[0] / 2)
+    brain.compute_forward(batch, sb.Stage.TRAIN)
+    assert not brain.taken["x"].any()
+    assert out.speech is not None
+
+
+class Pieces:
+    """Stands for a SentencePiece processor."""
+
+    def __len__(self):
+        return 3
+
+    def encode_as_ids(self, text):
+        return ["xyz".index(letter) for letter in text]
+
+    def decode_ids(self, ids):
+        return "".join("xyz"[i] for i in ids)
+
+    def id_to_piece(self, index):
+        return "xyz"[index]
+
+
+def test_pieces_stand_behind_what_is_reserved():
+    labels = PieceLabels(Pieces(), ["<blank>", "<other>"])
+    assert labels.encode("zx").tolist() == [4, 2]
+    assert labels.encode("").dtype == torch.int64
+    assert labels.decode([[4, 2], []]) == ["zx", ""]
+    assert labels.pieces == ["<blank>", "<other>", "x", "y", "z"]
+    for wrong in (1, 5):
+        with pytest.raises(ValueError, match=f"label {wrong}: expected 2 to 4"):
+            labels.decode([[wrong]])
+
+
+def test_means_go_on_where_they_were_saved(tmp_path):
+    figures = torch.rand(20, generator=torch.Generator().manual_seed(0))
+    whole, first, second = RunningMeans(), RunningMeans(), RunningMeans()
+    for figure in figures[:8]:
+        first.add({"a": figure})
+    first.save(tmp_path / "means.json")
+    second.load(tmp_path / "means.json")
+    for figure in figures[8:]:
+        second.add({"a": figure})
+    for figure in figures:
+        whole.add({"a": figure})
+    # To the bit: a resumed run's log is that of a run never killed.
+    assert second.means() == whole.means()
+    assert whole.means()["a"] == pytest.approx(float(figures.double().mean()))
+    second.clear()
+    assert second.means() == {}
