@@ -8,7 +8,6 @@ Authors
 """
 
 import time
-import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from speechbrain.utils.logger import get_logger
 
 from speechbrain_taskarith.brains import Domain
 from speechbrain_taskarith.utils.files import read_json, write_json
+from speechbrain_taskarith.utils.seeds import seed_random_numbers
 from speechbrain_taskarith.vectors import open_state, save_state
 from speechbrain_taskarith.vectors.lifelong import FineTuning
 
@@ -120,8 +120,7 @@ class Trainer:
         name : str
             Of the training.
         """
-        text = f"{self.hparams['seed']} {name}"
-        torch.manual_seed(zlib.crc32(text.encode()))
+        seed_random_numbers(self.hparams["seed"], name)
 
     def train(self, name, tasks, start, choose, row, use):
         """Train from some weights, or read what an earlier run has made.
