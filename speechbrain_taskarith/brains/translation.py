@@ -24,9 +24,7 @@ class TranslationBrain(sb.Brain):
     """Train and test a `SpeechTranslationModel` on any of its tasks.
 
     In `modules`: `model` and, if wanted, `normalize` (SpeechBrain's
-    `InputNormalization`).
-
-    In `hparams`:
+    `InputNormalization`). In `hparams`:
 
     - `main`: the task that counts, `"st"`, `"mt"` or `"asr"`;
     - `objective`: a `TranslationObjective`;
@@ -38,15 +36,14 @@ class TranslationBrain(sb.Brain):
     - `bos_index`, `eos_index`: of the decoder;
     - `greedy_tokens`: longest translation of the greedy search;
     - `seed`: int;
-    - `search` (optional): a `TranslationBeamSearch` for tests; development
-      data are always translated greedily;
+    - `search` (optional): a `TranslationBeamSearch`, for tests alone;
     - `compute_features`, `fea_augment` (optional): waveforms to features,
       and what is done to them in training; without the first, what the
       batch brings goes to the model as it is;
     - `guard` (optional): an `InputGuard`;
     - `consistency` (optional): a `ConsistencyProbe`;
-    - `lr_annealing` (optional): called with the optimizer before every
-      update; `brain.lr_annealing`, where set, takes its place;
+    - `lr_annealing` (optional): called with the optimizer before each update,
+      unless `brain.lr_annealing` is set;
     - `train_logger` (optional).
 
     A batch holds `id`, `sig`, `source` (labels of the transcript),
@@ -98,10 +95,7 @@ class TranslationBrain(sb.Brain):
     ...         "task_weights": TaskNormWeights(["asr", "mt"], interval=10),
     ...         "source_labels": source,
     ...         "target_labels": target,
-    ...         "bos_index": 1,
-    ...         "eos_index": 2,
-    ...         "greedy_tokens": 5,
-    ...         "seed": 0,
+    ...         **{"bos_index": 1, "eos_index": 2, "greedy_tokens": 5, "seed": 0},
     ...     },
     ...     run_opts={"device": "cpu", "noprogressbar": True},
     ... )
@@ -272,7 +266,7 @@ class TranslationBrain(sb.Brain):
         Arguments
         ---------
         losses : dict of str: torch.Tensor
-            Of the batch at hand, with their graphs.
+            With their graphs.
         """
         self.hparams.consistency.step(losses, bare(self.modules.model))
 
@@ -375,10 +369,8 @@ class TranslationBrain(sb.Brain):
 
         Arguments
         ---------
-        batch, outputs, loss : object
-            Not used.
-        should_step : bool
-            True where the optimizer moved.
+        batch, outputs, loss, should_step : object
+            The last is True where the optimizer moved.
         """
         if should_step:
             self.hparams.task_weights.step()
@@ -424,6 +416,7 @@ class TranslationBrain(sb.Brain):
         self._score(float(stage_loss))
         train_logger = self._given("train_logger")
         if stage == sb.Stage.VALID:
+            self.on_validated(epoch)
             if train_logger is not None:
                 train_logger.log_stats(
                     self.epoch_meta(epoch),
@@ -435,6 +428,15 @@ class TranslationBrain(sb.Brain):
             self._save_epoch(epoch)
         elif train_logger is not None:
             train_logger.log_stats({"stage": "test"}, test_stats=self.stats)
+
+    def on_validated(self, epoch):
+        """Do nothing; for subclasses: scores are there, nothing is saved yet.
+
+        Arguments
+        ---------
+        epoch : int
+            Its number; its scores are in `stats`.
+        """
 
     def _score(self, loss):
         self.stats, self.scores = {"loss": loss}, None

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from digit_corpus import make_corpus
 from hyperpyyaml import load_hyperpyyaml
 from processes import Recipe
 
@@ -47,26 +48,7 @@ TINY = {
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """A few takes of all words by one speaker of each accent."""
-    pytest.importorskip("espeakng_loader")
-    from speechbrain_taskarith.data import (
-        SIMULATED_SPEAKERS,
-        make_digits_corpus,
-    )
-
-    accents = {}
-    for speaker in SIMULATED_SPEAKERS[:6]:
-        accents.setdefault(speaker.accent, speaker)
-    folder = tmp_path_factory.mktemp("corpus")
-    make_digits_corpus(
-        folder,
-        speakers=list(accents.values()),
-        takes=12,
-        words=["ONE", "TWO", "SIX"],
-        voices=["en-us+f1", "en-us+m1"],
-        synthetic_takes=1,
-        show_progress=False,
-    )
-    return folder / "recorded"
+    return make_corpus(tmp_path_factory, speakers=6, accents=True)
 
 
 def start(data, output, **options):

@@ -202,6 +202,28 @@ def test_rows_start_from_their_stages(corpus, finished, tmp_path):
 
 
 @pytest.mark.slow
+def test_seeds_may_share_the_acoustic_stage(corpus, finished, tmp_path):
+    options = {"only": "asr,st", "acoustic_of": finished}
+    run(corpus, tmp_path, lr=0.0, **options)
+    assert not (tmp_path / "save" / "asr").exists()
+    assert {p.stem for p in (tmp_path / "rows").glob("*.json")} == {"st"}
+    found, given = weights(tmp_path, "st"), weights(finished, "asr")
+    for name in given:
+        if name.startswith(("acoustic.", "ctc_lin.")):
+            assert torch.equal(found[name], given[name]), name
+    # Pieces of its own: as many, but others.
+    (path,) = (tmp_path / "tokenizer" / "source").glob("*.vocab")
+    path.write_text(path.read_text("utf-8").replace("a", "b"), "utf-8")
+    (tmp_path / "rows" / "st.json").unlink()
+    said = run(corpus, tmp_path, fails=True, **options)
+    assert "has other source pieces than this run" in said
+    said = run(
+        corpus, tmp_path, fails=True, only="st", acoustic_of=tmp_path / "none"
+    )
+    assert "none" in said and "source pieces" in said
+
+
+@pytest.mark.slow
 def test_a_row_that_is_done_is_not_trained_again(corpus, finished):
     paths = sorted((finished / "rows").glob("*.json"))
     before = [path.read_bytes() for path in paths]

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from digit_corpus import make_corpus
 from processes import Recipe
 
 from speechbrain_taskarith.metrics import LifelongMatrix
@@ -36,26 +37,7 @@ TINY = {
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """A few takes of three words by one speaker of each accent."""
-    pytest.importorskip("espeakng_loader")
-    from speechbrain_taskarith.data import (
-        SIMULATED_SPEAKERS,
-        make_digits_corpus,
-    )
-
-    accents = {}
-    for speaker in SIMULATED_SPEAKERS:
-        accents.setdefault(speaker.accent, speaker)
-    folder = tmp_path_factory.mktemp("corpus")
-    make_digits_corpus(
-        folder,
-        speakers=list(accents.values()),
-        takes=12,
-        words=["ONE", "TWO", "SIX"],
-        voices=["en-us+f1", "en-us+m1"],
-        synthetic_takes=1,
-        show_progress=False,
-    )
-    return folder / "recorded"
+    return make_corpus(tmp_path_factory, speakers=None, accents=True)
 
 
 def run(data, output, *, ranks=1, fails=False, **options):

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from digit_corpus import make_corpus
 from processes import Recipe
 from safetensors.torch import load_file
 
@@ -43,23 +44,7 @@ MODELS = 1 + 3 * (1 + 1 + 1 + 2 * 2)
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """A few takes of four words by two speakers."""
-    pytest.importorskip("espeakng_loader")
-    from speechbrain_taskarith.data import (
-        SIMULATED_SPEAKERS,
-        make_digits_corpus,
-    )
-
-    folder = tmp_path_factory.mktemp("corpus")
-    make_digits_corpus(
-        folder,
-        speakers=SIMULATED_SPEAKERS[:2],
-        takes=12,
-        words=["ONE", "TWO", "SIX", "NINE"],
-        voices=["en-us+f1", "en-us+m1"],
-        synthetic_takes=1,
-        show_progress=False,
-    )
-    return folder / "recorded"
+    return make_corpus(tmp_path_factory, words=["ONE", "TWO", "SIX", "NINE"])
 
 
 def start(data, output, **options):

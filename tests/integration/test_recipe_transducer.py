@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+from digit_corpus import make_corpus
 from processes import Recipe, taskarith
 
 RECIPE = Recipe("FSDD/ASR/transducer")
@@ -48,23 +49,7 @@ MODELS = len(ROWS) + 2
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """A few takes of three words by two speakers."""
-    pytest.importorskip("espeakng_loader")
-    from speechbrain_taskarith.data import (
-        SIMULATED_SPEAKERS,
-        make_digits_corpus,
-    )
-
-    folder = tmp_path_factory.mktemp("corpus")
-    make_digits_corpus(
-        folder,
-        speakers=SIMULATED_SPEAKERS[:2],
-        takes=12,
-        words=["ONE", "TWO", "SIX"],
-        voices=["en-us+f1"],
-        synthetic_takes=1,
-        show_progress=False,
-    )
-    return folder / "recorded"
+    return make_corpus(tmp_path_factory, voices=["en-us+f1"])
 
 
 def start(data, output, **options):

@@ -61,9 +61,12 @@ class ST(TranslationBrain):
         with self.history.paused():
             super().measure(losses)
 
-    def epoch_meta(self, epoch):
-        """Keep the scores of an epoch, and show the time."""
+    def on_validated(self, epoch):
+        """Keep the scores of an epoch."""
         self.history.end_of_epoch(epoch, self.stats)
+
+    def epoch_meta(self, epoch):
+        """Show the time, too."""
         meta = super().epoch_meta(epoch)
         return {**meta, "seconds": self.history.seconds}
 
@@ -164,7 +167,13 @@ def wanted_rows(hparams):
         for stage, _ in starts_of({**hparams, **row})
     }
     stages = {n: s for n, s in hparams["stages"].items() if n in needed}
-    return {**stages, **rows}
+    wanted = {**stages, **rows}
+    return {n: r for n, r in wanted.items() if not trained_before(n, hparams)}
+
+
+def trained_before(stage, hparams):
+    """Return whether the stage is another run's."""
+    return stage == hparams["acoustic_from"] and hparams["acoustic_of"]
 
 
 def starts_of(hparams):
@@ -180,16 +189,37 @@ def start_from_stages(hparams):
     """Take what the row starts from: acoustic encoder, text translation."""
     for stage, taken in starts_of(hparams):
         folder = Path(hparams["save_folder"]).parent / stage
+        if trained_before(stage, hparams):
+            check_same_pieces(hparams)
+            folder = Path(hparams["acoustic_of"]) / "save" / stage
         best = best_key(hparams["stages"][stage]["main"])
         found = Checkpointer(folder).find_checkpoint(**best)
         if found is None:
             raise FileNotFoundError(
                 f"{folder}: no checkpoint, which this row starts from; take "
                 f"{result_path(stage, hparams)} away, and the stage "
-                "is trained again"
+                "is trained again (`acoustic_of`: name the output_folder of "
+                "a run that trained it)"
             )
         initialise_from_text_translation(hparams["model"], found.path, taken)
         logger.info(f"{', '.join(taken)}: from {found.path}")
+
+
+def check_same_pieces(hparams):
+    """Raise an error where another run's CTC head writes other pieces."""
+    vocabularies = [
+        {
+            path.name: path.read_bytes()
+            for path in Path(folder, "tokenizer", "source").glob("*.vocab")
+        }
+        for folder in (hparams["output_folder"], hparams["acoustic_of"])
+    ]
+    if vocabularies[0] != vocabularies[1]:
+        raise ValueError(
+            f"acoustic_of: {hparams['acoustic_of']} has other source pieces "
+            "than this run; give both the same data, `source_type` and "
+            "`source_pieces`"
+        )
 
 
 def run_row(name, hparams, labels, datasets, run_opts):
