@@ -33,6 +33,7 @@ TINY = {
     "asr_epochs": 1,
     "mt_epochs": 1,
     "max_batch_seconds": 8,
+    "stage_batch_seconds": 8,
     "num_buckets": 2,
     "test_batch_size": 4,
     "task_interval": 2,
@@ -178,7 +179,8 @@ def test_each_row_is_what_its_name_says(finished):
 @pytest.mark.slow
 def test_rows_start_from_their_stages(corpus, finished, tmp_path):
     # Nothing moves without a learning rate.
-    run(corpus, tmp_path, only="st,st_mt,whole", lr=0.0)
+    options = {"only": "st,st_mt,whole", "lr": 0.0, "stage_lr": 0.0}
+    run(corpus, tmp_path, **options)
     for row, text in (("st", None), ("st_mt", "mt"), ("whole", "mt_local")):
         found = weights(tmp_path, row)
         for stage, parts in (
