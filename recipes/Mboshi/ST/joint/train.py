@@ -167,13 +167,17 @@ def wanted_rows(hparams):
         for stage, _ in starts_of({**hparams, **row})
     }
     stages = {n: s for n, s in hparams["stages"].items() if n in needed}
-    wanted = {**stages, **rows}
-    return {n: r for n, r in wanted.items() if not trained_before(n, hparams)}
+    return {
+        name: row
+        for name, row in {**stages, **rows}.items()
+        if not of_another_run(name, hparams)
+    }
 
 
-def trained_before(stage, hparams):
-    """Return whether the stage is another run's."""
-    return stage == hparams["acoustic_from"] and hparams["acoustic_of"]
+def of_another_run(stage, hparams):
+    """Tell whether a stage is taken from another run, not trained here."""
+    shared = hparams["acoustic_of"] is not None
+    return shared and stage == hparams["acoustic_from"]
 
 
 def starts_of(hparams):
@@ -189,7 +193,7 @@ def start_from_stages(hparams):
     """Take what the row starts from: acoustic encoder, text translation."""
     for stage, taken in starts_of(hparams):
         folder = Path(hparams["save_folder"]).parent / stage
-        if trained_before(stage, hparams):
+        if of_another_run(stage, hparams):
             check_same_pieces(hparams)
             folder = Path(hparams["acoustic_of"]) / "save" / stage
         best = best_key(hparams["stages"][stage]["main"])
