@@ -9,6 +9,8 @@ from speechbrain.decoders.seq2seq import S2STransformerBeamSearcher
 
 from speechbrain_taskarith.utils.lengths import absolute_lengths
 
+from .incremental import decoder_by_steps
+
 
 class TranslationBeamSearch(S2STransformerBeamSearcher):
     """SpeechBrain's beam search over a `TranslationDecoder`.
@@ -65,6 +67,52 @@ class TranslationBeamSearch(S2STransformerBeamSearcher):
             **settings,
         )
         self.least_steps = least_steps
+
+    def permute_mem(self, memory, index):
+        """Go on with other hypotheses; SpeechBrain calls this.
+
+        Arguments
+        ---------
+        memory : IncrementalDecoder or PrefixDecoder
+            From `forward_step`.
+        index : torch.Tensor
+            [hypotheses], where each comes from.
+
+        Returns
+        -------
+        IncrementalDecoder or PrefixDecoder
+            The same.
+        """
+        return memory.keep(index)
+
+    def forward_step(self, inp_tokens, memory, enc_states, enc_lens):
+        """Score the next token of all hypotheses; SpeechBrain calls this.
+
+        Arguments
+        ---------
+        inp_tokens : torch.Tensor
+            [hypotheses], the newest token of each.
+        memory : IncrementalDecoder or PrefixDecoder or None
+            What earlier steps left; None at the beginning.
+        enc_states : torch.Tensor
+            [hypotheses, S, d].
+        enc_lens : torch.Tensor
+            [hypotheses], absolute lengths.
+
+        Returns
+        -------
+        torch.Tensor
+            [hypotheses, V], log-probabilities.
+        IncrementalDecoder or PrefixDecoder
+            For the next step.
+        torch.Tensor
+            [hypotheses, S], attention.
+        """
+        if memory is None:
+            memory = decoder_by_steps(self.model, enc_states, enc_lens)
+        hidden, attention = memory.step(inp_tokens)
+        scores = self.softmax(self.fc(hidden) / self.temperature)
+        return scores, memory, attention
 
     def set_n_out(self):
         """Return the number of target tokens; SpeechBrain calls this.
@@ -136,19 +184,20 @@ def greedy_translation(
     """
     lengths = absolute_lengths(lens, memory.shape[1])
     batch = len(memory)
-    tokens = torch.full((batch, 1), bos_index, device=memory.device)
+    tokens = torch.full((batch,), bos_index, device=memory.device)
     going = torch.arange(batch, device=memory.device)
     found = [[] for _ in range(batch)]
+    steps = decoder_by_steps(decoder, memory, lengths)
     for _ in range(max_tokens):
-        hidden, _ = decoder.decode(tokens, memory[going], lengths[going])
-        best = decoder.seq_lin(hidden[:, -1]).argmax(-1)
-        for row, token in zip(going.tolist(), best.tolist()):
-            if token != eos_index:
-                found[row].append(token)
-        # Who has ended takes no more time.
-        on = best != eos_index
-        going = going[on]
-        if not len(going):
-            break
-        tokens = torch.cat([tokens[on], best[on, None]], 1)
+        hidden, _ = steps.step(tokens)
+        tokens = decoder.seq_lin(hidden).argmax(-1)
+        on = tokens != eos_index
+        if not on.all():
+            # Who has ended takes no more time.
+            going, tokens = going[on], tokens[on]
+            if not len(going):
+                break
+            steps.keep(on)
+        for row, token in zip(going.tolist(), tokens.tolist()):
+            found[row].append(token)
     return found

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hyperpyyaml import load_hyperpyyaml
+from speechbrain.decoders.seq2seq import S2STransformerBeamSearcher
 from translation_toy import BOS, EOS, toy_batch, toy_model
 
 from speechbrain_taskarith.translation import (
@@ -25,6 +26,11 @@ from speechbrain_taskarith.translation import (
     TranslationObjective,
     greedy_translation,
     initialise_from_text_translation,
+)
+from speechbrain_taskarith.translation.incremental import (
+    IncrementalDecoder,
+    PrefixDecoder,
+    decoder_by_steps,
 )
 
 
@@ -149,6 +155,77 @@ def test_searches_agree_with_a_loop():
     short = TranslationDecoder(8, 16, 2, 1, max_length=5)
     limited = TranslationBeamSearch(short, BOS, EOS, least_steps=50)
     assert limited.change_max_decoding_length(0, 2) == (0, 5)
+
+
+class WholePrefixes(TranslationBeamSearch):
+    """The same search as SpeechBrain does it: every prefix anew."""
+
+    forward_step = S2STransformerBeamSearcher.forward_step
+    permute_mem = S2STransformerBeamSearcher.permute_mem
+
+
+@pytest.mark.parametrize("beam_size", [1, 4])
+def test_beam_search_agrees_with_whole_prefixes(beam_size):
+    torch.manual_seed(4)
+    decoder = TranslationDecoder(9, 16, 4, num_layers=2).double().eval()
+    memory = torch.randn(3, 6, 16).double()
+    lens = torch.tensor([1.0, 0.5, 1 / 6])
+    settings = {"beam_size": beam_size, "max_decode_ratio": 0.0}
+    found, expected = (
+        which(decoder, BOS, EOS, least_steps=12, **settings)(memory, lens)
+        for which in (TranslationBeamSearch, WholePrefixes)
+    )
+    assert found[0] == expected[0]
+    torch.testing.assert_close(found[2], expected[2])
+
+
+def test_incremental_steps_equal_whole_prefixes():
+    torch.manual_seed(5)
+    decoder = TranslationDecoder(9, 16, 4, num_layers=2, max_length=7)
+    decoder = decoder.double().eval()
+    memory, lengths = torch.randn(4, 6, 16).double(), torch.tensor([6, 1, 3, 4])
+    # What pads the memory is not seen.
+    memory[1, 1:] = 1e3
+    tokens = torch.randint(3, 9, (4, 7))
+    tokens[:, 0] = BOS
+    steps = decoder_by_steps(decoder, memory, lengths)
+    assert isinstance(steps, IncrementalDecoder)
+    rows = torch.arange(4)
+    for u in range(7):
+        if u == 3:  # one twice, in another order, two not at all
+            rows = torch.tensor([2, 0, 2])
+            assert steps.keep(rows) is steps
+        elif u == 5:
+            rows = rows[torch.tensor([True, False, True])]
+            steps.keep(torch.tensor([True, False, True]))
+        hidden, attention = steps.step(tokens[rows, u])
+        expected = decoder.decode(
+            tokens[rows, : u + 1], memory[rows], lengths[rows]
+        )
+        torch.testing.assert_close(hidden, expected[0][:, -1])
+        torch.testing.assert_close(attention, expected[1][:, -1])
+    with pytest.raises(ValueError, match="8 steps, but positions up to 7"):
+        steps.step(tokens[rows, 0])
+
+
+def test_changed_decoder_layers_are_searched_as_they_are():
+    torch.manual_seed(6)
+    decoder = TranslationDecoder(9, 16, 4, num_layers=1).eval()
+    memory, lens = torch.randn(2, 6, 16), torch.tensor([1.0, 0.5])
+    args = (decoder, memory, lens, BOS, EOS)
+    plain = greedy_translation(*args, max_tokens=9)
+    layer = decoder.layers.layers[0]
+    # An adapter by a hook, as some libraries add it.
+    hook = layer.register_forward_hook(lambda _, x, y: (-3 * y[0], *y[1:]))
+    steps = decoder_by_steps(decoder, memory, torch.tensor([6, 3]))
+    assert isinstance(steps, PrefixDecoder)
+    hooked = greedy_translation(*args, max_tokens=9)
+    assert hooked != plain
+    tokens = torch.tensor([[BOS]] * 2)
+    first = decoder(tokens, memory, lens)[:, -1].argmax(-1)
+    assert [one[0] for one in hooked] == first.tolist()
+    hook.remove()
+    assert greedy_translation(*args, max_tokens=9) == plain
 
 
 def test_starts_from_a_text_translation_model(tmp_path):
