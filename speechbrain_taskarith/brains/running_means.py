@@ -4,17 +4,10 @@ Authors
  * speechbrain_taskarith contributors 2026
 """
 
-from speechbrain.utils.checkpoints import (
-    mark_as_loader,
-    mark_as_saver,
-    register_checkpoint_hooks,
-)
-
-from speechbrain_taskarith.utils.files import read_json, write_json
+from speechbrain_taskarith.translation.recoverable import JSONRecoverable
 
 
-@register_checkpoint_hooks
-class RunningMeans:
+class RunningMeans(JSONRecoverable):
     """The mean of each of several figures since `clear`; a recoverable.
 
     Sums are kept in float64 where the figures are: nothing is asked of a GPU
@@ -63,29 +56,23 @@ class RunningMeans:
             for name, total in self._sums.items()
         }
 
-    @mark_as_saver
-    def save(self, path):
-        """Save sums and counts, for a SpeechBrain checkpointer.
+    def state(self):
+        """Return what is kept.
 
-        Arguments
-        ---------
-        path : str or pathlib.Path
-            The file.
+        Returns
+        -------
+        dict
+            Sums and counts.
         """
         sums = {name: float(total) for name, total in self._sums.items()}
-        write_json(path, {"sums": sums, "counts": self._counts})
+        return {"sums": sums, "counts": self._counts}
 
-    @mark_as_loader
-    def load(self, path, end_of_epoch=False):
-        """Load what was saved.
+    def restore(self, state):
+        """Take back what `state` returned.
 
         Arguments
         ---------
-        path : str or pathlib.Path
-            The file.
-        end_of_epoch : bool
-            Not used.
+        state : dict
+            Sums and counts.
         """
-        del end_of_epoch
-        state = read_json(path)
         self._sums, self._counts = state["sums"], state["counts"]

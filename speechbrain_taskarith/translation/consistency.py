@@ -10,20 +10,12 @@ import itertools
 import logging
 
 import torch
-from speechbrain.utils.checkpoints import (
-    mark_as_loader,
-    mark_as_saver,
-    register_checkpoint_hooks,
-)
 
 from speechbrain_taskarith.metrics import plot_heat_map
-from speechbrain_taskarith.utils.files import (
-    atomic_write,
-    read_json,
-    write_json,
-)
+from speechbrain_taskarith.utils.files import atomic_write
 
 from .gradients import isolated_gradients
+from .recoverable import JSONRecoverable
 
 logger = logging.getLogger(__name__)
 
@@ -126,8 +118,7 @@ def _cosine(one, other):
     return max(-1.0, min(1.0, dot / size))
 
 
-@register_checkpoint_hooks
-class ConsistencyProbe:
+class ConsistencyProbe(JSONRecoverable):
     """Measure gradient consistency every so often, into log, CSV and plot.
 
     A measurement costs about as much as a backward pass for each task; at the
@@ -254,28 +245,22 @@ class ConsistencyProbe:
             unit="cosine",
         )
 
-    @mark_as_saver
-    def save(self, path):
-        """Save the state, for a SpeechBrain checkpointer.
+    def state(self):
+        """Return what is kept.
+
+        Returns
+        -------
+        dict
+            Updates, and the rows of the CSV.
+        """
+        return {"updates": self.updates, "rows": self.rows}
+
+    def restore(self, state):
+        """Take back what `state` returned.
 
         Arguments
         ---------
-        path : str or pathlib.Path
-            The file.
+        state : dict
+            Updates and rows.
         """
-        write_json(path, {"updates": self.updates, "rows": self.rows})
-
-    @mark_as_loader
-    def load(self, path, end_of_epoch=False):
-        """Load a saved state.
-
-        Arguments
-        ---------
-        path : str or pathlib.Path
-            The file.
-        end_of_epoch : bool
-            Not used.
-        """
-        del end_of_epoch
-        state = read_json(path)
         self.updates, self.rows = state["updates"], state["rows"]

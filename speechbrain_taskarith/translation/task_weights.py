@@ -8,16 +8,10 @@ import logging
 import math
 
 import torch
-from speechbrain.utils.checkpoints import (
-    mark_as_loader,
-    mark_as_saver,
-    register_checkpoint_hooks,
-)
-
-from speechbrain_taskarith.utils.files import read_json, write_json
 
 from .gathering import average_
 from .gradients import isolated_gradients, trained_parameters
+from .recoverable import JSONRecoverable
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +19,7 @@ logger = logging.getLogger(__name__)
 _PARTS = {"asr": ("acoustic",), "mt": ("textual", "decoder")}
 
 
-@register_checkpoint_hooks
-class TaskNormWeights:
+class TaskNormWeights(JSONRecoverable):
     """Auxiliary tasks weigh less the smaller their share of the gradient.
 
     Every `interval` updates, with norms n of each task's own gradient on the
@@ -278,48 +271,39 @@ class TaskNormWeights:
             }
         )
 
-    @mark_as_saver
-    def save(self, path):
-        """Save the state, for a SpeechBrain checkpointer.
+    def state(self):
+        """Return what is kept.
 
-        Arguments
-        ---------
-        path : str or pathlib.Path
-            The file.
+        Returns
+        -------
+        dict
+            Tasks, weights, updates and the history of all of it.
         """
-        write_json(
-            path,
-            {
-                "tasks": list(self.tasks),
-                "main": self.main,
-                "weights": self._weights,
-                "updates": self.updates,
-                "history": self.history,
-            },
-        )
+        return {
+            "tasks": list(self.tasks),
+            "main": self.main,
+            "weights": self._weights,
+            "updates": self.updates,
+            "history": self.history,
+        }
 
-    @mark_as_loader
-    def load(self, path, end_of_epoch=False):
-        """Load a saved state.
+    def restore(self, state):
+        """Take back what `state` returned.
 
         Arguments
         ---------
-        path : str or pathlib.Path
-            The file.
-        end_of_epoch : bool
-            Not used.
+        state : dict
+            See `state`.
 
         Raises
         ------
         ValueError
-            The file is damaged, or of other tasks.
+            It is of other tasks.
         """
-        del end_of_epoch
-        state = read_json(path)
-        tasks = state.get("tasks") if isinstance(state, dict) else None
+        tasks = state.get("tasks")
         if tasks is None or sorted(tasks) != sorted(self.tasks):
             raise ValueError(
-                f"{path}: holds weights of the tasks {tasks}, expected "
+                f"holds weights of the tasks {tasks}, expected "
                 f"{list(self.tasks)}; begin a new output folder, or name the "
                 "same tasks"
             )

@@ -183,7 +183,11 @@ def test_files_of_others_are_refused(tmp_path):
     TaskNormWeights(["asr"]).save(path)
     with pytest.raises(ValueError, match="weights.ckpt: holds weights of"):
         TaskNormWeights(["mt"]).load(path)
-    path.write_text(path.read_text()[:20])
+    for wrong in ("[]", "{}", '{"tasks": ["asr"]}'):
+        path.write_text(wrong)
+        with pytest.raises(ValueError, match="weights.ckpt: (not a|holds)"):
+            TaskNormWeights(["asr"]).load(path)
+    path.write_text('{"tasks": ["as')
     with pytest.raises(ValueError, match="expected JSON"):
         TaskNormWeights(["asr"]).load(path)
 

@@ -7,17 +7,10 @@ Authors
 import contextlib
 import time
 
-from speechbrain.utils.checkpoints import (
-    mark_as_loader,
-    mark_as_saver,
-    register_checkpoint_hooks,
-)
-
-from speechbrain_taskarith.utils.files import read_json, write_json
+from speechbrain_taskarith.translation.recoverable import JSONRecoverable
 
 
-@register_checkpoint_hooks
-class TrainingHistory:
+class TrainingHistory(JSONRecoverable):
     """Seconds of training, and scores after every epoch; a recoverable.
 
     Counted are updates alone: no validation, no checkpoints, no loading of
@@ -97,30 +90,14 @@ class TrainingHistory:
             "epochs": list(self.epochs),
         }
 
-    @mark_as_saver
-    def save(self, path):
-        """Save the state, for a SpeechBrain checkpointer.
+    def restore(self, state):
+        """Take back what `state` returned.
 
         Arguments
         ---------
-        path : str or pathlib.Path
-            The file.
+        state : dict
+            See `state`.
         """
-        write_json(path, self.state())
-
-    @mark_as_loader
-    def load(self, path, end_of_epoch=False):
-        """Load a saved state.
-
-        Arguments
-        ---------
-        path : str or pathlib.Path
-            The file.
-        end_of_epoch : bool
-            Not used.
-        """
-        del end_of_epoch
-        state = read_json(path)
         self.seconds = state["seconds"]
         self.cpu_seconds = state["cpu_seconds"]
         self.epochs = state["epochs"]
