@@ -1,8 +1,4 @@
-"""What doctests and tests both need before they are collected.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""What doctests and tests both need before they are collected."""
 
 import os
 

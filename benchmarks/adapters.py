@@ -10,9 +10,6 @@ before a time counts, and the sides take turns::
 Without the package the other sides run alone. On a GPU (`--device cuda`) time
 is taken by events and memory is `max_memory_allocated`; kernel launches are
 counted. See `benchmarks/README.md` for what came out.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import argparse
@@ -30,11 +27,8 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from speechbrain_taskarith.adapters import (  # noqa: E402
-    AdapterBank,
-    AudioAdapterFusion,
-)
-from speechbrain_taskarith.adapters.folding import product  # noqa: E402
+from speechbrain_taskarith.adapters import AdapterBank, AudioAdapterFusion
+from speechbrain_taskarith.adapters.combination.folding import product
 
 WIDTH, BATCH, FRAMES = 512, 4, 250
 TOLERANCE = 2e-5  # of the output's norm, float32 against the loop in float64

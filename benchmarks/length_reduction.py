@@ -8,9 +8,6 @@ are taken in turn (A B A B) on the same inputs, memory in fresh processes::
     python benchmarks/length_reduction.py shrink look --device cuda
 
 See `benchmarks/README.md` for what came out.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import argparse
@@ -30,12 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from speechbrain_taskarith.translation import (  # noqa: E402
+from speechbrain_taskarith.translation import (
     CTCShrink,
     LookingBack,
     gradient_consistency,
 )
-from speechbrain_taskarith.translation.window import (  # noqa: E402
+from speechbrain_taskarith.translation.reduction.window import (
     windowed_attention,
 )
 

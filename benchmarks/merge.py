@@ -8,9 +8,6 @@ output is compared with an oracle in float64 before its time counts::
     python benchmarks/merge.py --mergekit peer/bin/mergekit-pytorch
 
 See `benchmarks/README.md` for what came out.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import argparse
@@ -31,7 +28,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from speechbrain_taskarith.vectors.safetensors_file import (  # noqa: E402
+from speechbrain_taskarith.vectors.states.safetensors import (
     SafetensorsWriter,
     TensorInfo,
     read_header,

@@ -7,9 +7,6 @@ Every measurement of memory is a fresh process; times are taken in turn
     python benchmarks/transducer.py loss beam --rounds 7
 
 See `benchmarks/README.md` for what came out.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import argparse
@@ -26,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
-from speechbrain_taskarith.transducer import (  # noqa: E402
+from speechbrain_taskarith.transducer import (
     Emformer,
     LSTMPredictor,
     RNNTJoint,

@@ -7,9 +7,6 @@ are taken in turn (A B A B) on the same decoder and the same input::
     python benchmarks/translation_search.py --device cuda --batch 64
 
 See `benchmarks/README.md` for what came out.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import argparse
@@ -27,7 +24,7 @@ from speechbrain.decoders.seq2seq import (  # noqa: E402
     S2STransformerBeamSearcher,
 )
 
-from speechbrain_taskarith.translation import (  # noqa: E402
+from speechbrain_taskarith.translation import (
     TranslationBeamSearch,
     TranslationDecoder,
 )

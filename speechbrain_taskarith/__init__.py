@@ -3,9 +3,6 @@
 Rooms are imported by name, so that what a recipe does not use costs nothing::
 
     from speechbrain_taskarith.vectors import TaskVector, TIES
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 __version__ = "0.1.0"

@@ -2,9 +2,6 @@
 
 One verb a file in `commands`; nothing heavy is imported before the arguments
 are understood, and merging safetensors never imports torch.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import argparse
@@ -13,8 +10,8 @@ import logging
 import sys
 import warnings
 
-from . import __version__
-from .commands import VERBS, console, load_verb
+from speechbrain_taskarith import __version__
+from speechbrain_taskarith.commands import VERBS, console, load_verb
 
 _DESCRIPTION = """\
 Task vectors of speech models: subtract, apply, merge, edit, look.

@@ -1,8 +1,4 @@
-"""Fixtures of all tests: the device and the real recordings.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Fixtures of all tests: the device and the real recordings."""
 
 import os
 from pathlib import Path

@@ -8,9 +8,6 @@ Takes a clone of that repository (`recordings/7_jackson_32.wav` and
 `metadata.py`), or any folder with a `manifest.csv` in the columns
 `ID,duration,wav,spk_id,accent_or_domain,wrd,split` (`$data_root` in paths
 stands for that folder).
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import ast
@@ -26,11 +23,7 @@ from speechbrain_taskarith.data import (
     read_manifest,
     write_manifest,
 )
-from speechbrain_taskarith.utils.files import (
-    read_json,
-    sha256_of,
-    write_json,
-)
+from speechbrain_taskarith.utils.files import read_json, sha256_of, write_json
 
 logger = get_logger(__name__)
 

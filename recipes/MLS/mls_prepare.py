@@ -15,9 +15,6 @@ Takes the folder in which the archives were unpacked:
 
 and writes `train.csv`, `valid.csv` and `test.csv`, and `transcripts.csv` with
 the text of the whole training set, for the tokenizer.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import csv

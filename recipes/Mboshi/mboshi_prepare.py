@@ -14,9 +14,6 @@ and writes `train.csv`, `valid.csv` and `test.csv`. The corpus's own split is
 kept: its `dev` is `test.csv`. No sentence of its `dev` is said in its `train`;
 `valid.csv` is taken out of `train` so that this holds of it, too: it gets
 every tenth sentence, by a hash of the transcript.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import collections

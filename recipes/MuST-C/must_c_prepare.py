@@ -19,9 +19,6 @@ Writes `train.csv`, `valid.csv`, `test.csv` (columns
 `ID,duration,wav,start,spk_id,wrd,translation`), `asr.csv` and `text.csv` in
 the same columns, and `text_for_labels.txt`, both languages of the training
 set, for the tokenizer.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import collections

@@ -1,21 +1,20 @@
-"""Which adapters an encoder has, what combines them, which are in use.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Which adapters an encoder has, what combines them, which are in use."""
 
 import logging
 
 import torch
 
-from .averaging import AdapterMean, AdapterWeightedMean
-from .bank import COMBINED
-from .combination import Combination
-from .freezing import hold_statistics
-from .fusion import AudioAdapterFusion
-from .insertion import CHILD, Attachment
-from .layer import LayerAdapters, Route
-from .pass_through import PassThrough
+from speechbrain_taskarith.adapters.bank import COMBINED
+from speechbrain_taskarith.adapters.combination.averaging import (
+    AdapterMean,
+    AdapterWeightedMean,
+)
+from speechbrain_taskarith.adapters.combination.base import Combination
+from speechbrain_taskarith.adapters.combination.fusion import AudioAdapterFusion
+from speechbrain_taskarith.adapters.freezing import hold_statistics
+from speechbrain_taskarith.adapters.insertion import CHILD, Attachment
+from speechbrain_taskarith.adapters.layer import LayerAdapters, Route
+from speechbrain_taskarith.adapters.pass_through import PassThrough
 
 logger = logging.getLogger(__name__)
 

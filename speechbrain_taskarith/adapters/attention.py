@@ -1,8 +1,4 @@
-"""How much each adapter is attended to: numbers for the log, a heat map.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""How much each adapter is attended to: numbers for the log, a heat map."""
 
 import torch
 

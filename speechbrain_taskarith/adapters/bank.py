@@ -1,16 +1,12 @@
-"""N adapters of one layer, computed together.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""N adapters of one layer, computed together."""
 
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from .bottleneck import BottleneckAdapter
-from .caching import DerivedWeights
+from speechbrain_taskarith.adapters.bottleneck import BottleneckAdapter
+from speechbrain_taskarith.adapters.caching import DerivedWeights
 
 # Of state dict keys; also keeps task names off the attributes of a module.
 _PREFIX = "adapter_"

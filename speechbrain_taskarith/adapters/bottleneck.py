@@ -1,8 +1,4 @@
-"""One adapter: a bottleneck beside a layer of a frozen encoder.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""One adapter: a bottleneck beside a layer of a frozen encoder."""
 
 import torch
 

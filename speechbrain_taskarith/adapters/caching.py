@@ -1,8 +1,4 @@
-"""Weights computed from parameters, kept as long as these stay the same.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Weights computed from parameters, kept as long as these stay the same."""
 
 import torch
 

@@ -1,12 +1,8 @@
-"""Freezing modules for good: parameters and running statistics.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Freezing modules for good: parameters and running statistics."""
 
 import torch
 
-from .pass_through import PassThrough
+from speechbrain_taskarith.adapters.pass_through import PassThrough
 
 
 def keeps_statistics(module):

@@ -1,17 +1,16 @@
-"""Steering the adapters of an encoder: use, train, save, fold, take out.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Steering the adapters of an encoder: use, train, save, fold, take out."""
 
 import logging
 
-from . import adapter_files
-from .adapter_set import KINDS, AdapterSet
-from .attention import adapter_attention, guidance_loss
-from .bank import COMBINED
-from .freezing import StayFrozen, hold_statistics
-from .insertion import CHILD
+from speechbrain_taskarith.adapters import files as adapter_files
+from speechbrain_taskarith.adapters.adapter_set import KINDS, AdapterSet
+from speechbrain_taskarith.adapters.attention import (
+    adapter_attention,
+    guidance_loss,
+)
+from speechbrain_taskarith.adapters.bank import COMBINED
+from speechbrain_taskarith.adapters.freezing import StayFrozen, hold_statistics
+from speechbrain_taskarith.adapters.insertion import CHILD
 
 logger = logging.getLogger(__name__)
 

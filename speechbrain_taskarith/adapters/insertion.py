@@ -3,9 +3,6 @@
 The encoder's code stays as it is: forward hooks on its layers add what the
 adapters give. The adapters become a child of the encoder, so that `.to()`,
 optimizers and DDP find them there.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import collections
@@ -14,13 +11,12 @@ import logging
 
 import torch
 
+from speechbrain_taskarith.adapters.bank import AdapterBank
 from speechbrain_taskarith.utils.patterns import (
     as_tuple,
     matches,
     require_match,
 )
-
-from .bank import AdapterBank
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +105,7 @@ def insert_adapters(
     >>> encoder(torch.randn(3, 5, 8)).shape
     torch.Size([3, 5, 8])
     """
-    from .handle import AdapterHandle
+    from speechbrain_taskarith.adapters.handle import AdapterHandle
 
     if any(child == CHILD for child, _ in encoder.named_children()):
         raise ValueError(

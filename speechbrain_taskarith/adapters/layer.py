@@ -1,15 +1,11 @@
-"""The adapters behind one layer, and which of them are in use.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""The adapters behind one layer, and which of them are in use."""
 
 import logging
 
 import torch
 
-from .bank import COMBINED
-from .insertion import RouteError
+from speechbrain_taskarith.adapters.bank import COMBINED
+from speechbrain_taskarith.adapters.insertion import RouteError
 
 logger = logging.getLogger(__name__)
 

@@ -1,8 +1,4 @@
-"""A child module that does its work elsewhere than in `forward`.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""A child module that does its work elsewhere than in `forward`."""
 
 import torch
 

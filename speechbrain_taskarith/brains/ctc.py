@@ -1,8 +1,4 @@
-"""A ready Brain for CTC models.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""A ready Brain for CTC models."""
 
 import speechbrain as sb
 import torch
@@ -271,7 +267,7 @@ class CTCBrain(sb.Brain):
 
         Arguments
         ---------
-        method : speechbrain_taskarith.vectors.lifelong.FineTuning
+        method : speechbrain_taskarith.vectors.lifelong.methods.FineTuning
             Or one of its kin.
         predictions : tuple
             From `compute_forward`, for the batch at hand.

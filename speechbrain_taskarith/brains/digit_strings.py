@@ -1,8 +1,4 @@
-"""A ready Brain for strings of words, with domain after domain to train on.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""A ready Brain for strings of words, with domain after domain to train on."""
 
 import torch
 from speechbrain.dataio.batch import PaddedBatch

@@ -1,8 +1,4 @@
-"""One fine-tuning from given weights, in a checkpoint folder of its own.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""One fine-tuning from given weights, in a checkpoint folder of its own."""
 
 import functools
 from pathlib import Path
@@ -11,10 +7,10 @@ import speechbrain as sb
 import torch
 
 from speechbrain_taskarith.utils.seeds import seed_random_numbers
-from speechbrain_taskarith.vectors.atomic_checkpointer import (
+from speechbrain_taskarith.vectors.lifelong.methods import FineTuning
+from speechbrain_taskarith.vectors.recipe_hooks.atomic_checkpointer import (
     AtomicCheckpointer,
 )
-from speechbrain_taskarith.vectors.lifelong import FineTuning
 
 FIRST_TASK = 1
 

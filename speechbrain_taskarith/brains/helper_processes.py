@@ -1,8 +1,4 @@
-"""Copies of a running script that work beside it.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Copies of a running script that work beside it."""
 
 import contextlib
 import os

@@ -2,9 +2,6 @@
 
 A trained SentencePiece processor can take their place: all have
 `decode(list of lists of indices) -> list of transcripts`.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import torch

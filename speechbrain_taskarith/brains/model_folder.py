@@ -1,8 +1,4 @@
-"""Many models that build on one another, trained by several processes.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Many models that build on one another, trained by several processes."""
 
 import fcntl
 import time
@@ -10,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from speechbrain_taskarith.utils.progress import progress
-from speechbrain_taskarith.vectors.atomic_checkpointer import (
+from speechbrain_taskarith.vectors.recipe_hooks.atomic_checkpointer import (
     AtomicCheckpointer,
 )
 

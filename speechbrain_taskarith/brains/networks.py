@@ -3,9 +3,6 @@
 SpeechBrain recipes keep a model's parts in several entries of `modules`. A
 task vector wants one module: one state dict with telling names, one DDP
 wrapper, one thing to copy as a teacher.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import torch

@@ -1,8 +1,4 @@
-"""SentencePieces as labels, behind indices that are taken.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""SentencePieces as labels, behind indices that are taken."""
 
 import torch
 

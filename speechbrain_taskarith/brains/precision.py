@@ -1,8 +1,4 @@
-"""Which precision a device calculates fast in.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Which precision a device calculates fast in."""
 
 import torch
 

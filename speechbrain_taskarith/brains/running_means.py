@@ -1,10 +1,6 @@
-"""Means over an epoch that a resumed run goes on with.
+"""Means over an epoch that a resumed run goes on with."""
 
-Authors
- * speechbrain_taskarith contributors 2026
-"""
-
-from speechbrain_taskarith.translation.recoverable import JSONRecoverable
+from speechbrain_taskarith.utils.recoverable import JSONRecoverable
 
 
 class RunningMeans(JSONRecoverable):

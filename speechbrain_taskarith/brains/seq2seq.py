@@ -1,8 +1,4 @@
-"""A ready Brain for attention encoder-decoders, Whisper among them.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""A ready Brain for attention encoder-decoders, Whisper among them."""
 
 import speechbrain as sb
 import torch

@@ -1,8 +1,4 @@
-"""A whole sequence of domains in one process, for any Brain.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""A whole sequence of domains in one process, for any Brain."""
 
 import functools
 from dataclasses import dataclass, field
@@ -24,7 +20,7 @@ from speechbrain_taskarith.vectors import (
     open_state,
     save_state,
 )
-from speechbrain_taskarith.vectors.lifelong import FineTuning
+from speechbrain_taskarith.vectors.lifelong.methods import FineTuning
 
 logger = get_logger(__name__)
 

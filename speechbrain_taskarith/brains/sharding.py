@@ -7,9 +7,6 @@ process takes its part of the same batch, padded to the longest of all, so
 that the mean of the processes' gradients is the gradient of the whole batch
 and a run on several processes gives the result of one (up to the order of
 floating-point sums).
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import torch

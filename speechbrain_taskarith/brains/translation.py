@@ -1,8 +1,4 @@
-"""A ready Brain for speech translation with auxiliary tasks.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""A ready Brain for speech translation with auxiliary tasks."""
 
 import logging
 

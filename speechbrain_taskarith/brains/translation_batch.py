@@ -1,8 +1,4 @@
-"""What the model of speech translation needs of a batch.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""What the model of speech translation needs of a batch."""
 
 
 def taken_rows(batch, x, lens, good=None):

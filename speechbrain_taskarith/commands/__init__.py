@@ -3,9 +3,6 @@
 A verb's module has `add_parser(verbs)`, which adds its parser, and a function
 that takes the parsed options and returns a `console.Result`. What needs torch
 is imported inside that function.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import importlib

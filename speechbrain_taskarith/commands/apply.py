@@ -1,14 +1,10 @@
-"""`taskarith apply`: base plus scaled vectors.
+"""`taskarith apply`: base plus scaled vectors."""
 
-Authors
- * speechbrain_taskarith contributors 2026
-"""
-
-from ..utils.progress import progress
-from . import arguments as shared
-from .console import matched
-from .output import write_weights, written
-from .rule_text import from_words, make_rule
+from speechbrain_taskarith.commands import arguments as shared
+from speechbrain_taskarith.commands.console import matched
+from speechbrain_taskarith.commands.output import write_weights, written
+from speechbrain_taskarith.commands.rule_text import from_words, make_rule
+from speechbrain_taskarith.utils.progress import progress
 
 _EXAMPLES = """\
   taskarith apply base.ckpt us.safetensors --scale 0.4 -o edited.ckpt
@@ -76,7 +72,7 @@ def run(options):
     inputs = [options.base, *options.vectors]
     output = shared.check_output(options.output, inputs, options.overwrite)
     rule = _rule(options)
-    from ..vectors import ModelCard, TaskVector, as_state
+    from speechbrain_taskarith.vectors import ModelCard, TaskVector, as_state
 
     base = shared.open_weights(options.base, options)
     base.verify()

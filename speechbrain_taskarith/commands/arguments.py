@@ -1,8 +1,4 @@
-"""Arguments that several verbs share, and what their texts mean.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Arguments that several verbs share, and what their texts mean."""
 
 import argparse
 from pathlib import Path
@@ -212,7 +208,7 @@ def open_weights(path, options):
     State
         Lazy, not yet verified.
     """
-    from ..vectors import open_state
+    from speechbrain_taskarith.vectors import open_state
 
     return open_state(path, recoverable=options.recoverable)
 

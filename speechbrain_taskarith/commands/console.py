@@ -1,8 +1,4 @@
-"""What the command line prints: results on stdout, all else on stderr.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""What the command line prints: results on stdout, all else on stderr."""
 
 import contextlib
 import json
@@ -10,8 +6,8 @@ import math
 import sys
 from dataclasses import dataclass, field
 
-from ..utils.patterns import first_match, matches
-from ..utils.progress import progress
+from speechbrain_taskarith.utils.patterns import first_match, matches
+from speechbrain_taskarith.utils.progress import progress
 
 
 @dataclass

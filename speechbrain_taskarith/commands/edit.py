@@ -1,15 +1,17 @@
-"""`taskarith edit`: a folder of edits, learned one after another.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""`taskarith edit`: a folder of edits, learned one after another."""
 
 from pathlib import Path
 
-from . import arguments as shared
-from .console import Result, size, steps
-from .edit_folder import export_it, read_log, reorder_edits, show_log, undo_edit
-from .rule_text import from_words
+from speechbrain_taskarith.commands import arguments as shared
+from speechbrain_taskarith.commands.console import Result, size, steps
+from speechbrain_taskarith.commands.edit_folder import (
+    export_it,
+    read_log,
+    reorder_edits,
+    show_log,
+    undo_edit,
+)
+from speechbrain_taskarith.commands.rule_text import from_words
 
 _EXAMPLES = """\
   # The first edit starts the sequence: base and rule are kept in the folder
@@ -178,7 +180,7 @@ def learn_domain(options):
 
 
 def _is_new(options):
-    from ..vectors.edit_log import LOG_NAME
+    from speechbrain_taskarith.vectors.editing.log import LOG_NAME
 
     new = not (Path(options.folder) / LOG_NAME).is_file()
     if new and not (options.base and options.rule):
@@ -206,7 +208,7 @@ def _scale(options):
 
 
 def _open(options, starting, scale=None, read_only=False):
-    from ..vectors import SequentialEditor
+    from speechbrain_taskarith.vectors import SequentialEditor
 
     rule = None if options.rule is None else from_words(options.rule)
     if starting:
@@ -221,7 +223,7 @@ def _open(options, starting, scale=None, read_only=False):
         )
     editor = SequentialEditor.resume(options.folder, rule, read_only=read_only)
     if options.base:
-        from ..vectors.fingerprints import short
+        from speechbrain_taskarith.vectors.states.fingerprint import short
 
         base = shared.open_weights(options.base, options)
         if base.fingerprint != editor.base_fingerprint:
@@ -239,7 +241,11 @@ def _remove_start(folder, existed):
     """After a first edit that failed: leave the folder as it was found."""
     import shutil
 
-    from ..vectors.edit_log import LOCK_NAME, LOG_NAME, EditLog
+    from speechbrain_taskarith.vectors.editing.log import (
+        LOCK_NAME,
+        LOG_NAME,
+        EditLog,
+    )
 
     if not (folder / LOG_NAME).is_file() or EditLog.read(folder).edits:
         return
@@ -252,10 +258,13 @@ def _remove_start(folder, existed):
 
 def _would_learn(options, finetuned, scale):
     """Compute the edit in memory, and write nothing."""
-    from ..vectors import TaskVector, as_state
-    from ..vectors.encodings import encode
-    from ..vectors.rule_description import build_rule, combine
-    from ..vectors.schedules import scheduled_scale
+    from speechbrain_taskarith.vectors import TaskVector, as_state
+    from speechbrain_taskarith.vectors.editing.schedules import scheduled_scale
+    from speechbrain_taskarith.vectors.encodings import encode
+    from speechbrain_taskarith.vectors.rules.description import (
+        build_rule,
+        combine,
+    )
 
     patterns = {}
     if _is_new(options):

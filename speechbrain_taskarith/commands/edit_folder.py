@@ -1,16 +1,13 @@
 """What `taskarith edit` does with edits that are there already.
 
 Undo, re-order, show, export; learning is in `edit`.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 from pathlib import Path
 
-from . import arguments as shared
-from .console import Result, size, steps, table
-from .output import write_weights, written
+from speechbrain_taskarith.commands import arguments as shared
+from speechbrain_taskarith.commands.console import Result, size, steps, table
+from speechbrain_taskarith.commands.output import write_weights, written
 
 
 def undo_edit(options):
@@ -93,7 +90,7 @@ def _change(options, before, names, what, act):
         return Result(
             lines, {**data, "edits": names, "approximate": approximate}
         )
-    from ..vectors import SequentialEditor
+    from speechbrain_taskarith.vectors import SequentialEditor
 
     with steps(2, not options.no_progress) as step:
         step("opening")
@@ -120,7 +117,7 @@ def show_log(options):
     described = describe_log(options.folder)
     lines = shown_log(described)
     if options.verify:
-        from ..vectors import SequentialEditor
+        from speechbrain_taskarith.vectors import SequentialEditor
 
         SequentialEditor.resume(options.folder, read_only=True)
         lines.append("verified: base, vectors and every state are as logged")
@@ -151,7 +148,11 @@ def export_it(options):
     output = shared.check_output(
         options.output, [options.folder], options.overwrite
     )
-    from ..vectors import ModelCard, SequentialEditor, as_state
+    from speechbrain_taskarith.vectors import (
+        ModelCard,
+        SequentialEditor,
+        as_state,
+    )
 
     with steps(1, not options.no_progress) as step:
         step("rebuilding")
@@ -185,7 +186,7 @@ def read_log(folder):
     EditLog
         Its content.
     """
-    from ..vectors.edit_log import EditLog
+    from speechbrain_taskarith.vectors.editing.log import EditLog
 
     return EditLog.read(folder)
 

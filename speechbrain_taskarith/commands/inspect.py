@@ -1,17 +1,13 @@
-"""`taskarith inspect`: what a file or folder holds.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""`taskarith inspect`: what a file or folder holds."""
 
 import json
 from pathlib import Path
 
-from ..utils.patterns import select
-from ..utils.progress import progress
-from . import arguments as shared
-from .console import Result, counted, size, table
-from .output import checkpoint_of, numbers
+from speechbrain_taskarith.commands import arguments as shared
+from speechbrain_taskarith.commands.console import Result, counted, size, table
+from speechbrain_taskarith.commands.output import checkpoint_of, numbers
+from speechbrain_taskarith.utils.patterns import select
+from speechbrain_taskarith.utils.progress import progress
 
 _EXAMPLES = """\
   taskarith inspect results/us/save
@@ -76,11 +72,11 @@ def run(options):
 
 
 def _look(path, options):
-    from ..vectors import open_state
-    from ..vectors.edit_log import LOG_NAME
+    from speechbrain_taskarith.vectors import open_state
+    from speechbrain_taskarith.vectors.editing.log import LOG_NAME
 
     if (path / LOG_NAME).is_file():
-        from .edit_folder import describe_log
+        from speechbrain_taskarith.commands.edit_folder import describe_log
 
         return {"path": str(path), "form": "edits", **describe_log(path)}
     state = open_state(path, recoverable=options.recoverable)
@@ -125,8 +121,10 @@ def _tied(state):
 
 def _metadata(path, state):
     """What is written beside the weights of where they come from."""
-    from ..utils.files import read_json
-    from ..vectors.state_readers import read_checkpoint_meta
+    from speechbrain_taskarith.utils.files import read_json
+    from speechbrain_taskarith.vectors.states.readers import (
+        read_checkpoint_meta,
+    )
 
     if folder := checkpoint_of(path):
         return read_checkpoint_meta(folder)
@@ -163,7 +161,7 @@ def _vector(path, state, options):
     }
     if options.no_fingerprint:
         return facts
-    from ..vectors import TaskVector, layer_norms
+    from speechbrain_taskarith.vectors import TaskVector, layer_norms
 
     tau = TaskVector.load(path)
     nonzero = sum(int((delta != 0).sum()) for delta in tau.values())
@@ -182,7 +180,7 @@ def _product(shape):
 
 def _shown(entry):
     if entry["form"] == "edits":
-        from .edit_folder import shown_log
+        from speechbrain_taskarith.commands.edit_folder import shown_log
 
         return [f"{entry['path']}: a sequence of edits", *shown_log(entry)]
     lines = [f"{entry['path']}: {entry['form']}"]

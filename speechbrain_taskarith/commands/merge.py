@@ -1,17 +1,18 @@
-"""`taskarith merge`: many checkpoints into one.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""`taskarith merge`: many checkpoints into one."""
 
 import re
 
-from ..utils.files import TEMPORARY_PREFIX
-from . import arguments as shared
-from .console import Result, counted, matched, size
-from .merge_file import parse_overrides, read_plan
-from .output import write_weights, written
-from .rule_text import from_words, make_rule
+from speechbrain_taskarith.commands import arguments as shared
+from speechbrain_taskarith.commands.console import (
+    Result,
+    counted,
+    matched,
+    size,
+)
+from speechbrain_taskarith.commands.merge_file import parse_overrides, read_plan
+from speechbrain_taskarith.commands.output import write_weights, written
+from speechbrain_taskarith.commands.rule_text import from_words, make_rule
+from speechbrain_taskarith.utils.files import TEMPORARY_PREFIX
 
 _EXAMPLES = """\
   taskarith merge merge.yaml
@@ -82,7 +83,7 @@ def run(options):
     inputs = [plan.base, *plan.finetuned]
     output = shared.check_output(plan.output, inputs, options.overwrite)
     memory = bytes_of(plan.memory_limit)
-    from ..vectors import open_state
+    from speechbrain_taskarith.vectors import open_state
 
     base, *states = (
         open_state(path, recoverable=plan.recoverable) for path in inputs
@@ -105,7 +106,7 @@ def run(options):
 
 
 def _merge(plan, base, states, rule, target, memory, options):
-    from ..vectors import merge_checkpoints
+    from speechbrain_taskarith.vectors import merge_checkpoints
 
     return merge_checkpoints(
         base,
@@ -136,7 +137,7 @@ def _temporary(output):
 
 def _write_checkpoint(merged, output, base, report, plan):
     """Turn merged weights into a checkpoint with the base's other files."""
-    from ..vectors import open_state
+    from speechbrain_taskarith.vectors import open_state
 
     state = open_state(merged)
     tensors = {name: state[name] for name in state}
@@ -153,7 +154,7 @@ def _write_checkpoint(merged, output, base, report, plan):
 
 
 def _card(report):
-    from ..vectors import ModelCard
+    from speechbrain_taskarith.vectors import ModelCard
 
     kinds = {"checkpoint": "fine-tuned", "task vector": "vector"}
     return ModelCard(
@@ -238,7 +239,7 @@ def bytes_of(text):
 
 def _would_merge(plan, base, states, rule, output):
     """Check all that can be seen without reading weights."""
-    from ..vectors.merge_inputs import MergeInputs
+    from speechbrain_taskarith.vectors.engine.inputs import MergeInputs
 
     inputs = MergeInputs(base, states, plan.include, plan.exclude, plan.buffers)
     rule.check_number(inputs.number)

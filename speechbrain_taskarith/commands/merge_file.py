@@ -1,8 +1,4 @@
-"""Merge files: what to merge, by which rule, where to, as plain YAML.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Merge files: what to merge, by which rule, where to, as plain YAML."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields

@@ -1,12 +1,8 @@
-"""Writing what a verb has made: weights in any form, with their card.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Writing what a verb has made: weights in any form, with their card."""
 
 from pathlib import Path
 
-from .console import Result, counted, size
+from speechbrain_taskarith.commands.console import Result, counted, size
 
 
 def numbers(state):
@@ -43,7 +39,7 @@ def checkpoint_of(path):
     pathlib.Path or None
         None for every other form.
     """
-    from ..vectors.state_readers import newest_checkpoint
+    from speechbrain_taskarith.vectors.states.readers import newest_checkpoint
 
     if path is None or not Path(path).is_dir():
         return None
@@ -74,12 +70,12 @@ def write_weights(weights, output, card, *, like=None, recoverable=None):
     Result
         What was written.
     """
-    from ..vectors import as_state, save_state
+    from speechbrain_taskarith.vectors import as_state, save_state
 
     state = as_state(weights)
     card.fingerprint = state.fingerprint
     if output.name.startswith("CKPT+"):
-        from ..vectors import save_checkpoint
+        from speechbrain_taskarith.vectors import save_checkpoint
 
         save_checkpoint(
             {recoverable or "model": state},

@@ -1,14 +1,10 @@
-"""`taskarith plot`: cosine matrix and layer norms of stored vectors.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""`taskarith plot`: cosine matrix and layer norms of stored vectors."""
 
 from pathlib import Path
 
-from ..utils.progress import progress
-from . import arguments as shared
-from .console import Result, table
+from speechbrain_taskarith.commands import arguments as shared
+from speechbrain_taskarith.commands.console import Result, table
+from speechbrain_taskarith.utils.progress import progress
 
 _EXAMPLES = """\
   taskarith plot cosine us.safetensors de.safetensors -o cosine.png
@@ -71,7 +67,7 @@ def run(options):
     names = _names(options)
     if options.relative_to and options.what == "cosine":
         raise ValueError("--relative-to is for `plot layers`; leave it out")
-    from ..vectors import TaskVector
+    from speechbrain_taskarith.vectors import TaskVector
 
     files = progress(
         options.vectors, desc="reading", enable=not options.no_progress
@@ -110,7 +106,7 @@ def _name(path):
 
 
 def _cosine(vectors, output, options):
-    from ..vectors import cosine_matrix, plot_cosine_matrix
+    from speechbrain_taskarith.vectors import cosine_matrix, plot_cosine_matrix
 
     matrix = cosine_matrix(
         list(vectors.values()),
@@ -127,7 +123,11 @@ def _cosine(vectors, output, options):
 
 
 def _layers(vectors, output, options):
-    from ..vectors import layer_norms, open_state, plot_layer_norms
+    from speechbrain_taskarith.vectors import (
+        layer_norms,
+        open_state,
+        plot_layer_norms,
+    )
 
     base = None
     if options.relative_to:

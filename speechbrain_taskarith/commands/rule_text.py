@@ -2,9 +2,6 @@
 
 Only rules of this plugin can be named, so a merge file from elsewhere makes
 nothing but rules.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import difflib
@@ -23,7 +20,7 @@ def rule_classes():
     dict
         `{name: class}`.
     """
-    from ..vectors import rules
+    from speechbrain_taskarith.vectors import rules
 
     found = {}
     for name in rules.__all__:

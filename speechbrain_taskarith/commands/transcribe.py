@@ -1,14 +1,10 @@
-"""`taskarith transcribe`: recordings to text, whole or as a stream.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""`taskarith transcribe`: recordings to text, whole or as a stream."""
 
 import sys
 import time
 
-from . import arguments as shared
-from .console import Result
+from speechbrain_taskarith.commands import arguments as shared
+from speechbrain_taskarith.commands.console import Result
 
 _EXAMPLES = """\
   taskarith transcribe --model results/model speech.wav
@@ -78,8 +74,10 @@ def run(options):
         raise ValueError(
             f"--chunk {options.chunk:g}: expected seconds, above 0"
         )
-    from ..data import read_audio
-    from .transcriber_folder import load_transcriber
+    from speechbrain_taskarith.commands.transcriber_folder import (
+        load_transcriber,
+    )
+    from speechbrain_taskarith.data import read_audio
 
     model = load_transcriber(options.model, options.device)
     lines, data = [], []

@@ -2,9 +2,6 @@
 
 The YAML may make models and nothing else: only classes of a few packages are
 made, no function is called, nothing else is included.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import inspect

@@ -1,11 +1,13 @@
-"""`taskarith vector`: what fine-tuning added, as a file.
+"""`taskarith vector`: what fine-tuning added, as a file."""
 
-Authors
- * speechbrain_taskarith contributors 2026
-"""
-
-from . import arguments as shared
-from .console import Result, counted, matched, size, steps
+from speechbrain_taskarith.commands import arguments as shared
+from speechbrain_taskarith.commands.console import (
+    Result,
+    counted,
+    matched,
+    size,
+    steps,
+)
 
 _EXAMPLES = """\
   taskarith vector results/base/save results/us/save -o us.safetensors
@@ -113,7 +115,7 @@ def run(options):
 
 
 def _subtract(base, options):
-    from ..vectors import TaskVector
+    from speechbrain_taskarith.vectors import TaskVector
 
     if options.lora:
         tau = TaskVector.from_lora(base, options.finetuned)
@@ -130,7 +132,7 @@ def _subtract(base, options):
 
 def _store(tau, output, base, options):
     """Write vector and card; return the file's size in bytes."""
-    from ..vectors import ModelCard, open_state
+    from speechbrain_taskarith.vectors import ModelCard, open_state
 
     tau.save(output, encoding=options.encoding)
     finetuned = {"role": "fine-tuned", "path": options.finetuned}
@@ -148,8 +150,8 @@ def _store(tau, output, base, options):
 
 def _size_if_stored(tau, output, base, options):
     """Return how many bytes of tensors would be written."""
-    from ..vectors import as_state
-    from ..vectors.encodings import encode
+    from speechbrain_taskarith.vectors import as_state
+    from speechbrain_taskarith.vectors.encodings import encode
 
     tensors, _ = encode(dict(tau), options.encoding)
     stored = as_state(tensors)

@@ -2,9 +2,6 @@
 
 Audio goes through `speechbrain.dataio.audio_io` (soundfile); sample-rate
 conversion through torchaudio's windowed-sinc filter with a Kaiser window.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import functools

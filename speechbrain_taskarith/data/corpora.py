@@ -3,9 +3,6 @@
 Beside a synthetic side of clean voices it has a *simulated* recorded side in
 the form of FSDD: other voices, some with a foreign accent, each in its own
 room with its own noise, microphone and 8 kHz codec.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import concurrent.futures

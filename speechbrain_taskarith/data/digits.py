@@ -4,9 +4,6 @@ Each string is spoken by one speaker: that speaker's recordings, one after
 another, with pauses between them. Nothing is written: an item lists its
 files, and a loader puts the waveform together when it is asked for, from a
 cache of decoded recordings.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import collections

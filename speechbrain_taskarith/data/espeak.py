@@ -3,9 +3,6 @@
 The library and its data come with the package `espeakng-loader` (extra
 `synthesis`). espeak-ng itself is under the GPL-3.0-or-later; it is installed
 and loaded, not copied into this project.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import dataclasses

@@ -9,9 +9,6 @@ whatever came before, in any process, and the engines of other packages in
 the same process are left alone. The price is one to two milliseconds for an
 utterance, and about 2.5 kB that espeak-ng itself does not give back: a
 million utterances are better written to disk than spoken anew each epoch.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import _ctypes

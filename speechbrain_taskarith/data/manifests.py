@@ -4,9 +4,6 @@ A manifest is a CSV (or SpeechBrain JSON) file with the columns
 `ID, duration, wav, spk_id, wrd` and, where known, `accent` (or
 `accent_or_domain`), `split` and others, which are kept. Paths may start with
 `$data_root`.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import csv

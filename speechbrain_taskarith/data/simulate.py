@@ -4,9 +4,6 @@ Small pure functions on waveforms, each with its own generator, and
 `RecordingSimulator`, which puts them in a row. None of this replaces real
 recordings; it makes the "recorded" side of an experiment where there are
 none, and says so wherever its results are shown.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import dataclasses

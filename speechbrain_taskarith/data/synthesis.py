@@ -1,8 +1,4 @@
-"""Synthetic recordings of single words, by many clean voices.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Synthetic recordings of single words, by many clean voices."""
 
 import os
 import random

@@ -4,9 +4,6 @@ CL-MASR (Della Libera et al., "CL-MASR: A Continual Learning Benchmark for
 Multilingual ASR", 2023) computes its tables from the train log of a run:
 one line per test, in the order the tests are made. A matrix written here
 can be put beside its logs and analysed by its script.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 from pathlib import Path

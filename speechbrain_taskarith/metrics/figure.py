@@ -2,9 +2,6 @@
 
 Matplotlib's global state stays untouched, so that a user's own style and
 figures stay as they are.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import contextlib

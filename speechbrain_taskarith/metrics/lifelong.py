@@ -3,9 +3,6 @@
 `R[k][j]` is the WER on domain j after domain k was learned. From it come
 the average WER, backward and forward transfer, intransigence and the
 relative reduction over a baseline.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import math

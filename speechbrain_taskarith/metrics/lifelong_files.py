@@ -1,8 +1,4 @@
-"""The two forms of a WER matrix on disk: CSV to look at, JSON to pass on.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""The two forms of a WER matrix on disk: CSV to look at, JSON to pass on."""
 
 import csv
 import io

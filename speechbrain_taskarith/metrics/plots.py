@@ -1,8 +1,4 @@
-"""Plots for results: WER against scale, heat maps, values by layer.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Plots for results: WER against scale, heat maps, values by layer."""
 
 import math
 from collections.abc import Mapping

@@ -2,9 +2,6 @@
 
 Every substitution, deletion and hit belongs to its reference word, by the
 alignment. Insertions belong to no reference word and are counted apart.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 from collections import Counter

@@ -1,8 +1,4 @@
-"""One result as a row: its keys, its checks, its mean over seeds.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""One result as a row: its keys, its checks, its mean over seeds."""
 
 import math
 import re

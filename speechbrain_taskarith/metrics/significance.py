@@ -1,8 +1,4 @@
-"""How sure a word error rate is: bootstrap over utterances.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""How sure a word error rate is: bootstrap over utterances."""
 
 from dataclasses import dataclass
 

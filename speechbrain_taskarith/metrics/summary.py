@@ -3,9 +3,6 @@
 Every recipe and the quickstart fill a `Summary`; the tables on screen, in
 `results.md` and in the CSV files are all made from the same rows as
 `summary.json`, so no figure can differ between them.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import csv

@@ -1,8 +1,4 @@
-"""From the rows of a summary to tables: layout, Markdown, terminal.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""From the rows of a summary to tables: layout, Markdown, terminal."""
 
 #: Choosing on these is choosing on what is reported: an upper bound only.
 ORACLES = ("real_target", "test")

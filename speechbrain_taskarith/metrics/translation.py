@@ -1,8 +1,4 @@
-"""How good a translation is: BLEU and chrF by sacrebleu, and its length.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""How good a translation is: BLEU and chrF by sacrebleu, and its length."""
 
 from dataclasses import dataclass
 

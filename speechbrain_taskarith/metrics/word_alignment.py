@@ -1,9 +1,6 @@
 """Transcripts matched, split into words and aligned, once for all word errors.
 
 The alignment is jiwer's.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 from collections.abc import Mapping

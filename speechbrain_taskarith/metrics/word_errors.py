@@ -3,9 +3,6 @@
 The alignment is jiwer's; this file keeps the counts of every utterance, so
 that rates over domains pool exactly and confidence intervals can resample
 utterances.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,4 @@
-"""Acoustic encoders behind one interface.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Acoustic encoders behind one interface."""
 
 import torch
 

@@ -1,8 +1,4 @@
-"""Bad input: an error that names the utterance, or left out and counted.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Bad input: an error that names the utterance, or left out and counted."""
 
 import logging
 

@@ -1,21 +1,16 @@
-"""The whole model: acoustic encoder, shrink, look back, textual encoder, decoder.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""The whole model: acoustic encoder, shrink, look back, textual encoder, decoder."""
 
 import math
 from typing import NamedTuple
 
 import torch
 
+from speechbrain_taskarith.translation.reduction.lengths import check_lengths
+from speechbrain_taskarith.translation.reduction.segments import Segments
 from speechbrain_taskarith.utils.lengths import (
     absolute_lengths,
     relative_lengths,
 )
-
-from .lengths import check_lengths
-from .segments import Segments
 
 
 class SpeechEncoding(NamedTuple):

@@ -2,7 +2,4 @@
 
 Nothing here knows of weights, audio or models or imports speechbrain, and
 only `lengths` and `seeds` import torch.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """

@@ -3,9 +3,6 @@
 Everything the plugin leaves on disk goes through this file: a temporary name
 in the same folder, flush, fsync, rename. After a crash there is either the
 old content or the new one under the final name.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import contextlib

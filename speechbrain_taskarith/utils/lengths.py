@@ -1,8 +1,4 @@
-"""Relative lengths made absolute, absolute ones relative, and their mask.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Relative lengths made absolute, absolute ones relative, and their mask."""
 
 import torch
 

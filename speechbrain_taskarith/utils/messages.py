@@ -1,8 +1,4 @@
-"""Pieces of error messages.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Pieces of error messages."""
 
 
 def some(names, most=5):

@@ -1,8 +1,4 @@
-"""Optional packages: imported where used, with an error that names the extra.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Optional packages: imported where used, with an error that names the extra."""
 
 import importlib
 

@@ -2,9 +2,6 @@
 
 `encoder.*` matches `encoder.norm.weight` and not `decoder.0.encoder_attn`;
 `layers.1.*` does not match `layers.10.*`, since a dot is a dot.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import difflib

@@ -1,8 +1,4 @@
-"""One way to show progress for everything that takes long.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""One way to show progress for everything that takes long."""
 
 import os
 import sys

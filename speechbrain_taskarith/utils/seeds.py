@@ -1,8 +1,4 @@
-"""Random numbers that do not hang on what was drawn before.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Random numbers that do not hang on what was drawn before."""
 
 import random
 import zlib

@@ -3,9 +3,6 @@
 Vectors are read tensor by tensor, so that comparing many vectors of a large
 model needs memory for one tensor of each. Any mapping from parameter name to
 tensor will do.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import logging

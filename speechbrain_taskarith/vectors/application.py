@@ -1,14 +1,11 @@
 """Adding a task vector to weights, as a copy or in place.
 
 Both ways give the same bytes (see `in_place.edit_into`).
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import torch
 
-from .in_place import edit_into
+from speechbrain_taskarith.vectors.in_place import edit_into
 
 
 def edited(tau, base, scales):

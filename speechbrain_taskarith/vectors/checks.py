@@ -1,8 +1,4 @@
-"""Checks of what a rule is configured with.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Checks of what a rule is configured with."""
 
 import math
 import numbers

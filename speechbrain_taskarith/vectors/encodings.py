@@ -3,9 +3,6 @@
 Each encoding turns `{name: float32 tensor}` into plain safetensors tensors
 and a layout that says how to read them back. The layout is text, so that a
 file can be understood without this plugin.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import numpy as np

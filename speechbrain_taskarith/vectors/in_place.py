@@ -1,8 +1,4 @@
-"""Writing `base + scale * delta` into a tensor, in as few passes as it takes.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Writing `base + scale * delta` into a tensor, in as few passes as it takes."""
 
 import torch
 

@@ -1,9 +1,6 @@
 """Low-rank adapters as task vectors: what a LoRA adds to the weights.
 
 Hu et al. 2022, https://arxiv.org/abs/2106.09685: `W' = W + scaling * B A`.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import math
@@ -13,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from ..utils.files import read_json
-from .state_readers import open_state
-from .states import as_state
+from speechbrain_taskarith.utils.files import read_json
+from speechbrain_taskarith.vectors.states.readers import open_state
+from speechbrain_taskarith.vectors.states.state import as_state
 
 _PREFIX = "base_model.model."
 # What changes the formula; refused, since the result would be plausible and

@@ -5,9 +5,6 @@ are used again; a rule turns the pieces into a piece of the result, which is
 written at once. What is in memory does not depend on the size of the models,
 and hardly on their number; for safetensors files torch is not even imported.
 Threads and chunk size do not change a bit of the result.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import dataclasses
@@ -18,13 +15,13 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from ..utils.files import TEMPORARY_PREFIX
-from .hashing import Hasher
-from .measuring import MemoryWatch, Timed
-from .merge_inputs import MergeInputs
-from .merge_output import Job, convert
-from .state_readers import TORCH_SUFFIXES
-from .workspace import CHUNK, places
+from speechbrain_taskarith.utils.files import TEMPORARY_PREFIX
+from speechbrain_taskarith.vectors.engine.hashing import Hasher
+from speechbrain_taskarith.vectors.engine.inputs import MergeInputs
+from speechbrain_taskarith.vectors.engine.measuring import MemoryWatch, Timed
+from speechbrain_taskarith.vectors.engine.output import Job, convert
+from speechbrain_taskarith.vectors.engine.workspace import CHUNK, places
+from speechbrain_taskarith.vectors.states.readers import TORCH_SUFFIXES
 
 # Elements at a time on a GPU, which wants much work at once.
 _DEVICE_CHUNK = 1 << 23

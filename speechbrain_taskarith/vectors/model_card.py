@@ -1,9 +1,6 @@
 """A card beside every output: where these weights come from.
 
 Markdown for people, JSON for programs, the same content.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import dataclasses
@@ -13,9 +10,9 @@ import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..utils.files import atomic_write, write_json
-from .edit_log import now
-from .rule_description import describe_rule
+from speechbrain_taskarith.utils.files import atomic_write, write_json
+from speechbrain_taskarith.vectors.editing.log import now
+from speechbrain_taskarith.vectors.rules.description import describe_rule
 
 _PACKAGES = ("speechbrain_taskarith", "speechbrain", "torch", "numpy")
 
@@ -260,7 +257,7 @@ def _versions():
         except importlib.metadata.PackageNotFoundError:
             continue
     if "speechbrain_taskarith" not in found:
-        from .. import __version__
+        from speechbrain_taskarith import __version__
 
         found["speechbrain_taskarith"] = __version__
     return found

@@ -2,14 +2,11 @@
 
 Su et al., "Task Arithmetic can Mitigate Synthetic-to-Real Gap in Automatic
 Speech Recognition", EMNLP 2024, https://arxiv.org/abs/2406.02925.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
-from .rule_description import combine
-from .states import as_state
-from .task_vector import TaskVector
+from speechbrain_taskarith.vectors.rules.description import combine
+from speechbrain_taskarith.vectors.states.state import as_state
+from speechbrain_taskarith.vectors.task_vector import TaskVector
 
 
 def syn2real(

@@ -3,9 +3,6 @@
 `tau = theta_finetuned - theta_base` (Ilharco et al. 2023, arXiv 2212.04089,
 section 2), keyed by the checkpoint's own parameter names, with the
 fingerprint of the base it was taken from.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import math
@@ -13,14 +10,22 @@ from collections.abc import Mapping
 
 import torch
 
-from ..utils.messages import some
-from ..utils.patterns import first_match, require_match, select
-from .application import edit_in_place, edited
-from .checks import is_finite
-from .differences import check_ancestry, check_fits, subtract
-from .fingerprints import short
-from .states import as_state
-from .vector_files import read_vector, write_vector
+from speechbrain_taskarith.utils.messages import some
+from speechbrain_taskarith.utils.patterns import (
+    first_match,
+    require_match,
+    select,
+)
+from speechbrain_taskarith.vectors.application import edit_in_place, edited
+from speechbrain_taskarith.vectors.checks import is_finite
+from speechbrain_taskarith.vectors.states.fingerprint import short
+from speechbrain_taskarith.vectors.states.names import (
+    check_ancestry,
+    check_fits,
+    subtract,
+)
+from speechbrain_taskarith.vectors.states.state import as_state
+from speechbrain_taskarith.vectors.vector_files import read_vector, write_vector
 
 
 class TaskVector(Mapping):
@@ -134,7 +139,7 @@ class TaskVector(Mapping):
         TaskVector
             Only of the weights that the LoRA changes.
         """
-        from .lora import lora_deltas
+        from speechbrain_taskarith.vectors.lora import lora_deltas
 
         base = as_state(base)
         deltas = lora_deltas(base, adapted, alpha=alpha)

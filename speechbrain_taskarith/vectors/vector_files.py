@@ -1,18 +1,14 @@
-"""Task vectors as files: safetensors with a header that says how to read them.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Task vectors as files: safetensors with a header that says how to read them."""
 
 import json
 from pathlib import Path
 
 import torch
 
-from .encodings import decode, encode
-from .safetensors_file import damaged
-from .state_readers import open_state
-from .state_writers import save_state
+from speechbrain_taskarith.vectors.encodings import decode, encode
+from speechbrain_taskarith.vectors.states.readers import open_state
+from speechbrain_taskarith.vectors.states.safetensors import damaged
+from speechbrain_taskarith.vectors.states.writers import save_state
 
 # The entry of the safetensors metadata that makes weights a task vector.
 HEADER = "task_vector"

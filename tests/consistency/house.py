@@ -1,8 +1,4 @@
-"""What the consistency tests read: the checkout's files and the rooms.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""What the consistency tests read: the checkout's files and the rooms."""
 
 import ast
 import fnmatch

@@ -3,9 +3,6 @@
 In a page, all blocks run in order in one empty folder. A YAML block that
 starts with the comment `# <name>.yaml` is saved under that name, for the
 commands below it. A block after `<!-- not run: why -->` is only looked at.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import importlib

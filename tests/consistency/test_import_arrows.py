@@ -1,8 +1,4 @@
-"""Which room may import which, and what must stay out of a light start.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Which room may import which, and what must stay out of a light start."""
 
 import ast
 import subprocess
@@ -132,7 +128,7 @@ def test_the_reader_of_imports_sees_every_form():
         "speechbrain_taskarith.utils.patterns",
         "speechbrain_taskarith.utils.progress",
         "speechbrain_taskarith.vectors",
-        "speechbrain_taskarith.vectors.states",
+        "speechbrain_taskarith.vectors.states.state",
         "speechbrain_taskarith.vectors.rules",
         "speechbrain_taskarith.vectors.merge",
         "speechbrain_taskarith.__main__",

@@ -1,8 +1,4 @@
-"""What is installed is what stands in the checkout, and nothing else.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""What is installed is what stands in the checkout, and nothing else."""
 
 import configparser
 import importlib

@@ -2,9 +2,6 @@
 
 They are written down in `api/<room>.pyi`, one stub a room; arguments may be
 added with defaults, nothing may be renamed.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import ast

@@ -1,8 +1,4 @@
-"""Every recipe has the form of an upstream recipe.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Every recipe has the form of an upstream recipe."""
 
 import ast
 import csv

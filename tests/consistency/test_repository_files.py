@@ -1,8 +1,4 @@
-"""What must never be in the repository, and how long a file may be.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""What must never be in the repository, and how long a file may be."""
 
 import re
 

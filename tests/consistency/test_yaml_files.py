@@ -1,8 +1,4 @@
-"""Every YAML loads, and every value in it is used.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Every YAML loads, and every value in it is used."""
 
 import ast
 import re

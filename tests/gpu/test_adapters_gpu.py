@@ -1,9 +1,6 @@
 """Adapters on a GPU: the same numbers, and launches that do not grow.
 
-    python -m pytest tests/gpu -o addopts=""
-
-Authors
- * speechbrain_taskarith contributors 2026
+python -m pytest tests/gpu -o addopts=""
 """
 
 import sys
@@ -16,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
 from adapters_toy import ToyEncoder, make_bank, scramble  # noqa: E402
 
-from speechbrain_taskarith.adapters import (  # noqa: E402
+from speechbrain_taskarith.adapters import (
     AdapterMean,
     AdapterWeightedMean,
     AudioAdapterFusion,

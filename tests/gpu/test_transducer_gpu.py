@@ -1,8 +1,4 @@
-"""The transducer room on CUDA: equal to the CPU, beyond 2**31 scores.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""The transducer room on CUDA: equal to the CPU, beyond 2**31 scores."""
 
 import pytest
 import torch

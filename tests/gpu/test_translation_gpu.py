@@ -1,9 +1,6 @@
 """Speech translation on a GPU: the same numbers, and no waiting for the host.
 
-    python -m pytest tests/gpu -o addopts=""
-
-Authors
- * speechbrain_taskarith contributors 2026
+python -m pytest tests/gpu -o addopts=""
 """
 
 import sys
@@ -16,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
 from translation_toy import shrink_batch, toy_batch, toy_model  # noqa: E402
 
-from speechbrain_taskarith.translation import (  # noqa: E402
+from speechbrain_taskarith.translation import (
     CTCShrink,
     LookingBack,
     TranslationObjective,
@@ -65,7 +62,9 @@ def test_fixed_capacity_never_waits_for_the_host(pooling):
 
 @pytest.mark.parametrize("window", [None, 0, 2])
 def test_looking_back_is_that_of_the_cpu(window, monkeypatch):
-    name = "speechbrain_taskarith.translation.looking_back._DENSE_BELOW"
+    name = (
+        "speechbrain_taskarith.translation.reduction.looking_back._DENSE_BELOW"
+    )
     monkeypatch.setattr(name, 0)
     x, logits, lens = shrink_batch(LENS, width=64)
     look = LookingBack(64, 4, dropout=0.0, window=window).double()

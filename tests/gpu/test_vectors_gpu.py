@@ -6,9 +6,6 @@ Not part of `make test`, which needs no GPU. Where there is one::
 
 `TASKARITH_GPU_TESTS_ON=cpu` runs the engine's part on the CPU by the same
 code, on torch instead of NumPy: a rehearsal that finds all but mixed devices.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import copy

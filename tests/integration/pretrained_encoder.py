@@ -1,8 +1,4 @@
-"""A recipe with a pre-trained encoder, changed as its README says.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""A recipe with a pre-trained encoder, changed as its README says."""
 
 import re
 import shutil

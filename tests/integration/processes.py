@@ -1,8 +1,4 @@
-"""Recipes as users run them: started, waited for, killed.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Recipes as users run them: started, waited for, killed."""
 
 import os
 import signal

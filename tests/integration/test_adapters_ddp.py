@@ -1,8 +1,4 @@
-"""Two processes train adapters as one does with the whole batch.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Two processes train adapters as one does with the whole batch."""
 
 import sys
 from pathlib import Path
@@ -14,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
 from adapters_toy import ToyEncoder, scramble  # noqa: E402
 
-from speechbrain_taskarith.adapters import insert_adapters  # noqa: E402
+from speechbrain_taskarith.adapters import insert_adapters
 
 STAGES = ("us", "ST-A", "MT-A", "routed")
 

@@ -30,7 +30,7 @@ from speechbrain_taskarith.vectors import (
     save_checkpoint,
     save_state,
 )
-from speechbrain_taskarith.vectors.checkpoint_folder import (
+from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     find_checkpoint_folder,
 )
 

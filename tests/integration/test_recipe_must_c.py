@@ -1,8 +1,4 @@
-"""The recipe `MuST-C/ST/joint` on a tiny corpus of the same layout.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""The recipe `MuST-C/ST/joint` on a tiny corpus of the same layout."""
 
 import csv
 import importlib

@@ -1,8 +1,4 @@
-"""The recipe `FSDD/ASR/transducer` at toy size, as users run it.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""The recipe `FSDD/ASR/transducer` at toy size, as users run it."""
 
 import json
 

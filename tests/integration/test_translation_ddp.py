@@ -1,8 +1,4 @@
-"""Two processes train speech translation as one does with the whole batch.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Two processes train speech translation as one does with the whole batch."""
 
 import sys
 from pathlib import Path
@@ -14,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
 from translation_toy import toy_batch, toy_model  # noqa: E402
 
-from speechbrain_taskarith.translation import (  # noqa: E402
+from speechbrain_taskarith.translation import (
     CrossModalContrastiveLoss,
     TaskNormWeights,
     TranslationObjective,

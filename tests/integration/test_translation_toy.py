@@ -3,9 +3,6 @@
 A sentence is some words; its "speech" are the words' vectors, each held for a
 random time between silences, with noise; its translation says other words in
 another order. There is little speech and more text.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import sys
@@ -19,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
 from translation_toy import BOS, EOS, toy_model  # noqa: E402
 
-from speechbrain_taskarith.translation import (  # noqa: E402
+from speechbrain_taskarith.translation import (
     BlankNoise,
     TaskNormWeights,
     TranslationObjective,

@@ -1,8 +1,4 @@
-"""A small encoder with everything that adapters have to live with.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""A small encoder with everything that adapters have to live with."""
 
 import math
 

@@ -1,8 +1,4 @@
-"""What the tests of the command line share: models, and ways to run it.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""What the tests of the command line share: models, and ways to run it."""
 
 import json
 from pathlib import Path

@@ -1,8 +1,4 @@
-"""Adapters in the encoders of SpeechBrain and of transformers.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Adapters in the encoders of SpeechBrain and of transformers."""
 
 import pytest
 import speechbrain as sb

@@ -1,8 +1,4 @@
-"""Adapter files: what is saved comes back, what is damaged does not.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Adapter files: what is saved comes back, what is damaged does not."""
 
 import json
 import os

@@ -1,8 +1,4 @@
-"""Adapters and their combinations against the formulas, frame by frame.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Adapters and their combinations against the formulas, frame by frame."""
 
 import copy
 import itertools

@@ -1,8 +1,4 @@
-"""Steering adapters in an encoder: what moves, and what must not.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Steering adapters in an encoder: what moves, and what must not."""
 
 import copy
 import logging

@@ -9,7 +9,7 @@ import pytest
 import torch
 from speechbrain.utils.checkpoints import Checkpointer
 
-from speechbrain_taskarith.brains import AtomicCheckpointer
+from speechbrain_taskarith.vectors import AtomicCheckpointer
 
 
 class Breaks:
@@ -114,7 +114,7 @@ _, run_opts, _ = sb.parse_arguments(
 )
 sb.utils.distributed.ddp_init_group(run_opts)
 import torch
-from speechbrain_taskarith.brains import AtomicCheckpointer
+from speechbrain_taskarith.vectors import AtomicCheckpointer
 
 def save(obj, path):
     # As SpeechBrain's Brain and schedulers: every process writes.

@@ -16,12 +16,12 @@ from speechbrain.nnet.losses import ctc_loss
 from speechbrain.nnet.schedulers import LinearWarmupScheduler
 
 from speechbrain_taskarith.brains import (
-    AtomicCheckpointer,
     CharacterLabels,
     CTCBrain,
     CTCNetwork,
 )
 from speechbrain_taskarith.brains.ctc import bare
+from speechbrain_taskarith.vectors import AtomicCheckpointer
 
 LABELS = CharacterLabels("ab ")
 

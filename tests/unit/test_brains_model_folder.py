@@ -1,8 +1,4 @@
-"""Models that several processes train, and the processes that help.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Models that several processes train, and the processes that help."""
 
 import multiprocessing
 import os

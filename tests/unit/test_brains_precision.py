@@ -1,8 +1,4 @@
-"""Which precision a device trains fast in.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Which precision a device trains fast in."""
 
 import pytest
 import torch

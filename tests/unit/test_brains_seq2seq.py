@@ -18,7 +18,7 @@ from speechbrain_taskarith.brains import (
     WhisperNetwork,
 )
 from speechbrain_taskarith.brains.seq2seq import greedy_search
-from speechbrain_taskarith.vectors.lifelong_penalties import LwF
+from speechbrain_taskarith.vectors.lifelong.penalties import LwF
 
 BOS, EOS = 4, 5
 

@@ -20,19 +20,13 @@ from speechbrain_taskarith.vectors import (
     TaskArithmetic,
     open_state,
 )
-from speechbrain_taskarith.vectors.lifelong import (
+from speechbrain_taskarith.vectors.lifelong.memory import JointTraining, Replay
+from speechbrain_taskarith.vectors.lifelong.methods import (
     Averaging,
     FineTuning,
     PartialUpdate,
 )
-from speechbrain_taskarith.vectors.lifelong_memory import (
-    JointTraining,
-    Replay,
-)
-from speechbrain_taskarith.vectors.lifelong_penalties import (
-    EWC,
-    LwF,
-)
+from speechbrain_taskarith.vectors.lifelong.penalties import EWC, LwF
 
 
 def same(a, b):

@@ -1,8 +1,4 @@
-"""The Brain of speech translation: losses, tasks, searches, resuming.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""The Brain of speech translation: losses, tasks, searches, resuming."""
 
 from functools import partial
 
@@ -13,7 +9,6 @@ from speechbrain.dataio.batch import PaddedBatch
 from translation_toy import toy_model
 
 from speechbrain_taskarith.brains import (
-    AtomicCheckpointer,
     PieceLabels,
     RunningMeans,
     TranslationBrain,
@@ -26,6 +21,7 @@ from speechbrain_taskarith.translation import (
     TaskNormWeights,
     TranslationObjective,
 )
+from speechbrain_taskarith.vectors import AtomicCheckpointer
 
 SOURCE = WordLabels(["a", "b", "c", "d", "e"])
 TARGET = WordLabels(["<s>", "</s>", "A", "B", "C", "D", "E"])

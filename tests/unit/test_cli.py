@@ -1,8 +1,4 @@
-"""The command line: what each verb writes, says, and refuses.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""The command line: what each verb writes, says, and refuses."""
 
 import json
 import subprocess

@@ -1,8 +1,4 @@
-"""`taskarith edit`: a sequence of edits from the command line.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""`taskarith edit`: a sequence of edits from the command line."""
 
 import json
 from pathlib import Path

@@ -1,8 +1,4 @@
-"""Bad input to the command line: one line that helps, and nothing changed.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Bad input to the command line: one line that helps, and nothing changed."""
 
 from pathlib import Path
 

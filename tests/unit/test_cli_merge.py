@@ -1,8 +1,4 @@
-"""`taskarith merge`: merge files, overrides, and the engine behind.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""`taskarith merge`: merge files, overrides, and the engine behind."""
 
 import json
 import subprocess

@@ -1,8 +1,4 @@
-"""Reading, writing and resampling recordings.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Reading, writing and resampling recordings."""
 
 import errno
 import os

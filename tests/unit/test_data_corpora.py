@@ -1,8 +1,4 @@
-"""The self-made corpus: its form, its determinism, and interrupted runs.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""The self-made corpus: its form, its determinism, and interrupted runs."""
 
 import itertools
 import os

@@ -1,8 +1,4 @@
-"""Strings of words: who says what, which takes, and how they sound.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Strings of words: who says what, which takes, and how they sound."""
 
 import collections
 import itertools

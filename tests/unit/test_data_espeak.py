@@ -1,8 +1,4 @@
-"""Synthetic speech: determinism, forks, threads, errors.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Synthetic speech: determinism, forks, threads, errors."""
 
 import concurrent.futures
 import ctypes

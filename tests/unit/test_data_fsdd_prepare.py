@@ -1,8 +1,4 @@
-"""Preparation of FSDD from a clone and from a manifest.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Preparation of FSDD from a clone and from a manifest."""
 
 import importlib.util
 import os

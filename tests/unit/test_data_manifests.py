@@ -1,8 +1,4 @@
-"""Manifests: every fault is named, and what is written is read back.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Manifests: every fault is named, and what is written is read back."""
 
 import csv
 import dataclasses

@@ -1,8 +1,4 @@
-"""The simulated recording, against measurements of what it claims.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""The simulated recording, against measurements of what it claims."""
 
 import pickle
 

@@ -1,8 +1,4 @@
-"""Lifelong measures against formulas written out, files, CL-MASR's logs.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Lifelong measures against formulas written out, files, CL-MASR's logs."""
 
 import json
 import math
@@ -13,11 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speechbrain_taskarith.metrics import (
-    LifelongMatrix,
-    wer,
-    write_cl_masr_log,
-)
+from speechbrain_taskarith.metrics import LifelongMatrix, wer, write_cl_masr_log
 
 NAMES = ["us", "de", "gr", "fr", "it", "es"]
 

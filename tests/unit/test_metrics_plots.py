@@ -1,8 +1,4 @@
-"""Plots: what is drawn, files that are whole, input that cannot be drawn.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Plots: what is drawn, files that are whole, input that cannot be drawn."""
 
 import contextlib
 import math

@@ -1,18 +1,10 @@
-"""Rare words: the definition, and counts against totals and small cases.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Rare words: the definition, and counts against totals and small cases."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speechbrain_taskarith.metrics import (
-    RareWords,
-    rare_words_by_language,
-    wer,
-)
+from speechbrain_taskarith.metrics import RareWords, rare_words_by_language, wer
 
 WORDS = st.lists(st.sampled_from("abcde"), max_size=7)
 PAIRS = st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=6)

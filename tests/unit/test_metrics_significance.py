@@ -1,8 +1,4 @@
-"""The bootstrap against its known large-sample behaviour.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""The bootstrap against its known large-sample behaviour."""
 
 import numpy as np
 import pytest

@@ -1,8 +1,4 @@
-"""What a run leaves behind: rows, means, files, merged runs.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""What a run leaves behind: rows, means, files, merged runs."""
 
 import csv
 import io

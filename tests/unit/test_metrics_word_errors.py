@@ -1,8 +1,4 @@
-"""Word error counts against a naive edit distance, and what may go wrong.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Word error counts against a naive edit distance, and what may go wrong."""
 
 import math
 import pickle

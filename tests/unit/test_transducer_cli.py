@@ -1,8 +1,4 @@
-"""`taskarith transcribe`: a model's folder, streams, and what is refused.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""`taskarith transcribe`: a model's folder, streams, and what is refused."""
 
 import pytest
 import torch

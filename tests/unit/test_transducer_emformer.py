@@ -1,8 +1,4 @@
-"""Emformer: both paths agree, padding never leaks, the future stays unseen.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Emformer: both paths agree, padding never leaks, the future stays unseen."""
 
 import pytest
 import torch

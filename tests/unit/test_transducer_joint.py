@@ -1,8 +1,4 @@
-"""The chunked joint equals the whole one; HAT; SpeechBrain's joints.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""The chunked joint equals the whole one; HAT; SpeechBrain's joints."""
 
 import pytest
 import torch
@@ -17,7 +13,7 @@ from speechbrain_taskarith.transducer import (
     sequence_log_prob,
     transducer_loss,
 )
-from speechbrain_taskarith.transducer.hat import hat_log_probs
+from speechbrain_taskarith.transducer.joints.hat import hat_log_probs
 
 FRAMES, LABELS = torch.tensor([9, 6, 2]), torch.tensor([3, 4, 0])
 

@@ -1,8 +1,4 @@
-"""The transducer loss against the sum over all alignments, and bad input.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""The transducer loss against the sum over all alignments, and bad input."""
 
 import inspect
 import math

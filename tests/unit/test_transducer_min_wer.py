@@ -1,8 +1,4 @@
-"""MinWER: the gradient P_i (W_i - E[W]), masks, sources and statistics.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""MinWER: the gradient P_i (W_i - E[W]), masks, sources and statistics."""
 
 from pathlib import Path
 

@@ -1,8 +1,4 @@
-"""Searches against exhaustive enumeration of every path.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Searches against exhaustive enumeration of every path."""
 
 import math
 from collections import Counter
@@ -20,7 +16,7 @@ from speechbrain_taskarith.transducer import (
     TransducerGreedySearch,
     TransducerSampler,
 )
-from speechbrain_taskarith.transducer.beam_rows import extended_keys
+from speechbrain_taskarith.transducer.search.beam_rows import extended_keys
 
 
 def model(kind=RNNTJoint, vocab=3, seed=0, blank=0):

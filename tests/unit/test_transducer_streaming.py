@@ -1,8 +1,4 @@
-"""Streams: any portions of samples give what the whole recording gives.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Streams: any portions of samples give what the whole recording gives."""
 
 import pytest
 import torch
@@ -19,7 +15,9 @@ from speechbrain_taskarith.transducer import (
     TransducerBeamSearch,
     TransducerGreedySearch,
 )
-from speechbrain_taskarith.transducer.sample_stream import FeatureStream
+from speechbrain_taskarith.transducer.streaming.sample_stream import (
+    FeatureStream,
+)
 
 
 def conformer(width):

@@ -1,8 +1,4 @@
-"""Encoder-only transfer: what is taken over, and what is refused.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Encoder-only transfer: what is taken over, and what is refused."""
 
 import pickle
 

@@ -1,8 +1,4 @@
-"""Gradient consistency and entropy: by hand, and without a trace.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Gradient consistency and entropy: by hand, and without a trace."""
 
 import copy
 import math

@@ -1,8 +1,4 @@
-"""Looking back: exact against a plain softmax, windowed against exact.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Looking back: exact against a plain softmax, windowed against exact."""
 
 import math
 
@@ -11,7 +7,9 @@ import torch
 from translation_toy import shrink_batch
 
 from speechbrain_taskarith.translation import CTCShrink, LookingBack
-from speechbrain_taskarith.translation.window import windowed_attention
+from speechbrain_taskarith.translation.reduction.window import (
+    windowed_attention,
+)
 
 LENS = [13, 1, 7, 12]
 
@@ -47,7 +45,7 @@ def batch(drop_blank=False, width=8):
 @pytest.fixture(params=["dense", "runs"])
 def form(request, monkeypatch):
     """Both ways to compute a window."""
-    name = "speechbrain_taskarith.translation.looking_back"
+    name = "speechbrain_taskarith.translation.reduction.looking_back"
     least = 10**9 if request.param == "dense" else 0
     monkeypatch.setattr(f"{name}._DENSE_BELOW", least)
 

@@ -1,8 +1,4 @@
-"""Contrastive, distillation and the objective, against their formulas.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Contrastive, distillation and the objective, against their formulas."""
 
 import math
 

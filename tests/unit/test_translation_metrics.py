@@ -1,8 +1,4 @@
-"""BLEU and chrF are sacrebleu's, with signatures.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""BLEU and chrF are sacrebleu's, with signatures."""
 
 import sys
 

@@ -1,8 +1,4 @@
-"""The whole model: tasks, positions, encoders, search, initialisation.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""The whole model: tasks, positions, encoders, search, initialisation."""
 
 import math
 from pathlib import Path
@@ -27,7 +23,7 @@ from speechbrain_taskarith.translation import (
     greedy_translation,
     initialise_from_text_translation,
 )
-from speechbrain_taskarith.translation.incremental import (
+from speechbrain_taskarith.translation.search.incremental import (
     IncrementalDecoder,
     PrefixDecoder,
     decoder_by_steps,

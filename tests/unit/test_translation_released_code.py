@@ -4,9 +4,6 @@ The defects were described, not copied: a convolution that masks out what is
 valid, a text branch without it, a padding mask that is lost by the shrink,
 and norms of accumulated gradients. Every check passes with our part and fails
 with a defective one, written down here.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import math
@@ -15,11 +12,10 @@ import pytest
 import torch
 from translation_toy import toy_batch, toy_model
 
-from speechbrain_taskarith.translation import (
-    LocalToGlobal,
-    TaskNormWeights,
+from speechbrain_taskarith.translation import LocalToGlobal, TaskNormWeights
+from speechbrain_taskarith.translation.text.local_to_global import (
+    LocalExtractor,
 )
-from speechbrain_taskarith.translation.local_to_global import LocalExtractor
 
 LENS = torch.tensor([1.0, 0.5])
 

@@ -1,8 +1,4 @@
-"""CTC shrink against a loop over utterances, segments and frames.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""CTC shrink against a loop over utterances, segments and frames."""
 
 import logging
 import math

@@ -1,8 +1,4 @@
-"""Task weights: norms by hand, order, accumulation, resuming, torchjd.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Task weights: norms by hand, order, accumulation, resuming, torchjd."""
 
 import math
 

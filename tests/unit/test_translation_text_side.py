@@ -1,8 +1,4 @@
-"""Local to global, the textual encoder and the noise.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Local to global, the textual encoder and the noise."""
 
 import math
 

@@ -1,8 +1,4 @@
-"""Relative lengths, absolute lengths and their mask.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Relative lengths, absolute lengths and their mask."""
 
 from fractions import Fraction
 

@@ -1,8 +1,4 @@
-"""Random numbers that depend on what they are for alone.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Random numbers that depend on what they are for alone."""
 
 import os
 import random

@@ -1,8 +1,4 @@
-"""Comparing task vectors against NumPy over flat float64 vectors.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Comparing task vectors against NumPy over flat float64 vectors."""
 
 import logging
 import math

@@ -29,7 +29,7 @@ from speechbrain_taskarith.vectors import (
     open_state,
     save_state,
 )
-from speechbrain_taskarith.vectors import checkpoint_folder as folders
+from speechbrain_taskarith.vectors.states import speechbrain_folder as folders
 
 # -- a recipe, as upstream writes them ---------------------------------------
 

@@ -1,9 +1,6 @@
 """Where arithmetic on weights goes wrong quietly: edges, one by one.
 
 Every case is held against numbers worked out by hand or in float64.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import json
@@ -28,12 +25,12 @@ from speechbrain_taskarith.vectors import (
     search_scale,
 )
 from speechbrain_taskarith.vectors.rules import from_description
-from speechbrain_taskarith.vectors.safetensors_file import (
+from speechbrain_taskarith.vectors.states.readers import read_checkpoint_meta
+from speechbrain_taskarith.vectors.states.safetensors import (
     SafetensorsWriter,
     TensorInfo,
     read_header,
 )
-from speechbrain_taskarith.vectors.state_readers import read_checkpoint_meta
 
 # -- tied tensors --------------------------------------------------------------
 

@@ -7,13 +7,13 @@ import torch
 from safetensors.torch import save_file
 from speechbrain.utils.checkpoints import Checkpointer
 
-from speechbrain_taskarith.vectors.lifelong import (
+from speechbrain_taskarith.vectors.lifelong.memory import JointTraining, Replay
+from speechbrain_taskarith.vectors.lifelong.methods import (
     Averaging,
     FineTuning,
     PartialUpdate,
 )
-from speechbrain_taskarith.vectors.lifelong_memory import JointTraining, Replay
-from speechbrain_taskarith.vectors.lifelong_penalties import EWC, LwF
+from speechbrain_taskarith.vectors.lifelong.penalties import EWC, LwF
 
 
 def network(seed=0):

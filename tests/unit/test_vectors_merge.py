@@ -1,8 +1,4 @@
-"""The merge engine: its results, whatever form, threads, chunks, device.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""The merge engine: its results, whatever form, threads, chunks, device."""
 
 import hashlib
 import json
@@ -20,8 +16,9 @@ from speechbrain_taskarith.vectors import (
     merge_checkpoints,
     open_state,
 )
-from speechbrain_taskarith.vectors.measuring import MemoryWatch
-from speechbrain_taskarith.vectors.merge_inputs import MergeInputs
+from speechbrain_taskarith.vectors.engine.inputs import MergeInputs
+from speechbrain_taskarith.vectors.engine.measuring import MemoryWatch
+from speechbrain_taskarith.vectors.engine.streaming import Stream
 from speechbrain_taskarith.vectors.rules import (
     DARE,
     DELLA,
@@ -38,7 +35,6 @@ from speechbrain_taskarith.vectors.rules import (
     MultiSLERP,
     TaskArithmetic,
 )
-from speechbrain_taskarith.vectors.streaming import Stream
 
 SHAPES = {
     "emb.weight": (200, 30),

@@ -1,8 +1,4 @@
-"""The merge engine and bad input: a clear error, and nothing written.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""The merge engine and bad input: a clear error, and nothing written."""
 
 import errno
 import os
@@ -21,9 +17,9 @@ from speechbrain_taskarith.vectors import (
     TaskArithmetic,
     TaskVector,
     merge_checkpoints,
-    safetensors_file,
     save_state,
 )
+from speechbrain_taskarith.vectors.states import safetensors as safetensors_file
 
 
 @pytest.fixture

@@ -5,12 +5,7 @@ import json
 import pytest
 import torch
 
-from speechbrain_taskarith.vectors import (
-    TIES,
-    ModelCard,
-    TaskVector,
-    as_state,
-)
+from speechbrain_taskarith.vectors import TIES, ModelCard, TaskVector, as_state
 
 
 def card(**fields):

@@ -1,8 +1,4 @@
-"""Merging rules against naive loops in float64, written from the papers.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Merging rules against naive loops in float64, written from the papers."""
 
 import math
 
@@ -11,6 +7,7 @@ import pytest
 import torch
 
 from speechbrain_taskarith.vectors import TaskVector
+from speechbrain_taskarith.vectors.engine.trimming import Magnitude, RandomDrop
 from speechbrain_taskarith.vectors.rules import (
     DARE,
     DELLA,
@@ -29,7 +26,6 @@ from speechbrain_taskarith.vectors.rules import (
     TaskArithmetic,
     from_description,
 )
-from speechbrain_taskarith.vectors.sparsify import Magnitude, RandomDrop
 
 SHAPES = {
     "enc.layers.0.w": (6, 9),

@@ -1,8 +1,4 @@
-"""The exact k-th largest of what streams by: sample, histograms, ties.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""The exact k-th largest of what streams by: sample, histograms, ties."""
 
 import numpy as np
 import pytest
@@ -10,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speechbrain_taskarith.vectors import sampling, thresholds
-from speechbrain_taskarith.vectors.streaming import MemoryVectors, Stream
-from speechbrain_taskarith.vectors.thresholds import find_cuts, survivors
+from speechbrain_taskarith.vectors.engine import sampling, thresholds
+from speechbrain_taskarith.vectors.engine.streaming import MemoryVectors, Stream
+from speechbrain_taskarith.vectors.engine.thresholds import find_cuts, survivors
 
 
 def oracle(numbers, k):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from speechbrain_taskarith.vectors import TaskVector, search_scale
-from speechbrain_taskarith.vectors.scale_editing import edit_into
-from speechbrain_taskarith.vectors.selection import refuse_test_split
+from speechbrain_taskarith.vectors.editing.scale_editing import edit_into
+from speechbrain_taskarith.vectors.editing.scale_search import refuse_test_split
 
 
 class Model(torch.nn.Module):

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from speechbrain_taskarith.vectors import as_state, open_state, save_state
-from speechbrain_taskarith.vectors.safetensors_file import (
+from speechbrain_taskarith.vectors.states.safetensors import (
     SafetensorsWriter,
     TensorInfo,
     read_header,

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speechbrain_taskarith.vectors import TaskVector, align_vocabulary
-from speechbrain_taskarith.vectors.vocabulary import read_vocabulary
+from speechbrain_taskarith.vectors.states.vocabulary import read_vocabulary
 
 WORDS = [chr(ord("a") + i) for i in range(8)]
 

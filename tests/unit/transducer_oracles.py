@@ -1,8 +1,4 @@
-"""Oracles of the transducer tests: every path, written out.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Oracles of the transducer tests: every path, written out."""
 
 import itertools
 

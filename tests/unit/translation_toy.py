@@ -1,8 +1,4 @@
-"""Small batches and models for the tests of translation.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Small batches and models for the tests of translation."""
 
 import torch
 

@@ -8,9 +8,6 @@ recipes' README files are `train.py` with `hparams/train.yaml`.
 To run it by hand:
 > python quickstart.py --output results
 > python quickstart.py --output results --data <free-spoken-digit-dataset>
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import argparse

@@ -1,8 +1,4 @@
-"""What a run of the recipe leaves behind: tables and heat maps.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""What a run of the recipe leaves behind: tables and heat maps."""
 
 from pathlib import Path
 

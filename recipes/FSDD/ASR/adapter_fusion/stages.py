@@ -2,9 +2,6 @@
 
 Each training has a folder under `save` with its SpeechBrain checkpoints and,
 when it has ended, its weights; what has ended is not trained again.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import time
@@ -19,7 +16,7 @@ from speechbrain_taskarith.brains import Domain
 from speechbrain_taskarith.utils.files import read_json, write_json
 from speechbrain_taskarith.utils.seeds import seed_random_numbers
 from speechbrain_taskarith.vectors import open_state, save_state
-from speechbrain_taskarith.vectors.lifelong import FineTuning
+from speechbrain_taskarith.vectors.lifelong.methods import FineTuning
 
 logger = get_logger(__name__)
 

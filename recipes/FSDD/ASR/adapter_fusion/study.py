@@ -1,8 +1,4 @@
-"""The rows of the study: base, baselines, adapters, combinations.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""The rows of the study: base, baselines, adapters, combinations."""
 
 import copy
 

@@ -1,8 +1,4 @@
-"""The strings of digits that the study trains and tests on.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""The strings of digits that the study trains and tests on."""
 
 import dataclasses
 import random

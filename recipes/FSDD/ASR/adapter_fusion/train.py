@@ -14,9 +14,6 @@ To run this recipe, do the following:
 Several seeds make one table (mean and standard deviation):
 > python train.py hparams/train.yaml --data_folder ... --seed 1
 > python train.py --merge results/adapter_fusion
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import sys

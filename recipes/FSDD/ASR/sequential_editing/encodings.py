@@ -6,9 +6,6 @@ edits again with what can be read back, and tests on all accents.
 
 To run it, after train.py with the same hparams, folders and seed:
 > python encodings.py hparams/train.yaml --data_folder /path/to/FSDD --seed 0
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import sys

@@ -1,8 +1,4 @@
-"""What a run of the recipe leaves behind: tables, plots, and the undo proof.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""What a run of the recipe leaves behind: tables, plots, and the undo proof."""
 
 import shutil
 import tempfile
@@ -11,10 +7,7 @@ from pathlib import Path
 import torch
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_taskarith.metrics import (
-    LifelongMatrix,
-    Summary,
-)
+from speechbrain_taskarith.metrics import LifelongMatrix, Summary
 from speechbrain_taskarith.metrics.cl_masr import write_cl_masr_log
 from speechbrain_taskarith.vectors import (
     SequentialEditor,

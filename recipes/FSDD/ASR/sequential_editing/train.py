@@ -16,9 +16,6 @@ Several seeds make one table (mean and standard deviation):
 On two processes (the same result as on one, see README.md):
 > torchrun --standalone --nproc_per_node=2 train.py hparams/train.yaml \
 >     --data_folder ... --distributed_backend gloo --device cpu
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import sys
@@ -34,11 +31,7 @@ from speechbrain.utils.logger import get_logger
 from speechbrain_taskarith.brains import DigitStringBrain, Domain
 from speechbrain_taskarith.data import make_digit_strings, read_manifest
 from speechbrain_taskarith.metrics import merge_seeds
-from speechbrain_taskarith.vectors import (
-    open_state,
-    save_state,
-    search_scale,
-)
+from speechbrain_taskarith.vectors import open_state, save_state, search_scale
 
 logger = get_logger(__name__)
 

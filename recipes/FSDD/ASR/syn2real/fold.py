@@ -1,8 +1,4 @@
-"""One left-out domain: its models, its vectors, and what they achieve.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""One left-out domain: its models, its vectors, and what they achieve."""
 
 import statistics
 

@@ -1,8 +1,4 @@
-"""What the study measures and leaves behind: tables, plots, edited models.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""What the study measures and leaves behind: tables, plots, edited models."""
 
 import csv
 import io
@@ -12,10 +8,7 @@ from pathlib import Path
 from fold import CHOSEN_ON, REAL_TARGET, Fold
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_taskarith.metrics import (
-    Summary,
-    plot_scale_curve,
-)
+from speechbrain_taskarith.metrics import Summary, plot_scale_curve
 from speechbrain_taskarith.utils.files import atomic_write
 from speechbrain_taskarith.utils.progress import progress
 from speechbrain_taskarith.vectors import (

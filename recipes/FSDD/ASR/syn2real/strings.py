@@ -5,9 +5,6 @@ there are any, the words that all domains share. Strings come in pairs: the
 same words with the same pauses, once from a person's recordings and once
 from a synthetic voice, so that what differs between a real and a synthetic
 model is the sound alone.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import collections

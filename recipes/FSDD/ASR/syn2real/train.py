@@ -17,9 +17,6 @@ Several seeds make one table (mean and standard deviation):
 
 Models that do not depend on one another are trained by several processes:
 > python train.py hparams/train.yaml --data_folder ... --processes 2
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import os

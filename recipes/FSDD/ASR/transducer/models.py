@@ -3,9 +3,6 @@
 Every model has a folder with a SpeechBrain checkpoint and needs nothing but
 the models it starts from, so that several processes can share the work and a
 run that was killed goes on where it stopped.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import time

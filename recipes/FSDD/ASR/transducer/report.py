@@ -1,8 +1,4 @@
-"""What the study measures and leaves behind: tables, plot, a recogniser.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""What the study measures and leaves behind: tables, plot, a recogniser."""
 
 import io
 import re

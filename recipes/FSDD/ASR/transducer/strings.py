@@ -1,8 +1,4 @@
-"""Strings of words: synthetic ones of many languages, real English ones.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Strings of words: synthetic ones of many languages, real English ones."""
 
 import collections
 import random

@@ -2,9 +2,6 @@
 
 None of them is English. In domain: the digits, as in the target. Out of
 domain: days of the week and months.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 DOMAINS = {

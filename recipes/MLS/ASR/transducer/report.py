@@ -1,8 +1,4 @@
-"""What a stage leaves behind: its row of the table, and its recogniser.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""What a stage leaves behind: its row of the table, and its recogniser."""
 
 import collections
 import io

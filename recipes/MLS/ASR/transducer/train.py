@@ -12,9 +12,6 @@ To run this recipe, do the following:
 >     --start_from results/transfer/<seed> --subset 10min
 
 A run that was killed goes on where it stopped when started again.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import sys

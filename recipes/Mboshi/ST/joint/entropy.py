@@ -1,8 +1,4 @@
-"""What shrinking is for: how much a window of speech tells, and one of text.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""What shrinking is for: how much a window of speech tells, and one of text."""
 
 import torch
 from speechbrain.dataio.batch import PaddedBatch

@@ -1,13 +1,9 @@
-"""How long training took, and how good the model was after every epoch.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""How long training took, and how good the model was after every epoch."""
 
 import contextlib
 import time
 
-from speechbrain_taskarith.translation.recoverable import JSONRecoverable
+from speechbrain_taskarith.utils.recoverable import JSONRecoverable
 
 
 class TrainingHistory(JSONRecoverable):

@@ -1,8 +1,4 @@
-"""What a run of the recipe leaves behind: results by row, tables, plots.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""What a run of the recipe leaves behind: results by row, tables, plots."""
 
 from pathlib import Path
 

@@ -13,9 +13,6 @@ To run this recipe, do the following:
 Some rows only, then a table over several seeds:
 > python train.py hparams/train.yaml --data_folder ... --only st,whole
 > python train.py --merge results/joint
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import functools
@@ -36,11 +33,7 @@ from speechbrain.utils.checkpoints import Checkpointer
 from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_taskarith.brains import (
-    PieceLabels,
-    TranslationBrain,
-    best_key,
-)
+from speechbrain_taskarith.brains import PieceLabels, TranslationBrain, best_key
 from speechbrain_taskarith.data import read_audio
 from speechbrain_taskarith.metrics import merge_seeds
 from speechbrain_taskarith.translation import initialise_from_text_translation

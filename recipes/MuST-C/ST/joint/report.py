@@ -1,8 +1,4 @@
-"""What a stage leaves behind: its row of the table, translations, a plot.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""What a stage leaves behind: its row of the table, translations, a plot."""
 
 from pathlib import Path
 

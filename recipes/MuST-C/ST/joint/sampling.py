@@ -1,8 +1,4 @@
-"""Batches of several kinds of data, one of each kind for every update.
-
-Authors
- * speechbrain_taskarith contributors 2026
-"""
+"""Batches of several kinds of data, one of each kind for every update."""
 
 import torch
 

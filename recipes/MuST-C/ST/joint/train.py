@@ -12,9 +12,6 @@ To run this recipe, do the following:
 >     --start_from results/text/de/1234
 
 A run that was killed goes on where it stopped when started again.
-
-Authors
- * speechbrain_taskarith contributors 2026
 """
 
 import sys
@@ -32,11 +29,7 @@ from speechbrain.utils.checkpoints import Checkpointer
 from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_taskarith.brains import (
-    PieceLabels,
-    TranslationBrain,
-    best_key,
-)
+from speechbrain_taskarith.brains import PieceLabels, TranslationBrain, best_key
 from speechbrain_taskarith.metrics import merge_seeds
 from speechbrain_taskarith.translation import initialise_from_text_translation
 

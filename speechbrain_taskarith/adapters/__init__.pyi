@@ -1,0 +1,27 @@
+from .attention import (
+    attention_stats as attention_stats,
+)
+from .attention import (
+    plot_attention as plot_attention,
+)
+from .bank import (
+    AdapterBank as AdapterBank,
+)
+from .bottleneck import (
+    BottleneckAdapter as BottleneckAdapter,
+)
+from .combination.averaging import (
+    AdapterMean as AdapterMean,
+)
+from .combination.averaging import (
+    AdapterWeightedMean as AdapterWeightedMean,
+)
+from .combination.fusion import (
+    AudioAdapterFusion as AudioAdapterFusion,
+)
+from .handle import (
+    AdapterHandle as AdapterHandle,
+)
+from .insertion import (
+    insert_adapters as insert_adapters,
+)

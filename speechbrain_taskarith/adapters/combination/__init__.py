@@ -1,0 +1,1 @@
+"""Combining adapters: means, fusion and their folded form."""

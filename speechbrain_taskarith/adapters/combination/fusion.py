@@ -1,0 +1,215 @@
+"""Audio-AdapterFusion: attention over adapters, frame by frame."""
+
+import torch
+from torch.nn import functional as F
+
+from speechbrain_taskarith.adapters.combination.base import Combination
+from speechbrain_taskarith.adapters.combination.folding import (
+    FoldedFusion,
+    running_mean,
+    sum_of_parts,
+)
+
+
+class AudioAdapterFusion(Combination):
+    """Attention over the adapters of a layer, without a task ID ("A-AF").
+
+    For every frame h, with one head and the adapters' input as query (Ngai
+    et al., "Audio-AdapterFusion", 2023, arXiv 2310.13015; Pfeiffer et al.,
+    "AdapterFusion", 2021)::
+
+        s = softmax_n((W_Q h + b_Q) . (W_K a_n)),   o = sum_n s_n W_V a_n
+        h' = h + LN(o)
+
+    A key bias would cancel in the softmax, so there is none. `W_V` starts as
+    the identity. The order of the adapters does not matter, and one adapter
+    alone gives `W_V a_1`.
+
+    The attended sum is computed in the bottlenecks. With
+    `q = W_K^T (W_Q h + b_Q)`, scores are `(W_up,n^T q) . h_n + beta_n . q`
+    and `o = W_V (W_up (s h) + s beta)`: exact, and [B, T, N, d] is never
+    held.
+
+    Arguments
+    ---------
+    bank : AdapterBank or None
+        See `Combination`.
+    scaled : bool
+        True divides the scores by `sqrt(d)`.
+    ln_init : str or None
+        Gain of the LN before the residual: `"one"`, `"small"`, `"zero"` or
+        None for no LN. LN of zero has a gradient gain of `1 / sqrt(eps)`,
+        about 316: combine trained adapters only.
+    names : sequence of str or None
+        Which adapters, None for all.
+    form : str
+        How to compute it, see `Combination`.
+    recompute : bool
+        Hold less memory in training, see `Combination`.
+    running : bool
+        True averages the scores over all frames so far (dimension -2 is
+        time) before the softmax. Beyond the paper, whose attention looks at
+        one frame alone: a frame seldom tells the task, an utterance does.
+        It looks at no later frame; called chunk by chunk, the average
+        starts anew with every chunk.
+    guided : bool
+        True keeps what `AdapterHandle.attention_loss` needs. Beyond the
+        paper as well: it teaches the attention which task an utterance of
+        the training data is from.
+
+    Example
+    -------
+    >>> from speechbrain_taskarith.adapters import AdapterBank
+    >>> bank = AdapterBank(["news", "calls"], d_model=8, bottleneck=2)
+    >>> fusion = AudioAdapterFusion(bank)
+    >>> fusion(torch.randn(3, 5, 8)).shape
+    torch.Size([3, 5, 8])
+    >>> fusion.last_weights.shape
+    torch.Size([3, 5, 2])
+    """
+
+    def __init__(
+        self,
+        bank=None,
+        scaled=False,
+        ln_init="one",
+        *,
+        names=None,
+        form="auto",
+        recompute=False,
+        running=False,
+        guided=False,
+    ):
+        super().__init__(
+            bank,
+            names=names,
+            ln_init=ln_init,
+            form=form,
+            recompute=recompute,
+        )
+        self.scaled, self.running, self.guided = scaled, running, guided
+        #: The last batch's weights [..., N] with their graph, for `guided`.
+        self.live_weights = None
+        if bank is not None:
+            width = bank.d_model
+            self.query = torch.nn.Linear(width, width)
+            self.key = torch.nn.Linear(width, width, bias=False)
+            self.value = torch.nn.Linear(width, width, bias=False)
+            # Small scores: the start is near the mean of all adapters.
+            torch.nn.init.normal_(self.query.weight, std=0.02)
+            torch.nn.init.zeros_(self.query.bias)
+            torch.nn.init.normal_(self.key.weight, std=0.02)
+            torch.nn.init.eye_(self.value.weight)
+
+    def settings(self):
+        """As `Combination.settings`.
+
+        Returns
+        -------
+        dict
+            Plain values.
+        """
+        return {
+            "scaled": self.scaled,
+            "running": self.running,
+            "guided": self.guided,
+            **super().settings(),
+        }
+
+    def penalty(self, weight=0.01):
+        """Return `weight * ||I - W_V||^2`, to be added to a training loss.
+
+        Arguments
+        ---------
+        weight : float
+            0.01 is the published value.
+
+        Returns
+        -------
+        torch.Tensor
+            A scalar.
+        """
+        matrix = self.value.weight
+        identity = torch.eye(
+            len(matrix), dtype=matrix.dtype, device=matrix.device
+        )
+        return weight * (identity - matrix).square().sum()
+
+    @property
+    def _scale(self):
+        return self.bank.d_model**-0.5 if self.scaled else 1.0
+
+    def _softmax(self, scores):
+        scores = scores * self._scale
+        if self.running:
+            scores = running_mean(scores)
+        weights = scores.softmax(-1)
+        self.last_weights = weights.detach()
+        if self.guided:
+            self.live_weights = weights
+        return weights
+
+    def _apply(self, fn, recurse=True):
+        self.live_weights = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self):
+        # A tensor with a graph cannot be copied.
+        return {**super().__getstate__(), "live_weights": None}
+
+    def _as_loop(self, x):
+        outputs = [self.bank[name](x) for name in self.names]
+        query = self.query(x)
+        scores = [(query * self.key(a)).sum(-1) for a in outputs]
+        weights = self._softmax(torch.stack(scores, dim=-1))
+        return sum(
+            weights[..., n, None] * self.value(a) for n, a in enumerate(outputs)
+        )
+
+    def _as_stacked(self, x):
+        each = self.bank.each(x, self.names)
+        query = self.query(x).unsqueeze(-1)
+        scores = torch.matmul(self.key(each), query).squeeze(-1)
+        weights = self._softmax(scores)
+        context = torch.matmul(weights.unsqueeze(-2), each).squeeze(-2)
+        return self.value(context)
+
+    def _as_collapsed(self, x):
+        stack = self.bank.stacked(self.names)
+        hidden = self.bank.hidden(x, stack)
+        shape = (len(self.names), stack.width)
+        # W_K^T W_Q as one matrix: a product less for every frame, and the
+        # query itself need not be held for the backward pass.
+        both = torch.matmul(self.key.weight.t(), self.query.weight)
+        bias = torch.matmul(self.query.bias, self.key.weight)
+        query = F.linear(x, both, bias)
+        gate = F.linear(query, stack.up) * hidden
+        scores = sum_of_parts(gate, len(self.names))
+        weights = self._softmax(scores + F.linear(query, stack.beta))
+        weights = weights.to(hidden.dtype)
+        hidden = hidden.unflatten(-1, shape) * weights.unsqueeze(-1)
+        context = torch.matmul(hidden.flatten(-2), stack.up)
+        return self.value(context + torch.matmul(weights, stack.beta))
+
+    def _as_folded(self, x):
+        combined, weights = self._folded_weights()(self.bank, x)
+        self.last_weights = weights.detach()
+        if self.guided:
+            self.live_weights = weights
+        return combined
+
+    def _fold(self):
+        stack = self.bank.stacked(self.names)
+        both = torch.matmul(self.key.weight.t(), self.query.weight)
+        bias = torch.matmul(self.query.bias, self.key.weight)
+        rows = torch.cat((stack.up, stack.beta)) * self._scale
+        value = self.value.weight
+        return FoldedFusion(
+            stack.down,
+            stack.shift,
+            torch.matmul(rows, both),
+            torch.matmul(rows, bias),
+            torch.matmul(value, stack.up.t()),
+            torch.matmul(stack.beta, value.t()),
+            self.running,
+        )

@@ -1,0 +1,66 @@
+from .cl_masr import (
+    write_cl_masr_log as write_cl_masr_log,
+)
+from .lifelong import (
+    LifelongMatrix as LifelongMatrix,
+)
+from .plots import (
+    plot_by_layer as plot_by_layer,
+)
+from .plots import (
+    plot_heat_map as plot_heat_map,
+)
+from .plots import (
+    plot_scale_curve as plot_scale_curve,
+)
+from .plots import (
+    plot_wer_matrix as plot_wer_matrix,
+)
+from .rare_words import (
+    RareWordReport as RareWordReport,
+)
+from .rare_words import (
+    RareWords as RareWords,
+)
+from .rare_words import (
+    WordGroupErrors as WordGroupErrors,
+)
+from .rare_words import (
+    rare_words_by_language as rare_words_by_language,
+)
+from .significance import (
+    PairedBootstrap as PairedBootstrap,
+)
+from .significance import (
+    confidence_interval as confidence_interval,
+)
+from .significance import (
+    paired_bootstrap as paired_bootstrap,
+)
+from .summary import (
+    Summary as Summary,
+)
+from .summary import (
+    merge_seeds as merge_seeds,
+)
+from .summary import (
+    merge_summaries as merge_summaries,
+)
+from .translation import (
+    TranslationReport as TranslationReport,
+)
+from .translation import (
+    translation_scores as translation_scores,
+)
+from .word_errors import (
+    UtteranceErrors as UtteranceErrors,
+)
+from .word_errors import (
+    WERReport as WERReport,
+)
+from .word_errors import (
+    by_domain as by_domain,
+)
+from .word_errors import (
+    wer as wer,
+)

@@ -1,0 +1,1 @@
+"""Joint networks, and the loss that never holds their whole output."""

@@ -1,0 +1,146 @@
+"""Hybrid autoregressive transducer: the blank apart from the labels.
+
+Variani et al. 2020, arXiv 2003.07705. With a blank of its own the labels'
+softmax is a language model inside the network, whose score can be taken out
+again when an outer one is added.
+"""
+
+import torch
+from torch.nn.functional import logsigmoid
+
+from speechbrain_taskarith.transducer.joints.joint import RNNTJoint
+from speechbrain_taskarith.transducer.loss.lengths import check_vocabulary
+
+
+def hat_log_probs(scores, blank_index):
+    """Normalise scores as HAT does (equations 8 and 9).
+
+    `P(blank) = sigmoid(z_blank)`, `P(y) = (1 - P(blank)) softmax(z)_y` with
+    the softmax over labels only.
+
+    Arguments
+    ---------
+    scores : torch.Tensor
+        [..., V], raw.
+    blank_index : int
+        The blank.
+
+    Returns
+    -------
+    torch.Tensor
+        [..., V], log-probabilities; float32 for lower precisions.
+
+    Example
+    -------
+    >>> scores = torch.tensor([30.0, 1.0, 2.0], requires_grad=True)
+    >>> log_probs = hat_log_probs(scores, blank_index=0)
+    >>> bool(log_probs.exp().sum().isclose(torch.ones(())))
+    True
+    >>> log_probs[1].backward()
+    >>> round(scores.grad[0].item(), 6)  # not lost where the blank is sure
+    -1.0
+    """
+    if scores.dtype in (torch.float16, torch.bfloat16):
+        scores = scores.float()
+    blank = torch.zeros(scores.shape[-1], dtype=torch.bool)
+    blank[blank_index] = True
+    blank = blank.to(scores.device)
+    z = scores[..., blank_index : blank_index + 1]
+    labels = scores.masked_fill(blank, float("-inf")).log_softmax(-1)
+    return torch.where(blank, logsigmoid(z), labels + logsigmoid(-z))
+
+
+class HATJoint(RNNTJoint):
+    """Joint network of a hybrid autoregressive transducer.
+
+    Arguments
+    ---------
+    encoder_dim, predictor_dim, joint_dim, vocab_size : int
+        As `RNNTJoint`.
+    blank_index : int
+        Index of the blank.
+    activation : type
+        Class of the non-linearity.
+
+    Example
+    -------
+    >>> joint = HATJoint(8, 6, 16, 10, blank_index=0)
+    >>> log_probs = joint(torch.rand(2, 5, 1, 8), torch.rand(2, 1, 4, 6))
+    >>> bool(torch.allclose(log_probs.exp().sum(-1), torch.ones(2, 5, 4)))
+    True
+    """
+
+    normalization = "hat"
+
+    def __init__(
+        self,
+        encoder_dim,
+        predictor_dim,
+        joint_dim,
+        vocab_size,
+        blank_index,
+        activation=torch.nn.Tanh,
+    ):
+        super().__init__(
+            encoder_dim,
+            predictor_dim,
+            joint_dim,
+            vocab_size,
+            blank_index,
+            activation,
+        )
+
+    def log_probs(self, encoder, predictor):
+        """See `RNNTJoint.log_probs`."""
+        return hat_log_probs(self.scores(encoder, predictor), self.blank_index)
+
+    def forward(self, encoder_out, predictor_out):
+        """See `RNNTJoint.forward`; the result is normalised."""
+        scores = super().forward(encoder_out, predictor_out)
+        return hat_log_probs(scores, self.blank_index)
+
+
+class HATOutput(torch.nn.Module):
+    """Last layer that turns a SpeechBrain transducer recipe into HAT.
+
+    Stands where a recipe has its `transducer_lin`; neither joint nor train.py
+    change, since what it returns is normalised and stays so in a log_softmax.
+
+    Arguments
+    ---------
+    input_size : int
+        Width of the joint.
+    vocab_size : int
+        Number of scores: labels and blank.
+    blank_index : int
+        Index of the blank.
+
+    Example
+    -------
+    >>> layer = HATOutput(input_size=16, vocab_size=10, blank_index=0)
+    >>> log_probs = layer(torch.rand(2, 5, 4, 16))
+    >>> bool(torch.allclose(log_probs, log_probs.log_softmax(-1), atol=1e-5))
+    True
+    """
+
+    def __init__(self, input_size, vocab_size, blank_index):
+        super().__init__()
+        check_vocabulary(vocab_size, blank_index)
+        self.linear = torch.nn.Linear(input_size, vocab_size)
+        self.vocab_size = vocab_size
+        self.blank_index = blank_index
+
+    def forward(self, x):
+        """Normalise.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            [..., input_size].
+
+        Returns
+        -------
+        torch.Tensor
+            [..., vocab_size], log-probabilities.
+        """
+        return hat_log_probs(self.linear(x), self.blank_index)

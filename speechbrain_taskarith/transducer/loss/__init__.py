@@ -1,0 +1,1 @@
+"""The lattice, its transitions and the loss on full logits."""

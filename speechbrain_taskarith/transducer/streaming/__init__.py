@@ -1,0 +1,1 @@
+"""Encoders and a recogniser that take audio in chunks."""

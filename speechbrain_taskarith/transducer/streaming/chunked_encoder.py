@@ -1,0 +1,94 @@
+"""SpeechBrain's dynamic-chunk Conformer with the methods of `Emformer`."""
+
+import torch
+
+
+class ChunkedEncoder(torch.nn.Module):
+    """A SpeechBrain Transformer encoder that streams by chunks.
+
+    Arguments
+    ---------
+    transformer : torch.nn.Module
+        `TransformerASR` with a Conformer or Branchformer encoder that was
+        trained with dynamic chunks, or an `EncoderWrapper` around one.
+    chunk_size : int
+        Frames of a chunk.
+    left_context : int or None
+        Chunks of the past that are attended to; None: all.
+
+    Example
+    -------
+    >>> from speechbrain.lobes.models.transformer.TransformerASR import (
+    ...     TransformerASR,
+    ... )
+    >>> transformer = TransformerASR(
+    ...     tgt_vocab=5,
+    ...     input_size=8,
+    ...     d_model=8,
+    ...     nhead=2,
+    ...     num_encoder_layers=1,
+    ...     num_decoder_layers=0,
+    ...     d_ffn=16,
+    ...     attention_type="RelPosMHAXL",
+    ...     positional_encoding=None,
+    ...     encoder_module="conformer",
+    ...     normalize_before=True,
+    ...     causal=False,
+    ... )
+    >>> encoder = ChunkedEncoder(transformer, chunk_size=4, left_context=2)
+    >>> encoder(torch.rand(2, 12, 8), torch.ones(2)).shape
+    torch.Size([2, 12, 8])
+    """
+
+    right_context = 0
+
+    def __init__(self, transformer, chunk_size, left_context=None):
+        super().__init__()
+        from speechbrain.utils.dynamic_chunk_training import (
+            DynChunkTrainConfig,
+        )
+
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size {chunk_size}: expected 1 or more")
+        # An EncoderWrapper only forwards to what it wraps.
+        self.transformer = getattr(transformer, "transformer", transformer)
+        self.segment_length = chunk_size
+        self.config = DynChunkTrainConfig(chunk_size, left_context)
+
+    def forward(self, x, lens=None):
+        """Encode whole utterances as chunks would be.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            [B, T, features].
+        lens : torch.Tensor or None
+            [B], relative lengths.
+
+        Returns
+        -------
+        torch.Tensor
+            [B, T, d].
+        """
+        return self.transformer.encode(
+            x, lens, dynchunktrain_config=self.config
+        )
+
+    def make_streaming_context(self, batch=1):
+        """Begin to stream.
+
+        Arguments
+        ---------
+        batch : int
+            Not needed here: the first chunk says.
+
+        Returns
+        -------
+        object
+            SpeechBrain's context, changed by `forward_streaming`.
+        """
+        return self.transformer.make_streaming_context(self.config)
+
+    def forward_streaming(self, chunk, context, lens=None):
+        """Encode one chunk; see `Emformer.forward_streaming`."""
+        return self.transformer.encode_streaming(chunk, context)

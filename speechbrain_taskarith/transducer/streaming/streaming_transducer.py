@@ -1,0 +1,425 @@
+"""A transducer that listens: chunks of samples in, partial text out."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from speechbrain_taskarith.transducer.streaming.sample_stream import (
+    FeatureStream,
+)
+from speechbrain_taskarith.utils.lengths import absolute_lengths
+
+
+@dataclass(frozen=True)
+class PartialResult:
+    """What has been recognised so far.
+
+    Arguments
+    ---------
+    text : str
+        Of the whole stream; a beam search may still change its end.
+    tokens : list of int
+        The same as labels.
+    frames : list of int
+        The encoder frame at which each label came out.
+    seconds : float
+        Audio that has come in.
+    compute_seconds : float
+        Time spent on it.
+    final : bool
+        True at the end.
+
+    Example
+    -------
+    >>> PartialResult("one", [1], [7], 2.0, 0.5, False).real_time_factor
+    0.25
+    """
+
+    text: str
+    tokens: list
+    frames: list
+    seconds: float
+    compute_seconds: float
+    final: bool
+
+    @property
+    def real_time_factor(self):
+        """Time spent per second of audio; below 1 keeps up."""
+        return self.compute_seconds / self.seconds if self.seconds else 0.0
+
+
+class StreamingTransducer(torch.nn.Module):
+    """Features, encoder, predictor and joint as one recogniser for streams.
+
+    A stream and the whole recording give the same encoder output and so the
+    same text; `transcribe` is the oracle of `stream`.
+
+    Arguments
+    ---------
+    features : torch.nn.Module
+        `features(wave[B, T]) -> [B, frames, width]` with
+        `get_filter_properties()`, e.g. `LocalFbank`.
+    encoder : torch.nn.Module
+        `Emformer`, `ChunkedEncoder`, or alike.
+    searcher : torch.nn.Module
+        `TransducerBeamSearch` or `TransducerGreedySearch`.
+    detokenize : callable
+        Takes a list of label indices, returns text.
+    sample_rate : int
+        Of the samples, in Hz.
+    normalize : torch.nn.Module or None
+        `normalize(features, lens)`: SpeechBrain's `InputNormalization` with
+        `norm_type: global`. Others need the whole utterance.
+    frontend : torch.nn.Module or None
+        `TimeReduction` (or with its `factor`).
+
+    Example
+    -------
+    >>> from speechbrain_taskarith.transducer import (
+    ...     Emformer,
+    ...     LocalFbank,
+    ...     LSTMPredictor,
+    ...     RNNTJoint,
+    ...     TimeReduction,
+    ...     TransducerGreedySearch,
+    ... )
+    >>> search = TransducerGreedySearch(
+    ...     LSTMPredictor(5, 4, 6, num_layers=1), RNNTJoint(16, 6, 8, 5), 0
+    ... )
+    >>> model = StreamingTransducer(
+    ...     LocalFbank(n_mels=20),
+    ...     Emformer(16, 4, 32, 2, 4, 1, 8),
+    ...     search,
+    ...     detokenize=lambda tokens: " ".join(map(str, tokens)),
+    ...     frontend=TimeReduction(20, 16, factor=4),
+    ... ).eval()
+    >>> wave = torch.randn(8000)
+    >>> stream = model.stream()
+    >>> for samples in wave.split(800):
+    ...     partial = stream.feed(samples)
+    >>> stream.finish().text == model.transcribe(wave)
+    True
+    >>> round(model.latency()["algorithmic"], 4)
+    0.2125
+    """
+
+    def __init__(
+        self,
+        features,
+        encoder,
+        searcher,
+        detokenize,
+        sample_rate=16000,
+        normalize=None,
+        frontend=None,
+    ):
+        super().__init__()
+        norm_type = getattr(normalize, "norm_type", "global")
+        if norm_type != "global":
+            raise ValueError(
+                f"normalize with norm_type {norm_type!r} needs the whole "
+                "utterance; a stream needs 'global'"
+            )
+        properties = features.get_filter_properties()
+        self.features = features
+        self.encoder = encoder
+        self.searcher = searcher
+        self.detokenize = detokenize
+        self.sample_rate = sample_rate
+        self.normalize = normalize
+        self.frontend = frontend
+        self.window = properties.window_size
+        self.stride = properties.stride
+        self.factor = getattr(frontend, "factor", 1)
+
+    # What SpeechBrain's normaliser has learned are plain attributes; here they
+    # go with the weights, so that one file is the recogniser.
+
+    def get_extra_state(self):
+        """Return the normaliser's statistics, for `state_dict`.
+
+        Returns
+        -------
+        dict
+            Tensors and a count; empty without a normaliser.
+        """
+        names = ("count", "glob_mean", "glob_std")
+        if self.normalize is None:
+            return {}
+        return {name: getattr(self.normalize, name) for name in names}
+
+    def set_extra_state(self, state):
+        """Take statistics over; called by `load_state_dict`.
+
+        Arguments
+        ---------
+        state : dict
+            As `get_extra_state` returned it.
+        """
+        if bool(state) != (self.normalize is not None):
+            raise ValueError(
+                "the weights are those of a model "
+                f"{'with' if state else 'without'} a normaliser; build this "
+                "one alike"
+            )
+        for name, value in state.items():
+            setattr(self.normalize, name, value)
+
+    def frame_seconds(self):
+        """Return the duration of an encoder frame.
+
+        Returns
+        -------
+        float
+            In seconds.
+        """
+        return self.stride * self.factor / self.sample_rate
+
+    def latency(self):
+        """Return the latency that is there by construction.
+
+        Returns
+        -------
+        dict of str: float
+            In seconds: `segment`, collected before it is encoded;
+            `look_ahead`, of the encoder; `features`, half a window;
+            `algorithmic`, their sum: how long the first sample of a segment
+            waits, without any time for computing.
+        """
+        frame = self.frame_seconds()
+        parts = {
+            "segment": self.encoder.segment_length * frame,
+            "look_ahead": self.encoder.right_context * frame,
+            "features": self.window / 2 / self.sample_rate,
+        }
+        return {**parts, "algorithmic": sum(parts.values())}
+
+    @torch.no_grad()
+    def encode(self, waves, lens=None):
+        """Encode whole recordings.
+
+        Arguments
+        ---------
+        waves : torch.Tensor
+            [B, T].
+        lens : torch.Tensor or None
+            [B], relative lengths.
+
+        Returns
+        -------
+        encoder_out : torch.Tensor
+            [B, frames, E].
+        lens : torch.Tensor
+            [B], relative lengths of that.
+        """
+        x = self.features(waves)
+        samples = torch.full((len(waves),), waves.shape[1]).double()
+        if lens is not None:
+            samples = absolute_lengths(lens.cpu(), waves.shape[1]).double()
+        # A centred analysis gives one frame more than strides.
+        frames = (samples / self.stride).floor() + 1
+        lens = (frames / x.shape[1]).clamp(max=1.0).to(x.device)
+        if self.normalize is not None:
+            x = self.normalize(x, lens)
+        if self.frontend is not None:
+            x, lens = self.frontend(x, lens)
+        return self.encoder(x, lens), lens
+
+    @torch.no_grad()
+    def transcribe(self, wave):
+        """Recognise a whole recording, without streaming.
+
+        Arguments
+        ---------
+        wave : torch.Tensor
+            [T], at the model's sample rate.
+
+        Returns
+        -------
+        str
+            The text.
+        """
+        wave = check_samples(wave, self.sample_rate, self.sample_rate)
+        if not len(wave):
+            return ""
+        encoder_out, lens = self.encode(wave[None])
+        found = self.searcher.decode(encoder_out, lens)
+        return self.detokenize(found[0][0].tokens)
+
+    def stream(self):
+        """Begin to listen. Several streams may share the model.
+
+        Returns
+        -------
+        Stream
+            With `feed` and `finish`.
+        """
+        if self.training:
+            raise RuntimeError(
+                "the model is in training mode: dropout and running "
+                "statistics would be active; call .eval() first"
+            )
+        return Stream(self)
+
+
+class Stream:
+    """One stream of samples; see `StreamingTransducer.stream`.
+
+    Arguments
+    ---------
+    model : StreamingTransducer
+        Whose stream it is.
+    """
+
+    def __init__(self, model):
+        self.model = model
+        self.device = next(model.encoder.parameters()).device
+        self.source = FeatureStream(self._features, model.window, model.stride)
+        self.context = model.encoder.make_streaming_context(1)
+        self.state = model.searcher.start(1, self.device)
+        self.frames = None  # not yet a stack
+        self.encoder_in = None  # not yet a segment
+        self.compute_seconds = 0.0
+        self.ended = False
+
+    def feed(self, samples, sample_rate=None):
+        """Take samples.
+
+        Arguments
+        ---------
+        samples : torch.Tensor
+            [t], any number of them, also none.
+        sample_rate : int or None
+            Their rate, to be checked against the model's.
+
+        Returns
+        -------
+        PartialResult
+            So far.
+
+        Raises
+        ------
+        ValueError
+            Another rate, another shape, NaN.
+        RuntimeError
+            The stream has ended.
+        """
+        return self._go_on(samples, sample_rate, final=False)
+
+    def finish(self):
+        """End the stream.
+
+        Returns
+        -------
+        PartialResult
+            Final.
+        """
+        return self._go_on(torch.zeros(0), None, final=True)
+
+    @torch.no_grad()
+    def _go_on(self, samples, sample_rate, final):
+        if self.ended:
+            raise RuntimeError("this stream has ended; begin another")
+        samples = check_samples(samples, sample_rate, self.model.sample_rate)
+        began = time.perf_counter()
+        parts = [self.source.push(samples.to(self.device))]
+        if final:
+            parts.append(self.source.finish())
+        for part in parts:
+            if part is not None:
+                self.frames = _longer(self.frames, part)
+        self._reduce(final)
+        self._encode(final)
+        self.ended = final
+        self.compute_seconds += time.perf_counter() - began
+        best = self.model.searcher.results(self.state)[0][0]
+        return PartialResult(
+            self.model.detokenize(best.tokens),
+            best.tokens,
+            best.frames,
+            self.source.total / self.model.sample_rate,
+            self.compute_seconds,
+            final,
+        )
+
+    def _features(self, wave):
+        x = self.model.features(wave)
+        if self.model.normalize is not None:
+            x = self.model.normalize(x, torch.ones(1, device=x.device))
+        return x
+
+    def _reduce(self, final):
+        """Turn whole stacks of frames into the encoder's input."""
+        if self.frames is None:
+            return
+        whole = self.frames.shape[1]
+        if not final:
+            whole -= whole % self.model.factor
+        ready, self.frames = self.frames[:, :whole], self.frames[:, whole:]
+        if whole and self.model.frontend is not None:
+            ready, _ = self.model.frontend(ready)
+        if whole:
+            self.encoder_in = _longer(self.encoder_in, ready)
+
+    def _encode(self, final):
+        """Encode and search whole segments."""
+        encoder = self.model.encoder
+        size, ahead = encoder.segment_length, encoder.right_context
+        while self.encoder_in is not None and self.encoder_in.shape[1]:
+            if self.encoder_in.shape[1] < size + ahead and not final:
+                break
+            chunk = self.encoder_in[:, : size + ahead]
+            out = encoder.forward_streaming(chunk, self.context)
+            self.state = self.model.searcher.advance(out, self.state)
+            self.encoder_in = self.encoder_in[:, size:]
+
+
+def check_samples(samples, sample_rate, expected):
+    """Refuse samples that would be recognised as something else.
+
+    Arguments
+    ---------
+    samples : torch.Tensor
+        [t] or [1, t].
+    sample_rate : int or None
+        Their rate; None: not known.
+    expected : int
+        The model's.
+
+    Returns
+    -------
+    torch.Tensor
+        [t], float32.
+
+    Raises
+    ------
+    ValueError
+        Another rate, another shape, NaN or infinity.
+    """
+    if sample_rate is not None and sample_rate != expected:
+        raise ValueError(
+            f"samples at {sample_rate} Hz, the model takes {expected} Hz; "
+            "resample them first (speechbrain_taskarith.data.audio: "
+            "resample_wave)"
+        )
+    samples = torch.as_tensor(samples)
+    if samples.dim() == 2 and len(samples) == 1:
+        samples = samples[0]
+    if samples.dim() != 1:
+        raise ValueError(
+            f"samples of shape {tuple(samples.shape)}: expected one channel, "
+            "[samples]"
+        )
+    if not samples.is_floating_point():
+        raise ValueError(
+            f"samples of type {samples.dtype}: expected floating point within "
+            "[-1, 1] (divide 16-bit integers by 32768)"
+        )
+    if not bool(torch.isfinite(samples).all()):
+        raise ValueError("samples hold NaN or infinity")
+    return samples.float()
+
+
+def _longer(old, new):
+    return new if old is None else torch.cat((old, new), 1)

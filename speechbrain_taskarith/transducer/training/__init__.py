@@ -1,0 +1,1 @@
+"""MinWER and transfer from other checkpoints."""

@@ -1,0 +1,1 @@
+"""Length reduction: CTC segments, shrink, looking back."""

@@ -1,0 +1,169 @@
+"""Looking back: what shrinking dropped is searched for in the frames."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from speechbrain_taskarith.translation.reduction.shrink import Shrunk
+from speechbrain_taskarith.translation.reduction.window import (
+    window_mask,
+    windowed_attention,
+)
+from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
+
+# With fewer frames than this for every offset of the window one dense product
+# is faster than sums over runs (measured on a CPU; both grow with the batch).
+_DENSE_BELOW = 100
+
+
+class LookingBack(torch.nn.Module):
+    """The shrunk sequence attends to the frames that it came from.
+
+    `X1 = LN(X + MHA(q=X, k=v=H))`, `X2 = LN(X1 + W2 SiLU(W1 X1))` with the
+    shrunk sequence X and the frames H (arXiv 2311.03810, section 4.1).
+
+    With `window` a segment looks at its own frames and at those of so many
+    neighbouring segments on either side only: linear in the frames, and the
+    exact form where the window holds all segments. Short batches are computed
+    by a masked dense product, which is faster there and gives the same.
+
+    Arguments
+    ---------
+    d_model : int
+        Width d of both sequences.
+    nhead : int
+        Number of heads; it divides `d_model`.
+    d_ffn : int, optional
+        Width inside the feed-forward part; four times `d_model` by default.
+    dropout : float
+        Of attention weights and of what is added.
+    window : int, optional
+        Neighbours on either side, from 0; None or infinity: all frames.
+
+    Example
+    -------
+    >>> from speechbrain_taskarith.translation import CTCShrink
+    >>> frames, logits = torch.rand(2, 9, 8), torch.rand(2, 9, 4)
+    >>> lens = torch.tensor([1.0, 0.5])
+    >>> shrunk = CTCShrink()(frames, logits, lens)
+    >>> LookingBack(8, nhead=2)(shrunk.x, frames, lens).shape == shrunk.x.shape
+    True
+    >>> near = LookingBack(8, nhead=2, window=1)
+    >>> near(shrunk, frames, lens).shape == shrunk.x.shape
+    True
+    """
+
+    def __init__(self, d_model, nhead, d_ffn=None, dropout=0.1, window=None):
+        super().__init__()
+        if d_model % nhead:
+            raise ValueError(f"nhead {nhead} does not divide d_model {d_model}")
+        if window is not None and not window >= 0:
+            raise ValueError(
+                f"window {window}: expected a number of neighbouring segments "
+                "from 0, or None for all frames"
+            )
+        self.nhead = nhead
+        self.window = None if window in (None, math.inf) else int(window)
+        self.dropout = dropout
+        d_ffn = d_ffn or 4 * d_model
+        self.query = torch.nn.Linear(d_model, d_model)
+        self.key = torch.nn.Linear(d_model, d_model)
+        self.value = torch.nn.Linear(d_model, d_model)
+        self.output = torch.nn.Linear(d_model, d_model)
+        self.norm1 = torch.nn.LayerNorm(d_model)
+        self.norm2 = torch.nn.LayerNorm(d_model)
+        self.ffn = torch.nn.Sequential(
+            torch.nn.Linear(d_model, d_ffn),
+            torch.nn.SiLU(),
+            torch.nn.Dropout(dropout),
+            torch.nn.Linear(d_ffn, d_model),
+        )
+        self.drop = torch.nn.Dropout(dropout)
+        for layer in (self.query, self.key, self.value, self.output):
+            torch.nn.init.xavier_uniform_(layer.weight)
+            torch.nn.init.zeros_(layer.bias)
+
+    def forward(self, shrunk, frames, frame_lens, segments=None):
+        """Look back.
+
+        Arguments
+        ---------
+        shrunk : torch.Tensor or Shrunk
+            [B, S, d]; a `Shrunk` brings its segments.
+        frames : torch.Tensor
+            [B, T, d]; padding may hold anything, also NaN.
+        frame_lens : torch.Tensor
+            [B], relative lengths of the frames.
+        segments : Segments, optional
+            Needed by a window.
+
+        Returns
+        -------
+        torch.Tensor
+            [B, S, d]; 0 behind the last segment where segments are known.
+
+        Raises
+        ------
+        ValueError
+            Batches or widths that differ; a window without segments.
+        """
+        if isinstance(shrunk, Shrunk):
+            segments = shrunk.segments if segments is None else segments
+            shrunk = shrunk.x
+        self._check(shrunk, frames, frame_lens, segments)
+        lengths = absolute_lengths(frame_lens, frames.shape[1])
+        outside = padding_mask(lengths, frames.shape[1])
+        # Zero times NaN is NaN: masking the weights would not do.
+        frames = frames.masked_fill(outside[..., None], 0.0)
+        found = self._attend(shrunk, frames, outside, segments)
+        x = self.norm1(shrunk + self.drop(self.output(found)))
+        x = self.norm2(x + self.drop(self.ffn(x)))
+        if segments is not None:
+            x = x.masked_fill(~segments.mask[..., None], 0.0)
+        return x
+
+    def _check(self, shrunk, frames, lens, segments):
+        if (
+            shrunk.dim() != 3
+            or frames.dim() != 3
+            or shrunk.shape[::2] != frames.shape[::2]
+            or len(lens) != len(frames)
+        ):
+            raise ValueError(
+                "expected the shrunk sequence [batch, segments, d], frames "
+                "[batch, frames, d] and as many lengths, found "
+                f"{tuple(shrunk.shape)}, {tuple(frames.shape)} and "
+                f"{tuple(lens.shape)}"
+            )
+        if segments is None:
+            if self.window is not None:
+                raise ValueError(
+                    f"window={self.window} has to know which frames a segment "
+                    "came from: give what CTCShrink returned, or its segments"
+                )
+        elif segments.ids.shape != frames.shape[:2]:
+            raise ValueError(
+                f"segments of {tuple(segments.ids.shape)} [batch, frames], "
+                f"frames of {tuple(frames.shape[:2])}"
+            )
+
+    def _attend(self, shrunk, frames, outside, segments):
+        q = self._heads(self.query(shrunk))
+        k, v = self._heads(self.key(frames)), self._heads(self.value(frames))
+        dropout = self.dropout if self.training else 0.0
+        size = frames.shape[1]
+        if self.window is None or self.window >= shrunk.shape[1] - 1:
+            mask = ~outside[:, None, None]
+        elif size < _DENSE_BELOW * (2 * self.window + 1):
+            mask = window_mask(segments, self.window)[:, None]
+        else:
+            found = windowed_attention(q, k, v, segments, self.window, dropout)
+            return found.transpose(1, 2).flatten(2)
+        found = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout
+        )
+        return found.transpose(1, 2).flatten(2)
+
+    def _heads(self, x):
+        return x.unflatten(-1, (self.nhead, -1)).transpose(1, 2)

@@ -1,0 +1,1 @@
+"""Task weights, gradients and what is measured on them."""

@@ -1,0 +1,261 @@
+"""Do tasks want the same of a layer? The angle between their gradients."""
+
+import csv
+import io
+import itertools
+import logging
+
+import torch
+
+from speechbrain_taskarith.metrics import plot_heat_map
+from speechbrain_taskarith.translation.tasks.gradients import isolated_gradients
+from speechbrain_taskarith.utils.files import atomic_write
+from speechbrain_taskarith.utils.recoverable import JSONRecoverable
+
+logger = logging.getLogger(__name__)
+
+
+def gradient_consistency(losses, module, *, by="layer", across_processes=True):
+    """Return the cosine between two tasks' gradients, part by part.
+
+    1: the tasks agree, 0: they have nothing to do with one another, -1: what
+    one learns the other forgets (arXiv 2311.03810, section 3). Read-only:
+    `.grad`, random state and buffers stay as they are, and the losses' graphs
+    are kept for `backward`.
+
+    Arguments
+    ---------
+    losses : dict of str: torch.Tensor
+        A scalar for each task, two or more.
+    module : torch.nn.Module
+        Its parameters are compared.
+    by : str or callable
+        `"layer"`: names up to their first number (`encoder.layers.0`), or up
+        to the module that holds the parameter; `"module"`: the first part of
+        the name (`encoder`); or a function of the parameter's name.
+    across_processes : bool
+        True: gradients are averaged over all processes first; all of them
+        have to call this.
+
+    Returns
+    -------
+    dict of str: dict of tuple: float
+        `{part: {(task, other task): cosine}}`. A pair is left out where one of
+        the two has no gradient or one that is not finite.
+
+    Raises
+    ------
+    ValueError
+        Fewer than two losses, or another word for `by`.
+
+    Example
+    -------
+    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    >>> out = net(torch.ones(1, 2)).sum()
+    >>> gradient_consistency({"st": out, "asr": -2 * out}, net)
+    {'0': {('st', 'asr'): -1.0...}, '1': {('st', 'asr'): -1.0...}}
+    """
+    if len(losses) < 2:
+        raise ValueError(
+            f"losses of {sorted(losses)}: expected two tasks or more"
+        )
+    naming = _naming(by)
+    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    parts = {}
+    for i, (name, _) in enumerate(named):
+        parts.setdefault(naming(name), []).append(i)
+    parameters = [parameter for _, parameter in named]
+    found = {
+        task: isolated_gradients(loss, parameters, across_processes)
+        for task, loss in losses.items()
+    }
+    table = {}
+    for part, rows in parts.items():
+        table[part] = {}
+        for one, other in itertools.combinations(losses, 2):
+            cosine = _cosine(
+                [found[one][i] for i in rows], [found[other][i] for i in rows]
+            )
+            if cosine is not None:
+                table[part][one, other] = cosine
+    return table
+
+
+def _naming(by):
+    if callable(by):
+        return by
+    if by == "layer":
+        return _layer
+    if by == "module":
+        return lambda name: name.partition(".")[0]
+    raise ValueError(
+        f"by {by!r}: expected 'layer', 'module' or a function of a name"
+    )
+
+
+def _layer(name):
+    parts = name.removeprefix("module.").split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: i + 1])
+    return ".".join(parts[:-1]) or name
+
+
+def _cosine(one, other):
+    """Return the cosine of two gradients in pieces, None without any."""
+    dot = sum((a.double() * b.double()).sum() for a, b in zip(one, other))
+    squares = [sum(g.double().square().sum() for g in x) for x in (one, other)]
+    # One question to the device for all three.
+    dot, first, second = torch.stack([dot, *squares]).tolist()
+    size = (first * second) ** 0.5
+    if not 0 < size < float("inf") or dot != dot:
+        return None
+    return max(-1.0, min(1.0, dot / size))
+
+
+class ConsistencyProbe(JSONRecoverable):
+    """Measure gradient consistency every so often, into log, CSV and plot.
+
+    A measurement costs about as much as a backward pass for each task; at the
+    default interval that is some 2 % of the training time.
+
+    Arguments
+    ---------
+    path : str or pathlib.Path, optional
+        CSV file: `update,part,task,other,cosine`.
+    interval : int
+        Updates between measurements.
+    by : str or callable
+        As of `gradient_consistency`.
+
+    Example
+    -------
+    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    >>> folder = getfixture("tmp_path")
+    >>> probe = ConsistencyProbe(folder / "consistency.csv", interval=2)
+    >>> for _ in range(4):
+    ...     out = net(torch.ones(1, 2)).sum()
+    ...     _ = probe.step({"st": out, "asr": 2 * out}, net)
+    >>> print((folder / "consistency.csv").read_text().splitlines()[1])
+    2,0,st,asr,1.0000
+    >>> probe.plot(folder / "consistency.png", ("st", "asr")).name
+    'consistency.png'
+    """
+
+    def __init__(self, path=None, interval=100, by="layer"):
+        if interval < 1:
+            raise ValueError(f"interval {interval}: expected at least 1")
+        _naming(by)
+        self.path, self.interval, self.by = path, interval, by
+        self.updates = 0
+        self.rows = []
+
+    def step(self, losses, module):
+        """Count an update, and measure when it is due.
+
+        Arguments
+        ---------
+        losses : dict of str: torch.Tensor
+            A scalar for each task; with fewer than two nothing is measured.
+        module : torch.nn.Module
+            Whose parameters are compared.
+
+        Returns
+        -------
+        dict or None
+            As of `gradient_consistency` where it was measured.
+        """
+        self.updates += 1
+        if self.updates % self.interval or len(losses) < 2:
+            return None
+        table = gradient_consistency(losses, module, by=self.by)
+        for part, pairs in table.items():
+            for (one, other), cosine in pairs.items():
+                self.rows.append([self.updates, part, one, other, cosine])
+                logger.info(
+                    "update %d: consistency of %s and %s in %s: %.3f",
+                    self.updates,
+                    one,
+                    other,
+                    part,
+                    cosine,
+                )
+        if self.path is not None:
+            self._write()
+        return table
+
+    def _write(self):
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["update", "part", "task", "other", "cosine"])
+        writer.writerows([*row[:4], f"{row[4]:.4f}"] for row in self.rows)
+        with atomic_write(self.path, "w") as stream:
+            stream.write(text.getvalue())
+
+    def plot(self, path, pair):
+        """Draw the cosines of a pair of tasks: parts by updates.
+
+        Arguments
+        ---------
+        path : str or pathlib.Path
+            `.png`, `.pdf` or `.svg`.
+        pair : tuple of str
+            The two tasks.
+
+        Returns
+        -------
+        pathlib.Path
+            The file.
+
+        Raises
+        ------
+        ValueError
+            The pair was never measured.
+        """
+        cells = {
+            (part, update): cosine
+            for update, part, one, other, cosine in self.rows
+            if {one, other} == set(pair)
+        }
+        if not cells:
+            raise ValueError(
+                f"no consistency of {pair[0]!r} and {pair[1]!r} was measured "
+                f"in {self.updates} update(s)"
+            )
+        parts = list(dict.fromkeys(part for part, _ in cells))
+        updates = sorted({update for _, update in cells})
+        # A page holds some twenty columns.
+        updates = updates[:: -(-len(updates) // 20)]
+        nan = float("nan")
+        return plot_heat_map(
+            [[cells.get((p, u), nan) for u in updates] for p in parts],
+            parts,
+            updates,
+            path,
+            title=f"Gradient consistency of {pair[0]} and {pair[1]}",
+            xlabel="update",
+            colours="RdBu",
+            limits=(-1, 1),
+            form="{:.2f}",
+            unit="cosine",
+        )
+
+    def state(self):
+        """Return what is kept.
+
+        Returns
+        -------
+        dict
+            Updates, and the rows of the CSV.
+        """
+        return {"updates": self.updates, "rows": self.rows}
+
+    def restore(self, state):
+        """Take back what `state` returned.
+
+        Arguments
+        ---------
+        state : dict
+            Updates and rows.
+        """
+        self.updates, self.rows = state["updates"], state["rows"]

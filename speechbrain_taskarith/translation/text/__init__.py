@@ -1,0 +1,1 @@
+"""The text side: encoder, local to global, decoder, noise."""

@@ -1,0 +1,127 @@
+"""The decoder: SpeechBrain's, with embedding, positions and output layer."""
+
+import torch
+from speechbrain.lobes.models.transformer.Transformer import (
+    NormalizedEmbedding,
+    PositionalEncoding,
+    TransformerDecoder,
+)
+
+from speechbrain_taskarith.translation.text.encoder import (
+    check_positions,
+    initialise,
+)
+from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
+
+
+class TranslationDecoder(torch.nn.Module):
+    """Writes a translation, token after token.
+
+    The tokens carry sinusoidal positions (those of SpeechBrain's
+    `TransformerST.forward_asr` do not). `decode` is what SpeechBrain's
+    searchers call.
+
+    Arguments
+    ---------
+    vocab_size : int
+        Target tokens, beginning and end among them.
+    d_model : int
+        Width.
+    nhead : int
+        Attention heads.
+    num_layers : int
+        Layers.
+    d_ffn : int, optional
+        Width inside a layer; four times `d_model` by default.
+    dropout : float
+        In layers and after the embedding.
+    max_length : int
+        Longest translation.
+
+    Example
+    -------
+    >>> decoder = TranslationDecoder(10, 8, nhead=2, num_layers=1)
+    >>> tokens, memory = torch.ones(2, 4).long(), torch.rand(2, 6, 8)
+    >>> decoder(tokens, memory, torch.tensor([1.0, 0.5])).shape
+    torch.Size([2, 4, 10])
+    """
+
+    def __init__(
+        self,
+        vocab_size,
+        d_model,
+        nhead,
+        num_layers=6,
+        d_ffn=None,
+        dropout=0.1,
+        max_length=2500,
+    ):
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.embedding = NormalizedEmbedding(d_model, vocab_size)
+        self.positions = PositionalEncoding(d_model, max_length)
+        self.layers = TransformerDecoder(
+            num_layers=num_layers,
+            nhead=nhead,
+            d_ffn=d_ffn or 4 * d_model,
+            d_model=d_model,
+            dropout=dropout,
+            normalize_before=True,
+            causal=True,
+        )
+        self.seq_lin = torch.nn.Linear(d_model, vocab_size)
+        self.drop = torch.nn.Dropout(dropout)
+        initialise(self)
+
+    def forward(self, tokens, memory, memory_lens):
+        """Score every next token.
+
+        Arguments
+        ---------
+        tokens : torch.Tensor
+            [B, U], the translation behind its beginning token. What pads it
+            does not matter: no token sees what comes after it.
+        memory : torch.Tensor
+            [B, S, d], from the textual encoder.
+        memory_lens : torch.Tensor
+            [B], relative lengths.
+
+        Returns
+        -------
+        torch.Tensor
+            [B, U, V], logits.
+        """
+        lengths = absolute_lengths(memory_lens, memory.shape[1])
+        return self.seq_lin(self.decode(tokens, memory, lengths)[0])
+
+    def decode(self, tokens, memory, lengths):
+        """Decode prefixes, as SpeechBrain's searchers ask for it.
+
+        Arguments
+        ---------
+        tokens : torch.Tensor
+            [B, U], prefixes.
+        memory : torch.Tensor
+            [B, S, d].
+        lengths : torch.Tensor
+            [B], absolute lengths of `memory`.
+
+        Returns
+        -------
+        torch.Tensor
+            [B, U, d], before the output layer.
+        torch.Tensor
+            [B, U, S], attention of the last layer, mean over heads.
+        """
+        check_positions(self.positions, tokens)
+        x = self.embedding(tokens)
+        x = self.drop(x + self.positions(x))
+        size = tokens.shape[1]
+        future = torch.ones(size, size, dtype=torch.bool, device=x.device)
+        x, _, attention = self.layers(
+            x,
+            memory,
+            tgt_mask=future.triu(1),
+            memory_key_padding_mask=padding_mask(lengths, memory.shape[1]),
+        )
+        return x, attention[-1]

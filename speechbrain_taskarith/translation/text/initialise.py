@@ -1,0 +1,115 @@
+"""Starting from a text-translation model."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+PARTS = ("source_embedding", "textual", "decoder")
+
+
+def initialise_from_text_translation(model, source, parts=PARTS):
+    """Take textual encoder and decoder from a trained text-translation model.
+
+    The other model is of the same class, trained with `tasks=("mt",)`; its
+    acoustic encoder does not matter. Nothing is loaded unless all of it fits.
+
+    Arguments
+    ---------
+    model : SpeechTranslationModel
+        To be initialised.
+    source : str or pathlib.Path or mapping or torch.nn.Module
+        The other model, its state dict, a file of it (`.ckpt`, `.pt`,
+        `.safetensors`), or a SpeechBrain `CKPT+...` folder with `model.ckpt`.
+    parts : sequence of str
+        What to take.
+
+    Returns
+    -------
+    list of str
+        The names of the tensors taken.
+
+    Raises
+    ------
+    FileNotFoundError
+        Nothing there.
+    ValueError
+        A damaged file; tensors that are missing, left over, or of another
+        shape, by name.
+
+    Example
+    -------
+    >>> class Tiny(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.decoder = torch.nn.Linear(1, 1)
+    >>> trained, fresh = Tiny(), Tiny()
+    >>> initialise_from_text_translation(fresh, trained, ["decoder"])
+    ['decoder.weight', 'decoder.bias']
+    >>> torch.equal(fresh.decoder.weight, trained.decoder.weight)
+    True
+    """
+    given, shown = _read(source)
+    given = {name.removeprefix("module."): t for name, t in given.items()}
+    own = model.state_dict()
+    heads = tuple(f"{part}." for part in parts)
+    wanted = {n: t for n, t in own.items() if n.startswith(heads)}
+    found = {n: t for n, t in given.items() if n.startswith(heads)}
+    # Positions are computed, and may be longer here than there.
+    for table in (wanted, found):
+        for name in [n for n in table if n.endswith("positions.pe")]:
+            del table[name]
+    faults = [f"missing: {n}" for n in wanted if n not in found]
+    faults += [f"left over: {n}" for n in found if n not in wanted]
+    faults += [
+        f"{n}: {tuple(found[n].shape)}, expected {tuple(t.shape)}"
+        for n, t in wanted.items()
+        if n in found and found[n].shape != t.shape
+    ]
+    if faults or not wanted:
+        raise ValueError(
+            f"{shown} does not fit the parts {', '.join(parts)}: "
+            f"{'; '.join(faults[:5]) or 'the model has none of them'}"
+            f"{f' and {len(faults) - 5} more' if len(faults) > 5 else ''}. "
+            "Both models need the same sizes and vocabularies"
+        )
+    model.load_state_dict(found, strict=False)
+    return list(wanted)
+
+
+def _read(source):
+    if isinstance(source, torch.nn.Module):
+        return source.state_dict(), type(source).__name__
+    if isinstance(source, Mapping):
+        return dict(source), "the given state dict"
+    path = Path(source)
+    if path.is_dir():
+        path = path / "model.ckpt"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such checkpoint; give the file of a state dict, or a "
+            "CKPT+... folder that holds model.ckpt"
+        )
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        unreadable, read = SafetensorError, load_file
+    else:
+        unreadable = (pickle.UnpicklingError, RuntimeError, EOFError, OSError)
+
+        def read(file):
+            return torch.load(file, map_location="cpu", weights_only=True)
+
+    try:
+        state = read(path)
+    except unreadable as error:
+        raise ValueError(
+            f"{path}: not readable as tensors alone (truncated, no checkpoint, "
+            "or it holds code, which is refused)"
+        ) from error
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path}: holds no state dict")
+    tensors = {n: t for n, t in state.items() if isinstance(t, torch.Tensor)}
+    return tensors, str(path)

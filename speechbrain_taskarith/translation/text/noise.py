@@ -1,0 +1,203 @@
+"""Noise that makes text look like CTC output."""
+
+import unicodedata
+
+import torch
+
+from speechbrain_taskarith.utils.lengths import (
+    absolute_lengths,
+    padding_mask,
+    relative_lengths,
+)
+
+
+class BlankNoise(torch.nn.Module):
+    """Put blanks into some sentences of a batch of text, in training only.
+
+    A sentence is chosen with a probability. In it all punctuation becomes
+    blank, and blanks are inserted in front of up to a share of its words
+    (arXiv 2311.03810, section 4.2).
+
+    Arguments
+    ---------
+    blank_token : int
+        The blank in the text's vocabulary; the CTC head's.
+    probability : float
+        Of a sentence to be chosen.
+    insert_share : float
+        The most words that get a blank in front, as a share. How many it is
+        in a sentence is drawn evenly from 0 to there.
+    seed : int, optional
+        Makes the noise a function of seed, process and number of the call
+        (which is part of the state, so that a resumed run goes on). None:
+        torch's own random numbers.
+    punctuation : collection of int
+        Tokens that become blank.
+    word_starts : collection of int, optional
+        Tokens that begin a word. None: any token, if there are no
+        `boundaries` either.
+    boundaries : collection of int
+        Tokens behind which a word begins (the space of a character
+        vocabulary). The first token begins one.
+    pad_index : int
+        What to fill up with.
+
+    Example
+    -------
+    >>> noise = BlankNoise(0, probability=1.0, seed=1, punctuation=[9])
+    >>> tokens, lens = torch.tensor([[3, 4, 9], [5, 9, 0]]), torch.ones(2)
+    >>> noisy, noisy_lens = noise(tokens, torch.tensor([1.0, 2 / 3]))
+    >>> noisy.tolist()
+    [[3, 4, 0], [5, 0, 0]]
+    >>> torch.equal(noise.eval()(tokens, lens)[0], tokens)
+    True
+    """
+
+    def __init__(
+        self,
+        blank_token,
+        probability=0.1,
+        insert_share=0.2,
+        seed=None,
+        punctuation=(),
+        word_starts=None,
+        boundaries=(),
+        pad_index=0,
+    ):
+        super().__init__()
+        for name, value in (
+            ("probability", probability),
+            ("insert_share", insert_share),
+        ):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} {value}: expected 0 to 1")
+        self.blank_token = blank_token
+        self.probability, self.insert_share = probability, insert_share
+        self.seed, self.pad_index = seed, pad_index
+        anywhere = word_starts is None and not len(boundaries)
+        self.word_starts = None if anywhere else sorted(word_starts or ())
+        self.boundaries = sorted(boundaries)
+        self.punctuation = sorted(punctuation)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    @classmethod
+    def for_pieces(cls, pieces, blank_token, **settings):
+        """Find punctuation and word starts among a vocabulary's pieces.
+
+        Arguments
+        ---------
+        pieces : sequence of str
+            All tokens in order. A leading "▁" (SentencePiece) begins a
+            word; where no piece has one, a word begins behind " ".
+        blank_token : int
+            The blank.
+        **settings : object
+            Of the class.
+
+        Returns
+        -------
+        BlankNoise
+            Ready to use.
+
+        Example
+        -------
+        >>> noise = BlankNoise.for_pieces(["<b>", "▁a", "b", ".", "▁,"], 0)
+        >>> noise.punctuation, noise.word_starts
+        ([3, 4], [1, 4])
+        """
+        bare = [piece.replace("▁", "") for piece in pieces]
+        settings["punctuation"] = [
+            i
+            for i, piece in enumerate(bare)
+            if piece
+            and i != blank_token
+            and all(unicodedata.category(c)[0] == "P" for c in piece)
+        ]
+        starts = [i for i, piece in enumerate(pieces) if piece[:1] == "▁"]
+        if starts:
+            settings["word_starts"] = starts
+        else:
+            spaces = [i for i, piece in enumerate(pieces) if piece == " "]
+            settings["boundaries"] = spaces
+        return cls(blank_token, **settings)
+
+    def forward(self, tokens, lens):
+        """Return a noisy copy of a batch.
+
+        Arguments
+        ---------
+        tokens : torch.Tensor
+            [B, U], text.
+        lens : torch.Tensor
+            [B], relative lengths.
+
+        Returns
+        -------
+        tokens : torch.Tensor
+            [B, U'], at least as long; the input itself outside training.
+        lens : torch.Tensor
+            [B], their relative lengths.
+        """
+        if not self.training or self.probability == 0:
+            return tokens, lens
+        batch, size = tokens.shape
+        chosen, share, order = self._draw(batch, size)
+        chosen, share, order = (
+            drawn.to(tokens.device) for drawn in (chosen, share, order)
+        )
+        inside = ~padding_mask(absolute_lengths(lens, size), size)
+        inside = inside & (chosen < self.probability)
+        wrong = _among(tokens, self.punctuation) & inside
+        # Before punctuation is gone: what begins a word does not change.
+        starts = self._starts(tokens) & inside & ~wrong
+        tokens = tokens.masked_fill(wrong, self.blank_token)
+        many = (starts.sum(1) * self.insert_share * share).floor()
+        order = order.masked_fill(~starts, 2.0)
+        rank = order.argsort(1).argsort(1)
+        return self._insert(tokens, lens, starts & (rank < many[:, None]))
+
+    def _draw(self, batch, size):
+        generator = None
+        if self.seed is not None:
+            rank = 0
+            if torch.distributed.is_initialized():
+                rank = torch.distributed.get_rank()
+            number = (self.seed * 1_000_003 + int(self.calls)) * 65_537 + rank
+            generator = torch.Generator().manual_seed(number % 2**63)
+            self.calls += 1
+        return (
+            torch.rand(batch, 1, generator=generator),
+            torch.rand(batch, generator=generator),
+            torch.rand(batch, size, generator=generator),
+        )
+
+    def _starts(self, tokens):
+        if self.word_starts is None:
+            return torch.ones_like(tokens, dtype=torch.bool)
+        starts = _among(tokens, self.word_starts)
+        if self.boundaries:
+            first = torch.ones_like(starts[:, :1])
+            behind = _among(tokens, self.boundaries)[:, :-1]
+            starts = starts | torch.cat([first, behind], 1)
+        return starts
+
+    def _insert(self, tokens, lens, where):
+        batch, size = tokens.shape
+        shift = where.cumsum(1)
+        lengths = absolute_lengths(lens, size)
+        inside = ~padding_mask(lengths, size)
+        added = (where & inside).sum(1)
+        longest = int((lengths + added).max())
+        width = max(size, longest)
+        steps = torch.arange(size, device=tokens.device)
+        target = (steps + shift).masked_fill(~inside, width)
+        out = tokens.new_full((batch, width + 1), self.pad_index)
+        out = out.scatter(1, target, tokens)
+        blanks = (target - 1).masked_fill(~where, width)
+        out = out.scatter(1, blanks, self.blank_token)[:, :width]
+        return out, relative_lengths(lengths + added, width).to(lens)
+
+
+def _among(tokens, which):
+    which = torch.tensor(which, dtype=tokens.dtype, device=tokens.device)
+    return torch.isin(tokens, which)

@@ -1,0 +1,101 @@
+"""What a SpeechBrain checkpoint keeps as JSON."""
+
+from speechbrain.utils.checkpoints import (
+    mark_as_loader,
+    mark_as_saver,
+    register_checkpoint_hooks,
+)
+
+from speechbrain_taskarith.utils.files import read_json, write_json
+
+
+@register_checkpoint_hooks
+class JSONRecoverable:
+    """Base of classes whose state is numbers, names and lists of them.
+
+    A subclass says what its `state` is and takes it back in `restore`;
+    SpeechBrain's `Checkpointer` finds the hooks of this class.
+
+    Example
+    -------
+    >>> class Steps(JSONRecoverable):
+    ...     count = 0
+    ...
+    ...     def state(self):
+    ...         return {"count": self.count}
+    ...
+    ...     def restore(self, state):
+    ...         self.count = state["count"]
+    >>> path = getfixture("tmpdir").join("steps.ckpt")
+    >>> steps, resumed = Steps(), Steps()
+    >>> steps.count = 3
+    >>> steps.save(path)
+    >>> resumed.load(path)
+    >>> resumed.count
+    3
+    """
+
+    def state(self):
+        """Return what is kept.
+
+        Returns
+        -------
+        dict
+            Of plain types.
+        """
+        raise NotImplementedError
+
+    def restore(self, state):
+        """Take back what `state` returned.
+
+        Arguments
+        ---------
+        state : dict
+            Of the same class.
+
+        Raises
+        ------
+        ValueError
+            It is of something else.
+        """
+        raise NotImplementedError
+
+    @mark_as_saver
+    def save(self, path):
+        """Save the state; SpeechBrain's checkpointer calls this.
+
+        Arguments
+        ---------
+        path : str or pathlib.Path
+            The file.
+        """
+        write_json(path, self.state())
+
+    @mark_as_loader
+    def load(self, path, end_of_epoch=False):
+        """Load a saved state; SpeechBrain's checkpointer calls this.
+
+        Arguments
+        ---------
+        path : str or pathlib.Path
+            The file.
+        end_of_epoch : bool
+            Not used.
+
+        Raises
+        ------
+        ValueError
+            The file is damaged, or the state of something else.
+        """
+        del end_of_epoch
+        state = read_json(path)
+        try:
+            self.restore(state)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}: not a state of {type(self).__name__} "
+                f"({type(error).__name__}: {error}); delete the checkpoint "
+                "that it is in, and the run goes on from the one before"
+            ) from None

@@ -1,0 +1,135 @@
+from .analysis import (
+    cosine_matrix as cosine_matrix,
+)
+from .analysis import (
+    layer_norms as layer_norms,
+)
+from .analysis import (
+    plot_cosine_matrix as plot_cosine_matrix,
+)
+from .analysis import (
+    plot_layer_norms as plot_layer_norms,
+)
+from .analysis import (
+    sign_agreement as sign_agreement,
+)
+from .editing.editor import (
+    Edit as Edit,
+)
+from .editing.editor import (
+    SequentialEditor as SequentialEditor,
+)
+from .editing.scale_search import (
+    refuse_test_split as refuse_test_split,
+)
+from .editing.scale_search import (
+    search_scale as search_scale,
+)
+from .editing.scale_table import (
+    ScaleSearch as ScaleSearch,
+)
+from .lora import (
+    lora_deltas as lora_deltas,
+)
+from .merge import (
+    MergeReport as MergeReport,
+)
+from .merge import (
+    merge_checkpoints as merge_checkpoints,
+)
+from .model_card import (
+    ModelCard as ModelCard,
+)
+from .recipe_hooks.atomic_checkpointer import (
+    AtomicCheckpointer as AtomicCheckpointer,
+)
+from .recipe_hooks.editing_checkpointer import (
+    EditingCheckpointer as EditingCheckpointer,
+)
+from .recipe_hooks.pretrainer import (
+    TaskVectorPretrainer as TaskVectorPretrainer,
+)
+from .rules import (
+    DARE as DARE,
+)
+from .rules import (
+    DELLA as DELLA,
+)
+from .rules import (
+    SLERP as SLERP,
+)
+from .rules import (
+    TIES as TIES,
+)
+from .rules import (
+    TSVM as TSVM,
+)
+from .rules import (
+    Breadcrumbs as Breadcrumbs,
+)
+from .rules import (
+    Fisher as Fisher,
+)
+from .rules import (
+    IsoC as IsoC,
+)
+from .rules import (
+    Karcher as Karcher,
+)
+from .rules import (
+    LinearAverage as LinearAverage,
+)
+from .rules import (
+    LiNeS as LiNeS,
+)
+from .rules import (
+    Merge as Merge,
+)
+from .rules import (
+    ModelStock as ModelStock,
+)
+from .rules import (
+    MultiSLERP as MultiSLERP,
+)
+from .rules import (
+    Rule as Rule,
+)
+from .rules import (
+    TaskArithmetic as TaskArithmetic,
+)
+from .states.readers import (
+    open_state as open_state,
+)
+from .states.speechbrain_folder import (
+    find_checkpoint_folder as find_checkpoint_folder,
+)
+from .states.speechbrain_folder import (
+    save_checkpoint as save_checkpoint,
+)
+from .states.state import (
+    State as State,
+)
+from .states.state import (
+    as_state as as_state,
+)
+from .states.statistics import (
+    pool_normalizers as pool_normalizers,
+)
+from .states.statistics import (
+    reestimate_statistics as reestimate_statistics,
+)
+from .states.vocabulary import (
+    align_vocabulary as align_vocabulary,
+)
+from .states.vocabulary import (
+    read_vocabulary as read_vocabulary,
+)
+from .states.writers import (
+    save_state as save_state,
+)
+from .synthetic_to_real import (
+    syn2real as syn2real,
+)
+from .task_vector import (
+    TaskVector as TaskVector,
+)

@@ -1,0 +1,502 @@
+"""Sequential model editing: learn domain after domain without old data.
+
+Plantinga et al., "Sequential Editing for Lifelong Training of Speech
+Recognition Models", Interspeech 2024, https://arxiv.org/abs/2406.17935.
+"""
+
+from pathlib import Path
+
+import torch
+
+from speechbrain_taskarith.utils.patterns import as_tuple
+from speechbrain_taskarith.vectors.editing.folder import EditFolder
+from speechbrain_taskarith.vectors.editing.log import LOG_NAME, Edit, now
+from speechbrain_taskarith.vectors.editing.schedules import (
+    checked_scale,
+    plain_schedule,
+    scheduled_scale,
+)
+from speechbrain_taskarith.vectors.encodings import ENCODINGS
+from speechbrain_taskarith.vectors.rules.description import (
+    build_rule,
+    combine,
+    describe_rule,
+)
+from speechbrain_taskarith.vectors.states.fingerprint import short
+from speechbrain_taskarith.vectors.states.state import as_state
+from speechbrain_taskarith.vectors.states.writers import save_state
+from speechbrain_taskarith.vectors.task_vector import TaskVector
+
+__all__ = ["Edit", "SequentialEditor"]
+
+
+class SequentialEditor:
+    """Edits a model once per domain and remembers every edit.
+
+    With `theta_hat_t` fine-tuned on domain `t` from `theta_{t-1}`::
+
+        tau_t   = theta_hat_t - theta_{t-1}
+        theta_t = theta_{t-1} + scale * rule(tau_t)
+
+    (eq. 1-3 of the paper). A scale of 1 with task arithmetic is plain
+    fine-tuning, 0 learns nothing. With one vector a time, TIES is magnitude
+    trimming.
+
+    The folder holds everything: a copy of the base, each vector as it was
+    applied (after the rule, encoded), and the edit log. What is applied is
+    what was read back from the disk, so the state is a function of the
+    folder alone: undoing the last edit, or resuming in another process,
+    gives the same bytes, whatever the encoding lost.
+
+    A process that is killed loses nothing: the log is replaced last, and
+    what the log does not name is swept away when the folder is opened.
+
+    Arguments
+    ---------
+    base : path, torch.nn.Module, or mapping of tensors
+        The state to start from. It is copied into the folder.
+    rule : object
+        What makes the edit of a task vector, by its `combine` (`TIES`,
+        `TaskArithmetic`, ...).
+    folder : str or pathlib.Path
+        The editor's own folder; made when missing. It must not hold
+        another sequence: open that with `SequentialEditor.resume`.
+    scale : None, float, dict, list, str or callable
+        None: the rule's own scale. A number, or `{pattern: number}`: for
+        every edit. A list: one entry an edit. `"1/t"`: the base counts as
+        the first domain, so the first edit gets 1/2, the next 1/3; with
+        task arithmetic this is the running average of the models. A
+        callable gets the number of the edit (1, 2, ...).
+    encoding : str
+        How vectors are stored, see `TaskVector.save`: `"lossless"` (4 bytes
+        a parameter), `"bf16"`, `"int8"`, `"sparse"` (exact and small for
+        what a rule trimmed), `"sparse-bf16"`, `"sparse-int8"`.
+    include, exclude : str or sequence of str
+        Patterns of the parameters that are edited.
+    keep_base : str
+        `"copy"` makes the folder self-contained. `"reference"` keeps the
+        base's path and fingerprint only (it must be a path, and stay).
+
+    Example
+    -------
+    >>> from speechbrain_taskarith.vectors import TaskArithmetic
+    >>> folder = str(getfixture("tmpdir") / "edits")
+    >>> base = {"w": torch.tensor([0.0, 1.0])}
+    >>> editor = SequentialEditor(base, TaskArithmetic(scale=0.5), folder)
+    >>> editor.learn("german", {"w": torch.tensor([2.0, 1.0])})["w"]
+    tensor([1., 1.])
+    >>> editor.learn("greek", {"w": torch.tensor([1.0, 3.0])})["w"]
+    tensor([1., 2.])
+    >>> _ = editor.undo("greek")
+    >>> editor.state()["w"], [edit.name for edit in editor.log]
+    (tensor([1., 1.]), ['german'])
+    >>> editor.close()
+    """
+
+    def __init__(
+        self,
+        base,
+        rule,
+        folder,
+        *,
+        scale=None,
+        encoding="lossless",
+        include=("*",),
+        exclude=(),
+        keep_base="copy",
+    ):
+        if keep_base not in ("copy", "reference"):
+            raise ValueError(
+                f"keep_base={keep_base!r}: expected 'copy' or 'reference'"
+            )
+        if encoding not in ENCODINGS:
+            raise ValueError(
+                f"encoding={encoding!r}: expected one of {', '.join(ENCODINGS)}"
+            )
+        base = as_state(base)
+        base.verify()
+        _check_finite(base, base.label)
+        self._files = EditFolder.start(
+            folder,
+            base,
+            keep_base,
+            rule=describe_rule(rule),
+            schedule=plain_schedule(scale),
+            encoding=encoding,
+            include=list(as_tuple(include)),
+            exclude=list(as_tuple(exclude)),
+        )
+        self._set_up(rule, scale, include, exclude)
+
+    @classmethod
+    def resume(
+        cls,
+        folder,
+        rule=None,
+        *,
+        scale=None,
+        include=None,
+        exclude=None,
+        read_only=False,
+        verify=True,
+    ):
+        """Open a folder that an editor has written.
+
+        Arguments
+        ---------
+        folder : str or pathlib.Path
+            The folder.
+        rule : object or None
+            For further edits; None builds it from the log, which can be
+            done for the rules of this package.
+        scale : object or None
+            For further edits; None takes the log's.
+        include, exclude : str, sequence of str or None
+            For further edits; None takes the log's.
+        read_only : bool
+            True takes no lock and changes nothing: for looking, and for the
+            other processes of a distributed run.
+        verify : bool
+            True compares every vector and the state after every edit with
+            the log; False does so when the state is asked for.
+
+        Returns
+        -------
+        SequentialEditor
+            Whose `state()` has the bytes that were reported last.
+
+        Raises
+        ------
+        FileNotFoundError
+            No log, or a file that it names is gone.
+        ValueError
+            The log, the base or a vector is damaged.
+        RuntimeError
+            Another process edits the folder.
+        """
+        editor = cls.__new__(cls)
+        editor._files = EditFolder.reopen(folder, read_only)
+        try:
+            log = editor._files.log
+            plain_schedule(scale)
+            editor._set_up(
+                rule,
+                log.schedule if scale is None else scale,
+                log.include if include is None else include,
+                log.exclude if exclude is None else exclude,
+            )
+            if verify:
+                editor._state()
+        except BaseException:
+            editor.close()
+            raise
+        return editor
+
+    @classmethod
+    def open(cls, base, rule, folder, **arguments):
+        """Resume where the folder holds a sequence, else start one.
+
+        What a recipe calls that may have been killed before.
+
+        Arguments
+        ---------
+        base, rule, folder : object
+            As for the constructor.
+        **arguments : object
+            `scale`, `encoding`, `include`, `exclude`, `keep_base`.
+
+        Returns
+        -------
+        SequentialEditor
+            The editor.
+
+        Raises
+        ------
+        ValueError
+            The folder's sequence starts from another base.
+        """
+        if not (Path(folder) / LOG_NAME).exists():
+            return cls(base, rule, folder, **arguments)
+        resumable = ("scale", "include", "exclude")
+        editor = cls.resume(
+            folder,
+            rule,
+            **{k: v for k, v in arguments.items() if k in resumable},
+        )
+        found, expected = editor.base_fingerprint, as_state(base)
+        if found != expected.fingerprint:
+            editor.close()
+            raise ValueError(
+                f"{folder}: its sequence starts from base {short(found)}, "
+                f"not from {expected.label} "
+                f"({short(expected.fingerprint)}); use another folder"
+            )
+        return editor
+
+    @property
+    def folder(self):
+        """Where the base, the vectors and the log lie: a `Path`."""
+        return self._files.path
+
+    @property
+    def log(self):
+        """The edits in force, in order: a list of `Edit`."""
+        return list(self._files.log.edits)
+
+    @property
+    def history(self):
+        """All that was done, undone edits included: a list of dicts."""
+        return [dict(entry) for entry in self._files.log.history]
+
+    @property
+    def base_fingerprint(self):
+        """Fingerprint of the state that the sequence starts from."""
+        return self._files.log.base["fingerprint"]
+
+    @property
+    def fingerprint(self):
+        """Fingerprint of the present state."""
+        return self.log[-1].state if self.log else self.base_fingerprint
+
+    def state(self):
+        """Return the present weights.
+
+        Returns
+        -------
+        dict
+            `{name: tensor}`; a copy, tied tensors tied.
+        """
+        state, copies = self._state(), {}
+        for name in state:
+            origin = state.aliases.get(name, name)
+            if origin not in copies:
+                copies[origin] = state[origin].clone()
+        return {name: copies[state.aliases.get(name, name)] for name in state}
+
+    def vector(self, name):
+        """Return a stored vector, as it is applied (before its scale).
+
+        Arguments
+        ---------
+        name : str
+            The edit's name.
+
+        Returns
+        -------
+        TaskVector
+            Read from the folder and checked against the log.
+        """
+        return self._files.vector(self.log[self._index(name)])
+
+    def learn(self, name, finetuned, *, scale=None, selected_on=None, note=""):
+        """Edit: add a share of what fine-tuning on a domain has changed.
+
+        Arguments
+        ---------
+        name : str
+            The domain's name, new in this sequence.
+        finetuned : path, torch.nn.Module, or mapping of tensors
+            The model fine-tuned from the present state.
+        scale : float, dict or None
+            This edit's scale, e.g. from `search_scale`; None follows the
+            editor's.
+        selected_on : str or None
+            What the scale was chosen on; kept in the log.
+        note : str
+            Free text for the log.
+
+        Returns
+        -------
+        dict
+            The weights after the edit, as `state()` gives them.
+
+        Raises
+        ------
+        ValueError
+            A name in use, NaN or infinity, an unusable scale; nothing is
+            changed then.
+        KeyError
+            Parameters that are not those of the present state.
+        """
+        self._files.check_writable()
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"name: expected a text, got {name!r}")
+        if name in [edit.name for edit in self.log]:
+            raise ValueError(
+                f"{self.folder}: {name!r} was learned already; undo it first "
+                "or choose another name"
+            )
+        before, rule = self._state(), self._get_rule()
+        vector = TaskVector.between(
+            before, finetuned, include=self._include, exclude=self._exclude
+        )
+        vector = combine(rule, [vector], before)
+        vector.base_fingerprint = before.fingerprint
+        if scale is None:
+            number = len(self.log) + 1
+            scale = scheduled_scale(self.scale, number, rule, vector)
+        scale = checked_scale(scale)
+        vector.scales(scale)  # a pattern that fits nothing: fail before work
+        try:
+            # What is applied is what can be read back, also where the
+            # encoding rounds: the log and the weights never disagree.
+            file, digest, vector = self._files.store(
+                name, vector, self._files.log.encoding
+            )
+            after = as_state(vector.apply(before, scale))
+            _check_finite(after, f"{name!r} with scale {scale}")
+            edit = Edit(
+                name=name,
+                vector=file,
+                sha256=digest,
+                encoding=self._files.log.encoding,
+                scale=scale,
+                rule=describe_rule(rule),
+                learned_on=before.fingerprint,
+                state=after.fingerprint,
+                exact=True,
+                when=now(),
+                selected_on=selected_on,
+                note=note,
+            )
+            self._files.commit([*self.log, edit], action="learn", name=name)
+        except BaseException:
+            self._current = None
+            self._files.back_to_disk()
+            raise
+        self._current = after
+        return self.state()
+
+    def undo(self, name):
+        """Take an edit back.
+
+        Undoing the last edit gives the state before it bit for bit: the
+        state is built from the base forward, never by subtracting. Undoing
+        an earlier one applies the later vectors to another state than they
+        were learned on; the log marks them `exact=False`.
+
+        Arguments
+        ---------
+        name : str
+            The edit's name.
+
+        Returns
+        -------
+        Edit
+            The edit that was taken back.
+        """
+        self._files.check_writable()
+        removed = self.log[self._index(name)]
+        kept = [edit for edit in self.log if edit.name != name]
+        self._replace(kept, action="undo", name=name)
+        return removed
+
+    def reorder(self, names):
+        """Apply the stored vectors in another order.
+
+        An approximation wherever a vector meets another state than it was
+        learned on (marked `exact=False`); going back to the first order
+        gives back the first bytes.
+
+        Arguments
+        ---------
+        names : sequence of str
+            All names of the sequence, in the new order.
+
+        Returns
+        -------
+        list of Edit
+            The new log.
+        """
+        self._files.check_writable()
+        names = list(names)
+        by_name = {edit.name: edit for edit in self.log}
+        if sorted(names) != sorted(by_name):
+            raise ValueError(
+                f"names: expected each of {list(by_name)} once, got {names}. "
+                "To leave one out use undo(name)"
+            )
+        edits = [by_name[name] for name in names]
+        self._replace(edits, action="reorder", order=names)
+        return self.log
+
+    def save(self, path, **arguments):
+        """Write the present weights, with a model card beside them.
+
+        Arguments
+        ---------
+        path : str or pathlib.Path
+            Where to, see `save_state`.
+        **arguments : object
+            For the `ModelCard`: `wer`, `selected_on`, `notes`, ...
+
+        Returns
+        -------
+        pathlib.Path
+            The path written.
+        """
+        from speechbrain_taskarith.vectors.model_card import ModelCard
+
+        state = self._state()
+        card = ModelCard.of_edits(self, **arguments)
+        path = save_state(state, path, metadata=card.provenance())
+        card.save(path)
+        return path
+
+    def close(self):
+        """Let other processes edit the folder."""
+        self._files.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def __repr__(self):
+        names = ", ".join(edit.name for edit in self.log) or "no edits"
+        return f"SequentialEditor({self.folder}: {names})"
+
+    def _set_up(self, rule, scale, include, exclude):
+        self.rule, self.scale = rule, scale
+        self._include, self._exclude = include, exclude
+        self._current = None
+
+    def _get_rule(self):
+        if self.rule is not None:
+            return self.rule
+        try:
+            self.rule = build_rule(self._files.log.rule)
+        except ValueError as error:
+            hint = "SequentialEditor.resume(folder, rule=...)"
+            path = self.folder / LOG_NAME
+            raise ValueError(f"{path}: {error}: {hint}") from None
+        return self.rule
+
+    def _state(self):
+        if self._current is None:
+            self._current = self._files.forward(self.log, check=True)[0]
+        return self._current
+
+    def _replace(self, edits, **entry):
+        state, edits = self._files.forward(edits)
+        self._files.commit(edits, **entry)
+        self._current = state
+        self._files.sweep()
+
+    def _index(self, name):
+        names = [edit.name for edit in self.log]
+        if name not in names:
+            raise KeyError(
+                f"{self.folder}: no edit {name!r}; there are: "
+                f"{', '.join(names) or 'none'}"
+            )
+        return names.index(name)
+
+
+def _check_finite(state, label):
+    for name in state:
+        if state.info(name).floating and not torch.isfinite(state[name]).all():
+            raise ValueError(
+                f"{label}: {name!r} holds NaN or infinity; nothing was edited"
+            )

@@ -1,0 +1,286 @@
+"""The folder of a sequence of edits: base, vectors, log, lock."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from speechbrain_taskarith.utils.files import remove_leftovers, sha256_of
+from speechbrain_taskarith.vectors.editing.log import (
+    LOG_NAME,
+    EditLog,
+    FolderLock,
+    now,
+    slug,
+)
+from speechbrain_taskarith.vectors.states.fingerprint import short
+from speechbrain_taskarith.vectors.states.readers import open_state
+from speechbrain_taskarith.vectors.states.state import as_state
+from speechbrain_taskarith.vectors.states.writers import save_state
+from speechbrain_taskarith.vectors.task_vector import TaskVector
+
+_VECTORS = "vectors"
+
+
+class EditFolder:
+    """What a `SequentialEditor` keeps on the disk.
+
+    Nothing counts that the log does not name, and the log is replaced last:
+    that is all there is to surviving a kill.
+
+    Arguments
+    ---------
+    path : str or pathlib.Path
+        The folder.
+    lock : FolderLock or None
+        None for reading only.
+    log : EditLog or None
+        None reads it.
+    """
+
+    def __init__(self, path, lock, log=None):
+        self.path = Path(path)
+        self.lock = lock
+        self.log = EditLog.read(self.path) if log is None else log
+
+    @classmethod
+    def start(cls, path, base, keep_base, **settings):
+        """Begin a sequence in a folder.
+
+        Arguments
+        ---------
+        path : str or pathlib.Path
+            The folder; it must not hold a log.
+        base : State
+            What the sequence starts from.
+        keep_base : str
+            `"copy"` or `"reference"`.
+        **settings : object
+            Fields of the `EditLog`.
+
+        Returns
+        -------
+        EditFolder
+            Locked, with a log that holds no edits.
+        """
+        path = Path(path)
+        if (path / LOG_NAME).exists():
+            raise FileExistsError(
+                f"{path}: holds a sequence of edits already. Go on with "
+                "SequentialEditor.resume(folder), or use another folder"
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(path)
+        try:
+            log = EditLog(
+                base=_keep(path, base, keep_base),
+                edits=[],
+                history=[{"action": "start", "when": now()}],
+                **settings,
+            )
+            log.write(path)
+        except BaseException:
+            lock.release()
+            raise
+        return cls(path, lock, log)
+
+    @classmethod
+    def reopen(cls, path, read_only=False):
+        """Open a folder that holds a sequence.
+
+        Arguments
+        ---------
+        path : str or pathlib.Path
+            The folder.
+        read_only : bool
+            True takes no lock and sweeps nothing.
+
+        Returns
+        -------
+        EditFolder
+            As the log says.
+        """
+        # Before the lock, so that a wrong path leaves no lock file behind.
+        EditLog.read(path)
+        lock = None if read_only else FolderLock(path)
+        try:
+            folder = cls(path, lock)
+            if not read_only:
+                folder.sweep()
+        except BaseException:
+            if lock is not None:
+                lock.release()
+            raise
+        return folder
+
+    def check_writable(self):
+        """Raise unless this process may edit here."""
+        if self.lock is None:
+            raise RuntimeError(
+                f"{self.path}: this editor was opened for reading; open it "
+                "with SequentialEditor.resume(folder)"
+            )
+        self.lock.check()
+
+    def base(self):
+        """Open the base and check that it is the one.
+
+        Returns
+        -------
+        State
+            What the sequence starts from.
+        """
+        entry = self.log.base
+        path = self.path / entry["file"] if "file" in entry else entry["path"]
+        if not Path(path).exists():
+            raise FileNotFoundError(
+                f"{path}: the base of the sequence in {self.path} is gone; "
+                "bring it back from where it was copied to"
+            )
+        base = open_state(path)
+        if base.fingerprint != entry["fingerprint"]:
+            raise ValueError(
+                f"{path}: is not the base that {self.path} started from "
+                f"(fingerprint {short(base.fingerprint)}, expected "
+                f"{short(entry['fingerprint'])}); it was altered or replaced"
+            )
+        return base
+
+    def store(self, name, vector, encoding):
+        """Write a vector; it does not count until it is committed.
+
+        Arguments
+        ---------
+        name : str
+            The edit's name.
+        vector : TaskVector
+            The vector.
+        encoding : str
+            See `TaskVector.save`.
+
+        Returns
+        -------
+        file : str
+            Its path in the folder.
+        sha256 : str
+            Of the file.
+        stored : TaskVector
+            What the file gives back.
+        """
+        number = len(self.log.history)
+        file = f"{_VECTORS}/{number:04d}-{slug(name)}.safetensors"
+        vector.save(self.path / file, encoding=encoding)
+        digest = sha256_of(self.path / file)
+        return file, digest, TaskVector.load(self.path / file)
+
+    def vector(self, edit):
+        """Read the vector of an edit and check its hash.
+
+        Arguments
+        ---------
+        edit : Edit
+            From the log.
+
+        Returns
+        -------
+        TaskVector
+            As it was stored.
+        """
+        path = self.path / edit.vector
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path}: the vector of edit {edit.name!r} is gone; restore "
+                "it from a copy of the folder"
+            )
+        if sha256_of(path) != edit.sha256:
+            raise ValueError(
+                f"{path}: the vector of edit {edit.name!r} is not the one "
+                "that was written (its hash differs from the log's); restore "
+                "it from a copy of the folder"
+            )
+        return TaskVector.load(path)
+
+    def forward(self, edits, check=False):
+        """Apply edits in order, from the base on.
+
+        Arguments
+        ---------
+        edits : list of Edit
+            Which, in which order.
+        check : bool
+            True compares each state with the one that the log reports.
+
+        Returns
+        -------
+        state : State
+            After the last edit.
+        edits : list of Edit
+            With states and exactness as they are in this order.
+        """
+        state, applied = self.base(), []
+        for edit in edits:
+            before = state.fingerprint
+            vector = self.vector(edit)
+            state = as_state(vector.apply(state, edit.scale, any_base=True))
+            if check and state.fingerprint != edit.state:
+                raise ValueError(
+                    f"{self.path}: after edit {edit.name!r} the weights are "
+                    "not those that the log reports, though all files are "
+                    "whole; was the log altered by hand?"
+                )
+            exact = edit.learned_on == before
+            applied.append(replace(edit, state=state.fingerprint, exact=exact))
+        return state, applied
+
+    def commit(self, edits, **entry):
+        """Make a new list of edits the truth: the last step of every act.
+
+        Arguments
+        ---------
+        edits : list of Edit
+            All in force from now on.
+        **entry : object
+            What to note in the history.
+        """
+        history = [*self.log.history, {**entry, "when": now()}]
+        log = replace(self.log, edits=edits, history=history)
+        log.write(self.path)
+        self.log = log
+
+    def back_to_disk(self):
+        """After a failure: forget what is in memory, sweep what is left."""
+        # An interrupt may come right after the log was replaced: what
+        # stands on the disk decides.
+        self.log = EditLog.read(self.path)
+        self.sweep()
+
+    def sweep(self):
+        """Remove what the log does not name: left-overs, undone vectors."""
+        remove_leftovers(self.path)
+        vectors = self.path / _VECTORS
+        if not vectors.is_dir():
+            return
+        remove_leftovers(vectors)
+        named = {Path(edit.vector).name for edit in self.log.edits}
+        for file in vectors.glob("[0-9]*.safetensors"):
+            if file.name not in named:
+                file.unlink(missing_ok=True)
+
+    def close(self):
+        """Let others edit."""
+        if self.lock is not None:
+            self.lock.release()
+
+
+def _keep(folder, base, keep_base):
+    """Keep the base; return its entry in the log."""
+    entry = {"fingerprint": base.fingerprint, "from": base.label}
+    if keep_base == "reference":
+        if base.path is None:
+            raise ValueError(
+                "keep_base='reference' needs a base that is a path; weights "
+                "in memory can only be copied"
+            )
+        return {"path": str(Path(base.path).resolve()), **entry}
+    # Only torch's own form remembers which tensors are tied.
+    file = "base.ckpt" if base.aliases else "base.safetensors"
+    save_state(base, folder / file)
+    return {"file": file, **entry}

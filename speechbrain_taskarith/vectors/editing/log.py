@@ -1,0 +1,282 @@
+"""The log of a sequence of edits: what was applied, when, with what hash.
+
+The log is one JSON file that is replaced whole, last, and atomically: what it
+does not name never happened, so a process killed between writing a vector
+and replacing the log has lost nothing that was reported done.
+"""
+
+import datetime
+import errno
+import fcntl
+import os
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from speechbrain_taskarith.utils.files import read_json, write_json
+
+LOG_NAME = "edits.json"
+LOCK_NAME = ".lock"
+_FORMAT = "speechbrain_taskarith edit log"
+_VERSION = 1
+
+# Locks of this process: POSIX locks do not keep a process from itself.
+_held = set()
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One edit of a sequence, as the log keeps it.
+
+    Arguments
+    ---------
+    name : str
+        What was learned, unique in the sequence.
+    vector : str
+        The stored vector's file, relative to the editor's folder.
+    sha256 : str
+        Hash of that file.
+    encoding : str
+        How the vector is stored.
+    scale : float or dict
+        What the stored vector is multiplied by.
+    rule : dict
+        The rule that made the stored vector, in plain types.
+    learned_on : str
+        Fingerprint of the state that the model was fine-tuned from.
+    state : str
+        Fingerprint of the state after this edit.
+    exact : bool
+        True where the vector was applied to the state it was learned on.
+        False marks an approximation: an earlier edit was dropped or moved.
+    when : str
+        Time of learning, UTC, ISO 8601.
+    selected_on : str or None
+        What the scale was chosen on, where it was chosen.
+    note : str
+        Free text.
+    """
+
+    name: str
+    vector: str
+    sha256: str
+    encoding: str
+    scale: float | dict
+    rule: dict
+    learned_on: str
+    state: str
+    exact: bool
+    when: str
+    selected_on: str | None = None
+    note: str = ""
+
+    def to_dict(self):
+        """Return plain types, as they stand in the log.
+
+        Returns
+        -------
+        dict
+            One entry per field.
+        """
+        return asdict(self)
+
+
+def now():
+    """Return the time as the log writes it.
+
+    Returns
+    -------
+    str
+        UTC, ISO 8601, to the second.
+    """
+    moment = datetime.datetime.now(datetime.timezone.utc)
+    return moment.isoformat(timespec="seconds")
+
+
+def slug(name):
+    """Turn an edit's name into a piece of a file name.
+
+    Arguments
+    ---------
+    name : str
+        Any text.
+
+    Returns
+    -------
+    str
+        Letters, digits, `-` and `_`, at most 40 of them.
+
+    Example
+    -------
+    >>> slug("Français / Belgique")
+    'Fran-ais-Belgique'
+    """
+    return re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")[:40] or "edit"
+
+
+@dataclass
+class EditLog:
+    """The content of `edits.json`.
+
+    Arguments
+    ---------
+    base : dict
+        `{"file" | "path", "fingerprint"}` of the state the sequence starts
+        from; `file` is relative to the folder, `path` lies outside it.
+    rule : dict
+        The editor's rule, in plain types.
+    schedule : object
+        The editor's scale: None (the rule's), a number, a dict, a list or
+        a text.
+    encoding : str
+        How vectors are stored.
+    include, exclude : list of str
+        Patterns of the parameters that are edited.
+    edits : list of Edit
+        The edits in force, in order.
+    history : list of dict
+        Everything that was done, including what was undone since.
+    """
+
+    base: dict
+    rule: dict
+    schedule: object
+    encoding: str
+    include: list
+    exclude: list
+    edits: list
+    history: list
+
+    def write(self, folder):
+        """Replace the log in a folder, atomically.
+
+        Arguments
+        ---------
+        folder : pathlib.Path
+            The editor's folder.
+        """
+        content = {"format": _FORMAT, "version": _VERSION}
+        for field in fields(self):
+            content[field.name] = getattr(self, field.name)
+        content["edits"] = [edit.to_dict() for edit in self.edits]
+        write_json(Path(folder) / LOG_NAME, content)
+
+    @classmethod
+    def read(cls, folder):
+        """Read and check the log of a folder.
+
+        Arguments
+        ---------
+        folder : str or pathlib.Path
+            The editor's folder.
+
+        Returns
+        -------
+        EditLog
+            Its content.
+
+        Raises
+        ------
+        FileNotFoundError
+            The folder holds no log.
+        ValueError
+            The file is damaged or of another format; it is named.
+        """
+        path = Path(folder) / LOG_NAME
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path}: there is no edit log. Start one with "
+                "SequentialEditor(base, rule, folder), or give the folder "
+                "of an editor that was started"
+            )
+        content = read_json(path)
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise ValueError(f"{path}: is JSON, but no edit log of ours")
+        if content.get("version") != _VERSION:
+            raise ValueError(
+                f"{path}: written in version {content.get('version')} of the "
+                f"format, this package reads version {_VERSION}; use the "
+                "package that wrote it"
+            )
+        try:
+            values = {f.name: content[f.name] for f in fields(cls)}
+            values["edits"] = [Edit(**entry) for entry in values["edits"]]
+            if "fingerprint" not in values["base"]:
+                raise KeyError("base.fingerprint")
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}: an entry is missing or unknown ({error}); the log "
+                "was altered. Restore it from a copy of the folder"
+            ) from None
+        return cls(**values)
+
+
+class FolderLock:
+    """One process at a time may edit a folder.
+
+    A POSIX record lock: it ends with the process, however that ends, and
+    data-loading workers forked from the process do not inherit it.
+
+    Arguments
+    ---------
+    folder : pathlib.Path
+        The folder, which must exist.
+
+    Raises
+    ------
+    RuntimeError
+        Somebody else holds it; the message names the folder and the process.
+    """
+
+    def __init__(self, folder):
+        self._path = (Path(folder) / LOCK_NAME).resolve()
+        self._process = os.getpid()
+        self._key = (self._process, str(self._path))
+        if self._key in _held:
+            raise self._busy("another editor of this process")
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                os.close(descriptor)
+                raise OSError(
+                    error.errno,
+                    f"this file system cannot lock files ({error.strerror});"
+                    " edit on another one, e.g. a local disk",
+                    str(self._path),
+                ) from error
+            owner = os.read(descriptor, 64).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise self._busy(f"process {owner or 'unknown'}") from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{self._process}\n".encode(), 0)
+        self._descriptor = descriptor
+        _held.add(self._key)
+
+    def _busy(self, owner):
+        return RuntimeError(
+            f"{self._path.parent}: {owner} has this folder open for editing. "
+            "Close it there (editor.close()), or open it for reading with "
+            "SequentialEditor.resume(folder, read_only=True)"
+        )
+
+    def check(self):
+        """Raise in a forked child: the lock is its parent's."""
+        if self._descriptor is None or os.getpid() != self._process:
+            raise RuntimeError(
+                f"{self._path.parent}: this editor was opened in process "
+                f"{self._process} and is closed here; open the folder again "
+                "with SequentialEditor.resume(folder)"
+            )
+
+    def release(self):
+        """Let others edit. A second call does nothing."""
+        if self._descriptor is not None and os.getpid() == self._process:
+            _held.discard(self._key)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __del__(self):
+        if getattr(self, "_descriptor", None) is not None:
+            self.release()

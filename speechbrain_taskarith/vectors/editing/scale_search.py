@@ -1,0 +1,367 @@
+"""Choosing the scale of an edit against a word error rate.
+
+One load, then edit in place on the model's device, evaluate, edit again: no
+retraining, and nothing but the evaluation costs time.
+"""
+
+import math
+import re
+import time
+from collections.abc import Mapping
+
+from speechbrain_taskarith.utils.patterns import require_match
+from speechbrain_taskarith.utils.progress import progress
+from speechbrain_taskarith.vectors.checks import is_finite
+from speechbrain_taskarith.vectors.editing.scale_editing import (
+    Editing,
+    group_of,
+)
+from speechbrain_taskarith.vectors.editing.scale_table import (
+    REST,
+    ScaleSearch,
+    finite,
+)
+
+__all__ = ["ScaleSearch", "refuse_test_split", "search_scale"]
+
+ORACLE = "real_target"
+# Words that a test split's name has as a part: "test-clean", "tst-COMMON",
+# "eval92", "devtest"; not "latest", "contest", "validation".
+_TEST_NAME = re.compile(r"(?<![a-z])(dev)?(test|tst|eval)(?!uat)")
+
+
+def refuse_test_split(split):
+    """Raise when a split's name looks like test data.
+
+    Arguments
+    ---------
+    split : str
+        The name of the split that a choice is to be made on.
+
+    Raises
+    ------
+    ValueError
+        For `test`, `test-clean`, `tst-COMMON`, `eval92`, `devtest`, ...
+
+    Example
+    -------
+    >>> refuse_test_split("dev-other")
+    >>> refuse_test_split("eval92")
+    Traceback (most recent call last):
+        ...
+    ValueError: split 'eval92' looks like test data: ...
+    """
+    plain = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(split)).lower()
+    if _TEST_NAME.search(plain):
+        raise ValueError(
+            f"split {str(split)!r} looks like test data: a scale chosen on "
+            "it makes the test figures meaningless. Choose on a development "
+            "split (split='valid'). For an upper bound that is reported as "
+            f"one, say select_on={ORACLE!r}"
+        )
+
+
+def search_scale(
+    model,
+    base,
+    tau,
+    wer,
+    scales,
+    *,
+    groups=None,
+    split="valid",
+    select_on=None,
+    hopeless=2.0,
+    max_degradation=None,
+    domains=None,
+    rounds=2,
+    leave="initial",
+    enable_progress=True,
+):
+    """Find the scale of a task vector with the least word error rate.
+
+    Every scale of `base + scale * tau` is written into the model in place,
+    with the bytes that `TaskVector.apply` gives, in three passes over
+    memory. Without groups this is a line search over `scales`. With groups
+    it goes on from the best common scale: one group at a time tries all
+    scales while the others stay (coordinate search), until a whole round
+    changes nothing.
+
+    Arguments
+    ---------
+    model : torch.nn.Module
+        Evaluated; on any device. Buffers that an evaluation changes
+        (running statistics) are set back before the next.
+    base : path, torch.nn.Module, or mapping of tensors
+        The weights to edit.
+    tau : TaskVector
+        The edit; for several vectors, a rule's `combine` of them.
+    wer : callable
+        `wer(model)` returns a number, or `{domain: number}`; lower is
+        better. With domains the mean is minimised. It should set the mode
+        (`model.eval()`) that it needs; modes are set back at the end.
+    scales : sequence of float, or dict
+        What to try; with groups also `{group: [scale, ...]}`.
+    groups : dict, sequence of str, or None
+        `{group name: pattern or patterns}`, or patterns; the first that
+        fits a parameter takes it. What fits none follows the best common
+        scale.
+    split : str
+        The split that `wer` evaluates on; refused when it looks like test
+        data (`refuse_test_split`).
+    select_on : str or None
+        What to call this choice in tables, e.g. `"synthetic_target"`; None
+        takes the split's name. `"real_target"` marks an oracle: it alone may
+        look at a test split, and every row says `oracle`.
+    hopeless : float or None
+        A setting with more than `hopeless` times the least WER so far, or a
+        WER that is NaN or infinite, is hopeless: scales farther out on its
+        side (from 0; in a group's line from the scale it starts with) are
+        not tried, since the WER falls and rises but once along a line, up
+        to noise. They are in the table, with the state `"skipped"`. None
+        tries all, except after NaN.
+    max_degradation : float or None
+        With `{domain: WER}`: a setting where a domain is worse than at scale
+        0 by more than this share (0.1: ten per cent) may not be chosen.
+        Scale 0 always may.
+    domains : sequence of str or None
+        The domains that `max_degradation` protects (the old ones); None
+        protects all.
+    rounds : int
+        Most rounds over the groups.
+    leave : str
+        `"initial"` leaves the model with the weights it came with,
+        `"best"` with the best setting. An exception leaves the former.
+    enable_progress : bool
+        False shows no progress bar.
+
+    Returns
+    -------
+    ScaleSearch
+        `.best` goes into `tau.apply(base, search.best)`.
+
+    Raises
+    ------
+    ValueError
+        A test split, no scales, scales that are not finite, a pattern that
+        matches nothing, shapes that do not fit.
+
+    Example
+    -------
+    >>> import torch
+    >>> from speechbrain_taskarith.vectors import TaskVector
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> base = {"weight": torch.tensor([[0.0]])}
+    >>> tau = TaskVector.between(base, {"weight": torch.tensor([[10.0]])})
+    >>> def error(model):
+    ...     return abs(model.weight.item() - 3.0)
+    >>> search = search_scale(model, base, tau, error, [0.1, 0.3, 0.5])
+    >>> search.best, [row["wer"] for row in search.table]
+    (0.3, [2.0, 0.0, 2.0])
+    """
+    if leave not in ("initial", "best"):
+        raise ValueError(f"leave={leave!r}: expected 'initial' or 'best'")
+    oracle = select_on == ORACLE
+    if not oracle:
+        refuse_test_split(split)
+        refuse_test_split(select_on or split)
+        refuse_test_split(getattr(wer, "split", split))
+    patterns = _group_patterns(tau, groups)
+    candidates = _candidates(scales, patterns)
+    search = ScaleSearch(split, select_on or split, oracle, patterns)
+    judge = _Judge(search, hopeless, max_degradation, domains)
+    with Editing(model, base, tau, patterns) as editing:
+        total = sum(len(values) for values in candidates.values())
+        with progress(
+            total=total, desc="scales", enable=enable_progress
+        ) as bar:
+
+            def evaluate(setting):
+                bar.update(1)
+                return judge(setting, lambda: editing.wer(wer, setting))
+
+            if max_degradation is not None:
+                # The reference comes first, and may always be chosen.
+                candidates[REST] = [0.0, *candidates[REST]]
+            best = _line(
+                evaluate,
+                candidates[REST],
+                lambda s: _common(patterns, s),
+                judge,
+            )
+            for _ in range(rounds if groups and best else 0):
+                before = best
+                for group in patterns:
+                    if group != REST:
+                        best = _line(
+                            evaluate,
+                            candidates[group],
+                            lambda s, group=group, at=best: {**at, group: s},
+                            judge,
+                            start=best,
+                            origin=best[group],
+                        )
+                if best == before:
+                    break
+        if best is None:
+            raise ValueError(
+                "no scale gave a usable word error rate (all were NaN, "
+                "infinite or forbidden by max_degradation); the table: "
+                f"{search.table}"
+            )
+        search.choose(best)
+        if leave == "best":
+            editing.keep(best)
+    return search
+
+
+class _Judge:
+    """Evaluates a setting once, writes it down, and says what it is worth."""
+
+    def __init__(self, search, hopeless, max_degradation, domains):
+        if hopeless is not None and not hopeless >= 1:
+            raise ValueError(f"hopeless={hopeless}: expected at least 1")
+        if max_degradation is not None and not max_degradation >= 0:
+            raise ValueError(
+                f"max_degradation={max_degradation}: expected at least 0"
+            )
+        self._search, self._hopeless = search, hopeless
+        self._max_degradation, self._domains = max_degradation, domains
+        self._known, self._least, self._reference = {}, math.inf, None
+
+    def __call__(self, setting, evaluate):
+        key = tuple(sorted(setting.items()))
+        if key in self._known:
+            return self._known[key]
+        start = time.perf_counter()
+        value = evaluate()
+        seconds = time.perf_counter() - start
+        domains = None
+        if isinstance(value, Mapping):
+            domains = {str(name): float(v) for name, v in value.items()}
+            if not domains:
+                raise ValueError("wer(model) returned no domains")
+            value = math.fsum(domains.values()) / len(domains)
+        value = float(value)
+        if self._max_degradation is not None and self._reference is None:
+            self._reference = self._check_domains(domains)
+        state = "ok"
+        if not finite(value) or (
+            self._hopeless is not None and value > self._hopeless * self._least
+        ):
+            state = "hopeless"
+        elif self._worse_domain(domains):
+            state = "forbidden"
+        else:
+            self._least = min(self._least, value)
+        row = self._search.add(
+            setting,
+            wer=value if finite(value) else None,
+            domains=domains,
+            seconds=round(seconds, 4),
+            state=state,
+        )
+        self._known[key] = row
+        return row
+
+    def skipped(self, setting):
+        """Write down a setting that is not worth trying."""
+        key = tuple(sorted(setting.items()))
+        if key not in self._known:
+            self._search.add(
+                setting, wer=None, domains=None, seconds=0.0, state="skipped"
+            )
+
+    def _check_domains(self, domains):
+        if domains is None:
+            raise ValueError(
+                "max_degradation needs a wer(model) that returns "
+                "{domain: WER}; it returned a number"
+            )
+        protected = self._domains if self._domains is not None else domains
+        missing = [name for name in protected if name not in domains]
+        if missing:
+            raise ValueError(
+                f"domains: wer(model) returns none called {missing}; it "
+                f"returns {list(domains)}"
+            )
+        return {name: domains[name] for name in protected}
+
+    def _worse_domain(self, domains):
+        if self._reference is None:
+            return False
+        share = 1 + self._max_degradation
+        return any(
+            domains[name] > share * reference
+            for name, reference in self._reference.items()
+        )
+
+
+def _line(evaluate, scales, setting_of, judge, start=None, origin=0.0):
+    """Search one line outwards from its origin, the best known so far (0 at
+    first); return the best setting or None."""
+    best, best_row = start, None if start is None else evaluate(start)
+    stopped = set()
+    # Outwards: a hopeless setting then rules out what lies behind it, and of
+    # two equal settings the one nearer the origin (at first the base) stays.
+    for scale in sorted(set(scales), key=lambda s: (abs(s - origin), s)):
+        side = scale > origin
+        if scale != origin and side in stopped:
+            judge.skipped(setting_of(scale))
+            continue
+        row = evaluate(setting_of(scale))
+        if row["state"] == "hopeless" and scale != origin:
+            stopped.add(side)
+        elif row["state"] == "ok" and (
+            best_row is None or row["wer"] < best_row["wer"]
+        ):
+            best, best_row = setting_of(scale), row
+    return best
+
+
+def _group_patterns(tau, groups):
+    """Return `{group: [patterns]}`, with a last group for what is left."""
+    if not groups:
+        return {REST: [REST]}
+    if not isinstance(groups, Mapping):
+        groups = {pattern: pattern for pattern in groups}
+    patterns, names = {}, list(tau)
+    for group, given in groups.items():
+        patterns[group] = [given] if isinstance(given, str) else list(given)
+        for pattern in patterns[group]:
+            require_match(names, pattern)
+    left = [name for name in names if group_of(name, patterns) is None]
+    if left:
+        # Last, so that the first match wins in `best` too.
+        patterns[REST] = patterns.pop(REST, []) + [REST]
+    return patterns
+
+
+def _candidates(scales, patterns):
+    """Return `{group: [scale, ...]}`, the common line under `REST`."""
+    if isinstance(scales, Mapping):
+        unknown = [g for g in scales if g not in patterns and g != REST]
+        if unknown:
+            raise ValueError(
+                f"scales: no groups {unknown}; there are {list(patterns)}"
+            )
+        common = scales.get(REST, [s for g in scales.values() for s in g])
+        given = {g: scales.get(g, common) for g in (*patterns, REST)}
+    else:
+        given = dict.fromkeys((*patterns, REST), scales)
+    result = {}
+    for group, values in given.items():
+        result[group] = [float(value) for value in values]
+        if not result[group]:
+            raise ValueError("scales: expected at least one")
+        for value in result[group]:
+            if not is_finite(value):
+                raise ValueError(
+                    f"scales: {value} is not a finite number (float32 holds "
+                    "at most 3.4e38)"
+                )
+    return result
+
+
+def _common(patterns, scale):
+    return dict.fromkeys(patterns, float(scale))

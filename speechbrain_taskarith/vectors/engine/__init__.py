@@ -1,0 +1,1 @@
+"""How a rule is fed: streamed, in bounded memory."""

@@ -1,0 +1,200 @@
+"""Lifelong methods that keep recordings: experience replay, joint training."""
+
+import random
+
+from speechbrain_taskarith.vectors.lifelong.methods import FineTuning
+
+
+class Replay(FineTuning):
+    """Experience replay: a small memory of earlier utterances in every batch.
+
+    After a domain is learned, `memory` utterances stay in the memory,
+    shared equally among all domains so far (chosen at random once, so that
+    a smaller share is always a part of the larger one before).
+
+    Arguments
+    ---------
+    memory : int
+        Utterances kept, over all domains together.
+    share : float
+        Share of a batch that comes from the memory, 0 to below 1.
+    seed : int
+        Of the choice and of the draws.
+
+    Example
+    -------
+    >>> method = Replay(memory=4, share=0.5)
+    >>> method.consolidate(None, ["a", "b", "c"], None)
+    >>> method.consolidate(None, ["d", "e", "f"], None)
+    >>> [len(domain) for domain in method.memory_by_domain]
+    [2, 2]
+    >>> len(method.extra_items(8, draw=0))
+    4
+    """
+
+    uses_old_data = True
+    changes_training = True
+
+    def __init__(self, memory=100, share=0.5, seed=0):
+        if memory < 1:
+            raise ValueError(f"memory is {memory}, expected at least 1")
+        if not 0.0 <= share < 1.0:
+            raise ValueError(f"share is {share}, expected 0 <= share < 1")
+        self.memory, self.share, self.seed = int(memory), float(share), seed
+        self.memory_by_domain = []
+
+    def extra_items(self, count, draw):
+        """Draw from the memory, evenly over the domains.
+
+        Arguments
+        ---------
+        count : int
+            Utterances in the whole batch.
+        draw : int
+            Number of the batch; the same number draws the same utterances.
+
+        Returns
+        -------
+        list
+            `round(share * count)` utterances, none while the memory is
+            empty.
+        """
+        domains = [domain for domain in self.memory_by_domain if domain]
+        if not domains:
+            return []
+        # A text seed: tuples would go through hash(), which differs from
+        # process to process.
+        chance = random.Random(f"replay {self.seed} {draw}")
+        start = chance.randrange(len(domains))
+        return [
+            chance.choice(domains[(start + n) % len(domains)])
+            for n in range(round(self.share * count))
+        ]
+
+    def consolidate(self, model, items, loss):
+        """Take utterances of the new domain in, shrink the others' share.
+
+        Arguments
+        ---------
+        model : torch.nn.Module
+            Not used.
+        items : list
+            The domain's utterances, as JSON can hold them.
+        loss : callable
+            Not used.
+        """
+        del model, loss
+        number = len(self.memory_by_domain)
+        order = list(items)
+        random.Random(f"memory {self.seed} {number}").shuffle(order)
+        self.memory_by_domain.append(order)
+        share, rest = divmod(self.memory, number + 1)
+        self.memory_by_domain = [
+            domain[: share + (n < rest)]
+            for n, domain in enumerate(self.memory_by_domain)
+        ]
+
+    def state_dict(self):
+        """Return the memory.
+
+        Returns
+        -------
+        dict
+            `{"memory": [[item, ...], ...]}`, one list for each domain.
+        """
+        return {"memory": self.memory_by_domain}
+
+    def load_state_dict(self, state):
+        """Take the memory back.
+
+        Arguments
+        ---------
+        state : dict
+            As returned by `state_dict`.
+        """
+        self.memory_by_domain = [list(domain) for domain in state["memory"]]
+
+
+class JointTraining(FineTuning):
+    """Train on all domains seen so far: the upper bound of a lifelong table.
+
+    Not a lifelong method (every recording is kept), so its row is the mark
+    that the others are measured against (intransigence). Each domain gives
+    as many utterances as the new one has, drawn at random where it has more,
+    in random order all together.
+
+    Arguments
+    ---------
+    seed : int
+        Of choice and order.
+
+    Example
+    -------
+    >>> method = JointTraining()
+    >>> method.consolidate(None, ["a", "b"], None)
+    >>> sorted(method.items(["c", "d"], task=2))
+    ['a', 'b', 'c', 'd']
+    """
+
+    uses_old_data = True
+    changes_training = True
+
+    def __init__(self, seed=0):
+        self.seed = seed
+        self.seen = []
+
+    def items(self, new, task):
+        """Return the utterances of all domains so far.
+
+        Arguments
+        ---------
+        new : list
+            The new domain's utterances.
+        task : int
+            Number of the domain, from 1.
+
+        Returns
+        -------
+        list
+            Old and new ones.
+        """
+        chance = random.Random(f"joint {self.seed} {task}")
+        mixed = list(new)
+        for domain in self.seen:
+            mixed += chance.sample(domain, min(len(new), len(domain)))
+        chance.shuffle(mixed)
+        return mixed
+
+    def consolidate(self, model, items, loss):
+        """Keep all utterances of the domain just learned.
+
+        Arguments
+        ---------
+        model : torch.nn.Module
+            Not used.
+        items : list
+            The domain's utterances.
+        loss : callable
+            Not used.
+        """
+        self.seen.append(list(items))
+
+    def state_dict(self):
+        """Return all utterances so far.
+
+        Returns
+        -------
+        dict
+            `{"seen": [[item, ...], ...]}`, one list for each domain.
+        """
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        """Take them back.
+
+        Arguments
+        ---------
+        state : dict
+            As returned by `state_dict`.
+        """
+        self.seen = [list(domain) for domain in state["seen"]]

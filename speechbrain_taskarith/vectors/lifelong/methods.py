@@ -1,0 +1,432 @@
+"""Ways to learn one domain after another: what editing is compared with.
+
+A method is a small object that a training loop asks at five moments; it
+knows nothing of Brains, data sets or files:
+
+1. `before_task(model, task)`: the model is about to learn its `task`-th
+   domain (counted from 1) and still holds what was kept of the ones before;
+2. `trainable(name)`: may this parameter change?
+3. `items(new, task)` and `extra_items(count, draw)`: what is trained on;
+4. `penalty(model, forward, log_probs, lens)`: added to the loss;
+5. `after_task(before, finetuned, task)`: which weights are kept, then
+   `consolidate(model, items, loss)` with these weights in the model.
+
+Plain fine-tuning is the method that leaves all five as they are. What a
+method must remember from task to task goes through SpeechBrain's checkpoint
+hooks, as a safetensors file.
+
+The first task is the one that the first model learned; methods act from the
+second on. Here: methods that act on weights. Those that keep recordings are in
+`lifelong_memory`, those that add to the loss in `lifelong_penalties`.
+"""
+
+import json
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save as to_safetensors
+from speechbrain.utils.checkpoints import (
+    mark_as_loader,
+    mark_as_saver,
+    register_checkpoint_hooks,
+)
+
+from speechbrain_taskarith.utils.files import atomic_write
+from speechbrain_taskarith.utils.patterns import matches, require_match
+
+
+@register_checkpoint_hooks
+class FineTuning:
+    """Train on the new domain and do nothing against forgetting.
+
+    Also the base class of the other methods: each overrides only what it
+    does differently.
+
+    Example
+    -------
+    >>> method = FineTuning()
+    >>> model = torch.nn.Linear(2, 1)
+    >>> method.before_task(model, task=2)
+    >>> method.freeze(model)
+    ['weight', 'bias']
+    >>> method.items(["new utterance"], task=2), method.extra_items(4, draw=0)
+    (['new utterance'], [])
+    >>> method.after_task({"weight": 1.0}, {"weight": 2.0}, task=2)
+    {'weight': 2.0}
+    """
+
+    #: Whether recordings of earlier domains are kept and used again. A table
+    #: must say so: such a row had more data than its neighbours.
+    uses_old_data = False
+
+    #: Whether training itself differs from plain fine-tuning. Where it does
+    #: not, methods that start from the same weights can share one training.
+    changes_training = False
+
+    def before_task(self, model, task):
+        """Prepare for a new domain.
+
+        Arguments
+        ---------
+        model : torch.nn.Module
+            Holds the weights kept so far; never a DDP-wrapped module.
+        task : int
+            Number of the domain in the sequence, from 1.
+        """
+
+    def trainable(self, name):
+        """Tell whether a parameter may change.
+
+        Arguments
+        ---------
+        name : str
+            The parameter's name in the model.
+
+        Returns
+        -------
+        bool
+            Here always True.
+        """
+        return True
+
+    def freeze(self, model):
+        """Set `requires_grad` of every parameter by `trainable`.
+
+        Arguments
+        ---------
+        model : torch.nn.Module
+            The model, before the optimizer is made.
+
+        Returns
+        -------
+        list of str
+            The names that stay trainable.
+
+        Raises
+        ------
+        ValueError
+            Nothing would be left to train.
+        """
+        names = []
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self.trainable(name))
+            if parameter.requires_grad:
+                names.append(name)
+        if not names:
+            raise ValueError(
+                f"{type(self).__name__} leaves no parameter to train; the "
+                f"model's names look like "
+                f"{next((n for n, _ in model.named_parameters()), 'nothing')}"
+            )
+        return names
+
+    def items(self, new, task):
+        """Return the utterances to train on.
+
+        Arguments
+        ---------
+        new : list
+            The new domain's utterances (any plain description of one).
+        task : int
+            Number of the domain, from 1.
+
+        Returns
+        -------
+        list
+            Here the new ones alone.
+        """
+        return list(new)
+
+    def extra_items(self, count, draw):
+        """Return remembered utterances to add to a batch.
+
+        Arguments
+        ---------
+        count : int
+            Utterances in the whole batch.
+        draw : int
+            Number of the batch; the same number draws the same utterances.
+
+        Returns
+        -------
+        list
+            Here none.
+        """
+        return []
+
+    def penalty(self, model, forward, log_probs, lens):
+        """Return a term to add to the loss of one batch.
+
+        Arguments
+        ---------
+        model : torch.nn.Module
+            The model under training (not DDP-wrapped).
+        forward : callable
+            `forward(model) -> log_probs` runs another copy of the model on
+            the same batch.
+        log_probs : torch.Tensor
+            [batch, time, classes], the model's own output.
+        lens : torch.Tensor
+            [batch], relative lengths in (0, 1].
+
+        Returns
+        -------
+        torch.Tensor or None
+            A scalar, or None where there is nothing to add.
+        """
+        return None
+
+    def after_task(self, before, finetuned, task):
+        """Return the weights to keep.
+
+        Arguments
+        ---------
+        before : dict of str to torch.Tensor
+            Weights at the start of the task.
+        finetuned : dict of str to torch.Tensor
+            Weights at its end.
+        task : int
+            Number of the domain, from 1.
+
+        Returns
+        -------
+        dict of str to torch.Tensor
+            Here the fine-tuned ones.
+        """
+        return finetuned
+
+    def consolidate(self, model, items, loss):
+        """Remember what a later task will need.
+
+        Arguments
+        ---------
+        model : torch.nn.Module
+            Holds the weights that were kept.
+        items : list
+            The utterances of the domain just learned.
+        loss : callable
+            `loss(item) -> torch.Tensor`, the negative log-likelihood of one
+            utterance under the model, with gradient.
+        """
+
+    def state_dict(self):
+        """Return what has to survive from task to task.
+
+        Returns
+        -------
+        dict
+            Tensors, and whatever JSON can hold.
+        """
+        return {}
+
+    def load_state_dict(self, state):
+        """Take back what `state_dict` returned.
+
+        Arguments
+        ---------
+        state : dict
+            As returned by `state_dict` of the same class.
+        """
+        if state:
+            raise ValueError(
+                f"{type(self).__name__} keeps nothing from task to task, but "
+                f"was given {', '.join(sorted(state))}: the state of another "
+                "method?"
+            )
+
+    @mark_as_saver
+    def save(self, path):
+        """Write the method's memory (safetensors, atomically).
+
+        Arguments
+        ---------
+        path : str or pathlib.Path
+            The file.
+        """
+        state = self.state_dict()
+        tensors = {
+            name: value.detach().cpu().contiguous()
+            for name, value in state.items()
+            if isinstance(value, torch.Tensor)
+        }
+        plain = {k: v for k, v in state.items() if k not in tensors}
+        metadata = {"method": type(self).__name__, "plain": json.dumps(plain)}
+        with atomic_write(path) as stream:
+            stream.write(to_safetensors(tensors, metadata))
+
+    @mark_as_loader
+    def load(self, path, end_of_epoch=True):
+        """Read what `save` wrote.
+
+        Arguments
+        ---------
+        path : str or pathlib.Path
+            The file.
+        end_of_epoch : bool
+            Not used; SpeechBrain passes it.
+
+        Raises
+        ------
+        ValueError
+            The file belongs to another method, or is damaged.
+        """
+        del end_of_epoch
+        try:
+            with safe_open(str(path), "pt") as stream:
+                metadata = stream.metadata() or {}
+                names = list(stream.keys())
+                state = {name: stream.get_tensor(name) for name in names}
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"{path}: not the memory of a lifelong method, or damaged "
+                f"({error}). Delete it and run the last task again."
+            ) from None
+        if metadata.get("method") != type(self).__name__:
+            raise ValueError(
+                f"{path}: memory of {metadata.get('method')!r}, expected that "
+                f"of {type(self).__name__!r}; each method needs a folder of "
+                "its own"
+            )
+        state.update(json.loads(metadata["plain"]))
+        self.load_state_dict(state)
+
+
+class Averaging(FineTuning):
+    """Average the weights before and after each task.
+
+    `theta_t = (1 - w_t) theta_{t-1} + w_t theta_hat_t`. This is task
+    arithmetic with scale `w_t`; it has a row of its own since its weight is
+    fixed by the method and not chosen: one half, or `1 / t`, which keeps the
+    plain mean of all fine-tuned models.
+
+    Arguments
+    ---------
+    weight : float or str
+        Weight of the newly fine-tuned model in [0, 1], or `"1/t"` with `t`
+        the number of the domain.
+
+    Example
+    -------
+    >>> before, after = {"w": torch.zeros(1)}, {"w": torch.ones(1)}
+    >>> Averaging(0.5).after_task(before, after, task=4)["w"].item()
+    0.5
+    >>> Averaging("1/t").after_task(before, after, task=4)["w"].item()
+    0.25
+    """
+
+    def __init__(self, weight=0.5):
+        if weight != "1/t":
+            weight = float(weight)
+            if not 0.0 <= weight <= 1.0:
+                raise ValueError(
+                    f"weight is {weight}, expected 0 to 1 or the text '1/t'"
+                )
+        self.weight = weight
+
+    def after_task(self, before, finetuned, task):
+        """Return the average; what is no floating-point number stays.
+
+        Arguments
+        ---------
+        before : dict of str to torch.Tensor
+            Weights at the start of the task.
+        finetuned : dict of str to torch.Tensor
+            Weights at its end, same names.
+        task : int
+            Number of the domain, from 1.
+
+        Returns
+        -------
+        dict of str to torch.Tensor
+            The weights to keep.
+        """
+        _same_names(before, finetuned)
+        weight = 1.0 / task if self.weight == "1/t" else self.weight
+        return {
+            name: _average(old, finetuned[name], weight)
+            for name, old in before.items()
+        }
+
+
+class PartialUpdate(FineTuning):
+    """Train only the parameters that fit a pattern; all others stay.
+
+    With the encoder's pattern this is the "encoder-only" baseline of
+    lifelong speech recognition (Takashima et al. 2022 and others).
+
+    Arguments
+    ---------
+    patterns : str or sequence of str
+        Anchored shell patterns on whole names, e.g. `"encoder.*"`.
+
+    Example
+    -------
+    >>> model = torch.nn.ModuleDict(
+    ...     {"encoder": torch.nn.Linear(2, 2), "ctc_lin": torch.nn.Linear(2, 3)}
+    ... )
+    >>> PartialUpdate("encoder.*").freeze(model)
+    ['encoder.weight', 'encoder.bias']
+    """
+
+    changes_training = True
+
+    def __init__(self, patterns="encoder.*"):
+        is_text = isinstance(patterns, str)
+        self.patterns = (patterns,) if is_text else tuple(patterns)
+
+    def trainable(self, name):
+        """Tell whether a parameter may change.
+
+        Arguments
+        ---------
+        name : str
+            The parameter's name in the model.
+
+        Returns
+        -------
+        bool
+            True where it fits one of the patterns.
+        """
+        return any(matches(name, pattern) for pattern in self.patterns)
+
+    def freeze(self, model):
+        """Set `requires_grad` by the patterns, each of which must fit.
+
+        Arguments
+        ---------
+        model : torch.nn.Module
+            The model, before the optimizer is made.
+
+        Returns
+        -------
+        list of str
+            The names that stay trainable.
+
+        Raises
+        ------
+        ValueError
+            A pattern that fits no parameter.
+        """
+        names = [name for name, _ in model.named_parameters()]
+        for pattern in self.patterns:
+            require_match(names, pattern)
+        return super().freeze(model)
+
+
+def _average(old, new, weight):
+    """Average in float32 at least; integers and booleans stay as before."""
+    if not torch.is_floating_point(old):
+        return old.clone()
+    wide = torch.promote_types(old.dtype, torch.float32)
+    return torch.lerp(old.to(wide), new.to(wide), weight).to(old.dtype)
+
+
+def _same_names(before, finetuned):
+    if before.keys() != finetuned.keys():
+        odd = sorted(before.keys() ^ finetuned.keys())
+        raise ValueError(
+            f"{len(odd)} names are on one side only: {', '.join(odd[:5])}; "
+            "both must be states of one model"
+        )

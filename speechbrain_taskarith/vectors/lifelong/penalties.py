@@ -1,0 +1,279 @@
+"""Lifelong methods that add a term to the loss: EWC and LwF."""
+
+import copy
+import random
+
+import torch
+
+from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
+from speechbrain_taskarith.vectors.lifelong.methods import FineTuning
+
+
+class EWC(FineTuning):
+    """Elastic weight consolidation, online: hold what mattered before.
+
+    After each task the diagonal of the (empirical) Fisher information is
+    measured as the mean over utterances of the squared gradient of that
+    one utterance's log-likelihood, `F_i = mean_n (d log p(y_n|x_n) /
+    d theta_i)^2`. Gradients of a batch's mean would be too small by up to
+    the batch size. The penalty is
+
+    `strength / 2 * sum_i F_i (theta_i - theta*_i)^2`
+
+    around the weights `theta*` kept last (Kirkpatrick et al., "Overcoming
+    catastrophic forgetting in neural networks", 2017, eq. 3), with one
+    running Fisher `F <- decay F + F_new` instead of one for each task
+    (Schwarz et al., "Progress & Compress", 2018, section 3.1).
+
+    Arguments
+    ---------
+    strength : float
+        Weight of the penalty, at least 0.
+    decay : float
+        What stays of the older Fisher at each task, 0 to 1.
+    samples : int
+        Utterances that the Fisher is measured on.
+    seed : int
+        Of the choice of these utterances.
+
+    Example
+    -------
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> _ = torch.nn.init.zeros_(model.weight)
+    >>> method = EWC(strength=2.0)
+    >>> loss = lambda x: 0.5 * (model(torch.tensor([x])) - 1.0).square().sum()
+    >>> method.consolidate(model, [1.0, 3.0], loss)  # gradients -1 and -3
+    >>> method.fisher["weight"].item()
+    5.0
+    >>> _ = torch.nn.init.constant_(model.weight, 2.0)
+    >>> method.penalty(model, None, None, None).item()
+    20.0
+    """
+
+    changes_training = True
+
+    def __init__(self, strength=1.0, decay=1.0, samples=200, seed=0):
+        if strength < 0:
+            raise ValueError(f"strength is {strength}, expected at least 0")
+        if not 0.0 <= decay <= 1.0:
+            raise ValueError(f"decay is {decay}, expected 0 to 1")
+        if samples < 1:
+            raise ValueError(f"samples is {samples}, expected at least 1")
+        self.strength, self.decay = float(strength), float(decay)
+        self.samples, self.seed = int(samples), seed
+        self.fisher, self.anchor, self.tasks = {}, {}, 0
+
+    def penalty(self, model, forward, log_probs, lens):
+        """Return the quadratic penalty, None before the first Fisher.
+
+        Arguments
+        ---------
+        model : torch.nn.Module
+            The model under training.
+        forward : callable
+            Not used.
+        log_probs : torch.Tensor
+            Not used.
+        lens : torch.Tensor
+            Not used.
+
+        Returns
+        -------
+        torch.Tensor or None
+            A scalar.
+        """
+        if not self.fisher:
+            return None
+        total = 0.0
+        for name, parameter in model.named_parameters():
+            if name in self.fisher and parameter.requires_grad:
+                moved = parameter - self.anchor[name].to(parameter)
+                fisher = self.fisher[name].to(parameter)
+                total = total + (fisher * moved.square()).sum()
+        return 0.5 * self.strength * total
+
+    def consolidate(self, model, items, loss):
+        """Measure the Fisher on the domain just learned; move the anchor.
+
+        Arguments
+        ---------
+        model : torch.nn.Module
+            Holds the weights that were kept.
+        items : list
+            The domain's utterances.
+        loss : callable
+            `loss(item) -> torch.Tensor`, negative log-likelihood of one
+            utterance.
+
+        Raises
+        ------
+        ValueError
+            No utterances, or a gradient that is not finite.
+        """
+        chosen = list(items)
+        random.Random(f"fisher {self.seed} {self.tasks}").shuffle(chosen)
+        chosen = chosen[: self.samples]
+        if not chosen:
+            raise ValueError("EWC needs at least one utterance of the domain")
+        parameters = dict(model.named_parameters())
+        new = {
+            name: torch.zeros_like(p, dtype=torch.float32)
+            for name, p in parameters.items()
+        }
+        # Every parameter counts, also one that the next task will freeze.
+        frozen = [p for p in parameters.values() if not p.requires_grad]
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        training = model.training
+        model.eval()
+        try:
+            for item in chosen:
+                gradients = torch.autograd.grad(
+                    loss(item), list(parameters.values()), allow_unused=True
+                )
+                for name, gradient in zip(parameters, gradients):
+                    if gradient is not None:
+                        new[name] += gradient.detach().float().square()
+        finally:
+            model.train(training)
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+        for name, value in new.items():
+            if not torch.isfinite(value).all():
+                raise ValueError(
+                    f"the Fisher information of {name!r} is not finite: an "
+                    "utterance has an infinite loss, most often one that is "
+                    "too short for its transcript"
+                )
+            value /= len(chosen)
+            if name in self.fisher:
+                value += self.decay * self.fisher[name].to(value)
+        self.fisher = new
+        self.anchor = {n: p.detach().clone() for n, p in parameters.items()}
+        self.tasks += 1
+
+    def state_dict(self):
+        """Return Fisher, anchor and the number of tasks.
+
+        Returns
+        -------
+        dict
+            `fisher.<name>`, `anchor.<name>` and `tasks`.
+        """
+        state = {f"fisher.{n}": v for n, v in self.fisher.items()}
+        state.update({f"anchor.{n}": v for n, v in self.anchor.items()})
+        return {**state, "tasks": self.tasks}
+
+    def load_state_dict(self, state):
+        """Take them back.
+
+        Arguments
+        ---------
+        state : dict
+            As returned by `state_dict`.
+        """
+        self.fisher = _part(state, "fisher.")
+        self.anchor = _part(state, "anchor.")
+        self.tasks = int(state["tasks"])
+
+
+class LwF(FineTuning):
+    """Learning without forgetting: keep the old model's answers.
+
+    On the new domain's own utterances the model stays close to what it
+    answered before the task:
+
+    `strength * T^2 * mean_n mean_t KL(p_old^(1/T) || p^(1/T))`
+
+    over utterances `n` and their valid frames `t` (so that equal shards of a
+    batch average to the whole), both distributions at temperature `T` (Li and Hoiem, "Learning
+    without forgetting", 2017; the factor `T^2` after Hinton et al., 2015).
+    KL and not cross-entropy: their difference, the old model's entropy, has
+    no gradient, and the KL is 0 at the start. Nothing is kept between
+    tasks: the old model is the one that the task starts from.
+
+    Arguments
+    ---------
+    strength : float
+        Weight of the term, at least 0.
+    temperature : float
+        Above 0; larger gives weight to the unlikely classes.
+
+    Example
+    -------
+    >>> model = torch.nn.Linear(3, 4)
+    >>> method = LwF()
+    >>> method.before_task(model, task=2)
+    >>> x = torch.rand(2, 5, 3)
+    >>> forward = lambda net: net(x).log_softmax(-1)
+    >>> method.penalty(model, forward, forward(model), torch.ones(2)).item()
+    0.0
+    """
+
+    changes_training = True
+
+    def __init__(self, strength=1.0, temperature=2.0):
+        if strength < 0:
+            raise ValueError(f"strength is {strength}, expected at least 0")
+        if temperature <= 0:
+            raise ValueError(f"temperature is {temperature}, expected above 0")
+        self.strength = float(strength)
+        self.temperature = float(temperature)
+        self.teacher = None
+
+    def before_task(self, model, task):
+        """Keep a frozen copy of the model from the second task on.
+
+        Arguments
+        ---------
+        model : torch.nn.Module
+            Holds the weights kept so far.
+        task : int
+            Number of the domain, from 1.
+        """
+        self.teacher = None
+        if task > 1:
+            self.teacher = copy.deepcopy(model).eval().requires_grad_(False)
+
+    def penalty(self, model, forward, log_probs, lens):
+        """Return the distillation term, None during the first task.
+
+        Arguments
+        ---------
+        model : torch.nn.Module
+            The model under training.
+        forward : callable
+            `forward(model) -> log_probs` on the same batch.
+        log_probs : torch.Tensor
+            [batch, time, classes], the model's own output.
+        lens : torch.Tensor
+            [batch], relative lengths in (0, 1].
+
+        Returns
+        -------
+        torch.Tensor or None
+            A scalar.
+        """
+        del model
+        if self.teacher is None:
+            return None
+        with torch.no_grad():
+            old = forward(self.teacher)
+        old = (old / self.temperature).log_softmax(-1)
+        new = (log_probs / self.temperature).log_softmax(-1)
+        frames = (old.exp() * (old - new)).sum(-1)
+        steps = frames.shape[1]
+        absolute = absolute_lengths(lens.to(frames.device), steps)
+        valid = ~padding_mask(absolute, steps)
+        # where(), not a product: a padded frame may hold anything.
+        total = torch.where(valid, frames, torch.zeros_like(frames)).sum(1)
+        weight = self.strength * self.temperature**2
+        return weight * (total / valid.sum(1).clamp_min(1)).mean()
+
+
+def _part(state, prefix):
+    return {
+        name[len(prefix) :]: value
+        for name, value in state.items()
+        if name.startswith(prefix)
+    }

@@ -1,0 +1,1 @@
+"""What a recipe names in its YAML: checkpointers and pretrainer."""

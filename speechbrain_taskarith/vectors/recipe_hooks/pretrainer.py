@@ -1,0 +1,236 @@
+"""Starting a recipe from a merged model: base plus vectors, checked."""
+
+import os
+from pathlib import Path
+
+import torch
+from speechbrain.utils.checkpoints import (
+    DEFAULT_TRANSFER_HOOKS,
+    get_default_hook,
+    hook_on_loading_state_dict_checkpoint,
+    torch_parameter_transfer,
+)
+from speechbrain.utils.fetching import FetchSource
+from speechbrain.utils.logger import get_logger
+from speechbrain.utils.parameter_transfer import Pretrainer
+
+from speechbrain_taskarith.vectors.rules.description import combine, scale_of
+from speechbrain_taskarith.vectors.states.readers import open_state
+from speechbrain_taskarith.vectors.states.speechbrain_folder import (
+    find_checkpoint_folder,
+)
+from speechbrain_taskarith.vectors.task_vector import TaskVector
+
+logger = get_logger(__name__)
+
+
+class TaskVectorPretrainer(Pretrainer):
+    """A `Pretrainer` that loads a base plus any number of task vectors.
+
+    Everything is computed and checked before anything is loaded: that the
+    vectors were taken from this base, and that names and shapes are the
+    module's. Upstream's `Pretrainer` warns of keys that do not fit and goes
+    on; here they are an error. Parameters stay on their device.
+
+    Arguments
+    ---------
+    collect_in : str, pathlib.Path or None
+        As for `Pretrainer`.
+    loadables : dict
+        `{name: object}`.
+    paths : dict or None
+        `{name: path}`; besides what `Pretrainer` takes, a `CKPT+` folder or
+        a save folder (its newest checkpoint, or by `min_key`/`max_key`).
+    vectors : dict or None
+        `{name: path or [path, ...]}` of stored task vectors. Loadables
+        without vectors are loaded as they are.
+    rule : object or None
+        The merging rule. None: one vector is added as it is.
+    scale : float, dict or None
+        Share of the combined vector; None takes the rule's.
+    any_base : bool
+        True lets vectors of other bases in, as SYN2REAL does: a source
+        domain's vector on the target's model.
+    strict : bool
+        False loads modules without vectors as upstream does.
+    min_key, max_key : str or None
+        Score that chooses among the checkpoints of a save folder.
+    **arguments : object
+        `custom_hooks`, `conditions`.
+
+    Example
+    -------
+    >>> from speechbrain_taskarith.vectors import TaskVector, save_state
+    >>> folder = getfixture("tmpdir")
+    >>> base = {"weight": torch.ones(1, 1)}
+    >>> _ = save_state(base, folder / "us.ckpt")
+    >>> tau = TaskVector.between(base, {"weight": torch.full((1, 1), 3.0)})
+    >>> _ = tau.save(folder / "german.safetensors")
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> pretrainer = TaskVectorPretrainer(
+    ...     loadables={"model": model},
+    ...     paths={"model": str(folder / "us.ckpt")},
+    ...     vectors={"model": str(folder / "german.safetensors")},
+    ...     scale=0.5,
+    ... )
+    >>> _ = pretrainer.collect_files()
+    >>> pretrainer.load_collected()
+    >>> model.weight.item()
+    2.0
+    """
+
+    def __init__(
+        self,
+        collect_in=None,
+        loadables=None,
+        paths=None,
+        *,
+        vectors=None,
+        rule=None,
+        scale=None,
+        any_base=False,
+        strict=True,
+        min_key=None,
+        max_key=None,
+        **arguments,
+    ):
+        self._keys = {"min_key": min_key, "max_key": max_key}
+        super().__init__(collect_in, loadables, paths, **arguments)
+        self.vectors = {
+            name: [given] if isinstance(given, (str, os.PathLike)) else given
+            for name, given in (vectors or {}).items()
+        }
+        unknown = [name for name in self.vectors if name not in self.loadables]
+        if unknown:
+            raise ValueError(
+                f"vectors: no loadables called {unknown}; there are "
+                f"{list(self.loadables)}"
+            )
+        self.rule, self.scale = rule, scale
+        self.any_base, self.strict = any_base, strict
+
+    def collect_files(self, default_source=None, **arguments):
+        """Collect files; folders of checkpoints are looked into.
+
+        Arguments
+        ---------
+        default_source : str, pathlib.Path, FetchSource or None
+            Also a save folder.
+        **arguments : object
+            As for `Pretrainer`.
+
+        Returns
+        -------
+        dict
+            `{name: local path}`.
+        """
+        for name, path in self.paths.items():
+            self.paths[name] = self._file_of(name, path)
+        if isinstance(default_source, (str, os.PathLike)):
+            folder = Path(default_source)
+            if folder.is_dir() and any(folder.glob("CKPT+*")):
+                default_source = str(
+                    find_checkpoint_folder(folder, **self._keys)
+                )
+        return super().collect_files(default_source, **arguments)
+
+    def _file_of(self, name, path):
+        """Return the file that a path means; URLs and hub names as given."""
+        if isinstance(path, FetchSource) or not Path(path).is_dir():
+            return path if isinstance(path, FetchSource) else str(path)
+        folder = find_checkpoint_folder(path, **self._keys)
+        file = folder / f"{name}.ckpt"
+        if not file.exists():
+            raise FileNotFoundError(
+                f"{folder}: holds no {name}.ckpt for the loadable {name!r}; "
+                "name the file itself in paths"
+            )
+        return str(file)
+
+    def _call_load_hooks(self, paramfiles):
+        hooks, own = dict(self.custom_hooks), {}
+        for name, obj in self.loadables.items():
+            if not self.is_loadable(name):
+                continue
+            if name in self.vectors:
+                state = self._edited(name, paramfiles[name])
+            elif name not in hooks and self.strict and _is_plain(obj):
+                state = open_state(os.path.realpath(paramfiles[name]))
+            else:
+                continue
+            own[name] = _loader(name, obj, state, paramfiles[name])
+        # All is well: only now does anything change.
+        self.custom_hooks = {**hooks, **own}
+        try:
+            super()._call_load_hooks(paramfiles)
+        finally:
+            self.custom_hooks = hooks
+
+    def _edited(self, name, path):
+        # What is collected is a link with a name of its own; the format
+        # shows in the name of what it leads to.
+        base = open_state(os.path.realpath(path))
+        vectors = [TaskVector.load(file) for file in self.vectors[name]]
+        for file, vector in zip(self.vectors[name], vectors):
+            if self.any_base or vector.base_fingerprint == base.fingerprint:
+                continue
+            raise ValueError(
+                f"{file}: was taken from another base "
+                f"({vector.metadata.get('base', 'path unknown')}) than "
+                f"{path}. Give its own base, or say any_base: True where "
+                "that is meant (SYN2REAL)"
+            )
+        if not vectors:
+            return base
+        if self.rule is not None:
+            vector = combine(self.rule, vectors, base)
+        elif len(vectors) == 1:
+            vector = vectors[0]
+        else:
+            raise ValueError(
+                f"vectors: {len(vectors)} for {name!r}; say by which rule "
+                "they are merged (rule=...)"
+            )
+        scale = self.scale
+        if scale is None:
+            scale = scale_of(self.rule, vector)
+        logger.info(
+            f"{name}: {path} plus {len(vectors)} task vector(s), scale {scale}"
+        )
+        return vector.apply(base, scale, any_base=True)
+
+
+def _is_plain(obj):
+    """True for modules that upstream loads non-strictly, from a state dict."""
+    return (
+        isinstance(obj, torch.nn.Module)
+        and get_default_hook(obj, DEFAULT_TRANSFER_HOOKS)
+        is torch_parameter_transfer
+    )
+
+
+def _loader(name, obj, state, path):
+    """Check a state against a module; return what will load it."""
+    content = {key: state[key] for key in state}
+    content = hook_on_loading_state_dict_checkpoint(content)
+    own = obj.state_dict()
+    problems = [f"{key}: not in the file" for key in own if key not in content]
+    problems += [f"{key}: not in {name}" for key in content if key not in own]
+    problems += [
+        f"{key}: {tuple(content[key].shape)} in the file, "
+        f"{tuple(own[key].shape)} in {name}"
+        for key in own
+        if key in content and own[key].shape != content[key].shape
+    ]
+    if problems:
+        listed = "\n  ".join(problems[:20])
+        more = f"\n  and {len(problems) - 20} more" * (len(problems) > 20)
+        raise ValueError(
+            f"{path} does not fit the loadable {name!r}; nothing was "
+            f"loaded:\n  {listed}{more}"
+        )
+
+    def load(obj, _):
+        obj.load_state_dict(content)
+
+    return load

@@ -1,0 +1,86 @@
+"""Averaging by Fisher information, which streams along with the vectors."""
+
+from speechbrain_taskarith.vectors import checks
+from speechbrain_taskarith.vectors.engine.chunk_reader import read_float32
+from speechbrain_taskarith.vectors.engine.kernels import all_finite
+from speechbrain_taskarith.vectors.rules.base import Rule
+from speechbrain_taskarith.vectors.states.state import as_state
+
+
+class Fisher(Rule):
+    """Fisher-weighted averaging.
+
+    `tau = sum_i F_i tau_i / sum_i F_i`, entry by entry, with the diagonal of
+    each model's Fisher information (Matena and Raffel 2022, arXiv
+    2111.09832, equation 4). Where all are zero, the plain mean.
+
+    Arguments
+    ---------
+    fishers : sequence of path or mapping
+        One for each vector, in their order: `{name: tensor}`, not negative,
+        with the shapes of the parameters.
+    scale : float or dict
+        See `Rule`.
+
+    Example
+    -------
+    >>> import torch
+    >>> a = {"w": torch.tensor([3.0, 0.0])}
+    >>> b = {"w": torch.tensor([0.0, 3.0])}
+    >>> fishers = [{"w": torch.tensor([1.0, 1.0])}, {"w": torch.tensor([3.0, 0.0])}]
+    >>> Fisher(fishers).combine([a, b])["w"]
+    tensor([0.7500, 0.0000])
+    """
+
+    def __init__(self, fishers, scale=1.0):
+        if isinstance(fishers, (str, bytes)) or not hasattr(
+            fishers, "__iter__"
+        ):
+            raise ValueError("fishers: expected a list, one for each vector")
+        self.fishers = list(fishers)
+        self.scale = checks.scale(scale)
+
+    def prepare(self, stream):
+        """See `Rule.prepare`: the weights, opened and checked."""
+        number, shapes = stream.source.number, stream.source.shapes
+        if len(self.fishers) != number:
+            raise ValueError(
+                f"Fisher has {len(self.fishers)} Fisher weights for {number} "
+                "task vectors; expected one for each"
+            )
+        states = [as_state(fisher) for fisher in self.fishers]
+        for state in states:
+            for name, shape in shapes.items():
+                if name not in state:
+                    raise KeyError(f"{state.label} lacks {name!r}")
+                if state.info(name).shape != shape:
+                    raise ValueError(
+                        f"{state.label}: {name!r} has shape "
+                        f"{state.info(name).shape}, expected {shape}"
+                    )
+        return states
+
+    def merge(self, vectors, place, work, states):
+        """See `Rule.merge`."""
+        xp, size = work.xp, place.size
+        total, mass = work.zeros("sum", size), work.zeros("mass", size)
+        plain, part = work.zeros("plain", size), work.array("part", size)
+        for state, tau in zip(states, vectors):
+            fisher = read_float32(
+                state, place.name, place.start, place.stop, work, "fisher"
+            )
+            if not all_finite(fisher) or float(fisher.min()) < 0:
+                raise ValueError(
+                    f"{state.label}: {place.name!r} holds NaN, infinity or "
+                    "negative numbers; Fisher information is the mean of "
+                    "squared gradients"
+                )
+            xp.multiply(tau, fisher, out=part)
+            xp.add(total, part, out=total)
+            xp.add(mass, fisher, out=mass)
+            xp.add(plain, tau, out=plain)
+        none = mass == 0
+        mass[none] = 1
+        xp.divide(total, mass, out=total)
+        total[none] = plain[none] / len(states)
+        return total

@@ -1,0 +1,1 @@
+"""Model states: read and write them, and tell whether two fit."""

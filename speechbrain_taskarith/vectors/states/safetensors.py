@@ -1,0 +1,360 @@
+"""The safetensors format, read and written piece by piece.
+
+The `safetensors` package gives whole tensors; merging models in bounded
+memory needs a range of elements of one tensor at a time, into buffers that
+are used again, from several threads, without importing torch. The format is
+eight bytes of header length, a JSON header, the bytes: small enough to hold
+here, and the tests read every file of ours with the package and the other
+way round.
+"""
+
+import errno
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from speechbrain_taskarith.utils.files import (
+    TEMPORARY_PREFIX,
+    current_umask,
+    fsync_directory,
+)
+
+# Bytes per element of the dtypes that the format knows and that we handle.
+ITEM_SIZE = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "U16": 2,
+    "U32": 4,
+    "U64": 8,
+    "C64": 8,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+}
+FLOATING = ("F64", "F32", "F16", "BF16")
+
+# The package refuses longer headers too: a length read from a damaged file
+# must not make us allocate the machine's memory.
+_LONGEST_HEADER = 100_000_000
+
+
+class TensorInfo(NamedTuple):
+    """What is known of a tensor without reading it.
+
+    Arguments
+    ---------
+    dtype : str
+        Safetensors name, e.g. `"F32"`, `"BF16"`, `"I64"`.
+    shape : tuple of int
+        Its shape; `()` for a scalar.
+    """
+
+    dtype: str
+    shape: tuple
+
+    @property
+    def numel(self):
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self):
+        """Number of bytes."""
+        return self.numel * ITEM_SIZE[self.dtype]
+
+    @property
+    def floating(self):
+        """True for the dtypes that are edited (F64, F32, F16, BF16)."""
+        return self.dtype in FLOATING
+
+
+def damaged(path, what):
+    """Make the error for a file that is not what its name says.
+
+    Arguments
+    ---------
+    path : str or pathlib.Path
+        The file.
+    what : str
+        What was found.
+
+    Returns
+    -------
+    ValueError
+        To be raised by the caller.
+    """
+    return ValueError(
+        f"{path}: {what}. The file is truncated, altered or of another "
+        "format; copy it again from its source or write it again."
+    )
+
+
+def read_header(path):
+    """Read and check the header of a safetensors file.
+
+    Arguments
+    ---------
+    path : str or pathlib.Path
+        The file.
+
+    Returns
+    -------
+    tensors : dict
+        `{name: (TensorInfo, offset)}` with the offset in bytes from the
+        start of the file, in the order of the file.
+    metadata : dict
+        The `__metadata__` strings, maybe empty.
+
+    Raises
+    ------
+    ValueError
+        The file is no whole safetensors file; it names the file and why.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    with open(path, "rb") as stream:
+        start = stream.read(8)
+        if len(start) < 8:
+            raise damaged(path, f"has {size} bytes, too few for a header")
+        length = int.from_bytes(start, "little")
+        if length > min(size - 8, _LONGEST_HEADER):
+            raise damaged(
+                path,
+                f"its header claims {length} bytes, {size - 8} are there",
+            )
+        text = stream.read(length)
+    try:
+        header = json.loads(text)
+        metadata = _texts(header.pop("__metadata__", {}))
+        entries = {name: _entry(entry) for name, entry in header.items()}
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
+        raise damaged(path, f"its header cannot be read ({error})") from None
+    return _place(path, entries, 8 + length, size), metadata
+
+
+def _entry(entry):
+    """Return one tensor's `TensorInfo` and the range of its bytes."""
+    dtype, shape = entry["dtype"], tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    if not isinstance(dtype, str):
+        raise ValueError(f"dtype {dtype!r}")
+    for number in (*shape, begin, end):
+        if type(number) is not int or number < 0:
+            raise ValueError(f"{number!r} is no size")
+    return TensorInfo(dtype, shape), (begin, end)
+
+
+def _texts(metadata):
+    """Return `__metadata__`, which may hold texts only."""
+    for value in metadata.values():
+        if not isinstance(value, str):
+            raise ValueError(f"its metadata holds {value!r}, no text")
+    return metadata
+
+
+def _place(path, entries, data_start, size):
+    """Turn offsets inside the data into offsets in the file, checked."""
+    tensors, expected = {}, 0
+    for name, (info, (begin, end)) in sorted(
+        entries.items(), key=lambda item: item[1][1]
+    ):
+        if info.dtype not in ITEM_SIZE:
+            raise damaged(path, f"tensor {name!r} has dtype {info.dtype!r}")
+        if begin != expected or end - begin != info.nbytes:
+            raise damaged(
+                path, f"tensor {name!r} does not lie where its shape says"
+            )
+        expected = end
+        tensors[name] = (info, data_start + begin)
+    if data_start + expected != size:
+        raise damaged(
+            path, f"has {size} bytes, its header says {data_start + expected}"
+        )
+    return tensors
+
+
+class SafetensorsWriter:
+    """Write a safetensors file tensor by tensor, or range by range.
+
+    The file has its final size from the start (so a full disk is found
+    before the work) and a temporary name until `close`. `write` may be
+    called from several threads.
+
+    Arguments
+    ---------
+    path : str or pathlib.Path
+        The final name.
+    tensors : dict
+        `{name: TensorInfo}`, in the order to be written.
+    metadata : dict or None
+        Text values for `__metadata__`. Values may be replaced at `close`
+        by texts of the same length (a hash known only at the end).
+
+    Attributes
+    ----------
+    temporary : pathlib.Path
+        Where the file lies until `close`; what was written so far can be
+        read there.
+
+    Example
+    -------
+    >>> path = str(getfixture("tmpdir") / "one.safetensors")
+    >>> with SafetensorsWriter(path, {"w": TensorInfo("F32", (2,))}) as out:
+    ...     out.write("w", 0, bytes(8))
+    >>> read_header(path)[0]["w"][0]
+    TensorInfo(dtype='F32', shape=(2,))
+    """
+
+    def __init__(self, path, tensors, metadata=None):
+        self.path = Path(path)
+        self.metadata = dict(metadata or {})
+        # Widest elements first keeps every tensor aligned, as the package
+        # itself writes them.
+        order = sorted(tensors, key=lambda n: -ITEM_SIZE[tensors[n].dtype])
+        self.tensors = {name: tensors[name] for name in order}
+        header = self._header()
+        self._data_start = len(header)
+        self._offsets, end = {}, self._data_start
+        for name, info in self.tensors.items():
+            self._offsets[name] = end
+            end += info.nbytes
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file, name = tempfile.mkstemp(
+            prefix=TEMPORARY_PREFIX,
+            suffix=self.path.suffix,
+            dir=self.path.parent,
+        )
+        self.temporary = Path(name)
+        try:
+            # mkstemp makes private files; results are shared as any other.
+            os.fchmod(self._file, 0o666 & ~current_umask())
+            if end:
+                _allocate(self._file, end)
+            _write_at(self._file, header, 0)
+        except OSError as error:
+            self.abort()
+            raise self._named(error) from error
+
+    def write(self, name, start, data):
+        """Write elements of a tensor.
+
+        Arguments
+        ---------
+        name : str
+            The tensor.
+        start : int
+            Index of the first element, in the flattened tensor.
+        data : bytes-like
+            The elements' bytes, in the tensor's dtype.
+        """
+        info = self.tensors[name]
+        offset = start * ITEM_SIZE[info.dtype]
+        data = memoryview(data).cast("B")
+        if offset + len(data) > info.nbytes:
+            raise ValueError(f"{self.path}: too many bytes for {name!r}")
+        try:
+            _write_at(self._file, data, self._offsets[name] + offset)
+        except OSError as error:
+            raise self._named(error) from error
+
+    def close(self, **metadata):
+        """Give the file its final name.
+
+        Arguments
+        ---------
+        **metadata : str
+            Values that replace those given at the start, of equal length.
+        """
+        try:
+            if metadata:
+                self.metadata.update(metadata)
+                header = self._header()
+                if len(header) != self._data_start:
+                    raise ValueError(
+                        "metadata given at close must keep its length"
+                    )
+                _write_at(self._file, header, 0)
+            os.fsync(self._file)
+            os.replace(self.temporary, self.path)
+        except OSError as error:
+            self.abort()
+            raise self._named(error) from error
+        os.close(self._file)
+        self._file = None
+        fsync_directory(self.path.parent)
+
+    def abort(self):
+        """Take the temporary file away; what stood under the name stays."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+        self.temporary.unlink(missing_ok=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if kind is not None:
+            self.abort()
+        elif self._file is not None:
+            self.close()
+
+    def _header(self):
+        header, begin = {}, 0
+        if self.metadata:
+            header["__metadata__"] = self.metadata
+        for name, info in self.tensors.items():
+            header[name] = {
+                "dtype": info.dtype,
+                "shape": list(info.shape),
+                "data_offsets": [begin, begin + info.nbytes],
+            }
+            begin += info.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    def _named(self, error):
+        return OSError(
+            error.errno,
+            f"could not write ({error.strerror}); nothing under this name "
+            "was changed",
+            str(self.path),
+        )
+
+
+def _allocate(descriptor, size):
+    """Reserve the file's space now, so that a full disk shows at once."""
+    if not hasattr(os, "posix_fallocate"):
+        os.ftruncate(descriptor, size)
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        # Some file systems cannot reserve; there the write will tell.
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        os.ftruncate(descriptor, size)
+
+
+def _write_at(descriptor, data, offset):
+    data = memoryview(data)
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
