@@ -1,8 +1,8 @@
-from .cl_masr import (
-    write_cl_masr_log as write_cl_masr_log,
-)
 from .lifelong import (
     LifelongMatrix as LifelongMatrix,
+)
+from .lifelong_files import (
+    write_cl_masr_log as write_cl_masr_log,
 )
 from .plots import (
     plot_by_layer as plot_by_layer,

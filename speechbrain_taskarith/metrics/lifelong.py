@@ -11,6 +11,7 @@ from pathlib import Path
 
 from speechbrain_taskarith.metrics import lifelong_files
 from speechbrain_taskarith.utils.files import atomic_write
+from speechbrain_taskarith.utils.optional import require
 
 #: Give this as `at` for the mean over the steps instead of one step.
 MEAN = "mean"
@@ -306,8 +307,7 @@ class LifelongMatrix:
             Rows: the domain learned last (index name `after`); columns: the
             domain tested; NaN where nothing was recorded.
         """
-        import pandas
-
+        pandas = require("pandas", "tables", "LifelongMatrix.to_frame")
         return pandas.DataFrame(
             self.rows(),
             index=pandas.Index(self.domains, name="after"),

@@ -1,4 +1,10 @@
-"""The two forms of a WER matrix on disk: CSV to look at, JSON to pass on."""
+"""A WER matrix on disk: CSV to look at, JSON to pass on, CL-MASR's log.
+
+CL-MASR (Della Libera et al., "CL-MASR: A Continual Learning Benchmark for
+Multilingual ASR", 2023) computes its tables from the train log of a run:
+one line per test, in the order the tests are made. A matrix written here
+can be put beside its logs and analysed by its script.
+"""
 
 import csv
 import io
@@ -7,48 +13,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from speechbrain_taskarith.utils.files import atomic_write
+
 
 class Codec(NamedTuple):
-    """How a matrix becomes text and comes back.
-
-    Arguments
-    ---------
-    encode : callable
-        `(domains, {(after, on): WER}) -> text`.
-    decode : callable
-        `text -> (domains, {(after, on): WER})`; raises ValueError, KeyError,
-        TypeError or IndexError on text of another kind.
-    """
+    """How a matrix becomes text and comes back."""
 
     encode: Callable
     decode: Callable
 
 
 def codec(path):
-    """Choose the form by a file's suffix.
-
-    Arguments
-    ---------
-    path : str or pathlib.Path
-        A `.csv` or `.json` file.
-
-    Returns
-    -------
-    Codec
-        How to write and read it.
-
-    Raises
-    ------
-    ValueError
-        Another suffix.
-
-    Example
-    -------
-    >>> print(codec("wer.csv").encode(["us", "de"], {("us", "us"): 9.5}))
-    after,us,de
-    us,9.5,
-    de,,
-    """
+    """Choose the form by a file's suffix."""
     suffix = Path(path).suffix
     if suffix not in _CODECS:
         raise ValueError(
@@ -109,3 +85,83 @@ _CODECS = {
     ".csv": Codec(_to_csv, _from_csv),
     ".json": Codec(_to_json, _from_json),
 }
+
+# Characters by which the benchmark's script splits file names and lines.
+_SEPARATORS = (",", ": ", " - ", "/", "\\", "\n", "_base=", "_new=", ".txt")
+
+
+def write_cl_masr_log(matrix, folder, method, seed=None):
+    """Write a matrix as the train log of a CL-MASR run.
+
+    The first domain takes the part of CL-MASR's base languages. Its script
+    reads `test WER` line by line: first the base, then after every new
+    domain the base and all new ones so far.
+
+    Arguments
+    ---------
+    matrix : LifelongMatrix
+        Two domains or more, every `R[k][j]` with j <= k recorded.
+    folder : str or pathlib.Path
+        Where the log goes; give this folder to `analyze_logs.py`.
+    method : str
+        The name in its tables and legends. Its script takes what stands
+        before the first underscore, so underscores become hyphens.
+    seed : int or None
+        Named in the file, so that several runs of a method lie side by side
+        (its script averages them).
+
+    Returns
+    -------
+    pathlib.Path
+        `<method>[_seed<seed>]_base=<first>_new=<others, by comma>.txt`, as
+        the script wants it.
+
+    Raises
+    ------
+    ValueError
+        Fewer than two domains, or a name with a character by which the
+        script splits lines or file names.
+    KeyError
+        A WER that has not been recorded.
+
+    Example
+    -------
+    >>> from speechbrain_taskarith.metrics import LifelongMatrix
+    >>> matrix = LifelongMatrix(["us", "de"])
+    >>> for after, on, wer in [
+    ...     ("us", "us", 10), ("de", "us", 12), ("de", "de", 20.5)
+    ... ]:
+    ...     matrix.record(after, on, wer)
+    >>> path = write_cl_masr_log(matrix, getfixture("tmp_path"), "ties")
+    >>> path.name
+    'ties_base=us_new=de.txt'
+    >>> print(path.read_text(encoding="utf-8").strip())
+    learned: us, tested: us - test WER: 10.000000
+    learned: de, tested: us - test WER: 12.000000
+    learned: de, tested: de - test WER: 20.500000
+    """
+    domains = matrix.domains
+    if len(domains) < 2:
+        raise ValueError(
+            f"a CL-MASR log needs two domains or more, got {list(domains)}"
+        )
+    method = method.replace("_", "-")
+    for name in (method, *domains):
+        clash = [mark for mark in _SEPARATORS if mark in name]
+        if clash or name != name.strip() or not name:
+            raise ValueError(
+                f"the name {name!r} cannot stand in a CL-MASR log: its "
+                "script splits lines and file names by "
+                f"{', '.join(map(repr, _SEPARATORS))}; rename it"
+            )
+    lines = [
+        f"learned: {after}, tested: {on} - test WER: {matrix[after, on]:.6f}\n"
+        for k, after in enumerate(domains)
+        for on in domains[: k + 1]
+    ]
+    run = method if seed is None else f"{method}_seed{int(seed)}"
+    name = f"{run}_base={domains[0]}_new={','.join(domains[1:])}.txt"
+    path = Path(folder) / name
+    with atomic_write(path, "w") as stream:
+        stream.writelines(lines)
+    return path

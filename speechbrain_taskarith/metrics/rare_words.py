@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from speechbrain_taskarith.metrics.word_alignment import (
+from speechbrain_taskarith.metrics.word_errors import (
     aligned,
     error_rate,
     matched,

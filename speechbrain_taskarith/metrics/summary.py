@@ -12,7 +12,7 @@ import logging
 from pathlib import Path
 
 from speechbrain_taskarith.metrics import tables
-from speechbrain_taskarith.metrics.result_rows import (
+from speechbrain_taskarith.metrics.tables import (
     AGGREGATES,
     KEYS,
     aggregated,

@@ -1,4 +1,142 @@
-"""From the rows of a summary to tables: layout, Markdown, terminal."""
+"""Results as rows, and rows as tables: layout, Markdown, terminal."""
+
+import math
+import re
+import statistics
+
+#: The keys of a row, in this order.
+KEYS = (
+    "table",
+    "row",
+    "metric",
+    "value",
+    "unit",
+    "split",
+    "seed",
+    "selected_on",
+)
+
+#: Units used where `Summary.add` is given none.
+UNITS = {
+    "wer": "%",
+    "cer": "%",
+    "average_wer": "%",
+    "relative_reduction": "%",
+    "werr": "%",
+    "bwt": "points",
+    "fwt": "points",
+    "im": "points",
+    "seconds": "s",
+    "trained_parameters": "parameters",
+    "scale": "1",
+    "density": "1",
+}
+
+#: What stands in `seed` of the rows that are computed from several seeds.
+AGGREGATES = ("mean", "std")
+
+_TABLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+def make_row(
+    table,
+    row,
+    metric,
+    value,
+    unit=None,
+    split="test",
+    seed=None,
+    selected_on=None,
+):
+    """Build one row and check it."""
+    value = _finite(value, f"{table} / {row} / {metric}")
+    if seed is not None and (isinstance(seed, bool) or seed != int(seed)):
+        raise ValueError(f"seed is {seed!r}, expected a whole number")
+    if unit is None and metric not in UNITS:
+        raise ValueError(
+            f"metric {metric!r} has no usual unit; give unit=... (e.g. "
+            "'%', 's', '1')"
+        )
+    if not _TABLE_NAME.fullmatch(_name(table, "table")):
+        raise ValueError(
+            f"table {table!r} is to name a file; use letters, digits and "
+            "_ . - only"
+        )
+    if selected_on is not None:
+        _name(selected_on, "selected_on")
+    return {
+        "table": table,
+        "row": _name(row, "row"),
+        "metric": _name(metric, "metric"),
+        "value": value,
+        "unit": _name(UNITS[metric] if unit is None else unit, "unit"),
+        "split": _name(split, "split"),
+        "seed": None if seed is None else int(seed),
+        "selected_on": selected_on,
+    }
+
+
+def result_of(entry):
+    """Return what a row measures, whatever the seed."""
+    return entry["table"], entry["row"], entry["metric"], entry["split"]
+
+
+def by_seed(entry):
+    """Key that sorts rows by seed, those without one first."""
+    return (entry["seed"] is not None, entry["seed"] or 0)
+
+
+def aggregated(entries):
+    """Return the mean and std rows of one result's seeds."""
+    if len(entries) < 2:
+        return []
+    values = [entry["value"] for entry in entries]
+    chosen = [entry["selected_on"] for entry in entries]
+    chosen = sorted({name for name in chosen if name is not None})
+    common = {**entries[0], "selected_on": "; ".join(chosen) or None}
+    return [
+        {**common, "value": math.fsum(values) / len(values), "seed": "mean"},
+        {**common, "value": statistics.stdev(values), "seed": "std"},
+    ]
+
+
+def described(entry):
+    """Name a row in a message."""
+    return (
+        f"{entry['table']} / {entry['row']} / {entry['metric']} on "
+        f"{entry['split']} (seed {entry['seed']})"
+    )
+
+
+def difference(known, entry):
+    """Say in what two rows of the same result and seed differ."""
+    return ", ".join(
+        f"{key} {known[key]!r} instead of {entry[key]!r}"
+        for key in ("value", "unit", "selected_on")
+        if known[key] != entry[key]
+    )
+
+
+def _finite(value, where):
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{where}: value is {value!r}, expected a number"
+        ) from None
+    if not math.isfinite(number):
+        raise ValueError(
+            f"{where}: value is {number}; only finite numbers are reported. "
+            "Find out where it comes from, or leave the result out"
+        )
+    return number
+
+
+def _name(name, what):
+    if not isinstance(name, str) or not name.strip() or "\n" in name:
+        raise ValueError(f"{what} is {name!r}, expected a name on one line")
+    return name
+
 
 #: Choosing on these is choosing on what is reported: an upper bound only.
 ORACLES = ("real_target", "test")
@@ -7,30 +145,7 @@ _TWO_DECIMALS = ("%", "points")
 
 
 def layout(rows):
-    """Arrange the rows of one table as a grid of text.
-
-    Arguments
-    ---------
-    rows : list of dict
-        `Summary.rows(table)`.
-
-    Returns
-    -------
-    list of list of str
-        First the header. One line per row name and split, one column per
-        metric; a cell is `mean ± std` where there are several seeds (with
-        the number of seeds where neighbours have more), or else the value.
-        A column `split` and a column `chosen on` appear where they say
-        something.
-
-    Example
-    -------
-    >>> row = {"table": "t", "row": "best", "metric": "wer", "value": 3,
-    ...        "unit": "%", "split": "test", "seed": 0,
-    ...        "selected_on": "real_target"}
-    >>> layout([row])
-    [['', 'wer (%)', 'chosen on'], ['best (oracle)', '3.00', 'real_target']]
-    """
+    """Arrange the rows of one table as a grid of text."""
     metrics, cells, chosen = {}, {}, {}
     for row in rows:
         metrics[row["metric"]] = row["unit"]
@@ -63,18 +178,7 @@ def layout(rows):
 
 
 def caption(rows):
-    """Say what the figures of a table are.
-
-    Arguments
-    ---------
-    rows : list of dict
-        `Summary.rows(table)`.
-
-    Returns
-    -------
-    str
-        Splits and seeds in a sentence or two.
-    """
+    """Say what the figures of a table are."""
     splits = ", ".join(dict.fromkeys(row["split"] for row in rows))
     seeds = {row["seed"] for row in rows} - {None, "mean", "std"}
     text = f"Measured on: {splits}."
@@ -89,25 +193,7 @@ def caption(rows):
 
 
 def to_markdown(grid):
-    """Turn a grid into a Markdown table.
-
-    Arguments
-    ---------
-    grid : list of list of str
-        What `layout` returned.
-
-    Returns
-    -------
-    str
-        The table; the first column to the left, the others to the right.
-
-    Example
-    -------
-    >>> print(to_markdown([["", "wer (%)"], ["baseline", "9.00"]]))
-    |          | wer (%) |
-    |:---------|--------:|
-    | baseline |    9.00 |
-    """
+    """Turn a grid into a Markdown table."""
     grid = [[cell.replace("|", "\\|") for cell in line] for line in grid]
     widths = [max(map(len, column)) for column in zip(*grid)]
     lines = []
@@ -122,17 +208,7 @@ def to_markdown(grid):
 
 
 def print_table(title, rows, console=None):
-    """Print one table to the terminal.
-
-    Arguments
-    ---------
-    title : str
-        Above it.
-    rows : list of dict
-        `Summary.rows(table)`.
-    console : rich.console.Console or None
-        Where to; standard output by default.
-    """
+    """Print one table to the terminal."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -152,26 +228,7 @@ def print_table(title, rows, console=None):
 
 
 def number(value, unit):
-    """Write a number as the tables show it.
-
-    Arguments
-    ---------
-    value : float
-        The number.
-    unit : str
-        Its unit: percentages and points get two decimals, whole numbers
-        none, everything else four significant digits.
-
-    Returns
-    -------
-    str
-        The text.
-
-    Example
-    -------
-    >>> number(12.345, "%"), number(752640, "parameters"), number(0.4, "1")
-    ('12.35', '752,640', '0.4')
-    """
+    """Write a number as the tables show it."""
     if unit in _TWO_DECIMALS:
         return f"{value:.2f}"
     if value == int(value):

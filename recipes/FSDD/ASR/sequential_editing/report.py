@@ -7,8 +7,11 @@ from pathlib import Path
 import torch
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_taskarith.metrics import LifelongMatrix, Summary
-from speechbrain_taskarith.metrics.cl_masr import write_cl_masr_log
+from speechbrain_taskarith.metrics import (
+    LifelongMatrix,
+    Summary,
+    write_cl_masr_log,
+)
 from speechbrain_taskarith.vectors import (
     SequentialEditor,
     cosine_matrix,

@@ -9,7 +9,7 @@ from speechbrain.utils.logger import get_logger
 
 from speechbrain_taskarith.data import write_audio
 from speechbrain_taskarith.metrics import RareWords, Summary
-from speechbrain_taskarith.metrics.figure import figure
+from speechbrain_taskarith.metrics.plots import figure
 from speechbrain_taskarith.utils.files import atomic_write
 from speechbrain_taskarith.utils.progress import progress
 

@@ -6,7 +6,7 @@ from history import seconds_to
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_taskarith.metrics import Summary
-from speechbrain_taskarith.metrics.figure import MARKERS, figure, legend_beside
+from speechbrain_taskarith.metrics.plots import MARKERS, figure, legend_beside
 from speechbrain_taskarith.translation import plot_window_entropy
 from speechbrain_taskarith.utils.files import (
     atomic_write,
