@@ -1,8 +1,10 @@
-# Two verbs for a newcomer; each sets up what it needs in .venv.
+# Targets; each sets up what it needs in .venv.
 #
-#   make quickstart                       the main job on speech made here
+#   make quickstart                       SYN2REAL and sequential editing on
+#                                         speech that is synthesised here
 #   make quickstart DATA=<fsdd folder>    the same on real recordings
 #   make test                             everything that needs no GPU
+#   make lint                             what the linters say
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +16,7 @@ BIN := $(VENV)/bin
 # threads a process, and results do not depend on the number of cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test install install-dev clean
+.PHONY: quickstart test lint install install-dev clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python recipes/FSDD/ASR/quickstart.py --output "$(OUTPUT)" \
@@ -22,6 +24,13 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+lint:
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/yamllint --strict .
+	$(BIN)/codespell speechbrain_taskarith recipes hparams tests docs \
+		benchmarks examples .github *.md *.cff setup.cfg Makefile
 
 install: $(VENV)/.installed
 

@@ -116,7 +116,7 @@ def test_links_lead_somewhere(path):
 
 
 def test_every_capability_has_its_pages():
-    for name in ("task_vectors.md", "results.md", "upstream.md"):
+    for name in ("task_vectors.md", "results.md"):
         assert (ROOT / "docs" / name).is_file()
 
 

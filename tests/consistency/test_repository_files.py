@@ -1,9 +1,12 @@
 """What must never be in the repository, and how long a file may be."""
 
 import re
+import subprocess
+import sys
 
 import pytest
-from house import files, repository_files, shown
+import yaml
+from house import ROOT, files, repository_files, shown
 
 # Tests and benchmarks may go on longer: what they hold is a list.
 LONGEST = {"speechbrain_taskarith": 500, "recipes": 500, "": 900}
@@ -78,3 +81,32 @@ def test_the_path_check_sees_what_it_should():
         assert MACHINE_PATH.search(bad.format(slash, slash)), bad
     for good in ("results/work/x", "$TMP/tmp/x", "/proc/self", "/usr/bin/env"):
         assert not MACHINE_PATH.search(good), good
+
+
+@pytest.mark.parametrize(
+    "path", files(".yml", under=ROOT / ".github"), ids=shown
+)
+def test_github_reads_its_files(path):
+    """The schemas of GitHub's workflow and form files, shipped by a package."""
+    assert isinstance(yaml.safe_load(path.read_text("utf-8")), dict)
+    if path.parent.name == "workflows":
+        pytest.importorskip("check_jsonschema")
+        command = [sys.executable, "-m", "check_jsonschema"]
+        command += ["--builtin-schema", "vendor.github-workflows", str(path)]
+        ran = subprocess.run(command, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_the_citation_names_the_papers():
+    content = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    papers = {
+        paper["url"].rpartition("/")[2] for paper in content["references"]
+    }
+    assert papers == {
+        *("2406.02925", "2406.17935", "2310.13015", "2407.16664"),
+        "2311.03810",
+    }
+    for paper in content["references"]:
+        assert all(
+            set(a) == {"family-names", "given-names"} for a in paper["authors"]
+        )
