@@ -42,7 +42,8 @@ class Trace:
         if not code.co_filename.startswith(str(ROOT)):
             return
         # The command line's own entry and parsers count as well.
-        self.functions.add((code.co_filename, code.co_qualname))
+        name = getattr(code, "co_qualname", code.co_name)  # from Python 3.11
+        self.functions.add((code.co_filename, name))
         depth = 0
         while frame is not None:
             depth += frame.f_code.co_filename.startswith(str(ROOT))

@@ -245,16 +245,18 @@ def theirs(mergekit, rule, base, tuned, out, folder):
 
 
 PRIORITY = []
+OTHER = "the other checkout"
 
 
-def measure(command, warm=()):
+def measure(command, warm=(), checkout=None):
     """Run a command in a fresh process, with `PRIORITY` before it.
 
     Returns wall and CPU seconds, and the peak of anonymous memory in bytes.
     """
     for path in warm:
         read_whole(path)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    checkout = checkout or Path(__file__).resolve().parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
     log = tempfile.TemporaryFile()
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
@@ -371,6 +373,9 @@ def compare(rule, number, arguments, folder):
         sides["mergekit"] = lambda out: theirs(
             arguments.mergekit, rule, base, tuned, out, folder
         )
+    if arguments.against:
+        for side in ("ours", "ours, no fingerprints"):
+            sides[side.replace("ours", OTHER)] = sides[side]
     for turn in range(arguments.rounds):
         for side, command in sides.items():
             if side == "mergekit" and turn >= arguments.peer_rounds:
@@ -379,7 +384,9 @@ def compare(rule, number, arguments, folder):
             if side == "mergekit":
                 out = folder / "mergekit"
             remove(out)
-            runs.setdefault(side, []).append(measure(command(out), warm))
+            checkout = arguments.against if side.startswith(OTHER) else None
+            run = measure(command(out), warm, checkout)
+            runs.setdefault(side, []).append(run)
             if turn == 0:
                 left = assert_equal(
                     rule, base, tuned, output_of(out), side == "mergekit"
@@ -453,6 +460,9 @@ def main():
     )
     parser.add_argument("--mergekit", type=Path, help="mergekit-pytorch")
     parser.add_argument(
+        "--against", type=Path, help="another checkout of this repository"
+    )
+    parser.add_argument(
         "--cache",
         type=Path,
         default=Path(tempfile.gettempdir()) / "taskarith-merge-benchmark",
@@ -489,6 +499,15 @@ def main():
                     show(row)
                 rows += found
                 by_side = {row["run"].split(":")[0]: row for row in found}
+                for side in ("ours", "ours, no fingerprints"):
+                    other = by_side.get(side.replace("ours", OTHER))
+                    if other is not None:
+                        row = by_side[side]
+                        ratios.append(
+                            f"{row['run']}, other / ours: "
+                            f"{other['wall'] / row['wall']:.3f}x wall, "
+                            f"{other['cpu'] / row['cpu']:.3f}x CPU"
+                        )
                 peer = by_side.get("mergekit")
                 for row in found:
                     if peer is not None and row is not peer:
