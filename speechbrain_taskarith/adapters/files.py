@@ -14,7 +14,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from speechbrain_taskarith.adapters.bottleneck import BottleneckAdapter
+from speechbrain_taskarith.adapters.bank import BottleneckAdapter
+from speechbrain_taskarith.adapters.layer import KINDS, make_combination
 from speechbrain_taskarith.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -31,19 +32,10 @@ _NEUTRAL = {
 
 
 def fingerprint(module, without=None):
-    """Return the SHA-256 over a module's state.
+    """Return the SHA-256 over a module's state, or a mapping of tensors.
 
-    Arguments
-    ---------
-    module : torch.nn.Module or dict
-        Its parameters and persistent buffers, or a mapping of tensors.
-    without : str or None
-        Names that start like this do not count.
-
-    Returns
-    -------
-    str
-        64 hexadecimal digits; the same on every device.
+    64 hexadecimal digits, the same on every device. Names that start with
+    `without` do not count.
 
     Example
     -------
@@ -71,17 +63,7 @@ def fingerprint(module, without=None):
 
 
 def save_adapter(handle, name, path):
-    """See `AdapterHandle.save_adapter`.
-
-    Arguments
-    ---------
-    handle : AdapterHandle
-        Whose adapter.
-    name : str
-        Which.
-    path : str or pathlib.Path
-        Where to.
-    """
+    """See `AdapterHandle.save_adapter`."""
     members = [layer.bank[name] for layer in handle.layers]
     bank = handle.layers[0].bank
     about = {
@@ -95,17 +77,8 @@ def save_adapter(handle, name, path):
     _write(handle, path, members, about)
 
 
-def save_combination(handle, path):
-    """See `AdapterHandle.save_combination`.
-
-    Arguments
-    ---------
-    handle : AdapterHandle
-        Whose combination.
-    path : str or pathlib.Path
-        Where to.
-    """
-    members = [layer.combination for layer in handle.layers]
+def save_combination(handle, members, path):
+    """See `AdapterHandle.save_combination`."""
     about = {
         "kind": "combination",
         "class": type(members[0]).__name__,
@@ -205,21 +178,7 @@ def _short(widths):
 
 
 def load_adapter(handle, path, name, name_map, any_base):
-    """See `AdapterHandle.load_adapter`.
-
-    Arguments
-    ---------
-    handle : AdapterHandle
-        Takes the adapter.
-    path : str or pathlib.Path
-        The file.
-    name : str or None
-        What it is to be called.
-    name_map : dict or None
-        For files of others.
-    any_base : bool
-        Do not compare the base.
-    """
+    """See `AdapterHandle.load_adapter`."""
     tensors, about = _read(path)
     if name_map is None:
         _check(path, tensors, about, handle, "adapter", any_base)
@@ -235,8 +194,6 @@ def load_adapter(handle, path, name, name_map, any_base):
             "cannot be checked",
             path,
         )
-    if name not in handle.names:
-        handle.layers[0].bank.check_new(name)
     states = [
         _layer_state(path, tensors, keys, handle, i)
         for i in range(len(handle.layers))
@@ -244,10 +201,9 @@ def load_adapter(handle, path, name, name_map, any_base):
     for layer, state in zip(handle.layers, states):
         width = state["down.weight"].shape[0]
         bank = layer.bank
-        if name not in bank:
-            bank.add(name, width).requires_grad_(False)
-        elif bank[name].bottleneck != width:
-            bank.replace(name, width).requires_grad_(False)
+        if name not in bank or bank[name].bottleneck != width:
+            # A name that cannot be one is refused here, at the first layer.
+            bank.add(name, width, replace=True).requires_grad_(False)
         bank[name].load_state_dict(state)
     handle.unfold()
 
@@ -309,23 +265,11 @@ def _layer_state(path, tensors, keys, handle, number):
     return found
 
 
-def load_combination(handle, path, kinds, any_base):
-    """See `AdapterHandle.load_combination`.
-
-    Arguments
-    ---------
-    handle : AdapterHandle
-        Takes the combination.
-    path : str or pathlib.Path
-        The file.
-    kinds : dict
-        Name to class.
-    any_base : bool
-        Do not compare the base.
-    """
+def load_combination(handle, path, any_base):
+    """See `AdapterHandle.load_combination`."""
     tensors, about = _read(path)
     _check(path, tensors, about, handle, "combination", any_base)
-    classes = {kind.__name__: kind for kind in kinds.values()}
+    classes = {kind.__name__: kind for kind in KINDS.values()}
     if about["class"] not in classes:
         raise ValueError(
             f"{path}: a combination of the class {about['class']}, which is "
@@ -339,7 +283,8 @@ def load_combination(handle, path, kinds, any_base):
         )
     template = classes[about["class"]](**about["settings"])
     made = [
-        template.for_bank(layer.bank, about["names"]) for layer in handle.layers
+        make_combination(template, layer.bank, about["names"])
+        for layer in handle.layers
     ]
     for i, new in enumerate(made):
         start = f"layers.{i}."
@@ -352,4 +297,5 @@ def load_combination(handle, path, kinds, any_base):
             new.load_state_dict(state)
         except RuntimeError as error:
             raise ValueError(f"{path}: {error}") from None
-    handle.install(made)
+    for layer, new in zip(handle.layers, made):
+        layer.combination = new

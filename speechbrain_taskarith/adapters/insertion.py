@@ -6,12 +6,12 @@ optimizers and DDP find them there.
 """
 
 import collections
-import inspect
 import logging
 
 import torch
 
 from speechbrain_taskarith.adapters.bank import AdapterBank
+from speechbrain_taskarith.adapters.handle import CHILD, AdapterHandle
 from speechbrain_taskarith.utils.patterns import (
     as_tuple,
     matches,
@@ -19,9 +19,6 @@ from speechbrain_taskarith.utils.patterns import (
 )
 
 logger = logging.getLogger(__name__)
-
-#: The name of the handle among the encoder's children.
-CHILD = "task_adapters"
 
 # Called `layers` as well, and no layers of an encoder: wav2vec2's front-end
 # convolutions, SpeechBrain's input projections, decoders.
@@ -105,8 +102,6 @@ def insert_adapters(
     >>> encoder(torch.randn(3, 5, 8)).shape
     torch.Size([3, 5, 8])
     """
-    from speechbrain_taskarith.adapters.handle import AdapterHandle
-
     if any(child == CHILD for child, _ in encoder.named_children()):
         raise ValueError(
             "the encoder has adapters already: add to them with "
@@ -126,35 +121,19 @@ def insert_adapters(
     handle = AdapterHandle(encoder, found, banks, combination)
     logger.info(
         "%d adapter(s) of width %d behind each of %d layers: %s",
-        len(handle.names),
+        len(banks[0].names),
         bottleneck,
         len(found),
-        ", ".join(handle.layer_names),
+        ", ".join(name for name, _ in found),
     )
     return handle
 
 
 def find_layers(encoder, layers, exclude=()):
-    """Return the outermost modules whose names fit.
+    """Return `(name, module)` of the outermost modules whose names fit.
 
-    Arguments
-    ---------
-    encoder : torch.nn.Module
-        Where to look.
-    layers : str or sequence of str
-        Anchored shell patterns.
-    exclude : str or sequence of str
-        Patterns of what is left out; these need not match.
-
-    Returns
-    -------
-    list of tuple
-        `(name, module)`, in the encoder's order.
-
-    Raises
-    ------
-    ValueError
-        A pattern without a match.
+    Patterns in `exclude` need not match; one in `layers` that matches nothing
+    is an error.
 
     Example
     -------
@@ -179,26 +158,9 @@ def find_layers(encoder, layers, exclude=()):
 
 
 def layer_width(name, layer, d_model=None):
-    """Return the width of a layer's output.
+    """Return the width that most of a layer's normalisations have.
 
-    Arguments
-    ---------
-    name : str
-        The layer's, for messages.
-    layer : torch.nn.Module
-        The layer.
-    d_model : int or None
-        The width where it is known.
-
-    Returns
-    -------
-    int
-        The width that most of the layer's normalisations have.
-
-    Raises
-    ------
-    ValueError
-        There is none, or none of them has `d_model`.
+    `d_model` is the width where it is known: one of them has to have it.
 
     Example
     -------
@@ -224,91 +186,3 @@ def layer_width(name, layer, d_model=None):
             "choose other layers"
         )
     return d_model
-
-
-class Attachment:
-    """What ties one layer's adapters to the layer, and can be undone.
-
-    Arguments
-    ---------
-    name : str
-        The layer's name, for messages.
-    layer : torch.nn.Module
-        The layer.
-    adapters : LayerAdapters
-        What is to be added behind it.
-    """
-
-    def __init__(self, name, layer, adapters):
-        self.name, self.layer, self.adapters = name, layer, adapters
-        self._hook = layer.register_forward_hook(self._after)
-        self._streaming = None
-        # SpeechBrain's streaming calls this method and no hook.
-        if hasattr(layer, "forward_streaming"):
-            self._streaming = _Streaming(layer.forward_streaming, self)
-            layer.forward_streaming = self._streaming
-
-    def _after(self, layer, inputs, output):
-        if not self.adapters.is_on:
-            return None  # the very object that the base returned
-        return self.changed(output)
-
-    def changed(self, output):
-        """Return a layer's output with the adapters' share.
-
-        Arguments
-        ---------
-        output : torch.Tensor or tuple
-            [B, T, d], or a tuple or list that starts with it.
-
-        Returns
-        -------
-        torch.Tensor or tuple
-            Of the same form.
-        """
-        x = output
-        if isinstance(output, (tuple, list)) and len(output):
-            x = output[0]
-        width = self.adapters.bank.d_model
-        if not isinstance(x, torch.Tensor) or x.shape[-1] != width:
-            what = tuple(x.shape) if hasattr(x, "shape") else type(x).__name__
-            raise ValueError(
-                f"layer {self.name!r} returns {what}, expected a tensor "
-                f"[B, T, {width}] or a tuple that starts with one; choose "
-                "other layers or another d_model"
-            )
-        try:
-            x = self.adapters(x)
-        except RouteError as error:
-            raise ValueError(f"layer {self.name!r}: {error}") from None
-        if not isinstance(output, (tuple, list)):
-            return x
-        rest = (x, *output[1:])
-        if hasattr(output, "_fields"):  # a namedtuple
-            return type(output)(*rest)
-        return type(output)(rest)
-
-    def detach(self):
-        """Leave the layer as it was."""
-        self._hook.remove()
-        if self._streaming is not None:
-            del self.layer.forward_streaming
-            self._streaming = None
-
-
-class RouteError(ValueError):
-    """A batch that does not fit the names given for it."""
-
-
-class _Streaming:
-    """`forward_streaming` of a layer, and its adapters."""
-
-    def __init__(self, method, attachment):
-        self.method, self.attachment = method, attachment
-        self.__signature__ = inspect.signature(method)
-
-    def __call__(self, *args, **kwargs):
-        output = self.method(*args, **kwargs)
-        if not self.attachment.adapters.is_on:
-            return output
-        return self.attachment.changed(output)

@@ -295,7 +295,7 @@ def test_only_safetensors_and_known_names(tmp_path):
     with pytest.raises(ValueError, match="no adapter 'x'"):
         handle.save_adapter("x", tmp_path / "a.safetensors")
     _, alone = make(combination=None)
-    with pytest.raises(ValueError, match="needs a combination"):
+    with pytest.raises(ValueError, match="there is no combination"):
         alone.save_combination(tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
 
