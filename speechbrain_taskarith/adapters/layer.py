@@ -182,8 +182,8 @@ class LayerAdapters(torch.nn.Module):
     def _routed(self, x, choice):
         if x.dim() != 3 or len(choice) != len(x):
             raise ValueError(
-                f"layer {self.name!r}: use(...) named {len(choice)} "
-                f"utterance(s), but the batch is {tuple(x.shape)}; call "
+                f"layer {self.name!r}: {len(choice)} utterance(s) were named "
+                f"by use(...), but the batch is {tuple(x.shape)}; call "
                 "use(...) for every batch, with one name an utterance"
             )
         index = self._route.positions(x.device)
