@@ -182,9 +182,9 @@ class Stacked(NamedTuple):
 class AdapterBank(torch.nn.Module):
     """The adapters of several tasks, for one layer.
 
-    Every adapter keeps parameters of its own, so that one can be trained,
-    saved or taken out while the bytes of the others stay what they are; they
-    are stacked when computed together (once, while frozen).
+    Every adapter has its own parameters, so one can be trained, saved or
+    removed without changing a byte of the others. They are stacked when
+    computed together (once, while frozen).
 
     Arguments
     ---------
@@ -290,7 +290,7 @@ class AdapterBank(torch.nn.Module):
         return adapter
 
     def remove(self, name):
-        """Take an adapter out.
+        """Remove an adapter.
 
         Arguments
         ---------
@@ -300,8 +300,8 @@ class AdapterBank(torch.nn.Module):
         self.require(name)
         if len(self.names) == 1:
             raise ValueError(
-                f"{name!r} is the last adapter of the bank; take all "
-                "adapters out with handle.remove() instead"
+                f"{name!r} is the last adapter of the bank; use "
+                "handle.remove() to remove all adapters"
             )
         del self._modules[_key(name)]
         self.names.remove(name)
@@ -414,10 +414,11 @@ class AdapterBank(torch.nn.Module):
         """
         stack = self.stacked()
 
-        def own(weight):
+        def select(weight):
             return weight.unflatten(0, (len(self), -1)).index_select(0, index)
 
-        down, up, shift = own(stack.down), own(stack.up), own(stack.shift)
+        down, up = select(stack.down), select(stack.up)
+        shift = select(stack.shift)
         normed = self.normalise(x)
         hidden = torch.matmul(normed, down.mT) + shift.unsqueeze(1)
         beta = stack.beta.index_select(0, index)

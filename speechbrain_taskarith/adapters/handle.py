@@ -1,4 +1,4 @@
-"""Steering the adapters of an encoder: use, train, save, fold, take out."""
+"""All adapters of an encoder: choose, train, fold, save and remove them."""
 
 import contextlib
 import logging
@@ -30,10 +30,10 @@ _NO_COMBINATION = (
 class AdapterHandle(torch.nn.Module):
     """All adapters of an encoder, and which of them are in use.
 
-    Made by `insert_adapters`. It is a child of the encoder: an optimizer or
-    DDP that has the encoder has the adapters, and a checkpoint of the
-    encoder holds them (one without them loads, too). As a recoverable of
-    its own it saves the adapters alone.
+    Made by `insert_adapters`. It is a child of the encoder, so an optimizer,
+    DDP or a checkpoint of the encoder includes the adapters (a checkpoint
+    without them loads, too). As a recoverable of its own it saves the
+    adapters alone.
 
     Arguments
     ---------
@@ -59,6 +59,8 @@ class AdapterHandle(torch.nn.Module):
     >>> with adapters.use(None):
     ...     _ = encoder(x)                 # the base, bit for bit
     """
+
+    encoder: torch.nn.Module
 
     def __init__(self, encoder, layers, banks, combination=None):
         super().__init__()
@@ -105,26 +107,26 @@ class AdapterHandle(torch.nn.Module):
     def add_adapter(self, name, bottleneck=None):
         """Add a fresh adapter behind every layer.
 
-        No other adapter changes, nor does a combination, which goes on
-        with the adapters that it has.
+        Other adapters do not change, nor does a combination, which keeps
+        the adapters that it has.
 
         Arguments
         ---------
         name : str
             A new name.
         bottleneck : int or None
-            Its width, None for that of the first ones.
+            Its width; None for that of the first ones.
         """
         for layer in self.layers:
             layer.bank.add(name, bottleneck).requires_grad_(False)
 
     def remove_adapter(self, name):
-        """Take one adapter out of every layer.
+        """Remove one adapter from every layer.
 
         Arguments
         ---------
         name : str
-            Neither the last one nor one that is combined; `ValueError`.
+            Not the last one, nor one that is combined: `ValueError`.
         """
         self.layers[0].bank.require(name)
         if name in (self.combined_names or ()):
@@ -146,8 +148,8 @@ class AdapterHandle(torch.nn.Module):
         combination : None, str, Combination or callable
             See `insert_adapters`.
         names : sequence of str or None
-            Which adapters it combines, None for all; leaving one out is how
-            a task is tried that no adapter has seen.
+            Which adapters it combines; None for all. Leave one out to test
+            a task that no adapter has seen.
         """
         made = [
             make_combination(combination, m.bank, names) for m in self.layers
@@ -170,19 +172,19 @@ class AdapterHandle(torch.nn.Module):
         ---------
         choice : None, str, sequence or torch.Tensor
             None: the base, bit for bit. A name: that adapter.
-            `"combined"`: the combination. For each utterance of the next
-            batches its own: B names (None for the base) or [B] positions in
-            `names` (-1 for the base), in one pass.
+            `"combined"`: the combination. One adapter for each utterance, in
+            one pass: B names (None for the base), or positions [B] in
+            `names` (-1 for the base).
 
         Returns
         -------
         context manager
-            Goes back to the choice before, where used by `with`.
+            Used in a `with`, it restores the previous choice at the end.
 
         Raises
         ------
         ValueError
-            An unknown name or position; the choice stays what it was.
+            An unknown name or position; the choice does not change.
         """
         bank = self.layers[0].bank
         if isinstance(choice, str) and choice == COMBINED:
@@ -219,7 +221,7 @@ class AdapterHandle(torch.nn.Module):
             getattr(module, _GUARD).train(module.training)
 
     def train_extraction(self, name):
-        """Set up the first stage: one adapter is trained, and in use.
+        """Train one adapter alone, and put it in use (first stage).
 
         Arguments
         ---------
@@ -239,13 +241,13 @@ class AdapterHandle(torch.nn.Module):
         return self.trained_parameters()
 
     def train_composition(self, mode="ST-A"):
-        """Set up the second stage: the combination is trained, and in use.
+        """Train the combination, and put it in use (second stage).
 
         Arguments
         ---------
         mode : str
-            `"ST-A"` leaves the adapters as they are, to the byte; `"MT-A"`
-            trains those that are combined as well.
+            `"ST-A"` does not change a byte of the adapters; `"MT-A"` trains
+            the combined ones as well.
 
         Returns
         -------
@@ -278,7 +280,7 @@ class AdapterHandle(torch.nn.Module):
         return self.trained_parameters()
 
     def train_nothing(self):
-        """Freeze everything in encoder and handle; what is in use stays."""
+        """Freeze all of encoder and handle; what is in use does not change."""
         self._train_only(())
 
     def _train_only(self, modules):
@@ -306,15 +308,15 @@ class AdapterHandle(torch.nn.Module):
             `base`, `adapters`, `combination`, `trained` (numbers), and
             `share`, the trained ones in % of the base.
         """
-        mine = sum(p.numel() for p in self.parameters())
+        added = sum(p.numel() for p in self.parameters())
         banks = (layer.bank for layer in self.layers)
         adapters = sum(p.numel() for b in banks for p in b.parameters())
-        base = sum(p.numel() for p in self.encoder.parameters()) - mine
+        base = sum(p.numel() for p in self.encoder.parameters()) - added
         trained = sum(p.numel() for p in self.trained_parameters())
         return {
             "base": base,
             "adapters": adapters,
-            "combination": mine - adapters,
+            "combination": added - adapters,
             "trained": trained,
             "share": 100.0 * trained / max(base, 1),
         }
@@ -331,10 +333,10 @@ class AdapterHandle(torch.nn.Module):
         return sum(m.penalty() for m in made if m is not None)
 
     def fold(self):
-        """Multiply out the frozen combination of every layer, once.
+        """Multiply out the frozen combination of every layer, for inference.
 
-        For inference: afterwards the parameters are not looked at. Training,
-        moving and loading unfold by themselves.
+        Later changes to the parameters have no effect until `unfold`, which
+        training, moving and loading call themselves.
         """
         for combination in self._combinations().values():
             combination.fold()
@@ -351,14 +353,14 @@ class AdapterHandle(torch.nn.Module):
         Arguments
         ---------
         lens : torch.Tensor or None
-            [B], relative lengths in (0, 1]; frames behind them do not
+            [B], relative lengths in (0, 1]; frames beyond them do not
             count. None counts all.
 
         Returns
         -------
         torch.Tensor
-            [layers, N], rows sum to 1 (but free weights' do not), in the
-            order of `combined_names`.
+            [layers, N] in the order of `combined_names`; rows sum to 1,
+            except with free weights.
 
         Raises
         ------
@@ -370,10 +372,9 @@ class AdapterHandle(torch.nn.Module):
     def attention_loss(self, tasks, lens=None):
         """Return how far attention is from the utterances' own adapters.
 
-        `- mean_layers mean_t log s_task(t)` of the last batch, to be added
-        to a training loss with a small weight: the tasks of training data
-        are known, those of test data need not be. Needs fusions made with
-        `guided=True`.
+        `- mean_layers mean_t log s_task(t)` of the last batch. Add it to the
+        training loss with a small weight; only training needs the tasks.
+        Works with fusions made with `guided=True`.
 
         Arguments
         ---------
@@ -391,7 +392,7 @@ class AdapterHandle(torch.nn.Module):
         ------
         ValueError
             No combination, no batch yet, an adapter that is not combined,
-            or another number of tasks than of utterances.
+            or not one task for each utterance.
         """
         return attention.guidance_loss(self._combinations(), tasks, lens)
 
@@ -411,36 +412,36 @@ class AdapterHandle(torch.nn.Module):
         Arguments
         ---------
         name : str
-            Which; unknown, or with NaN in it, it is a `ValueError`.
+            Which one. `ValueError` if unknown, or if it holds NaN.
         path : str or pathlib.Path
             `.safetensors`
         """
         files.save_adapter(self, name, path)
 
     def load_adapter(self, path, name=None, *, name_map=None, any_base=False):
-        """Take an adapter from a file, adding it where the name is new.
+        """Load an adapter from a file; a new name adds one.
 
         Arguments
         ---------
         path : str or pathlib.Path
             `.safetensors`
         name : str or None
-            What it is to be called; None for the name in the file. An
-            adapter of that name is replaced.
+            Name to load it under; None for the file's. An adapter of that
+            name is replaced.
         name_map : dict or None
             For files from other libraries: `{our name: theirs}` for
             `down.weight`, `down.bias`, `up.weight`, `up.bias`,
             `norm.weight`, `norm.bias`; `{layer}` in theirs stands for the
-            number of the layer. A name that is None takes a fresh adapter's
-            value.
+            number of the layer. None in place of theirs gives the value of
+            a fresh adapter.
         any_base : bool
-            True takes an adapter that was trained on another base.
+            True accepts an adapter that was trained on another base.
 
         Raises
         ------
         ValueError
             A damaged file, another base, other widths or layers, names that
-            the file lacks, NaN; nothing is changed then.
+            the file lacks, NaN. Nothing has changed then.
         """
         files.load_adapter(self, path, name, name_map, any_base)
 
@@ -455,29 +456,28 @@ class AdapterHandle(torch.nn.Module):
         files.save_combination(self, list(self._combinations().values()), path)
 
     def load_combination(self, path, *, any_base=False):
-        """Take a combination from a file; its adapters have to be here.
+        """Load a combination from a file; its adapters must be loaded already.
 
         Arguments
         ---------
         path : str or pathlib.Path
             From `save_combination`.
         any_base : bool
-            True takes one that was trained on another base.
+            True accepts one that was trained on another base.
 
         Raises
         ------
         ValueError
-            A damaged file, another base or width, or missing adapters;
-            nothing is changed then.
+            A damaged file, another base or width, or missing adapters.
+            Nothing has changed then.
         """
         files.load_combination(self, path, any_base)
 
     def remove(self):
-        """Leave the encoder as it was before `insert_adapters`.
+        """Restore the encoder as it was before `insert_adapters`.
 
-        Its parameters, and those of modules given to `freeze`, are trained
-        or frozen as they were then. The handle keeps the adapters, but is of
-        no more use.
+        So are the modules given to `freeze`. Do not use the handle after
+        this, although it still holds the adapters.
         """
         for module in self._frozen_modules:
             module._modules.pop(_GUARD, None)

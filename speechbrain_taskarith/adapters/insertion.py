@@ -1,7 +1,7 @@
 """Putting adapters into an encoder by layer name.
 
-The encoder's code stays as it is: forward hooks on its layers add what the
-adapters give. The adapters become a child of the encoder, so that `.to()`,
+The encoder's code does not change: forward hooks on its layers add the
+adapters' output. The adapters become a child of the encoder, so that `.to()`,
 optimizers and DDP find them there.
 """
 
@@ -44,9 +44,9 @@ def insert_adapters(
 ):
     """Put a bank of adapters behind every layer of an encoder.
 
-    The encoder is frozen, its running statistics too, and computes what it
+    The encoder is frozen, its running statistics too. It computes what it
     did before, bit for bit, until `handle.use(...)` or `handle.train_*`.
-    Nothing is changed where an error is raised.
+    If an error is raised, nothing has changed.
 
     Arguments
     ---------
@@ -59,19 +59,19 @@ def insert_adapters(
     names : sequence of str
         The tasks, at least one.
     layers : str or sequence of str
-        Anchored shell patterns on module names; of nested matches only the
-        outermost is a layer.
+        Anchored shell patterns on module names. Where matches are nested,
+        only the outermost is a layer.
     d_model : int or None
         Width d of the layers' output; None reads it off the layers'
         normalisation.
     bottleneck : int
         Width of each adapter.
     combination : None, str, Combination or callable
-        `"mean"`, `"weighted_mean"`, `"fusion"`; or an instance as template
-        (its settings are taken for every layer), or what makes one from a
-        bank (`!name:` in YAML).
+        `"mean"`, `"weighted_mean"`, `"fusion"`; an instance, whose settings
+        every layer takes; or a function that makes one from a bank (`!name:`
+        in YAML).
     exclude : str or sequence of str
-        What matches one of these is no layer.
+        Patterns of module names that are no layers.
     activation : callable
         See `BottleneckAdapter`.
     layer_norm : bool
@@ -80,13 +80,13 @@ def insert_adapters(
     Returns
     -------
     AdapterHandle
-        Steers, trains, saves and takes out the adapters.
+        To choose, train, save and remove the adapters.
 
     Raises
     ------
     ValueError
-        A pattern without a match, a width that is not the layers', bad
-        names, an unknown combination, an encoder that has adapters already.
+        A pattern without a match, a width other than the layers', bad names,
+        an unknown combination, or an encoder that has adapters already.
 
     Example
     -------
@@ -105,7 +105,7 @@ def insert_adapters(
     if any(child == CHILD for child, _ in encoder.named_children()):
         raise ValueError(
             "the encoder has adapters already: add to them with "
-            "handle.add_adapter(name), or take them out with handle.remove()"
+            "handle.add_adapter(name), or remove them with handle.remove()"
         )
     found = find_layers(encoder, layers, exclude)
     banks = []
@@ -134,13 +134,6 @@ def find_layers(encoder, layers, exclude=()):
 
     Patterns in `exclude` need not match; one in `layers` that matches nothing
     is an error.
-
-    Example
-    -------
-    >>> net = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(
-    ...     [torch.nn.Sequential(torch.nn.Linear(2, 2))])})
-    >>> [name for name, _ in find_layers(net, "*layers.*")]
-    ['layers.0']
     """
     modules = {name: m for name, m in encoder.named_modules() if name}
     exclude = as_tuple(exclude)
@@ -161,11 +154,6 @@ def layer_width(name, layer, d_model=None):
     """Return the width that most of a layer's normalisations have.
 
     `d_model` is the width where it is known: one of them has to have it.
-
-    Example
-    -------
-    >>> layer_width("0", torch.nn.TransformerEncoderLayer(8, 2, 16))
-    8
     """
     widths = collections.Counter(
         module.normalized_shape[-1]

@@ -1,4 +1,4 @@
-"""What is put into an encoder: adapters behind its layers, a guard in it."""
+"""What goes into an encoder: adapters behind its layers, and a guard."""
 
 import dataclasses
 import functools
@@ -99,10 +99,9 @@ def utterance_positions(choice, bank):
 
 
 class LayerAdapters(torch.nn.Module):
-    """One layer's bank and combination, and the hook that adds their share.
+    """One layer's bank and combination, and the hook that adds them to it.
 
-    The layer's own code stays as it is. `name` is the layer's, for messages;
-    `detach` leaves the layer as it was.
+    The layer's own code does not change. `name` is the layer's, for messages.
     """
 
     def __init__(self, name, layer, bank, combination, route):
@@ -111,28 +110,28 @@ class LayerAdapters(torch.nn.Module):
         self.name, self._route = name, route
         # Not by setattr, which would make it a submodule.
         self.__dict__["_layer"] = layer
-        self._hook = layer.register_forward_hook(self._after)
+        self._hook_handle = layer.register_forward_hook(self._forward_hook)
         # SpeechBrain's streaming calls this method and no hook.
         self._streams = hasattr(layer, "forward_streaming")
         if self._streams:
             method = layer.forward_streaming
             # A partial, which copies can copy, unlike a closure.
-            stream = functools.partial(self._stream, method)
+            stream = functools.partial(self._forward_streaming, method)
             stream.__signature__ = inspect.signature(method)
             layer.forward_streaming = stream
 
     def detach(self):
-        """Leave the layer as it was."""
-        self._hook.remove()
+        """Restore the layer as it was."""
+        self._hook_handle.remove()
         if self._streams:
             del self._layer.forward_streaming
             self._streams = False
 
-    def _stream(self, method, *args, **kwargs):
-        return self._after(self._layer, args, method(*args, **kwargs))
+    def _forward_streaming(self, method, *args, **kwargs):
+        return self._forward_hook(self._layer, args, method(*args, **kwargs))
 
-    def _after(self, layer, inputs, output):
-        """Return the layer's output with the adapters' share, as a hook."""
+    def _forward_hook(self, layer, inputs, output):
+        """Add the adapters to what the layer returns, a tensor or a tuple."""
         if self._route.choice is None:
             return output  # the very object that the base returned
         x = output
@@ -199,13 +198,6 @@ class StatisticsGuard(torch.nn.Module):
     `parent.train()` reaches every child, this one last. It then puts what
     updates statistics in `forward` back into evaluation mode, so that the
     training loop need not remember. Dropout is left alone.
-
-    Example
-    -------
-    >>> norm = torch.nn.BatchNorm1d(3)
-    >>> norm.guard = StatisticsGuard(norm)
-    >>> norm.train().training
-    False
     """
 
     def __init__(self, parent):

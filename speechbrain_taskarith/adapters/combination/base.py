@@ -9,7 +9,7 @@ trains; `folded` multiplies frozen weights with one another beforehand.
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from speechbrain_taskarith.adapters.bank import DerivedWeights
+from speechbrain_taskarith.adapters.bank import AdapterBank, DerivedWeights
 from speechbrain_taskarith.adapters.combination.folding import packed
 
 #: How a combination may be computed; `auto` chooses by the gradients.
@@ -53,6 +53,8 @@ class Combination(torch.nn.Module):
     ValueError
         Another form or start, or names that the bank lacks.
     """
+
+    bank: AdapterBank
 
     def __init__(
         self,

@@ -43,12 +43,6 @@ def product(x, weight, bias=None):
     On some CPUs (AMD's with AVX-512) oneDNN multiplies single precision 2.5
     times as fast as what torch takes by default; it has no gradient. The
     last bits may differ from those of `F.linear`.
-
-    Example
-    -------
-    >>> x, weight = torch.randn(3, 4), torch.randn(2, 4)
-    >>> torch.allclose(product(x, weight), x @ weight.T, atol=1e-5)
-    True
     """
     if (
         _has_onednn(weight)
@@ -73,14 +67,6 @@ def packed(folded):
 
     The order is otherwise made at every call, which for a chunk of some
     frames takes as long as the product.
-
-    Example
-    -------
-    >>> plain = FoldedAverage(*(torch.randn(2, 2) for _ in range(4)))
-    >>> weight = packed(plain).down
-    >>> weight = weight.to_dense() if weight.is_mkldnn else weight
-    >>> torch.equal(weight, plain.down)
-    True
     """
     weights = {
         name: torch.ops.mkldnn._reorder_linear_weight(weight.detach())

@@ -201,24 +201,13 @@ def sum_of_parts(values, number):
     """Sum the entries of each of N equal parts, in single precision or more.
 
     Scores in half precision would lose the softmax.
-
-    Example
-    -------
-    >>> sum_of_parts(torch.tensor([1.0, 2.0, 3.0, 4.0]), 2)
-    tensor([3., 7.])
     """
     exact = torch.promote_types(values.dtype, torch.float32)
     return values.unflatten(-1, (number, -1)).sum(-1, dtype=exact)
 
 
 def running_mean(scores):
-    """Average scores [..., T, N] over the frames so far, itself included.
-
-    Example
-    -------
-    >>> running_mean(torch.tensor([[2.0], [4.0], [9.0]])).flatten()
-    tensor([2., 3., 5.])
-    """
+    """Average scores [..., T, N] over each frame and all before it."""
     frames = scores.shape[-2]
     count = torch.arange(
         1, frames + 1, dtype=scores.dtype, device=scores.device
