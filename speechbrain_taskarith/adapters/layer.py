@@ -37,9 +37,11 @@ def make_combination(combination, bank, names=None):
         combination = KINDS.get(combination, combination)
     if isinstance(combination, Combination):
         made = combination.for_bank(bank, names)
-    elif callable(combination):
+    elif callable(combination) and names is None:
         # One of the user's own need not take names.
-        made = combination(bank, **({} if names is None else {"names": names}))
+        made = combination(bank)
+    elif callable(combination):
+        made = combination(bank, names=names)
     else:
         raise ValueError(
             f"combination is {combination!r}, expected one of "
