@@ -7,7 +7,7 @@ from .attention import (
 from .bank import (
     AdapterBank as AdapterBank,
 )
-from .bottleneck import (
+from .bank import (
     BottleneckAdapter as BottleneckAdapter,
 )
 from .combination.averaging import (

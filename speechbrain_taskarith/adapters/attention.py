@@ -5,69 +5,32 @@ import torch
 from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
 
 
-def adapter_attention(layers, layer_names, lens):
-    """See `AdapterHandle.attention`.
-
-    Arguments
-    ---------
-    layers : iterable of LayerAdapters
-        The layers.
-    layer_names : list of str
-        Theirs, for messages.
-    lens : torch.Tensor or None
-        [B], relative.
-
-    Returns
-    -------
-    torch.Tensor
-        [layers, N]
-    """
+def mean_weights(combinations, lens):
+    """Return [layers, N], as `AdapterHandle.attention` describes."""
     rows = []
-    for name, layer in zip(layer_names, layers):
-        made = layer.combination
-        if hasattr(made, "weights"):
-            rows.append(made.weights().detach().float())
+    for layer, combination in combinations.items():
+        fixed = combination.weights()
+        if fixed is not None:
+            rows.append(fixed.detach().float())
             continue
-        weights = made.last_weights
+        weights = combination.last_weights
         if weights is None:
             raise ValueError(
-                f"layer {name!r} has combined no batch yet: run the encoder "
+                f"layer {layer!r} has combined no batch yet: run the encoder "
                 "with handle.use('combined') first"
             )
         weights = weights.float()
         if lens is None:
             rows.append(weights.flatten(0, -2).mean(0))
             continue
-        if weights.dim() != 3 or len(lens) != len(weights):
-            raise ValueError(
-                f"{len(lens)} lengths for a batch of {tuple(weights.shape)}; "
-                "give the last batch's, one an utterance"
-            )
+        _require_batch(weights, lens, "lengths")
         rows.append(weights[_valid_frames(weights, lens)].mean(0))
     return torch.stack(rows)
 
 
-def guidance_loss(layers, layer_names, names, tasks, lens):
-    """See `AdapterHandle.attention_loss`.
-
-    Arguments
-    ---------
-    layers : iterable of LayerAdapters
-        The layers.
-    layer_names : list of str
-        Theirs, for messages.
-    names : list of str
-        The combined adapters.
-    tasks : sequence of str
-        B names.
-    lens : torch.Tensor or None
-        [B], relative.
-
-    Returns
-    -------
-    torch.Tensor
-        A scalar.
-    """
+def guidance_loss(combinations, tasks, lens):
+    """Return a scalar, as `AdapterHandle.attention_loss` describes."""
+    names = next(iter(combinations.values())).names
     unknown = sorted(set(tasks) - set(names))
     if unknown:
         raise ValueError(
@@ -75,19 +38,15 @@ def guidance_loss(layers, layer_names, names, tasks, lens):
             f"are {', '.join(names)}"
         )
     losses = []
-    for name, layer in zip(layer_names, layers):
-        weights = getattr(layer.combination, "live_weights", None)
+    for layer, combination in combinations.items():
+        weights = combination.live_weights
         if weights is None:
             raise ValueError(
-                f"layer {name!r} has kept no attention: combine by "
+                f"layer {layer!r} has kept no attention: combine with "
                 "AudioAdapterFusion(guided=True), and run the encoder with "
                 "handle.use('combined') first"
             )
-        if weights.dim() != 3 or len(tasks) != len(weights):
-            raise ValueError(
-                f"{len(tasks)} tasks for a batch of {tuple(weights.shape)}; "
-                "give the last batch's, one an utterance"
-            )
+        _require_batch(weights, tasks, "tasks")
         index = torch.tensor(
             [names.index(task) for task in tasks], device=weights.device
         )
@@ -99,6 +58,14 @@ def guidance_loss(layers, layer_names, names, tasks, lens):
             costs = costs[_valid_frames(costs, lens)]
         losses.append(costs.mean())
     return torch.stack(losses).mean()
+
+
+def _require_batch(weights, given, what):
+    if weights.dim() != 3 or len(given) != len(weights):
+        raise ValueError(
+            f"{len(given)} {what} for a batch of {tuple(weights.shape)}; "
+            "give the last batch's, one an utterance"
+        )
 
 
 def _valid_frames(values, lens):

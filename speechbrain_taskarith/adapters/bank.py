@@ -1,18 +1,167 @@
-"""N adapters of one layer, computed together."""
+"""The adapters of one layer: a bottleneck each, computed together."""
 
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from speechbrain_taskarith.adapters.bottleneck import BottleneckAdapter
-from speechbrain_taskarith.adapters.caching import DerivedWeights
+#: What `handle.use` takes for the combination, hence no task's name.
+COMBINED = "combined"
 
 # Of state dict keys; also keeps task names off the attributes of a module.
 _PREFIX = "adapter_"
 
-#: What `handle.use` takes for the combination, hence no task's name.
-COMBINED = "combined"
+
+class BottleneckAdapter(torch.nn.Module):
+    """What one adapter adds to the output of a layer.
+
+    The pre-norm form of Houlsby et al., "Parameter-Efficient Transfer
+    Learning for NLP" (2019), as Audio-AdapterFusion takes it (Tomanek et
+    al. 2021 for speech)::
+
+        a(x) = W_up act(W_down LN(x) + c) + beta
+
+    `W_up` and `beta` start at zero, so that a fresh adapter changes nothing.
+    It has `2 d b + b + d + 2 d` parameters.
+
+    Arguments
+    ---------
+    d_model : int
+        Width d of the layer's output, at least 1.
+    bottleneck : int
+        Width b in between, at least 1. 256 makes four adapters a layer 17 %
+        of a 12 to 17 layer Conformer of width 512.
+    activation : callable
+        Makes the activation, e.g. the class `torch.nn.SiLU`; one that works
+        entry by entry and has no parameters.
+    layer_norm : bool
+        False leaves LN out, for adapters from other libraries without it.
+    eps : float
+        Of the LN.
+
+    Raises
+    ------
+    ValueError
+        A width below 1, or an activation with parameters.
+
+    Example
+    -------
+    >>> adapter = BottleneckAdapter(d_model=8, bottleneck=2)
+    >>> x = torch.randn(3, 5, 8)
+    >>> adapter(x).shape, adapter(x).abs().max().item()
+    (torch.Size([3, 5, 8]), 0.0)
+    >>> sum(p.numel() for p in adapter.parameters())
+    58
+    """
+
+    def __init__(
+        self,
+        d_model,
+        bottleneck=256,
+        activation=torch.nn.SiLU,
+        layer_norm=True,
+        eps=1e-5,
+    ):
+        super().__init__()
+        for what, value in (("d_model", d_model), ("bottleneck", bottleneck)):
+            if isinstance(value, bool) or int(value) != value or value < 1:
+                raise ValueError(
+                    f"{what} is {value!r}, expected a whole number >= 1"
+                )
+        self.d_model, self.bottleneck = d_model, bottleneck
+        self.norm = torch.nn.LayerNorm(d_model, eps) if layer_norm else None
+        self.down = torch.nn.Linear(d_model, bottleneck)
+        self.activation = activation()
+        if any(True for _ in self.activation.parameters()):
+            raise ValueError(
+                f"the activation {type(self.activation).__name__} has "
+                "parameters; adapters of a bank share one activation, use "
+                "one without (SiLU, GELU, ReLU, ...)"
+            )
+        self.up = torch.nn.Linear(bottleneck, d_model)
+        torch.nn.init.zeros_(self.up.weight)
+        torch.nn.init.zeros_(self.up.bias)
+
+    def is_untrained(self):
+        """Tell whether the adapter still adds nothing.
+
+        Returns
+        -------
+        bool
+            True while the up-projection is all zero.
+        """
+        return not (self.up.weight.any() or self.up.bias.any())
+
+    def forward(self, x):
+        """Return what the adapter adds to x.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            [..., d_model], a layer's output.
+
+        Returns
+        -------
+        torch.Tensor
+            [..., d_model], without the residual.
+        """
+        normed = x if self.norm is None else self.norm(x)
+        return self.up(self.activation(self.down(normed)))
+
+
+class DerivedWeights(dict):
+    """Remembers what was computed from parameters that do not change.
+
+    A frozen bank's weights are stacked once, not at every batch. Whether
+    the parameters are the same is read off their addresses and version
+    counters, which every in-place operation of torch moves.
+
+    Example
+    -------
+    >>> weight, calls = torch.nn.Parameter(torch.ones(2)), []
+    >>> derived = DerivedWeights()
+    >>> def double():
+    ...     calls.append(1)
+    ...     return weight * 2
+    >>> with torch.no_grad():
+    ...     _ = derived.derive("w", [weight], double)
+    ...     _ = derived.derive("w", [weight], double)
+    ...     weight.add_(1)
+    ...     derived.derive("w", [weight], double), len(calls)
+    Parameter containing:
+    tensor([2., 2.], requires_grad=True)
+    (tensor([4., 4.]), 2)
+    """
+
+    def derive(self, key, parameters, compute):
+        """Return `compute()`, remembered while `parameters` stay the same.
+
+        It has a graph, and is not remembered, where gradients have to reach
+        the parameters.
+        """
+        # A compiled graph has the computation in it.
+        if torch.compiler.is_compiling() or (
+            torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+        ):
+            return compute()
+        versions = [(p.data_ptr(), p._version, p.dtype) for p in parameters]
+        if key in self and self[key][0] == versions:
+            return self[key][1]
+        # Made under inference_mode, they could not be saved for a later
+        # backward pass; made under autocast, they would stay in half.
+        device = parameters[0].device.type if parameters else "cpu"
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(device, enabled=False),
+        ):
+            value = compute()
+        self[key] = (versions, value)
+        return value
+
+    def __reduce__(self):
+        # A copy's parameters have other addresses; it computes its own.
+        return type(self), ()
 
 
 class Stacked(NamedTuple):
@@ -21,36 +170,21 @@ class Stacked(NamedTuple):
     With the normalised input `n(x)` (LN without gain and offset),
     `h = act(down n(x) + shift)` holds all adapters' hidden entries side by
     side, and adapter n gives `up[n]^T h[n] + beta[n]`.
-
-    Arguments
-    ---------
-    down : torch.Tensor
-        [N b, d]
-    shift : torch.Tensor
-        [N b]
-    up : torch.Tensor
-        [N b, d], transposed: one row for a hidden entry.
-    beta : torch.Tensor
-        [N, d]
     """
 
-    down: torch.Tensor
-    shift: torch.Tensor
-    up: torch.Tensor
-    beta: torch.Tensor
-
-    @property
-    def width(self):
-        """Hidden entries of one adapter (padded to the widest)."""
-        return self.down.shape[0] // self.beta.shape[0]
+    down: torch.Tensor  # [N b, d]
+    shift: torch.Tensor  # [N b]
+    up: torch.Tensor  # [N b, d], transposed: one row for a hidden entry
+    beta: torch.Tensor  # [N, d]
+    width: int  # b, of the widest; narrower ones are padded
 
 
 class AdapterBank(torch.nn.Module):
     """The adapters of several tasks, for one layer.
 
-    Every adapter keeps parameters of its own, so that one can be trained,
-    saved or taken out while the bytes of the others stay what they are; they
-    are stacked when computed together (once, while frozen).
+    Every adapter has its own parameters, so one can be trained, saved or
+    removed without changing a byte of the others. They are stacked when
+    computed together (once, while frozen).
 
     Arguments
     ---------
@@ -60,12 +194,8 @@ class AdapterBank(torch.nn.Module):
         Width d of the layer's output.
     bottleneck : int
         Width b of each adapter.
-    activation : callable
-        See `BottleneckAdapter`; one for all.
-    layer_norm : bool
-        See `BottleneckAdapter`.
-    eps : float
-        See `BottleneckAdapter`.
+    activation, layer_norm, eps
+        See `BottleneckAdapter`; the same for all.
 
     Raises
     ------
@@ -98,6 +228,12 @@ class AdapterBank(torch.nn.Module):
         self.layer_norm, self.eps = layer_norm, eps
         self._activation = activation
         self.activation = activation()
+        # LN without gain and offset, which `Stacked` holds.
+        self.normalise = (
+            torch.nn.LayerNorm(d_model, eps, elementwise_affine=False)
+            if layer_norm
+            else torch.nn.Identity()
+        )
         self.names = []
         self._derived = DerivedWeights()
         for name in names:
@@ -105,7 +241,7 @@ class AdapterBank(torch.nn.Module):
 
     # ------------------------------------------------------------- members
 
-    def add(self, name, bottleneck=None):
+    def add(self, name, bottleneck=None, *, replace=False):
         """Add a fresh adapter, which changes nothing until it is trained.
 
         Arguments
@@ -114,40 +250,29 @@ class AdapterBank(torch.nn.Module):
             A new name.
         bottleneck : int or None
             Its width, None for the bank's.
+        replace : bool
+            True puts it in the place of an adapter of that name.
 
         Returns
         -------
         BottleneckAdapter
             The adapter, on the device and in the type of the others.
+
+        Raises
+        ------
+        ValueError
+            The name is taken, empty, no text, or `"combined"`.
         """
-        self.check_new(name)
-        adapter = self._fresh(bottleneck)
-        self._modules[_key(name)] = adapter
-        self.names.append(name)
-        self._derived.clear()
-        return adapter
-
-    def replace(self, name, bottleneck):
-        """Put a fresh adapter of another width in the place of one.
-
-        Arguments
-        ---------
-        name : str
-            A name of the bank.
-        bottleneck : int
-            The new width.
-
-        Returns
-        -------
-        BottleneckAdapter
-            The new adapter.
-        """
-        self.require(name)
-        self._modules[_key(name)] = adapter = self._fresh(bottleneck)
-        self._derived.clear()
-        return adapter
-
-    def _fresh(self, bottleneck):
+        if not isinstance(name, str) or not name or name == COMBINED:
+            raise ValueError(
+                f"{name!r} cannot be the name of an adapter: use text, but "
+                f"not {COMBINED!r}, which means all of them together"
+            )
+        if name in self.names and not replace:
+            raise ValueError(
+                f"there is an adapter {name!r} already; choose another name "
+                "or remove that one first"
+            )
         adapter = BottleneckAdapter(
             self.d_model,
             self.bottleneck if bottleneck is None else bottleneck,
@@ -158,10 +283,14 @@ class AdapterBank(torch.nn.Module):
         if self.names:
             like = self[self.names[0]].down.weight
             adapter.to(like.device, like.dtype)
-        return adapter.train(self.training)
+        self._modules[_key(name)] = adapter.train(self.training)
+        if name not in self.names:
+            self.names.append(name)
+        self._derived.clear()
+        return adapter
 
     def remove(self, name):
-        """Take an adapter out.
+        """Remove an adapter.
 
         Arguments
         ---------
@@ -171,49 +300,20 @@ class AdapterBank(torch.nn.Module):
         self.require(name)
         if len(self.names) == 1:
             raise ValueError(
-                f"{name!r} is the last adapter of the bank; take all "
-                "adapters out with handle.remove() instead"
+                f"{name!r} is the last adapter of the bank; use "
+                "handle.remove() to remove all adapters"
             )
         del self._modules[_key(name)]
         self.names.remove(name)
         self._derived.clear()
 
-    def check_new(self, name):
-        """Raise where a name cannot be given to a new adapter.
-
-        Arguments
-        ---------
-        name : str
-            The name.
-
-        Raises
-        ------
-        ValueError
-            It is taken, empty, no text, or `"combined"`.
-        """
-        if not isinstance(name, str) or not name or name == COMBINED:
-            raise ValueError(
-                f"{name!r} cannot be the name of an adapter: use text, but "
-                f"not {COMBINED!r}, which means all of them together"
-            )
-        if name in self.names:
-            raise ValueError(
-                f"there is an adapter {name!r} already; choose another name "
-                "or remove that one first"
-            )
-
     def require(self, *names):
-        """Raise where a name is none of the bank's.
+        """Raise `ValueError` for a name that the bank does not have.
 
         Arguments
         ---------
         *names : str
             Names.
-
-        Raises
-        ------
-        ValueError
-            Naming what is missing and what there is.
         """
         missing = [name for name in names if name not in self.names]
         if missing:
@@ -239,22 +339,14 @@ class AdapterBank(torch.nn.Module):
     # --------------------------------------------------------- computation
 
     def stacked(self, names=None):
-        """Return adapters as one wide adapter.
+        """Return adapters (None: all) as one wide adapter, see `Stacked`.
 
-        Arguments
-        ---------
-        names : sequence of str or None
-            Which, in which order; None for all.
-
-        Returns
-        -------
-        Stacked
-            Differentiable where parameters are trained and gradients are on.
+        Differentiable where parameters are trained and gradients are on.
         """
         names = tuple(self.names if names is None else names)
         members = [self[name] for name in names]
         parameters = [p for member in members for p in member.parameters()]
-        return self._derived.get(
+        return self._derived.derive(
             names, parameters, lambda: self._stack(members)
         )
 
@@ -277,40 +369,10 @@ class AdapterBank(torch.nn.Module):
             moved = (down @ offset.unsqueeze(-1)).flatten()
             down = (down * gain.unsqueeze(1)).flatten(0, 1)
             shift = shift + moved
-        return Stacked(down, shift, torch.cat(ups), beta)
-
-    def normalise(self, x):
-        """Return LN without gain and offset, which the stack has taken.
-
-        Arguments
-        ---------
-        x : torch.Tensor
-            [..., d]
-
-        Returns
-        -------
-        torch.Tensor
-            [..., d]; x itself in a bank without LN.
-        """
-        if not self.layer_norm:
-            return x
-        return F.layer_norm(x, (self.d_model,), eps=self.eps)
+        return Stacked(down, shift, torch.cat(ups), beta, width)
 
     def hidden(self, x, stack):
-        """Return what all bottlenecks hold, by one matrix product.
-
-        Arguments
-        ---------
-        x : torch.Tensor
-            [..., d]
-        stack : Stacked
-            From `stacked`.
-
-        Returns
-        -------
-        torch.Tensor
-            [..., N b]
-        """
+        """Return what all bottlenecks hold, [..., N b], see `Stacked`."""
         normed = self.normalise(x)
         return self.activation(F.linear(normed, stack.down, stack.shift))
 
@@ -352,28 +414,18 @@ class AdapterBank(torch.nn.Module):
         """
         stack = self.stacked()
 
-        def own(weight):
+        def select(weight):
             return weight.unflatten(0, (len(self), -1)).index_select(0, index)
 
-        down, up, shift = own(stack.down), own(stack.up), own(stack.shift)
+        down, up = select(stack.down), select(stack.up)
+        shift = select(stack.shift)
         normed = self.normalise(x)
         hidden = torch.matmul(normed, down.mT) + shift.unsqueeze(1)
         beta = stack.beta.index_select(0, index)
         return torch.matmul(self.activation(hidden), up) + beta.unsqueeze(1)
 
     def forward(self, x):
-        """As `each`.
-
-        Arguments
-        ---------
-        x : torch.Tensor
-            [B, T, d]
-
-        Returns
-        -------
-        torch.Tensor
-            [B, T, N, d]
-        """
+        """As `each`."""
         return self.each(x)
 
 

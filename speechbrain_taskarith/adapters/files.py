@@ -14,7 +14,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from speechbrain_taskarith.adapters.bottleneck import BottleneckAdapter
+from speechbrain_taskarith.adapters.bank import BottleneckAdapter
+from speechbrain_taskarith.adapters.layer import KINDS, make_combination
 from speechbrain_taskarith.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -31,19 +32,10 @@ _NEUTRAL = {
 
 
 def fingerprint(module, without=None):
-    """Return the SHA-256 over a module's state.
+    """Return the SHA-256 over a module's state, or a mapping of tensors.
 
-    Arguments
-    ---------
-    module : torch.nn.Module or dict
-        Its parameters and persistent buffers, or a mapping of tensors.
-    without : str or None
-        Names that start like this do not count.
-
-    Returns
-    -------
-    str
-        64 hexadecimal digits; the same on every device.
+    64 hexadecimal digits, the same on every device. Names that start with
+    `without` do not count.
 
     Example
     -------
@@ -71,51 +63,38 @@ def fingerprint(module, without=None):
 
 
 def save_adapter(handle, name, path):
-    """See `AdapterHandle.save_adapter`.
-
-    Arguments
-    ---------
-    handle : AdapterHandle
-        Whose adapter.
-    name : str
-        Which.
-    path : str or pathlib.Path
-        Where to.
-    """
+    """See `AdapterHandle.save_adapter`."""
     members = [layer.bank[name] for layer in handle.layers]
-    bank = handle.layers[0].bank
-    about = {
+    header = {
         "kind": "adapter",
         "name": name,
         "bottleneck": members[0].bottleneck,
+        **_settings(handle.layers[0].bank),
+    }
+    _write(handle, path, members, header)
+
+
+def _settings(bank):
+    """Return what all adapters of a bank share."""
+    return {
         "activation": repr(bank.activation),
         "layer_norm": bank.layer_norm,
         "eps": bank.eps,
     }
-    _write(handle, path, members, about)
 
 
-def save_combination(handle, path):
-    """See `AdapterHandle.save_combination`.
-
-    Arguments
-    ---------
-    handle : AdapterHandle
-        Whose combination.
-    path : str or pathlib.Path
-        Where to.
-    """
-    members = [layer.combination for layer in handle.layers]
-    about = {
+def save_combination(handle, members, path):
+    """See `AdapterHandle.save_combination`."""
+    header = {
         "kind": "combination",
         "class": type(members[0]).__name__,
         "settings": members[0].settings(),
         "names": members[0].names,
     }
-    _write(handle, path, members, about)
+    _write(handle, path, members, header)
 
 
-def _write(handle, path, members, about):
+def _write(handle, path, members, header):
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"{path}: expected a name that ends in .safetensors")
     tensors = {
@@ -124,15 +103,15 @@ def _write(handle, path, members, about):
         for name, tensor in member.state_dict().items()
     }
     _require_finite(tensors, path)
-    about = {
+    header = {
         "version": _VERSION,
-        **about,
+        **header,
         "layers": handle.layer_names,
         "d_model": [layer.bank.d_model for layer in handle.layers],
         "base": handle.base_fingerprint(),
         "checksum": fingerprint(tensors),
     }
-    content = safetensors.torch.save(tensors, {_KEY: json.dumps(about)})
+    content = safetensors.torch.save(tensors, {_KEY: json.dumps(header)})
     with atomic_write(path) as stream:
         stream.write(content)
 
@@ -150,7 +129,7 @@ def _require_finite(tensors, path):
 
 
 def _read(path):
-    """Return tensors and what the file says of itself (None if foreign)."""
+    """Return tensors and our header, None in another library's file."""
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -166,37 +145,39 @@ def _read(path):
     return tensors, None if text is None else json.loads(text)
 
 
-def _check(path, tensors, about, handle, kind, any_base):
+def _check(path, tensors, header, handle, kind, any_base):
     """Raise where a file of ours does not belong to this encoder."""
-    if about is None or about.get("kind") != kind:
-        found = "a file of others" if about is None else about.get("kind")
+    if header is None or header.get("kind") != kind:
+        found = (
+            "another library's file" if header is None else header.get("kind")
+        )
         raise ValueError(
             f"{path}: expected {kind}, found {found}"
             + ("; give a name_map to read it" if kind == "adapter" else "")
         )
-    if about["version"] > _VERSION:
+    if header["version"] > _VERSION:
         raise ValueError(
-            f"{path}: written by a later version (format {about['version']}, "
+            f"{path}: written by a later version (format {header['version']}, "
             f"known is {_VERSION}); update this package"
         )
-    if fingerprint(tensors) != about["checksum"]:
+    if fingerprint(tensors) != header["checksum"]:
         raise ValueError(
-            f"{path}: its checksum does not fit its content; it is damaged, "
+            f"{path}: its checksum does not match its content; it is damaged, "
             "fetch or save it again"
         )
     width = [layer.bank.d_model for layer in handle.layers]
-    if about["d_model"] != width:
+    if header["d_model"] != width:
         raise ValueError(
-            f"{path}: made for {len(about['d_model'])} layers of width "
-            f"{_short(about['d_model'])}, but this encoder has adapters "
+            f"{path}: made for {len(header['d_model'])} layers of width "
+            f"{_short(header['d_model'])}, but this encoder has adapters "
             f"behind {len(width)} of width {_short(width)}"
         )
-    here = handle.base_fingerprint()
-    if about["base"] != here and not any_base:
+    base = handle.base_fingerprint()
+    if header["base"] != base and not any_base:
         raise ValueError(
             f"{path}: trained on another base (fingerprint "
-            f"{about['base'][:12]}, this encoder has {here[:12]}); load that "
-            "base's weights first, or say any_base=True"
+            f"{header['base'][:12]}, this encoder has {base[:12]}); load that "
+            "base's weights first, or pass any_base=True"
         )
 
 
@@ -205,38 +186,22 @@ def _short(widths):
 
 
 def load_adapter(handle, path, name, name_map, any_base):
-    """See `AdapterHandle.load_adapter`.
-
-    Arguments
-    ---------
-    handle : AdapterHandle
-        Takes the adapter.
-    path : str or pathlib.Path
-        The file.
-    name : str or None
-        What it is to be called.
-    name_map : dict or None
-        For files of others.
-    any_base : bool
-        Do not compare the base.
-    """
-    tensors, about = _read(path)
+    """See `AdapterHandle.load_adapter`."""
+    tensors, header = _read(path)
     if name_map is None:
-        _check(path, tensors, about, handle, "adapter", any_base)
-        _check_bank(path, about, handle.layers[0].bank)
-        name = about["name"] if name is None else name
-        keys = {n: f"layers.{{layer}}.{n}" for n in _names(handle)}
+        _check(path, tensors, header, handle, "adapter", any_base)
+        _check_bank(path, header, handle.layers[0].bank)
+        name = header["name"] if name is None else name
+        keys = {n: f"layers.{{layer}}.{n}" for n in _parts(handle)}
     else:
         keys = dict(name_map)
         if name is None:
             raise ValueError(f"{path}: give the adapter a name")
         logger.warning(
-            "%s: an adapter of others; whether it was trained on this base "
-            "cannot be checked",
+            "%s: an adapter from another library; whether it was trained "
+            "on this base cannot be checked",
             path,
         )
-    if name not in handle.names:
-        handle.layers[0].bank.check_new(name)
     states = [
         _layer_state(path, tensors, keys, handle, i)
         for i in range(len(handle.layers))
@@ -244,54 +209,49 @@ def load_adapter(handle, path, name, name_map, any_base):
     for layer, state in zip(handle.layers, states):
         width = state["down.weight"].shape[0]
         bank = layer.bank
-        if name not in bank:
-            bank.add(name, width).requires_grad_(False)
-        elif bank[name].bottleneck != width:
-            bank.replace(name, width).requires_grad_(False)
+        if name not in bank or bank[name].bottleneck != width:
+            # A name that cannot be one is refused here, at the first layer.
+            bank.add(name, width, replace=True).requires_grad_(False)
         bank[name].load_state_dict(state)
     handle.unfold()
 
 
-def _names(handle):
-    bank = handle.layers[0].bank
-    return list(bank[bank.names[0]].state_dict())
-
-
-def _check_bank(path, about, bank):
-    mine = {
-        "activation": repr(bank.activation),
-        "layer_norm": bank.layer_norm,
-        "eps": bank.eps,
-    }
-    for what, value in mine.items():
-        if about[what] != value:
+def _check_bank(path, header, bank):
+    for what, value in _settings(bank).items():
+        if header[what] != value:
             raise ValueError(
-                f"{path}: its {what} is {about[what]}, that of the adapters "
+                f"{path}: its {what} is {header[what]}, that of the adapters "
                 f"here is {value}; adapters of a bank share it, insert them "
                 f"with the {what} of the file"
             )
 
 
+def _parts(handle):
+    """Return the names of an adapter's tensors."""
+    bank = handle.layers[0].bank
+    return list(bank[bank.names[0]].state_dict())
+
+
 def _layer_state(path, tensors, keys, handle, number):
     """Return one layer's state dict, checked for names and shapes."""
-    bank, wanted = handle.layers[number].bank, _names(handle)
-    if set(keys) != set(wanted):
+    bank, expected = handle.layers[number].bank, _parts(handle)
+    if set(keys) != set(expected):
         raise ValueError(
-            f"{path}: the name map is of {', '.join(sorted(keys))}, expected "
-            f"{', '.join(sorted(wanted))}"
+            f"{path}: name_map has {', '.join(sorted(keys))}, expected "
+            f"{', '.join(sorted(expected))}"
         )
     found = {}
-    for name in wanted:
+    for name in expected:
         if keys[name] is None and name in _NEUTRAL:
             continue
-        theirs = str(keys[name]).replace("{layer}", str(number))
-        if theirs not in tensors:
+        source = str(keys[name]).replace("{layer}", str(number))
+        if source not in tensors:
             raise ValueError(
-                f"{path}: no tensor {theirs!r} for {name!r} of layer "
+                f"{path}: no tensor {source!r} for {name!r} of layer "
                 f"{handle.layer_names[number]!r}; it has "
                 f"{', '.join(sorted(tensors)[:5])}, ..."
             )
-        found[name] = tensors[theirs]
+        found[name] = tensors[source]
     rows = found["down.weight"].shape[0] if found["down.weight"].dim() else 1
     like = BottleneckAdapter(
         bank.d_model, max(rows, 1), torch.nn.Identity, bank.layer_norm
@@ -303,43 +263,32 @@ def _layer_state(path, tensors, keys, handle, number):
                 f"has the shape {tuple(tensor.shape)}, expected "
                 f"{tuple(like[name].shape)} for a width of {bank.d_model}"
             )
-    for name in wanted:
+    for name in expected:
         if name not in found:
             found[name] = _NEUTRAL[name](like[name])
     return found
 
 
-def load_combination(handle, path, kinds, any_base):
-    """See `AdapterHandle.load_combination`.
-
-    Arguments
-    ---------
-    handle : AdapterHandle
-        Takes the combination.
-    path : str or pathlib.Path
-        The file.
-    kinds : dict
-        Name to class.
-    any_base : bool
-        Do not compare the base.
-    """
-    tensors, about = _read(path)
-    _check(path, tensors, about, handle, "combination", any_base)
-    classes = {kind.__name__: kind for kind in kinds.values()}
-    if about["class"] not in classes:
+def load_combination(handle, path, any_base):
+    """See `AdapterHandle.load_combination`."""
+    tensors, header = _read(path)
+    _check(path, tensors, header, handle, "combination", any_base)
+    classes = {kind.__name__: kind for kind in KINDS.values()}
+    if header["class"] not in classes:
         raise ValueError(
-            f"{path}: a combination of the class {about['class']}, which is "
+            f"{path}: a combination of the class {header['class']}, which is "
             f"not one of {', '.join(classes)}"
         )
-    missing = [n for n in about["names"] if n not in handle.names]
+    missing = [n for n in header["names"] if n not in handle.names]
     if missing:
         raise ValueError(
             f"{path}: combines {', '.join(map(repr, missing))}, which are "
             "not here; load these adapters first (handle.load_adapter)"
         )
-    template = classes[about["class"]](**about["settings"])
+    template = classes[header["class"]](**header["settings"])
     made = [
-        template.for_bank(layer.bank, about["names"]) for layer in handle.layers
+        make_combination(template, layer.bank, header["names"])
+        for layer in handle.layers
     ]
     for i, new in enumerate(made):
         start = f"layers.{i}."
@@ -352,4 +301,5 @@ def load_combination(handle, path, kinds, any_base):
             new.load_state_dict(state)
         except RuntimeError as error:
             raise ValueError(f"{path}: {error}") from None
-    handle.install(made)
+    for layer, new in zip(handle.layers, made):
+        layer.combination = new

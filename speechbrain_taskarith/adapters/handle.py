@@ -1,44 +1,47 @@
-"""Steering the adapters of an encoder: use, train, save, fold, take out."""
+"""All adapters of an encoder: choose, train, fold, save and remove them."""
 
+import contextlib
 import logging
 
-from speechbrain_taskarith.adapters import files as adapter_files
-from speechbrain_taskarith.adapters.adapter_set import KINDS, AdapterSet
-from speechbrain_taskarith.adapters.attention import (
-    adapter_attention,
-    guidance_loss,
-)
+import torch
+
+from speechbrain_taskarith.adapters import attention, files
 from speechbrain_taskarith.adapters.bank import COMBINED
-from speechbrain_taskarith.adapters.freezing import StayFrozen, hold_statistics
-from speechbrain_taskarith.adapters.insertion import CHILD
+from speechbrain_taskarith.adapters.layer import (
+    LayerAdapters,
+    Route,
+    StatisticsGuard,
+    make_combination,
+    utterance_positions,
+)
 
 logger = logging.getLogger(__name__)
 
-_STAY = "task_adapters_stay_frozen"
+#: The name of the handle among the encoder's children.
+CHILD = "task_adapters"
+
+_GUARD = "task_adapters_stay_frozen"
+_NO_COMBINATION = (
+    "there is no combination: give one to insert_adapters or "
+    "handle.set_combination('fusion')"
+)
 
 
-class AdapterHandle(AdapterSet):
+class AdapterHandle(torch.nn.Module):
     """All adapters of an encoder, and which of them are in use.
 
-    Made by `insert_adapters`. It is a child of the encoder: an optimizer or
-    DDP that has the encoder has the adapters, and a checkpoint of the
-    encoder holds them (one without them loads, too). As a recoverable of
-    its own it saves the adapters alone.
+    Made by `insert_adapters`. It is a child of the encoder, so an optimizer,
+    DDP or a checkpoint of the encoder includes the adapters (a checkpoint
+    without them loads, too). As a recoverable of its own it saves the
+    adapters alone.
 
     Arguments
     ---------
-    encoder : torch.nn.Module
-        Is frozen here.
-    layers : list of tuple
-        `(name, module)`, from `find_layers`.
-    banks : list of AdapterBank
-        One a layer.
-    combination : None, str, Combination or callable
-        See `insert_adapters`.
+    encoder, layers, banks, combination
+        From `insert_adapters`: layers are `(name, module)`, with a bank each.
 
     Example
     -------
-    >>> import torch
     >>> from speechbrain_taskarith.adapters import insert_adapters
     >>> encoder = torch.nn.TransformerEncoder(
     ...     torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2
@@ -57,11 +60,149 @@ class AdapterHandle(AdapterSet):
     ...     _ = encoder(x)                 # the base, bit for bit
     """
 
-    def __init__(self, encoder, layers, banks, combination=None):
-        super().__init__(encoder, layers, banks, combination)
-        self._frozen_modules = []
+    encoder: torch.nn.Module
 
-    # ---------------------------------------------------------------- train
+    def __init__(self, encoder, layers, banks, combination=None):
+        super().__init__()
+        made = [make_combination(combination, bank) for bank in banks]
+        # From here on nothing fails, so that no half of it is left behind.
+        # Not by setattr, which would make the encoder its child's child.
+        self.__dict__["encoder"] = encoder
+        self._route = Route()
+        self._frozen_modules = []
+        self._flags = [(p, p.requires_grad) for p in encoder.parameters()]
+        encoder.requires_grad_(False)
+        self.layers = torch.nn.ModuleList(
+            LayerAdapters(name, layer, bank, new, self._route)
+            for (name, layer), bank, new in zip(layers, banks, made)
+        )
+        self.add_module(_GUARD, StatisticsGuard(encoder))
+        encoder.add_module(CHILD, self)
+        self._register_load_state_dict_pre_hook(
+            _keep_when_absent, with_module=True
+        )
+        self.requires_grad_(False)
+        self.train(encoder.training)
+
+    def forward(self, x, *others, **named):
+        """Return x, as `StatisticsGuard.forward`; hooks do the work."""
+        return x
+
+    @property
+    def layer_names(self):
+        """The names of the layers that have adapters, in order."""
+        return [layer.name for layer in self.layers]
+
+    @property
+    def names(self):
+        """The adapters' names, in order."""
+        return list(self.layers[0].bank.names)
+
+    @property
+    def combined_names(self):
+        """The names that the combination combines, None without one."""
+        made = self.layers[0].combination
+        return None if made is None else list(made.names)
+
+    def add_adapter(self, name, bottleneck=None):
+        """Add a fresh adapter behind every layer.
+
+        Other adapters do not change, nor does a combination, which keeps
+        the adapters that it has.
+
+        Arguments
+        ---------
+        name : str
+            A new name.
+        bottleneck : int or None
+            Its width; None for that of the first ones.
+        """
+        for layer in self.layers:
+            layer.bank.add(name, bottleneck).requires_grad_(False)
+
+    def remove_adapter(self, name):
+        """Remove one adapter from every layer.
+
+        Arguments
+        ---------
+        name : str
+            Not the last one, nor one that is combined: `ValueError`.
+        """
+        self.layers[0].bank.require(name)
+        if name in (self.combined_names or ()):
+            raise ValueError(
+                f"the combination combines {name!r}; set_combination(kind, "
+                "names=...) without it first"
+            )
+        for layer in self.layers:
+            layer.bank.remove(name)
+        # Positions have moved.
+        if self.in_use == name or isinstance(self.in_use, torch.Tensor):
+            self.use(None)
+
+    def set_combination(self, combination, names=None):
+        """Give the encoder another, freshly started combination.
+
+        Arguments
+        ---------
+        combination : None, str, Combination or callable
+            See `insert_adapters`.
+        names : sequence of str or None
+            Which adapters it combines; None for all. Leave one out to test
+            a task that no adapter has seen.
+        """
+        made = [
+            make_combination(combination, m.bank, names) for m in self.layers
+        ]
+        if self.in_use == COMBINED and made[0] is None:
+            self.use(None)
+        for layer, new in zip(self.layers, made):
+            layer.combination = new
+
+    def _combinations(self):
+        """Return `{layer name: combination}`; without one, an error."""
+        if self.layers[0].combination is None:
+            raise ValueError(_NO_COMBINATION)
+        return {layer.name: layer.combination for layer in self.layers}
+
+    def use(self, choice):
+        """Choose what the encoder's next batches go through.
+
+        Arguments
+        ---------
+        choice : None, str, sequence or torch.Tensor
+            None: the base, bit for bit. A name: that adapter.
+            `"combined"`: the combination. One adapter for each utterance, in
+            one pass: B names (None for the base), or positions [B] in
+            `names` (-1 for the base).
+
+        Returns
+        -------
+        context manager
+            Used in a `with`, it restores the previous choice at the end.
+
+        Raises
+        ------
+        ValueError
+            An unknown name or position; the choice does not change.
+        """
+        bank = self.layers[0].bank
+        if isinstance(choice, str) and choice == COMBINED:
+            if self.layers[0].combination is None:
+                raise ValueError(_NO_COMBINATION)
+        elif isinstance(choice, str):
+            bank.require(choice)
+        elif choice is not None:
+            choice = utterance_positions(choice, bank)
+        back = contextlib.ExitStack()
+        back.callback(setattr, self._route, "choice", self._route.choice)
+        self._route.choice = choice
+        return back
+
+    @property
+    def in_use(self):
+        """What was chosen last: None, text, or a tensor of positions."""
+        return self._route.choice
 
     def freeze(self, *modules):
         """Freeze modules beside the encoder, running statistics as well.
@@ -74,19 +215,19 @@ class AdapterHandle(AdapterSet):
         for module in modules:
             self._flags += [(p, p.requires_grad) for p in module.parameters()]
             module.requires_grad_(False)
-            if not hasattr(module, _STAY):
-                module.add_module(_STAY, StayFrozen(module))
+            if not hasattr(module, _GUARD):
+                module.add_module(_GUARD, StatisticsGuard(module))
                 self._frozen_modules.append(module)
-            hold_statistics(module)
+            getattr(module, _GUARD).train(module.training)
 
     def train_extraction(self, name):
-        """Set up the first stage: one adapter is trained, and in use.
+        """Train one adapter alone, and put it in use (first stage).
 
         Arguments
         ---------
         name : str or sequence of str
-            Of several, the adapters are all trained and none is put in use:
-            say by `use([...])` for every batch whose utterances are whose.
+            With several names, all are trained and none is in use; call
+            `use([...])` before each batch to route its utterances.
 
         Returns
         -------
@@ -95,23 +236,18 @@ class AdapterHandle(AdapterSet):
         """
         names = [name] if isinstance(name, str) else list(name)
         self.layers[0].bank.require(*names)
-        self._train_only(
-            p
-            for layer in self.layers
-            for n in names
-            for p in layer.bank[n].parameters()
-        )
+        self._train_only(m.bank[n] for m in self.layers for n in names)
         self.use(name if isinstance(name, str) else None)
         return self.trained_parameters()
 
     def train_composition(self, mode="ST-A"):
-        """Set up the second stage: the combination is trained, and in use.
+        """Train the combination, and put it in use (second stage).
 
         Arguments
         ---------
         mode : str
-            `"ST-A"` leaves the adapters as they are, to the byte; `"MT-A"`
-            trains those that are combined as well.
+            `"ST-A"` does not change a byte of the adapters; `"MT-A"` trains
+            the combined ones as well.
 
         Returns
         -------
@@ -126,9 +262,10 @@ class AdapterHandle(AdapterSet):
         if mode not in ("ST-A", "MT-A"):
             raise ValueError(f"mode is {mode!r}, expected 'ST-A' or 'MT-A'")
         self.use(COMBINED)
+        names = self.layers[0].combination.names
         untrained = [
             name
-            for name in self.combined_names
+            for name in names
             if all(layer.bank[name].is_untrained() for layer in self.layers)
         ]
         if untrained:
@@ -136,28 +273,21 @@ class AdapterHandle(AdapterSet):
                 "combining adapters that were never trained: %s",
                 ", ".join(untrained),
             )
-        own = [p for m in self.layers for p in m.combination.parameters()]
+        modules = [layer.combination for layer in self.layers]
         if mode == "MT-A":
-            own += [
-                p
-                for layer in self.layers
-                for name in self.combined_names
-                for p in layer.bank[name].parameters()
-            ]
-        self._train_only(own)
+            modules += [m.bank[name] for m in self.layers for name in names]
+        self._train_only(modules)
         return self.trained_parameters()
 
     def train_nothing(self):
-        """Freeze everything in encoder and handle; what is in use stays."""
+        """Freeze all of encoder and handle; what is in use does not change."""
         self._train_only(())
 
-    def _train_only(self, parameters):
+    def _train_only(self, modules):
         self.unfold()
-        for parameter in self.encoder.parameters():
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        for parameter in parameters:
-            parameter.requires_grad_(True)
+        self.encoder.requires_grad_(False).zero_grad()
+        for module in modules:
+            module.requires_grad_(True)
 
     def trained_parameters(self):
         """Return the parameters that are trained now.
@@ -178,50 +308,38 @@ class AdapterHandle(AdapterSet):
             `base`, `adapters`, `combination`, `trained` (numbers), and
             `share`, the trained ones in % of the base.
         """
-        inside = {id(p) for p in self.parameters()}
-        base = sum(
-            p.numel() for p in self.encoder.parameters() if id(p) not in inside
-        )
-        counts = {
+        added = sum(p.numel() for p in self.parameters())
+        banks = (layer.bank for layer in self.layers)
+        adapters = sum(p.numel() for b in banks for p in b.parameters())
+        base = sum(p.numel() for p in self.encoder.parameters()) - added
+        trained = sum(p.numel() for p in self.trained_parameters())
+        return {
             "base": base,
-            "adapters": sum(
-                p.numel() for m in self.layers for p in m.bank.parameters()
-            ),
-            "combination": sum(
-                p.numel()
-                for m in self.layers
-                if m.combination is not None
-                for p in m.combination.parameters()
-            ),
-            "trained": sum(p.numel() for p in self.trained_parameters()),
+            "adapters": adapters,
+            "combination": added - adapters,
+            "trained": trained,
+            "share": 100.0 * trained / max(base, 1),
         }
-        return {**counts, "share": 100.0 * counts["trained"] / max(base, 1)}
 
     def penalty(self):
-        """Return the sum of the combinations' penalties.
-
-        `0.01 sum_layers ||I - W_V||^2` for the fusion, to be added to a
-        training loss; 0.0 for the others.
+        """Return what the combinations add to the training loss.
 
         Returns
         -------
         torch.Tensor or float
-            A scalar.
+            `0.01 sum_layers ||I - W_V||^2` for the fusion, 0.0 for others.
         """
-        made = [layer.combination for layer in self.layers]
+        made = (layer.combination for layer in self.layers)
         return sum(m.penalty() for m in made if m is not None)
 
-    # -------------------------------------------------------------- folding
-
     def fold(self):
-        """Multiply out the frozen combination of every layer, once.
+        """Multiply out the frozen combination of every layer, for inference.
 
-        For inference: afterwards the parameters are not looked at. Training,
-        moving and loading unfold by themselves.
+        Later changes to the parameters have no effect until `unfold`, which
+        training, moving and loading call themselves.
         """
-        self._require_combination("fold")
-        for layer in self.layers:
-            layer.combination.fold()
+        for combination in self._combinations().values():
+            combination.fold()
 
     def unfold(self):
         """Go back to the combinations' parameters."""
@@ -235,38 +353,35 @@ class AdapterHandle(AdapterSet):
         Arguments
         ---------
         lens : torch.Tensor or None
-            [B], relative lengths in (0, 1]; frames behind them do not
+            [B], relative lengths in (0, 1]; frames beyond them do not
             count. None counts all.
 
         Returns
         -------
         torch.Tensor
-            [layers, N], rows sum to 1 (but free weights' do not), in the
-            order of `combined_names`.
+            [layers, N] in the order of `combined_names`; rows sum to 1,
+            except with free weights.
 
         Raises
         ------
         ValueError
             No combination, no batch yet, or lengths of another batch.
         """
-        self._require_combination("attention")
-        return adapter_attention(self.layers, self.layer_names, lens)
+        return attention.mean_weights(self._combinations(), lens)
 
     def attention_loss(self, tasks, lens=None):
         """Return how far attention is from the utterances' own adapters.
 
-        `- mean_layers mean_t log s_task(t)` of the last batch, to be added
-        to a training loss with a small weight: the tasks of training data
-        are known, those of test data need not be. Wants fusions made with
-        `guided=True`.
+        `- mean_layers mean_t log s_task(t)` of the last batch. Add it to the
+        training loss with a small weight; only training needs the tasks.
+        Works with fusions made with `guided=True`.
 
         Arguments
         ---------
         tasks : sequence of str
             B names of combined adapters.
         lens : torch.Tensor or None
-            [B], relative lengths in (0, 1]; frames behind them do not
-            count. None counts all.
+            [B], see `attention`.
 
         Returns
         -------
@@ -277,52 +392,19 @@ class AdapterHandle(AdapterSet):
         ------
         ValueError
             No combination, no batch yet, an adapter that is not combined,
-            or another number of tasks than of utterances.
-
-        Example
-        -------
-        >>> import torch
-        >>> from speechbrain_taskarith.adapters import (
-        ...     AudioAdapterFusion,
-        ...     insert_adapters,
-        ... )
-        >>> encoder = torch.nn.TransformerEncoder(
-        ...     torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2
-        ... )
-        >>> adapters = insert_adapters(
-        ...     encoder,
-        ...     ["us", "german"],
-        ...     bottleneck=4,
-        ...     combination=AudioAdapterFusion(guided=True),
-        ... )
-        >>> parameters = adapters.train_composition("ST-A")
-        >>> _ = encoder(torch.randn(3, 5, 8))
-        >>> adapters.attention_loss(["us", "us", "german"]).backward()
+            or not one task for each utterance.
         """
-        self._require_combination("attention_loss")
-        return guidance_loss(
-            self.layers, self.layer_names, self.combined_names, tasks, lens
-        )
-
-    def _require_combination(self, what):
-        if self.layers[0].combination is None:
-            raise ValueError(
-                f"{what} needs a combination: give one to insert_adapters "
-                "or handle.set_combination('fusion')"
-            )
-
-    # ---------------------------------------------------------------- files
+        return attention.guidance_loss(self._combinations(), tasks, lens)
 
     def base_fingerprint(self):
-        """Return what tells the base's weights from others.
+        """Return the SHA-256 of the encoder's state without the adapters.
 
         Returns
         -------
         str
-            64 hexadecimal digits, over names, types, shapes and bytes of
-            the encoder's state without the adapters.
+            64 hexadecimal digits, over names, types, shapes and bytes.
         """
-        return adapter_files.fingerprint(self.encoder, CHILD + ".")
+        return files.fingerprint(self.encoder, CHILD + ".")
 
     def save_adapter(self, name, path):
         """Write one adapter to a file of its own, atomically.
@@ -330,42 +412,38 @@ class AdapterHandle(AdapterSet):
         Arguments
         ---------
         name : str
-            Which.
+            Which one. `ValueError` if unknown, or if it holds NaN.
         path : str or pathlib.Path
             `.safetensors`
-
-        Raises
-        ------
-        ValueError
-            An unknown name, or NaN in the adapter.
         """
-        adapter_files.save_adapter(self, name, path)
+        files.save_adapter(self, name, path)
 
     def load_adapter(self, path, name=None, *, name_map=None, any_base=False):
-        """Take an adapter from a file, adding it where the name is new.
+        """Load an adapter from a file; a new name adds one.
 
         Arguments
         ---------
         path : str or pathlib.Path
             `.safetensors`
         name : str or None
-            What it is to be called; None for the name in the file. An
-            adapter of that name is replaced.
+            Name to load it under; None for the file's. An adapter of that
+            name is replaced.
         name_map : dict or None
-            For files of others: `{our name: theirs}` for `down.weight`,
-            `down.bias`, `up.weight`, `up.bias`, `norm.weight`, `norm.bias`;
-            `{layer}` in theirs stands for the number of the layer. A name
-            that is None takes a fresh adapter's value.
+            For files from other libraries: `{our name: theirs}` for
+            `down.weight`, `down.bias`, `up.weight`, `up.bias`,
+            `norm.weight`, `norm.bias`; `{layer}` in theirs stands for the
+            number of the layer. None in place of theirs gives the value of
+            a fresh adapter.
         any_base : bool
-            True takes an adapter that was trained on another base.
+            True accepts an adapter that was trained on another base.
 
         Raises
         ------
         ValueError
             A damaged file, another base, other widths or layers, names that
-            the file lacks, NaN; nothing is changed then.
+            the file lacks, NaN. Nothing has changed then.
         """
-        adapter_files.load_adapter(self, path, name, name_map, any_base)
+        files.load_adapter(self, path, name, name_map, any_base)
 
     def save_combination(self, path):
         """Write the combination with the names that it combines.
@@ -375,33 +453,47 @@ class AdapterHandle(AdapterSet):
         path : str or pathlib.Path
             `.safetensors`
         """
-        self._require_combination("save_combination")
-        adapter_files.save_combination(self, path)
+        files.save_combination(self, list(self._combinations().values()), path)
 
     def load_combination(self, path, *, any_base=False):
-        """Take a combination from a file; its adapters have to be here.
+        """Load a combination from a file; its adapters must be loaded already.
 
         Arguments
         ---------
         path : str or pathlib.Path
             From `save_combination`.
         any_base : bool
-            True takes one that was trained on another base.
+            True accepts one that was trained on another base.
 
         Raises
         ------
         ValueError
-            A damaged file, another base or width, or missing adapters;
-            nothing is changed then.
+            A damaged file, another base or width, or missing adapters.
+            Nothing has changed then.
         """
-        adapter_files.load_combination(self, path, KINDS, any_base)
-
-    # ------------------------------------------------------------------ end
+        files.load_combination(self, path, any_base)
 
     def remove(self):
-        """As `AdapterSet.remove`; modules beside the encoder, too."""
+        """Restore the encoder as it was before `insert_adapters`.
+
+        So are the modules given to `freeze`. Do not use the handle after
+        this, although it still holds the adapters.
+        """
         for module in self._frozen_modules:
-            module._modules.pop(_STAY, None)
+            module._modules.pop(_GUARD, None)
             module.train(module.training)
         self._frozen_modules = []
-        super().remove()
+        for layer in self.layers:
+            layer.detach()
+        self.encoder._modules.pop(CHILD, None)
+        for parameter, flag in reversed(self._flags):
+            parameter.requires_grad_(flag)
+        self._flags = []
+        self.encoder.train(self.encoder.training)
+
+
+def _keep_when_absent(handle, state, prefix, *others):
+    """Let a checkpoint of the base alone load into the encoder."""
+    if prefix and not any(key.startswith(prefix) for key in state):
+        logger.info("no adapters in this checkpoint: they stay as they are")
+        state.update(handle.state_dict(prefix=prefix))

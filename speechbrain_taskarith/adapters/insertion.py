@@ -1,17 +1,17 @@
 """Putting adapters into an encoder by layer name.
 
-The encoder's code stays as it is: forward hooks on its layers add what the
-adapters give. The adapters become a child of the encoder, so that `.to()`,
+The encoder's code does not change: forward hooks on its layers add the
+adapters' output. The adapters become a child of the encoder, so that `.to()`,
 optimizers and DDP find them there.
 """
 
 import collections
-import inspect
 import logging
 
 import torch
 
 from speechbrain_taskarith.adapters.bank import AdapterBank
+from speechbrain_taskarith.adapters.handle import CHILD, AdapterHandle
 from speechbrain_taskarith.utils.patterns import (
     as_tuple,
     matches,
@@ -19,9 +19,6 @@ from speechbrain_taskarith.utils.patterns import (
 )
 
 logger = logging.getLogger(__name__)
-
-#: The name of the handle among the encoder's children.
-CHILD = "task_adapters"
 
 # Called `layers` as well, and no layers of an encoder: wav2vec2's front-end
 # convolutions, SpeechBrain's input projections, decoders.
@@ -47,9 +44,9 @@ def insert_adapters(
 ):
     """Put a bank of adapters behind every layer of an encoder.
 
-    The encoder is frozen, its running statistics too, and computes what it
+    The encoder is frozen, its running statistics too. It computes what it
     did before, bit for bit, until `handle.use(...)` or `handle.train_*`.
-    Nothing is changed where an error is raised.
+    If an error is raised, nothing has changed.
 
     Arguments
     ---------
@@ -62,19 +59,19 @@ def insert_adapters(
     names : sequence of str
         The tasks, at least one.
     layers : str or sequence of str
-        Anchored shell patterns on module names; of nested matches only the
-        outermost is a layer.
+        Anchored shell patterns on module names. Where matches are nested,
+        only the outermost is a layer.
     d_model : int or None
         Width d of the layers' output; None reads it off the layers'
         normalisation.
     bottleneck : int
         Width of each adapter.
     combination : None, str, Combination or callable
-        `"mean"`, `"weighted_mean"`, `"fusion"`; or an instance as template
-        (its settings are taken for every layer), or what makes one from a
-        bank (`!name:` in YAML).
+        `"mean"`, `"weighted_mean"`, `"fusion"`; an instance, whose settings
+        every layer takes; or a function that makes one from a bank (`!name:`
+        in YAML).
     exclude : str or sequence of str
-        What matches one of these is no layer.
+        Patterns of module names that are no layers.
     activation : callable
         See `BottleneckAdapter`.
     layer_norm : bool
@@ -83,13 +80,13 @@ def insert_adapters(
     Returns
     -------
     AdapterHandle
-        Steers, trains, saves and takes out the adapters.
+        To choose, train, save and remove the adapters.
 
     Raises
     ------
     ValueError
-        A pattern without a match, a width that is not the layers', bad
-        names, an unknown combination, an encoder that has adapters already.
+        A pattern without a match, a width other than the layers', bad names,
+        an unknown combination, or an encoder that has adapters already.
 
     Example
     -------
@@ -105,12 +102,10 @@ def insert_adapters(
     >>> encoder(torch.randn(3, 5, 8)).shape
     torch.Size([3, 5, 8])
     """
-    from speechbrain_taskarith.adapters.handle import AdapterHandle
-
     if any(child == CHILD for child, _ in encoder.named_children()):
         raise ValueError(
             "the encoder has adapters already: add to them with "
-            "handle.add_adapter(name), or take them out with handle.remove()"
+            "handle.add_adapter(name), or remove them with handle.remove()"
         )
     found = find_layers(encoder, layers, exclude)
     banks = []
@@ -126,42 +121,19 @@ def insert_adapters(
     handle = AdapterHandle(encoder, found, banks, combination)
     logger.info(
         "%d adapter(s) of width %d behind each of %d layers: %s",
-        len(handle.names),
+        len(banks[0].names),
         bottleneck,
         len(found),
-        ", ".join(handle.layer_names),
+        ", ".join(name for name, _ in found),
     )
     return handle
 
 
 def find_layers(encoder, layers, exclude=()):
-    """Return the outermost modules whose names fit.
+    """Return `(name, module)` of the outermost modules whose names fit.
 
-    Arguments
-    ---------
-    encoder : torch.nn.Module
-        Where to look.
-    layers : str or sequence of str
-        Anchored shell patterns.
-    exclude : str or sequence of str
-        Patterns of what is left out; these need not match.
-
-    Returns
-    -------
-    list of tuple
-        `(name, module)`, in the encoder's order.
-
-    Raises
-    ------
-    ValueError
-        A pattern without a match.
-
-    Example
-    -------
-    >>> net = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(
-    ...     [torch.nn.Sequential(torch.nn.Linear(2, 2))])})
-    >>> [name for name, _ in find_layers(net, "*layers.*")]
-    ['layers.0']
+    Patterns in `exclude` need not match; one in `layers` that matches nothing
+    is an error.
     """
     modules = {name: m for name, m in encoder.named_modules() if name}
     exclude = as_tuple(exclude)
@@ -179,31 +151,9 @@ def find_layers(encoder, layers, exclude=()):
 
 
 def layer_width(name, layer, d_model=None):
-    """Return the width of a layer's output.
+    """Return the width that most of a layer's normalisations have.
 
-    Arguments
-    ---------
-    name : str
-        The layer's, for messages.
-    layer : torch.nn.Module
-        The layer.
-    d_model : int or None
-        The width where it is known.
-
-    Returns
-    -------
-    int
-        The width that most of the layer's normalisations have.
-
-    Raises
-    ------
-    ValueError
-        There is none, or none of them has `d_model`.
-
-    Example
-    -------
-    >>> layer_width("0", torch.nn.TransformerEncoderLayer(8, 2, 16))
-    8
+    `d_model` is the width where it is known: one of them has to have it.
     """
     widths = collections.Counter(
         module.normalized_shape[-1]
@@ -224,91 +174,3 @@ def layer_width(name, layer, d_model=None):
             "choose other layers"
         )
     return d_model
-
-
-class Attachment:
-    """What ties one layer's adapters to the layer, and can be undone.
-
-    Arguments
-    ---------
-    name : str
-        The layer's name, for messages.
-    layer : torch.nn.Module
-        The layer.
-    adapters : LayerAdapters
-        What is to be added behind it.
-    """
-
-    def __init__(self, name, layer, adapters):
-        self.name, self.layer, self.adapters = name, layer, adapters
-        self._hook = layer.register_forward_hook(self._after)
-        self._streaming = None
-        # SpeechBrain's streaming calls this method and no hook.
-        if hasattr(layer, "forward_streaming"):
-            self._streaming = _Streaming(layer.forward_streaming, self)
-            layer.forward_streaming = self._streaming
-
-    def _after(self, layer, inputs, output):
-        if not self.adapters.is_on:
-            return None  # the very object that the base returned
-        return self.changed(output)
-
-    def changed(self, output):
-        """Return a layer's output with the adapters' share.
-
-        Arguments
-        ---------
-        output : torch.Tensor or tuple
-            [B, T, d], or a tuple or list that starts with it.
-
-        Returns
-        -------
-        torch.Tensor or tuple
-            Of the same form.
-        """
-        x = output
-        if isinstance(output, (tuple, list)) and len(output):
-            x = output[0]
-        width = self.adapters.bank.d_model
-        if not isinstance(x, torch.Tensor) or x.shape[-1] != width:
-            what = tuple(x.shape) if hasattr(x, "shape") else type(x).__name__
-            raise ValueError(
-                f"layer {self.name!r} returns {what}, expected a tensor "
-                f"[B, T, {width}] or a tuple that starts with one; choose "
-                "other layers or another d_model"
-            )
-        try:
-            x = self.adapters(x)
-        except RouteError as error:
-            raise ValueError(f"layer {self.name!r}: {error}") from None
-        if not isinstance(output, (tuple, list)):
-            return x
-        rest = (x, *output[1:])
-        if hasattr(output, "_fields"):  # a namedtuple
-            return type(output)(*rest)
-        return type(output)(rest)
-
-    def detach(self):
-        """Leave the layer as it was."""
-        self._hook.remove()
-        if self._streaming is not None:
-            del self.layer.forward_streaming
-            self._streaming = None
-
-
-class RouteError(ValueError):
-    """A batch that does not fit the names given for it."""
-
-
-class _Streaming:
-    """`forward_streaming` of a layer, and its adapters."""
-
-    def __init__(self, method, attachment):
-        self.method, self.attachment = method, attachment
-        self.__signature__ = inspect.signature(method)
-
-    def __call__(self, *args, **kwargs):
-        output = self.method(*args, **kwargs)
-        if not self.attachment.adapters.is_on:
-            return output
-        return self.attachment.changed(output)

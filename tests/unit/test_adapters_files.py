@@ -184,7 +184,7 @@ def test_adapters_of_others_without_layer_norm(tmp_path):
     [
         ({"down.weight": "nothing"}, "no tensor 'nothing' for 'down.weight'"),
         ({"down.weight": None}, "no tensor 'None'"),
-        ({"other": "x"}, "the name map is of"),
+        ({"other": "x"}, "name_map has"),
         ({"up.weight": "encoder.{layer}.down_proj.weight"}, "has the shape"),
     ],
 )
@@ -215,10 +215,10 @@ def test_bad_files_are_refused_and_nothing_changes(tmp_path):
     flipped = bytearray(content)
     flipped[-1] ^= 1
     bad.write_bytes(flipped)
-    refused(bad, "checksum does not fit")
+    refused(bad, "checksum does not match")
     refused(tmp_path / "none.safetensors", "none", error=FileNotFoundError)
     foreign(bad)
-    refused(bad, "found a file of others; give a name_map")
+    refused(bad, "found another library's file; give a name_map")
     refused(bad, "give the adapter a name", name_map=OTHERS)
     refused(bad, "cannot be the name", "combined", name_map=OTHERS)
     foreign(bad, layers=2)
@@ -295,7 +295,7 @@ def test_only_safetensors_and_known_names(tmp_path):
     with pytest.raises(ValueError, match="no adapter 'x'"):
         handle.save_adapter("x", tmp_path / "a.safetensors")
     _, alone = make(combination=None)
-    with pytest.raises(ValueError, match="needs a combination"):
+    with pytest.raises(ValueError, match="there is no combination"):
         alone.save_combination(tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
 

@@ -3,21 +3,14 @@
 import torch
 
 from speechbrain_taskarith.adapters.combination.base import Combination
-from speechbrain_taskarith.adapters.combination.folding import FoldedAverage
+from speechbrain_taskarith.adapters.combination.folding import (
+    FoldedAverage,
+    product,
+)
 
 
 class _Average(Combination):
     """o = sum_n w_n a_n, with the same weights at every frame."""
-
-    def weights(self):
-        """Return the weight of each adapter.
-
-        Returns
-        -------
-        torch.Tensor
-            [N]
-        """
-        raise NotImplementedError
 
     def _as_loop(self, x):
         outputs = [self.bank[name](x) for name in self.names]
@@ -37,7 +30,9 @@ class _Average(Combination):
         return combined + torch.matmul(weights, stack.beta)
 
     def _as_folded(self, x):
-        return self._folded_weights()(self.bank, x)
+        bank, folded = self.bank, self.folded()
+        hidden = product(bank.normalise(x), folded.down, folded.shift)
+        return product(bank.activation(hidden), folded.up, folded.bias)
 
     def _fold(self):
         stack, weights = self.bank.stacked(self.names), self.weights()
@@ -59,15 +54,9 @@ class AdapterMean(_Average):
     Arguments
     ---------
     bank : AdapterBank or None
-        See `Combination`, as for the rest.
-    names : sequence of str or None
-        Which adapters, None for all.
-    ln_init : str or None
-        LN before the residual; None for none.
-    form : str
-        How to compute it.
-    recompute : bool
-        Hold less memory in training.
+        Whose adapters; None makes a template for `insert_adapters`.
+    names, ln_init, form, recompute
+        See `Combination`.
 
     Example
     -------
@@ -79,13 +68,7 @@ class AdapterMean(_Average):
     """
 
     def weights(self):
-        """Return 1/N for each adapter.
-
-        Returns
-        -------
-        torch.Tensor
-            [N]
-        """
+        """Return 1/N for each adapter, as `Combination.weights`."""
         like = self.bank[self.names[0]].up.bias
         return like.new_full((len(self.names),), 1.0 / len(self.names))
 
@@ -98,18 +81,12 @@ class AdapterWeightedMean(_Average):
     Arguments
     ---------
     bank : AdapterBank or None
-        See `Combination`, as for the rest.
+        Whose adapters; None makes a template for `insert_adapters`.
     normalize : bool
         True: `w = softmax(logits)`, which start at 0. False: free weights,
         which start at 1/N.
-    names : sequence of str or None
-        Which adapters, None for all.
-    ln_init : str or None
-        LN before the residual; None for none.
-    form : str
-        How to compute it.
-    recompute : bool
-        Hold less memory in training.
+    names, ln_init, form, recompute
+        See `Combination`.
 
     Example
     -------
@@ -143,21 +120,9 @@ class AdapterWeightedMean(_Average):
             self.logits = torch.nn.Parameter(start)
 
     def settings(self):
-        """As `Combination.settings`.
-
-        Returns
-        -------
-        dict
-            Plain values.
-        """
+        """As `Combination.settings`."""
         return {"normalize": self.normalize, **super().settings()}
 
     def weights(self):
-        """Return the weight of each adapter.
-
-        Returns
-        -------
-        torch.Tensor
-            [N]; sums to 1 with `normalize`.
-        """
+        """Return the learned weights, as `Combination.weights`."""
         return self.logits.softmax(0) if self.normalize else self.logits

@@ -9,7 +9,7 @@ trains; `folded` multiplies frozen weights with one another beforehand.
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from speechbrain_taskarith.adapters.caching import DerivedWeights
+from speechbrain_taskarith.adapters.bank import AdapterBank, DerivedWeights
 from speechbrain_taskarith.adapters.combination.folding import packed
 
 #: How a combination may be computed; `auto` chooses by the gradients.
@@ -25,6 +25,10 @@ class Combination(torch.nn.Module):
     `x + o`, or with `ln_init` `x + LN(o)`, where `o` is what the adapters
     give together. The bank is not a submodule: what belongs to the
     combination alone is what `ST-A` trains and what is saved with it.
+
+    A subclass computes o in `_as_loop(x)`, `_as_stacked(x)`,
+    `_as_collapsed(x)` and `_as_folded(x)`, the last from `self.folded()`,
+    which `_fold()` makes.
 
     Arguments
     ---------
@@ -50,6 +54,8 @@ class Combination(torch.nn.Module):
         Another form or start, or names that the bank lacks.
     """
 
+    bank: AdapterBank
+
     def __init__(
         self,
         bank=None,
@@ -71,11 +77,13 @@ class Combination(torch.nn.Module):
             )
         self.form, self.ln_init = form, ln_init
         self.recompute = recompute
-        self.last_weights = None
+        # Attention weights of the last batch [..., N], where there are some:
+        # without their graph, and with it for `AdapterHandle.attention_loss`.
+        self.last_weights = self.live_weights = None
         self._folded = None
         self._derived = DerivedWeights()
-        # In a tuple, so that torch does not make it a submodule.
-        self._bank = (bank,)
+        # Not by setattr, which would make it a submodule.
+        self.__dict__["bank"] = bank
         self.norm = None
         if bank is not None:
             names = list(bank.names if names is None else names)
@@ -90,19 +98,8 @@ class Combination(torch.nn.Module):
                 torch.nn.init.constant_(self.norm.weight, _GAINS[ln_init])
         self.names = names
 
-    @property
-    def bank(self):
-        """The bank whose adapters are combined."""
-        return self._bank[0]
-
     def settings(self):
-        """Return the keyword arguments that make another one like this.
-
-        Returns
-        -------
-        dict
-            Plain values, without bank and names.
-        """
+        """Return the keyword arguments that make another one like this."""
         return {
             "ln_init": self.ln_init,
             "form": self.form,
@@ -110,90 +107,52 @@ class Combination(torch.nn.Module):
         }
 
     def for_bank(self, bank, names=None):
-        """Return a fresh combination of this kind for another bank.
+        """Return a freshly started combination of this kind for a bank.
 
-        Arguments
-        ---------
-        bank : AdapterBank
-            Whose adapters.
-        names : sequence of str or None
-            Which; None for this one's, or all where it is a template.
-
-        Returns
-        -------
-        Combination
-            With parameters of its own, freshly started.
+        It combines `names`, or those of this one where that is None, or all
+        where this one is a template.
         """
         names = self.names if names is None else names
         return type(self)(bank, names=names, **self.settings())
 
+    def weights(self):
+        """Return the weights [N] of all frames, None where frames differ."""
+        return None
+
+    def penalty(self):
+        """Return what this combination adds to the training loss."""
+        return 0.0
+
     # --------------------------------------------------------- computation
 
     def forward(self, x, form=None):
-        """Return the layer's output with the adapters' share added.
-
-        Arguments
-        ---------
-        x : torch.Tensor
-            [B, T, d] (or any [..., d]), the layer's output.
-        form : str or None
-            As in the constructor, for this call.
-
-        Returns
-        -------
-        torch.Tensor
-            [B, T, d], `x + o` or `x + LN(o)`.
-        """
+        """Return `x + o` or `x + LN(o)` for a layer's output x [..., d]."""
         combined = self.combine(x, form)
         if self.norm is not None:
             combined = self.norm(combined)
         return x + combined
 
     def combine(self, x, form=None):
-        """Return what the adapters give together: o, without LN.
-
-        Arguments
-        ---------
-        x : torch.Tensor
-            [..., d]
-        form : str or None
-            As in the constructor, for this call.
-
-        Returns
-        -------
-        torch.Tensor
-            [..., d]
-        """
+        """Return what the adapters give together: o, without LN."""
         form = form or self.form
-        if form == "auto":
-            form = self._automatic()
         if form not in FORMS:
             raise ValueError(
                 f"form is {form!r}, expected one of {', '.join(FORMS)}"
             )
+        if form == "auto":
+            trained = torch.compiler.is_compiling() or (
+                torch.is_grad_enabled()
+                and any(p.requires_grad for p in self.sources())
+            )
+            collapsed = trained and self._folded is None
+            form = "collapsed" if collapsed else "folded"
         compute = getattr(self, f"_as_{form}")
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(compute, x, use_reentrant=False)
         return compute(x)
 
-    def _automatic(self):
-        if self._folded is not None:
-            return "folded"
-        if torch.compiler.is_compiling():
-            return "collapsed"
-        trained = torch.is_grad_enabled() and any(
-            p.requires_grad for p in self.sources()
-        )
-        return "collapsed" if trained else "folded"
-
     def sources(self):
-        """Return all parameters that the result depends on, but LN's.
-
-        Returns
-        -------
-        list of torch.nn.Parameter
-            The combined adapters' and the combination's own.
-        """
+        """Return all parameters that o depends on."""
         own = [p for n, p in self.named_parameters() if n[:5] != "norm."]
         adapters = [p for n in self.names for p in self.bank[n].parameters()]
         return own + adapters
@@ -208,63 +167,34 @@ class Combination(torch.nn.Module):
         """
         self.unfold()
         with torch.no_grad():
-            plain = self._derived.get("fold", self.sources(), self._fold)
-            self._folded = packed(plain)
+            self._folded = packed(self.folded())
 
     def unfold(self):
         """Go back to the parameters themselves."""
         self._folded = None
         self._derived.clear()
 
-    def __getstate__(self):
-        # Copies and pickles compute theirs from the parameters.
-        return {**super().__getstate__(), "_folded": None, "last_weights": None}
-
-    def _folded_weights(self):
+    def folded(self):
+        """Return the multiplied weights, made anew if parameters changed."""
         if self._folded is not None:
             return self._folded
-        return self._derived.get("fold", self.sources(), self._fold)
+        return self._derived.derive("fold", self.sources(), self._fold)
+
+    def __getstate__(self):
+        # Copies and pickles compute theirs from the parameters; a tensor
+        # with a graph cannot be copied.
+        gone = ("_folded", "last_weights", "live_weights")
+        return {**self.__dict__, **dict.fromkeys(gone)}
 
     def _apply(self, fn, recurse=True):
         self.unfold()
-        self.last_weights = None
+        self.last_weights = self.live_weights = None
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args, **kwargs):
         self.unfold()
         super()._load_from_state_dict(*args, **kwargs)
 
-    def _as_loop(self, x):
-        raise NotImplementedError
-
-    def _as_stacked(self, x):
-        raise NotImplementedError
-
-    def _as_collapsed(self, x):
-        raise NotImplementedError
-
-    def _as_folded(self, x):
-        raise NotImplementedError
-
-    def _fold(self):
-        raise NotImplementedError
-
-    def penalty(self):
-        """Return what the training loss is to be added, a scalar.
-
-        Returns
-        -------
-        torch.Tensor or float
-            0.0 where the combination has nothing to hold back.
-        """
-        return 0.0
-
     def extra_repr(self):
-        """Return names, form and start, for the module tree.
-
-        Returns
-        -------
-        str
-            One line.
-        """
+        """Show what sets this combination apart in the module tree."""
         return f"names={self.names}, form={self.form}, ln_init={self.ln_init}"

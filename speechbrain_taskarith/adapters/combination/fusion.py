@@ -6,8 +6,7 @@ from torch.nn import functional as F
 from speechbrain_taskarith.adapters.combination.base import Combination
 from speechbrain_taskarith.adapters.combination.folding import (
     FoldedFusion,
-    running_mean,
-    sum_of_parts,
+    product,
 )
 
 
@@ -33,19 +32,15 @@ class AudioAdapterFusion(Combination):
     Arguments
     ---------
     bank : AdapterBank or None
-        See `Combination`.
+        Whose adapters; None makes a template for `insert_adapters`.
     scaled : bool
         True divides the scores by `sqrt(d)`.
     ln_init : str or None
         Gain of the LN before the residual: `"one"`, `"small"`, `"zero"` or
         None for no LN. LN of zero has a gradient gain of `1 / sqrt(eps)`,
         about 316: combine trained adapters only.
-    names : sequence of str or None
-        Which adapters, None for all.
-    form : str
-        How to compute it, see `Combination`.
-    recompute : bool
-        Hold less memory in training, see `Combination`.
+    names, form, recompute
+        See `Combination`.
     running : bool
         True averages the scores over all frames so far (dimension -2 is
         time) before the softmax. Beyond the paper, whose attention looks at
@@ -88,10 +83,9 @@ class AudioAdapterFusion(Combination):
             recompute=recompute,
         )
         self.scaled, self.running, self.guided = scaled, running, guided
-        #: The last batch's weights [..., N] with their graph, for `guided`.
-        self.live_weights = None
         if bank is not None:
             width = bank.d_model
+            self._scale = width**-0.5 if scaled else 1.0
             self.query = torch.nn.Linear(width, width)
             self.key = torch.nn.Linear(width, width, bias=False)
             self.value = torch.nn.Linear(width, width, bias=False)
@@ -102,13 +96,7 @@ class AudioAdapterFusion(Combination):
             torch.nn.init.eye_(self.value.weight)
 
     def settings(self):
-        """As `Combination.settings`.
-
-        Returns
-        -------
-        dict
-            Plain values.
-        """
+        """As `Combination.settings`."""
         return {
             "scaled": self.scaled,
             "running": self.running,
@@ -135,12 +123,7 @@ class AudioAdapterFusion(Combination):
         )
         return weight * (identity - matrix).square().sum()
 
-    @property
-    def _scale(self):
-        return self.bank.d_model**-0.5 if self.scaled else 1.0
-
     def _softmax(self, scores):
-        scores = scores * self._scale
         if self.running:
             scores = running_mean(scores)
         weights = scores.softmax(-1)
@@ -149,19 +132,11 @@ class AudioAdapterFusion(Combination):
             self.live_weights = weights
         return weights
 
-    def _apply(self, fn, recurse=True):
-        self.live_weights = None
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self):
-        # A tensor with a graph cannot be copied.
-        return {**super().__getstate__(), "live_weights": None}
-
     def _as_loop(self, x):
         outputs = [self.bank[name](x) for name in self.names]
         query = self.query(x)
         scores = [(query * self.key(a)).sum(-1) for a in outputs]
-        weights = self._softmax(torch.stack(scores, dim=-1))
+        weights = self._softmax(torch.stack(scores, dim=-1) * self._scale)
         return sum(
             weights[..., n, None] * self.value(a) for n, a in enumerate(outputs)
         )
@@ -170,33 +145,41 @@ class AudioAdapterFusion(Combination):
         each = self.bank.each(x, self.names)
         query = self.query(x).unsqueeze(-1)
         scores = torch.matmul(self.key(each), query).squeeze(-1)
-        weights = self._softmax(scores)
+        weights = self._softmax(scores * self._scale)
         context = torch.matmul(weights.unsqueeze(-2), each).squeeze(-2)
         return self.value(context)
 
     def _as_collapsed(self, x):
         stack = self.bank.stacked(self.names)
         hidden = self.bank.hidden(x, stack)
-        shape = (len(self.names), stack.width)
+        number = len(self.names)
         # W_K^T W_Q as one matrix: a product less for every frame, and the
         # query itself need not be held for the backward pass.
         both = torch.matmul(self.key.weight.t(), self.query.weight)
         bias = torch.matmul(self.query.bias, self.key.weight)
         query = F.linear(x, both, bias)
         gate = F.linear(query, stack.up) * hidden
-        scores = sum_of_parts(gate, len(self.names))
-        weights = self._softmax(scores + F.linear(query, stack.beta))
-        weights = weights.to(hidden.dtype)
-        hidden = hidden.unflatten(-1, shape) * weights.unsqueeze(-1)
+        scores = sum_of_parts(gate, number) + F.linear(query, stack.beta)
+        weights = self._softmax(scores * self._scale).to(hidden.dtype)
+        hidden = hidden.unflatten(-1, (number, -1)) * weights.unsqueeze(-1)
         context = torch.matmul(hidden.flatten(-2), stack.up)
         return self.value(context + torch.matmul(weights, stack.beta))
 
     def _as_folded(self, x):
-        combined, weights = self._folded_weights()(self.bank, x)
-        self.last_weights = weights.detach()
-        if self.guided:
-            self.live_weights = weights
-        return combined
+        bank, folded, number = self.bank, self.folded(), len(self.names)
+        hidden = product(bank.normalise(x), folded.down, folded.shift)
+        hidden = bank.activation(hidden)
+        scores = product(x, folded.score, folded.score_bias)
+        # Without a graph, what is a temporary may be written over.
+        free = not (hidden.requires_grad or scores.requires_grad)
+        gate, plain = scores.split((hidden.shape[-1], number), dim=-1)
+        gate = gate.mul_(hidden) if free else gate * hidden
+        weights = self._softmax(sum_of_parts(gate, number) + plain)
+        weights = weights.to(hidden.dtype)
+        hidden, gain = hidden.unflatten(-1, (number, -1)), weights.unsqueeze(-1)
+        hidden = hidden.mul_(gain) if free else hidden * gain
+        context = product(hidden.flatten(-2), folded.up)
+        return context + torch.matmul(weights, folded.offset)
 
     def _fold(self):
         stack = self.bank.stacked(self.names)
@@ -211,5 +194,22 @@ class AudioAdapterFusion(Combination):
             torch.matmul(rows, bias),
             torch.matmul(value, stack.up.t()),
             torch.matmul(stack.beta, value.t()),
-            self.running,
         )
+
+
+def sum_of_parts(values, number):
+    """Sum the entries of each of N equal parts, in single precision or more.
+
+    Scores in half precision would lose the softmax.
+    """
+    exact = torch.promote_types(values.dtype, torch.float32)
+    return values.unflatten(-1, (number, -1)).sum(-1, dtype=exact)
+
+
+def running_mean(scores):
+    """Average scores [..., T, N] over each frame and all before it."""
+    frames = scores.shape[-2]
+    count = torch.arange(
+        1, frames + 1, dtype=scores.dtype, device=scores.device
+    )
+    return scores.cumsum(-2) / count.unsqueeze(-1)
