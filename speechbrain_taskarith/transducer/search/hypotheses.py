@@ -1,4 +1,4 @@
-"""What a search finds."""
+"""What a search returns."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,11 +15,11 @@ class Hypothesis:
     tokens : list of int
         Labels, without blanks.
     score : float
-        Log-probability, in nats: of a beam search summed over the alignments
-        it has kept, of greedy search and sampling of one alignment. With
-        language models their weighted scores are in it.
+        Log-probability in nats: in beam search summed over the alignments that
+        stayed in the beam, in greedy search and sampling of one alignment.
+        Includes the weighted scores of language models.
     frames : list of int
-        The encoder frame, counted from 0, at which each label came out.
+        The encoder frame, counted from 0, at which each label was emitted.
 
     Example
     -------
@@ -33,7 +33,7 @@ class Hypothesis:
 
 
 class SearchResult(NamedTuple):
-    """Four things, as SpeechBrain's transducer searchers return them.
+    """The four values that SpeechBrain's transducer searchers return.
 
     Arguments
     ---------
@@ -48,8 +48,8 @@ class SearchResult(NamedTuple):
 
     Example
     -------
-    >>> found = SearchResult.of([[Hypothesis([5, 2], -1.5, [3, 9])]])
-    >>> best, scores, n_best, n_best_scores = found
+    >>> result = SearchResult.of([[Hypothesis([5, 2], -1.5, [3, 9])]])
+    >>> best, scores, n_best, n_best_scores = result
     >>> best, n_best_scores
     ([[5, 2]], [[-1.5]])
     """
@@ -61,7 +61,7 @@ class SearchResult(NamedTuple):
 
     @classmethod
     def of(cls, hypotheses):
-        """Make one out of hypotheses.
+        """Split hypotheses into labels and scores.
 
         Arguments
         ---------
@@ -71,7 +71,7 @@ class SearchResult(NamedTuple):
         Returns
         -------
         SearchResult
-            The same, apart.
+            Labels and scores of the same hypotheses.
         """
         return cls(
             [each[0].tokens for each in hypotheses],

@@ -1,4 +1,4 @@
-"""What stands in front of a streaming encoder: features, time reduction."""
+"""The input layers of a streaming encoder: features and time reduction."""
 
 import torch
 from speechbrain.lobes.features import Fbank
@@ -9,9 +9,9 @@ from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
 class LocalFbank(Fbank):
     """SpeechBrain's log-mel features, each frame from its own samples alone.
 
-    `Fbank` lifts what lies 80 dB below the loudest frame of an utterance, so
-    that a frame depends on later ones, and features of a stream differ from
-    those of the file. This one does not; a fixed floor stays.
+    `Fbank` raises values more than 80 dB below the loudest frame of an
+    utterance. A frame then depends on later ones, and the features of a stream
+    differ from those of the file. This class only has a fixed floor.
 
     Arguments
     ---------
@@ -35,8 +35,7 @@ class LocalFbank(Fbank):
 class TimeReduction(torch.nn.Module):
     """Stack neighbouring frames and project them: fewer and wider frames.
 
-    The last stack of an utterance is filled up with zeros, whatever the
-    padding holds, so that padding changes nothing.
+    The last stack of an utterance is filled up with zeros; padding is ignored.
 
     Arguments
     ---------
@@ -63,7 +62,7 @@ class TimeReduction(torch.nn.Module):
         self.linear = torch.nn.Linear(input_size * factor, output_size)
 
     def forward(self, x, lens=None):
-        """Reduce.
+        """Reduce the number of frames.
 
         Arguments
         ---------

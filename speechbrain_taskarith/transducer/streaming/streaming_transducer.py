@@ -1,34 +1,31 @@
-"""A transducer that listens: chunks of samples in, partial text out."""
+"""A streaming recogniser: chunks of samples in, partial text out."""
 
 import time
 from dataclasses import dataclass
 
 import torch
 
-from speechbrain_taskarith.transducer.streaming.sample_stream import (
-    FeatureStream,
-)
 from speechbrain_taskarith.utils.lengths import absolute_lengths
 
 
 @dataclass(frozen=True)
 class PartialResult:
-    """What has been recognised so far.
+    """The result of a stream so far.
 
     Arguments
     ---------
     text : str
-        Of the whole stream; a beam search may still change its end.
+        Text of the whole stream; a beam search may still change its end.
     tokens : list of int
-        The same as labels.
+        Its labels.
     frames : list of int
-        The encoder frame at which each label came out.
+        The encoder frame at which each label was emitted.
     seconds : float
-        Audio that has come in.
+        Duration of the audio received.
     compute_seconds : float
-        Time spent on it.
+        Time spent on computing.
     final : bool
-        True at the end.
+        True at the end of the stream.
 
     Example
     -------
@@ -45,15 +42,15 @@ class PartialResult:
 
     @property
     def real_time_factor(self):
-        """Time spent per second of audio; below 1 keeps up."""
+        """Computing time per second of audio; real time needs less than 1."""
         return self.compute_seconds / self.seconds if self.seconds else 0.0
 
 
 class StreamingTransducer(torch.nn.Module):
-    """Features, encoder, predictor and joint as one recogniser for streams.
+    """Features, encoder, predictor and joint as one streaming recogniser.
 
-    A stream and the whole recording give the same encoder output and so the
-    same text; `transcribe` is the oracle of `stream`.
+    A stream has the same encoder output, and so the same text, as the whole
+    recording; `transcribe` is the oracle of `stream`.
 
     Arguments
     ---------
@@ -61,7 +58,7 @@ class StreamingTransducer(torch.nn.Module):
         `features(wave[B, T]) -> [B, frames, width]` with
         `get_filter_properties()`, e.g. `LocalFbank`.
     encoder : torch.nn.Module
-        `Emformer`, `ChunkedEncoder`, or alike.
+        `Emformer`, `ChunkedEncoder`, or one with their methods.
     searcher : torch.nn.Module
         `TransducerBeamSearch` or `TransducerGreedySearch`.
     detokenize : callable
@@ -72,7 +69,7 @@ class StreamingTransducer(torch.nn.Module):
         `normalize(features, lens)`: SpeechBrain's `InputNormalization` with
         `norm_type: global`. Others need the whole utterance.
     frontend : torch.nn.Module or None
-        `TimeReduction` (or with its `factor`).
+        `TimeReduction`, or a module with its `factor`.
 
     Example
     -------
@@ -133,9 +130,6 @@ class StreamingTransducer(torch.nn.Module):
         self.stride = properties.stride
         self.factor = getattr(frontend, "factor", 1)
 
-    # What SpeechBrain's normaliser has learned are plain attributes; here they
-    # go with the weights, so that one file is the recogniser.
-
     def get_extra_state(self):
         """Return the normaliser's statistics, for `state_dict`.
 
@@ -144,18 +138,20 @@ class StreamingTransducer(torch.nn.Module):
         dict
             Tensors and a count; empty without a normaliser.
         """
+        # SpeechBrain keeps them as plain attributes. Here they are saved with
+        # the weights, so that one file is the recogniser.
         names = ("count", "glob_mean", "glob_std")
         if self.normalize is None:
             return {}
         return {name: getattr(self.normalize, name) for name in names}
 
     def set_extra_state(self, state):
-        """Take statistics over; called by `load_state_dict`.
+        """Set the normaliser's statistics; called by `load_state_dict`.
 
         Arguments
         ---------
         state : dict
-            As `get_extra_state` returned it.
+            From `get_extra_state`.
         """
         if bool(state) != (self.normalize is not None):
             raise ValueError(
@@ -177,15 +173,15 @@ class StreamingTransducer(torch.nn.Module):
         return self.stride * self.factor / self.sample_rate
 
     def latency(self):
-        """Return the latency that is there by construction.
+        """Return the algorithmic latency.
 
         Returns
         -------
         dict of str: float
             In seconds: `segment`, collected before it is encoded;
-            `look_ahead`, of the encoder; `features`, half a window;
+            `look_ahead` of the encoder; `features`, half a window;
             `algorithmic`, their sum: how long the first sample of a segment
-            waits, without any time for computing.
+            waits, computing time not included.
         """
         frame = self.frame_seconds()
         parts = {
@@ -240,7 +236,7 @@ class StreamingTransducer(torch.nn.Module):
         str
             The text.
         """
-        wave = check_samples(wave, self.sample_rate, self.sample_rate)
+        wave = _checked_samples(wave, self.sample_rate, self.sample_rate)
         if not len(wave):
             return ""
         encoder_out, lens = self.encode(wave[None])
@@ -248,7 +244,7 @@ class StreamingTransducer(torch.nn.Module):
         return self.detokenize(found[0][0].tokens)
 
     def stream(self):
-        """Begin to listen. Several streams may share the model.
+        """Start a stream. Several streams may share the model.
 
         Returns
         -------
@@ -264,13 +260,7 @@ class StreamingTransducer(torch.nn.Module):
 
 
 class Stream:
-    """One stream of samples; see `StreamingTransducer.stream`.
-
-    Arguments
-    ---------
-    model : StreamingTransducer
-        Whose stream it is.
-    """
+    """One stream of samples, made by `StreamingTransducer.stream`."""
 
     def __init__(self, model):
         self.model = model
@@ -278,25 +268,25 @@ class Stream:
         self.source = FeatureStream(self._features, model.window, model.stride)
         self.context = model.encoder.make_streaming_context(1)
         self.state = model.searcher.start(1, self.device)
-        self.frames = None  # not yet a stack
-        self.encoder_in = None  # not yet a segment
+        self.frames = None  # an incomplete stack
+        self.encoder_in = None  # an incomplete segment
         self.compute_seconds = 0.0
         self.ended = False
 
     def feed(self, samples, sample_rate=None):
-        """Take samples.
+        """Process samples.
 
         Arguments
         ---------
         samples : torch.Tensor
-            [t], any number of them, also none.
+            [t], float32 within [-1, 1]; t may be 0.
         sample_rate : int or None
-            Their rate, to be checked against the model's.
+            Their rate in Hz, checked against the model's.
 
         Returns
         -------
         PartialResult
-            So far.
+            The result so far.
 
         Raises
         ------
@@ -305,7 +295,7 @@ class Stream:
         RuntimeError
             The stream has ended.
         """
-        return self._go_on(samples, sample_rate, final=False)
+        return self._process(samples, sample_rate, final=False)
 
     def finish(self):
         """End the stream.
@@ -313,22 +303,22 @@ class Stream:
         Returns
         -------
         PartialResult
-            Final.
+            The final result.
         """
-        return self._go_on(torch.zeros(0), None, final=True)
+        return self._process(torch.zeros(0), None, final=True)
 
     @torch.no_grad()
-    def _go_on(self, samples, sample_rate, final):
+    def _process(self, samples, sample_rate, final):
         if self.ended:
-            raise RuntimeError("this stream has ended; begin another")
-        samples = check_samples(samples, sample_rate, self.model.sample_rate)
+            raise RuntimeError("this stream has ended; start another")
+        samples = _checked_samples(samples, sample_rate, self.model.sample_rate)
         began = time.perf_counter()
         parts = [self.source.push(samples.to(self.device))]
         if final:
             parts.append(self.source.finish())
         for part in parts:
             if part is not None:
-                self.frames = _longer(self.frames, part)
+                self.frames = _appended(self.frames, part)
         self._reduce(final)
         self._encode(final)
         self.ended = final
@@ -350,7 +340,7 @@ class Stream:
         return x
 
     def _reduce(self, final):
-        """Turn whole stacks of frames into the encoder's input."""
+        """Turn complete stacks of frames into the encoder's input."""
         if self.frames is None:
             return
         whole = self.frames.shape[1]
@@ -360,10 +350,10 @@ class Stream:
         if whole and self.model.frontend is not None:
             ready, _ = self.model.frontend(ready)
         if whole:
-            self.encoder_in = _longer(self.encoder_in, ready)
+            self.encoder_in = _appended(self.encoder_in, ready)
 
     def _encode(self, final):
-        """Encode and search whole segments."""
+        """Encode and search complete segments."""
         encoder = self.model.encoder
         size, ahead = encoder.segment_length, encoder.right_context
         while self.encoder_in is not None and self.encoder_in.shape[1]:
@@ -375,31 +365,69 @@ class Stream:
             self.encoder_in = self.encoder_in[:, size:]
 
 
-def check_samples(samples, sample_rate, expected):
-    """Refuse samples that would be recognised as something else.
+class FeatureStream:
+    """Turns portions of samples into the frames of the whole recording.
 
-    Arguments
-    ---------
-    samples : torch.Tensor
-        [t] or [1, t].
-    sample_rate : int or None
-        Their rate; None: not known.
-    expected : int
-        The model's.
-
-    Returns
-    -------
-    torch.Tensor
-        [t], float32.
-
-    Raises
-    ------
-    ValueError
-        Another rate, another shape, NaN or infinity.
+    `features(wave[1, T]) -> [1, frames, width]` is centred, pads its edges and
+    does not normalise over the utterance: frame i is centred on sample
+    `i * stride` and depends on `window` samples. A slice that begins at a
+    multiple of the stride has the same frames as the whole, except for those at
+    its edges; slices overlap, and these are dropped.
     """
-    if sample_rate is not None and sample_rate != expected:
+
+    def __init__(self, features, window, stride):
+        if window < 1 or stride < 1:
+            raise ValueError(
+                f"window {window}, stride {stride}: expected samples, 1 or more"
+            )
+        self.features = features
+        self.stride = stride
+        self.half = window // 2
+        # Frames on each side that a cut may have changed.
+        self.edge = -(-self.half // stride)
+        self.samples = torch.zeros(0)
+        self.offset = 0  # position of self.samples in the stream
+        self.returned = 0  # frames
+        self.total = 0  # samples received
+
+    def push(self, samples):
+        """Add samples [t]; return the frames certain now, or None."""
+        self.samples = torch.cat((self.samples.to(samples), samples))
+        self.total += len(samples)
+        # The last frame whose window is complete.
+        certain = (self.total - self.half) // self.stride + 1
+        return self._frames(max(0, certain), last=False)
+
+    def finish(self):
+        """Return the remaining frames, or None."""
+        if not self.total:
+            return None
+        return self._frames(self.total // self.stride + 1, last=True)
+
+    def _frames(self, until, last):
+        if until <= self.returned:
+            return None
+        first = max(0, self.returned - self.edge)
+        start = first * self.stride - self.offset
+        stop = len(self.samples)
+        if not last:
+            # Frames after the last certain one would be dropped.
+            stop = (until - 1) * self.stride + self.half - self.offset + 1
+            stop = min(stop, len(self.samples))
+        frames = self.features(self.samples[None, start:stop])
+        frames = frames[:, self.returned - first : until - first]
+        self.returned = until
+        drop = max(0, until - self.edge) * self.stride - self.offset
+        self.samples = self.samples[drop:]
+        self.offset += drop
+        return frames
+
+
+def _checked_samples(samples, sample_rate, expected_rate):
+    """Return samples as float32 [t]; refuse what would be misrecognised."""
+    if sample_rate is not None and sample_rate != expected_rate:
         raise ValueError(
-            f"samples at {sample_rate} Hz, the model takes {expected} Hz; "
+            f"samples at {sample_rate} Hz, the model takes {expected_rate} Hz; "
             "resample them first (speechbrain_taskarith.data.audio: "
             "resample_wave)"
         )
@@ -421,5 +449,5 @@ def check_samples(samples, sample_rate, expected):
     return samples.float()
 
 
-def _longer(old, new):
+def _appended(old, new):
     return new if old is None else torch.cat((old, new), 1)
