@@ -40,10 +40,10 @@ from .search.greedy import (
 from .search.greedy import (
     TransducerSampler as TransducerSampler,
 )
-from .search.hypotheses import (
+from .search.searcher import (
     Hypothesis as Hypothesis,
 )
-from .search.hypotheses import (
+from .search.searcher import (
     SearchResult as SearchResult,
 )
 from .streaming.chunked_encoder import (

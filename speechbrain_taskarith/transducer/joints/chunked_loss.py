@@ -64,20 +64,12 @@ def joint_transducer_loss(
         [B, T, E].
     predictor_out : torch.Tensor
         [B, U + 1, P], of a blank and then the targets.
-    targets : torch.Tensor
-        [B, U], label indices.
-    input_lens : torch.Tensor
-        [B], relative lengths in (0, 1].
-    target_lens : torch.Tensor
-        [B], relative lengths in [0, 1].
-    blank_index : int
-        Index of the blank.
-    reduction : str
-        `"mean"` over the batch, `"sum"` or `"none"`.
+    targets, input_lens, target_lens, blank_index, reduction
+        As of `transducer_loss`.
     memory_budget : int
         Bytes for the joint's intermediate results.
     windows, fastemit_lambda
-        See `transducer_loss`.
+        As of `transducer_loss`.
 
     Returns
     -------
@@ -155,14 +147,12 @@ def sequence_log_prob(
         [H, U + 1, P], one row a sequence.
     targets : torch.Tensor
         [H, U].
-    frames : torch.Tensor
-        [B], absolute.
-    labels : torch.Tensor
-        [H], absolute.
+    frames, labels : torch.Tensor
+        [B] and [H], absolute lengths.
     encoder_rows : torch.Tensor or None
         [H], the utterance of each sequence; None where H = B.
     memory_budget, windows, fastemit_lambda
-        See `joint_transducer_loss`.
+        As of `joint_transducer_loss`.
 
     Returns
     -------

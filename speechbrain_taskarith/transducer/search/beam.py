@@ -12,16 +12,14 @@ from dataclasses import dataclass
 import torch
 
 from speechbrain_taskarith.transducer.joints.joint import labels_only
-from speechbrain_taskarith.transducer.joints.speechbrain_joint import as_joint
-from speechbrain_taskarith.transducer.loss.input_checks import checked_lengths
-from speechbrain_taskarith.transducer.search.hypotheses import (
-    Hypothesis,
-    SearchResult,
-)
 from speechbrain_taskarith.transducer.search.prefixes import (
     LOG_ZERO,
     Candidates,
     Prefixes,
+)
+from speechbrain_taskarith.transducer.search.searcher import (
+    Hypothesis,
+    TransducerSearcher,
 )
 from speechbrain_taskarith.utils.lengths import padding_mask
 
@@ -35,20 +33,20 @@ class BeamState:
     frame: int = 0  # frames processed
 
 
-class TransducerBeamSearch(torch.nn.Module):
+class TransducerBeamSearch(TransducerSearcher):
     """Batched beam search for transducers.
 
     With a language model, a label's score is `log P(label|x) + lm_weight
     log P_LM - ilm_weight log P_ILM`: shallow fusion with the internal
-    language model taken out (Variani 2020, arXiv 2003.07705; Meng 2021,
+    language model subtracted (Variani 2020, arXiv 2003.07705; Meng 2021,
     arXiv 2011.01991). Blanks keep their score.
 
     Arguments
     ---------
     predictor : torch.nn.Module
-        `LSTMPredictor`, `SpeechBrainPredictor` or alike.
+        `LSTMPredictor`, `SpeechBrainPredictor`, or one called like them.
     joint : torch.nn.Module
-        `RNNTJoint`, `HATJoint`, `SpeechBrainJoint` or alike.
+        As of `joint_transducer_loss`.
     blank_index : int
         Index of the blank.
     beam_size : int
@@ -92,39 +90,18 @@ class TransducerBeamSearch(torch.nn.Module):
         max_symbols=1,
         lm_bos_index=None,
     ):
-        super().__init__()
+        super().__init__(predictor, joint, blank_index, max_symbols)
         if beam_size < 1 or not 1 <= n_best <= beam_size or max_symbols < 1:
             raise ValueError(
                 f"beam_size {beam_size}, n_best {n_best}, max_symbols "
                 f"{max_symbols}: expected numbers from 1 on, and n_best no "
                 "larger than beam_size"
             )
-        self.predictor = predictor
-        self.joint = as_joint(joint, blank_index)
-        self.blank_index = blank_index
         self.beam_size = beam_size
         self.n_best = n_best
-        self.max_symbols = max_symbols
         self.label_scores = _LabelScores(
             self.joint, blank_index, lm, lm_weight, ilm_weight, lm_bos_index
         )
-
-    def forward(self, encoder_out, lens=None):
-        """Decode a batch.
-
-        Arguments
-        ---------
-        encoder_out : torch.Tensor
-            [B, T, E].
-        lens : torch.Tensor or None
-            [B], relative lengths; None takes all frames.
-
-        Returns
-        -------
-        SearchResult
-            Best label sequences, their scores, n-best lists, their scores.
-        """
-        return SearchResult.of(self.decode(encoder_out, lens))
 
     @torch.no_grad()
     def decode(self, encoder_out, lens=None, n_best=None):
@@ -135,7 +112,7 @@ class TransducerBeamSearch(torch.nn.Module):
         encoder_out : torch.Tensor
             [B, T, E].
         lens : torch.Tensor or None
-            [B], relative lengths.
+            [B], relative lengths; None takes all frames.
         n_best : int or None
             Instead of the search's own.
 
@@ -144,11 +121,7 @@ class TransducerBeamSearch(torch.nn.Module):
         list of list of Hypothesis
             Up to `n_best` of every utterance, the best first.
         """
-        state = self.start(len(encoder_out), encoder_out.device)
-        frames = None
-        if lens is not None:
-            frames = checked_lengths(lens, encoder_out.shape[1], "input")
-        return self.results(self.advance(encoder_out, state, frames), n_best)
+        return self.results(self.final_state(encoder_out, lens), n_best)
 
     @torch.no_grad()
     def start(self, batch, device="cpu"):
@@ -164,7 +137,7 @@ class TransducerBeamSearch(torch.nn.Module):
         Returns
         -------
         BeamState
-            To be given to `advance`.
+            For `advance`.
         """
         prefixes = Prefixes.empty(self, batch * self.beam_size, device)
         scores = prefixes.predictor.new_full(

@@ -5,15 +5,13 @@ from typing import Any
 
 import torch
 
-from speechbrain_taskarith.transducer.joints.speechbrain_joint import as_joint
-from speechbrain_taskarith.transducer.loss.input_checks import checked_lengths
 from speechbrain_taskarith.transducer.predictor import (
     join_states,
     select_state,
 )
-from speechbrain_taskarith.transducer.search.hypotheses import (
+from speechbrain_taskarith.transducer.search.searcher import (
     Hypothesis,
-    SearchResult,
+    TransducerSearcher,
 )
 
 
@@ -27,7 +25,7 @@ class GreedyState:
     frame: int = 0  # frames processed
 
 
-class TransducerGreedySearch(torch.nn.Module):
+class TransducerGreedySearch(TransducerSearcher):
     """Take the most likely of blank and labels, for a batch at a time.
 
     Arguments
@@ -50,52 +48,22 @@ class TransducerGreedySearch(torch.nn.Module):
     """
 
     def __init__(self, predictor, joint, blank_index, max_symbols=5):
-        super().__init__()
+        super().__init__(predictor, joint, blank_index, max_symbols)
         if max_symbols < 1:
             raise ValueError(f"max_symbols {max_symbols}: expected 1 or more")
-        self.predictor = predictor
-        self.joint = as_joint(joint, blank_index)
-        self.blank_index = blank_index
-        self.max_symbols = max_symbols
         self.n_best = 1
-
-    def forward(self, encoder_out, lens=None):
-        """See `TransducerBeamSearch.forward`."""
-        return SearchResult.of(self.decode(encoder_out, lens))
 
     @torch.no_grad()
     def decode(self, encoder_out, lens=None):
-        """Decode a batch, with the frames of labels.
-
-        Arguments
-        ---------
-        encoder_out : torch.Tensor
-            [B, T, E].
-        lens : torch.Tensor or None
-            [B], relative lengths.
-
-        Returns
-        -------
-        list of list of Hypothesis
-            One of every utterance.
-        """
-        state = self.start(len(encoder_out), encoder_out.device)
-        frames = None
-        if lens is not None:
-            frames = checked_lengths(lens, encoder_out.shape[1], "input")
-        return self.results(self.advance(encoder_out, state, frames))
+        """See `TransducerBeamSearch.decode`; one hypothesis an utterance."""
+        return self.results(self.final_state(encoder_out, lens))
 
     @torch.no_grad()
     def start(self, batch, device="cpu"):
         """See `TransducerBeamSearch.start`."""
-        blank = torch.full(
-            (batch, 1), self.blank_index, dtype=torch.long, device=device
-        )
-        out, state = self.predictor(blank)
+        out, state = self.read_blank(batch, device)
         hypotheses = [Hypothesis([], 0.0, []) for _ in range(batch)]
-        return GreedyState(
-            hypotheses, self.joint.project_predictor(out[:, 0]), state
-        )
+        return GreedyState(hypotheses, self.joint.project_predictor(out), state)
 
     @torch.no_grad()
     def advance(self, encoder_out, state, frames=None):

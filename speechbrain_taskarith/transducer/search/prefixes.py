@@ -21,7 +21,7 @@ _MIX = 0x3F58476D1CE4E5B9
 def extended_keys(keys, labels):
     """Hash prefixes, given their parents' keys (0: empty) and last labels.
 
-    All are int64 [R]. Integer arithmetic modulo 2**64: the same everywhere.
+    All are int64, [R]. Integer arithmetic modulo 2**64: the same everywhere.
     """
     keys = (keys ^ (labels + 1) * _STEP) * _MIX
     keys = (keys ^ (keys >> 29)) * _MIX
@@ -44,17 +44,12 @@ class Prefixes:
     @classmethod
     def empty(cls, search, count, device):
         """Return `count` empty prefixes."""
-        blank = torch.full(
-            (count, 1), search.blank_index, dtype=torch.long, device=device
-        )
-        out, state = search.predictor(blank)
-        extra, lm_state = search.label_scores(out[:, 0], None, None)
+        out, state = search.read_blank(count, device)
+        extra, lm_state = search.label_scores(out, None, None)
         nothing = torch.zeros((count, 0), dtype=torch.long, device=device)
         zeros = torch.zeros(count, dtype=torch.long, device=device)
-        projected = search.joint.project_predictor(out[:, 0])
-        return cls(
-            nothing, nothing, zeros, zeros, projected, state, extra, lm_state
-        )
+        out = search.joint.project_predictor(out)
+        return cls(nothing, nothing, zeros, zeros, out, state, extra, lm_state)
 
     def select(self, rows):
         """Return rows by index, any number of times each."""

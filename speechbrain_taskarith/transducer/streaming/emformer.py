@@ -363,7 +363,7 @@ class _EmformerLayer(torch.nn.Module):
 
 
 def _masked_mean(x, mask):
-    """Average the frames [..., C, d] in `mask`, to [..., 1, d]; 0 if none is."""
+    """Return the mean [..., 1, d] of the frames in `mask`; 0 of none."""
     weight = mask.to(x.dtype).unsqueeze(-1)
     total = (x * weight).sum(-2, keepdim=True)
     return total / weight.sum(-2, keepdim=True).clamp(min=1.0)

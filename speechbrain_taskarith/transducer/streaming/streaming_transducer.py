@@ -376,10 +376,6 @@ class FeatureStream:
     """
 
     def __init__(self, features, window, stride):
-        if window < 1 or stride < 1:
-            raise ValueError(
-                f"window {window}, stride {stride}: expected samples, 1 or more"
-            )
         self.features = features
         self.stride = stride
         self.half = window // 2

@@ -10,6 +10,7 @@ import contextlib
 
 import torch
 from rapidfuzz.distance import Levenshtein
+from torch.nn.utils.rnn import pad_sequence
 
 from speechbrain_taskarith.transducer.joints.chunked_loss import (
     sequence_log_prob,
@@ -20,8 +21,6 @@ from speechbrain_taskarith.transducer.loss.input_checks import (
 )
 from speechbrain_taskarith.transducer.predictor import predictor_input
 from speechbrain_taskarith.transducer.search.greedy import TransducerSampler
-
-SOURCES = ("beam", "sample", "offline")
 
 
 def min_wer_loss(log_probs, errors, mask=None):
@@ -138,10 +137,9 @@ class MinWERLoss(torch.nn.Module):
         max_symbols=2,
     ):
         super().__init__()
-        if source not in SOURCES:
+        if source not in ("beam", "sample", "offline"):
             raise ValueError(
-                f"source {source!r}: expected one of "
-                f"{', '.join(map(repr, SOURCES))}"
+                f"source {source!r}: expected 'beam', 'sample' or 'offline'"
             )
         beam = getattr(searcher, "beam_size", n_best)
         if n_best < 2 or (source == "beam" and n_best > beam):
@@ -173,12 +171,8 @@ class MinWERLoss(torch.nn.Module):
         ---------
         encoder_out : torch.Tensor
             [B, T, E], with gradient where the encoder is trained.
-        input_lens : torch.Tensor
-            [B], relative lengths in (0, 1].
-        targets : torch.Tensor
-            [B, U], label indices.
-        target_lens : torch.Tensor
-            [B], relative lengths in [0, 1].
+        input_lens, targets, target_lens : torch.Tensor
+            As of `transducer_loss`.
         references : list of str or None
             Transcripts to count errors against; None takes the detokenised
             targets.
@@ -194,7 +188,7 @@ class MinWERLoss(torch.nn.Module):
         Raises
         ------
         ValueError
-            An empty n-best list, targets as in `transducer_loss`.
+            An empty n-best list; lengths and targets as in `transducer_loss`.
         """
         frames = checked_lengths(input_lens, encoder_out.shape[1], "input")
         labels = checked_lengths(
@@ -300,15 +294,11 @@ class MinWERLoss(torch.nn.Module):
         """Return log P of label sequences, with gradient."""
         search, device = self.searcher, encoder_out.device
         lengths = torch.tensor([len(one) for one in sequences], device=device)
-        longest = max(map(len, sequences))
-        tokens = torch.tensor(
-            [
-                list(one) + [search.blank_index] * (longest - len(one))
-                for one in sequences
-            ],
-            dtype=torch.long,
-            device=device,
-        ).view(len(sequences), longest)
+        tokens = pad_sequence(
+            [torch.tensor(one, dtype=torch.long) for one in sequences],
+            batch_first=True,
+            padding_value=search.blank_index,
+        ).to(device)
         inputs = predictor_input(tokens, lengths, search.blank_index)
         predictor_out, _ = search.predictor(inputs)
         return sequence_log_prob(

@@ -241,14 +241,9 @@ def _newest_first(folder):
 
 
 def _unixtime(meta):
-    for line in meta.read_text(encoding="utf-8").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "unixtime":
-            try:
-                return float(value)
-            except ValueError:
-                break
-    return meta.stat().st_mtime
+    text = meta.read_text(encoding="utf-8")
+    found = re.search(r"^\s*unixtime\s*:\s*([\d.]+)\s*$", text, re.M)
+    return float(found[1]) if found else meta.stat().st_mtime
 
 
 def _safetensors(path):

@@ -1,9 +1,12 @@
-"""What a search returns."""
+"""What all searches share: their results, and decoding as one chunk."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+
+from speechbrain_taskarith.transducer.joints.speechbrain_joint import as_joint
+from speechbrain_taskarith.transducer.loss.input_checks import checked_lengths
 
 
 @dataclass(frozen=True)
@@ -79,3 +82,47 @@ class SearchResult(NamedTuple):
             [[one.tokens for one in each] for each in hypotheses],
             [[one.score for one in each] for each in hypotheses],
         )
+
+
+class TransducerSearcher(torch.nn.Module):
+    """Base of searches, which define `decode`, `start`, `advance`, `results`."""
+
+    def __init__(self, predictor, joint, blank_index, max_symbols):
+        super().__init__()
+        self.predictor = predictor
+        self.joint = as_joint(joint, blank_index)
+        self.blank_index = blank_index
+        self.max_symbols = max_symbols
+
+    def forward(self, encoder_out, lens=None):
+        """Decode a batch.
+
+        Arguments
+        ---------
+        encoder_out : torch.Tensor
+            [B, T, E].
+        lens : torch.Tensor or None
+            [B], relative lengths; None takes all frames.
+
+        Returns
+        -------
+        SearchResult
+            Best label sequences, their scores, n-best lists, their scores.
+        """
+        return SearchResult.of(self.decode(encoder_out, lens))
+
+    def final_state(self, encoder_out, lens):
+        """Return the state after the last frame."""
+        state = self.start(len(encoder_out), encoder_out.device)
+        frames = None
+        if lens is not None:
+            frames = checked_lengths(lens, encoder_out.shape[1], "input")
+        return self.advance(encoder_out, state, frames)
+
+    def read_blank(self, count, device):
+        """Return the predictor's output [count, P] and state at the start."""
+        blank = torch.full(
+            (count, 1), self.blank_index, dtype=torch.long, device=device
+        )
+        out, state = self.predictor(blank)
+        return out[:, 0], state
