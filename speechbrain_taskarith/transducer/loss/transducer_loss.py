@@ -49,7 +49,7 @@ def transducer_loss(
     logits : torch.Tensor
         [B, T, U + 1, V], raw scores; float64, float32, float16 or bfloat16.
     targets : torch.Tensor
-        [B, U], label indices without blanks; padding may be anything.
+        [B, U], label indices without blanks; padding is ignored.
     input_lens : torch.Tensor
         [B], relative lengths in (0, 1] of the second dimension of `logits`.
     target_lens : torch.Tensor
@@ -59,13 +59,13 @@ def transducer_loss(
     reduction : str
         `"mean"` over the batch, `"sum"` or `"none"`.
     backend : str
-        `"auto"` and `"torch"` are ours. Where installed: `"torchaudio"`
+        `"auto"` and `"torch"` are this one. If installed: `"torchaudio"`
         (float32, float16), `"numba"` (SpeechBrain's, CUDA only), `"k2"`.
     windows : torch.Tensor or None
         [B, U, 2], frames at which labels may be emitted, see
-        `alignment_windows`; ours only.
+        `alignment_windows`; not in other backends.
     fastemit_lambda : float
-        0.01 or less is usual; ours only. See `lattice_log_prob`.
+        0.01 or less is usual; not in other backends. See `lattice_log_prob`.
 
     Returns
     -------

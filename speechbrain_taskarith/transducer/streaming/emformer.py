@@ -128,8 +128,17 @@ class Emformer(torch.nn.Module):
         missing = segments * size + ahead - time
         blocks = _blocks(pad(x, (0, 0, 0, missing)), size + ahead, size)
         own_mask = _blocks(pad(~padding, (0, missing)), size + ahead, size)
-        left_mask = self._left(~padding, segments)
-        memory, memory_mask = self._first_memory(blocks, own_mask)
+        left_mask = _preceding(~padding, self.left_context, size, segments)
+        summaries = blocks[:, :, 0]  # not used without memory
+        if self.memory_size:
+            # The first layer's memory: means of its input.
+            summaries = _masked_mean(
+                blocks[:, :, :size], own_mask[:, :, :size]
+            ).squeeze(2)
+        memory = _preceding(summaries, self.memory_size, 1, segments)
+        memory_mask = _preceding(
+            own_mask[:, :, :size].any(-1), self.memory_size, 1, segments
+        )
         masks = tuple(
             mask.flatten(0, 1) for mask in (memory_mask, left_mask, own_mask)
         )
@@ -137,9 +146,10 @@ class Emformer(torch.nn.Module):
             own = layer.keys_values(blocks)
             # Without the copies: all frames in order.
             in_order = own[:, :, :size].flatten(1, 2)
+            left = _preceding(in_order, self.left_context, size, segments)
             out, new_memory = layer.block(
                 blocks.flatten(0, 1),
-                self._left(in_order, segments).flatten(0, 1),
+                left.flatten(0, 1),
                 own.flatten(0, 1),
                 memory.flatten(0, 1),
                 masks,
@@ -147,7 +157,8 @@ class Emformer(torch.nn.Module):
             )
             blocks = out.unflatten(0, (batch, segments))
             if new_memory is not None:
-                memory = self._before(new_memory.view(batch, segments, width))
+                new_memory = new_memory.view(batch, segments, width)
+                memory = _preceding(new_memory, self.memory_size, 1, segments)
         x = blocks[:, :, :size].flatten(1, 2)[:, :time]
         return x.masked_fill(padding[..., None], 0.0)
 
@@ -220,8 +231,8 @@ class Emformer(torch.nn.Module):
         masks = (context.memory_mask, context.left_mask, own_mask)
         new_memory = None
         if self.memory_size:
-            # Means of the first layer's input; then each layer makes the next
-            # layer's.
+            # Means of the first layer's input; then each layer makes that of
+            # the next one.
             new_memory = _masked_mean(x[:, :size], own_mask[:, :size])
         for index, layer in enumerate(self.layers):
             own = layer.keys_values(x)
@@ -243,37 +254,6 @@ class Emformer(torch.nn.Module):
                 f"expected [batch, frames, {self.input_dim}] with at least "
                 f"one frame, found {tuple(x.shape)}"
             )
-
-    def _left(self, x, segments):
-        """Return the L frames before each segment, [B, S, L, ...].
-
-        Of [B, T, ...]; what lies before the beginning is 0 (or False).
-        """
-        length, step = self.left_context, self.segment_length
-        tail = [0] * (2 * (x.dim() - 2))
-        if not length:
-            return x.new_zeros(len(x), segments, 0, *x.shape[2:])
-        needed = (segments - 1) * step
-        x = pad(x[:, :needed], (*tail, length, 0))
-        x = pad(x, (*tail, 0, max(0, needed + length - x.shape[1])))
-        return _blocks(x, length, step)
-
-    def _before(self, vectors):
-        """Return the M vectors of the segments before each, [B, S, M, ...]."""
-        tail = [0] * (2 * (vectors.dim() - 2))
-        padded = pad(vectors[:, :-1], (*tail, self.memory_size, 0))
-        return _blocks(padded, self.memory_size, 1)
-
-    def _first_memory(self, blocks, own_mask):
-        """Return the first layer's memory [B, S, M, d] and its mask."""
-        size = self.segment_length
-        if not self.memory_size:
-            shape = (*blocks.shape[:2], 0)
-            nothing = blocks.new_zeros(*shape, self.input_dim)
-            return nothing, own_mask.new_zeros(shape)
-        means = _masked_mean(blocks[:, :, :size], own_mask[:, :, :size])
-        exists = own_mask[:, :, :size].any(-1)
-        return self._before(means.squeeze(2)), self._before(exists)
 
 
 class _EmformerLayer(torch.nn.Module):
@@ -381,6 +361,20 @@ def _padding(x, lens, what, least):
 def _blocks(x, length, step):
     """Cut [B, T, ...] into overlapping [B, S, length, ...]."""
     return x.unfold(1, length, step).movedim(-1, 2)
+
+
+def _preceding(x, length, step, segments):
+    """Return what precedes each segment, [B, S, length, ...], of [B, T, ...].
+
+    Segments begin every `step`; before the beginning is 0 (or False).
+    """
+    if not length:
+        return x.new_zeros(len(x), segments, 0, *x.shape[2:])
+    tail = [0] * (2 * (x.dim() - 2))
+    needed = (segments - 1) * step
+    x = pad(x[:, :needed], (*tail, length, 0))
+    x = pad(x, (*tail, 0, max(0, needed + length - x.shape[1])))
+    return _blocks(x, length, step)
 
 
 def _append(old, new):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from speechbrain_taskarith.transducer.streaming.frontend import FeatureStream
 from speechbrain_taskarith.utils.lengths import absolute_lengths
 
 
@@ -343,14 +344,14 @@ class Stream:
         """Turn complete stacks of frames into the encoder's input."""
         if self.frames is None:
             return
-        whole = self.frames.shape[1]
+        count = self.frames.shape[1]
         if not final:
-            whole -= whole % self.model.factor
-        ready, self.frames = self.frames[:, :whole], self.frames[:, whole:]
-        if whole and self.model.frontend is not None:
-            ready, _ = self.model.frontend(ready)
-        if whole:
-            self.encoder_in = _appended(self.encoder_in, ready)
+            count -= count % self.model.factor
+        stacks, self.frames = self.frames[:, :count], self.frames[:, count:]
+        if count:
+            if self.model.frontend is not None:
+                stacks, _ = self.model.frontend(stacks)
+            self.encoder_in = _appended(self.encoder_in, stacks)
 
     def _encode(self, final):
         """Encode and search complete segments."""
@@ -363,60 +364,6 @@ class Stream:
             out = encoder.forward_streaming(chunk, self.context)
             self.state = self.model.searcher.advance(out, self.state)
             self.encoder_in = self.encoder_in[:, size:]
-
-
-class FeatureStream:
-    """Turns portions of samples into the frames of the whole recording.
-
-    `features(wave[1, T]) -> [1, frames, width]` is centred, pads its edges and
-    does not normalise over the utterance: frame i is centred on sample
-    `i * stride` and depends on `window` samples. A slice that begins at a
-    multiple of the stride has the same frames as the whole, except for those at
-    its edges; slices overlap, and these are dropped.
-    """
-
-    def __init__(self, features, window, stride):
-        self.features = features
-        self.stride = stride
-        self.half = window // 2
-        # Frames on each side that a cut may have changed.
-        self.edge = -(-self.half // stride)
-        self.samples = torch.zeros(0)
-        self.offset = 0  # position of self.samples in the stream
-        self.returned = 0  # frames
-        self.total = 0  # samples received
-
-    def push(self, samples):
-        """Add samples [t]; return the frames certain now, or None."""
-        self.samples = torch.cat((self.samples.to(samples), samples))
-        self.total += len(samples)
-        # The last frame whose window is complete.
-        certain = (self.total - self.half) // self.stride + 1
-        return self._frames(max(0, certain), last=False)
-
-    def finish(self):
-        """Return the remaining frames, or None."""
-        if not self.total:
-            return None
-        return self._frames(self.total // self.stride + 1, last=True)
-
-    def _frames(self, until, last):
-        if until <= self.returned:
-            return None
-        first = max(0, self.returned - self.edge)
-        start = first * self.stride - self.offset
-        stop = len(self.samples)
-        if not last:
-            # Frames after the last certain one would be dropped.
-            stop = (until - 1) * self.stride + self.half - self.offset + 1
-            stop = min(stop, len(self.samples))
-        frames = self.features(self.samples[None, start:stop])
-        frames = frames[:, self.returned - first : until - first]
-        self.returned = until
-        drop = max(0, until - self.edge) * self.stride - self.offset
-        self.samples = self.samples[drop:]
-        self.offset += drop
-        return frames
 
 
 def _checked_samples(samples, sample_rate, expected_rate):
