@@ -1,3 +1,9 @@
+from .joints.chunked_loss import (
+    joint_transducer_loss as joint_transducer_loss,
+)
+from .joints.chunked_loss import (
+    sequence_log_prob as sequence_log_prob,
+)
 from .joints.hat import (
     HATJoint as HATJoint,
 )
@@ -6,12 +12,6 @@ from .joints.hat import (
 )
 from .joints.joint import (
     RNNTJoint as RNNTJoint,
-)
-from .joints.joint import (
-    joint_transducer_loss as joint_transducer_loss,
-)
-from .joints.joint import (
-    sequence_log_prob as sequence_log_prob,
 )
 from .joints.speechbrain_joint import (
     SpeechBrainJoint as SpeechBrainJoint,
@@ -22,8 +22,14 @@ from .loss.lattice import (
 from .loss.lattice import (
     lattice_log_prob as lattice_log_prob,
 )
-from .loss.loss import (
+from .loss.transducer_loss import (
     transducer_loss as transducer_loss,
+)
+from .predictor import (
+    LSTMPredictor as LSTMPredictor,
+)
+from .predictor import (
+    SpeechBrainPredictor as SpeechBrainPredictor,
 )
 from .search.beam import (
     TransducerBeamSearch as TransducerBeamSearch,
@@ -34,17 +40,11 @@ from .search.greedy import (
 from .search.greedy import (
     TransducerSampler as TransducerSampler,
 )
-from .search.hypotheses import (
+from .search.searcher import (
     Hypothesis as Hypothesis,
 )
-from .search.hypotheses import (
+from .search.searcher import (
     SearchResult as SearchResult,
-)
-from .search.predictor import (
-    LSTMPredictor as LSTMPredictor,
-)
-from .search.predictor import (
-    SpeechBrainPredictor as SpeechBrainPredictor,
 )
 from .streaming.chunked_encoder import (
     ChunkedEncoder as ChunkedEncoder,

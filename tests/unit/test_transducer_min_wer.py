@@ -1,7 +1,5 @@
 """MinWER: the gradient P_i (W_i - E[W]), masks, sources and statistics."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from hyperpyyaml import load_hyperpyyaml
@@ -210,11 +208,11 @@ def test_bad_settings():
         offline(x, lens[0], targets, torch.ones(3), hypotheses=LISTS)
 
 
-def test_the_yaml_fragment_as_its_header_says():
-    fragment = Path(__file__).parents[2] / "hparams/transducer/min_wer.yaml"
-    hparams = load_hyperpyyaml(f"min_wer: !include:{fragment}\n    n_best: 3\n")
+def test_made_in_yaml_as_the_guide_says():
+    name = "speechbrain_taskarith.transducer.MinWERLoss"
+    hparams = load_hyperpyyaml(f"min_wer: !name:{name}\n    n_best: 3\n")
     search, x, targets, lens = setting()
-    loss = hparams["min_wer"]["make_loss"](searcher=search, detokenize=str)
+    loss = hparams["min_wer"](searcher=search, detokenize=str)
     assert isinstance(loss, MinWERLoss)
     assert (loss.n_best, loss.rnnt_weight) == (3, 0.1)
     assert loss(x, lens[0], targets, lens[1]).isfinite()

@@ -16,7 +16,7 @@ from speechbrain_taskarith.transducer import (
     TransducerGreedySearch,
     TransducerSampler,
 )
-from speechbrain_taskarith.transducer.search.beam_rows import extended_keys
+from speechbrain_taskarith.transducer.search.prefixes import extended_keys
 
 
 def model(kind=RNNTJoint, vocab=3, seed=0, blank=0):

@@ -15,7 +15,7 @@ from speechbrain_taskarith.transducer import (
     TransducerBeamSearch,
     TransducerGreedySearch,
 )
-from speechbrain_taskarith.transducer.streaming.sample_stream import (
+from speechbrain_taskarith.transducer.streaming.frontend import (
     FeatureStream,
 )
 

@@ -1,37 +1,26 @@
-"""Hybrid autoregressive transducer: the blank apart from the labels.
+"""Hybrid autoregressive transducer (HAT): the blank apart from the labels.
 
-Variani et al. 2020, arXiv 2003.07705. With a blank of its own the labels'
-softmax is a language model inside the network, whose score can be taken out
-again when an outer one is added.
+Variani et al. 2020, arXiv 2003.07705. As the blank has its own probability,
+the labels' softmax is a language model inside the network. Its score can be
+subtracted when an outer language model is added.
 """
 
 import torch
 from torch.nn.functional import logsigmoid
 
-from speechbrain_taskarith.transducer.joints.joint import RNNTJoint
-from speechbrain_taskarith.transducer.loss.lengths import check_vocabulary
+from speechbrain_taskarith.transducer.joints.joint import (
+    RNNTJoint,
+    blank_mask,
+)
+from speechbrain_taskarith.transducer.loss.input_checks import check_vocabulary
 
 
 def hat_log_probs(scores, blank_index):
-    """Normalise scores as HAT does (equations 8 and 9).
+    """Normalise scores [..., V] as HAT does (equations 8 and 9).
 
     `P(blank) = sigmoid(z_blank)`, `P(y) = (1 - P(blank)) softmax(z)_y` with
-    the softmax over labels only.
+    the softmax over labels only. float32 for lower precisions.
 
-    Arguments
-    ---------
-    scores : torch.Tensor
-        [..., V], raw.
-    blank_index : int
-        The blank.
-
-    Returns
-    -------
-    torch.Tensor
-        [..., V], log-probabilities; float32 for lower precisions.
-
-    Example
-    -------
     >>> scores = torch.tensor([30.0, 1.0, 2.0], requires_grad=True)
     >>> log_probs = hat_log_probs(scores, blank_index=0)
     >>> bool(log_probs.exp().sum().isclose(torch.ones(())))
@@ -42,9 +31,7 @@ def hat_log_probs(scores, blank_index):
     """
     if scores.dtype in (torch.float16, torch.bfloat16):
         scores = scores.float()
-    blank = torch.zeros(scores.shape[-1], dtype=torch.bool)
-    blank[blank_index] = True
-    blank = blank.to(scores.device)
+    blank = blank_mask(scores, blank_index)
     z = scores[..., blank_index : blank_index + 1]
     labels = scores.masked_fill(blank, float("-inf")).log_softmax(-1)
     return torch.where(blank, logsigmoid(z), labels + logsigmoid(-z))
@@ -91,7 +78,7 @@ class HATJoint(RNNTJoint):
         )
 
     def log_probs(self, encoder, predictor):
-        """See `RNNTJoint.log_probs`."""
+        """See `Joint.log_probs`."""
         return hat_log_probs(self.scores(encoder, predictor), self.blank_index)
 
     def forward(self, encoder_out, predictor_out):
@@ -103,8 +90,8 @@ class HATJoint(RNNTJoint):
 class HATOutput(torch.nn.Module):
     """Last layer that turns a SpeechBrain transducer recipe into HAT.
 
-    Stands where a recipe has its `transducer_lin`; neither joint nor train.py
-    change, since what it returns is normalised and stays so in a log_softmax.
+    It replaces the recipe's `transducer_lin`. Joint and train.py stay as they
+    are: its output is normalised, and a log_softmax does not change that.
 
     Arguments
     ---------
@@ -131,7 +118,7 @@ class HATOutput(torch.nn.Module):
         self.blank_index = blank_index
 
     def forward(self, x):
-        """Normalise.
+        """Return log-probabilities.
 
         Arguments
         ---------

@@ -1,15 +1,14 @@
-"""SpeechBrain's joint network and output layers, as one joint of ours."""
+"""SpeechBrain's joint network and output layers, with `RNNTJoint`'s methods."""
 
 import torch
 
-from speechbrain_taskarith.transducer.joints.joint import labels_only
-from speechbrain_taskarith.transducer.loss.transitions import accumulate_type
+from speechbrain_taskarith.transducer.joints.joint import Joint
 
 
-class SpeechBrainJoint(torch.nn.Module):
-    """`Transducer_joint` and the layers behind it, with `RNNTJoint`'s methods.
+class SpeechBrainJoint(Joint):
+    """`Transducer_joint` and the layers behind it, as one joint network.
 
-    So that `joint_transducer_loss`, the searches and MinWER work on models of
+    `joint_transducer_loss`, the searches and MinWER then work on models of
     SpeechBrain's transducer recipes as they are.
 
     Arguments
@@ -17,7 +16,8 @@ class SpeechBrainJoint(torch.nn.Module):
     joint : torch.nn.Module or callable
         Takes [B, T, 1, E] and [B, 1, U + 1, P].
     output : torch.nn.Module or sequence of torch.nn.Module
-        What comes behind it, e.g. `transducer_lin`; may be a `HATOutput`.
+        The layers behind it, e.g. `transducer_lin`; may be a `HATOutput`
+        (scores or log-probabilities: a log_softmax normalises both).
     blank_index : int
         Index of the blank.
 
@@ -34,13 +34,6 @@ class SpeechBrainJoint(torch.nn.Module):
     torch.Size([2, 10])
     """
 
-    # Scores or log-probabilities: a log_softmax normalises both.
-    normalization = "softmax"
-    # Layers from elsewhere may need their result in backward.
-    overwritable = False
-    # Only the layers know.
-    vocab_size = None
-
     def __init__(self, joint, output=(), blank_index=0):
         super().__init__()
         self.joint = joint
@@ -48,59 +41,13 @@ class SpeechBrainJoint(torch.nn.Module):
         self.output = torch.nn.ModuleList(layers)
         self.blank_index = blank_index
 
-    def project_encoder(self, encoder_out):
-        """Return the encoder's output as it is.
-
-        Arguments
-        ---------
-        encoder_out : torch.Tensor
-            [..., E].
-
-        Returns
-        -------
-        torch.Tensor
-            The same.
-        """
-        return encoder_out
-
-    def project_predictor(self, predictor_out):
-        """Return the predictor's output as it is.
-
-        Arguments
-        ---------
-        predictor_out : torch.Tensor
-            [..., P].
-
-        Returns
-        -------
-        torch.Tensor
-            The same.
-        """
-        return predictor_out
-
     def scores(self, encoder, predictor):
-        """Score pairs of frames and label positions.
-
-        Arguments
-        ---------
-        encoder, predictor : torch.Tensor
-            [..., E] and [..., P] with the same dimensions in front.
-
-        Returns
-        -------
-        torch.Tensor
-            [..., V].
-        """
+        """See `Joint.scores`."""
         # SpeechBrain's joints tell the two apart by four dimensions.
         front = encoder.shape[:-1]
         x = encoder.reshape(1, -1, 1, encoder.shape[-1])
         g = predictor.reshape(1, -1, 1, predictor.shape[-1])
         return self(x, g).reshape(*front, -1)
-
-    def log_probs(self, encoder, predictor):
-        """See `RNNTJoint.log_probs`."""
-        scores = self.scores(encoder, predictor)
-        return scores.log_softmax(-1, dtype=accumulate_type(scores.dtype))
 
     def forward(self, encoder_out, predictor_out):
         """See `RNNTJoint.forward`."""
@@ -109,9 +56,9 @@ class SpeechBrainJoint(torch.nn.Module):
             x = layer(x)
         return x
 
-    def internal_lm(self, predictor_out):
-        """See `RNNTJoint.internal_lm`; needs encoder and predictor of the
-        same width."""
-        nothing = torch.zeros_like(predictor_out)
-        scores = self.scores(nothing, predictor_out)
-        return labels_only(scores, self.blank_index)
+
+def as_joint(joint, blank_index):
+    """Wrap what is not a `Joint`: `joint(x[B, T, 1, E], g[B, 1, U + 1, P])`."""
+    if isinstance(joint, Joint):
+        return joint
+    return SpeechBrainJoint(joint, blank_index=blank_index)

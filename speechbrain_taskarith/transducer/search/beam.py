@@ -1,66 +1,56 @@
 """Beam search over a whole batch, with prefix merging.
 
-A frame at a time, every beam of every utterance in one call of joint and
-predictor. At a frame a hypothesis either takes a blank and waits for the next
-one, or is extended by a label and asked again, up to `max_symbols` times.
-Paths that lead to the same labels are one hypothesis, whose probabilities add
-up (prefixes are told apart by a 64-bit hash).
+One frame at a time; joint and predictor are called once for all hypotheses of
+all utterances. At a frame a hypothesis either takes a blank and waits for the
+next frame, or is extended by a label, up to `max_symbols` times. Paths that
+lead to the same labels are one hypothesis, whose probabilities add up
+(prefixes are told apart by a 64-bit hash).
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from speechbrain_taskarith.transducer.joints.joint import as_joint
-from speechbrain_taskarith.transducer.loss.lengths import checked_lengths
-from speechbrain_taskarith.transducer.search.beam_rows import Rows
-from speechbrain_taskarith.transducer.search.hypotheses import (
-    Hypothesis,
-    SearchResult,
+from speechbrain_taskarith.transducer.joints.joint import labels_only
+from speechbrain_taskarith.transducer.search.prefixes import (
+    LOG_ZERO,
+    Candidates,
+    Prefixes,
 )
-from speechbrain_taskarith.transducer.search.label_scores import LabelScores
+from speechbrain_taskarith.transducer.search.searcher import (
+    Hypothesis,
+    TransducerSearcher,
+)
 from speechbrain_taskarith.utils.lengths import padding_mask
-
-_NEVER = float("-inf")
 
 
 @dataclass
 class BeamState:
-    """Where a search stands between two chunks.
+    """The state of a search between two chunks."""
 
-    Arguments
-    ---------
-    scores : torch.Tensor
-        [B, K], log-probabilities, float64; minus infinity: no hypothesis.
-    rows : beam_rows.Rows
-        B * K prefixes.
-    frame : int
-        Number of frames gone by.
-    """
-
-    scores: torch.Tensor
-    rows: Rows
-    frame: int = 0
+    scores: torch.Tensor  # [B, K], float64; minus infinity: no hypothesis
+    prefixes: Prefixes  # of B * K rows
+    frame: int = 0  # frames processed
 
 
-class TransducerBeamSearch(torch.nn.Module):
+class TransducerBeamSearch(TransducerSearcher):
     """Batched beam search for transducers.
 
     With a language model, a label's score is `log P(label|x) + lm_weight
     log P_LM - ilm_weight log P_ILM`: shallow fusion with the internal
-    language model taken out (Variani 2020, arXiv 2003.07705; Meng 2021,
+    language model subtracted (Variani 2020, arXiv 2003.07705; Meng 2021,
     arXiv 2011.01991). Blanks keep their score.
 
     Arguments
     ---------
     predictor : torch.nn.Module
-        `LSTMPredictor`, `SpeechBrainPredictor` or alike.
+        `LSTMPredictor`, `SpeechBrainPredictor`, or one called like them.
     joint : torch.nn.Module
-        `RNNTJoint`, `HATJoint`, `SpeechBrainJoint` or alike.
+        As of `joint_transducer_loss`.
     blank_index : int
         Index of the blank.
     beam_size : int
-        Hypotheses kept, K.
+        Size K of the beam: hypotheses that go on to the next frame.
     n_best : int
         Hypotheses returned, up to K.
     lm : torch.nn.Module or None
@@ -72,9 +62,9 @@ class TransducerBeamSearch(torch.nn.Module):
     lm_weight : float
         Weight of `lm`.
     max_symbols : int
-        Labels at one frame, at most.
+        Maximum number of labels at one frame.
     lm_bos_index : int or None
-        What the language model starts from; None takes the blank.
+        The language model's first input; None takes the blank.
 
     Example
     -------
@@ -100,39 +90,18 @@ class TransducerBeamSearch(torch.nn.Module):
         max_symbols=1,
         lm_bos_index=None,
     ):
-        super().__init__()
+        super().__init__(predictor, joint, blank_index, max_symbols)
         if beam_size < 1 or not 1 <= n_best <= beam_size or max_symbols < 1:
             raise ValueError(
                 f"beam_size {beam_size}, n_best {n_best}, max_symbols "
                 f"{max_symbols}: expected numbers from 1 on, and n_best no "
                 "larger than beam_size"
             )
-        self.predictor = predictor
-        self.joint = as_joint(joint, blank_index)
-        self.blank_index = blank_index
         self.beam_size = beam_size
         self.n_best = n_best
-        self.max_symbols = max_symbols
-        self.label_scores = LabelScores(
+        self.label_scores = _LabelScores(
             self.joint, blank_index, lm, lm_weight, ilm_weight, lm_bos_index
         )
-
-    def forward(self, encoder_out, lens=None):
-        """Decode a batch.
-
-        Arguments
-        ---------
-        encoder_out : torch.Tensor
-            [B, T, E].
-        lens : torch.Tensor or None
-            [B], relative lengths; None takes all frames.
-
-        Returns
-        -------
-        SearchResult
-            Best label sequences, their scores, n-best lists, their scores.
-        """
-        return SearchResult.of(self.decode(encoder_out, lens))
 
     @torch.no_grad()
     def decode(self, encoder_out, lens=None, n_best=None):
@@ -143,24 +112,20 @@ class TransducerBeamSearch(torch.nn.Module):
         encoder_out : torch.Tensor
             [B, T, E].
         lens : torch.Tensor or None
-            [B], relative lengths.
+            [B], relative lengths; None takes all frames.
         n_best : int or None
-            In the place of the search's own.
+            Instead of the search's own.
 
         Returns
         -------
         list of list of Hypothesis
-            Of every utterance up to `n_best`, the best first.
+            Up to `n_best` of every utterance, the best first.
         """
-        state = self.start(len(encoder_out), encoder_out.device)
-        frames = None
-        if lens is not None:
-            frames = checked_lengths(lens, encoder_out.shape[1], "input")
-        return self.results(self.advance(encoder_out, state, frames), n_best)
+        return self.results(self.final_state(encoder_out, lens), n_best)
 
     @torch.no_grad()
     def start(self, batch, device="cpu"):
-        """Begin, before the first frame.
+        """Return the state before the first frame.
 
         Arguments
         ---------
@@ -172,18 +137,18 @@ class TransducerBeamSearch(torch.nn.Module):
         Returns
         -------
         BeamState
-            To be given to `advance`.
+            For `advance`.
         """
-        rows = Rows.first(self, batch * self.beam_size, device)
-        scores = torch.full(
-            (batch, self.beam_size), _NEVER, dtype=torch.float64, device=device
+        prefixes = Prefixes.empty(self, batch * self.beam_size, device)
+        scores = prefixes.predictor.new_full(
+            (batch, self.beam_size), LOG_ZERO, dtype=torch.float64
         )
         scores[:, 0] = 0.0
-        return BeamState(scores, rows)
+        return BeamState(scores, prefixes)
 
     @torch.no_grad()
     def advance(self, encoder_out, state, frames=None):
-        """Go on by a chunk of frames; in chunks or whole, the result is one.
+        """Process one chunk; chunked and full decoding agree.
 
         Arguments
         ---------
@@ -198,188 +163,219 @@ class TransducerBeamSearch(torch.nn.Module):
         Returns
         -------
         BeamState
-            A new one.
+            The state after the chunk; `state` is not changed.
         """
         if not bool(torch.isfinite(encoder_out).all()):
             encoder_out = _only_valid(encoder_out, frames)
         encoder = self.joint.project_encoder(encoder_out)
-        scores, rows, frame = state.scores, state.rows, state.frame
+        scores, prefixes = state.scores, state.prefixes
         if frames is not None:
             frames = frames.to(encoder.device)
             if bool((frames == encoder.shape[1]).all()):
                 frames = None
         for t in range(encoder.shape[1]):
-            live = None if frames is None else t < frames
-            scores, rows = self._frame(
-                encoder[:, t], scores, rows, frame + t, live
+            active = None if frames is None else t < frames
+            scores, prefixes = self._frame(
+                encoder[:, t], scores, prefixes, state.frame + t, active
             )
-        return BeamState(scores, rows, frame + encoder.shape[1])
+        return BeamState(scores, prefixes, state.frame + encoder.shape[1])
 
     def results(self, state, n_best=None):
-        """Read off what has been found so far.
+        """Return the hypotheses of the frames so far.
 
         Arguments
         ---------
         state : BeamState
             From `advance`.
         n_best : int or None
-            In the place of the search's own.
+            Instead of the search's own.
 
         Returns
         -------
         list of list of Hypothesis
-            Of every utterance up to `n_best`, the best first.
+            Up to `n_best` of every utterance, the best first.
         """
         ordered, order = state.scores.sort(dim=1, descending=True, stable=True)
         batch, beam = ordered.shape
         first = beam * torch.arange(batch, device=order.device)[:, None]
-        rows = state.rows.select((first + order).flatten())
-        table = zip(
+        prefixes = state.prefixes.select((first + order).flatten())
+        columns = zip(
             ordered.flatten().tolist(),
-            rows.lengths.tolist(),
-            rows.tokens.tolist(),
-            rows.frames.tolist(),
+            prefixes.lengths.tolist(),
+            prefixes.tokens.tolist(),
+            prefixes.frames.tolist(),
         )
-        every = [
-            Hypothesis(tokens[:count], score, frames[:count])
-            for score, count, tokens, frames in table
-        ]
-        most = n_best or self.n_best
-        return [
-            [one for one in every[start : start + beam] if one.score != _NEVER][
-                :most
-            ]
-            for start in range(0, batch * beam, beam)
-        ]
+        found = [[] for _ in range(batch)]
+        for i, (score, length, tokens, frames) in enumerate(columns):
+            hypotheses = found[i // beam]
+            if score != LOG_ZERO and len(hypotheses) < (n_best or self.n_best):
+                hypotheses.append(
+                    Hypothesis(tokens[:length], score, frames[:length])
+                )
+        return found
 
-    def _frame(self, encoder, scores, rows, frame, live):
-        """Go on by one frame: encoder [B, J], scores [B, K]."""
+    def _frame(self, encoder, scores, prefixes, frame, active):
+        """Process one frame: encoder [B, J], scores [B, K].
+
+        The paths of one frame; those that reach a blank are candidates::
+
+            hypothesis --blank--> candidate
+                 |label
+            extension  --blank--> candidate
+                 |label                         up to max_symbols labels
+
+        `generations[n]` holds the prefixes with n more labels than before the
+        frame. Rows of candidates count through all generations in order. Only
+        in an `active` utterance [B] (None: in all) does anything change.
+        """
         batch, beam = scores.shape
-        place = torch.arange(batch * beam, device=scores.device)
-        place = place.view(batch, beam)
+        before = torch.arange(batch * beam, device=scores.device)
+        before = before.view(batch, beam)
         log_probs = self.joint.log_probs(
-            encoder.repeat_interleave(beam, 0), rows.predictor
+            encoder.repeat_interleave(beam, 0), prefixes.predictor
         )
-        waiting = scores + log_probs[:, self.blank_index].view(batch, beam)
-        pool = _Pool(waiting, rows.keys.view(batch, beam), place)
-        frontier, parts, count = scores, [rows], batch * beam
-        at, utterance = rows, place.flatten().div(beam, rounding_mode="floor")
+        after_blank = scores + log_probs[:, self.blank_index].view(batch, beam)
+        candidates = Candidates(
+            after_blank, prefixes.keys.view(batch, beam), before
+        )
+        # Of the newest generation: its prefixes, the scores of their paths
+        # before this frame's blank, and the utterance of each.
+        generations, newest, path_scores = [prefixes], prefixes, scores
+        utterance = before.flatten().div(beam, rounding_mode="floor")
+        rows = batch * beam
         for _ in range(self.max_symbols):
-            best, parent, label = self._extensions(
-                frontier, log_probs, at, batch, utterance
+            extended, parents, labels = self._best_extensions(
+                path_scores, log_probs, newest.extra, batch, utterance
             )
-            wanted = best > pool.least(beam)
-            if live is not None:
-                wanted &= live[:, None]
-            if not bool(wanted.any()):
+            # The blank that follows only lowers a score.
+            promising = extended > candidates.threshold(beam)
+            if active is not None:
+                promising &= active[:, None]
+            if not bool(promising.any()):
                 break
-            utterance, slot = wanted.nonzero().unbind(1)
-            at = at.extend(self, parent[wanted], label[wanted], frame)
-            parts.append(at)
-            frontier = best[wanted]
-            log_probs = self.joint.log_probs(encoder[utterance], at.predictor)
-            pool = pool.joined(
-                utterance,
-                slot,
-                frontier + log_probs[:, self.blank_index],
-                at.keys,
-                count,
+            utterance, column = promising.nonzero().unbind(1)
+            newest = newest.extend(
+                self, parents[promising], labels[promising], frame
             )
-            count += len(utterance)
-        if len(parts) == 1:
-            # No label anywhere: nothing moves.
-            if live is not None:
-                waiting = torch.where(live[:, None], waiting, scores)
-            return waiting, rows
-        found, order = pool.scores.topk(beam, dim=1)
-        chosen = pool.place.gather(1, order)
-        if live is not None:
-            found = torch.where(live[:, None], found, scores)
-            chosen = torch.where(live[:, None], chosen, place)
-        return found, Rows.joined(parts).select(chosen.flatten())
+            generations.append(newest)
+            path_scores = extended[promising]
+            log_probs = self.joint.log_probs(
+                encoder[utterance], newest.predictor
+            )
+            new_rows = torch.arange(
+                rows, rows + len(utterance), device=scores.device
+            )
+            candidates.add(
+                utterance,
+                column,
+                path_scores + log_probs[:, self.blank_index],
+                newest.keys,
+                new_rows,
+            )
+            rows += len(utterance)
+        if len(generations) == 1:
+            # No label in any utterance: the prefixes stay as they are.
+            if active is not None:
+                after_blank = torch.where(active[:, None], after_blank, scores)
+            return after_blank, prefixes
+        best, order = candidates.scores.topk(beam, dim=1)
+        chosen = candidates.rows.gather(1, order)
+        if active is not None:
+            best = torch.where(active[:, None], best, scores)
+            chosen = torch.where(active[:, None], chosen, before)
+        return best, Prefixes.concatenate(generations).select(chosen.flatten())
 
-    def _extensions(self, frontier, log_probs, at, batch, utterance):
-        """Return the best extensions of each utterance by one label.
+    def _best_extensions(self, path_scores, log_probs, extra, batch, utterance):
+        """Return the K best extensions of each utterance by one label.
 
-        [B, K] each: scores, the rows they extend, labels.
+        [B, K] each: scores, the rows they extend, labels. Rows of
+        `log_probs` [R, V] belong to the `utterance` [R], in order.
         """
         beam = self.beam_size
-        scores = frontier.reshape(-1, 1) + log_probs
-        if at.extra is not None:
-            scores += at.extra
-        scores[:, self.blank_index] = _NEVER
-        # The best of every row first; rows of an utterance compete after.
+        scores = path_scores.reshape(-1, 1) + log_probs
+        if extra is not None:
+            scores += extra
+        scores[:, self.blank_index] = LOG_ZERO
+        # The best of every row first; then rows of an utterance compete.
         width = min(beam, scores.shape[1])
-        best, label = scores.topk(width, dim=1)
-        index = torch.arange(len(scores), device=scores.device)
+        best, labels = scores.topk(width, dim=1)
+        row = torch.arange(len(scores), device=scores.device)
         if len(scores) == batch * beam:
-            best, label = best.view(batch, -1), label.view(batch, -1)
-            parent = index.view(batch, beam).repeat_interleave(width, 1)
+            best, labels = best.view(batch, -1), labels.view(batch, -1)
+            parents = row.view(batch, beam).repeat_interleave(width, 1)
         else:
-            slot = index - torch.searchsorted(utterance, utterance)
-            dense = scores.new_full((batch, beam, width), _NEVER)
-            dense[utterance, slot] = best
-            labels = label.new_zeros(dense.shape)
-            labels[utterance, slot] = label
-            parent = label.new_zeros(dense.shape)
-            parent[utterance, slot] = index[:, None].expand(-1, width)
-            best, label = dense.flatten(1), labels.flatten(1)
-            parent = parent.flatten(1)
+            # Utterances have different numbers of rows: pad them to K.
+            column = row - torch.searchsorted(utterance, utterance)
+
+            def dense(values, fill):
+                table = values.new_full((batch, beam, width), fill)
+                table[utterance, column] = values
+                return table.flatten(1)
+
+            parents = dense(row[:, None].expand(-1, width), 0)
+            best, labels = dense(best, LOG_ZERO), dense(labels, 0)
         best, order = best.topk(min(beam, best.shape[1]), dim=1)
-        return best, parent.gather(1, order), label.gather(1, order)
+        return best, parents.gather(1, order), labels.gather(1, order)
 
 
-class _Pool:
-    """Candidates for the next frame, [B, P]; equal prefixes are one."""
+class _LabelScores(torch.nn.Module):
+    """`lm_weight log P_LM - ilm_weight log P_ILM` of every next label."""
 
-    def __init__(self, scores, keys, place):
-        self.scores, self.keys, self.place = scores, keys, place
+    def __init__(
+        self, joint, blank_index, lm, lm_weight, ilm_weight, bos_index
+    ):
+        super().__init__()
+        self.joint = joint
+        self.blank_index = blank_index
+        self.lm = lm
+        self.lm_weight = lm_weight if lm is not None else 0.0
+        self.ilm_weight = ilm_weight
+        self.bos_index = blank_index if bos_index is None else bos_index
 
-    def least(self, beam):
-        """Return the score [B, 1] that a newcomer has to beat."""
-        if self.scores.shape[1] == beam:
-            return self.scores.amin(1, keepdim=True)
-        return self.scores.topk(beam, dim=1)[0][:, -1:]
+    def forward(self, predictor_out, labels, lm_state):
+        """Return scores [R, V], 0 at the blank, and the language model's state.
 
-    def joined(self, utterance, slot, scores, keys, first):
-        """Return a pool with newcomers, whose rows count from `first`."""
-        batch, device = len(self.scores), scores.device
-        width = int(slot.max()) + 1
-        shape = (batch, width)
-        wide = torch.full(shape, _NEVER, dtype=torch.float64, device=device)
-        wide[utterance, slot] = scores.double()
-        wide_keys = torch.zeros(shape, dtype=torch.long, device=device)
-        wide_keys[utterance, slot] = keys
-        wide_place = torch.zeros(shape, dtype=torch.long, device=device)
-        wide_place[utterance, slot] = first + torch.arange(
-            len(scores), device=device
-        )
-        return _Pool(
-            torch.cat((self.scores, wide), 1),
-            torch.cat((self.keys, wide_keys), 1),
-            torch.cat((self.place, wide_place), 1),
-        )._merged(self.scores.shape[1])
-
-    def _merged(self, old):
-        """Add newcomers (from column `old` on) to their equals before them.
-
-        A prefix has one parent, so newcomers differ from one another.
+        Of `predictor_out` [R, P] and the last labels [R] (None at the
+        beginning). The scores are None without any language model.
         """
-        there = self.scores > _NEVER
-        same = self.keys[:, old:, None] == self.keys[:, None, :old]
-        same &= there[:, old:, None] & there[:, None, :old]
-        if bool(same.any()):
-            row, new, before = same.nonzero().unbind(1)
-            total = torch.logaddexp(
-                self.scores[row, before], self.scores[row, old + new]
+        extra = None
+        if self.ilm_weight:
+            internal = self.joint.internal_lm(predictor_out)
+            extra = -self.ilm_weight * internal
+        if self.lm_weight:
+            if labels is None:
+                labels = torch.full(
+                    (len(predictor_out),),
+                    self.bos_index,
+                    dtype=torch.long,
+                    device=predictor_out.device,
+                )
+            outer, lm_state = self._outer(labels, lm_state)
+            outer = self.lm_weight * outer
+            if extra is not None and extra.shape != outer.shape:
+                raise ValueError(
+                    f"the language model scores {outer.shape[-1]} labels, the "
+                    f"joint {extra.shape[-1]}; they need one vocabulary"
+                )
+            extra = outer if extra is None else extra + outer
+        if extra is not None:
+            extra[:, self.blank_index] = 0.0
+        return extra, lm_state
+
+    def _outer(self, labels, lm_state):
+        result = self.lm(labels[:, None], lm_state)
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise ValueError(
+                f"{type(self.lm).__name__} returned no state beside its "
+                "scores; a search needs both (RNNLM: return_hidden=True)"
             )
-            self.scores[row, before] = total
-            self.scores[row, old + new] = _NEVER
-        return self
+        scores, lm_state = result
+        scores = scores.reshape(len(labels), -1)
+        return labels_only(scores, self.blank_index), lm_state
 
 
 def _only_valid(encoder_out, frames):
-    """Let padding hold anything; what counts must be finite."""
+    """Set padding to 0, which may be anything; the rest must be finite."""
     if frames is not None:
         frames = frames.to(encoder_out.device)
         padding = padding_mask(frames, encoder_out.shape[1])

@@ -1,46 +1,32 @@
-"""One alignment per utterance: the likeliest step by step, or drawn."""
+"""One alignment per utterance: the most likely step by step, or sampled."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from speechbrain_taskarith.transducer.joints.joint import as_joint
-from speechbrain_taskarith.transducer.loss.lengths import checked_lengths
-from speechbrain_taskarith.transducer.search.hypotheses import (
-    Hypothesis,
-    SearchResult,
-)
-from speechbrain_taskarith.transducer.search.predictor import (
+from speechbrain_taskarith.transducer.predictor import (
     join_states,
     select_state,
+)
+from speechbrain_taskarith.transducer.search.searcher import (
+    Hypothesis,
+    TransducerSearcher,
 )
 
 
 @dataclass
 class GreedyState:
-    """Where a search stands between two chunks.
+    """The state of a search between two chunks."""
 
-    Arguments
-    ---------
-    found : list of Hypothesis
-        So far, one an utterance.
-    predictor : torch.Tensor
-        [B, J], the predictor's output, projected.
-    state : object
-        The predictor's, batch in dimension 1.
-    frame : int
-        Number of frames gone by.
-    """
-
-    found: list
-    predictor: torch.Tensor
-    state: Any
-    frame: int = 0
+    hypotheses: list  # one of every utterance
+    predictor: torch.Tensor  # [B, J], the predictor's output, projected
+    predictor_state: Any  # batch in dimension 1
+    frame: int = 0  # frames processed
 
 
-class TransducerGreedySearch(torch.nn.Module):
-    """Take the likeliest of blank and labels, a batch at a time.
+class TransducerGreedySearch(TransducerSearcher):
+    """Take the most likely of blank and labels, for a batch at a time.
 
     Arguments
     ---------
@@ -49,7 +35,7 @@ class TransducerGreedySearch(torch.nn.Module):
     blank_index : int
         Index of the blank.
     max_symbols : int
-        Labels at one frame, at most.
+        Maximum number of labels at one frame.
 
     Example
     -------
@@ -62,52 +48,22 @@ class TransducerGreedySearch(torch.nn.Module):
     """
 
     def __init__(self, predictor, joint, blank_index, max_symbols=5):
-        super().__init__()
+        super().__init__(predictor, joint, blank_index, max_symbols)
         if max_symbols < 1:
             raise ValueError(f"max_symbols {max_symbols}: expected 1 or more")
-        self.predictor = predictor
-        self.joint = as_joint(joint, blank_index)
-        self.blank_index = blank_index
-        self.max_symbols = max_symbols
         self.n_best = 1
-
-    def forward(self, encoder_out, lens=None):
-        """See `TransducerBeamSearch.forward`."""
-        return SearchResult.of(self.decode(encoder_out, lens))
 
     @torch.no_grad()
     def decode(self, encoder_out, lens=None):
-        """Decode a batch, with the frames of labels.
-
-        Arguments
-        ---------
-        encoder_out : torch.Tensor
-            [B, T, E].
-        lens : torch.Tensor or None
-            [B], relative lengths.
-
-        Returns
-        -------
-        list of list of Hypothesis
-            One of every utterance.
-        """
-        state = self.start(len(encoder_out), encoder_out.device)
-        frames = None
-        if lens is not None:
-            frames = checked_lengths(lens, encoder_out.shape[1], "input")
-        return self.results(self.advance(encoder_out, state, frames))
+        """See `TransducerBeamSearch.decode`; one hypothesis an utterance."""
+        return self.results(self.final_state(encoder_out, lens))
 
     @torch.no_grad()
     def start(self, batch, device="cpu"):
         """See `TransducerBeamSearch.start`."""
-        blank = torch.full(
-            (batch, 1), self.blank_index, dtype=torch.long, device=device
-        )
-        out, state = self.predictor(blank)
-        found = [Hypothesis([], 0.0, []) for _ in range(batch)]
-        return GreedyState(
-            found, self.joint.project_predictor(out[:, 0]), state
-        )
+        out, state = self.read_blank(batch, device)
+        hypotheses = [Hypothesis([], 0.0, []) for _ in range(batch)]
+        return GreedyState(hypotheses, self.joint.project_predictor(out), state)
 
     @torch.no_grad()
     def advance(self, encoder_out, state, frames=None):
@@ -116,62 +72,74 @@ class TransducerGreedySearch(torch.nn.Module):
         encoder = self.joint.project_encoder(encoder_out)
         if frames is None:
             frames = torch.full((batch,), time)
-        tokens = [list(one.tokens) for one in state.found]
-        times = [list(one.frames) for one in state.found]
-        scores = torch.tensor([one.score for one in state.found]).double()
+        tokens = [list(one.tokens) for one in state.hypotheses]
+        times = [list(one.frames) for one in state.hypotheses]
+        scores = torch.tensor([one.score for one in state.hypotheses]).double()
         scores = scores.to(encoder.device)
-        predictor, hidden = state.predictor, state.state
-        lives = frames.tolist()
+        predictor, predictor_state = state.predictor, state.predictor_state
+        frames = frames.tolist()
         for t in range(time):
-            rows = [b for b in range(batch) if t < lives[b]]
+            rows = [b for b in range(batch) if t < frames[b]]
             for count in range(self.max_symbols + 1):
-                at = torch.tensor(rows, dtype=torch.long, device=scores.device)
-                log_probs = self.joint.log_probs(encoder[at, t], predictor[at])
+                index = torch.tensor(
+                    rows, dtype=torch.long, device=scores.device
+                )
+                log_probs = self.joint.log_probs(
+                    encoder[index, t], predictor[index]
+                )
                 choice = self._choose(log_probs)
                 if count == self.max_symbols:
-                    # Enough of this frame; on with a blank.
+                    # Only a blank may follow at this frame.
                     choice = torch.full_like(choice, self.blank_index)
-                scores[at] += log_probs.gather(1, choice[:, None])[:, 0]
-                going = [
+                scores[index] += log_probs.gather(1, choice[:, None])[:, 0]
+                emitted = [
                     (row, label)
                     for row, label in zip(rows, choice.tolist())
                     if label != self.blank_index
                 ]
-                if not going:
+                if not emitted:
                     break
-                rows = [row for row, _ in going]
-                for row, label in going:
+                rows = [row for row, _ in emitted]
+                for row, label in emitted:
                     tokens[row].append(label)
                     times[row].append(state.frame + t)
-                predictor, hidden = self._step(going, predictor, hidden)
-        found = [
+                predictor, predictor_state = self._step(
+                    emitted, predictor, predictor_state
+                )
+        hypotheses = [
             Hypothesis(*one) for one in zip(tokens, scores.tolist(), times)
         ]
-        return GreedyState(found, predictor, hidden, state.frame + time)
+        return GreedyState(
+            hypotheses, predictor, predictor_state, state.frame + time
+        )
 
     def results(self, state):
         """See `TransducerBeamSearch.results`."""
-        return [[one] for one in state.found]
+        return [[one] for one in state.hypotheses]
 
     def _choose(self, log_probs):
         return log_probs.argmax(1)
 
-    def _step(self, going, predictor, hidden):
-        """Feed labels to the predictor; the other rows keep what they had."""
+    def _step(self, emitted, predictor, predictor_state):
+        """Feed the labels of some rows to the predictor."""
         device = predictor.device
-        rows, labels = torch.tensor(going, device=device).unbind(1)
-        out, new = self.predictor(labels[:, None], select_state(hidden, rows))
+        rows, labels = torch.tensor(emitted, device=device).unbind(1)
+        out, new_state = self.predictor(
+            labels[:, None], select_state(predictor_state, rows)
+        )
         predictor = predictor.clone()
         predictor[rows] = self.joint.project_predictor(out[:, 0])
         if len(rows) == len(predictor):
-            return predictor, new
+            return predictor, new_state
+        # The other rows keep their states.
         source = torch.arange(len(predictor), device=device)
         source[rows] = len(predictor) + torch.arange(len(rows), device=device)
-        return predictor, select_state(join_states([hidden, new]), source)
+        joined = join_states([predictor_state, new_state])
+        return predictor, select_state(joined, source)
 
 
 class TransducerSampler(TransducerGreedySearch):
-    """Draw alignments from the model: hypotheses for MinWER by sampling.
+    """Sample alignments from the model, as hypotheses for MinWER.
 
     Arguments
     ---------
@@ -180,9 +148,10 @@ class TransducerSampler(TransducerGreedySearch):
     blank_index : int
         Index of the blank.
     n_best : int
-        Alignments drawn of every utterance. Those with equal labels are one.
+        Alignments sampled of every utterance; of those with equal labels one is
+        returned.
     max_symbols : int
-        Labels at one frame, at most.
+        Maximum number of labels at one frame.
     temperature : float
         Above 1: more varied; towards 0: greedy.
 
@@ -217,7 +186,7 @@ class TransducerSampler(TransducerGreedySearch):
 
     @torch.no_grad()
     def decode(self, encoder_out, lens=None, n_best=None):
-        """Draw hypotheses.
+        """Sample hypotheses.
 
         Arguments
         ---------
@@ -226,22 +195,22 @@ class TransducerSampler(TransducerGreedySearch):
         lens : torch.Tensor or None
             [B], relative lengths.
         n_best : int or None
-            In the place of the sampler's own.
+            Instead of the sampler's own.
 
         Returns
         -------
         list of list of Hypothesis
-            Up to `n_best` of every utterance, with different labels, the
-            likeliest alignment first.
+            Up to `n_best` of every utterance, with different labels, the most
+            likely alignment first.
         """
         draws = n_best or self.n_best
-        every = super().decode(
+        samples = super().decode(
             encoder_out.repeat_interleave(draws, 0),
             None if lens is None else lens.repeat_interleave(draws),
         )
         return [
-            _distinct(one for (one,) in every[start : start + draws])
-            for start in range(0, len(every), draws)
+            _distinct(one for (one,) in samples[start : start + draws])
+            for start in range(0, len(samples), draws)
         ]
 
     def _choose(self, log_probs):
@@ -250,7 +219,7 @@ class TransducerSampler(TransducerGreedySearch):
 
 
 def _distinct(hypotheses):
-    kept = {}
+    best = {}
     for one in sorted(hypotheses, key=lambda one: -one.score):
-        kept.setdefault(tuple(one.tokens), one)
-    return list(kept.values())
+        best.setdefault(tuple(one.tokens), one)
+    return list(best.values())

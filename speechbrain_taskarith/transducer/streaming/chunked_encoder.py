@@ -14,7 +14,7 @@ class ChunkedEncoder(torch.nn.Module):
     chunk_size : int
         Frames of a chunk.
     left_context : int or None
-        Chunks of the past that are attended to; None: all.
+        Past chunks that are attended to; None: all.
 
     Example
     -------
@@ -56,7 +56,7 @@ class ChunkedEncoder(torch.nn.Module):
         self.config = DynChunkTrainConfig(chunk_size, left_context)
 
     def forward(self, x, lens=None):
-        """Encode whole utterances as chunks would be.
+        """Encode whole utterances as if in chunks.
 
         Arguments
         ---------
@@ -75,17 +75,17 @@ class ChunkedEncoder(torch.nn.Module):
         )
 
     def make_streaming_context(self, batch=1):
-        """Begin to stream.
+        """Return the state at the beginning of streams.
 
         Arguments
         ---------
         batch : int
-            Not needed here: the first chunk says.
+            Not needed here: the first chunk determines it.
 
         Returns
         -------
         object
-            SpeechBrain's context, changed by `forward_streaming`.
+            SpeechBrain's context, which `forward_streaming` changes.
         """
         return self.transformer.make_streaming_context(self.config)
 

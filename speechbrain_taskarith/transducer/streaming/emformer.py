@@ -1,45 +1,31 @@
 """Emformer: a Transformer encoder for streaming, in SpeechBrain's form.
 
-Shi et al. 2021, arXiv 2010.10759. What a segment's frames depend on is bounded
-on both sides by construction: the right context is copied once, at the input,
-so that looking ahead does not add up over layers.
+Shi et al. 2021, arXiv 2010.10759. The frames that a segment depends on are
+bounded on both sides by construction: the right context is copied once, at the
+input, so that the look-ahead does not add up over layers.
 """
 
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad, scaled_dot_product_attention
 
-from speechbrain_taskarith.transducer.loss.lengths import checked_lengths
-from speechbrain_taskarith.transducer.streaming.emformer_layer import (
-    EmformerLayer,
-)
+from speechbrain_taskarith.transducer.loss.input_checks import checked_lengths
 from speechbrain_taskarith.utils.lengths import padding_mask
 
 
 @dataclass
 class EmformerContext:
-    """What an Emformer keeps between two chunks, of every layer.
+    """The state of an Emformer between two chunks; lists have one per layer."""
 
-    Arguments
-    ---------
-    left : list of torch.Tensor
-        [B, L, 2 d] each, keys and values of the frames before.
-    left_there : torch.Tensor
-        [B, L], bool.
-    memory : list of torch.Tensor
-        [B, M, d] each.
-    memory_there : torch.Tensor
-        [B, M], bool.
-    """
-
-    left: list
-    left_there: torch.Tensor
-    memory: list
-    memory_there: torch.Tensor
+    left: list  # [B, L, 2 d], keys and values of the frames before
+    left_mask: torch.Tensor  # [B, L], True where a frame exists
+    memory: list  # [B, M, d]
+    memory_mask: torch.Tensor  # [B, M]
 
 
 class Emformer(torch.nn.Module):
-    """Emformer encoder, with a parallel path and a streaming one that agree.
+    """Emformer encoder whose parallel and streaming paths agree.
 
     Arguments
     ---------
@@ -56,9 +42,9 @@ class Emformer(torch.nn.Module):
     right_context : int
         Frames R of look-ahead, 0 or more.
     left_context : int
-        Frames L of the past that are attended to, 0 or more.
+        Past frames L that are attended to, 0 or more.
     memory_size : int
-        Vectors M of memory, one a segment; 0 goes without.
+        Memory vectors M, one per segment; 0: no memory.
     dropout : float
         In attention and feed-forward parts.
 
@@ -111,7 +97,7 @@ class Emformer(torch.nn.Module):
         self.left_context = left_context
         self.memory_size = memory_size
         self.layers = torch.nn.ModuleList(
-            EmformerLayer(
+            _EmformerLayer(
                 input_dim, num_heads, ffn_dim, dropout, memory_size > 0
             )
             for _ in range(num_layers)
@@ -123,7 +109,7 @@ class Emformer(torch.nn.Module):
         Arguments
         ---------
         x : torch.Tensor
-            [B, T, d]; padding may hold anything.
+            [B, T, d]; padding is ignored, even NaN.
         lens : torch.Tensor or None
             [B], relative lengths in (0, 1]; None takes all frames.
 
@@ -134,43 +120,50 @@ class Emformer(torch.nn.Module):
         """
         self._check(x)
         batch, time, width = x.shape
-        frames = torch.full((batch,), time, device=x.device)
-        if lens is not None:
-            frames = checked_lengths(lens, time, "input").to(x.device)
-        inside = ~padding_mask(frames, time)
-        x = x.masked_fill(~inside[..., None], 0.0)
+        padding = _padding(x, lens, "input", least=1)
+        x = x.masked_fill(padding[..., None], 0.0)
         size, ahead = self.segment_length, self.right_context
         segments = -(-time // size)
         # Blocks of C + R frames every C frames: the hard copy.
-        padding = segments * size + ahead - time
-        x = torch.nn.functional.pad(x, (0, 0, 0, padding))
-        there = torch.nn.functional.pad(inside, (0, padding))
-        own_there = self._blocks(there, size + ahead, size)
-        left_there = self._left(inside, segments)
-        blocks = self._blocks(x, size + ahead, size)
-        memory, memory_there = self._first_memory(blocks, own_there, segments)
+        missing = segments * size + ahead - time
+        blocks = _blocks(pad(x, (0, 0, 0, missing)), size + ahead, size)
+        own_mask = _blocks(pad(~padding, (0, missing)), size + ahead, size)
+        left_mask = _preceding(~padding, self.left_context, size, segments)
+        summaries = blocks[:, :, 0]  # not used without memory
+        if self.memory_size:
+            # The first layer's memory: means of its input.
+            summaries = _masked_mean(
+                blocks[:, :, :size], own_mask[:, :, :size]
+            ).squeeze(2)
+        memory = _preceding(summaries, self.memory_size, 1, segments)
+        memory_mask = _preceding(
+            own_mask[:, :, :size].any(-1), self.memory_size, 1, segments
+        )
         masks = tuple(
-            mask.flatten(0, 1) for mask in (memory_there, left_there, own_there)
+            mask.flatten(0, 1) for mask in (memory_mask, left_mask, own_mask)
         )
         for layer in self.layers:
-            own = layer.keys_values(layer.norm_in(blocks))
-            line = own[:, :, :size].flatten(1, 2)
-            found, new_memory = layer.block(
+            own = layer.keys_values(blocks)
+            # Without the copies: all frames in order.
+            in_order = own[:, :, :size].flatten(1, 2)
+            left = _preceding(in_order, self.left_context, size, segments)
+            out, new_memory = layer.block(
                 blocks.flatten(0, 1),
-                self._left(line, segments).flatten(0, 1),
+                left.flatten(0, 1),
                 own.flatten(0, 1),
                 memory.flatten(0, 1),
                 masks,
                 size,
             )
-            blocks = found.unflatten(0, (batch, segments))
+            blocks = out.unflatten(0, (batch, segments))
             if new_memory is not None:
-                memory = self._before(new_memory.view(batch, segments, width))
+                new_memory = new_memory.view(batch, segments, width)
+                memory = _preceding(new_memory, self.memory_size, 1, segments)
         x = blocks[:, :, :size].flatten(1, 2)[:, :time]
-        return x.masked_fill(~inside[..., None], 0.0)
+        return x.masked_fill(padding[..., None], 0.0)
 
     def make_streaming_context(self, batch=1, device=None, dtype=None):
-        """Begin to stream.
+        """Return the state at the beginning of streams.
 
         Arguments
         ---------
@@ -184,27 +177,19 @@ class Emformer(torch.nn.Module):
         Returns
         -------
         EmformerContext
-            To be given to `forward_streaming`, which changes it.
+            For `forward_streaming`, which changes it.
         """
-        like = self.layers[0].query.weight
-        device = like.device if device is None else device
-        dtype = like.dtype if dtype is None else dtype
+        weight = self.layers[0].query.weight
 
-        def zeros(length, width):
-            return [
-                torch.zeros(batch, length, width, device=device, dtype=dtype)
-                for _ in self.layers
-            ]
+        def zeros(*shape, dtype=dtype):
+            return weight.new_zeros((batch, *shape), device=device, dtype=dtype)
 
+        left, memory = self.left_context, self.memory_size
         return EmformerContext(
-            zeros(self.left_context, 2 * self.input_dim),
-            torch.zeros(
-                batch, self.left_context, dtype=torch.bool, device=device
-            ),
-            zeros(self.memory_size, self.input_dim),
-            torch.zeros(
-                batch, self.memory_size, dtype=torch.bool, device=device
-            ),
+            [zeros(left, 2 * self.input_dim) for _ in self.layers],
+            zeros(left, dtype=torch.bool),
+            [zeros(memory, self.input_dim) for _ in self.layers],
+            zeros(memory, dtype=torch.bool),
         )
 
     def forward_streaming(self, chunk, context, lens=None):
@@ -213,10 +198,10 @@ class Emformer(torch.nn.Module):
         Arguments
         ---------
         chunk : torch.Tensor
-            [B, t, d], a segment and what follows it: C + R frames, the next
-            chunk beginning C frames on. At the end of a stream fewer.
+            [B, t, d], a segment and its right context: C + R frames; the next
+            chunk begins C frames later. Fewer at the end of a stream.
         context : EmformerContext
-            Of these streams; changed.
+            The streams' state, which is changed.
         lens : torch.Tensor or None
             [B], relative lengths of the chunk in [0, 1], for streams that end
             within it; None takes all frames.
@@ -232,48 +217,36 @@ class Emformer(torch.nn.Module):
             A chunk that is too long.
         """
         self._check(chunk)
-        batch, time, _ = chunk.shape
+        time = chunk.shape[1]
         size, ahead = self.segment_length, self.right_context
         if not 1 <= time <= size + ahead:
             raise ValueError(
                 f"a chunk of {time} frames; expected {size + ahead} (segment "
                 f"{size} + right context {ahead}), or fewer at the end"
             )
-        frames = torch.full((batch,), time, device=chunk.device)
-        if lens is not None:
-            frames = checked_lengths(lens, time, "chunk", least=0)
-            frames = frames.to(chunk.device)
-        x = torch.nn.functional.pad(chunk, (0, 0, 0, size + ahead - time))
-        own_there = ~padding_mask(frames, size + ahead)
-        x = x.masked_fill(~own_there[..., None], 0.0)
-        masks = (context.memory_there, context.left_there, own_there)
-        carried = None
+        missing = size + ahead - time
+        own_mask = pad(~_padding(chunk, lens, "chunk", least=0), (0, missing))
+        x = pad(chunk, (0, 0, 0, missing))
+        x = x.masked_fill(~own_mask[..., None], 0.0)
+        masks = (context.memory_mask, context.left_mask, own_mask)
+        new_memory = None
         if self.memory_size:
-            # What the first layer remembers: averages of its input.
-            carried = self.layers[0].summary(x[:, :size], own_there[:, :size])
+            # Means of the first layer's input; then each layer makes that of
+            # the next one.
+            new_memory = _masked_mean(x[:, :size], own_mask[:, :size])
         for index, layer in enumerate(self.layers):
-            own = layer.keys_values(layer.norm_in(x))
-            x, new_memory = layer.block(
-                x, context.left[index], own, context.memory[index], masks, size
-            )
-            context.left[index] = _behind(
-                context.left[index], own[:, :size], self.left_context
-            )
+            own = layer.keys_values(x)
+            left, memory = context.left[index], context.memory[index]
+            context.left[index] = _append(left, own[:, :size])
             if self.memory_size:
-                context.memory[index] = _behind(
-                    context.memory[index], carried, self.memory_size
-                )
-                carried = new_memory
-        context.left_there = _behind(
-            context.left_there, own_there[:, :size], self.left_context
+                context.memory[index] = _append(memory, new_memory)
+            x, new_memory = layer.block(x, left, own, memory, masks, size)
+        context.left_mask = _append(context.left_mask, own_mask[:, :size])
+        context.memory_mask = _append(
+            context.memory_mask, own_mask[:, :size].any(1, keepdim=True)
         )
-        context.memory_there = _behind(
-            context.memory_there,
-            own_there[:, :size].any(1, keepdim=True),
-            self.memory_size,
-        )
-        keep = min(time, size)
-        return x[:, :keep].masked_fill(~own_there[:, :keep, None], 0.0)
+        frames = min(time, size)
+        return x[:, :frames].masked_fill(~own_mask[:, :frames, None], 0.0)
 
     def _check(self, x):
         if x.dim() != 3 or x.shape[-1] != self.input_dim or not x.shape[1]:
@@ -282,52 +255,131 @@ class Emformer(torch.nn.Module):
                 f"one frame, found {tuple(x.shape)}"
             )
 
-    @staticmethod
-    def _blocks(x, length, step):
-        """Cut [B, T, ...] into overlapping [B, S, length, ...]."""
-        blocks = x.unfold(1, length, step)
-        return blocks.movedim(-1, 2)
 
-    def _left(self, x, segments):
-        """Return the L frames before each segment, [B, S, L, ...].
+class _EmformerLayer(torch.nn.Module):
+    """Layer norm, attention, feed-forward, layer norm (Shi 2021, section 2).
 
-        Of [B, T, ...]; what lies before the beginning is 0 (or False).
+    Works on blocks: a segment of C frames, copies of the R frames after it,
+    and with memory a summary. A block attends to a memory of M vectors, to L
+    frames before it, and to itself. The parallel path has all blocks of an
+    utterance side by side, the streaming path one at a time.
+    """
+
+    def __init__(self, input_dim, num_heads, ffn_dim, dropout, with_memory):
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.with_memory = with_memory
+        self.norm_in = torch.nn.LayerNorm(input_dim)
+        self.query = torch.nn.Linear(input_dim, input_dim)
+        self.key_value = torch.nn.Linear(input_dim, 2 * input_dim)
+        self.project = torch.nn.Linear(input_dim, input_dim)
+        self.feed_forward = torch.nn.Sequential(
+            torch.nn.LayerNorm(input_dim),
+            torch.nn.Linear(input_dim, ffn_dim),
+            torch.nn.GELU(),
+            torch.nn.Dropout(dropout),
+            torch.nn.Linear(ffn_dim, input_dim),
+            torch.nn.Dropout(dropout),
+        )
+        self.norm_out = torch.nn.LayerNorm(input_dim)
+        self.drop = torch.nn.Dropout(dropout)
+
+    def keys_values(self, x):
+        """Project frames [..., d] to keys and values [..., 2 d]."""
+        return self.key_value(self.norm_in(x))
+
+    def block(self, queries, left, own, memory, masks, segment_length):
+        """Process N blocks; return frames [N, C + R, d], new memory [N, 1, d].
+
+        `queries` [N, C + R, d] are segment and right context, `left`
+        [N, L, 2 d] and `own` [N, C + R, 2 d] keys and values of the frames
+        before and of these, `memory` [N, M, d]. `masks` are True where memory
+        [N, M], left [N, L] and own frames [N, C + R] exist. The new memory is
+        None without memory.
         """
-        length, step = self.left_context, self.segment_length
-        tail = [0] * (2 * (x.dim() - 2))
-        if not length:
-            return x.new_zeros(len(x), segments, 0, *x.shape[2:])
-        need = (segments - 1) * step
-        x = torch.nn.functional.pad(x[:, :need], (*tail, length, 0))
-        x = torch.nn.functional.pad(
-            x, (*tail, 0, max(0, need + length - x.shape[1]))
+        asking, keys_values = [self.norm_in(queries)], [left, own]
+        key_mask = torch.cat(masks, 1)[:, None]
+        allowed = key_mask.expand(-1, queries.shape[1], -1)
+        if self.with_memory:
+            segment = asking[0][:, :segment_length]
+            summary = _masked_mean(segment, masks[2][:, :segment_length])
+            asking.append(summary)
+            keys_values.insert(0, self.key_value(memory))
+            # A summary does not attend to memory: it would only copy it.
+            summary_mask = key_mask.clone()
+            summary_mask[..., : memory.shape[1]] = False
+            allowed = torch.cat((allowed, summary_mask), 1)
+        found = self._attend(
+            torch.cat(asking, 1),
+            torch.cat(keys_values, 1),
+            allowed,
         )
-        return self._blocks(x, length, step)
+        x = queries + self.drop(found[:, : queries.shape[1]])
+        x = self.norm_out(x + self.feed_forward(x))
+        new_memory = None
+        if self.with_memory:
+            # Bounded, so that memory fed back for long does not grow.
+            new_memory = torch.tanh(found[:, queries.shape[1] :])
+        return x, new_memory
 
-    def _before(self, vectors):
-        """Return the M vectors of the segments before each, [B, S, M, ...]."""
-        count = self.memory_size
-        tail = [0] * (2 * (vectors.dim() - 2))
-        padded = torch.nn.functional.pad(vectors[:, :-1], (*tail, count, 0))
-        return self._blocks(padded, count, 1)
+    def _attend(self, queries, keys_values, allowed):
+        # Blocks of padding alone have nothing to attend to. Their results are
+        # not used, but must not be NaN.
+        allowed = allowed | ~allowed.any(-1, keepdim=True)
 
-    def _first_memory(self, blocks, own_there, segments):
-        """Return the first layer's memory and which of it is there."""
-        size = self.segment_length
-        if not self.memory_size:
-            shape = (len(blocks), segments, 0)
-            nothing = blocks.new_zeros(*shape, self.input_dim)
-            return nothing, own_there.new_zeros(shape)
-        averages = self.layers[0].summary(
-            blocks[:, :, :size], own_there[:, :, :size]
+        def split(x):
+            return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+        key, value = keys_values.chunk(2, -1)
+        found = scaled_dot_product_attention(
+            split(self.query(queries)),
+            split(key),
+            split(value),
+            attn_mask=allowed.unsqueeze(1),
+            dropout_p=self.dropout if self.training else 0.0,
         )
-        there = own_there[:, :, :size].any(-1)
-        return self._before(averages.squeeze(2)), self._before(there)
+        return self.project(found.transpose(1, 2).flatten(-2))
 
 
-def _behind(old, new, count):
-    """Append, and keep the last `count`."""
-    if not count:
+def _masked_mean(x, mask):
+    """Return the mean [..., 1, d] of the frames in `mask`; 0 of none."""
+    weight = mask.to(x.dtype).unsqueeze(-1)
+    total = (x * weight).sum(-2, keepdim=True)
+    return total / weight.sum(-2, keepdim=True).clamp(min=1.0)
+
+
+def _padding(x, lens, what, least):
+    """Return [B, T], True at padding, of [B, T, d]."""
+    batch, time, _ = x.shape
+    if lens is None:
+        return torch.zeros(batch, time, dtype=torch.bool, device=x.device)
+    frames = checked_lengths(lens, time, what, least).to(x.device)
+    return padding_mask(frames, time)
+
+
+def _blocks(x, length, step):
+    """Cut [B, T, ...] into overlapping [B, S, length, ...]."""
+    return x.unfold(1, length, step).movedim(-1, 2)
+
+
+def _preceding(x, length, step, segments):
+    """Return what precedes each segment, [B, S, length, ...], of [B, T, ...].
+
+    Segments begin every `step`; before the beginning is 0 (or False).
+    """
+    if not length:
+        return x.new_zeros(len(x), segments, 0, *x.shape[2:])
+    tail = [0] * (2 * (x.dim() - 2))
+    needed = (segments - 1) * step
+    x = pad(x[:, :needed], (*tail, length, 0))
+    x = pad(x, (*tail, 0, max(0, needed + length - x.shape[1])))
+    return _blocks(x, length, step)
+
+
+def _append(old, new):
+    """Append, and drop as many at the beginning."""
+    if not old.shape[1]:
         return old
     # Detached from the graph: a stream does not end.
-    return torch.cat((old, new.detach()), 1)[:, -count:]
+    return torch.cat((old, new.detach()), 1)[:, -old.shape[1] :]

@@ -1,4 +1,4 @@
-"""What stands in front of a streaming encoder: features, time reduction."""
+"""The input layers of a streaming encoder: features and time reduction."""
 
 import torch
 from speechbrain.lobes.features import Fbank
@@ -9,9 +9,9 @@ from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
 class LocalFbank(Fbank):
     """SpeechBrain's log-mel features, each frame from its own samples alone.
 
-    `Fbank` lifts what lies 80 dB below the loudest frame of an utterance, so
-    that a frame depends on later ones, and features of a stream differ from
-    those of the file. This one does not; a fixed floor stays.
+    `Fbank` raises values more than 80 dB below the loudest frame of an
+    utterance. A frame then depends on later ones, and the features of a stream
+    differ from those of the file. This class only has a fixed floor.
 
     Arguments
     ---------
@@ -35,8 +35,7 @@ class LocalFbank(Fbank):
 class TimeReduction(torch.nn.Module):
     """Stack neighbouring frames and project them: fewer and wider frames.
 
-    The last stack of an utterance is filled up with zeros, whatever the
-    padding holds, so that padding changes nothing.
+    The last stack of an utterance is filled up with zeros; padding is ignored.
 
     Arguments
     ---------
@@ -63,7 +62,7 @@ class TimeReduction(torch.nn.Module):
         self.linear = torch.nn.Linear(input_size * factor, output_size)
 
     def forward(self, x, lens=None):
-        """Reduce.
+        """Reduce the number of frames.
 
         Arguments
         ---------
@@ -90,3 +89,57 @@ class TimeReduction(torch.nn.Module):
             frames + self.factor - 1, self.factor, rounding_mode="floor"
         )
         return x, stacks.double() / x.shape[1]
+
+
+class FeatureStream:
+    """Turns portions of samples into the frames of the whole recording.
+
+    `features(wave[1, T]) -> [1, frames, width]` is centred, pads its edges and
+    does not normalise over the utterance: frame i is centred on sample
+    `i * stride` and depends on `window` samples. A slice that begins at a
+    multiple of the stride has the same frames as the whole, except for those at
+    its edges; slices overlap, and these are dropped.
+    """
+
+    def __init__(self, features, window, stride):
+        self.features = features
+        self.stride = stride
+        self.half = window // 2
+        # Frames on each side that a cut may have changed.
+        self.edge = -(-self.half // stride)
+        self.samples = torch.zeros(0)
+        self.offset = 0  # position of self.samples in the stream
+        self.returned = 0  # frames
+        self.total = 0  # samples received
+
+    def push(self, samples):
+        """Add samples [t]; return the frames certain now, or None."""
+        self.samples = torch.cat((self.samples.to(samples), samples))
+        self.total += len(samples)
+        # The last frame whose window is complete.
+        certain = (self.total - self.half) // self.stride + 1
+        return self._frames(max(0, certain), last=False)
+
+    def finish(self):
+        """Return the remaining frames, or None."""
+        if not self.total:
+            return None
+        return self._frames(self.total // self.stride + 1, last=True)
+
+    def _frames(self, until, last):
+        if until <= self.returned:
+            return None
+        first = max(0, self.returned - self.edge)
+        start = first * self.stride - self.offset
+        stop = len(self.samples)
+        if not last:
+            # Frames after the last certain one would be dropped.
+            stop = (until - 1) * self.stride + self.half - self.offset + 1
+            stop = min(stop, len(self.samples))
+        frames = self.features(self.samples[None, start:stop])
+        frames = frames[:, self.returned - first : until - first]
+        self.returned = until
+        drop = max(0, until - self.edge) * self.stride - self.offset
+        self.samples = self.samples[drop:]
+        self.offset += drop
+        return frames

@@ -1,34 +1,32 @@
-"""A transducer that listens: chunks of samples in, partial text out."""
+"""A streaming recogniser: chunks of samples in, partial text out."""
 
 import time
 from dataclasses import dataclass
 
 import torch
 
-from speechbrain_taskarith.transducer.streaming.sample_stream import (
-    FeatureStream,
-)
+from speechbrain_taskarith.transducer.streaming.frontend import FeatureStream
 from speechbrain_taskarith.utils.lengths import absolute_lengths
 
 
 @dataclass(frozen=True)
 class PartialResult:
-    """What has been recognised so far.
+    """The result of a stream so far.
 
     Arguments
     ---------
     text : str
-        Of the whole stream; a beam search may still change its end.
+        Text of the whole stream; a beam search may still change its end.
     tokens : list of int
-        The same as labels.
+        Its labels.
     frames : list of int
-        The encoder frame at which each label came out.
+        The encoder frame at which each label was emitted.
     seconds : float
-        Audio that has come in.
+        Duration of the audio received.
     compute_seconds : float
-        Time spent on it.
+        Time spent on computing.
     final : bool
-        True at the end.
+        True at the end of the stream.
 
     Example
     -------
@@ -45,15 +43,15 @@ class PartialResult:
 
     @property
     def real_time_factor(self):
-        """Time spent per second of audio; below 1 keeps up."""
+        """Computing time per second of audio; real time needs less than 1."""
         return self.compute_seconds / self.seconds if self.seconds else 0.0
 
 
 class StreamingTransducer(torch.nn.Module):
-    """Features, encoder, predictor and joint as one recogniser for streams.
+    """Features, encoder, predictor and joint as one streaming recogniser.
 
-    A stream and the whole recording give the same encoder output and so the
-    same text; `transcribe` is the oracle of `stream`.
+    A stream has the same encoder output, and so the same text, as the whole
+    recording; `transcribe` is the oracle of `stream`.
 
     Arguments
     ---------
@@ -61,7 +59,7 @@ class StreamingTransducer(torch.nn.Module):
         `features(wave[B, T]) -> [B, frames, width]` with
         `get_filter_properties()`, e.g. `LocalFbank`.
     encoder : torch.nn.Module
-        `Emformer`, `ChunkedEncoder`, or alike.
+        `Emformer`, `ChunkedEncoder`, or one with their methods.
     searcher : torch.nn.Module
         `TransducerBeamSearch` or `TransducerGreedySearch`.
     detokenize : callable
@@ -72,7 +70,7 @@ class StreamingTransducer(torch.nn.Module):
         `normalize(features, lens)`: SpeechBrain's `InputNormalization` with
         `norm_type: global`. Others need the whole utterance.
     frontend : torch.nn.Module or None
-        `TimeReduction` (or with its `factor`).
+        `TimeReduction`, or a module with its `factor`.
 
     Example
     -------
@@ -133,9 +131,6 @@ class StreamingTransducer(torch.nn.Module):
         self.stride = properties.stride
         self.factor = getattr(frontend, "factor", 1)
 
-    # What SpeechBrain's normaliser has learned are plain attributes; here they
-    # go with the weights, so that one file is the recogniser.
-
     def get_extra_state(self):
         """Return the normaliser's statistics, for `state_dict`.
 
@@ -144,18 +139,20 @@ class StreamingTransducer(torch.nn.Module):
         dict
             Tensors and a count; empty without a normaliser.
         """
+        # SpeechBrain keeps them as plain attributes. Here they are saved with
+        # the weights, so that one file is the recogniser.
         names = ("count", "glob_mean", "glob_std")
         if self.normalize is None:
             return {}
         return {name: getattr(self.normalize, name) for name in names}
 
     def set_extra_state(self, state):
-        """Take statistics over; called by `load_state_dict`.
+        """Set the normaliser's statistics; called by `load_state_dict`.
 
         Arguments
         ---------
         state : dict
-            As `get_extra_state` returned it.
+            From `get_extra_state`.
         """
         if bool(state) != (self.normalize is not None):
             raise ValueError(
@@ -177,15 +174,15 @@ class StreamingTransducer(torch.nn.Module):
         return self.stride * self.factor / self.sample_rate
 
     def latency(self):
-        """Return the latency that is there by construction.
+        """Return the algorithmic latency.
 
         Returns
         -------
         dict of str: float
             In seconds: `segment`, collected before it is encoded;
-            `look_ahead`, of the encoder; `features`, half a window;
+            `look_ahead` of the encoder; `features`, half a window;
             `algorithmic`, their sum: how long the first sample of a segment
-            waits, without any time for computing.
+            waits, computing time not included.
         """
         frame = self.frame_seconds()
         parts = {
@@ -240,7 +237,7 @@ class StreamingTransducer(torch.nn.Module):
         str
             The text.
         """
-        wave = check_samples(wave, self.sample_rate, self.sample_rate)
+        wave = _checked_samples(wave, self.sample_rate, self.sample_rate)
         if not len(wave):
             return ""
         encoder_out, lens = self.encode(wave[None])
@@ -248,7 +245,7 @@ class StreamingTransducer(torch.nn.Module):
         return self.detokenize(found[0][0].tokens)
 
     def stream(self):
-        """Begin to listen. Several streams may share the model.
+        """Start a stream. Several streams may share the model.
 
         Returns
         -------
@@ -264,13 +261,7 @@ class StreamingTransducer(torch.nn.Module):
 
 
 class Stream:
-    """One stream of samples; see `StreamingTransducer.stream`.
-
-    Arguments
-    ---------
-    model : StreamingTransducer
-        Whose stream it is.
-    """
+    """One stream of samples, made by `StreamingTransducer.stream`."""
 
     def __init__(self, model):
         self.model = model
@@ -278,25 +269,25 @@ class Stream:
         self.source = FeatureStream(self._features, model.window, model.stride)
         self.context = model.encoder.make_streaming_context(1)
         self.state = model.searcher.start(1, self.device)
-        self.frames = None  # not yet a stack
-        self.encoder_in = None  # not yet a segment
+        self.frames = None  # an incomplete stack
+        self.encoder_in = None  # an incomplete segment
         self.compute_seconds = 0.0
         self.ended = False
 
     def feed(self, samples, sample_rate=None):
-        """Take samples.
+        """Process samples.
 
         Arguments
         ---------
         samples : torch.Tensor
-            [t], any number of them, also none.
+            [t], float32 within [-1, 1]; t may be 0.
         sample_rate : int or None
-            Their rate, to be checked against the model's.
+            Their rate in Hz, checked against the model's.
 
         Returns
         -------
         PartialResult
-            So far.
+            The result so far.
 
         Raises
         ------
@@ -305,7 +296,7 @@ class Stream:
         RuntimeError
             The stream has ended.
         """
-        return self._go_on(samples, sample_rate, final=False)
+        return self._process(samples, sample_rate, final=False)
 
     def finish(self):
         """End the stream.
@@ -313,22 +304,22 @@ class Stream:
         Returns
         -------
         PartialResult
-            Final.
+            The final result.
         """
-        return self._go_on(torch.zeros(0), None, final=True)
+        return self._process(torch.zeros(0), None, final=True)
 
     @torch.no_grad()
-    def _go_on(self, samples, sample_rate, final):
+    def _process(self, samples, sample_rate, final):
         if self.ended:
-            raise RuntimeError("this stream has ended; begin another")
-        samples = check_samples(samples, sample_rate, self.model.sample_rate)
+            raise RuntimeError("this stream has ended; start another")
+        samples = _checked_samples(samples, sample_rate, self.model.sample_rate)
         began = time.perf_counter()
         parts = [self.source.push(samples.to(self.device))]
         if final:
             parts.append(self.source.finish())
         for part in parts:
             if part is not None:
-                self.frames = _longer(self.frames, part)
+                self.frames = _appended(self.frames, part)
         self._reduce(final)
         self._encode(final)
         self.ended = final
@@ -350,20 +341,20 @@ class Stream:
         return x
 
     def _reduce(self, final):
-        """Turn whole stacks of frames into the encoder's input."""
+        """Turn complete stacks of frames into the encoder's input."""
         if self.frames is None:
             return
-        whole = self.frames.shape[1]
+        count = self.frames.shape[1]
         if not final:
-            whole -= whole % self.model.factor
-        ready, self.frames = self.frames[:, :whole], self.frames[:, whole:]
-        if whole and self.model.frontend is not None:
-            ready, _ = self.model.frontend(ready)
-        if whole:
-            self.encoder_in = _longer(self.encoder_in, ready)
+            count -= count % self.model.factor
+        stacks, self.frames = self.frames[:, :count], self.frames[:, count:]
+        if count:
+            if self.model.frontend is not None:
+                stacks, _ = self.model.frontend(stacks)
+            self.encoder_in = _appended(self.encoder_in, stacks)
 
     def _encode(self, final):
-        """Encode and search whole segments."""
+        """Encode and search complete segments."""
         encoder = self.model.encoder
         size, ahead = encoder.segment_length, encoder.right_context
         while self.encoder_in is not None and self.encoder_in.shape[1]:
@@ -375,31 +366,11 @@ class Stream:
             self.encoder_in = self.encoder_in[:, size:]
 
 
-def check_samples(samples, sample_rate, expected):
-    """Refuse samples that would be recognised as something else.
-
-    Arguments
-    ---------
-    samples : torch.Tensor
-        [t] or [1, t].
-    sample_rate : int or None
-        Their rate; None: not known.
-    expected : int
-        The model's.
-
-    Returns
-    -------
-    torch.Tensor
-        [t], float32.
-
-    Raises
-    ------
-    ValueError
-        Another rate, another shape, NaN or infinity.
-    """
-    if sample_rate is not None and sample_rate != expected:
+def _checked_samples(samples, sample_rate, expected_rate):
+    """Return samples as float32 [t]; refuse what would be misrecognised."""
+    if sample_rate is not None and sample_rate != expected_rate:
         raise ValueError(
-            f"samples at {sample_rate} Hz, the model takes {expected} Hz; "
+            f"samples at {sample_rate} Hz, the model takes {expected_rate} Hz; "
             "resample them first (speechbrain_taskarith.data.audio: "
             "resample_wave)"
         )
@@ -421,5 +392,5 @@ def check_samples(samples, sample_rate, expected):
     return samples.float()
 
 
-def _longer(old, new):
+def _appended(old, new):
     return new if old is None else torch.cat((old, new), 1)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 class LabelText:
-    """Write labels out of a list: characters, phonemes, words.
+    """Turn labels into text by a list of characters, phonemes or words.
 
     Arguments
     ---------
@@ -12,7 +12,7 @@ class LabelText:
         The label of every index, blank included; or a text file with one a
         line.
     separator : str
-        What goes between: `""` for characters, `" "` for words.
+        Put between labels: `""` for characters, `" "` for words.
 
     Example
     -------
@@ -28,7 +28,7 @@ class LabelText:
         self.separator = separator
 
     def __call__(self, tokens):
-        """Write a sequence.
+        """Turn a label sequence into text.
 
         Arguments
         ---------
@@ -43,27 +43,27 @@ class LabelText:
         Raises
         ------
         ValueError
-            An index that the list does not have.
+            An index beyond the list.
         """
         for token in tokens:
             if not 0 <= token < len(self.labels):
                 raise ValueError(
-                    f"label {token}: the list has {len(self.labels)}; it does "
-                    "not belong to this model"
+                    f"label {token}: the list has {len(self.labels)} labels; "
+                    "it does not belong to this model"
                 )
         return self.separator.join(self.labels[token] for token in tokens)
 
 
 class SentencePieceText:
-    """Write labels with a SentencePiece model.
+    """Turn labels into text by a SentencePiece model.
 
     Arguments
     ---------
     model_file : str or pathlib.Path
         The model, as SpeechBrain's tokenizer leaves it in the save folder.
     offset : int
-        What to take from an index before: 1 where a blank with the index 0
-        was put in front of the pieces.
+        Subtracted from every index: 1 where a blank with the index 0 was put in
+        front of the pieces.
 
     Example
     -------

@@ -1,34 +1,33 @@
-"""Minimum word error rate training of transducers.
+"""Minimum word error rate (MinWER) training of transducers.
 
 The expected number of word errors over an n-best list (Prabhavalkar 2018,
-arXiv 1712.01818; for transducers Guo 2020, arXiv 2007.13802). A hypothesis
-counts with its probability summed over all alignments: decoding finds label
-sequences only, the lattice scores them.
+arXiv 1712.01818; for transducers Guo 2020, arXiv 2007.13802). Decoding only
+finds label sequences; their probability is the lattice's sum over all
+alignments.
 """
+
+import contextlib
 
 import torch
 from rapidfuzz.distance import Levenshtein
+from torch.nn.utils.rnn import pad_sequence
 
-from speechbrain_taskarith.transducer.joints.joint import sequence_log_prob
-from speechbrain_taskarith.transducer.loss.lengths import (
+from speechbrain_taskarith.transducer.joints.chunked_loss import (
+    sequence_log_prob,
+)
+from speechbrain_taskarith.transducer.loss.input_checks import (
     check_targets,
     checked_lengths,
 )
+from speechbrain_taskarith.transducer.predictor import predictor_input
 from speechbrain_taskarith.transducer.search.greedy import TransducerSampler
-from speechbrain_taskarith.transducer.search.predictor import predictor_input
-from speechbrain_taskarith.transducer.training.n_best import (
-    evaluation_mode,
-    n_best_tensors,
-)
-
-SOURCES = ("beam", "sample", "offline")
 
 
 def min_wer_loss(log_probs, errors, mask=None):
-    """Expected word errors over n-best lists, less their mean.
+    """Expected word errors over n-best lists, minus their mean.
 
     `L = mean_b sum_i P_bi (W_bi - mean_j W_bj)` with `P_b` the softmax of an
-    utterance's log-probabilities. Taking the mean away changes no gradient;
+    utterance's log-probabilities. Subtracting the mean changes no gradient;
     that by `log_probs[b, i]` is `P_bi (W_bi - sum_j P_bj W_bj) / B`.
 
     Arguments
@@ -39,7 +38,7 @@ def min_wer_loss(log_probs, errors, mask=None):
         [B, N], numbers of word errors.
     mask : torch.Tensor or None
         [B, N], bool, True where there is a hypothesis; None: everywhere.
-        What is masked may be anything, also NaN.
+        Other values are ignored, even NaN.
 
     Returns
     -------
@@ -71,9 +70,9 @@ def min_wer_loss(log_probs, errors, mask=None):
     if bool(empty.any()):
         raise ValueError(
             f"row {int(empty.nonzero()[0])} has no hypothesis; an n-best list "
-            "needs one at least (the empty sequence is one)"
+            "needs at least one (the empty sequence is one)"
         )
-    # Minus infinity, not 0: a hypothesis that is not there has probability 0.
+    # Minus infinity, not 0: a missing hypothesis has probability 0.
     probs = log_probs.masked_fill(~mask, float("-inf")).softmax(1)
     errors = errors.to(probs.dtype).masked_fill(~mask, 0.0)
     mean = errors.sum(1, keepdim=True) / mask.sum(1, keepdim=True)
@@ -85,9 +84,9 @@ class MinWERLoss(torch.nn.Module):
 
     `L = L_MinWER + rnnt_weight * L_RNNT`. The searcher decodes without
     gradient and in evaluation mode; then references and hypotheses are scored
-    in one call, in the mode and with the random state that training has.
-    Utterances whose hypotheses all have the same number of errors carry no
-    gradient: their hypotheses are not scored.
+    in one call, in training's mode and random state. Utterances whose
+    hypotheses all have the same number of errors contribute no gradient: their
+    hypotheses are not scored.
 
     Arguments
     ---------
@@ -98,16 +97,16 @@ class MinWERLoss(torch.nn.Module):
     rnnt_weight : float
         Weight of the transducer loss; 0 leaves it out.
     source : str
-        Where hypotheses come from: `"beam"`, `"sample"` (alignments drawn
+        Where hypotheses come from: `"beam"`, `"sample"` (alignments sampled
         from the model) or `"offline"` (given with every call).
     detokenize : callable or None
-        Takes a list of label indices, returns text; words are what stands
-        between spaces. E.g. a SentencePiece processor's `decode`. None counts
+        Takes a list of label indices, returns text, whose words are separated
+        by spaces. E.g. a SentencePiece processor's `decode`. None counts
         errors in labels.
     memory_budget : int
         See `joint_transducer_loss`.
     max_symbols : int
-        Of sampling: labels at one frame, at most.
+        When sampling: the maximum number of labels at one frame.
 
     Example
     -------
@@ -138,10 +137,9 @@ class MinWERLoss(torch.nn.Module):
         max_symbols=2,
     ):
         super().__init__()
-        if source not in SOURCES:
+        if source not in ("beam", "sample", "offline"):
             raise ValueError(
-                f"source {source!r}: expected one of "
-                f"{', '.join(map(repr, SOURCES))}"
+                f"source {source!r}: expected 'beam', 'sample' or 'offline'"
             )
         beam = getattr(searcher, "beam_size", n_best)
         if n_best < 2 or (source == "beam" and n_best > beam):
@@ -173,12 +171,8 @@ class MinWERLoss(torch.nn.Module):
         ---------
         encoder_out : torch.Tensor
             [B, T, E], with gradient where the encoder is trained.
-        input_lens : torch.Tensor
-            [B], relative lengths in (0, 1].
-        targets : torch.Tensor
-            [B, U], label indices.
-        target_lens : torch.Tensor
-            [B], relative lengths in [0, 1].
+        input_lens, targets, target_lens : torch.Tensor
+            As of `transducer_loss`.
         references : list of str or None
             Transcripts to count errors against; None takes the detokenised
             targets.
@@ -194,43 +188,48 @@ class MinWERLoss(torch.nn.Module):
         Raises
         ------
         ValueError
-            An empty n-best list, targets as in `transducer_loss`.
+            An empty n-best list; lengths and targets as in `transducer_loss`.
         """
         frames = checked_lengths(input_lens, encoder_out.shape[1], "input")
         labels = checked_lengths(
             target_lens, targets.shape[1], "target", least=0
         )
         device = encoder_out.device
-        vocab_size = self.searcher.joint.vocab_size or 2**31
-        check_targets(targets, labels, self.searcher.blank_index, vocab_size)
+        check_targets(
+            targets,
+            labels,
+            self.searcher.blank_index,
+            self.searcher.joint.vocab_size,
+        )
         truth = [
             row[:count] for row, count in zip(targets.tolist(), labels.tolist())
         ]
-        found = self._hypotheses(encoder_out, input_lens, hypotheses)
-        errors = self._errors(truth, found, references)
+        n_best = self._hypotheses(encoder_out, input_lens, hypotheses)
+        errors = self._errors(truth, n_best, references)
+        # Whether an utterance has a gradient: its errors differ.
         scored = [len(set(counts)) > 1 for counts in errors]
         sequences, rows = [], []
-        for row, (lists, needed) in enumerate(zip(found, scored)):
-            chosen = lists if needed else []
-            sequences += chosen
-            rows += [row] * len(chosen)
+        for row, n_best_list in enumerate(n_best):
+            if scored[row]:
+                sequences += n_best_list
+                rows += [row] * len(n_best_list)
         if self.rnnt_weight:
             sequences = truth + sequences
             rows = list(range(len(truth))) + rows
         if not sequences:
             self._count(errors, scored, None)
             return encoder_out.sum() * 0.0
-        log_probs = self._score(encoder_out, frames, sequences, rows)
+        log_probs = self._log_probs(encoder_out, frames, sequences, rows)
         loss = encoder_out.new_zeros(())
         if self.rnnt_weight:
             loss = loss - self.rnnt_weight * log_probs[: len(truth)].mean()
             log_probs = log_probs[len(truth) :]
-        by_row = self._by_row(log_probs, errors, scored)
-        self._count(errors, scored, by_row)
-        if by_row is not None:
+        tables = _tables(log_probs, errors, scored)
+        self._count(errors, scored, tables)
+        if tables is not None:
             share = sum(scored) / len(scored)
             loss = loss + share * min_wer_loss(
-                *(part.to(device) for part in by_row)
+                *(table.to(device) for table in tables)
             )
         return loss
 
@@ -243,9 +242,9 @@ class MinWERLoss(torch.nn.Module):
                     f"label sequences for each of {len(encoder_out)} "
                     "utterances"
                 )
-            found = [[list(tokens) for tokens in lists] for lists in given]
+            n_best = [[list(tokens) for tokens in lists] for lists in given]
         else:
-            with evaluation_mode(self.searcher), torch.no_grad():
+            with _evaluation_mode(self.searcher), torch.no_grad():
                 search = self.searcher
                 if self.source == "sample":
                     search = TransducerSampler(
@@ -258,19 +257,19 @@ class MinWERLoss(torch.nn.Module):
                 decoded = search.decode(
                     encoder_out.detach(), input_lens, n_best=self.n_best
                 )
-            found = [[one.tokens for one in each] for each in decoded]
-        for row, lists in enumerate(found):
+            n_best = [[one.tokens for one in each] for each in decoded]
+        for row, lists in enumerate(n_best):
             if not lists:
                 raise ValueError(
-                    f"row {row}: an empty n-best list; give one hypothesis "
-                    "at least ([] is the empty one)"
+                    f"row {row}: an empty n-best list; give at least one "
+                    "hypothesis ([] is the empty one)"
                 )
         return [
             [list(t) for t in dict.fromkeys(map(tuple, lists))][: self.n_best]
-            for lists in found
+            for lists in n_best
         ]
 
-    def _errors(self, truth, found, references):
+    def _errors(self, truth, n_best, references):
         """Count errors, in words where there is a detokenizer."""
         if references is None:
             references = [self._words(tokens) for tokens in truth]
@@ -283,7 +282,7 @@ class MinWERLoss(torch.nn.Module):
         self._reference_words += sum(map(len, references))
         return [
             [Levenshtein.distance(words, self._words(one)) for one in lists]
-            for words, lists in zip(references, found)
+            for words, lists in zip(references, n_best)
         ]
 
     def _words(self, tokens):
@@ -291,10 +290,15 @@ class MinWERLoss(torch.nn.Module):
             return tokens
         return self.detokenize(tokens).split()
 
-    def _score(self, encoder_out, frames, sequences, rows):
+    def _log_probs(self, encoder_out, frames, sequences, rows):
         """Return log P of label sequences, with gradient."""
         search, device = self.searcher, encoder_out.device
-        tokens, lengths = n_best_tensors(sequences, search.blank_index, device)
+        lengths = torch.tensor([len(one) for one in sequences], device=device)
+        tokens = pad_sequence(
+            [torch.tensor(one, dtype=torch.long) for one in sequences],
+            batch_first=True,
+            padding_value=search.blank_index,
+        ).to(device)
         inputs = predictor_input(tokens, lengths, search.blank_index)
         predictor_out, _ = search.predictor(inputs)
         return sequence_log_prob(
@@ -308,56 +312,69 @@ class MinWERLoss(torch.nn.Module):
             memory_budget=self.memory_budget,
         )
 
-    def _by_row(self, log_probs, errors, scored):
-        """Arrange what was scored as [utterances, N]."""
-        errors = [counts for counts, needed in zip(errors, scored) if needed]
-        if not errors:
-            return None
-        counts = torch.tensor([len(row) for row in errors])
-        mask = torch.arange(int(counts.max())) < counts[:, None]
-        padded = torch.zeros(mask.shape)
-        padded[mask] = torch.tensor([float(e) for row in errors for e in row])
-        where = mask.to(log_probs.device)
-        table = log_probs.new_zeros(mask.shape).masked_scatter(where, log_probs)
-        return table, padded, mask
-
     def reset(self):
-        """Forget the statistics, e.g. at the end of an epoch."""
-        self._utterances = self._scored = self._found = 0
-        self._reference_words = self._oracle = 0
-        self._expected = 0.0
+        """Reset the statistics, e.g. at the end of an epoch."""
+        self._utterances = self._scored = self._hypothesis_count = 0
+        self._reference_words = self._oracle_errors = 0
+        self._expected_errors = 0.0
 
-    def _count(self, errors, scored, by_row):
+    def _count(self, errors, scored, tables):
         self._utterances += len(errors)
         self._scored += sum(scored)
-        self._found += sum(map(len, errors))
-        self._oracle += sum(map(min, errors))
+        self._hypothesis_count += sum(map(len, errors))
+        self._oracle_errors += sum(map(min, errors))
         # Where all are equal, that is the expected number too.
-        self._expected += sum(
-            row[0] for row, needed in zip(errors, scored) if not needed
+        self._expected_errors += sum(
+            row[0] for row, differ in zip(errors, scored) if not differ
         )
-        if by_row is not None:
-            log_probs, counts, mask = by_row
+        if tables is not None:
+            log_probs, counts, mask = tables
             log_probs = log_probs.detach().cpu().float()
             probs = log_probs.masked_fill(~mask, float("-inf")).softmax(1)
-            self._expected += float((probs * counts).sum())
+            self._expected_errors += float((probs * counts).sum())
 
     def statistics(self):
-        """Return what the n-best lists were like since the last `reset`.
+        """Describe the n-best lists since the last `reset`.
 
         Returns
         -------
         dict of str: float
             `with_gradient`: share of utterances, in %, whose hypotheses
             differ in errors; `oracle_wer` and `expected_wer`: of the best
-            hypothesis and over the list, in % of reference words;
-            `hypotheses`: how many different ones an utterance had.
+            hypothesis and expected over the list, in % of reference words;
+            `hypotheses`: mean number of different ones per utterance.
         """
         utterances = max(1, self._utterances)
         words = max(1, self._reference_words)
         return {
             "with_gradient": 100.0 * self._scored / utterances,
-            "oracle_wer": 100.0 * self._oracle / words,
-            "expected_wer": 100.0 * self._expected / words,
-            "hypotheses": self._found / utterances,
+            "oracle_wer": 100.0 * self._oracle_errors / words,
+            "expected_wer": 100.0 * self._expected_errors / words,
+            "hypotheses": self._hypothesis_count / utterances,
         }
+
+
+def _tables(log_probs, errors, scored):
+    """Arrange scored hypotheses as [utterances, N]: log P, errors, mask."""
+    errors = [counts for counts, differ in zip(errors, scored) if differ]
+    if not errors:
+        return None
+    lengths = torch.tensor([len(row) for row in errors])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    padded = torch.zeros(mask.shape)
+    padded[mask] = torch.tensor([float(e) for row in errors for e in row])
+    table = log_probs.new_zeros(mask.shape)
+    table = table.masked_scatter(mask.to(log_probs.device), log_probs)
+    return table, padded, mask
+
+
+@contextlib.contextmanager
+def _evaluation_mode(module):
+    """Set evaluation mode; afterwards each part gets its own mode back."""
+    before = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in before:
+            part.training = training

@@ -1,34 +1,38 @@
-"""Transfer learning: an encoder's weights from another model's checkpoint."""
+"""Transfer learning: an encoder's weights from another model's checkpoint.
 
+Reading a checkpoint never executes anything in it.
+"""
+
+import pickle
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from speechbrain_taskarith.transducer.training.checkpoint_reader import (
-    read_checkpoint,
-)
+import torch
+
 from speechbrain_taskarith.utils.messages import some
 from speechbrain_taskarith.utils.patterns import select
 
 
 @dataclass(frozen=True)
 class TransferReport:
-    """What was taken over, and what was not. Names are the encoder's.
+    """Which weights were loaded, and which were not, by the encoder's names.
 
     Arguments
     ---------
     checkpoint : str
         Where the weights came from.
     loaded : tuple of str
-        Taken over.
+        Loaded.
     missing : tuple of str
-        Asked for, and not in the checkpoint.
+        Selected, but not in the checkpoint.
     unexpected : tuple of str
-        In the checkpoint below the prefix, and not in the encoder.
+        In the checkpoint under the prefix, but not in the encoder.
     mismatched : tuple of str
-        On both sides, in different shapes: `"name: (3, 4) there, (3, 5)
-        here"`.
+        In both, with different shapes: `"name: (3, 4) there, (3, 5) here"`.
     left : tuple of str
-        Not asked for: they keep their values.
+        Not selected: they keep their values.
 
     Example
     -------
@@ -63,45 +67,45 @@ def transfer_encoder(
     exclude=(),
     recoverable="model",
 ):
-    """Load an encoder's weights out of a checkpoint, and nothing else.
+    """Load an encoder's weights from a checkpoint, and nothing else.
 
-    Stage two of transfer learning: the encoder of a multilingual model, with
-    predictor, joint and vocabulary fresh. With `layers`, only some of its
-    layers (and what does not belong to any layer stays as it is, too).
+    Stage two of transfer learning: the encoder comes from a multilingual
+    model; predictor, joint and vocabulary are new. With `layers`, only those
+    layers are loaded; weights outside of layers stay as they are.
 
     Arguments
     ---------
     checkpoint : str or pathlib.Path or dict
         A `CKPT+...` folder of SpeechBrain, a save folder with several of them
-        (the newest is taken), a file of `torch.save` or `.safetensors`; or a
+        (the newest is read), a file of `torch.save` or `.safetensors`; or a
         state dict.
     encoder : torch.nn.Module
-        What to load into.
+        The module to load into.
     prefix : str
-        What the encoder's names begin with in the checkpoint, e.g. `"0."` or
+        Prefix of the encoder's names in the checkpoint, e.g. `"0."` or
         `"encoder."`.
     strict : bool
-        True raises where anything asked for is missing, has another shape, or
-        where the checkpoint's encoder has more than ours. False takes over
-        what fits, and the report says what did not.
+        True raises an error where a selected weight is missing or has another
+        shape, or where the checkpoint's encoder has weights that `encoder`
+        has not. False loads what fits, and reports the rest.
     layers : iterable of int or None
-        Numbers of layers to take over, as in names like `layers.3.weight` or
-        `layers.[3].weight`; None takes all, and what is outside of layers.
+        Numbers of the layers to load, as in names like `layers.3.weight` or
+        `layers.[3].weight`; None loads everything, also outside of layers.
     include, exclude : str or sequence of str
         Anchored shell patterns on the encoder's own names.
     recoverable : str
-        Whose weights, in a checkpoint folder.
+        Recoverable to read from a SpeechBrain checkpoint folder.
 
     Returns
     -------
     TransferReport
-        By name.
+        Which weights were loaded, and which were not.
 
     Raises
     ------
     ValueError
-        A strict fault (nothing has been loaded then), a pattern or layer that
-        matches nothing, a damaged file.
+        A fault when strict (nothing has been loaded then), a pattern or layer
+        that matches nothing, a damaged file.
     FileNotFoundError
         No such checkpoint.
 
@@ -114,7 +118,7 @@ def transfer_encoder(
     >>> sorted({name.split(".")[1] for name in report.left})
     ['1']
     """
-    state, shown = read_checkpoint(checkpoint, recoverable)
+    state, source = _read_checkpoint(checkpoint, recoverable)
     found = {
         name[len(prefix) :]: tensor
         for name, tensor in state.items()
@@ -122,15 +126,15 @@ def transfer_encoder(
     }
     if not found:
         raise ValueError(
-            f"{shown}: no name begins with {prefix!r}; there are "
+            f"{source}: no name begins with {prefix!r}; there are "
             f"{some(state)}. Give the encoder's prefix"
         )
     own = encoder.state_dict()
-    wanted = select(own, include, exclude)
+    selected = select(own, include, exclude)
     if layers is not None:
-        wanted = _in_layers(wanted, layers)
+        selected = _in_layers(selected, layers)
     loaded, missing, mismatched = {}, [], []
-    for name in wanted:
+    for name in selected:
         if name not in found:
             missing.append(name)
         elif found[name].shape != own[name].shape:
@@ -141,12 +145,12 @@ def transfer_encoder(
         else:
             loaded[name] = found[name]
     report = TransferReport(
-        shown,
+        source,
         tuple(loaded),
         tuple(missing),
         tuple(name for name in found if name not in own),
         tuple(mismatched),
-        tuple(name for name in own if name not in set(wanted)),
+        tuple(name for name in own if name not in set(selected)),
     )
     if strict:
         _raise_faults(report, prefix)
@@ -155,7 +159,7 @@ def transfer_encoder(
 
 
 def _in_layers(names, layers):
-    """Keep names of some layers, found by the first number in a name."""
+    """Select names of some layers: the first number in a name."""
     layers = set(layers)
     numbers = {}
     for name in names:
@@ -186,5 +190,94 @@ def _raise_faults(report, prefix):
             f"{report.checkpoint} (prefix {prefix!r}) does not fit the "
             f"encoder; {'; '.join(faults)}. Nothing was loaded. Build both "
             "encoders alike, choose names by include, exclude or layers, or "
-            "say strict=False to take over what fits"
+            "give strict=False to load what fits"
         )
+
+
+# Keys under which training frameworks save a state dict.
+_NESTED = ("state_dict", "model_state_dict", "model", "module")
+
+
+def _read_checkpoint(source, recoverable):
+    """Return a state dict on the CPU, and its name for messages."""
+    if isinstance(source, Mapping):
+        return dict(source), "the given state dict"
+    path = _checkpoint_file(Path(source), recoverable)
+    read = _safetensors if path.suffix == ".safetensors" else _pickled
+    return read(path), str(path)
+
+
+def _checkpoint_file(path, recoverable):
+    """Find the file with the weights; in a save folder the newest counts."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"{path}: no such checkpoint. Give a file, a CKPT+... folder, or "
+            "the save folder that holds them"
+        )
+    for folder in (path, *_newest_first(path)):
+        for suffix in (".ckpt", ".safetensors"):
+            file = folder / f"{recoverable}{suffix}"
+            if file.is_file():
+                return file
+    raise FileNotFoundError(
+        f"{path}: holds no {recoverable}.ckpt, itself or in a CKPT+... folder; "
+        "name another recoverable, or the file itself"
+    )
+
+
+def _newest_first(folder):
+    """List the complete CKPT+... folders of a save folder.
+
+    SpeechBrain writes a folder's `CKPT.yaml` last; the time in it counts.
+    """
+    found = []
+    for inside in folder.glob("CKPT+*"):
+        meta = inside / "CKPT.yaml"
+        if meta.is_file():
+            found.append((_unixtime(meta), inside.name, inside))
+    return [inside for _, _, inside in sorted(found, reverse=True)]
+
+
+def _unixtime(meta):
+    text = meta.read_text(encoding="utf-8")
+    found = re.search(r"^\s*unixtime\s*:\s*([\d.]+)\s*$", text, re.M)
+    return float(found[1]) if found else meta.stat().st_mtime
+
+
+def _safetensors(path):
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: not a complete safetensors file ({error}); fetch it again"
+        ) from error
+
+
+def _pickled(path):
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(
+            f"{path}: not readable as tensors alone (truncated, no checkpoint, "
+            "or it holds code, which is refused): "
+            f"{str(error).splitlines()[0] if str(error) else error!r}"
+        ) from error
+    for key in _NESTED:
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    tensors = isinstance(state, Mapping) and {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor)
+    }
+    if not tensors:
+        raise ValueError(
+            f"{path}: holds no state dict (names and tensors); give the "
+            "model's file"
+        )
+    return tensors

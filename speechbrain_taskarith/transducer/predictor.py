@@ -1,8 +1,8 @@
-"""Predictors: what a transducer knows of the labels so far.
+"""Predictors: the networks that read the labels so far.
 
-The searches want `predictor(tokens[B, U], state=None) -> (out[B, U, P],
-state)`; a state is None, a tensor or nested tuples of them, with the batch in
-dimension 1, as torch's recurrent layers keep it.
+Searches call `predictor(tokens[B, U], state=None) -> (out[B, U, P], state)`. A
+state is None, a tensor or nested tuples of them, with the batch in dimension
+1, as in torch's recurrent layers.
 """
 
 import inspect
@@ -13,7 +13,7 @@ from speechbrain_taskarith.utils.lengths import padding_mask
 
 
 class LSTMPredictor(torch.nn.Module):
-    """Embedding and LSTM layers; fed with a blank first.
+    """Embedding and LSTM layers; the first input is a blank.
 
     Arguments
     ---------
@@ -26,9 +26,9 @@ class LSTMPredictor(torch.nn.Module):
     num_layers : int
         Number of LSTM layers.
     dropout : float
-        Of the embedding and between and behind layers.
+        After the embedding, between layers and after the last one.
     blank_index : int
-        What stands for the beginning.
+        Index of the blank, which stands for the beginning.
 
     Example
     -------
@@ -63,14 +63,14 @@ class LSTMPredictor(torch.nn.Module):
         )
 
     def forward(self, tokens, state=None):
-        """Go on from a state.
+        """Read labels.
 
         Arguments
         ---------
         tokens : torch.Tensor
             [B, U], label indices; the blank at the beginning.
         state : tuple of torch.Tensor or None
-            What the last call returned; None at the beginning.
+            From the previous call; None at the beginning.
 
         Returns
         -------
@@ -92,7 +92,7 @@ class SpeechBrainPredictor(torch.nn.Module):
         E.g. `[emb, dec, proj_dec]`. A layer whose `forward` takes `hx`
         is recurrent and returns output and state.
     blank_index : int
-        What stands for the beginning.
+        Index of the blank, which stands for the beginning.
 
     Example
     -------
@@ -125,24 +125,8 @@ class SpeechBrainPredictor(torch.nn.Module):
 
 
 def predictor_input(targets, labels, blank_index):
-    """Put the blank in front of targets.
+    """Put a blank in front of targets [B, U]; padding becomes blanks, too.
 
-    Arguments
-    ---------
-    targets : torch.Tensor
-        [B, U].
-    labels : torch.Tensor
-        [B], how many count; the rest becomes blanks.
-    blank_index : int
-        What stands for the beginning.
-
-    Returns
-    -------
-    torch.Tensor
-        [B, U + 1].
-
-    Example
-    -------
     >>> targets = torch.tensor([[3, 4], [5, -1]])
     >>> predictor_input(targets, torch.tensor([2, 1]), 0).tolist()
     [[0, 3, 4], [0, 5, 0]]
@@ -156,20 +140,7 @@ def predictor_input(targets, labels, blank_index):
 
 
 def select_state(state, rows):
-    """Take rows of a predictor's state.
-
-    Arguments
-    ---------
-    state : tuple, torch.Tensor or None
-        Batch in dimension 1.
-    rows : torch.Tensor
-        Indices, int64.
-
-    Returns
-    -------
-    tuple, torch.Tensor or None
-        Of the same form.
-    """
+    """Select batch rows of a predictor's state."""
     if isinstance(state, torch.Tensor):
         return state.index_select(1, rows)
     if state is None:
@@ -178,18 +149,7 @@ def select_state(state, rows):
 
 
 def join_states(states):
-    """Put the rows of several states behind one another.
-
-    Arguments
-    ---------
-    states : list
-        Of the same form each.
-
-    Returns
-    -------
-    tuple, torch.Tensor or None
-        Of that form.
-    """
+    """Concatenate states of the same form along the batch."""
     first = states[0]
     if isinstance(first, torch.Tensor):
         return torch.cat(states, dim=1)

@@ -1,20 +1,22 @@
-"""The transducer loss, in the place of SpeechBrain's."""
+"""`transducer_loss`, in place of SpeechBrain's, and its other backends."""
 
-from speechbrain_taskarith.transducer.loss.backends import BACKENDS
-from speechbrain_taskarith.transducer.loss.lattice import (
-    lattice_log_prob,
-    usable_transitions,
-)
-from speechbrain_taskarith.transducer.loss.lengths import (
+import torch
+
+from speechbrain_taskarith.transducer.loss.input_checks import (
     check_targets,
     checked_lengths,
     reduced,
+)
+from speechbrain_taskarith.transducer.loss.lattice import (
+    lattice_log_prob,
+    usable_transitions,
 )
 from speechbrain_taskarith.transducer.loss.transitions import (
     accumulate_type,
     dense_transitions,
     next_labels,
 )
+from speechbrain_taskarith.utils.lengths import padding_mask
 
 
 def transducer_loss(
@@ -31,23 +33,23 @@ def transducer_loss(
 ):
     """Negative log-probability of the targets over all alignments, in nats.
 
-    Takes what `speechbrain.nnet.losses.transducer_loss` takes, in its order:
-    in a recipe's YAML the name after `!name:` is the whole change. It runs on
-    any device, and its gradient is the derivative of its value (SpeechBrain's
-    reports log P divided by the number of frames, with the gradient of the
-    undivided one).
+    Takes the arguments of `speechbrain.nnet.losses.transducer_loss`, in the
+    same order: in a recipe's YAML only the name after `!name:` changes. It
+    runs on any device, and its gradient is the derivative of its value
+    (SpeechBrain's reports log P divided by the number of frames, with the
+    gradient of the undivided one).
 
     The lattice is computed in float64 (see `lattice_log_prob`). The scores
-    may be log-probabilities already, as `HATJoint` and `HATOutput` give them:
-    normalising those once more changes nothing. `joint_transducer_loss` does
-    the same without a tensor of this size.
+    may already be log-probabilities, as `HATJoint` and `HATOutput` return
+    them: normalising them again changes nothing. `joint_transducer_loss`
+    computes the same without a tensor of this size.
 
     Arguments
     ---------
     logits : torch.Tensor
         [B, T, U + 1, V], raw scores; float64, float32, float16 or bfloat16.
     targets : torch.Tensor
-        [B, U], label indices without blanks; padding may be anything.
+        [B, U], label indices without blanks; padding is ignored.
     input_lens : torch.Tensor
         [B], relative lengths in (0, 1] of the second dimension of `logits`.
     target_lens : torch.Tensor
@@ -57,13 +59,13 @@ def transducer_loss(
     reduction : str
         `"mean"` over the batch, `"sum"` or `"none"`.
     backend : str
-        `"auto"` and `"torch"` are ours. Where installed: `"torchaudio"`
+        `"auto"` and `"torch"` are this one. If installed: `"torchaudio"`
         (float32, float16), `"numba"` (SpeechBrain's, CUDA only), `"k2"`.
     windows : torch.Tensor or None
         [B, U, 2], frames at which labels may be emitted, see
-        `alignment_windows`; ours only.
+        `alignment_windows`; not in other backends.
     fastemit_lambda : float
-        0.01 or less is usual; ours only. See `lattice_log_prob`.
+        0.01 or less is usual; not in other backends. See `lattice_log_prob`.
 
     Returns
     -------
@@ -112,7 +114,7 @@ def transducer_loss(
     # Longer targets than scores can only be padding now.
     targets = targets[:, : logits.shape[2] - 1]
     if backend in ("auto", "torch"):
-        losses = _ours(
+        losses = _torch_loss(
             logits,
             targets,
             frames,
@@ -127,8 +129,7 @@ def transducer_loss(
                 f"backend {backend!r} has neither windows nor FastEmit; "
                 "choose backend='torch'"
             )
-        run = BACKENDS[backend]
-        losses = run(logits, targets, frames, labels, blank_index)
+        losses = BACKENDS[backend](logits, targets, frames, labels, blank_index)
     else:
         raise ValueError(
             f"backend {backend!r}: expected 'auto', 'torch' or one of "
@@ -137,7 +138,9 @@ def transducer_loss(
     return reduced(losses, reduction)
 
 
-def _ours(logits, targets, frames, labels, blank_index, windows, fastemit):
+def _torch_loss(
+    logits, targets, frames, labels, blank_index, windows, fastemit
+):
     if targets.shape[1] < logits.shape[2] - 1:
         logits = logits[:, :, : targets.shape[1] + 1]
     usable, _ = usable_transitions(logits.shape[:3], frames, labels)
@@ -151,3 +154,88 @@ def _ours(logits, targets, frames, labels, blank_index, windows, fastemit):
         blank, label[:, :, :-1], frames, labels, windows, fastemit
     )
     return -log_prob.to(accumulate_type(logits.dtype))
+
+
+# Losses of other packages under one signature: options where installed, and
+# oracles for tests. Logits [B, T, U + 1, V], targets [B, U], absolute lengths
+# [B]; they return [B] in nats.
+
+
+def _torchaudio_loss(logits, targets, frames, labels, blank_index):
+    import torchaudio
+
+    if logits.dtype not in (torch.float32, torch.float16):
+        raise ValueError(
+            f"backend 'torchaudio' has no {logits.dtype}; choose "
+            "backend='torch' or convert the scores to float32"
+        )
+    if logits.numel() >= 2**31:
+        raise ValueError(
+            f"backend 'torchaudio' cannot index {logits.numel()} scores "
+            "(2**31 and more); choose backend='torch', or "
+            "joint_transducer_loss, which never holds them at once"
+        )
+    # It wants the tensor to end with the longest utterance and target.
+    frames, labels = frames.int(), labels.int()
+    max_frames, max_labels = int(frames.max()), int(labels.max())
+    return torchaudio.functional.rnnt_loss(
+        logits[:, :max_frames, : max_labels + 1].contiguous(),
+        targets[:, :max_labels].int().contiguous(),
+        frames,
+        labels,
+        blank=blank_index,
+        reduction="none",
+    )
+
+
+def _numba_loss(logits, targets, frames, labels, blank_index):
+    """Run SpeechBrain's kernels."""
+    if not logits.is_cuda:
+        raise ValueError(
+            "backend 'numba' runs on CUDA only; choose backend='torch'"
+        )
+    try:
+        from speechbrain.integrations.numba.transducer_loss import Transducer
+    except ImportError as error:
+        raise ImportError(
+            "backend 'numba' needs the package 'numba' with CUDA: pip install "
+            "numba-cuda; or choose backend='torch'"
+        ) from error
+    value = Transducer.apply(
+        logits.float().log_softmax(-1),
+        targets.int().contiguous(),
+        frames.int(),
+        labels.int(),
+        blank_index,
+        "none",
+    )
+    # It divides its value by the number of frames, but not its gradient.
+    return value + value.detach() * (frames - 1)
+
+
+def _k2_loss(logits, targets, frames, labels, blank_index):
+    try:
+        import k2
+    except ImportError as error:
+        raise ImportError(
+            "backend 'k2' needs the package 'k2', built for this version of "
+            "torch; or choose backend='torch'"
+        ) from error
+    boundary = torch.zeros(len(logits), 4, dtype=torch.long)
+    boundary[:, 2], boundary[:, 3] = labels.cpu(), frames.cpu()
+    other = 1 if blank_index == 0 else 0
+    used = ~padding_mask(labels, targets.shape[1])
+    return k2.rnnt_loss(
+        logits=logits.float(),
+        symbols=torch.where(used, targets.long(), other),
+        termination_symbol=blank_index,
+        boundary=boundary.to(logits.device),
+        reduction="none",
+    )
+
+
+BACKENDS = {
+    "torchaudio": _torchaudio_loss,
+    "numba": _numba_loss,
+    "k2": _k2_loss,
+}

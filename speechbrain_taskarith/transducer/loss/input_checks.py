@@ -6,34 +6,10 @@ from speechbrain_taskarith.utils.lengths import padding_mask
 
 
 def checked_lengths(lens, size, what, least=1):
-    """Turn relative lengths into numbers of steps, and check them.
+    """Return `round(lens * size)`, int64, of relative lengths [B].
 
-    Arguments
-    ---------
-    lens : torch.Tensor
-        [B], relative lengths in (0, 1].
-    size : int
-        Steps of the padded tensor.
-    what : str
-        What they are lengths of, for the error.
-    least : int
-        The smallest length allowed.
-
-    Returns
-    -------
-    torch.Tensor
-        [B], int64, `round(lens * size)`.
-
-    Raises
-    ------
-    ValueError
-        A length that is NaN, below `least` or beyond the tensor, naming its
-        row.
-
-    Example
-    -------
-    >>> checked_lengths(torch.tensor([1.0, 0.5]), 7, "input").tolist()
-    [7, 4]
+    Refuses lengths that are NaN, below `least` steps or beyond `size`; `what`
+    they are lengths of is for the message.
     """
     lens = torch.as_tensor(lens)
     if lens.dim() != 1:
@@ -55,27 +31,14 @@ def checked_lengths(lens, size, what, least=1):
     return steps.long()
 
 
-def check_targets(targets, labels, blank_index, vocab_size, most=None):
-    """Refuse targets that no lattice can hold.
+def check_targets(targets, labels, blank_index, vocab_size, max_labels=None):
+    """Refuse targets [B, U] (`labels` [B] of them count) that no lattice holds.
 
-    Arguments
-    ---------
-    targets : torch.Tensor
-        [B, U], label indices.
-    labels : torch.Tensor
-        [B], how many of them count.
-    blank_index : int
-        The blank.
-    vocab_size : int
-        Number of labels, blank included.
-    most : int or None
-        The longest target that the scores have room for.
-
-    Raises
-    ------
-    ValueError
-        Naming the row and what is wrong with it.
+    `vocab_size` may be None: not known. `max_labels` is the longest target for
+    which there are scores.
     """
+    if vocab_size is None:
+        vocab_size = 2**31
     if not 0 <= blank_index < vocab_size:
         raise ValueError(
             f"blank_index {blank_index} is outside of the {vocab_size} scores "
@@ -91,11 +54,11 @@ def check_targets(targets, labels, blank_index, vocab_size, most=None):
             f"{len(targets)} rows of targets but {len(labels)} lengths"
         )
     longest = int(labels.max()) if len(labels) else 0
-    if most is not None and longest > most:
+    if max_labels is not None and longest > max_labels:
         row = int(labels.argmax())
         raise ValueError(
             f"targets of row {row} hold {longest} labels, but the scores have "
-            f"room for {most} (their third dimension must be the longest "
+            f"room for {max_labels} (their third dimension must be the longest "
             "target + 1: feed the predictor a blank and then the targets)"
         )
     used = ~padding_mask(labels.to(targets.device), targets.shape[1])
@@ -105,36 +68,27 @@ def check_targets(targets, labels, blank_index, vocab_size, most=None):
         row, column = bad.nonzero()[0].tolist()
         value = int(targets[row, column])
         why = (
-            "is the blank, which never is a target (is padding counted as "
-            "labels, or blank and padding mixed up?)"
+            "is the blank, which is never a target (are padded labels "
+            "counted, or blank and padding mixed up?)"
             if value == blank_index
-            else f"is outside of the vocabulary of {vocab_size}; the output "
-            "layer and the tokenizer do not belong together"
+            else f"is outside of the vocabulary of {vocab_size}; output layer "
+            "and tokenizer do not belong together"
         )
         raise ValueError(f"targets: row {row}, label {column}: {value} {why}")
 
 
+def check_vocabulary(vocab_size, blank_index):
+    """Refuse a vocabulary without labels, or a blank outside it."""
+    if vocab_size < 2 or not 0 <= blank_index < vocab_size:
+        raise ValueError(
+            f"vocab_size {vocab_size}, blank_index {blank_index}: expected "
+            "at least one label beside the blank, and the blank's index "
+            "below vocab_size"
+        )
+
+
 def reduced(losses, reduction):
-    """Reduce losses of utterances.
-
-    Arguments
-    ---------
-    losses : torch.Tensor
-        [B].
-    reduction : str
-        `"mean"` over the batch (`"batchmean"` is the same), `"sum"` or
-        `"none"`.
-
-    Returns
-    -------
-    torch.Tensor
-        A scalar, or [B].
-
-    Raises
-    ------
-    ValueError
-        Another word.
-    """
+    """Reduce the losses [B] of utterances."""
     if reduction in ("mean", "batchmean"):
         return losses.mean()
     if reduction == "sum":
@@ -145,26 +99,3 @@ def reduced(losses, reduction):
         f"reduction {reduction!r}: expected 'mean' (over the batch), 'sum' "
         "or 'none'"
     )
-
-
-def check_vocabulary(vocab_size, blank_index):
-    """Refuse a vocabulary without labels, or a blank outside it.
-
-    Arguments
-    ---------
-    vocab_size : int
-        Number of scores: labels and blank.
-    blank_index : int
-        Index of the blank.
-
-    Raises
-    ------
-    ValueError
-        Saying what was expected.
-    """
-    if vocab_size < 2 or not 0 <= blank_index < vocab_size:
-        raise ValueError(
-            f"vocab_size {vocab_size}, blank_index {blank_index}: expected "
-            "at least one label beside the blank, and the blank's index "
-            "below vocab_size"
-        )

@@ -1,0 +1,383 @@
+"""The loss that never holds the whole output of a joint network.
+
+The joint network is an ordinary module, but its scores exist for a moment
+only. Forward keeps two transitions and the normaliser of every node. Backward
+computes the scores of the nodes that matter once more and overwrites them with
+their own gradient.
+"""
+
+import torch
+
+from speechbrain_taskarith.transducer.joints.speechbrain_joint import as_joint
+from speechbrain_taskarith.transducer.loss.input_checks import (
+    check_targets,
+    checked_lengths,
+    reduced,
+)
+from speechbrain_taskarith.transducer.loss.lattice import (
+    lattice_log_prob,
+    usable_transitions,
+)
+from speechbrain_taskarith.transducer.loss.transitions import (
+    accumulate_type,
+    next_labels,
+    scores_gradient_,
+    transitions,
+)
+
+# A node with less than this share of its sequence's largest gradient changes
+# no bit of a float32 gradient: 1e-9 of 25,000 nodes together is 2.5e-5 in sums
+# of several hundred. (Those of a float64 gradient are all taken.)
+_FLOOR = 1e-9
+
+
+def joint_transducer_loss(
+    joint,
+    encoder_out,
+    predictor_out,
+    targets,
+    input_lens,
+    target_lens,
+    blank_index,
+    reduction="mean",
+    memory_budget=2**28,
+    *,
+    windows=None,
+    fastemit_lambda=0.0,
+):
+    """`transducer_loss` of a joint network, in bounded memory.
+
+    Scores, normaliser and the two transitions of a node are computed for a few
+    thousand nodes (t, u) at a time, and again in backward; the scores
+    [B, T, U + 1, V] never exist as a whole. Nodes in padding are left out, and
+    in backward also those whose gradient is below 1e-9 of the largest of their
+    sequence (in float64: only those whose gradient is 0).
+
+    Arguments
+    ---------
+    joint : torch.nn.Module
+        `RNNTJoint`, `HATJoint`, `SpeechBrainJoint`, or anything that takes
+        [B, T, 1, E] and [B, 1, U + 1, P] and returns scores or
+        log-probabilities. Without active dropout: the second computation would
+        draw other masks.
+    encoder_out : torch.Tensor
+        [B, T, E].
+    predictor_out : torch.Tensor
+        [B, U + 1, P], of a blank and then the targets.
+    targets, input_lens, target_lens, blank_index, reduction
+        As of `transducer_loss`.
+    memory_budget : int
+        Bytes for the joint's intermediate results.
+    windows, fastemit_lambda
+        As of `transducer_loss`.
+
+    Returns
+    -------
+    torch.Tensor
+        A scalar, or [B] for `"none"`, in nats.
+
+    Raises
+    ------
+    ValueError
+        As `transducer_loss`; a joint with active dropout; a blank index that
+        is not the joint's.
+
+    Example
+    -------
+    >>> from speechbrain_taskarith.transducer import RNNTJoint, transducer_loss
+    >>> joint = RNNTJoint(8, 6, 16, 10)
+    >>> x, g = torch.rand(2, 5, 8), torch.rand(2, 4, 6)
+    >>> y, one = torch.randint(1, 10, (2, 3)), torch.ones(2)
+    >>> chunked = joint_transducer_loss(joint, x, g, y, one, one, 0)
+    >>> logits = joint(x.unsqueeze(2), g.unsqueeze(1))
+    >>> bool(chunked.isclose(transducer_loss(logits, y, one, one, 0)))
+    True
+    """
+    joint = as_joint(joint, blank_index)
+    if joint.blank_index != blank_index:
+        raise ValueError(
+            f"blank_index {blank_index} given, but the joint was made with "
+            f"blank_index {joint.blank_index}; give both the same"
+        )
+    if encoder_out.dim() == 4:
+        encoder_out = encoder_out.squeeze(2)
+    if predictor_out.dim() == 4:
+        predictor_out = predictor_out.squeeze(1)
+    frames = checked_lengths(input_lens, encoder_out.shape[1], "input")
+    labels = checked_lengths(target_lens, targets.shape[1], "target", least=0)
+    log_prob = sequence_log_prob(
+        joint,
+        encoder_out,
+        predictor_out,
+        targets,
+        frames,
+        labels,
+        memory_budget=memory_budget,
+        windows=windows,
+        fastemit_lambda=fastemit_lambda,
+    )
+    return reduced(-log_prob, reduction)
+
+
+def sequence_log_prob(
+    joint,
+    encoder_out,
+    predictor_out,
+    targets,
+    frames,
+    labels,
+    *,
+    encoder_rows=None,
+    memory_budget=2**28,
+    windows=None,
+    fastemit_lambda=0.0,
+):
+    """log P(y|x) of label sequences, several per utterance if need be.
+
+    For MinWER and rescoring: the hypotheses of one utterance share its encoder
+    output, which is never repeated in memory.
+
+    Arguments
+    ---------
+    joint : torch.nn.Module
+        With the methods of `RNNTJoint`.
+    encoder_out : torch.Tensor
+        [B, T, E].
+    predictor_out : torch.Tensor
+        [H, U + 1, P], one row a sequence.
+    targets : torch.Tensor
+        [H, U].
+    frames, labels : torch.Tensor
+        [B] and [H], absolute lengths.
+    encoder_rows : torch.Tensor or None
+        [H], the utterance of each sequence; None where H = B.
+    memory_budget, windows, fastemit_lambda
+        As of `joint_transducer_loss`.
+
+    Returns
+    -------
+    torch.Tensor
+        [H], float32 (float64 for float64 inputs).
+
+    Example
+    -------
+    >>> from speechbrain_taskarith.transducer import RNNTJoint
+    >>> joint = RNNTJoint(8, 6, 16, 10)
+    >>> x, g = torch.rand(1, 5, 8), torch.rand(2, 4, 6)
+    >>> y, three = torch.randint(1, 10, (2, 3)), torch.tensor([3, 2])
+    >>> rows = torch.zeros(2, dtype=torch.long)
+    >>> five = torch.tensor([5])
+    >>> sequence_log_prob(joint, x, g, y, five, three, encoder_rows=rows).shape
+    torch.Size([2])
+    """
+    device = encoder_out.device
+    targets, labels = targets.to(device), labels.to(device)
+    frames = frames.to(device)
+    if encoder_rows is None:
+        if len(encoder_out) != len(predictor_out):
+            raise ValueError(
+                f"{len(encoder_out)} rows of the encoder but "
+                f"{len(predictor_out)} of the predictor"
+            )
+        encoder_rows = torch.arange(len(encoder_out), device=device)
+    check_targets(
+        targets,
+        labels,
+        joint.blank_index,
+        joint.vocab_size,
+        predictor_out.shape[1] - 1,
+    )
+    targets = targets[:, : predictor_out.shape[1] - 1]
+    predictor_out = predictor_out[:, : targets.shape[1] + 1]
+    following = next_labels(targets, labels, joint.blank_index)
+    frames = frames[encoder_rows]
+    blank, label = _chunked_transitions(
+        joint,
+        joint.project_encoder(encoder_out),
+        joint.project_predictor(predictor_out),
+        encoder_rows,
+        following,
+        frames,
+        labels,
+        memory_budget,
+    )
+    log_prob = lattice_log_prob(
+        blank, label[:, :, :-1], frames, labels, windows, fastemit_lambda
+    )
+    return log_prob.to(accumulate_type(encoder_out.dtype))
+
+
+def _chunked_transitions(
+    joint,
+    encoder,
+    predictor,
+    encoder_rows,
+    following,
+    frames,
+    labels,
+    memory_budget,
+):
+    """Return blank and label transitions [H, T, U + 1]; 0 where unused.
+
+    Of projected `encoder` [B, T, J] and `predictor` [H, U + 1, J];
+    `encoder_rows` [H] is the row of `encoder` of each sequence.
+    """
+    _refuse_dropout(joint)
+    if memory_budget <= 0:
+        raise ValueError(f"memory_budget {memory_budget}: expected bytes, > 0")
+    shape = (len(predictor), encoder.shape[1], predictor.shape[1])
+    usable, _ = usable_transitions(shape, frames, labels)
+    nodes = usable.nonzero().unbind(1)
+    parameters = [p for p in joint.parameters() if p.requires_grad]
+    plan = _Plan(joint, nodes, shape, encoder_rows, following, memory_budget)
+    return _Chunked.apply(plan, encoder, predictor, *parameters)
+
+
+def _refuse_dropout(joint):
+    for name, module in joint.named_modules():
+        active = module.training and getattr(module, "p", 0)
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd) and active:
+            raise ValueError(
+                f"the joint network has dropout ({name}, p={module.p}): its "
+                "scores are computed twice and would differ. Apply dropout to "
+                "the outputs of encoder and predictor instead"
+            )
+
+
+class _Plan:
+    """Which projected rows a node's scores are made from, and the pieces."""
+
+    def __init__(
+        self, joint, nodes, shape, encoder_rows, following, memory_budget
+    ):
+        h, t, u = nodes
+        self.joint, self.nodes, self.shape = joint, nodes, shape
+        self.encoder_row = encoder_rows[h] * shape[1] + t
+        self.predictor_row = h * shape[2] + u
+        self.following = following[h, u]
+        self.memory_budget = memory_budget
+
+    def pieces(self, selected, width, vocab_size):
+        """Split indices into the nodes so that a piece fits the budget."""
+        # Scores in place and, in low precision, normalised in float32; of
+        # the joint's width: input, sum, activation and their gradients.
+        bytes_per_node = 8 * vocab_size + 24 * width
+        return selected.split(max(1, self.memory_budget // bytes_per_node))
+
+    def rows(self, encoder, predictor, piece):
+        """Return the projected rows that a piece is made from."""
+        e = encoder.flatten(0, 1).index_select(0, self.encoder_row[piece])
+        p = predictor.flatten(0, 1).index_select(0, self.predictor_row[piece])
+        return e, p
+
+
+class _Chunked(torch.autograd.Function):
+    """The transitions; parameters are inputs so that gradients reach them."""
+
+    @staticmethod
+    def forward(ctx, plan, encoder, predictor, *parameters):
+        dtype = accumulate_type(encoder.dtype)
+        blank, label = (
+            torch.zeros(plan.shape, dtype=dtype, device=encoder.device)
+            for _ in range(2)
+        )
+        every = torch.arange(len(plan.nodes[0]), device=encoder.device)
+        norm = torch.empty(len(every), dtype=dtype, device=encoder.device)
+        vocab_size = plan.joint.vocab_size
+        if vocab_size is None:
+            first = plan.rows(encoder, predictor, every[:1])
+            vocab_size = plan.joint.scores(*first).shape[-1]
+        for piece in plan.pieces(every, encoder.shape[-1], vocab_size):
+            nodes = tuple(index[piece] for index in plan.nodes)
+            # No name for the scores: they would outlive their piece.
+            blank[nodes], label[nodes], norm[piece] = transitions(
+                plan.joint.scores(*plan.rows(encoder, predictor, piece)),
+                plan.following[piece],
+                plan.joint.blank_index,
+                plan.joint.normalization,
+            )
+        ctx.plan, ctx.vocab_size = plan, vocab_size
+        ctx.parameters = parameters
+        ctx.autocast = _autocast_state(encoder.device.type)
+        ctx.save_for_backward(encoder, predictor, norm)
+        return blank, label
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, by_blank, by_label):
+        encoder, predictor, norm = ctx.saved_tensors
+        plan, inputs = ctx.plan, (encoder, predictor, *ctx.parameters)
+        by_node = [grad[plan.nodes] for grad in (by_blank, by_label)]
+        active = _active(by_blank, by_label, plan.nodes)
+        # Sums of many small numbers: in float32 at least.
+        sums = [
+            torch.zeros_like(tensor, dtype=norm.dtype) if needed else None
+            for tensor, needed in zip(inputs, ctx.needs_input_grad[1:])
+        ]
+        for piece in plan.pieces(active, encoder.shape[-1], ctx.vocab_size):
+            grads = _piece_gradients(
+                ctx, encoder, predictor, norm, by_node, piece
+            )
+            rows = (plan.encoder_row[piece], plan.predictor_row[piece])
+            for i, (total, grad) in enumerate(zip(sums, grads)):
+                if total is None or grad is None:
+                    continue
+                if i < 2:
+                    total.flatten(0, 1).index_add_(0, rows[i], grad.to(total))
+                else:
+                    total.add_(grad)
+            # Before the next piece makes its own.
+            del grads, grad
+        return None, *(
+            None if total is None else total.to(tensor.dtype)
+            for total, tensor in zip(sums, inputs)
+        )
+
+
+def _piece_gradients(ctx, encoder, predictor, norm, by_node, piece):
+    """Return a piece's gradients by its rows and by the parameters."""
+    plan, joint = ctx.plan, ctx.plan.joint
+    device_type, enabled, dtype = ctx.autocast
+    with (
+        torch.enable_grad(),
+        torch.autocast(device_type, dtype=dtype, enabled=enabled),
+    ):
+        leaves = [
+            rows.detach().requires_grad_(needed)
+            for rows, needed in zip(
+                plan.rows(encoder, predictor, piece),
+                ctx.needs_input_grad[1:3],
+            )
+        ]
+        scores = joint.scores(*leaves)
+    values = scores.detach()
+    grad = scores_gradient_(
+        values if joint.overwritable else values.clone(),
+        plan.following[piece],
+        norm[piece],
+        by_node[0][piece],
+        by_node[1][piece],
+        joint.blank_index,
+        joint.normalization,
+    )
+    inputs = (*leaves, *ctx.parameters)
+    trained = [tensor for tensor in inputs if tensor.requires_grad]
+    grads = iter(torch.autograd.grad(scores, trained, grad, allow_unused=True))
+    return [next(grads) if tensor.requires_grad else None for tensor in inputs]
+
+
+def _active(by_blank, by_label, nodes):
+    """Return the indices of nodes whose gradient is worth computing."""
+    size = by_blank.abs() + by_label.abs()
+    floor = 0.0 if size.dtype == torch.float64 else _FLOOR
+    # NaN compares as False: written so that it stays in.
+    dropped = size <= floor * size.amax((1, 2), keepdim=True)
+    return (~dropped)[nodes].nonzero().squeeze(1)
+
+
+def _autocast_state(device_type):
+    return (
+        device_type,
+        torch.is_autocast_enabled(device_type),
+        torch.get_autocast_dtype(device_type),
+    )

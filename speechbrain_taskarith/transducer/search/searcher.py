@@ -1,0 +1,128 @@
+"""What all searches share: their results, and decoding as one chunk."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from speechbrain_taskarith.transducer.joints.speechbrain_joint import as_joint
+from speechbrain_taskarith.transducer.loss.input_checks import checked_lengths
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One label sequence.
+
+    Arguments
+    ---------
+    tokens : list of int
+        Labels, without blanks.
+    score : float
+        Log-probability in nats: in beam search summed over the alignments that
+        stayed in the beam, in greedy search and sampling of one alignment.
+        Includes the weighted scores of language models.
+    frames : list of int
+        The encoder frame, counted from 0, at which each label was emitted.
+
+    Example
+    -------
+    >>> Hypothesis([5, 2], -1.5, [3, 9]).tokens
+    [5, 2]
+    """
+
+    tokens: list
+    score: float
+    frames: list
+
+
+class SearchResult(NamedTuple):
+    """The four values that SpeechBrain's transducer searchers return.
+
+    Arguments
+    ---------
+    best : list of list of int
+        The best label sequence of every utterance.
+    scores : torch.Tensor
+        [B], their log-probabilities.
+    n_best : list of list of list of int
+        Up to `n_best` label sequences of every utterance, the best first.
+    n_best_scores : list of list of float
+        Their log-probabilities.
+
+    Example
+    -------
+    >>> result = SearchResult.of([[Hypothesis([5, 2], -1.5, [3, 9])]])
+    >>> best, scores, n_best, n_best_scores = result
+    >>> best, n_best_scores
+    ([[5, 2]], [[-1.5]])
+    """
+
+    best: list
+    scores: torch.Tensor
+    n_best: list
+    n_best_scores: list
+
+    @classmethod
+    def of(cls, hypotheses):
+        """Split hypotheses into labels and scores.
+
+        Arguments
+        ---------
+        hypotheses : list of list of Hypothesis
+            Of every utterance, the best first.
+
+        Returns
+        -------
+        SearchResult
+            Labels and scores of the same hypotheses.
+        """
+        return cls(
+            [each[0].tokens for each in hypotheses],
+            torch.tensor([each[0].score for each in hypotheses]),
+            [[one.tokens for one in each] for each in hypotheses],
+            [[one.score for one in each] for each in hypotheses],
+        )
+
+
+class TransducerSearcher(torch.nn.Module):
+    """Base of searches, which define `decode`, `start`, `advance`, `results`."""
+
+    def __init__(self, predictor, joint, blank_index, max_symbols):
+        super().__init__()
+        self.predictor = predictor
+        self.joint = as_joint(joint, blank_index)
+        self.blank_index = blank_index
+        self.max_symbols = max_symbols
+
+    def forward(self, encoder_out, lens=None):
+        """Decode a batch.
+
+        Arguments
+        ---------
+        encoder_out : torch.Tensor
+            [B, T, E].
+        lens : torch.Tensor or None
+            [B], relative lengths; None takes all frames.
+
+        Returns
+        -------
+        SearchResult
+            Best label sequences, their scores, n-best lists, their scores.
+        """
+        return SearchResult.of(self.decode(encoder_out, lens))
+
+    def final_state(self, encoder_out, lens):
+        """Return the state after the last frame."""
+        state = self.start(len(encoder_out), encoder_out.device)
+        frames = None
+        if lens is not None:
+            frames = checked_lengths(lens, encoder_out.shape[1], "input")
+        return self.advance(encoder_out, state, frames)
+
+    def read_blank(self, count, device):
+        """Return the predictor's output [count, P] and state at the start."""
+        blank = torch.full(
+            (count, 1), self.blank_index, dtype=torch.long, device=device
+        )
+        out, state = self.predictor(blank)
+        return out[:, 0], state
