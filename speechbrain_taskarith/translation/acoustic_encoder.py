@@ -14,7 +14,7 @@ class AcousticEncoder(torch.nn.Module):
         `speechbrain.integrations.huggingface`, whose `source` may be a local
         folder.
     d_model : int
-        Width of what is returned.
+        Width d of the output.
     d_encoder : int, optional
         Width D; where it differs from `d_model` a linear layer is added.
     frontend : torch.nn.Module, optional
@@ -58,7 +58,7 @@ class AcousticEncoder(torch.nn.Module):
         Raises
         ------
         ValueError
-            The encoder's output is of another width than was said.
+            The encoder's output has another width than `d_encoder`.
         """
         if self.frontend is not None:
             x = self.frontend(x)
