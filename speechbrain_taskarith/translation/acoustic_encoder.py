@@ -45,10 +45,8 @@ class AcousticEncoder(torch.nn.Module):
 
         Arguments
         ---------
-        x : torch.Tensor
-            Features [B, T', F] or waveforms [B, T'].
-        lens : torch.Tensor
-            [B], relative lengths.
+        x, lens : torch.Tensor
+            Features [B, T', F] or waveforms [B, T'], relative lengths [B].
 
         Returns
         -------

@@ -69,14 +69,10 @@ class InputGuard:
         ---------
         ids : sequence of str
             Names of the utterances.
-        x : torch.Tensor, optional
-            [B, T, ...], features or samples.
-        lens : torch.Tensor, optional
-            [B], their relative lengths.
-        transcripts : sequence of sized, optional
-            B transcripts, as text or tokens; None or empty is bad.
-        translations : sequence of sized, optional
-            B translations.
+        x, lens : torch.Tensor, optional
+            Features or samples [B, T, ...], and their relative lengths [B].
+        transcripts, translations : sequence of sized, optional
+            B of each, as text or tokens; None or empty is bad.
 
         Returns
         -------

@@ -57,13 +57,9 @@ class CrossModalContrastiveLoss(torch.nn.Module):
 
         Arguments
         ---------
-        speech : torch.Tensor
-            [B, S, d]; padding is ignored, even NaN.
-        speech_lens : torch.Tensor
-            [B], relative lengths.
-        text : torch.Tensor
-            [B, U, d]; padding is ignored, even NaN.
-        text_lens : torch.Tensor
+        speech, text : torch.Tensor
+            [B, S, d] and [B, U, d]; padding is ignored, even NaN.
+        speech_lens, text_lens : torch.Tensor
             [B], relative lengths.
 
         Returns
@@ -117,10 +113,9 @@ def distillation_loss(student, teacher, lens, temperature=1.0):
 
     Arguments
     ---------
-    student : torch.Tensor
-        [B, U, V], logits or log-probabilities of speech translation.
-    teacher : torch.Tensor
-        [B, U, V], of text translation, for the same prefixes.
+    student, teacher : torch.Tensor
+        [B, U, V], logits or log-probabilities of speech translation and of
+        text translation, for the same prefixes.
     lens : torch.Tensor
         [B], relative lengths on the axis U.
     temperature : float
@@ -178,17 +173,13 @@ class TranslationObjective:
         The blank of the CTC head.
     ce_weight : float
         Of the translation of speech; CTC and contrastive get the rest.
-    st_smoothing : float
-        Label smoothing of "st".
-    mt_smoothing : float
-        Label smoothing of "mt".
+    st_smoothing, mt_smoothing : float
+        Label smoothing of "st" and "mt".
     temperature : float
         Of the contrastive loss.
-    contrastive : float
-        Factor of the contrastive loss; 0 leaves it out.
-    distillation : float
-        Factor of `distillation_loss` from "mt" to "st" where both are
-        computed, as a part of "st"; 0 leaves it out.
+    contrastive, distillation : float
+        Factors of the contrastive loss, and of `distillation_loss` from "mt"
+        to "st" where both are computed, as a part of "st"; 0 leaves it out.
 
     Example
     -------
@@ -235,14 +226,11 @@ class TranslationObjective:
         ---------
         output : TranslationOutput
             Of `SpeechTranslationModel`.
-        source : torch.Tensor, optional
-            [B, U], transcripts, for "asr".
-        source_lens : torch.Tensor, optional
-            [B], relative lengths.
-        target_eos : torch.Tensor, optional
-            [B, W], translations with the end token, for "st" and "mt".
-        target_lens : torch.Tensor, optional
-            [B], relative lengths.
+        source, source_lens : torch.Tensor, optional
+            [B, U], transcripts, and their relative lengths [B], for "asr".
+        target_eos, target_lens : torch.Tensor, optional
+            [B, W], translations with the end token, and their relative
+            lengths [B], for "st" and "mt".
         tasks : sequence of str, optional
             Tasks to compute; by default those that the model computed.
 
@@ -252,23 +240,21 @@ class TranslationObjective:
             A scalar for each task.
         """
         tasks = output.tasks if tasks is None else tasks
-        losses = {}
-        if "st" in tasks and output.st is not None:
-            loss = _cross_entropy(
-                output.st, target_eos, target_lens, self.st_smoothing
+        st, mt, losses = output.st, output.mt, {}
+        if "st" in tasks and st is not None:
+            losses["st"] = self.ce_weight * _cross_entropy(
+                st, target_eos, target_lens, self.st_smoothing
             )
-            losses["st"] = self.ce_weight * loss
-            if self.distillation and output.mt is not None:
-                losses["st"] = losses["st"] + self.distillation * (
-                    distillation_loss(output.st, output.mt, target_lens)
-                )
+            if self.distillation and mt is not None:
+                distilled = distillation_loss(st, mt, target_lens)
+                losses["st"] = losses["st"] + self.distillation * distilled
         if "asr" in tasks and output.speech is not None and source is not None:
             losses["asr"] = (1 - self.ce_weight) * self._asr(
                 output.speech, output.text, source, source_lens
             )
-        if "mt" in tasks and output.mt is not None:
+        if "mt" in tasks and mt is not None:
             losses["mt"] = _cross_entropy(
-                output.mt, target_eos, target_lens, self.mt_smoothing
+                mt, target_eos, target_lens, self.mt_smoothing
             )
         return losses
 

@@ -58,9 +58,9 @@ class SpeechTranslationModel(torch.nn.Module):
     acoustic : torch.nn.Module
         `acoustic(x, lens) -> [B, T, d]`, e.g. `AcousticEncoder`.
     textual : TextEncoder
-        Shared by speech and text.
+        Shared by speech and text, as the decoder is.
     decoder : TranslationDecoder
-        Shared too.
+        Writes the translations.
     source_vocab : int
         Labels of the CTC head and of the transcript, blank among them.
     shrink : CTCShrink, optional
@@ -75,23 +75,17 @@ class SpeechTranslationModel(torch.nn.Module):
 
     Example
     -------
-    >>> from speechbrain_taskarith.translation import (
-    ...     AcousticEncoder,
-    ...     CTCShrink,
-    ...     LookingBack,
-    ...     TextEncoder,
-    ...     TranslationDecoder,
-    ... )
+    >>> from speechbrain_taskarith import translation
     >>> class Tiny(torch.nn.Module):
     ...     def forward(self, x, lens):
     ...         return x
     >>> model = SpeechTranslationModel(
-    ...     AcousticEncoder(Tiny(), 8),
-    ...     TextEncoder(8, 2, num_layers=1),
-    ...     TranslationDecoder(9, 8, 2, num_layers=1),
+    ...     translation.AcousticEncoder(Tiny(), 8),
+    ...     translation.TextEncoder(8, 2, num_layers=1),
+    ...     translation.TranslationDecoder(9, 8, 2, num_layers=1),
     ...     source_vocab=5,
-    ...     shrink=CTCShrink(),
-    ...     looking_back=LookingBack(8, 2),
+    ...     shrink=translation.CTCShrink(),
+    ...     looking_back=translation.LookingBack(8, 2),
     ... )
     >>> out = model(
     ...     tasks=("st", "asr", "mt"),
@@ -173,15 +167,12 @@ class SpeechTranslationModel(torch.nn.Module):
         ---------
         tasks : sequence of str
             Of `"st"`, `"asr"`, `"mt"`.
-        x : torch.Tensor, optional
-            [B, T', F] or [B, T'], features or waveforms; needed by "st" and
-            "asr".
-        lens : torch.Tensor, optional
-            [B], their relative lengths.
-        source : torch.Tensor, optional
-            [B, U], transcripts; needed by "mt", and by "asr" with contrast.
-        source_lens : torch.Tensor, optional
-            [B], their relative lengths.
+        x, lens : torch.Tensor, optional
+            Features [B, T', F] or waveforms [B, T'], and their relative
+            lengths [B]; needed by "st" and "asr".
+        source, source_lens : torch.Tensor, optional
+            Transcripts [B, U], and their relative lengths [B]; needed by
+            "mt", and by "asr" with contrast.
         target_bos : torch.Tensor, optional
             [B, W], translations behind the beginning token; needed by "st"
             and "mt".
@@ -215,21 +206,22 @@ class SpeechTranslationModel(torch.nn.Module):
         return TranslationOutput(speech, text, st, mt, tuple(tasks))
 
     def _check(self, tasks, x, source, target_bos):
+        inputs = {"x": x, "source": source, "target_bos": target_bos}
         needs = {
-            "st": {"x": x, "target_bos": target_bos},
-            "asr": {"x": x, **({"source": source} if self.contrast else {})},
-            "mt": {"source": source, "target_bos": target_bos},
+            "st": ("x", "target_bos"),
+            "asr": ("x", "source") if self.contrast else ("x",),
+            "mt": ("source", "target_bos"),
         }
         for task in tasks:
             if task not in needs:
                 raise ValueError(
                     f"unknown task {task!r}; known are {', '.join(needs)}"
                 )
-            for name, given in needs[task].items():
-                if given is None:
+            for name in needs[task]:
+                if inputs[name] is None:
                     raise ValueError(
-                        f"task {task!r} needs {name}; leave the task out "
-                        "where a batch does not have it"
+                        f"task {task!r} needs {name}; leave the task out for "
+                        "batches without it"
                     )
 
     def encode_speech(self, x, lens, ids=None):
@@ -237,10 +229,8 @@ class SpeechTranslationModel(torch.nn.Module):
 
         Arguments
         ---------
-        x : torch.Tensor
-            Features [B, T', F] or waveforms [B, T'].
-        lens : torch.Tensor
-            [B], relative lengths.
+        x, lens : torch.Tensor
+            Features [B, T', F] or waveforms [B, T'], relative lengths [B].
         ids : sequence of str, optional
             The utterances' names, for errors.
 
@@ -276,10 +266,8 @@ class SpeechTranslationModel(torch.nn.Module):
 
         Arguments
         ---------
-        tokens : torch.Tensor
-            [B, U].
-        lens : torch.Tensor
-            [B], relative lengths.
+        tokens, lens : torch.Tensor
+            [B, U], and their relative lengths [B].
 
         Returns
         -------

@@ -45,7 +45,7 @@ class TaskNormWeights(JSONRecoverable):
     interval : int
         Updates between measurements.
     floor : float
-        Below this weight a task stops.
+        Weight below which a task stops.
     exponent : float
         k. The paper leaves it open; decided: 1.
     parts : dict of str: sequence of str, optional

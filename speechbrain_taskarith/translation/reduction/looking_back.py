@@ -30,10 +30,8 @@ class LookingBack(torch.nn.Module):
 
     Arguments
     ---------
-    d_model : int
-        Width d of both sequences.
-    nhead : int
-        Number of heads; it divides `d_model`.
+    d_model, nhead : int
+        Width d of both sequences, and number of heads, which divides it.
     d_ffn : int, optional
         Width inside the feed-forward part; four times `d_model` by default.
     dropout : float
@@ -67,10 +65,9 @@ class LookingBack(torch.nn.Module):
         self.window = None if window in (None, math.inf) else int(window)
         self.dropout = dropout
         d_ffn = d_ffn or 4 * d_model
-        self.query = torch.nn.Linear(d_model, d_model)
-        self.key = torch.nn.Linear(d_model, d_model)
-        self.value = torch.nn.Linear(d_model, d_model)
-        self.output = torch.nn.Linear(d_model, d_model)
+        self.query, self.key, self.value, self.output = (
+            torch.nn.Linear(d_model, d_model) for _ in range(4)
+        )
         self.norm1 = torch.nn.LayerNorm(d_model)
         self.norm2 = torch.nn.LayerNorm(d_model)
         self.ffn = torch.nn.Sequential(
@@ -91,10 +88,9 @@ class LookingBack(torch.nn.Module):
         ---------
         shrunk : torch.Tensor or Shrunk
             [B, S, d]; a `Shrunk` brings its segments.
-        frames : torch.Tensor
-            [B, T, d]; padding is ignored, even NaN.
-        frame_lens : torch.Tensor
-            [B], relative lengths of the frames.
+        frames, frame_lens : torch.Tensor
+            [B, T, d], whose padding is ignored, even NaN, and its relative
+            lengths [B].
         segments : Segments, optional
             Needed by a window.
 
@@ -163,11 +159,9 @@ class LookingBack(torch.nn.Module):
         elif size < DENSE_BELOW * (2 * window + 1):
             mask = window_mask(segments, window)[:, None]
         else:
-            mask = None
-        if mask is None:
             out = windowed_attention(q, k, v, segments, window, dropout)
-        else:
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout
-            )
+            return out.transpose(1, 2).flatten(2)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout
+        )
         return out.transpose(1, 2).flatten(2)

@@ -1,6 +1,7 @@
 """CTC shrink: one vector for every run of frames with the same best label."""
 
 import logging
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -93,11 +94,10 @@ class CTCShrink(torch.nn.Module):
         `torch.compile(..., fullgraph=True)` works. What an utterance has
         beyond it goes into its last segment. Lengths and NaN are then not
         checked and collapse is not reported (see `watch`).
-    max_ratio : float
-        More frames than this for every segment, over an utterance, is a
-        collapse into blanks.
-    min_ratio : float
-        Fewer than this, over a batch, is a collapse into noise.
+    max_ratio, min_ratio : float
+        More than `max_ratio` frames a segment, over an utterance, is a
+        collapse into blanks; fewer than `min_ratio`, over a batch, a
+        collapse into noise.
     uniform : int, optional
         Frames of a segment where an utterance has collapsed into blanks.
         None: it is left as it is.
@@ -155,10 +155,10 @@ class CTCShrink(torch.nn.Module):
         Arguments
         ---------
         x : torch.Tensor
-            [B, T, d], encoder output; its padding may be NaN.
+            [B, T, d], encoder output; padding is ignored, even NaN.
         logits : torch.Tensor
             [B, T, V], scores of the CTC head on the same frames (logits or
-            log-probabilities); their padding may be NaN.
+            log-probabilities); padding is ignored, even NaN.
         lens : torch.Tensor
             [B], relative lengths.
         ids : sequence of str, optional
@@ -282,21 +282,22 @@ class CollapseWatch:
             if cut_evenly
             else "little is left of them (uniform=8 would cut them evenly)"
         )
-        self._warned = {"blanks": 0, "noise": 0}
+        self._warned = Counter()
         self.reset()
 
     def reset(self):
         """Forget the statistics, e.g. at the end of an epoch."""
-        self._segments = self._frames = self._utterances = 0
-        self._blanks = self._noise = self._batches = 0
+        self._seen = Counter()
 
     def update(self, segments, frames, collapsed, utterances):
         """Count a batch, and warn where the head has collapsed."""
-        self._segments += segments
-        self._frames += frames
-        self._utterances += utterances
-        self._batches += 1
-        self._blanks += collapsed
+        self._seen.update(
+            segments=segments,
+            frames=frames,
+            collapsed=collapsed,
+            utterances=utterances,
+            batches=1,
+        )
         if collapsed:
             self._warn(
                 "blanks",
@@ -308,7 +309,7 @@ class CollapseWatch:
             )
         # Of single frames nothing can be said.
         elif frames < self.min_ratio * segments and frames > 2 * utterances:
-            self._noise += 1
+            self._seen["noise"] += 1
             self._warn(
                 "noise",
                 "the CTC head has a new label at almost every frame "
@@ -329,8 +330,11 @@ class CollapseWatch:
         collapsed into blanks, in %; `noise_batches`: how many batches into
         noise, in %.
         """
+        seen = self._seen
         return {
-            "compression": self._frames / max(1, self._segments),
-            "blank_utterances": 100.0 * self._blanks / max(1, self._utterances),
-            "noise_batches": 100.0 * self._noise / max(1, self._batches),
+            "compression": seen["frames"] / max(1, seen["segments"]),
+            "blank_utterances": 100.0
+            * seen["collapsed"]
+            / max(1, seen["utterances"]),
+            "noise_batches": 100.0 * seen["noise"] / max(1, seen["batches"]),
         }

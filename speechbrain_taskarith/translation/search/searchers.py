@@ -20,10 +20,8 @@ class TranslationBeamSearch(S2STransformerBeamSearcher):
     ---------
     decoder : TranslationDecoder
         In evaluation mode.
-    bos_index : int
-        Beginning token.
-    eos_index : int
-        End token.
+    bos_index, eos_index : int
+        Beginning and end token.
     beam_size : int
         Hypotheses.
     max_decode_ratio : float
@@ -105,14 +103,10 @@ def greedy_translation(
     ---------
     decoder : TranslationDecoder
         In evaluation mode.
-    memory : torch.Tensor
-        [B, S, d], from the textual encoder.
-    lens : torch.Tensor
-        [B], relative lengths.
-    bos_index : int
-        Beginning token.
-    eos_index : int
-        End token.
+    memory, lens : torch.Tensor
+        [B, S, d], from the textual encoder, and its relative lengths [B].
+    bos_index, eos_index : int
+        Beginning and end token.
     max_tokens : int
         Longest translation.
 

@@ -25,12 +25,8 @@ class TranslationDecoder(torch.nn.Module):
     ---------
     vocab_size : int
         Target tokens, beginning and end among them.
-    d_model : int
-        Width.
-    nhead : int
-        Attention heads.
-    num_layers : int
-        Layers.
+    d_model, nhead, num_layers : int
+        Width, attention heads and layers.
     d_ffn : int, optional
         Width inside a layer; four times `d_model` by default.
     dropout : float

@@ -18,12 +18,8 @@ class TextEncoder(torch.nn.Module):
 
     Arguments
     ---------
-    d_model : int
-        Width.
-    nhead : int
-        Attention heads.
-    num_layers : int
-        Layers.
+    d_model, nhead, num_layers : int
+        Width, attention heads and layers.
     d_ffn : int, optional
         Width inside a layer; four times `d_model` by default.
     dropout : float

@@ -57,14 +57,10 @@ class LocalToGlobal(torch.nn.Module):
 
     Arguments
     ---------
-    d_model : int
-        Width.
-    num_layers : int
-        Layers of the textual encoder.
-    kernel : int
-        Vectors that the first one sees.
-    stride : int
-        How many more each following one sees.
+    d_model, num_layers : int
+        Width and layers of the textual encoder.
+    kernel, stride : int
+        Vectors that the first one sees, and how many more each following one.
     dropout : float
         Of what is added.
 

@@ -65,12 +65,11 @@ class BlankNoise(torch.nn.Module):
         pad_index=0,
     ):
         super().__init__()
-        for name, value in (
-            ("probability", probability),
-            ("insert_share", insert_share),
-        ):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} {value}: expected 0 to 1")
+        if not (0 <= probability <= 1 and 0 <= insert_share <= 1):
+            raise ValueError(
+                f"probability {probability}, insert_share {insert_share}: "
+                "expected 0 to 1"
+            )
         self.blank_token = blank_token
         self.probability, self.insert_share = probability, insert_share
         self.seed, self.pad_index = seed, pad_index
@@ -140,9 +139,9 @@ class BlankNoise(torch.nn.Module):
         """
         if not self.training or self.probability == 0:
             return tokens, lens
-        batch, size = tokens.shape
+        size = tokens.shape[1]
         chosen, share, order = (
-            drawn.to(tokens.device) for drawn in self._draw(batch, size)
+            drawn.to(tokens.device) for drawn in self._draw(len(tokens), size)
         )
         inside = ~padding_mask(absolute_lengths(lens, size), size)
         inside = inside & (chosen < self.probability)
