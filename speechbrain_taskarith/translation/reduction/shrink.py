@@ -28,7 +28,7 @@ from speechbrain_taskarith.utils.lengths import (
 logger = logging.getLogger(__name__)
 
 POOLINGS = ("first", "mean", "weighted", "softmax")
-# A warning is logged these times it occurs: ever more seldom.
+# Which occurrences of a warning are logged: fewer and fewer.
 WARN_AT = {1, 10, 100, 1000, 10000, 100000}
 
 
