@@ -11,8 +11,13 @@ def process_count():
     return 1
 
 
+def process_rank():
+    """Return which of them this process is, from 0."""
+    return torch.distributed.get_rank() if process_count() > 1 else 0
+
+
 def gather_rows(x):
-    """Return the rows of all processes by rank, and where our own begin.
+    """Return the rows of all processes by rank, and where this one's begin.
 
     Batches may differ in size, the other axes may not. The gradients of all
     processes' losses come back to `x`.
@@ -21,7 +26,7 @@ def gather_rows(x):
         return x, 0
     sizes = [None] * process_count()
     torch.distributed.all_gather_object(sizes, len(x))
-    first = sum(sizes[: torch.distributed.get_rank()])
+    first = sum(sizes[: process_rank()])
     return _Gather.apply(x, sizes, first), first
 
 

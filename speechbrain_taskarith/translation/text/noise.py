@@ -4,6 +4,7 @@ import unicodedata
 
 import torch
 
+from speechbrain_taskarith.translation.distributed import process_rank
 from speechbrain_taskarith.utils.lengths import (
     absolute_lengths,
     padding_mask,
@@ -157,10 +158,8 @@ class BlankNoise(torch.nn.Module):
     def _draw(self, batch, size):
         generator = None
         if self.seed is not None:
-            rank = 0
-            if torch.distributed.is_initialized():
-                rank = torch.distributed.get_rank()
-            number = (self.seed * 1_000_003 + int(self.calls)) * 65_537 + rank
+            number = self.seed * 1_000_003 + int(self.calls)
+            number = number * 65_537 + process_rank()
             generator = torch.Generator().manual_seed(number % 2**63)
             self.calls += 1
         return (
