@@ -32,7 +32,7 @@ from speechbrain_taskarith.translation import (
     LookingBack,
     gradient_consistency,
 )
-from speechbrain_taskarith.translation.reduction.window import (
+from speechbrain_taskarith.translation.reduction.windowed_attention import (
     windowed_attention,
 )
 

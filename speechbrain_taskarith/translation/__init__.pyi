@@ -1,20 +1,38 @@
-from .encoders import (
+from .acoustic_encoder import (
     AcousticEncoder as AcousticEncoder,
 )
-from .guard import (
+from .input_guard import (
     InputGuard as InputGuard,
 )
-from .losses.contrastive import (
+from .losses import (
     CrossModalContrastiveLoss as CrossModalContrastiveLoss,
 )
-from .losses.distillation import (
-    distillation_loss as distillation_loss,
-)
-from .losses.objectives import (
+from .losses import (
     TranslationObjective as TranslationObjective,
+)
+from .losses import (
+    distillation_loss as distillation_loss,
 )
 from .model import (
     SpeechTranslationModel as SpeechTranslationModel,
+)
+from .multitask.consistency import (
+    ConsistencyProbe as ConsistencyProbe,
+)
+from .multitask.consistency import (
+    gradient_consistency as gradient_consistency,
+)
+from .multitask.gradients import (
+    GradientAggregator as GradientAggregator,
+)
+from .multitask.task_weights import (
+    TaskNormWeights as TaskNormWeights,
+)
+from .reduction.entropy import (
+    plot_window_entropy as plot_window_entropy,
+)
+from .reduction.entropy import (
+    window_entropy as window_entropy,
 )
 from .reduction.looking_back import (
     LookingBack as LookingBack,
@@ -31,29 +49,11 @@ from .reduction.shrink import (
 from .reduction.shrink import (
     Shrunk as Shrunk,
 )
-from .search.searches import (
+from .search.searchers import (
     TranslationBeamSearch as TranslationBeamSearch,
 )
-from .search.searches import (
+from .search.searchers import (
     greedy_translation as greedy_translation,
-)
-from .tasks.aggregation import (
-    GradientAggregator as GradientAggregator,
-)
-from .tasks.consistency import (
-    ConsistencyProbe as ConsistencyProbe,
-)
-from .tasks.consistency import (
-    gradient_consistency as gradient_consistency,
-)
-from .tasks.entropy import (
-    plot_window_entropy as plot_window_entropy,
-)
-from .tasks.entropy import (
-    window_entropy as window_entropy,
-)
-from .tasks.task_weights import (
-    TaskNormWeights as TaskNormWeights,
 )
 from .text.decoder import (
     TranslationDecoder as TranslationDecoder,

@@ -1,11 +1,11 @@
-"""The whole model: acoustic encoder, shrink, look back, textual encoder, decoder."""
+"""The whole model: from speech or its transcript to a translation."""
 
 import math
 from typing import NamedTuple
 
 import torch
 
-from speechbrain_taskarith.translation.reduction.lengths import check_lengths
+from speechbrain_taskarith.translation.input_guard import check_lengths
 from speechbrain_taskarith.translation.reduction.segments import Segments
 from speechbrain_taskarith.utils.lengths import (
     absolute_lengths,
@@ -14,76 +14,36 @@ from speechbrain_taskarith.utils.lengths import (
 
 
 class SpeechEncoding(NamedTuple):
-    """What becomes of speech.
+    """What `encode_speech` returns; lengths are relative."""
 
-    Arguments
-    ---------
-    logits : torch.Tensor
-        [B, T, V], of the CTC head, on the frames.
-    frame_lens : torch.Tensor
-        [B], relative lengths of the frames.
-    embedded : torch.Tensor
-        [B, S, d], shrunk and looked back; it stands where text is embedded.
-    encoded : torch.Tensor
-        [B, S, d], from the textual encoder.
-    lens : torch.Tensor
-        [B], relative lengths of the two.
-    segments : Segments or None
-        Which frames a vector stands for; None without shrinking.
-    """
-
-    logits: torch.Tensor
-    frame_lens: torch.Tensor
-    embedded: torch.Tensor
-    encoded: torch.Tensor
-    lens: torch.Tensor
-    segments: Segments | None
+    logits: torch.Tensor  # [B, T, V], of the CTC head, on the frames
+    frame_lens: torch.Tensor  # [B], of the frames
+    embedded: torch.Tensor  # [B, S, d], shrunk and looked back
+    encoded: torch.Tensor  # [B, S, d], from the textual encoder
+    lens: torch.Tensor  # [B], of the last two
+    segments: Segments | None  # None without shrinking
 
 
 class TextEncoding(NamedTuple):
-    """What becomes of text.
+    """What `encode_text` returns."""
 
-    Arguments
-    ---------
-    embedded : torch.Tensor
-        [B, U, d].
-    encoded : torch.Tensor
-        [B, U, d], from the textual encoder.
-    lens : torch.Tensor
-        [B], relative lengths (noise makes text longer).
-    """
-
-    embedded: torch.Tensor
-    encoded: torch.Tensor
-    lens: torch.Tensor
+    embedded: torch.Tensor  # [B, U, d]
+    encoded: torch.Tensor  # [B, U, d], from the textual encoder
+    lens: torch.Tensor  # [B], relative lengths: noise makes text longer
 
 
 class TranslationOutput(NamedTuple):
-    """What `SpeechTranslationModel` returns; None where a task is not asked.
-
-    Arguments
-    ---------
-    speech : SpeechEncoding or None
-        Of a batch with speech.
-    text : TextEncoding or None
-        Of a batch with transcripts, where something needs them.
-    st : torch.Tensor or None
-        [B, U, V], logits of the translation of speech.
-    mt : torch.Tensor or None
-        [B, U, V], logits of the translation of the transcript.
-    tasks : tuple of str
-        What was asked for.
-    """
+    """What `SpeechTranslationModel` returns; None where no task needs it."""
 
     speech: SpeechEncoding | None
     text: TextEncoding | None
-    st: torch.Tensor | None
-    mt: torch.Tensor | None
-    tasks: tuple = ("st", "asr", "mt")
+    st: torch.Tensor | None  # [B, W, V], logits of the translation of speech
+    mt: torch.Tensor | None  # [B, W, V], of that of the transcript
+    tasks: tuple = ("st", "asr", "mt")  # what was computed
 
 
 class SpeechTranslationModel(torch.nn.Module):
-    """Speech and text translation with shared encoder and decoder.
+    """Speech and text translation with shared textual encoder and decoder.
 
     `speech -> acoustic encoder -> (CTC) shrink -> looking back -> textual
     encoder -> decoder`, `text -> embedding (noise) -> textual encoder ->
@@ -98,15 +58,15 @@ class SpeechTranslationModel(torch.nn.Module):
     acoustic : torch.nn.Module
         `acoustic(x, lens) -> [B, T, d]`, e.g. `AcousticEncoder`.
     textual : TextEncoder
-        Shared by speech and text.
+        Shared by speech and text, as the decoder is.
     decoder : TranslationDecoder
-        Shared too.
+        Writes the translations.
     source_vocab : int
         Labels of the CTC head and of the transcript, blank among them.
     shrink : CTCShrink, optional
         None: all frames go on.
     looking_back : LookingBack, optional
-        None: what shrinking drops is gone.
+        None: what shrinking drops is lost.
     noise : BlankNoise, optional
         On the text side, in training.
     contrast : bool
@@ -115,23 +75,17 @@ class SpeechTranslationModel(torch.nn.Module):
 
     Example
     -------
-    >>> from speechbrain_taskarith.translation import (
-    ...     AcousticEncoder,
-    ...     CTCShrink,
-    ...     LookingBack,
-    ...     TextEncoder,
-    ...     TranslationDecoder,
-    ... )
+    >>> from speechbrain_taskarith import translation
     >>> class Tiny(torch.nn.Module):
     ...     def forward(self, x, lens):
     ...         return x
     >>> model = SpeechTranslationModel(
-    ...     AcousticEncoder(Tiny(), 8),
-    ...     TextEncoder(8, 2, num_layers=1),
-    ...     TranslationDecoder(9, 8, 2, num_layers=1),
+    ...     translation.AcousticEncoder(Tiny(), 8),
+    ...     translation.TextEncoder(8, 2, num_layers=1),
+    ...     translation.TranslationDecoder(9, 8, 2, num_layers=1),
     ...     source_vocab=5,
-    ...     shrink=CTCShrink(),
-    ...     looking_back=LookingBack(8, 2),
+    ...     shrink=translation.CTCShrink(),
+    ...     looking_back=translation.LookingBack(8, 2),
     ... )
     >>> out = model(
     ...     tasks=("st", "asr", "mt"),
@@ -172,15 +126,15 @@ class SpeechTranslationModel(torch.nn.Module):
         self.source_vocab = source_vocab
         if looking_back is not None and shrink is None:
             raise ValueError(
-                "looking_back without shrink: nothing was dropped that could "
-                "be looked for; give both, or neither"
+                "looking_back without shrink: there is nothing to look back "
+                "for; give both, or neither"
             )
         blank = getattr(shrink, "blank_index", None)
         token = getattr(noise, "blank_token", blank)
         if None not in (blank, token) and blank != token:
             raise ValueError(
-                f"the noise's blank is {token}, that of the CTC head {blank}: "
-                "text would not come to look like CTC output"
+                f"the noise's blank is {token}, that of the CTC head {blank}; "
+                "noisy text looks like CTC output only if they are equal"
             )
 
     def parts(self):
@@ -213,14 +167,12 @@ class SpeechTranslationModel(torch.nn.Module):
         ---------
         tasks : sequence of str
             Of `"st"`, `"asr"`, `"mt"`.
-        x : torch.Tensor, optional
-            Features or waveforms; needed by "st" and "asr".
-        lens : torch.Tensor, optional
-            [B], their relative lengths.
-        source : torch.Tensor, optional
-            [B, U], transcripts; needed by "mt", and by "asr" with contrast.
-        source_lens : torch.Tensor, optional
-            [B], their relative lengths.
+        x, lens : torch.Tensor, optional
+            Features [B, T', F] or waveforms [B, T'], and their relative
+            lengths [B]; needed by "st" and "asr".
+        source, source_lens : torch.Tensor, optional
+            Transcripts [B, U], and their relative lengths [B]; needed by
+            "mt", and by "asr" with contrast.
         target_bos : torch.Tensor, optional
             [B, W], translations behind the beginning token; needed by "st"
             and "mt".
@@ -230,7 +182,8 @@ class SpeechTranslationModel(torch.nn.Module):
         Returns
         -------
         TranslationOutput
-            See there.
+            `.speech`, `.text`, `.st` [B, W, V], `.mt` [B, W, V], `.tasks`; None
+            where no task needs one.
 
         Raises
         ------
@@ -253,21 +206,22 @@ class SpeechTranslationModel(torch.nn.Module):
         return TranslationOutput(speech, text, st, mt, tuple(tasks))
 
     def _check(self, tasks, x, source, target_bos):
+        inputs = {"x": x, "source": source, "target_bos": target_bos}
         needs = {
-            "st": {"x": x, "target_bos": target_bos},
-            "asr": {"x": x, **({"source": source} if self.contrast else {})},
-            "mt": {"source": source, "target_bos": target_bos},
+            "st": ("x", "target_bos"),
+            "asr": ("x", "source") if self.contrast else ("x",),
+            "mt": ("source", "target_bos"),
         }
         for task in tasks:
             if task not in needs:
                 raise ValueError(
                     f"unknown task {task!r}; known are {', '.join(needs)}"
                 )
-            for name, given in needs[task].items():
-                if given is None:
+            for name in needs[task]:
+                if inputs[name] is None:
                     raise ValueError(
-                        f"task {task!r} needs {name}; leave the task out "
-                        "where a batch does not have it"
+                        f"task {task!r} needs {name}; leave the task out for "
+                        "batches without it"
                     )
 
     def encode_speech(self, x, lens, ids=None):
@@ -275,20 +229,19 @@ class SpeechTranslationModel(torch.nn.Module):
 
         Arguments
         ---------
-        x : torch.Tensor
-            Features [B, T', F] or waveforms [B, T'].
-        lens : torch.Tensor
-            [B], relative lengths.
+        x, lens : torch.Tensor
+            Features [B, T', F] or waveforms [B, T'], relative lengths [B].
         ids : sequence of str, optional
             The utterances' names, for errors.
 
         Returns
         -------
         SpeechEncoding
-            See there.
+            `.logits` [B, T, V], `.frame_lens` [B], `.embedded` [B, S, d],
+            `.encoded` [B, S, d], `.lens` [B], `.segments`.
         """
         frames = self.acoustic(x, lens)
-        # The same rounding for everything on this axis.
+        # Rounded once, for everything on this axis.
         count = absolute_lengths(lens, frames.shape[1])
         # A short utterance keeps a frame; a length of 0 stays an error.
         count = torch.where(lens > 0, count.clamp(min=1), count)
@@ -296,15 +249,16 @@ class SpeechTranslationModel(torch.nn.Module):
             check_lengths(count, frames.shape[1], "features", ids)
         frame_lens = relative_lengths(count, frames.shape[1])
         logits = self.ctc_lin(frames)
-        embedded, embedded_lens, segments = frames, frame_lens, None
+        embedded, shrunk_lens, segments = frames, frame_lens, None
         if self.shrink is not None:
-            shrunk = self.shrink(frames, logits, frame_lens, ids)
-            embedded, embedded_lens, segments = shrunk
+            embedded, shrunk_lens, segments = self.shrink(
+                frames, logits, frame_lens, ids
+            )
         if self.looking_back is not None:
             embedded = self.looking_back(embedded, frames, frame_lens, segments)
-        encoded = self.textual(embedded, embedded_lens)
+        encoded = self.textual(embedded, shrunk_lens)
         return SpeechEncoding(
-            logits, frame_lens, embedded, encoded, embedded_lens, segments
+            logits, frame_lens, embedded, encoded, shrunk_lens, segments
         )
 
     def encode_text(self, tokens, lens):
@@ -312,15 +266,13 @@ class SpeechTranslationModel(torch.nn.Module):
 
         Arguments
         ---------
-        tokens : torch.Tensor
-            [B, U].
-        lens : torch.Tensor
-            [B], relative lengths.
+        tokens, lens : torch.Tensor
+            [B, U], and their relative lengths [B].
 
         Returns
         -------
         TextEncoding
-            See there.
+            `.embedded` [B, U, d], `.encoded` [B, U, d], `.lens` [B].
         """
         if self.noise is not None:
             tokens, lens = self.noise(tokens, lens)

@@ -1,23 +1,16 @@
-"""Relative lengths made absolute, absolute ones relative, and their mask."""
+"""Relative lengths made absolute, absolute ones relative, and their mask.
+
+Lengths are [B]; relative ones are SpeechBrain's, in (0, 1], of a padded
+tensor of `size` steps.
+"""
 
 import torch
 
 
 def absolute_lengths(lens, size):
-    """Turn relative lengths into numbers of steps, without asking the device.
+    """Return `round(lens * size)`, int64, without a device synchronisation.
 
-    Arguments
-    ---------
-    lens : torch.Tensor
-        [B], relative lengths in (0, 1].
-    size : int
-        Steps of the padded tensor.
-
-    Returns
-    -------
-    torch.Tensor
-        [B], int64, `round(lens * size)`; not checked: NaN becomes the least
-        integer there is.
+    Not checked: NaN becomes the least integer there is.
 
     Example
     -------
@@ -29,19 +22,7 @@ def absolute_lengths(lens, size):
 
 
 def relative_lengths(lengths, size):
-    """Turn numbers of steps into SpeechBrain's relative lengths.
-
-    Arguments
-    ---------
-    lengths : torch.Tensor
-        [B], numbers of steps.
-    size : int
-        Steps of the padded tensor.
-
-    Returns
-    -------
-    torch.Tensor
-        [B], float32 in (0, 1].
+    """Return absolute lengths as relative ones, float32.
 
     Example
     -------
@@ -52,19 +33,7 @@ def relative_lengths(lengths, size):
 
 
 def padding_mask(lengths, size):
-    """Mark what is padding.
-
-    Arguments
-    ---------
-    lengths : torch.Tensor
-        [B], numbers of steps.
-    size : int
-        Steps of the padded tensor.
-
-    Returns
-    -------
-    torch.Tensor
-        [B, size], True at padding, on the device of `lengths`.
+    """Return [B, size], True at padding, from absolute lengths.
 
     Example
     -------

@@ -1,4 +1,4 @@
-"""What a SpeechBrain checkpoint keeps as JSON."""
+"""State that a SpeechBrain checkpoint holds as JSON."""
 
 from speechbrain.utils.checkpoints import (
     mark_as_loader,
@@ -13,8 +13,8 @@ from speechbrain_taskarith.utils.files import read_json, write_json
 class JSONRecoverable:
     """Base of classes whose state is numbers, names and lists of them.
 
-    A subclass says what its `state` is and takes it back in `restore`;
-    SpeechBrain's `Checkpointer` finds the hooks of this class.
+    A subclass implements `state` and `restore`; SpeechBrain's `Checkpointer`
+    finds the hooks of this class.
 
     Example
     -------
@@ -36,57 +36,21 @@ class JSONRecoverable:
     """
 
     def state(self):
-        """Return what is kept.
-
-        Returns
-        -------
-        dict
-            Of plain types.
-        """
+        """Return the state as a dict of plain types."""
         raise NotImplementedError
 
     def restore(self, state):
-        """Take back what `state` returned.
-
-        Arguments
-        ---------
-        state : dict
-            Of the same class.
-
-        Raises
-        ------
-        ValueError
-            It is of something else.
-        """
+        """Set the state; a ValueError refuses that of something else."""
         raise NotImplementedError
 
     @mark_as_saver
     def save(self, path):
-        """Save the state; SpeechBrain's checkpointer calls this.
-
-        Arguments
-        ---------
-        path : str or pathlib.Path
-            The file.
-        """
+        """Save the state to a file, atomically."""
         write_json(path, self.state())
 
     @mark_as_loader
     def load(self, path, end_of_epoch=False):
-        """Load a saved state; SpeechBrain's checkpointer calls this.
-
-        Arguments
-        ---------
-        path : str or pathlib.Path
-            The file.
-        end_of_epoch : bool
-            Not used.
-
-        Raises
-        ------
-        ValueError
-            The file is damaged, or the state of something else.
-        """
+        """Load a saved state; a ValueError names a damaged or foreign file."""
         del end_of_epoch
         state = read_json(path)
         try:
@@ -96,6 +60,6 @@ class JSONRecoverable:
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}: not a state of {type(self).__name__} "
-                f"({type(error).__name__}: {error}); delete the checkpoint "
-                "that it is in, and the run goes on from the one before"
+                f"({type(error).__name__}: {error}); delete its checkpoint, "
+                "and the run continues from the one before"
             ) from None

@@ -63,7 +63,7 @@ def test_fixed_capacity_never_waits_for_the_host(pooling):
 @pytest.mark.parametrize("window", [None, 0, 2])
 def test_looking_back_is_that_of_the_cpu(window, monkeypatch):
     name = (
-        "speechbrain_taskarith.translation.reduction.looking_back._DENSE_BELOW"
+        "speechbrain_taskarith.translation.reduction.looking_back.DENSE_BELOW"
     )
     monkeypatch.setattr(name, 0)
     x, logits, lens = shrink_batch(LENS, width=64)

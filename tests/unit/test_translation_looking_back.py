@@ -7,7 +7,7 @@ import torch
 from translation_toy import shrink_batch
 
 from speechbrain_taskarith.translation import CTCShrink, LookingBack
-from speechbrain_taskarith.translation.reduction.window import (
+from speechbrain_taskarith.translation.reduction.windowed_attention import (
     windowed_attention,
 )
 
@@ -47,7 +47,7 @@ def form(request, monkeypatch):
     """Both ways to compute a window."""
     name = "speechbrain_taskarith.translation.reduction.looking_back"
     least = 10**9 if request.param == "dense" else 0
-    monkeypatch.setattr(f"{name}._DENSE_BELOW", least)
+    monkeypatch.setattr(f"{name}.DENSE_BELOW", least)
 
 
 @pytest.mark.parametrize("window", [None, math.inf, 0, 1, 3, 100])

@@ -190,10 +190,10 @@ def test_incremental_steps_equal_whole_prefixes():
     for u in range(7):
         if u == 3:  # one twice, in another order, two not at all
             rows = torch.tensor([2, 0, 2])
-            assert steps.keep(rows) is steps
+            assert steps.select(rows) is steps
         elif u == 5:
             rows = rows[torch.tensor([True, False, True])]
-            steps.keep(torch.tensor([True, False, True]))
+            steps.select(torch.tensor([True, False, True]))
         hidden, attention = steps.step(tokens[rows, u])
         expected = decoder.decode(
             tokens[rows, : u + 1], memory[rows], lengths[rows]

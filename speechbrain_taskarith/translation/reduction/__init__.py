@@ -1,1 +1,1 @@
-"""Length reduction: CTC segments, shrink, looking back."""
+"""Length reduction: CTC segments, shrink, looking back, entropy."""

@@ -1,4 +1,4 @@
-"""Looking back: what shrinking dropped is searched for in the frames."""
+"""Looking back: segments attend to the frames that shrinking dropped."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from speechbrain_taskarith.translation.reduction.shrink import Shrunk
-from speechbrain_taskarith.translation.reduction.window import (
+from speechbrain_taskarith.translation.reduction.windowed_attention import (
     window_mask,
     windowed_attention,
 )
@@ -14,7 +14,7 @@ from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
 
 # With fewer frames than this for every offset of the window one dense product
 # is faster than sums over runs (measured on a CPU; both grow with the batch).
-_DENSE_BELOW = 100
+DENSE_BELOW = 100
 
 
 class LookingBack(torch.nn.Module):
@@ -30,10 +30,8 @@ class LookingBack(torch.nn.Module):
 
     Arguments
     ---------
-    d_model : int
-        Width d of both sequences.
-    nhead : int
-        Number of heads; it divides `d_model`.
+    d_model, nhead : int
+        Width d of both sequences, and number of heads, which divides it.
     d_ffn : int, optional
         Width inside the feed-forward part; four times `d_model` by default.
     dropout : float
@@ -67,10 +65,9 @@ class LookingBack(torch.nn.Module):
         self.window = None if window in (None, math.inf) else int(window)
         self.dropout = dropout
         d_ffn = d_ffn or 4 * d_model
-        self.query = torch.nn.Linear(d_model, d_model)
-        self.key = torch.nn.Linear(d_model, d_model)
-        self.value = torch.nn.Linear(d_model, d_model)
-        self.output = torch.nn.Linear(d_model, d_model)
+        self.query, self.key, self.value, self.output = (
+            torch.nn.Linear(d_model, d_model) for _ in range(4)
+        )
         self.norm1 = torch.nn.LayerNorm(d_model)
         self.norm2 = torch.nn.LayerNorm(d_model)
         self.ffn = torch.nn.Sequential(
@@ -91,10 +88,9 @@ class LookingBack(torch.nn.Module):
         ---------
         shrunk : torch.Tensor or Shrunk
             [B, S, d]; a `Shrunk` brings its segments.
-        frames : torch.Tensor
-            [B, T, d]; padding may hold anything, also NaN.
-        frame_lens : torch.Tensor
-            [B], relative lengths of the frames.
+        frames, frame_lens : torch.Tensor
+            [B, T, d], whose padding is ignored, even NaN, and its relative
+            lengths [B].
         segments : Segments, optional
             Needed by a window.
 
@@ -116,8 +112,8 @@ class LookingBack(torch.nn.Module):
         outside = padding_mask(lengths, frames.shape[1])
         # Zero times NaN is NaN: masking the weights would not do.
         frames = frames.masked_fill(outside[..., None], 0.0)
-        found = self._attend(shrunk, frames, outside, segments)
-        x = self.norm1(shrunk + self.drop(self.output(found)))
+        attended = self._attend(shrunk, frames, outside, segments)
+        x = self.norm1(shrunk + self.drop(self.output(attended)))
         x = self.norm2(x + self.drop(self.ffn(x)))
         if segments is not None:
             x = x.masked_fill(~segments.mask[..., None], 0.0)
@@ -136,34 +132,36 @@ class LookingBack(torch.nn.Module):
                 f"{tuple(shrunk.shape)}, {tuple(frames.shape)} and "
                 f"{tuple(lens.shape)}"
             )
-        if segments is None:
-            if self.window is not None:
-                raise ValueError(
-                    f"window={self.window} has to know which frames a segment "
-                    "came from: give what CTCShrink returned, or its segments"
-                )
-        elif segments.ids.shape != frames.shape[:2]:
+        if segments is None and self.window is not None:
+            raise ValueError(
+                f"window={self.window} has to know which frames a segment "
+                "came from: give what CTCShrink returned, or its segments"
+            )
+        if segments is not None and segments.ids.shape != frames.shape[:2]:
             raise ValueError(
                 f"segments of {tuple(segments.ids.shape)} [batch, frames], "
                 f"frames of {tuple(frames.shape[:2])}"
             )
 
     def _attend(self, shrunk, frames, outside, segments):
-        q = self._heads(self.query(shrunk))
-        k, v = self._heads(self.key(frames)), self._heads(self.value(frames))
+        q, k, v = (
+            layer(x).unflatten(-1, (self.nhead, -1)).transpose(1, 2)
+            for layer, x in (
+                (self.query, shrunk),
+                (self.key, frames),
+                (self.value, frames),
+            )
+        )
         dropout = self.dropout if self.training else 0.0
-        size = frames.shape[1]
-        if self.window is None or self.window >= shrunk.shape[1] - 1:
+        window, size = self.window, frames.shape[1]
+        if window is None or window >= shrunk.shape[1] - 1:
             mask = ~outside[:, None, None]
-        elif size < _DENSE_BELOW * (2 * self.window + 1):
-            mask = window_mask(segments, self.window)[:, None]
+        elif size < DENSE_BELOW * (2 * window + 1):
+            mask = window_mask(segments, window)[:, None]
         else:
-            found = windowed_attention(q, k, v, segments, self.window, dropout)
-            return found.transpose(1, 2).flatten(2)
-        found = F.scaled_dot_product_attention(
+            out = windowed_attention(q, k, v, segments, window, dropout)
+            return out.transpose(1, 2).flatten(2)
+        out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout
         )
-        return found.transpose(1, 2).flatten(2)
-
-    def _heads(self, x):
-        return x.unflatten(-1, (self.nhead, -1)).transpose(1, 2)
+        return out.transpose(1, 2).flatten(2)

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from speechbrain_taskarith.translation.reduction.lengths import check_lengths
-from speechbrain_taskarith.translation.reduction.runs import _spread
+from speechbrain_taskarith.translation.input_guard import check_lengths
+from speechbrain_taskarith.translation.reduction.pooling import spread_runs
 from speechbrain_taskarith.utils.lengths import padding_mask
 
 
@@ -61,7 +61,8 @@ class Segments(NamedTuple):
         """[B, S + 1], where to cut: frame 0, then starts, then the end."""
         cuts = torch.cat([self.starts, self.frame_lengths[:, None]], 1)
         # Dropped blanks at the beginning go with the first segment.
-        return cuts.masked_fill(_first_column(cuts), 0)
+        first = torch.arange(cuts.shape[1], device=cuts.device) == 0
+        return cuts.masked_fill(first, 0)
 
     def owners(self):
         """Give every frame a segment, dropped blanks too.
@@ -102,7 +103,7 @@ class Segments(NamedTuple):
         >>> found.expand(torch.tensor([[[1.0], [2.0]]])).flatten().tolist()
         [1.0, 1.0, 2.0]
         """
-        out = _spread(values, self.ids)
+        out = spread_runs(values, self.ids)
         return out.masked_fill((self.ids < 0)[..., None], 0.0)
 
     def seconds(self, frame_shift):
@@ -127,9 +128,10 @@ def ctc_segments(
 ):
     """Find the runs of equal labels, for all utterances at once.
 
-    A new segment begins where the label changes (runs of blanks are segments,
-    too: a frame that was taken for a blank is not lost). No loop, and one
-    question to the device, for the number of segments; with `capacity` none.
+    A new segment begins where the label changes. Runs of blanks are segments,
+    too: a frame that was taken for a blank is not lost. There is no loop, and
+    one synchronisation with the device, for the number of segments; with
+    `capacity` none.
 
     Arguments
     ---------
@@ -144,8 +146,8 @@ def ctc_segments(
         The blank.
     capacity : int, optional
         Fixed number S of segments. What an utterance has beyond it is put
-        into its last segment. Then lengths are not checked (that would be a
-        question to the device).
+        into its last segment. Lengths are then not checked (that would need a
+        synchronisation).
 
     Returns
     -------
@@ -164,15 +166,35 @@ def ctc_segments(
     >>> found.ids.tolist(), found.lengths.tolist()
     ([[0, 1, 1, 2, 3], [0, 0, -1, -1, -1]], [4, 1])
     """
-    _check(labels, lengths, capacity)
-    begins, inside = _begins(labels, lengths, drop_blank, blank_index)
-    width = capacity
-    if width is None:
-        width = _width(begins, lengths, labels.shape[1])
-    return _arrange(labels, lengths, begins, inside, width)
+    starts, inside = find_starts(
+        labels, lengths, drop_blank, blank_index, capacity
+    )
+    if capacity is None:
+        # One transfer for the number of segments and the check of lengths.
+        extremes = torch.stack(
+            [starts.sum(1).max(), lengths.min(), lengths.max()]
+        )
+        capacity, shortest, longest = extremes.tolist()
+        if shortest < 1 or longest > labels.shape[1]:
+            check_lengths(lengths, labels.shape[1], "labels")
+    return make_segments(labels, lengths, starts, inside, capacity)
 
 
-def _check(labels, lengths, capacity):
+def find_starts(labels, lengths, drop_blank, blank_index, capacity=None):
+    """Return which frames begin a segment, and which belong to one: [B, T]."""
+    _check_shapes(labels, lengths, capacity)
+    inside = ~padding_mask(lengths, labels.shape[1])
+    changes = labels[:, 1:] != labels[:, :-1]
+    starts = torch.cat([inside[:, :1], changes & inside[:, 1:]], 1)
+    if drop_blank:
+        spoken = inside & (labels != blank_index)
+        # Never a length of 0: blanks alone stay one segment.
+        inside = torch.where(spoken.any(1, keepdim=True), spoken, inside)
+        starts = starts & inside
+    return starts, inside
+
+
+def _check_shapes(labels, lengths, capacity):
     if labels.dim() != 2 or labels.is_floating_point() or not labels.numel():
         raise ValueError(
             "labels: expected integers of shape [batch, frames] with at least "
@@ -188,56 +210,26 @@ def _check(labels, lengths, capacity):
         raise ValueError(f"capacity {capacity}: expected at least 1 segment")
 
 
-def _begins(labels, lengths, drop_blank, blank_index):
-    """Return where segments begin, and which frames belong to one."""
-    inside = ~padding_mask(lengths, labels.shape[1])
-    changes = labels[:, 1:] != labels[:, :-1]
-    begins = torch.cat([inside[:, :1], changes & inside[:, 1:]], 1)
-    if drop_blank:
-        spoken = inside & (labels != blank_index)
-        # Never a length of 0: blanks alone stay one segment.
-        inside = torch.where(spoken.any(1, keepdim=True), spoken, inside)
-        begins = begins & inside
-    return begins, inside
-
-
-def _width(begins, lengths, size):
-    """Ask the device, once, for the most segments, and check lengths."""
-    counts = begins.sum(1)
-    asked = torch.stack([counts.max(), lengths.min(), lengths.max()])
-    most, least, longest = asked.tolist()
-    if least < 1 or longest > size:
-        check_lengths(lengths, size, "labels")
-    return most
-
-
-def _first_column(table):
-    return torch.arange(table.shape[1], device=table.device) == 0
-
-
-def _arrange(labels, lengths, begins, inside, width):
-    """Put what was found into tables of a known width."""
+def make_segments(labels, lengths, starts, inside, capacity):
+    """Put what `find_starts` found into tables of `capacity` columns."""
     batch, frames = labels.shape
-    order = begins.cumsum(1)
-    found = order[:, -1]
+    order = starts.cumsum(1)
     # Where no segment begins, or one too many, goes into a column behind.
-    column = torch.where(begins, order - 1, width).clamp(max=width)
+    column = torch.where(starts, order - 1, capacity).clamp(max=capacity)
     steps = torch.arange(frames, device=labels.device).expand(batch, -1)
-    starts = lengths[:, None].expand(-1, width + 1).contiguous().long()
-    starts = starts.scatter(1, column, steps)[:, :width]
-    ids = (order - 1).clamp(max=width - 1).masked_fill(~inside, -1)
-    many = found.clamp(max=width)
-    beyond = padding_mask(many, width)
+    first = lengths[:, None].expand(-1, capacity + 1).contiguous().long()
+    first = first.scatter(1, column, steps)[:, :capacity]
+    ids = (order - 1).clamp(max=capacity - 1).masked_fill(~inside, -1)
+    count = order[:, -1].clamp(max=capacity)
     # Frames inside up to each cut: their differences are the counts.
-    upto = torch.cat([torch.zeros_like(order[:, :1]), inside.cumsum(1)], 1)
-    cuts = torch.cat([starts, lengths[:, None]], 1)
-    counts = upto.gather(1, cuts).diff(dim=1)
-    names = labels.gather(1, starts.clamp(max=frames - 1))
+    before = torch.cat([torch.zeros_like(order[:, :1]), inside.cumsum(1)], 1)
+    cuts = torch.cat([first, lengths[:, None]], 1)
+    label = labels.gather(1, first.clamp(max=frames - 1))
     return Segments(
         ids=ids,
-        lengths=many,
-        starts=starts,
-        counts=counts,
-        labels=names.masked_fill(beyond, -1),
+        lengths=count,
+        starts=first,
+        counts=before.gather(1, cuts).diff(dim=1),
+        labels=label.masked_fill(padding_mask(count, capacity), -1),
         frame_lengths=lengths.long(),
     )

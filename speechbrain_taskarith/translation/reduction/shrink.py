@@ -1,23 +1,23 @@
 """CTC shrink: one vector for every run of frames with the same best label."""
 
+import logging
+from collections import Counter
 from typing import NamedTuple
 
 import torch
 
-from speechbrain_taskarith.translation.reduction.collapse import CollapseWatch
-from speechbrain_taskarith.translation.reduction.lengths import (
+from speechbrain_taskarith.translation.input_guard import (
     check_lengths,
-    row_name,
+    utterance_name,
 )
-from speechbrain_taskarith.translation.reduction.runs import (
+from speechbrain_taskarith.translation.reduction.pooling import (
     pool_runs,
     take_rows,
 )
 from speechbrain_taskarith.translation.reduction.segments import (
     Segments,
-    _arrange,
-    _begins,
-    _check,
+    find_starts,
+    make_segments,
 )
 from speechbrain_taskarith.utils.lengths import (
     absolute_lengths,
@@ -25,7 +25,11 @@ from speechbrain_taskarith.utils.lengths import (
     relative_lengths,
 )
 
+logger = logging.getLogger(__name__)
+
 POOLINGS = ("first", "mean", "weighted", "softmax")
+# Which occurrences of a warning are logged: fewer and fewer.
+WARN_AT = {1, 10, 100, 1000, 10000, 100000}
 
 
 class Shrunk(NamedTuple):
@@ -38,7 +42,7 @@ class Shrunk(NamedTuple):
     lens : torch.Tensor
         [B], their relative lengths.
     segments : Segments
-        Where they come from.
+        The frames each vector comes from.
 
     Example
     -------
@@ -86,15 +90,14 @@ class CTCShrink(torch.nn.Module):
         True: weights pass gradient on to the CTC head (`"weighted"` and
         `"softmax"` only).
     capacity : int, optional
-        Fixed number S of segments: nothing is asked of the device, and
+        Fixed number S of segments: no synchronisation with the device, and
         `torch.compile(..., fullgraph=True)` works. What an utterance has
         beyond it goes into its last segment. Lengths and NaN are then not
         checked and collapse is not reported (see `watch`).
-    max_ratio : float
-        More frames than this for every segment, over an utterance, is a
-        collapse into blanks.
-    min_ratio : float
-        Fewer than this, over a batch, is a collapse into noise.
+    max_ratio, min_ratio : float
+        More than `max_ratio` frames a segment, over an utterance, is a
+        collapse into blanks; fewer than `min_ratio`, over a batch, a
+        collapse into noise.
     uniform : int, optional
         Frames of a segment where an utterance has collapsed into blanks.
         None: it is left as it is.
@@ -130,7 +133,7 @@ class CTCShrink(torch.nn.Module):
         if train_weights and pooling not in ("weighted", "softmax"):
             raise ValueError(
                 f"train_weights: pooling {pooling!r} has no weights to train; "
-                "take 'weighted' or 'softmax'"
+                "use 'weighted' or 'softmax'"
             )
         if uniform is not None and not 1 <= uniform <= max_ratio:
             raise ValueError(
@@ -152,10 +155,10 @@ class CTCShrink(torch.nn.Module):
         Arguments
         ---------
         x : torch.Tensor
-            [B, T, d], encoder output.
+            [B, T, d], encoder output; padding is ignored, even NaN.
         logits : torch.Tensor
             [B, T, V], scores of the CTC head on the same frames (logits or
-            log-probabilities). Padding of both may hold anything, also NaN.
+            log-probabilities); padding is ignored, even NaN.
         lens : torch.Tensor
             [B], relative lengths.
         ids : sequence of str, optional
@@ -170,15 +173,15 @@ class CTCShrink(torch.nn.Module):
         ------
         ValueError
             Shapes that do not belong together, a blank that the head does not
-            have, a length of 0, NaN among scores in use.
+            have, a length of 0, NaN among the valid scores.
         """
         self._check_shapes(x, logits, lens)
         lengths = absolute_lengths(lens, x.shape[1])
-        trained = logits if self.train_weights else logits.detach()
+        scores = logits if self.train_weights else logits.detach()
         # On a CPU several times faster than argmax, and it sees NaN.
-        best, labels = trained.max(-1)
+        best, labels = scores.max(-1)
         segments = self._segments(best, labels, lengths, ids)
-        out = self._pool(x, trained, best, segments)
+        out = self._pool(x, scores, best, segments)
         shrunk_lens = relative_lengths(segments.lengths, out.shape[1])
         return Shrunk(out, shrunk_lens, segments)
 
@@ -203,75 +206,135 @@ class CTCShrink(torch.nn.Module):
             )
 
     def _segments(self, best, labels, lengths, ids):
-        _check(labels, lengths, self.capacity)
-        begins, inside = _begins(
-            labels, lengths, self.drop_blank, self.blank_index
+        starts, inside = find_starts(
+            labels, lengths, self.drop_blank, self.blank_index, self.capacity
         )
-        counts = begins.sum(1)
-        blanks = lengths > counts * self.max_ratio
+        counts = starts.sum(1)
+        collapsed = lengths > counts * self.max_ratio
         if self.uniform is not None:
-            begins, inside = self._cut_evenly(begins, inside, lengths, blanks)
-            counts = torch.where(blanks, begins.sum(1), counts)
-        width = self.capacity
-        if width is None:
-            width = self._ask(best, lengths, counts, blanks, ids)
-        return _arrange(labels, lengths, begins, inside, width)
+            valid = ~padding_mask(lengths, starts.shape[1])
+            steps = torch.arange(starts.shape[1], device=starts.device)
+            even = (steps % self.uniform == 0) & valid
+            starts = torch.where(collapsed[:, None], even, starts)
+            inside = torch.where(collapsed[:, None], valid, inside)
+            counts = torch.where(collapsed, starts.sum(1), counts)
+        size = self.capacity
+        if size is None:
+            size = self._check(best, lengths, counts, collapsed, ids)
+        return make_segments(labels, lengths, starts, inside, size)
 
-    def _cut_evenly(self, begins, inside, lengths, where):
-        valid = ~padding_mask(lengths, begins.shape[1])
-        steps = torch.arange(begins.shape[1], device=begins.device)
-        even = (steps % self.uniform == 0) & valid
-        where = where[:, None]
-        return torch.where(where, even, begins), torch.where(
-            where, valid, inside
-        )
-
-    def _ask(self, best, lengths, counts, blanks, ids):
-        """Ask the device once for all that there is to know."""
+    def _check(self, best, lengths, counts, collapsed, ids):
+        """Check a batch and return its most segments, in one transfer."""
         frames = best.shape[1]
         bad = ~best.detach().isfinite() & ~padding_mask(lengths, frames)
-        asked = torch.stack(
-            [
-                counts.max(),
-                lengths.min(),
-                lengths.max(),
-                bad.sum(),
-                counts.sum(),
-                lengths.sum(),
-                blanks.sum(),
-            ]
+        figures = (
+            *(counts.max(), lengths.min(), lengths.max(), bad.sum()),
+            *(counts.sum(), lengths.sum(), collapsed.sum()),
         )
-        most, least, longest, wrong, segments, total, collapsed = asked.tolist()
-        if least < 1 or longest > frames:
+        size, shortest, longest, wrong, *totals = torch.stack(figures).tolist()
+        if shortest < 1 or longest > frames:
             check_lengths(lengths, frames, "features", ids)
         if wrong:
             row = int(bad.any(1).nonzero()[0])
             raise ValueError(
-                f"the CTC head's scores of {row_name(row, ids)} are NaN or "
-                f"infinite in {int(bad[row].sum())} frame(s): its features "
-                "are, or training has diverged (lower the learning rate). "
-                "InputGuard finds bad features beforehand"
+                f"the CTC head's scores of {utterance_name(row, ids)} are NaN "
+                f"or infinite in {int(bad[row].sum())} frame(s): either its "
+                "features are (InputGuard finds them) or training has "
+                "diverged (lower the learning rate)"
             )
-        self.watch.update(segments, total, collapsed, len(lengths))
-        return most
+        self.watch.update(*totals, utterances=len(lengths))
+        return size
 
-    def _pool(self, x, logits, best, segments):
+    def _pool(self, x, scores, best, segments):
         if self.pooling == "first":
             return take_rows(x, segments.starts, segments.mask)
         offsets, ids = segments.offsets, segments.ids
         if self.pooling == "mean":
-            each = segments.counts.clamp(min=1).to(x.dtype).reciprocal()
-            weights = each.gather(1, ids.clamp(min=0))
+            weights = segments.counts.clamp(min=1).to(x.dtype).reciprocal()
+            weights = weights.gather(1, ids.clamp(min=0))
         else:
-            share = (best - logits.logsumexp(-1)).exp().to(x.dtype)
+            share = (best - scores.logsumexp(-1)).exp().to(x.dtype)
             if self.pooling == "softmax":
                 share = share.exp()
             share = share.masked_fill(ids < 0, 0.0)
             total = pool_runs(
                 share[..., None], torch.ones_like(share), offsets, ids
             )
-            whole = total.squeeze(-1).gather(1, ids.clamp(min=0))
+            total = total.squeeze(-1).gather(1, ids.clamp(min=0))
             # 1, not 0, where nothing is divided: 0 / 0 has no gradient.
-            weights = share / whole.masked_fill(ids < 0, 1.0)
+            weights = share / total.masked_fill(ids < 0, 1.0)
         weights = weights.masked_fill(ids < 0, 0.0)
         return pool_runs(x, weights, offsets, ids)
+
+
+class CollapseWatch:
+    """Counts batches whose CTC labels are of no use for shrinking."""
+
+    def __init__(self, min_ratio, max_ratio, cut_evenly):
+        if not 1 <= min_ratio < max_ratio:
+            raise ValueError(
+                f"min_ratio {min_ratio:g}, max_ratio {max_ratio:g}: expected "
+                "1 <= min_ratio < max_ratio (frames for every segment)"
+            )
+        self.min_ratio, self.max_ratio = min_ratio, max_ratio
+        self.remedy = (
+            "they are cut evenly instead"
+            if cut_evenly
+            else "little is left of them (uniform=8 would cut them evenly)"
+        )
+        self._warned = Counter()
+        self.reset()
+
+    def reset(self):
+        """Forget the statistics, e.g. at the end of an epoch."""
+        self._seen = Counter()
+
+    def update(self, segments, frames, collapsed, utterances):
+        """Count a batch, and warn where the head has collapsed."""
+        self._seen.update(
+            segments=segments,
+            frames=frames,
+            collapsed=collapsed,
+            utterances=utterances,
+            batches=1,
+        )
+        if collapsed:
+            self._warn(
+                "blanks",
+                f"{collapsed} of {utterances} utterance(s) are almost nothing "
+                f"but blanks to the CTC head (more than {self.max_ratio:g} "
+                f"frames a segment): {self.remedy}. Usual early in training; "
+                "later it means that the CTC loss is too weak or the learning "
+                "rate too high.",
+            )
+        # Of single frames nothing can be said.
+        elif frames < self.min_ratio * segments and frames > 2 * utterances:
+            self._seen["noise"] += 1
+            self._warn(
+                "noise",
+                "the CTC head has a new label at almost every frame "
+                f"({segments} segments of {frames} frames): nothing gets "
+                "shorter. It is untrained, or its labels do not fit the "
+                "encoder.",
+            )
+
+    def _warn(self, kind, message):
+        self._warned[kind] += 1
+        if self._warned[kind] in WARN_AT:
+            logger.warning("%s (time %d)", message, self._warned[kind])
+
+    def statistics(self):
+        """Return what was seen since the last `reset`.
+
+        `compression`: frames for every segment; `blank_utterances`: how many
+        collapsed into blanks, in %; `noise_batches`: how many batches into
+        noise, in %.
+        """
+        seen = self._seen
+        return {
+            "compression": seen["frames"] / max(1, seen["segments"]),
+            "blank_utterances": 100.0
+            * seen["collapsed"]
+            / max(1, seen["utterances"]),
+            "noise_batches": 100.0 * seen["noise"] / max(1, seen["batches"]),
+        }

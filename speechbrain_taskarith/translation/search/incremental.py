@@ -1,4 +1,4 @@
-"""Decoding a token at a time: what earlier tokens gave is kept."""
+"""Decoding a token at a time, with the keys and values of earlier tokens."""
 
 import torch
 from speechbrain.lobes.models.transformer.Transformer import (
@@ -12,26 +12,15 @@ from speechbrain_taskarith.utils.lengths import padding_mask
 
 
 def decoder_by_steps(decoder, memory, lengths):
-    """Make what decodes a token at a time.
+    """Return what decodes `memory` [B, S, d] a token at a time.
 
-    Arguments
-    ---------
-    decoder : TranslationDecoder
-        In evaluation mode.
-    memory : torch.Tensor
-        [B, S, d], from the textual encoder.
-    lengths : torch.Tensor
-        [B], absolute lengths of `memory`.
-
-    Returns
-    -------
-    IncrementalDecoder or PrefixDecoder
-        The second where layers are not as SpeechBrain has them (wrapped, with
-        adapters or hooks): it decodes whole prefixes, so nothing is left out.
+    A `PrefixDecoder` where layers are not as SpeechBrain has them (wrapped,
+    with adapters or hooks), so that nothing of them is left out. The decoder
+    is in evaluation mode; `lengths` [B] are absolute.
     """
     plain = all(_is_plain(layer) for layer in decoder.layers.layers)
-    which = IncrementalDecoder if plain else PrefixDecoder
-    return which(decoder, memory, lengths)
+    decoder_class = IncrementalDecoder if plain else PrefixDecoder
+    return decoder_class(decoder, memory, lengths)
 
 
 def _is_plain(layer):
@@ -39,31 +28,25 @@ def _is_plain(layer):
     if type(layer) is not TransformerDecoderLayer or not layer.normalize_before:
         return False
     attentions = (layer.self_attn, layer.multihead_attn)
-    if any(type(one) is not MultiheadAttention for one in attentions):
+    if any(type(module) is not MultiheadAttention for module in attentions):
         return False
     # Of these modules the weights are used; `forward` is not called.
-    replaced = [layer, *attentions, *(one.att for one in attentions)]
+    inner = [module.att for module in attentions]
     return not any(
         module._forward_hooks
         or module._forward_pre_hooks
         or "forward" in vars(module)
-        for module in replaced
+        for module in (layer, *attentions, *inner)
     ) and all(
-        type(one.att) is torch.nn.MultiheadAttention
-        and one.att.in_proj_weight is not None
-        and one.att.in_proj_bias is not None
-        for one in attentions
+        type(att) is torch.nn.MultiheadAttention
+        and att.in_proj_weight is not None
+        and att.in_proj_bias is not None
+        for att in inner
     )
 
 
 class PrefixDecoder:
-    """Decodes whole prefixes with every token, whatever the layers are.
-
-    Arguments
-    ---------
-    decoder, memory, lengths : object
-        As of `IncrementalDecoder`.
-    """
+    """Decodes whole prefixes with every token, whatever the layers are."""
 
     def __init__(self, decoder, memory, lengths):
         self.decoder, self.memory, self.lengths = decoder, memory, lengths
@@ -71,38 +54,15 @@ class PrefixDecoder:
 
     @torch.no_grad()
     def step(self, tokens):
-        """Decode one more token; see `IncrementalDecoder.step`.
-
-        Arguments
-        ---------
-        tokens : torch.Tensor
-            [B].
-
-        Returns
-        -------
-        torch.Tensor
-            [B, d].
-        torch.Tensor
-            [B, S].
-        """
+        """As `IncrementalDecoder.step`."""
         self.tokens = torch.cat([self.tokens, tokens[:, None]], 1)
-        found = self.decoder.decode(self.tokens, self.memory, self.lengths)
-        hidden, attention = found
+        hidden, attention = self.decoder.decode(
+            self.tokens, self.memory, self.lengths
+        )
         return hidden[:, -1], attention[:, -1]
 
-    def keep(self, rows):
-        """Go on with some rows; see `IncrementalDecoder.keep`.
-
-        Arguments
-        ---------
-        rows : torch.Tensor
-            [N] indices, or [B] bool.
-
-        Returns
-        -------
-        PrefixDecoder
-            Itself.
-        """
+    def select(self, rows):
+        """As `IncrementalDecoder.select`."""
         self.memory, self.lengths = self.memory[rows], self.lengths[rows]
         self.tokens = self.tokens[rows]
         return self
@@ -114,28 +74,6 @@ class IncrementalDecoder:
     Keys and values of earlier tokens and of the encoder's output are computed
     once. A translation of U tokens of S frames costs U (U + S) products of
     attention; decoding every prefix anew, U^2 (U + S).
-
-    Arguments
-    ---------
-    decoder : TranslationDecoder
-        In evaluation mode: nothing is dropped here.
-    memory : torch.Tensor
-        [B, S, d], from the textual encoder.
-    lengths : torch.Tensor
-        [B], absolute lengths of `memory`.
-
-    Example
-    -------
-    >>> from speechbrain_taskarith.translation import TranslationDecoder
-    >>> decoder = TranslationDecoder(6, 8, 2, num_layers=1).eval()
-    >>> memory, lengths = torch.rand(2, 3, 8), torch.tensor([3, 2])
-    >>> tokens = torch.tensor([[1, 4], [1, 5]])
-    >>> incremental = IncrementalDecoder(decoder, memory, lengths)
-    >>> for token in tokens.T:
-    ...     hidden, _ = incremental.step(token)
-    >>> whole, _ = decoder.decode(tokens, memory, lengths)
-    >>> torch.allclose(hidden, whole[:, -1], atol=1e-6)
-    True
     """
 
     def __init__(self, decoder, memory, lengths):
@@ -144,90 +82,61 @@ class IncrementalDecoder:
         self.layers = [
             (
                 layer,
-                _Attention(layer.self_attn),
-                _Attention(layer.multihead_attn),
+                _CachedAttention(layer.self_attn),
+                _CachedAttention(layer.multihead_attn),
             )
             for layer in decoder.layers.layers
         ]
-        for _, _, crossing in self.layers:
-            crossing.append(memory)
+        for _, _, cross_attention in self.layers:
+            cross_attention.append(memory)
         self.tokens = 0
 
     @torch.no_grad()
     def step(self, tokens):
-        """Decode one more token of each translation.
+        """Decode one more token of each translation: tokens [B].
 
-        Arguments
-        ---------
-        tokens : torch.Tensor
-            [B], the newest tokens, the beginning token first of all.
-
-        Returns
-        -------
-        torch.Tensor
-            [B, d], before the output layer.
-        torch.Tensor
-            [B, S], attention of the last layer, mean over heads.
-
-        Raises
-        ------
-        ValueError
-            Where the translation is longer than the decoder's positions.
+        Returns [B, d], before the output layer, and [B, S], attention of the
+        last layer, mean over heads.
         """
         decoder = self.decoder
         self.tokens += 1
-        check_positions(decoder.positions, tokens.expand(self.tokens, -1).T)
+        check_positions(decoder.positions, self.tokens)
         x = decoder.embedding(tokens[:, None])
         x = x + decoder.positions.pe[:, self.tokens - 1 : self.tokens]
-        attention = None
-        for layer, own, crossing in self.layers:
+        for layer, self_attention, cross_attention in self.layers:
             query = layer.norm1(x)
-            own.append(query)
-            x = x + own(query)[0]
-            found, attention = crossing(layer.norm2(x), self.padding)
-            x = x + found
+            self_attention.append(query)
+            x = x + self_attention(query)[0]
+            out, weights = cross_attention(layer.norm2(x), self.padding)
+            x = x + out
             x = x + layer.pos_ffn(layer.norm3(x))
-        return decoder.layers.norm(x)[:, 0], attention.mean(1)[:, 0]
+        return decoder.layers.norm(x)[:, 0], weights.mean(1)[:, 0]
 
-    def keep(self, rows):
-        """Go on with these translations alone, in this order.
+    def select(self, rows):
+        """Go on with these translations alone: indices [N], or bool [B].
 
-        Arguments
-        ---------
-        rows : torch.Tensor
-            [N] indices, of which one may come more than once, or [B] bool.
-
-        Returns
-        -------
-        IncrementalDecoder
-            Itself.
+        An index may come more than once.
         """
         self.padding = self.padding[rows]
         for _, *attentions in self.layers:
             for attention in attentions:
-                attention.keep(rows)
+                attention.select(rows)
         return self
 
 
-class _Attention:
-    """Multi-head attention whose keys and values are kept.
-
-    Arguments
-    ---------
-    module : speechbrain.nnet.attention.MultiheadAttention
-        Its weights.
-    """
+class _CachedAttention:
+    """Multi-head attention with a cache of keys and values."""
 
     def __init__(self, module):
         self.att = module.att
         self.keys = self.values = None
 
     def append(self, x):
-        """Take more to attend to: [B, T, d]."""
+        """Add vectors to attend to: [B, T, d]."""
         width = self.att.embed_dim
         weight, bias = self.att.in_proj_weight, self.att.in_proj_bias
-        found = linear(x, weight[width:], bias[width:]).chunk(2, -1)
-        keys, values = (self._heads(one) for one in found)
+        projected = linear(x, weight[width:], bias[width:])
+        keys, values = map(self._heads, projected.chunk(2, -1))
         if self.keys is not None:
             keys = torch.cat([self.keys, keys], 2)
             values = torch.cat([self.values, values], 2)
@@ -238,7 +147,7 @@ class _Attention:
         return x.unflatten(-1, (self.att.num_heads, -1)).transpose(1, 2)
 
     def __call__(self, x, padding=None):
-        """Attend: [B, 1, d], what not to see [B, T]; result and weights."""
+        """Attend from x [B, 1, d], padding [B, T]; return sum and weights."""
         width = self.att.embed_dim
         weight, bias = self.att.in_proj_weight, self.att.in_proj_bias
         query = self._heads(linear(x, weight[:width], bias[:width]))
@@ -247,9 +156,9 @@ class _Attention:
         if padding is not None:
             scores.masked_fill_(padding[:, None, None], float("-inf"))
         weights = scores.softmax(-1)
-        found = (weights @ self.values).transpose(1, 2).flatten(2)
-        return self.att.out_proj(found), weights
+        out = (weights @ self.values).transpose(1, 2).flatten(2)
+        return self.att.out_proj(out), weights
 
-    def keep(self, rows):
+    def select(self, rows):
         """Go on with these rows alone."""
         self.keys, self.values = self.keys[rows], self.values[rows]

@@ -9,7 +9,7 @@ from speechbrain.lobes.models.transformer.Transformer import (
 
 from speechbrain_taskarith.translation.text.encoder import (
     check_positions,
-    initialise,
+    draw_matrices,
 )
 from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
 
@@ -25,12 +25,8 @@ class TranslationDecoder(torch.nn.Module):
     ---------
     vocab_size : int
         Target tokens, beginning and end among them.
-    d_model : int
-        Width.
-    nhead : int
-        Attention heads.
-    num_layers : int
-        Layers.
+    d_model, nhead, num_layers : int
+        Width, attention heads and layers.
     d_ffn : int, optional
         Width inside a layer; four times `d_model` by default.
     dropout : float
@@ -71,7 +67,7 @@ class TranslationDecoder(torch.nn.Module):
         )
         self.seq_lin = torch.nn.Linear(d_model, vocab_size)
         self.drop = torch.nn.Dropout(dropout)
-        initialise(self)
+        draw_matrices(self)
 
     def forward(self, tokens, memory, memory_lens):
         """Score every next token.
@@ -79,7 +75,7 @@ class TranslationDecoder(torch.nn.Module):
         Arguments
         ---------
         tokens : torch.Tensor
-            [B, U], the translation behind its beginning token. What pads it
+            [B, U], the translation behind its beginning token. Its padding
             does not matter: no token sees what comes after it.
         memory : torch.Tensor
             [B, S, d], from the textual encoder.
@@ -95,7 +91,7 @@ class TranslationDecoder(torch.nn.Module):
         return self.seq_lin(self.decode(tokens, memory, lengths)[0])
 
     def decode(self, tokens, memory, lengths):
-        """Decode prefixes, as SpeechBrain's searchers ask for it.
+        """Decode prefixes; SpeechBrain's searchers call this.
 
         Arguments
         ---------
@@ -113,10 +109,10 @@ class TranslationDecoder(torch.nn.Module):
         torch.Tensor
             [B, U, S], attention of the last layer, mean over heads.
         """
-        check_positions(self.positions, tokens)
+        size = tokens.shape[1]
+        check_positions(self.positions, size)
         x = self.embedding(tokens)
         x = self.drop(x + self.positions(x))
-        size = tokens.shape[1]
         future = torch.ones(size, size, dtype=torch.bool, device=x.device)
         x, _, attention = self.layers(
             x,

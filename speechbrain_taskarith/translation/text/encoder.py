@@ -18,12 +18,8 @@ class TextEncoder(torch.nn.Module):
 
     Arguments
     ---------
-    d_model : int
-        Width.
-    nhead : int
-        Attention heads.
-    num_layers : int
-        Layers.
+    d_model, nhead, num_layers : int
+        Width, attention heads and layers.
     d_ffn : int, optional
         Width inside a layer; four times `d_model` by default.
     dropout : float
@@ -73,7 +69,7 @@ class TextEncoder(torch.nn.Module):
         )
         self.norm = torch.nn.LayerNorm(d_model)
         self.drop = torch.nn.Dropout(dropout)
-        initialise(self.layers)
+        draw_matrices(self.layers)
 
     def forward(self, x, lens):
         """Encode a batch of speech or text.
@@ -81,7 +77,7 @@ class TextEncoder(torch.nn.Module):
         Arguments
         ---------
         x : torch.Tensor
-            [B, S, d], without positions; padding may hold anything.
+            [B, S, d], without positions; padding is ignored, even NaN.
         lens : torch.Tensor
             [B], relative lengths.
 
@@ -95,8 +91,8 @@ class TextEncoder(torch.nn.Module):
         ValueError
             A sequence beyond `max_length`.
         """
-        check_positions(self.positions, x)
         size = x.shape[1]
+        check_positions(self.positions, size)
         outside = padding_mask(absolute_lengths(lens, size), size)
         x = x.masked_fill(outside[..., None], 0.0)
         x = self.drop(x + self.positions(x))
@@ -107,36 +103,17 @@ class TextEncoder(torch.nn.Module):
         return self.norm(x).masked_fill(outside[..., None], 0.0)
 
 
-def check_positions(positions, x):
-    """Refuse a sequence that is longer than there are positions.
-
-    Arguments
-    ---------
-    positions : PositionalEncoding
-        SpeechBrain's.
-    x : torch.Tensor
-        [B, S, ...].
-
-    Raises
-    ------
-    ValueError
-        Saying how long it is.
-    """
-    if x.shape[1] > positions.max_len:
+def check_positions(positions, steps):
+    """Refuse a sequence of more steps than SpeechBrain's positions have."""
+    if steps > positions.max_len:
         raise ValueError(
-            f"a sequence of {x.shape[1]} steps, but positions up to "
+            f"a sequence of {steps} steps, but positions up to "
             f"{positions.max_len}: raise max_length, or shrink it first"
         )
 
 
-def initialise(module):
-    """Draw matrices as SpeechBrain's Transformers do.
-
-    Arguments
-    ---------
-    module : torch.nn.Module
-        Its matrices are drawn anew.
-    """
+def draw_matrices(module):
+    """Draw matrices as SpeechBrain's Transformers do."""
     for parameter in module.parameters():
         if parameter.dim() > 1:
             torch.nn.init.xavier_normal_(parameter)

@@ -1,4 +1,4 @@
-"""Starting from a text-translation model."""
+"""Start from a text-translation model."""
 
 import pickle
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ def initialise_from_text_translation(model, source, parts=PARTS):
         The other model, its state dict, a file of it (`.ckpt`, `.pt`,
         `.safetensors`), or a SpeechBrain `CKPT+...` folder with `model.ckpt`.
     parts : sequence of str
-        What to take.
+        Modules to take.
 
     Returns
     -------
@@ -33,7 +33,7 @@ def initialise_from_text_translation(model, source, parts=PARTS):
     Raises
     ------
     FileNotFoundError
-        Nothing there.
+        No such file, or no `model.ckpt` in the folder.
     ValueError
         A damaged file; tensors that are missing, left over, or of another
         shape, by name.
@@ -50,16 +50,19 @@ def initialise_from_text_translation(model, source, parts=PARTS):
     >>> torch.equal(fresh.decoder.weight, trained.decoder.weight)
     True
     """
-    given, shown = _read(source)
-    given = {name.removeprefix("module."): t for name, t in given.items()}
-    own = model.state_dict()
-    heads = tuple(f"{part}." for part in parts)
-    wanted = {n: t for n, t in own.items() if n.startswith(heads)}
-    found = {n: t for n, t in given.items() if n.startswith(heads)}
-    # Positions are computed, and may be longer here than there.
-    for table in (wanted, found):
-        for name in [n for n in table if n.endswith("positions.pe")]:
-            del table[name]
+    state, shown = _read(source)
+    state = {name.removeprefix("module."): t for name, t in state.items()}
+    prefixes = tuple(f"{part}." for part in parts)
+
+    def selected(tensors):
+        # Positions are computed, and may be of another length.
+        return {
+            name: tensor
+            for name, tensor in tensors.items()
+            if name.startswith(prefixes) and not name.endswith("positions.pe")
+        }
+
+    wanted, found = selected(model.state_dict()), selected(state)
     faults = [f"missing: {n}" for n in wanted if n not in found]
     faults += [f"left over: {n}" for n in found if n not in wanted]
     faults += [

@@ -1,4 +1,4 @@
-"""Local to global: convolutions that widen from layer to layer."""
+"""Local to global: convolutions that get wider from layer to layer."""
 
 import torch
 
@@ -11,21 +11,6 @@ class LocalExtractor(torch.nn.Module):
     Conformer's module (pointwise and GLU, depthwise, norm, SiLU, pointwise)
     with LayerNorm for BatchNorm, as in SpeechBrain. Padding is zero where the
     depthwise convolution reads it, so nothing of it reaches a valid frame.
-
-    Arguments
-    ---------
-    d_model : int
-        Width.
-    kernel_size : int
-        Frames that the convolution sees, odd.
-    dropout : float
-        Of what is added.
-
-    Example
-    -------
-    >>> local = LocalExtractor(8, kernel_size=5)
-    >>> local(torch.rand(2, 7, 8), torch.tensor([1.0, 0.5])).shape
-    torch.Size([2, 7, 8])
     """
 
     def __init__(self, d_model, kernel_size, dropout=0.1):
@@ -53,20 +38,7 @@ class LocalExtractor(torch.nn.Module):
         )
 
     def forward(self, x, lens):
-        """Add what is found nearby.
-
-        Arguments
-        ---------
-        x : torch.Tensor
-            [B, S, d]; padding may hold anything, also NaN.
-        lens : torch.Tensor
-            [B], relative lengths.
-
-        Returns
-        -------
-        torch.Tensor
-            [B, S, d], 0 in the padding.
-        """
+        """x [B, S, d], whose padding is ignored, to [B, S, d], 0 there."""
         size = x.shape[1]
         outside = padding_mask(absolute_lengths(lens, size), size)[..., None]
         x = x.masked_fill(outside, 0.0)
@@ -80,19 +52,15 @@ class LocalExtractor(torch.nn.Module):
 class LocalToGlobal(torch.nn.Module):
     """Convolution modules in front of the layers of the textual encoder.
 
-    Layer i sees `kernel + stride * i` frames, made odd: 5, 9, 11, 15, 17, 21
+    Layer i sees `kernel + stride * i` vectors, made odd: 5, 9, 11, 15, 17, 21
     (arXiv 2311.03810, section 4.2). Speech and text go through the same ones.
 
     Arguments
     ---------
-    d_model : int
-        Width.
-    num_layers : int
-        Layers of the textual encoder.
-    kernel : int
-        Frames that the first one sees.
-    stride : int
-        How many more each next one sees.
+    d_model, num_layers : int
+        Width and layers of the textual encoder.
+    kernel, stride : int
+        Vectors that the first one sees, and how many more each following one.
     dropout : float
         Of what is added.
 
@@ -119,7 +87,7 @@ class LocalToGlobal(torch.nn.Module):
 
     @property
     def kernel_sizes(self):
-        """Frames that each layer sees."""
+        """Vectors that each layer sees."""
         return [layer.kernel_size for layer in self.layers]
 
     def forward(self, x, lens, layer):

@@ -4,6 +4,7 @@ import unicodedata
 
 import torch
 
+from speechbrain_taskarith.translation.distributed import process_rank
 from speechbrain_taskarith.utils.lengths import (
     absolute_lengths,
     padding_mask,
@@ -14,9 +15,9 @@ from speechbrain_taskarith.utils.lengths import (
 class BlankNoise(torch.nn.Module):
     """Put blanks into some sentences of a batch of text, in training only.
 
-    A sentence is chosen with a probability. In it all punctuation becomes
-    blank, and blanks are inserted in front of up to a share of its words
-    (arXiv 2311.03810, section 4.2).
+    In a sentence chosen at random all punctuation becomes blank, and blanks
+    are inserted in front of up to a share of its words (arXiv 2311.03810,
+    section 4.2).
 
     Arguments
     ---------
@@ -25,8 +26,8 @@ class BlankNoise(torch.nn.Module):
     probability : float
         Of a sentence to be chosen.
     insert_share : float
-        The most words that get a blank in front, as a share. How many it is
-        in a sentence is drawn evenly from 0 to there.
+        Largest share of words that get a blank in front; the share is drawn
+        uniformly from 0 to it for each sentence.
     seed : int, optional
         Makes the noise a function of seed, process and number of the call
         (which is part of the state, so that a resumed run goes on). None:
@@ -40,7 +41,7 @@ class BlankNoise(torch.nn.Module):
         Tokens behind which a word begins (the space of a character
         vocabulary). The first token begins one.
     pad_index : int
-        What to fill up with.
+        Padding token.
 
     Example
     -------
@@ -65,12 +66,11 @@ class BlankNoise(torch.nn.Module):
         pad_index=0,
     ):
         super().__init__()
-        for name, value in (
-            ("probability", probability),
-            ("insert_share", insert_share),
-        ):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} {value}: expected 0 to 1")
+        if not (0 <= probability <= 1 and 0 <= insert_share <= 1):
+            raise ValueError(
+                f"probability {probability}, insert_share {insert_share}: "
+                "expected 0 to 1"
+            )
         self.blank_token = blank_token
         self.probability, self.insert_share = probability, insert_share
         self.seed, self.pad_index = seed, pad_index
@@ -140,29 +140,26 @@ class BlankNoise(torch.nn.Module):
         """
         if not self.training or self.probability == 0:
             return tokens, lens
-        batch, size = tokens.shape
-        chosen, share, order = self._draw(batch, size)
+        size = tokens.shape[1]
         chosen, share, order = (
-            drawn.to(tokens.device) for drawn in (chosen, share, order)
+            drawn.to(tokens.device) for drawn in self._draw(len(tokens), size)
         )
         inside = ~padding_mask(absolute_lengths(lens, size), size)
         inside = inside & (chosen < self.probability)
-        wrong = _among(tokens, self.punctuation) & inside
-        # Before punctuation is gone: what begins a word does not change.
-        starts = self._starts(tokens) & inside & ~wrong
-        tokens = tokens.masked_fill(wrong, self.blank_token)
-        many = (starts.sum(1) * self.insert_share * share).floor()
+        punctuation = _isin(tokens, self.punctuation) & inside
+        # Found before punctuation is replaced, which begins no word.
+        starts = self._starts(tokens) & inside & ~punctuation
+        tokens = tokens.masked_fill(punctuation, self.blank_token)
+        count = (starts.sum(1) * self.insert_share * share).floor()
         order = order.masked_fill(~starts, 2.0)
         rank = order.argsort(1).argsort(1)
-        return self._insert(tokens, lens, starts & (rank < many[:, None]))
+        return self._insert(tokens, lens, starts & (rank < count[:, None]))
 
     def _draw(self, batch, size):
         generator = None
         if self.seed is not None:
-            rank = 0
-            if torch.distributed.is_initialized():
-                rank = torch.distributed.get_rank()
-            number = (self.seed * 1_000_003 + int(self.calls)) * 65_537 + rank
+            number = self.seed * 1_000_003 + int(self.calls)
+            number = number * 65_537 + process_rank()
             generator = torch.Generator().manual_seed(number % 2**63)
             self.calls += 1
         return (
@@ -174,10 +171,10 @@ class BlankNoise(torch.nn.Module):
     def _starts(self, tokens):
         if self.word_starts is None:
             return torch.ones_like(tokens, dtype=torch.bool)
-        starts = _among(tokens, self.word_starts)
+        starts = _isin(tokens, self.word_starts)
         if self.boundaries:
             first = torch.ones_like(starts[:, :1])
-            behind = _among(tokens, self.boundaries)[:, :-1]
+            behind = _isin(tokens, self.boundaries)[:, :-1]
             starts = starts | torch.cat([first, behind], 1)
         return starts
 
@@ -187,8 +184,7 @@ class BlankNoise(torch.nn.Module):
         lengths = absolute_lengths(lens, size)
         inside = ~padding_mask(lengths, size)
         added = (where & inside).sum(1)
-        longest = int((lengths + added).max())
-        width = max(size, longest)
+        width = max(size, int((lengths + added).max()))
         steps = torch.arange(size, device=tokens.device)
         target = (steps + shift).masked_fill(~inside, width)
         out = tokens.new_full((batch, width + 1), self.pad_index)
@@ -198,6 +194,6 @@ class BlankNoise(torch.nn.Module):
         return out, relative_lengths(lengths + added, width).to(lens)
 
 
-def _among(tokens, which):
-    which = torch.tensor(which, dtype=tokens.dtype, device=tokens.device)
-    return torch.isin(tokens, which)
+def _isin(tokens, kinds):
+    kinds = torch.tensor(kinds, dtype=tokens.dtype, device=tokens.device)
+    return torch.isin(tokens, kinds)

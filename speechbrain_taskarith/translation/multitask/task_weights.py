@@ -5,8 +5,8 @@ import math
 
 import torch
 
-from speechbrain_taskarith.translation.losses.gathering import average_
-from speechbrain_taskarith.translation.tasks.gradients import (
+from speechbrain_taskarith.translation.distributed import average_
+from speechbrain_taskarith.translation.multitask.gradients import (
     isolated_gradients,
     trained_parameters,
 )
@@ -15,7 +15,7 @@ from speechbrain_taskarith.utils.recoverable import JSONRecoverable
 logger = logging.getLogger(__name__)
 
 # Where each task's gradient is compared with that of the main task.
-_PARTS = {"asr": ("acoustic",), "mt": ("textual", "decoder")}
+SHARED_PARTS = {"asr": ("acoustic",), "mt": ("textual", "decoder")}
 
 
 class TaskNormWeights(JSONRecoverable):
@@ -29,12 +29,12 @@ class TaskNormWeights(JSONRecoverable):
                  min(1, n_mt / n_st)^(k / 2)
 
     (arXiv 2311.03810, section 4.3). A task whose weight falls below `floor`
-    is computed no more, which is where training time goes down. The losses'
-    own gradients are taken, before weights, averaged over the micro-batches
-    of an update and over processes: neither the order of tasks nor
-    accumulation nor the number of processes matters.
+    is no longer computed, which saves training time. Gradients are those of
+    the unweighted losses, averaged over the micro-batches of an update and
+    over processes: neither the order of tasks nor accumulation nor the number
+    of processes matters.
 
-    A checkpoint recoverable: a resumed run goes on as if never stopped.
+    A checkpoint recoverable: a resumed run continues as if never stopped.
 
     Arguments
     ---------
@@ -45,7 +45,7 @@ class TaskNormWeights(JSONRecoverable):
     interval : int
         Updates between measurements.
     floor : float
-        Below this weight a task stops.
+        Weight below which a task stops.
     exponent : float
         k. The paper leaves it open; decided: 1.
     parts : dict of str: sequence of str, optional
@@ -95,17 +95,17 @@ class TaskNormWeights(JSONRecoverable):
         self.interval, self.floor, self.exponent = interval, floor, exponent
         parts, initial = dict(parts or {}), dict(initial or {})
         for name in (*parts, *initial):
-            self._known(name)
+            self._check_task(name)
         self.parts = {
-            task: tuple(parts.get(task) or _PARTS.get(task, ("shared",)))
+            task: tuple(parts.get(task) or SHARED_PARTS.get(task, ("shared",)))
             for task in tasks
         }
         self._weights = {task: float(initial.get(task, 1.0)) for task in tasks}
         self.updates = 0
         self.history = []
-        self._sums = {}
+        self._grad_sums = {}
 
-    def _known(self, task):
+    def _check_task(self, task):
         if task not in (*self.tasks, self.main):
             raise ValueError(
                 f"unknown task {task!r}; known are {self.main!r} (main) and "
@@ -114,7 +114,7 @@ class TaskNormWeights(JSONRecoverable):
 
     def __getitem__(self, task):
         """Return a task's weight, 0 where it has stopped."""
-        self._known(task)
+        self._check_task(task)
         if task == self.main:
             return 1.0
         weight = self._weights[task]
@@ -127,7 +127,7 @@ class TaskNormWeights(JSONRecoverable):
 
     @property
     def due(self):
-        """Whether the update at hand is one that measures."""
+        """Whether this update measures gradients."""
         return (self.updates + 1) % self.interval == 0 and len(self.active) > 1
 
     def total(self, losses):
@@ -146,26 +146,26 @@ class TaskNormWeights(JSONRecoverable):
         Raises
         ------
         ValueError
-            A task that nobody knows of, or no task that has any weight.
+            An unknown task, or no task that has any weight.
         """
         total = None
-        # Sorted: the order of rounding is not to hang on that of `tasks`.
+        # Sorted: rounding must not depend on the order of `tasks`.
         for task in (self.main, *sorted(self.tasks)):
             if task in losses and self[task] > 0:
                 part = self[task] * losses[task]
                 total = part if total is None else total + part
         for task in losses:
-            self._known(task)
+            self._check_task(task)
         if total is None:
             raise ValueError(
-                f"losses of {sorted(losses) or 'no task'}, but computed are "
-                f"only {', '.join(self.active)}: leave out batches of tasks "
-                "that have stopped (`active`)"
+                f"losses of {sorted(losses) or 'no task'}, but only "
+                f"{', '.join(self.active)} are active: leave out batches of "
+                "tasks that have stopped"
             )
         return total
 
     def observe(self, losses, modules, share=1.0):
-        """Take the gradients of a batch of the update that measures.
+        """Take the gradients of a batch, in an update that measures.
 
         Call it before `backward`, on every micro-batch while `due`.
 
@@ -181,10 +181,10 @@ class TaskNormWeights(JSONRecoverable):
         Raises
         ------
         ValueError
-            A task that nobody knows of, a part that is missing.
+            An unknown task, or a part that is missing.
         """
         for task in losses:
-            self._known(task)
+            self._check_task(task)
         wanted = [p for t in self.active[1:] for p in self.parts[t]]
         if missing := sorted(set(wanted) - set(modules)):
             raise ValueError(
@@ -196,68 +196,49 @@ class TaskNormWeights(JSONRecoverable):
             p: trained_parameters(modules[p]) for p in dict.fromkeys(wanted)
         }
         # All parts of a task in one pass over its graph.
-        every = list({id(p): p for ps in parts.values() for p in ps}.values())
+        shared = trained_parameters(p for ps in parts.values() for p in ps)
         for task in self.active:
-            loss = losses.get(task)
-            if loss is None:
-                loss = torch.zeros(())
-            found = isolated_gradients(loss, every, across_processes=False)
-            by_id = {id(p): g for p, g in zip(every, found)}
+            loss = losses.get(task, torch.zeros(()))
+            grads = isolated_gradients(loss, shared, across_processes=False)
+            by_id = {id(p): g for p, g in zip(shared, grads)}
             for part, parameters in parts.items():
                 if task != self.main and part not in self.parts[task]:
                     continue
-                grads = [by_id[id(p)] * share for p in parameters]
-                before = self._sums.get((task, part))
-                self._sums[task, part] = (
-                    grads
-                    if before is None
-                    else [a + b for a, b in zip(before, grads)]
-                )
+                scaled = [by_id[id(p)] * share for p in parameters]
+                if before := self._grad_sums.get((task, part)):
+                    scaled = [a + b for a, b in zip(before, scaled)]
+                self._grad_sums[task, part] = scaled
 
     def step(self):
         """Count an update of the optimizer, and change weights when due."""
-        if self.due and self._sums:
+        if self.due and self._grad_sums:
             self._change()
-        self._sums = {}
+        self._grad_sums = {}
         self.updates += 1
 
     def _change(self):
-        norms = {}
-        for key in sorted(self._sums):
-            average_(self._sums[key])
-            squares = sum(
-                float(g.double().square().sum()) for g in self._sums[key]
-            )
-            norms[key] = math.sqrt(squares) if squares >= 0 else math.nan
-        ratios = {}
+        norms = self._norms()
         for task in self.active[1:]:
-            shares = [
+            parts = self.parts[task]
+            ratios = [
                 _ratio(
                     norms.get((task, p), 0.0), norms.get((self.main, p), 0.0)
                 )
-                for p in self.parts[task]
+                for p in parts
             ]
-            # NaN is in the maximum, whatever Python's max does.
-            ratios[task] = sum(shares) if _has_nan(shares) else max(shares)
-        for task, ratio in ratios.items():
-            if math.isnan(ratio):
+            # Asked first: Python's max may or may not return a NaN.
+            if any(map(math.isnan, ratios)):
                 logger.warning(
-                    "update %d: the gradient norm of %r or %r is not finite; "
-                    "its weight stays as it is",
-                    self.updates + 1,
-                    task,
-                    self.main,
+                    f"update {self.updates + 1}: the gradient norm of "
+                    f"{task!r} or {self.main!r} is not finite; its weight "
+                    "stays as it is"
                 )
                 continue
-            self._weights[task] *= ratio ** (
-                self.exponent / len(self.parts[task])
-            )
+            self._weights[task] *= max(ratios) ** (self.exponent / len(parts))
             if self[task] == 0:
                 logger.info(
-                    "update %d: task %r has fallen below %g and stops",
-                    self.updates + 1,
-                    task,
-                    self.floor,
+                    f"update {self.updates + 1}: task {task!r} has fallen "
+                    f"below {self.floor:g} and stops"
                 )
         self.history.append(
             {
@@ -270,14 +251,18 @@ class TaskNormWeights(JSONRecoverable):
             }
         )
 
-    def state(self):
-        """Return what is kept.
+    def _norms(self):
+        """Return `{(task, part): norm}` over all processes."""
+        norms = {}
+        for key in sorted(self._grad_sums):
+            grads = self._grad_sums[key]
+            average_(grads)
+            squares = sum(float(g.double().square().sum()) for g in grads)
+            norms[key] = math.sqrt(squares) if squares >= 0 else math.nan
+        return norms
 
-        Returns
-        -------
-        dict
-            Tasks, weights, updates and the history of all of it.
-        """
+    def state(self):
+        """As `JSONRecoverable.state`: tasks, weights, updates and history."""
         return {
             "tasks": list(self.tasks),
             "main": self.main,
@@ -287,29 +272,18 @@ class TaskNormWeights(JSONRecoverable):
         }
 
     def restore(self, state):
-        """Take back what `state` returned.
-
-        Arguments
-        ---------
-        state : dict
-            See `state`.
-
-        Raises
-        ------
-        ValueError
-            It is of other tasks.
-        """
+        """As `JSONRecoverable.restore`; refuses the weights of other tasks."""
         tasks = state.get("tasks")
         if tasks is None or sorted(tasks) != sorted(self.tasks):
             raise ValueError(
                 f"holds weights of the tasks {tasks}, expected "
-                f"{list(self.tasks)}; begin a new output folder, or name the "
-                "same tasks"
+                f"{list(self.tasks)}; use a new output folder, or the same "
+                "tasks"
             )
         self._weights = {t: float(state["weights"][t]) for t in self.tasks}
         self.updates = int(state["updates"])
         self.history = list(state["history"])
-        self._sums = {}
+        self._grad_sums = {}
 
 
 def _ratio(task, main):
@@ -317,7 +291,3 @@ def _ratio(task, main):
     if not (math.isfinite(task) and math.isfinite(main)):
         return math.nan
     return min(1.0, task / main) if main > 0 else 1.0
-
-
-def _has_nan(values):
-    return any(math.isnan(value) for value in values)

@@ -1,4 +1,4 @@
-"""How much a window of a representation tells: its entropy by its size."""
+"""Spectral entropy of windows: how much neighbouring frames repeat."""
 
 import torch
 
@@ -41,7 +41,7 @@ def window_entropy(x, lens, windows=(2, 4, 8, 16, 32)):
     1.3863
     """
     lengths = absolute_lengths(lens, x.shape[1]).tolist()
-    found = {}
+    entropies = {}
     for size in windows:
         if size < 1:
             raise ValueError(f"window {size}: expected at least 1")
@@ -55,8 +55,8 @@ def window_entropy(x, lens, windows=(2, 4, 8, 16, 32)):
         pieces = torch.nn.functional.normalize(pieces, dim=-1)
         gram = pieces @ pieces.transpose(1, 2) / size
         values = torch.linalg.eigvalsh(gram).clamp(min=0)
-        found[size] = float(torch.special.entr(values).sum(1).mean())
-    return found
+        entropies[size] = float(torch.special.entr(values).sum(1).mean())
+    return entropies
 
 
 def plot_window_entropy(curves, path):

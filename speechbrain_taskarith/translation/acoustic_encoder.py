@@ -14,7 +14,7 @@ class AcousticEncoder(torch.nn.Module):
         `speechbrain.integrations.huggingface`, whose `source` may be a local
         folder.
     d_model : int
-        Width of what is returned.
+        Width d of the output.
     d_encoder : int, optional
         Width D; where it differs from `d_model` a linear layer is added.
     frontend : torch.nn.Module, optional
@@ -45,10 +45,8 @@ class AcousticEncoder(torch.nn.Module):
 
         Arguments
         ---------
-        x : torch.Tensor
-            Features [B, T', F] or waveforms [B, T'].
-        lens : torch.Tensor
-            [B], relative lengths.
+        x, lens : torch.Tensor
+            Features [B, T', F] or waveforms [B, T'], relative lengths [B].
 
         Returns
         -------
@@ -58,7 +56,7 @@ class AcousticEncoder(torch.nn.Module):
         Raises
         ------
         ValueError
-            The encoder's output is of another width than was said.
+            The encoder's output has another width than `d_encoder`.
         """
         if self.frontend is not None:
             x = self.frontend(x)

@@ -1,4 +1,4 @@
-"""Do tasks want the same of a layer? The angle between their gradients."""
+"""Gradient consistency: do two tasks agree about a layer?"""
 
 import csv
 import io
@@ -8,7 +8,9 @@ import logging
 import torch
 
 from speechbrain_taskarith.metrics import plot_heat_map
-from speechbrain_taskarith.translation.tasks.gradients import isolated_gradients
+from speechbrain_taskarith.translation.multitask.gradients import (
+    isolated_gradients,
+)
 from speechbrain_taskarith.utils.files import atomic_write
 from speechbrain_taskarith.utils.recoverable import JSONRecoverable
 
@@ -59,25 +61,25 @@ def gradient_consistency(losses, module, *, by="layer", across_processes=True):
         raise ValueError(
             f"losses of {sorted(losses)}: expected two tasks or more"
         )
-    naming = _naming(by)
+    part_of = _naming(by)
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     parts = {}
     for i, (name, _) in enumerate(named):
-        parts.setdefault(naming(name), []).append(i)
+        parts.setdefault(part_of(name), []).append(i)
     parameters = [parameter for _, parameter in named]
-    found = {
+    grads = {
         task: isolated_gradients(loss, parameters, across_processes)
         for task, loss in losses.items()
     }
     table = {}
     for part, rows in parts.items():
         table[part] = {}
-        for one, other in itertools.combinations(losses, 2):
+        for a, b in itertools.combinations(losses, 2):
             cosine = _cosine(
-                [found[one][i] for i in rows], [found[other][i] for i in rows]
+                [grads[a][i] for i in rows], [grads[b][i] for i in rows]
             )
             if cosine is not None:
-                table[part][one, other] = cosine
+                table[part][a, b] = cosine
     return table
 
 
@@ -101,11 +103,11 @@ def _layer(name):
     return ".".join(parts[:-1]) or name
 
 
-def _cosine(one, other):
+def _cosine(a, b):
     """Return the cosine of two gradients in pieces, None without any."""
-    dot = sum((a.double() * b.double()).sum() for a, b in zip(one, other))
-    squares = [sum(g.double().square().sum() for g in x) for x in (one, other)]
-    # One question to the device for all three.
+    dot = sum((x.double() * y.double()).sum() for x, y in zip(a, b))
+    squares = [sum(g.double().square().sum() for g in x) for x in (a, b)]
+    # One synchronisation with the device for all three.
     dot, first, second = torch.stack([dot, *squares]).tolist()
     size = (first * second) ** 0.5
     if not 0 < size < float("inf") or dot != dot:
@@ -114,7 +116,7 @@ def _cosine(one, other):
 
 
 class ConsistencyProbe(JSONRecoverable):
-    """Measure gradient consistency every so often, into log, CSV and plot.
+    """Measure gradient consistency at intervals, into log, CSV and plot.
 
     A measurement costs about as much as a backward pass for each task; at the
     default interval that is some 2 % of the training time.
@@ -156,7 +158,7 @@ class ConsistencyProbe(JSONRecoverable):
         Arguments
         ---------
         losses : dict of str: torch.Tensor
-            A scalar for each task; with fewer than two nothing is measured.
+            A scalar for each task; fewer than two are not measured.
         module : torch.nn.Module
             Whose parameters are compared.
 
@@ -170,15 +172,11 @@ class ConsistencyProbe(JSONRecoverable):
             return None
         table = gradient_consistency(losses, module, by=self.by)
         for part, pairs in table.items():
-            for (one, other), cosine in pairs.items():
-                self.rows.append([self.updates, part, one, other, cosine])
+            for (task, other), cosine in pairs.items():
+                self.rows.append([self.updates, part, task, other, cosine])
                 logger.info(
-                    "update %d: consistency of %s and %s in %s: %.3f",
-                    self.updates,
-                    one,
-                    other,
-                    part,
-                    cosine,
+                    f"update {self.updates}: consistency of {task} and "
+                    f"{other} in {part}: {cosine:.3f}"
                 )
         if self.path is not None:
             self._write()
@@ -214,8 +212,8 @@ class ConsistencyProbe(JSONRecoverable):
         """
         cells = {
             (part, update): cosine
-            for update, part, one, other, cosine in self.rows
-            if {one, other} == set(pair)
+            for update, part, task, other, cosine in self.rows
+            if {task, other} == set(pair)
         }
         if not cells:
             raise ValueError(
@@ -241,21 +239,9 @@ class ConsistencyProbe(JSONRecoverable):
         )
 
     def state(self):
-        """Return what is kept.
-
-        Returns
-        -------
-        dict
-            Updates, and the rows of the CSV.
-        """
+        """As `JSONRecoverable.state`: updates, and the rows of the CSV."""
         return {"updates": self.updates, "rows": self.rows}
 
     def restore(self, state):
-        """Take back what `state` returned.
-
-        Arguments
-        ---------
-        state : dict
-            Updates and rows.
-        """
+        """As `JSONRecoverable.restore`."""
         self.updates, self.rows = state["updates"], state["rows"]

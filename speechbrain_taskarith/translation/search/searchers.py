@@ -1,4 +1,4 @@
-"""Searching for the best translation."""
+"""Beam and greedy search of translations."""
 
 import torch
 from speechbrain.decoders.seq2seq import S2STransformerBeamSearcher
@@ -19,13 +19,11 @@ class TranslationBeamSearch(S2STransformerBeamSearcher):
     Arguments
     ---------
     decoder : TranslationDecoder
-        What scores tokens.
-    bos_index : int
-        Beginning token.
-    eos_index : int
-        End token.
+        In evaluation mode.
+    bos_index, eos_index : int
+        Beginning and end token.
     beam_size : int
-        Hypotheses kept.
+        Hypotheses.
     max_decode_ratio : float
         Longest translation, in lengths of the encoder's output.
     least_steps : int
@@ -66,44 +64,13 @@ class TranslationBeamSearch(S2STransformerBeamSearcher):
         self.least_steps = least_steps
 
     def permute_mem(self, memory, index):
-        """Go on with other hypotheses; SpeechBrain calls this.
-
-        Arguments
-        ---------
-        memory : IncrementalDecoder or PrefixDecoder
-            From `forward_step`.
-        index : torch.Tensor
-            [hypotheses], where each comes from.
-
-        Returns
-        -------
-        IncrementalDecoder or PrefixDecoder
-            The same.
-        """
-        return memory.keep(index)
+        """As `S2SBaseSearcher.permute_mem`: continue these hypotheses."""
+        return memory.select(index)
 
     def forward_step(self, inp_tokens, memory, enc_states, enc_lens):
-        """Score the next token of all hypotheses; SpeechBrain calls this.
+        """As `S2SBaseSearcher.forward_step`: score the next tokens.
 
-        Arguments
-        ---------
-        inp_tokens : torch.Tensor
-            [hypotheses], the newest token of each.
-        memory : IncrementalDecoder or PrefixDecoder or None
-            What earlier steps left; None at the beginning.
-        enc_states : torch.Tensor
-            [hypotheses, S, d].
-        enc_lens : torch.Tensor
-            [hypotheses], absolute lengths.
-
-        Returns
-        -------
-        torch.Tensor
-            [hypotheses, V], log-probabilities.
-        IncrementalDecoder or PrefixDecoder
-            For the next step.
-        torch.Tensor
-            [hypotheses, S], attention.
+        `memory` is what `decoder_by_steps` made, None at the beginning.
         """
         if memory is None:
             memory = decoder_by_steps(self.model, enc_states, enc_lens)
@@ -112,33 +79,16 @@ class TranslationBeamSearch(S2STransformerBeamSearcher):
         return scores, memory, attention
 
     def set_n_out(self):
-        """Return the number of target tokens; SpeechBrain calls this.
-
-        Returns
-        -------
-        int
-            Scores at every step.
-        """
+        """As `S2SBaseSearcher.set_n_out`: the number of target tokens."""
         return self.fc.out_features
 
     def change_max_decoding_length(self, min_decode_steps, max_decode_steps):
-        """Allow `least_steps`; SpeechBrain calls this.
+        """As `S2SBaseSearcher.change_max_decoding_length`.
 
-        Arguments
-        ---------
-        min_decode_steps : int
-            Steps by the ratio.
-        max_decode_steps : int
-            Steps by the ratio.
-
-        Returns
-        -------
-        tuple of int
-            What holds, within the decoder's positions.
+        Allows `least_steps`, within the decoder's positions.
         """
-        most = self.model.positions.max_len
         steps = max(max_decode_steps, self.least_steps)
-        return min_decode_steps, min(steps, most)
+        return min_decode_steps, min(steps, self.model.positions.max_len)
 
 
 @torch.no_grad()
@@ -153,14 +103,10 @@ def greedy_translation(
     ---------
     decoder : TranslationDecoder
         In evaluation mode.
-    memory : torch.Tensor
-        [B, S, d], from the textual encoder.
-    lens : torch.Tensor
-        [B], relative lengths.
-    bos_index : int
-        Beginning token.
-    eos_index : int
-        End token.
+    memory, lens : torch.Tensor
+        [B, S, d], from the textual encoder, and its relative lengths [B].
+    bos_index, eos_index : int
+        Beginning and end token.
     max_tokens : int
         Longest translation.
 
@@ -182,19 +128,19 @@ def greedy_translation(
     lengths = absolute_lengths(lens, memory.shape[1])
     batch = len(memory)
     tokens = torch.full((batch,), bos_index, device=memory.device)
-    going = torch.arange(batch, device=memory.device)
-    found = [[] for _ in range(batch)]
+    rows = torch.arange(batch, device=memory.device)
+    translations = [[] for _ in range(batch)]
     steps = decoder_by_steps(decoder, memory, lengths)
     for _ in range(max_tokens):
         hidden, _ = steps.step(tokens)
         tokens = decoder.seq_lin(hidden).argmax(-1)
-        on = tokens != eos_index
-        if not on.all():
-            # Who has ended takes no more time.
-            going, tokens = going[on], tokens[on]
-            if not len(going):
+        active = tokens != eos_index
+        if not active.all():
+            # Finished translations cost no more time.
+            rows, tokens = rows[active], tokens[active]
+            if not len(rows):
                 break
-            steps.keep(on)
-        for row, token in zip(going.tolist(), tokens.tolist()):
-            found[row].append(token)
-    return found
+            steps.select(active)
+        for row, token in zip(rows.tolist(), tokens.tolist()):
+            translations[row].append(token)
+    return translations

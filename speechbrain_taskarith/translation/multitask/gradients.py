@@ -1,14 +1,42 @@
-"""Aggregators of task gradients, by the name they have in torchjd."""
+"""The gradient of each task alone, and aggregators that combine them."""
 
 import inspect
 
 import torch
 
-from speechbrain_taskarith.translation.tasks.gradients import (
-    isolated_gradients,
-    trained_parameters,
-)
+from speechbrain_taskarith.translation.distributed import average_
 from speechbrain_taskarith.utils.optional import require
+
+
+def isolated_gradients(loss, parameters, across_processes=True):
+    """Return a loss's own gradient; `.grad` is neither read nor written.
+
+    The graph is kept, for `backward` to follow. Gradients come in the order
+    of `parameters`, 0 where the loss does not depend on one; with
+    `across_processes` all processes have to call this.
+    """
+    parameters = list(parameters)
+    grads = [None] * len(parameters)
+    if loss.requires_grad and parameters:
+        # Hooks of DDP sit where gradients are accumulated: not reached.
+        grads = torch.autograd.grad(
+            loss, parameters, retain_graph=True, allow_unused=True
+        )
+    grads = [
+        torch.zeros_like(p) if g is None else g.detach().clone()
+        for p, g in zip(parameters, grads)
+    ]
+    if across_processes:
+        average_(grads)
+    return grads
+
+
+def trained_parameters(source):
+    """Return what gets gradients of a module or some parameters, each once."""
+    if isinstance(source, torch.nn.Module):
+        source = source.parameters()
+    unique = {id(p): p for p in source if p.requires_grad}
+    return list(unique.values())
 
 
 class GradientAggregator:
@@ -22,8 +50,8 @@ class GradientAggregator:
     Arguments
     ---------
     name : str
-        A class of `torchjd.aggregation`, such as `"PCGrad"`; the case of
-        letters does not count.
+        A class of `torchjd.aggregation`, such as `"PCGrad"`, in upper or
+        lower case.
     **settings : object
         Of that class.
 
@@ -40,14 +68,14 @@ class GradientAggregator:
     """
 
     def __init__(self, name, **settings):
-        room = require(
+        aggregation = require(
             "torchjd.aggregation", "translation", f"the aggregator {name!r}"
         )
         classes = {
             key.lower(): value
-            for key, value in vars(room).items()
+            for key, value in vars(aggregation).items()
             if inspect.isclass(value)
-            and issubclass(value, room.Aggregator)
+            and issubclass(value, aggregation.Aggregator)
             and not inspect.isabstract(value)
         }
         if name.lower() not in classes:
@@ -66,7 +94,7 @@ class GradientAggregator:
         losses : dict of str: torch.Tensor
             A scalar for each task.
         parameters : torch.nn.Module or iterable of torch.nn.Parameter
-            What is trained. What only one task reaches takes part, too: the
+            What is trained. Parameters of one task alone take part, too: the
             other rows are 0 there.
 
         Raises
@@ -77,18 +105,11 @@ class GradientAggregator:
         if not losses:
             raise ValueError("no losses: expected one for each task")
         parameters = trained_parameters(parameters)
-        matrix = torch.stack(
-            [
-                torch.cat(
-                    [
-                        grad.reshape(-1).float()
-                        for grad in isolated_gradients(losses[t], parameters)
-                    ]
-                )
-                for t in sorted(losses)
-            ]
-        )
-        whole = self.aggregator(matrix)
+        rows = []
+        for task in sorted(losses):
+            grads = isolated_gradients(losses[task], parameters)
+            rows.append(torch.cat([g.reshape(-1).float() for g in grads]))
+        whole = self.aggregator(torch.stack(rows))
         parts = whole.split([p.numel() for p in parameters])
         for parameter, part in zip(parameters, parts):
             part = part.view_as(parameter).to(parameter)

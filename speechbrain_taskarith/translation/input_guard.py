@@ -1,4 +1,4 @@
-"""Bad input: an error that names the utterance, or left out and counted."""
+"""Bad input: refused by the utterance's name, or left out and counted."""
 
 import logging
 
@@ -9,16 +9,37 @@ from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
 logger = logging.getLogger(__name__)
 
 
-class InputGuard:
-    """Look over a batch before it is computed.
+def utterance_name(row, ids=None):
+    """Name a row of a batch in a message."""
+    return (
+        f"row {row} of the batch" if ids is None else f"utterance {ids[row]!r}"
+    )
 
-    Found are: a length of 0 or beyond the tensor, NaN or infinity among the
-    features or samples in use, an empty transcript or translation.
+
+def check_lengths(lengths, size, what, ids=None):
+    """Refuse absolute lengths of 0, beyond `size` steps, or made of NaN."""
+    for row, length in enumerate(lengths.tolist()):
+        if not 1 <= length <= size:
+            # NaN becomes the least integer there is.
+            shown = "NaN" if length < -(2**62) else length
+            raise ValueError(
+                f"{what} of {utterance_name(row, ids)} have a length of "
+                f"{shown}, expected 1 to {size} steps (lengths are relative "
+                "to the padded tensor, in (0, 1]). Remove the utterance from "
+                "the data, or use InputGuard(skip_bad=True) to leave it out"
+            )
+
+
+class InputGuard:
+    """Check a batch before the model sees it.
+
+    Bad are: a length of 0 or beyond the tensor, NaN or infinity among the
+    valid features or samples, an empty transcript or translation.
 
     Arguments
     ---------
     skip_bad : bool
-        False: an error that names the utterance. True: the utterance is left
+        False: a bad utterance is an error that names it. True: it is left
         out of the batch, counted, and named in the log.
 
     Example
@@ -42,41 +63,35 @@ class InputGuard:
     def __call__(
         self, ids, x=None, lens=None, transcripts=None, translations=None
     ):
-        """Check a batch; see the class.
+        """Check a batch.
 
         Arguments
         ---------
         ids : sequence of str
             Names of the utterances.
-        x : torch.Tensor, optional
-            [B, T, ...], features or samples.
-        lens : torch.Tensor, optional
-            [B], their relative lengths.
-        transcripts : sequence of sized, optional
-            B transcripts, as text or tokens; None or empty is bad.
-        translations : sequence of sized, optional
-            B translations.
+        x, lens : torch.Tensor, optional
+            Features or samples [B, T, ...], and their relative lengths [B].
+        transcripts, translations : sequence of sized, optional
+            B of each, as text or tokens; None or empty is bad.
 
         Returns
         -------
         torch.Tensor or None
-            Positions of the good utterances; None where all are good.
+            Positions of the good utterances; None if all are good.
 
         Raises
         ------
         ValueError
             A bad utterance, unless they are skipped; or no good one is left
-            in the batch of a process (take larger batches).
+            in the batch of a process (use larger batches).
         """
-        reasons = {}
-        if x is not None:
-            self._look_at_features(x, lens, reasons)
-        for what, given in (
+        reasons = {} if x is None else self._bad_features(x, lens)
+        for what, texts in (
             ("transcript", transcripts),
             ("translation", translations),
         ):
-            for row, one in enumerate(given if given is not None else ()):
-                if one is None or len(one) == 0:
+            for row, text in enumerate(texts if texts is not None else ()):
+                if text is None or len(text) == 0:
                     reasons.setdefault(row, f"it has no {what}")
         if not reasons:
             return None
@@ -84,30 +99,31 @@ class InputGuard:
         good = [row for row in range(len(ids)) if row not in reasons]
         if not good:
             raise ValueError(
-                f"all utterances of a batch are bad: {', '.join(ids)}; the "
-                "data or their preparation must be wrong"
+                f"all utterances of a batch are bad: {', '.join(ids)}; check "
+                "the data and how they were prepared"
             )
         return torch.tensor(good)
 
-    def _look_at_features(self, x, lens, reasons):
-        size = x.shape[1]
+    def _bad_features(self, x, lens):
+        size, reasons = x.shape[1], {}
         lengths = absolute_lengths(lens, size)
         outside = padding_mask(lengths, size)
         bad = ~x.flatten(2).isfinite().all(-1) if x.dim() > 2 else ~x.isfinite()
-        wrong = torch.stack([lengths, (bad & ~outside).any(1).long()]).tolist()
-        for row, (length, not_finite) in enumerate(zip(*wrong)):
+        found = torch.stack([lengths, (bad & ~outside).any(1).long()]).tolist()
+        for row, (length, not_finite) in enumerate(zip(*found)):
             if not 1 <= length <= size:
                 reasons[row] = "its length is 0, beyond the tensor or NaN"
             elif not_finite:
                 reasons[row] = "NaN or infinity among its features"
+        return reasons
 
     def _report(self, ids, reasons):
         for row, reason in reasons.items():
             if not self.skip_bad:
                 raise ValueError(
-                    f"utterance {ids[row]!r}: {reason}. Correct it or take it "
-                    "out of the data; InputGuard(skip_bad=True) leaves such "
-                    "utterances out and counts them"
+                    f"{utterance_name(row, ids)}: {reason}. Correct or remove "
+                    "it; InputGuard(skip_bad=True) leaves such utterances out "
+                    "and counts them"
                 )
             self.counts[reason] = self.counts.get(reason, 0) + 1
             logger.warning("utterance %r is left out: %s", ids[row], reason)

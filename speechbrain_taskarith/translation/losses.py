@@ -1,0 +1,294 @@
+"""The losses of speech translation and its auxiliary tasks."""
+
+import torch
+import torch.nn.functional as F
+
+from speechbrain_taskarith.translation.distributed import (
+    gather_rows,
+    process_count,
+)
+from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
+
+
+class CrossModalContrastiveLoss(torch.nn.Module):
+    """InfoNCE between speech and text, over the batches of all processes.
+
+    `-log exp(cos(s_i, t_i) / tau) / sum_j exp(cos(s_i, t_j) / tau)`, with
+    the means s and t over the valid frames and tokens (arXiv 2311.03810,
+    after Ye et al. 2022, arXiv 2205.02444).
+
+    Under DDP the texts of all processes are negatives, and losses are scaled
+    so that the averaged gradient is that of one process with all utterances,
+    also when batches differ in size. One utterance alone has no negative: its
+    loss is 0.
+
+    Arguments
+    ---------
+    temperature : float
+        tau.
+    detach_text : bool
+        True: text gets no gradient; speech moves towards it.
+    symmetric : bool
+        True: the mean with the loss that finds speech for a text.
+    gather : bool
+        False: negatives of this process only.
+
+    Example
+    -------
+    >>> loss = CrossModalContrastiveLoss(temperature=0.1)
+    >>> speech, text = torch.eye(2)[:, None], torch.eye(2)[:, None]
+    >>> float(loss(speech, torch.ones(2), text, torch.ones(2)))
+    4.5...e-05
+    """
+
+    def __init__(
+        self, temperature=0.1, detach_text=True, symmetric=False, gather=True
+    ):
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"temperature {temperature}: expected above 0")
+        self.temperature = temperature
+        self.detach_text = detach_text
+        self.symmetric = symmetric
+        self.gather = gather
+
+    def forward(self, speech, speech_lens, text, text_lens):
+        """Compare a batch of speech with its transcripts.
+
+        Arguments
+        ---------
+        speech, text : torch.Tensor
+            [B, S, d] and [B, U, d]; padding is ignored, even NaN.
+        speech_lens, text_lens : torch.Tensor
+            [B], relative lengths.
+
+        Returns
+        -------
+        torch.Tensor
+            A scalar in nats, the mean over utterances.
+
+        Raises
+        ------
+        ValueError
+            Another number of texts, or another width.
+        """
+        if len(speech) != len(text) or speech.shape[-1] != text.shape[-1]:
+            raise ValueError(
+                f"{tuple(speech.shape)} of speech, {tuple(text.shape)} of "
+                "text: expected a transcript for every utterance, in vectors "
+                "of the same width"
+            )
+        if self.detach_text:
+            text = text.detach()
+        speech = F.normalize(_masked_mean(speech, speech_lens), dim=-1)
+        text = F.normalize(_masked_mean(text, text_lens), dim=-1)
+        loss = self._retrieve(speech, text)
+        if self.symmetric:
+            loss = (loss + self._retrieve(text, speech)) / 2
+        return loss
+
+    def _retrieve(self, queries, keys):
+        first, share = 0, 1.0
+        if self.gather and process_count() > 1:
+            keys, first = gather_rows(keys)
+            # DDP averages over processes, not over utterances.
+            share = len(queries) * process_count() / len(keys)
+        scores = queries @ keys.T / self.temperature
+        matches = torch.arange(len(queries), device=keys.device) + first
+        return share * F.cross_entropy(scores, matches)
+
+
+def _masked_mean(x, lens):
+    lengths = absolute_lengths(lens, x.shape[1])
+    outside = padding_mask(lengths, x.shape[1])[..., None]
+    total = x.masked_fill(outside, 0.0).sum(1)
+    return total / lengths.clamp(min=1).to(x.dtype)[:, None]
+
+
+def distillation_loss(student, teacher, lens, temperature=1.0):
+    """Return the divergence of a student's words from a teacher's.
+
+    `tau^2 KL(teacher || student)` at temperature tau (Hinton et al. 2015,
+    arXiv 1503.02531), as a mean over tokens. The teacher gets no gradient.
+
+    Arguments
+    ---------
+    student, teacher : torch.Tensor
+        [B, U, V], logits or log-probabilities of speech translation and of
+        text translation, for the same prefixes.
+    lens : torch.Tensor
+        [B], relative lengths on the axis U.
+    temperature : float
+        tau.
+
+    Returns
+    -------
+    torch.Tensor
+        A scalar in nats.
+
+    Raises
+    ------
+    ValueError
+        Shapes that differ.
+
+    Example
+    -------
+    >>> scores = torch.randn(2, 3, 5)
+    >>> float(distillation_loss(scores, scores + 1.0, torch.ones(2)).abs()) < 1e-6
+    True
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}: "
+            "expected the same targets and the same vocabulary"
+        )
+    log_p = (teacher.detach() / temperature).log_softmax(-1)
+    log_q = (student / temperature).log_softmax(-1)
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+    size = student.shape[1]
+    outside = padding_mask(absolute_lengths(lens, size), size)
+    total = divergence.masked_fill(outside, 0.0).sum()
+    return temperature**2 * total / (~outside).sum()
+
+
+class TranslationObjective:
+    """One loss a task, so that their sum is the paper's.
+
+    | task | loss |
+    |---|---|
+    | `"st"` | `0.7 CE` |
+    | `"asr"` | `0.3 (CTC + contrastive)` |
+    | `"mt"` | CE with label smoothing 0.2 |
+
+    `st + asr` is `L_ST = 0.7 CE + 0.3 (CTC + contrastive)` (arXiv
+    2311.03810); apart, they can be weighted, and the auxiliary one stopped.
+    The contrastive loss is the mean of two: where text is embedded, and at
+    the textual encoder's output. Cross-entropy and CTC are
+    `-log P(y | x)` in nats, averaged over the batch. An utterance with fewer
+    frames than its transcript needs has a CTC loss of 0, as in SpeechBrain.
+
+    Arguments
+    ---------
+    blank_index : int
+        The blank of the CTC head.
+    ce_weight : float
+        Of the translation of speech; CTC and contrastive get the rest.
+    st_smoothing, mt_smoothing : float
+        Label smoothing of "st" and "mt".
+    temperature : float
+        Of the contrastive loss.
+    contrastive, distillation : float
+        Factors of the contrastive loss, and of `distillation_loss` from "mt"
+        to "st" where both are computed, as a part of "st"; 0 leaves it out.
+
+    Example
+    -------
+    >>> from speechbrain_taskarith.translation.model import TranslationOutput
+    >>> objective = TranslationObjective(blank_index=0)
+    >>> out = TranslationOutput(None, None, None, torch.zeros(1, 2, 4))
+    >>> losses = objective(
+    ...     out, target_eos=torch.tensor([[1, 3]]), target_lens=torch.ones(1)
+    ... )
+    >>> {task: round(float(loss), 4) for task, loss in losses.items()}
+    {'mt': 2.7726}
+    """
+
+    def __init__(
+        self,
+        blank_index,
+        ce_weight=0.7,
+        st_smoothing=0.1,
+        mt_smoothing=0.2,
+        temperature=0.1,
+        contrastive=1.0,
+        distillation=0.0,
+    ):
+        if not 0 < ce_weight <= 1:
+            raise ValueError(f"ce_weight {ce_weight}: expected (0, 1]")
+        self.blank_index = blank_index
+        self.ce_weight = ce_weight
+        self.st_smoothing, self.mt_smoothing = st_smoothing, mt_smoothing
+        self.contrastive, self.distillation = contrastive, distillation
+        self.contrast = CrossModalContrastiveLoss(temperature)
+
+    def __call__(
+        self,
+        output,
+        source=None,
+        source_lens=None,
+        target_eos=None,
+        target_lens=None,
+        tasks=None,
+    ):
+        """Return the loss of every task that was computed.
+
+        Arguments
+        ---------
+        output : TranslationOutput
+            Of `SpeechTranslationModel`.
+        source, source_lens : torch.Tensor, optional
+            [B, U], transcripts, and their relative lengths [B], for "asr".
+        target_eos, target_lens : torch.Tensor, optional
+            [B, W], translations with the end token, and their relative
+            lengths [B], for "st" and "mt".
+        tasks : sequence of str, optional
+            Tasks to compute; by default those that the model computed.
+
+        Returns
+        -------
+        dict of str: torch.Tensor
+            A scalar for each task.
+        """
+        tasks = output.tasks if tasks is None else tasks
+        st, mt, losses = output.st, output.mt, {}
+        if "st" in tasks and st is not None:
+            losses["st"] = self.ce_weight * _cross_entropy(
+                st, target_eos, target_lens, self.st_smoothing
+            )
+            if self.distillation and mt is not None:
+                distilled = distillation_loss(st, mt, target_lens)
+                losses["st"] = losses["st"] + self.distillation * distilled
+        if "asr" in tasks and output.speech is not None and source is not None:
+            losses["asr"] = (1 - self.ce_weight) * self._asr(
+                output.speech, output.text, source, source_lens
+            )
+        if "mt" in tasks and mt is not None:
+            losses["mt"] = _cross_entropy(
+                mt, target_eos, target_lens, self.mt_smoothing
+            )
+        return losses
+
+    def _asr(self, speech, text, source, source_lens):
+        # CTC sums over alignments: in float32 at least.
+        dtype = torch.promote_types(speech.logits.dtype, torch.float32)
+        logits = speech.logits.to(dtype)
+        loss = F.ctc_loss(
+            logits.log_softmax(-1).transpose(0, 1),
+            source,
+            absolute_lengths(speech.frame_lens, logits.shape[1]),
+            absolute_lengths(source_lens, source.shape[1]),
+            blank=self.blank_index,
+            reduction="sum",
+            zero_infinity=True,
+        ) / len(source)
+        if self.contrastive and text is not None:
+            contrast = self.contrast(
+                speech.embedded, speech.lens, text.embedded, text.lens
+            ) + self.contrast(
+                speech.encoded, speech.lens, text.encoded, text.lens
+            )
+            loss = loss + self.contrastive * contrast / 2
+        return loss
+
+
+def _cross_entropy(logits, targets, lens, smoothing):
+    """Return `-log P(y | x)` in nats, averaged over the batch."""
+    size = targets.shape[1]
+    outside = padding_mask(absolute_lengths(lens, size), size)
+    total = F.cross_entropy(
+        logits.flatten(0, 1),
+        targets.masked_fill(outside, -100).flatten(),
+        label_smoothing=smoothing,
+        reduction="sum",
+    )
+    return total / len(targets)

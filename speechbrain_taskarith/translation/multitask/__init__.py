@@ -1,0 +1,1 @@
+"""Several tasks: their gradients, weights and agreement."""

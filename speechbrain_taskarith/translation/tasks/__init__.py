@@ -1,1 +1,0 @@
-"""Task weights, gradients and what is measured on them."""
