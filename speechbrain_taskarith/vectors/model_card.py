@@ -12,7 +12,7 @@ from pathlib import Path
 
 from speechbrain_taskarith.utils.files import atomic_write, write_json
 from speechbrain_taskarith.vectors.editing.log import now
-from speechbrain_taskarith.vectors.rules.description import describe_rule
+from speechbrain_taskarith.vectors.rules.base import check_rule
 
 _PACKAGES = ("speechbrain_taskarith", "speechbrain", "torch", "numpy")
 
@@ -77,7 +77,7 @@ class ModelCard:
 
     def __post_init__(self):
         if self.rule is not None and not isinstance(self.rule, dict):
-            self.rule = describe_rule(self.rule)
+            self.rule = check_rule(self.rule).describe()
         if isinstance(self.wer, dict):
             self.wer = [{"name": k, "wer": v} for k, v in self.wer.items()]
         if isinstance(self.notes, str):

@@ -4,7 +4,7 @@ Su et al., "Task Arithmetic can Mitigate Synthetic-to-Real Gap in Automatic
 Speech Recognition", EMNLP 2024, https://arxiv.org/abs/2406.02925.
 """
 
-from speechbrain_taskarith.vectors.rules.description import combine
+from speechbrain_taskarith.vectors.rules.base import check_rule
 from speechbrain_taskarith.vectors.states.state import as_state
 from speechbrain_taskarith.vectors.task_vector import TaskVector
 
@@ -72,7 +72,7 @@ def syn2real(
         _same_model(target, as_state(synthetic), number)
         vectors.append(vector)
     if rule is not None:
-        combined = combine(rule, vectors, target)
+        combined = check_rule(rule).combine(vectors, base=target)
     elif len(vectors) == 1:
         combined = vectors[0]
     else:

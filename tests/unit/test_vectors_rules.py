@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from speechbrain_taskarith.vectors import TaskVector
-from speechbrain_taskarith.vectors.engine.trimming import Magnitude, RandomDrop
 from speechbrain_taskarith.vectors.rules import (
     DARE,
     DELLA,
@@ -26,6 +25,8 @@ from speechbrain_taskarith.vectors.rules import (
     TaskArithmetic,
     from_description,
 )
+from speechbrain_taskarith.vectors.rules.dare import RandomDrop
+from speechbrain_taskarith.vectors.rules.ties import Magnitude
 
 SHAPES = {
     "enc.layers.0.w": (6, 9),

@@ -17,11 +17,8 @@ from speechbrain_taskarith.vectors.editing.schedules import (
     scheduled_scale,
 )
 from speechbrain_taskarith.vectors.encodings import ENCODINGS
-from speechbrain_taskarith.vectors.rules.description import (
-    build_rule,
-    combine,
-    describe_rule,
-)
+from speechbrain_taskarith.vectors.rules.base import check_rule
+from speechbrain_taskarith.vectors.rules.description import from_description
 from speechbrain_taskarith.vectors.states.fingerprint import short
 from speechbrain_taskarith.vectors.states.state import as_state
 from speechbrain_taskarith.vectors.states.writers import save_state
@@ -120,7 +117,7 @@ class SequentialEditor:
             folder,
             base,
             keep_base,
-            rule=describe_rule(rule),
+            rule=check_rule(rule).describe(),
             schedule=plain_schedule(scale),
             encoding=encoding,
             include=list(as_tuple(include)),
@@ -330,7 +327,7 @@ class SequentialEditor:
         vector = TaskVector.between(
             before, finetuned, include=self._include, exclude=self._exclude
         )
-        vector = combine(rule, [vector], before)
+        vector = rule.combine([vector], base=before)
         vector.base_fingerprint = before.fingerprint
         if scale is None:
             number = len(self.log) + 1
@@ -351,7 +348,7 @@ class SequentialEditor:
                 sha256=digest,
                 encoding=self._files.log.encoding,
                 scale=scale,
-                rule=describe_rule(rule),
+                rule=rule.describe(),
                 learned_on=before.fingerprint,
                 state=after.fingerprint,
                 exact=True,
@@ -464,9 +461,9 @@ class SequentialEditor:
 
     def _get_rule(self):
         if self.rule is not None:
-            return self.rule
+            return check_rule(self.rule)
         try:
-            self.rule = build_rule(self._files.log.rule)
+            self.rule = from_description(self._files.log.rule)
         except ValueError as error:
             hint = "SequentialEditor.resume(folder, rule=...)"
             path = self.folder / LOG_NAME

@@ -1,7 +1,6 @@
 """The scale of each edit of a sequence: fixed, listed, or by a schedule."""
 
 from speechbrain_taskarith.vectors.checks import is_finite
-from speechbrain_taskarith.vectors.rules.description import scale_of
 
 ONE_OVER_T = "1/t"
 
@@ -107,7 +106,7 @@ def scheduled_scale(schedule, number, rule, vector):
     [0.5, 0.3333333333333333, 0.25]
     """
     if schedule is None:
-        return checked_scale(scale_of(rule, vector))
+        return checked_scale(rule.scale_for(vector))
     if schedule == ONE_OVER_T:
         # The base is the first of the domains.
         return 1.0 / (number + 1)

@@ -25,11 +25,7 @@ from speechbrain_taskarith.vectors.recipe_hooks.atomic_checkpointer import (
 from speechbrain_taskarith.vectors.recipe_hooks.pretrainer import (
     TaskVectorPretrainer,
 )
-from speechbrain_taskarith.vectors.rules.description import (
-    combine,
-    describe_rule,
-    scale_of,
-)
+from speechbrain_taskarith.vectors.rules.base import check_rule
 from speechbrain_taskarith.vectors.states.fingerprint import short
 from speechbrain_taskarith.vectors.states.readers import (
     open_state,
@@ -151,7 +147,7 @@ class EditingCheckpointer(AtomicCheckpointer):
     ):
         super().__init__(checkpoints_dir, recoverables, **arguments)
         self.edited = [edited] if isinstance(edited, str) else list(edited)
-        self.rule, self.scale = rule, scale
+        self.rule, self.scale = check_rule(rule), scale
         self.include, self.exclude = include, exclude
         self.from_base = from_base
         self._base_path = base
@@ -353,17 +349,17 @@ class EditingCheckpointer(AtomicCheckpointer):
         vector = TaskVector.between(
             base, finetuned, include=self.include, exclude=self.exclude
         )
-        vector = combine(self.rule, [vector], base)
+        vector = self.rule.combine([vector], base=base)
         scale = self.scale
         if scale is None:
-            scale = scale_of(self.rule, vector)
+            scale = self.rule.scale_for(vector)
         return vector.apply(base, scale, any_base=True)
 
     def _settings(self, name):
         """What an edit depends on, in plain types."""
         return plain(
             {
-                "rule": describe_rule(self.rule),
+                "rule": self.rule.describe(),
                 "scale": self.scale,
                 "include": self.include,
                 "exclude": self.exclude,

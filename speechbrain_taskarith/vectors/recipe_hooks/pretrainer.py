@@ -14,7 +14,7 @@ from speechbrain.utils.fetching import FetchSource
 from speechbrain.utils.logger import get_logger
 from speechbrain.utils.parameter_transfer import Pretrainer
 
-from speechbrain_taskarith.vectors.rules.description import combine, scale_of
+from speechbrain_taskarith.vectors.rules.base import check_rule
 from speechbrain_taskarith.vectors.states.readers import open_state
 from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     find_checkpoint_folder,
@@ -106,7 +106,8 @@ class TaskVectorPretrainer(Pretrainer):
                 f"vectors: no loadables called {unknown}; there are "
                 f"{list(self.loadables)}"
             )
-        self.rule, self.scale = rule, scale
+        self.rule = None if rule is None else check_rule(rule)
+        self.scale = scale
         self.any_base, self.strict = any_base, strict
 
     def collect_files(self, default_source=None, **arguments):
@@ -183,7 +184,7 @@ class TaskVectorPretrainer(Pretrainer):
         if not vectors:
             return base
         if self.rule is not None:
-            vector = combine(self.rule, vectors, base)
+            vector = self.rule.combine(vectors, base=base)
         elif len(vectors) == 1:
             vector = vectors[0]
         else:
@@ -193,7 +194,7 @@ class TaskVectorPretrainer(Pretrainer):
             )
         scale = self.scale
         if scale is None:
-            scale = scale_of(self.rule, vector)
+            scale = self.rule.scale_for(vector) if self.rule else 1.0
         logger.info(
             f"{name}: {path} plus {len(vectors)} task vector(s), scale {scale}"
         )

@@ -1,10 +1,9 @@
-"""Averaging by Fisher information, which streams along with the vectors."""
+"""Averaging by Fisher information, which is read along with the vectors."""
 
-from speechbrain_taskarith.vectors import checks
+from speechbrain_taskarith.vectors import as_state
 from speechbrain_taskarith.vectors.engine.chunk_reader import read_float32
 from speechbrain_taskarith.vectors.engine.kernels import all_finite
 from speechbrain_taskarith.vectors.rules.base import Rule
-from speechbrain_taskarith.vectors.states.state import as_state
 
 
 class Fisher(Rule):
@@ -12,7 +11,8 @@ class Fisher(Rule):
 
     `tau = sum_i F_i tau_i / sum_i F_i`, entry by entry, with the diagonal of
     each model's Fisher information (Matena and Raffel 2022, arXiv
-    2111.09832, equation 4). Where all are zero, the plain mean.
+    2111.09832, equation 4). Where all are zero, the plain mean. Reference:
+    `reference.fisher`.
 
     Arguments
     ---------
@@ -32,13 +32,15 @@ class Fisher(Rule):
     tensor([0.7500, 0.0000])
     """
 
+    whole_tensors = False
+
     def __init__(self, fishers, scale=1.0):
+        super().__init__(scale)
         if isinstance(fishers, (str, bytes)) or not hasattr(
             fishers, "__iter__"
         ):
             raise ValueError("fishers: expected a list, one for each vector")
         self.fishers = list(fishers)
-        self.scale = checks.scale(scale)
 
     def prepare(self, stream):
         """See `Rule.prepare`: the weights, opened and checked."""
