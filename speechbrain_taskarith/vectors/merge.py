@@ -21,6 +21,7 @@ from speechbrain_taskarith.vectors.engine.inputs import MergeInputs
 from speechbrain_taskarith.vectors.engine.measuring import MemoryWatch, Timed
 from speechbrain_taskarith.vectors.engine.output import Job, convert
 from speechbrain_taskarith.vectors.engine.workspace import CHUNK, places
+from speechbrain_taskarith.vectors.rules.base import check_rule
 from speechbrain_taskarith.vectors.states.readers import TORCH_SUFFIXES
 
 # Elements at a time on a GPU, which wants much work at once.
@@ -190,7 +191,7 @@ def merge_checkpoints(
     _check_output(output)
     with MemoryWatch() as memory:
         inputs = MergeInputs(base, finetuned, include, exclude, buffers)
-        rule.check_number(inputs.number)
+        check_rule(rule).check_number(inputs.number)
         scales = _scales(rule, inputs)
         _to_device(inputs, device)
         plan = _plan(inputs, rule, threads, chunk, memory_limit)
