@@ -109,7 +109,8 @@ def run(options):
     rule = from_plain(plan.rule, plan.scale)
     inputs = [plan.base, *plan.finetuned]
     output = shared.check_output(plan.output, inputs, options.overwrite)
-    plan.memory_limit = bytes_of(plan.memory_limit)
+    if isinstance(plan.memory_limit, str):
+        plan.memory_limit = bytes_of(plan.memory_limit)
     from speechbrain_taskarith.vectors import open_state
 
     base, *states = (
@@ -335,7 +336,8 @@ def _set(content, key, value):
 def _overrides(options):
     """Return what the command line says of the plan, as `(key, value)`."""
     found, given = [], dict(vars(options))
-    given["scale"] = shared.scale_of(options.scale)
+    if options.scale is not None:
+        given["scale"] = shared.scale_of(options.scale)
     if options.rule is not None:
         given["rule"] = shared.rule_words(options.rule)
     for key in _KEYS:
@@ -367,16 +369,14 @@ def _yaml(text):
 
 
 def bytes_of(text):
-    """Return a number of bytes, from a number or a text such as "300MB".
+    """Return the number of bytes that a text means.
 
     Example
     -------
     >>> bytes_of("300MB"), bytes_of("2 KiB")
     (300000000, 2048)
     """
-    if text is None or isinstance(text, int):
-        return text
-    found = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", str(text), re.I)
+    found = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", text, re.I)
     if not found:
         raise ValueError(
             f"memory_limit: {text!r}; expected bytes, or e.g. 300MB, 1GiB"

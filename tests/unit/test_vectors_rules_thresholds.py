@@ -24,13 +24,12 @@ def found(vectors, share, scope, chunk=1000, threads=1):
     stream = Stream(MemoryVectors(vectors), (), chunk, threads)
     (tables,) = find_cuts(stream, [share], scope)
     masks = [{n: [] for n in vectors[0]} for _ in vectors]
-    order = {name: i for i, name in enumerate(vectors[0])}
     work = stream.passes.workspace
     for place in stream.places():
         for index, table in enumerate(tables):
             tau = stream.vector(index, place, work)
             bits = thresholds.magnitude_bits(tau, work)
-            mask = table[place.name].mask(bits, place, order[place.name], work)
+            mask = table[place.name].mask(bits, place, work)
             masks[index][place.name].append(mask.copy())
     return [{n: np.concatenate(parts) for n, parts in m.items()} for m in masks]
 

@@ -49,23 +49,19 @@ _TOP = 0x7FFFFFFF
 
 
 class Cut(NamedTuple):
-    """Where a vector, or a tensor of it, is cut: what is larger survives.
+    """Where a tensor is cut: what is larger than `bits` survives.
 
-    Of the elements that equal `bits` (`magnitude_bits`), those in tensors
-    before number `tensor` survive, and in this one those up to index `last`.
+    Of the elements that equal `bits` (see `magnitude_bits`) those up to
+    index `last` survive.
     """
 
     bits: int
-    tensor: int = -1
     last: int = -1
 
-    def mask(self, bits, place, tensor, work, key="mask"):
-        """Return which elements of a chunk of a tensor survive."""
+    def mask(self, bits, place, work, key="mask"):
+        """Return which elements of a chunk survive."""
         mask = work.array(key, place.size, "bool")
-        if tensor == self.tensor:
-            equal = min(max(self.last + 1 - place.start, 0), place.size)
-        else:
-            equal = place.size if tensor < self.tensor else 0
+        equal = min(max(self.last + 1 - place.start, 0), place.size)
         if equal:
             work.xp.greater(bits[:equal], self.bits - 1, out=mask[:equal])
         if equal < place.size:
@@ -95,7 +91,7 @@ def find_cuts(stream, shares, scope):
             k = round(share * numel)
             for index, table in enumerate(per_vector):
                 if 0 < k < numel:
-                    searches.append(_Search(index, domain, numel, k, stream))
+                    searches.append(_Search(index, domain, numel, k))
                     tables.append(table)
                 else:
                     cut = NOTHING if k == 0 else EVERYTHING
@@ -112,16 +108,15 @@ def find_cuts(stream, shares, scope):
         missed = [search for search in searches if search.value is None]
         _sweep(stream, missed, look, decide)
     for search, table in zip(searches, tables):
-        table.update(dict.fromkeys(search.domain, search.locate(stream)))
+        table.update(search.locate(stream))
     return cuts
 
 
 class _Search:
     """The search for one cut of one vector."""
 
-    def __init__(self, index, domain, numel, k, stream):
+    def __init__(self, index, domain, numel, k):
         self.index, self.domain, self.numel, self.k = index, domain, numel, k
-        self.order = {n: i for i, n in enumerate(stream.source.shapes)}
         self.low, self.high = 0, _TOP
         # By chunk: what the pass found; how much it is; whether too much.
         self.seen, self.held, self.full = {}, 0, False
@@ -187,7 +182,7 @@ class _Search:
         self.equal = [(place, count) for place, count in equal if count]
 
     def locate(self, stream):
-        """Find the position of the last element kept, and make the cut."""
+        """Find the position of the last survivor; return `{name: Cut}`."""
         left, numbers = self.kept, iter(self.equal)
         place, count = next(numbers)
         while left > count:
@@ -199,7 +194,15 @@ class _Search:
             tau = stream.vector(self.index, place, work)
             equal = to_numpy(magnitude_bits(tau, work) == self.value)
             last = place.start + int(np.flatnonzero(equal)[left - 1])
-        return Cut(self.value, self.order[place.name], last)
+        # Of its equals, those in earlier tensors survive, later ones do not.
+        number = self.domain.index(place.name)
+        cuts = {
+            n: Cut(self.value, stream.numel[n]) for n in self.domain[:number]
+        }
+        cuts[place.name] = Cut(self.value, last)
+        for name in self.domain[number + 1 :]:
+            cuts[name] = Cut(self.value)
+        return cuts
 
     # -- the sure way: histograms of the upper, then of the lower bits
 

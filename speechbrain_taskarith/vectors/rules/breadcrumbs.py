@@ -1,16 +1,17 @@
 """Model Breadcrumbs: neither the outliers nor the negligible entries."""
 
+import copy
+
 from speechbrain_taskarith.vectors import checks
 from speechbrain_taskarith.vectors.engine.thresholds import find_cuts
-from speechbrain_taskarith.vectors.rules.base import Stage
-from speechbrain_taskarith.vectors.rules.ties import SCOPES, Merge, Trimmed
+from speechbrain_taskarith.vectors.rules.ties import Magnitude, Merge
 
 
-class Band(Stage):
+class Band(Magnitude):
     """Keep the share `density` of magnitudes below the largest, `gamma`."""
 
     def __init__(self, density, gamma, scope="tensor"):
-        self.density = checks.in_range("density", density, 0, 1)
+        super().__init__(density, scope)
         self.gamma = checks.in_range("gamma", gamma, 0, 1)
         if density + gamma > 1 + 1e-9:
             raise ValueError(
@@ -18,14 +19,14 @@ class Band(Stage):
                 "most 1, since the shares kept and cut off on top do not "
                 "overlap"
             )
-        self.scope = checks.one_of("trim", scope, SCOPES)
 
     def prepare(self, stream):
         """Find both cuts of each vector, in one pass."""
+        ready = copy.copy(self)
         # Guard against 0.9 + 0.1 becoming 1.0000000000000002.
-        both = min(self.density + self.gamma, 1)
-        kept, dropped = find_cuts(stream, [both, self.gamma], self.scope)
-        return Trimmed(stream, kept, dropped)
+        shares = [min(self.density + self.gamma, 1), self.gamma]
+        ready.cuts, ready.outlier_cuts = find_cuts(stream, shares, self.scope)
+        return ready
 
 
 class Breadcrumbs(Merge):

@@ -127,18 +127,15 @@ def from_plain(description, scale=None):
 
 def known_name(text):
     """Return a rule's exact name; the nearest is named for an unknown one."""
-    names = {_letters(name): name for name in RULES}
-    if _letters(text) not in names:
-        near = difflib.get_close_matches(_letters(text), names, n=1)
+    names = {name.lower(): name for name in RULES}
+    plain = text.replace("_", "").replace("-", "").lower()
+    if plain not in names:
+        near = difflib.get_close_matches(plain, names, n=1)
         hint = f" Did you mean {names[near[0]]}?" if near else ""
         raise ValueError(
             f"unknown rule {text!r}; there are: {', '.join(RULES)}.{hint}"
         )
-    return names[_letters(text)]
-
-
-def _letters(name):
-    return name.replace("_", "").replace("-", "").lower()
+    return names[plain]
 
 
 def _make(name, arguments):

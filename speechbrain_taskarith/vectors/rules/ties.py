@@ -6,6 +6,8 @@ become one. `Merge` is the general form; TIES, Breadcrumbs and DELLA are
 settings of it.
 """
 
+import copy
+
 from speechbrain_taskarith.vectors import checks
 from speechbrain_taskarith.vectors.engine.kernels import (
     magnitude_bits,
@@ -31,41 +33,30 @@ class Magnitude(Stage):
         self.density = checks.in_range("density", density, 0, 1)
         self.scope = checks.one_of("trim", scope, SCOPES)
 
+    # Where each vector is cut, `{name: Cut}`; what is above the second cuts
+    # does not survive either.
+    cuts = outlier_cuts = None
+
     def prepare(self, stream):
         """Find where each vector is cut."""
         if self.density == 1:
             return self
-        (cuts,) = find_cuts(stream, [self.density], self.scope)
-        return Trimmed(stream, cuts)
-
-    def apply(self, index, tau, place, work, out):
-        """Keep everything: this is only reached for a density of 1."""
-        return tau
-
-
-class Trimmed(Stage):
-    """Trimming with cuts that are known: `{name: Cut}` for every vector.
-
-    Entries above the cut survive; of these, entries above the cut of
-    `dropped` do not.
-    """
-
-    def __init__(self, stream, cuts, dropped=None):
-        self.number = {n: i for i, n in enumerate(stream.source.shapes)}
-        self.cuts, self.dropped = cuts, dropped
+        ready = copy.copy(self)
+        (ready.cuts,) = find_cuts(stream, [self.density], self.scope)
+        return ready
 
     def apply(self, index, tau, place, work, out):
         """Multiply by the mask of what survives."""
-        xp, tensor = work.xp, self.number[place.name]
+        if self.cuts is None:
+            return tau
         bits = magnitude_bits(tau, work)
-        cut = self.cuts[index][place.name]
-        mask = cut.mask(bits, place, tensor, work)
-        if self.dropped is not None:
-            # What is dropped from the top is part of what survives.
-            cut = self.dropped[index][place.name]
-            top = cut.mask(bits, place, tensor, work, "top")
-            xp.not_equal(mask, top, out=mask)
-        return xp.multiply(tau, mask, out=out)
+        mask = self.cuts[index][place.name].mask(bits, place, work)
+        if self.outlier_cuts is not None:
+            # The outliers are part of what is above the first cut.
+            cut = self.outlier_cuts[index][place.name]
+            top = cut.mask(bits, place, work, "top")
+            work.xp.not_equal(mask, top, out=mask)
+        return work.xp.multiply(tau, mask, out=out)
 
 
 class Merge(Rule):
@@ -104,12 +95,9 @@ class Merge(Rule):
         self.elect = checks.one_of("elect", elect, ELECT)
         self.combination = checks.one_of("combination", combination, COMBINE)
 
-    def prepare(self, stream):
-        """See `Rule.prepare`: the number of vectors."""
-        return stream.source.number
-
-    def merge(self, vectors, place, work, number):
+    def merge(self, vectors, place, work, source):
         """See `Rule.merge`."""
+        number = source.number
         if number == 1:
             # Its entries agree with themselves, and their mean is theirs.
             return next(vectors)
@@ -119,11 +107,9 @@ class Merge(Rule):
                 work.xp.divide(total, float(number), out=total)
             return total
         signs = _Signs(vectors, place, work, number)
-        if self.elect == "none":
-            total = work.xp.add(signs.plus, signs.minus, out=signs.plus)
-            return signs.divide_by_counts(total)
-        up, down = signs.elect(self.elect)
-        return signs.combine(up, down, self.combination, number)
+        if self.elect != "none":
+            signs.elect(self.elect)
+        return signs.combine(self.combination, number)
 
 
 class _Signs:
@@ -153,7 +139,7 @@ class _Signs:
             xp.add(self.minuses, sign.view(xp.uint8), out=self.minuses)
 
     def elect(self, how):
-        """Return where the positive and where the negative sign wins."""
+        """Leave out the entries of the sign that loses."""
         work, xp = self.work, self.work.xp
         if how == "mass":
             balance = work.array("balance", self.size)
@@ -169,7 +155,10 @@ class _Signs:
         work.tally = ups - downs
         if ups + downs < self.size:
             self._elect_undecided(up, down)
-        return up, down
+        xp.multiply(self.plus, up, out=self.plus)
+        xp.multiply(self.minus, down, out=self.minus)
+        xp.multiply(self.pluses, up.view(xp.uint8), out=self.pluses)
+        xp.multiply(self.minuses, down.view(xp.uint8), out=self.minuses)
 
     def _elect_undecided(self, up, down):
         """Give entries that cancel exactly the whole vector's majority sign.
@@ -190,23 +179,15 @@ class _Signs:
         elif work.majority < 0:
             xp.logical_or(down, undecided, out=down)
 
-    def combine(self, up, down, how, number):
-        """Return sum or mean of the entries that have the elected sign."""
-        xp = self.work.xp
-        xp.multiply(self.plus, up, out=self.plus)
-        xp.multiply(self.minus, down, out=self.minus)
+    def combine(self, how, number):
+        """Return sum or mean of the entries that take part."""
+        xp, counts = self.work.xp, self.pluses
         total = xp.add(self.plus, self.minus, out=self.plus)
-        if how == "mean":
-            return xp.divide(total, float(number), out=total)
         if how == "sum":
             return total
-        xp.multiply(self.pluses, up.view(xp.uint8), out=self.pluses)
-        xp.multiply(self.minuses, down.view(xp.uint8), out=self.minuses)
-        return self.divide_by_counts(total)
-
-    def divide_by_counts(self, total):
-        """Divide by the number of entries that take part, at least 1."""
-        xp, counts = self.work.xp, self.pluses
+        if how == "mean":
+            return xp.divide(total, float(number), out=total)
+        # Divide by how many take part, at least 1.
         xp.add(counts, self.minuses, out=counts)
         none = self.work.array("sign", self.size, "bool")
         xp.less(counts, 1, out=none)

@@ -39,13 +39,9 @@ class Spectral(Rule):
         """See `Rule.granularity`: whole tensors."""
         return math.prod(shape) if _is_matrix(shape) else 1
 
-    def prepare(self, stream):
-        """See `Rule.prepare`: the number of vectors."""
-        return stream.source.number
-
-    def merge(self, vectors, place, work, number):
+    def merge(self, vectors, place, work, source):
         """See `Rule.merge`."""
-        xp = work.xp
+        xp, number = work.xp, source.number
         if not _is_matrix(place.shape):
             return weighted_sum(vectors, [1 / number] * number, place, work)
         dtype = getattr(xp, self.precision)
