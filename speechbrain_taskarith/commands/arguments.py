@@ -186,7 +186,9 @@ def rule_words(words):
         try:
             description[key] = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise ValueError(f"--rule {word}: the value is no YAML") from None
+            raise ValueError(
+                f"--rule {word}: the value is not valid YAML"
+            ) from None
     return description
 
 
@@ -225,7 +227,7 @@ def _number(text):
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"--scale: {text!r} is no number") from None
+        raise ValueError(f"--scale: expected a number, got {text!r}") from None
 
 
 def open_weights(path, options):

@@ -307,7 +307,7 @@ def _load(path):
             "density: 0.2}"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is no YAML: {error}") from None
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(content, Mapping):
         raise ValueError(
             f"{path}: expected a mapping with {', '.join(_REQUIRED)}, found "
@@ -326,8 +326,8 @@ def _set(content, key, value):
         inner = {"name": inner}
     if not isinstance(inner, Mapping):
         raise ValueError(
-            f"--{key}: {head!r} is no mapping in the merge file, so it has "
-            f"no {rest!r}"
+            f"--{key}: {head!r} is not a mapping in the merge file, so "
+            f"{rest!r} cannot be set"
         )
     content[head] = dict(inner)
     _set(content[head], rest, value)
@@ -365,7 +365,7 @@ def _yaml(text):
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
-        raise ValueError(f"{text!r} is no YAML value") from None
+        raise ValueError(f"{text!r} is not a YAML value") from None
 
 
 def bytes_of(text):

@@ -180,7 +180,7 @@ def check_description(text, path):
     try:
         root = yaml.compose(text, yaml.BaseLoader)
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: no YAML ({error})") from None
+        raise ValueError(f"{path}: not valid YAML ({error})") from None
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"{path}: expected keys and values")
     todo = [root]

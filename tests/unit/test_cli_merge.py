@@ -249,7 +249,7 @@ def test_a_tag_never_builds_anything(folder, capsys):
     [
         ("", ["expected a mapping"]),
         ("- a\n", ["expected a mapping"]),
-        ("a: [\n", ["is no YAML"]),
+        ("a: [\n", ["not valid YAML"]),
         ("base: a\n", ["lacks finetuned, rule, output", "--finetuned"]),
         (
             "base: a\nfinetuned: b\nrule: TIES\noutput: c\nmodels: 1\n",
@@ -281,7 +281,7 @@ def test_bad_merge_files(folder, text, said):
         (("merge.yaml", "--rule.dense", "1"), ["'dense'", "density"]),
         (("merge.yaml", "--rule.density", "2"), ["density=2", "[0, 1]"]),
         (("merge.yaml", "--rule.name", "Mean"), ["'Mean'", "LinearAverage"]),
-        (("merge.yaml", "--base.x", "2"), ["--base.x", "no mapping"]),
+        (("merge.yaml", "--base.x", "2"), ["--base.x", "not a mapping"]),
         (("merge.yaml", "--colour", "red"), ["unknown option --colour"]),
         (("merge.yaml", "--base", "none.ckpt"), ["none.ckpt", "no such"]),
         (("merge.yaml", "--exclude", "[dec*]"), ["'dec*'", "matches no"]),
