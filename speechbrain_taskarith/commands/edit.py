@@ -223,7 +223,7 @@ def _open(options, starting, scale=None, read_only=False):
         )
     editor = SequentialEditor.resume(options.folder, rule, read_only=read_only)
     if options.base:
-        from speechbrain_taskarith.vectors.states.fingerprint import short
+        from speechbrain_taskarith.vectors.states.state import short
 
         base = shared.open_weights(options.base, options)
         if base.fingerprint != editor.base_fingerprint:

@@ -122,7 +122,7 @@ def _tied(state):
 def _metadata(path, state):
     """What is written beside the weights of where they come from."""
     from speechbrain_taskarith.utils.files import read_json
-    from speechbrain_taskarith.vectors.states.readers import (
+    from speechbrain_taskarith.vectors.states.speechbrain_folder import (
         read_checkpoint_meta,
     )
 

@@ -39,7 +39,9 @@ def checkpoint_of(path):
     pathlib.Path or None
         None for every other form.
     """
-    from speechbrain_taskarith.vectors.states.readers import newest_checkpoint
+    from speechbrain_taskarith.vectors.states.speechbrain_folder import (
+        newest_checkpoint,
+    )
 
     if path is None or not Path(path).is_dir():
         return None

@@ -25,11 +25,13 @@ from speechbrain_taskarith.vectors import (
     search_scale,
 )
 from speechbrain_taskarith.vectors.rules import from_description
-from speechbrain_taskarith.vectors.states.readers import read_checkpoint_meta
 from speechbrain_taskarith.vectors.states.safetensors import (
     SafetensorsWriter,
     TensorInfo,
     read_header,
+)
+from speechbrain_taskarith.vectors.states.speechbrain_folder import (
+    read_checkpoint_meta,
 )
 
 # -- tied tensors --------------------------------------------------------------

@@ -17,8 +17,8 @@ from speechbrain_taskarith.vectors import (
     open_state,
 )
 from speechbrain_taskarith.vectors.engine.inputs import MergeInputs
-from speechbrain_taskarith.vectors.engine.measuring import MemoryWatch
 from speechbrain_taskarith.vectors.engine.streaming import Stream
+from speechbrain_taskarith.vectors.merge import watch_memory
 from speechbrain_taskarith.vectors.rules import (
     DARE,
     DELLA,
@@ -472,7 +472,7 @@ def test_properties(tmp_path_factory, data):
 
 
 def test_the_watch_sees_memory(tmp_path):
-    with MemoryWatch(0.001) as watch:
+    with watch_memory(0.001) as watch:
         held = bytearray(64 << 20)
         held[::4096] = b"x" * len(held[::4096])
         import time

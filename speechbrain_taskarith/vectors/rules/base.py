@@ -5,7 +5,6 @@ vector alone (`stages`) and how the vectors become one (`merge`, over a run of
 elements); who feeds it, from memory or from files, is not its business.
 """
 
-from speechbrain_taskarith.utils.patterns import first_match, require_match
 from speechbrain_taskarith.vectors import checks
 from speechbrain_taskarith.vectors.engine.streaming import MemoryVectors, Stream
 from speechbrain_taskarith.vectors.engine.workspace import CHUNK
@@ -14,6 +13,8 @@ from speechbrain_taskarith.vectors.rules.description import (
     from_description,
     scale_of,
 )
+from speechbrain_taskarith.vectors.states.names import check_alike
+from speechbrain_taskarith.vectors.states.readers import as_state
 
 __all__ = ["Rule", "check_weights", "from_description"]
 
@@ -150,12 +151,7 @@ class Rule:
         ValueError
             A pattern that matches nothing.
         """
-        names = list(names)
-        if not isinstance(self.scale, dict):
-            return dict.fromkeys(names, float(self.scale))
-        for pattern in self.scale:
-            require_match(names, pattern)
-        return {n: float(first_match(n, self.scale, 0.0)) for n in names}
+        return checks.scale_by_name(self.scale, names)
 
     def combine(self, vectors, *, base=None):
         """Make one task vector out of several, before the scale.
@@ -181,13 +177,12 @@ class Rule:
         """
         import torch
 
-        from speechbrain_taskarith.vectors.states.state import as_state
         from speechbrain_taskarith.vectors.task_vector import TaskVector
 
         vectors = list(vectors)
         base = None if base is None else as_state(base)
         self.check_number(len(vectors))
-        _check_alike(vectors)
+        check_alike(vectors)
         source = MemoryVectors(vectors, base)
         # A GPU is filled by whole tensors, a cache by little; and linear
         # algebra has threads of its own.
@@ -244,8 +239,6 @@ class Rule:
         ValueError
             Another base than the vectors', and what `combine` raises.
         """
-        from speechbrain_taskarith.vectors.states.state import as_state
-
         base, vectors = as_state(base), list(vectors)
         merged = self.combine(vectors, base=base)
         traced = [v for v in vectors if hasattr(v, "base_fingerprint")]
@@ -275,25 +268,6 @@ class Rule:
         name = description.pop("rule")
         arguments = ", ".join(f"{k}={v!r}" for k, v in description.items())
         return f"{name}({arguments})"
-
-
-def _check_alike(vectors):
-    first = vectors[0]
-    for number, vector in enumerate(vectors[1:], 2):
-        odd = sorted(set(first.keys()) ^ set(vector.keys()))
-        if odd:
-            raise KeyError(
-                f"task vectors 1 and {number} edit different parameters: "
-                f"only one of them has {', '.join(odd[:5])} "
-                f"({len(odd)} in all). Bring them to the same with restrict()"
-            )
-        for name in first.keys():
-            one, other = tuple(first[name].shape), tuple(vector[name].shape)
-            if one != other:
-                raise ValueError(
-                    f"{name!r} has shape {one} in task vector 1 and {other} "
-                    f"in task vector {number}"
-                )
 
 
 def check_weights(rule, given, number):
