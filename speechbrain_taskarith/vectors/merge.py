@@ -27,10 +27,10 @@ from speechbrain_taskarith.vectors.engine.workspace import (
     places,
     to_stored,
 )
-from speechbrain_taskarith.vectors.states.readers import open_state
+from speechbrain_taskarith.vectors.states.readers import form_of, open_state
 from speechbrain_taskarith.vectors.states.safetensors import SafetensorsWriter
 from speechbrain_taskarith.vectors.states.state import fingerprint_of
-from speechbrain_taskarith.vectors.states.writers import form_of, save_state
+from speechbrain_taskarith.vectors.states.writers import save_state
 
 # Elements at a time on a GPU, which wants much work at once.
 _DEVICE_CHUNK = 1 << 23
@@ -224,7 +224,7 @@ def merge_checkpoints(
                 for state in states:
                     state.verify()
             if not any_base:
-                _check_ancestry(inputs, fingerprint)
+                inputs.check_ancestry(fingerprint)
         prints = [s.fingerprint if fingerprint else None for s in states]
         provenance = {
             "rule": rule.describe(),
@@ -320,16 +320,6 @@ def _plan(inputs, rule, threads, chunk, memory_limit):
             f"{need(threads, chunk)} bytes"
         )
     return threads, chunk
-
-
-def _check_ancestry(inputs, fingerprint):
-    kinds = {parent.kind for parent in inputs.parents}
-    if "task vector" in kinds and not fingerprint:
-        raise ValueError(
-            "fingerprint=False: the base of the task vectors cannot be "
-            "checked; say any_base=True if that is meant"
-        )
-    inputs.check_ancestry()
 
 
 def _fingerprint(states, passes):

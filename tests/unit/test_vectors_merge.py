@@ -386,7 +386,9 @@ def test_safetensors_to_safetensors_imports_no_torch(folder):
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: str(rule)[:60])
+@pytest.mark.parametrize(
+    "rule", [*RULES, TSVM(precision="float64")], ids=lambda rule: str(rule)[:60]
+)
 def test_torch_kernels_give_the_numbers_of_numpy(rule, folder):
     """What runs on a GPU, run on the CPU: the same formulas by torch."""
     number = 2 if isinstance(rule, SLERP) else 3
@@ -407,7 +409,18 @@ def test_torch_kernels_give_the_numbers_of_numpy(rule, folder):
         found.append(merged)
     assert found[0].keys() == found[1].keys()
     for key, value in found[0].items():
-        if rule.whole_tensors or hasattr(rule, "scope"):
+        shape = inputs.shapes[key[0]]
+        if isinstance(rule, TSVM) and rule.precision == "float32" and shape:
+            # Each library's float32 SVD is the exact one of a matrix that is
+            # off by up to max(rows, columns) * eps of its norm. That turns
+            # singular vectors by as much over the gap between neighbouring
+            # singular values, here a few times more. In float64, the last of
+            # the rules above, the same formula has to agree strictly.
+            longest = max(shape[0], value.numel() // shape[0] or 1)
+            rounding = longest * torch.finfo(torch.float32).eps
+            error = (found[1][key] - value).norm()
+            assert error <= 10 * rounding * value.norm(), key
+        elif rule.whole_tensors or hasattr(rule, "scope"):
             torch.testing.assert_close(found[1][key], value)
         else:
             assert torch.equal(found[1][key], value), key

@@ -66,29 +66,10 @@ def open_parent(source, recoverable=None):
 class MergeInputs:
     """Base and parents, as a source of a `streaming.Stream`.
 
-    Arguments
-    ---------
-    base : path, torch.nn.Module, mapping or State
-        The base.
-    finetuned : sequence
-        What `open_parent` takes.
-    include, exclude : sequence of str
-        Patterns of the parameters to edit.
-    buffers : str
-        `"base"`: running statistics are the base's; `"edit"`: edited.
-    recoverable : str or None
-        Of paths, see `open_state`.
-
-    Attributes
-    ----------
-    names : list of str
-        What is edited, in the base's order.
-    copied : list of str
-        What is copied from the base.
-    shapes : dict
-        `{name: shape}` of what is edited, of tied tensors only the first.
-    twins : dict
-        `{name: first name}` of the other tied tensors that are edited.
+    The arguments are those of `merge_checkpoints`. `names` are edited, in the
+    base's order, the others `copied`; of tied tensors that are edited only
+    the first is in `shapes` (`{name: shape}`), the others are in `twins`
+    (`{name: first name}`).
     """
 
     xp, device = np, None
@@ -143,10 +124,16 @@ class MergeInputs:
         check_ties(self.base, scales, scales)
         return scales
 
-    def check_ancestry(self):
+    def check_ancestry(self, fingerprints=True):
         """Raise for a task vector that was taken from another base."""
         for parent in self.parents:
             if parent.kind == "task vector":
+                if not fingerprints:
+                    raise ValueError(
+                        "fingerprint=False: the base of the task vectors "
+                        "cannot be checked; say any_base=True if that is "
+                        "meant"
+                    )
                 label = f"the task vector {parent.label}"
                 check_ancestry(self.base, parent.base_fingerprint, label)
 

@@ -46,7 +46,10 @@ def match_names(
     unlike = [
         name
         for name in common
-        if not _alike(base.info(name), other.info(name), same_types)
+        if (one := base.info(name)) != (two := other.info(name))
+        and (
+            same_types or one.shape != two.shape or one.floating != two.floating
+        )
     ]
     if not (only_base or only_other or unlike):
         return common
@@ -86,12 +89,6 @@ def match_names(
         problems.append(f"{other.label}: {unlike[0]!r} {found}{more}")
     kind = KeyError if only_base or only_other else ValueError
     raise kind(f"{'; '.join(problems)}. Remedy: {'; '.join(remedies)}{advice}")
-
-
-def _alike(one, other, same_types):
-    if same_types:
-        return one == other
-    return one.shape == other.shape and one.floating == other.floating
 
 
 def editable_names(base, other, include, exclude, buffers, **options):

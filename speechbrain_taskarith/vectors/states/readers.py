@@ -18,6 +18,7 @@ from speechbrain_taskarith.vectors.states.safetensors import (
 )
 from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     META_FILE,
+    PREFIX,
     newest_checkpoint,
     open_checkpoint,
 )
@@ -83,6 +84,23 @@ def open_state(path, *, recoverable=None):
     raise ValueError(
         f"{path}: unknown suffix {path.suffix!r}; expected one of "
         f".safetensors, {', '.join(TORCH_SUFFIXES)}"
+    )
+
+
+def form_of(path):
+    """Return the form to write that follows from a path's name, or raise."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return "safetensors"
+    if path.suffix in TORCH_SUFFIXES:
+        return "torch"
+    if path.name.startswith(PREFIX):
+        return "speechbrain"
+    if not path.suffix or path.is_dir():
+        return "hugging face"
+    raise ValueError(
+        f"{path}: unknown suffix {path.suffix!r}; expected .safetensors, "
+        f"{', '.join(TORCH_SUFFIXES)}, a folder, or a CKPT+ folder"
     )
 
 

@@ -21,25 +21,28 @@ from speechbrain_taskarith.utils.files import (
     write_error,
 )
 
-# Bytes per element of the dtypes that the format knows and that we handle.
-ITEM_SIZE = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-    "U16": 2,
-    "U32": 4,
-    "U64": 8,
-    "C64": 8,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
+# The dtypes that the format knows and that we handle: bytes per element, and
+# torch's name.
+_DTYPES = {
+    "F64": (8, "float64"),
+    "F32": (4, "float32"),
+    "F16": (2, "float16"),
+    "BF16": (2, "bfloat16"),
+    "I64": (8, "int64"),
+    "I32": (4, "int32"),
+    "I16": (2, "int16"),
+    "I8": (1, "int8"),
+    "U8": (1, "uint8"),
+    "BOOL": (1, "bool"),
+    "U16": (2, "uint16"),
+    "U32": (4, "uint32"),
+    "U64": (8, "uint64"),
+    "C64": (8, "complex64"),
+    "F8_E4M3": (1, "float8_e4m3fn"),
+    "F8_E5M2": (1, "float8_e5m2"),
 }
+ITEM_SIZE = {name: size for name, (size, _) in _DTYPES.items()}
+TORCH_NAME = {name: torch_name for name, (_, torch_name) in _DTYPES.items()}
 # The dtypes that are edited.
 FLOATING = ("F64", "F32", "F16", "BF16")
 
@@ -151,21 +154,10 @@ class SafetensorsWriter:
     before the work) and a temporary name until `close`. `write` may be
     called from several threads.
 
-    Arguments
-    ---------
-    path : str or pathlib.Path
-        The final name.
-    tensors : dict
-        `{name: TensorInfo}`, in the order to be written.
-    metadata : dict or None
-        Text values for `__metadata__`. Values may be replaced at `close`
-        by texts of the same length (a hash known only at the end).
-
-    Attributes
-    ----------
-    temporary : pathlib.Path
-        Where the file lies until `close`; what was written so far can be
-        read there.
+    `tensors` is `{name: TensorInfo}`, in the order to be written. Texts of
+    the `metadata` may be replaced at `close` by others of the same length (a
+    hash known only at the end). `temporary` is where the file lies until
+    then; what was written so far can be read there.
 
     Example
     -------

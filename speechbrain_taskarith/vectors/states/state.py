@@ -18,30 +18,12 @@ import numpy as np
 
 from speechbrain_taskarith.vectors.states.safetensors import (
     ITEM_SIZE,
+    TORCH_NAME,
     TensorInfo,
     damaged,
 )
 
-# safetensors name -> torch name
-_TORCH_NAME = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-    "U16": "uint16",
-    "U32": "uint32",
-    "U64": "uint64",
-    "C64": "complex64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-}
-_SAFETENSORS_NAME = {name: key for key, name in _TORCH_NAME.items()}
+_SAFETENSORS_NAME = {name: key for key, name in TORCH_NAME.items()}
 
 # Where training scripts put the weights inside a larger checkpoint.
 NESTED = ("state_dict", "model_state_dict", "model", "module")
@@ -78,7 +60,7 @@ class StoredTensor(NamedTuple):
         import torch
 
         info = self.info
-        dtype = getattr(torch, _TORCH_NAME[info.dtype])
+        dtype = getattr(torch, TORCH_NAME[info.dtype])
         if not info.numel:
             return torch.empty(info.shape, dtype=dtype)
         # A private mapping of just this tensor: lazily read, and writing to

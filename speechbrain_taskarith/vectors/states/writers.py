@@ -17,7 +17,11 @@ from speechbrain_taskarith.utils.files import (
 )
 from speechbrain_taskarith.utils.patterns import first_match, require_match
 from speechbrain_taskarith.vectors.states.names import match_names
-from speechbrain_taskarith.vectors.states.readers import as_state, open_state
+from speechbrain_taskarith.vectors.states.readers import (
+    as_state,
+    form_of,
+    open_state,
+)
 from speechbrain_taskarith.vectors.states.safetensors import (
     ITEM_SIZE,
     SafetensorsWriter,
@@ -32,7 +36,6 @@ from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     write_meta,
 )
 from speechbrain_taskarith.vectors.states.torch_files import (
-    TORCH_SUFFIXES,
     load_torch_file,
     save_torch_file,
 )
@@ -126,23 +129,6 @@ def save_state(
     else:
         _save_hugging_face(state, path, metadata, shard_size, like)
     return path
-
-
-def form_of(path):
-    """Return the form that follows from a path's name, or raise."""
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        return "safetensors"
-    if path.suffix in TORCH_SUFFIXES:
-        return "torch"
-    if path.name.startswith(PREFIX):
-        return "speechbrain"
-    if not path.suffix or path.is_dir():
-        return "hugging face"
-    raise ValueError(
-        f"{path}: unknown suffix {path.suffix!r}; expected .safetensors, "
-        f"{', '.join(TORCH_SUFFIXES)}, a folder, or a CKPT+ folder"
-    )
 
 
 def _save_safetensors(state, path, metadata, names=None):
