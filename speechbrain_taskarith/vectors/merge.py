@@ -387,13 +387,11 @@ def _convert(merged, output, inputs, metadata, recoverable):
     tensors = {name: state[name] for name in state}
     content = {name: tensors[aliases.get(name, name)] for name in state}
     like = inputs.base.path
-    if like is not None and not (like.is_dir() and not output.suffix):
-        like = None
     save_state(
         content,
         output,
         metadata=metadata,
-        like=like,
+        like=like if like is not None and like.is_dir() else None,
         recoverable=recoverable,
     )
 

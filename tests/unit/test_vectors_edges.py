@@ -156,6 +156,26 @@ def test_integers_are_not_edited_by_a_floating_point_vector():
         tau.apply(base, 0.5, any_base=True)
 
 
+def test_integers_and_floating_point_weights_are_not_subtracted():
+    """A quantised model minus its base would be a vector of scales."""
+    floats, integers = {"w": torch.ones(2)}, {"w": torch.ones(2).int()}
+    for base, tuned in ((floats, integers), (integers, floats)):
+        with pytest.raises(ValueError, match="type.*I32|I32.*type"):
+            TaskVector.between(base, tuned)
+
+
+@pytest.mark.parametrize("factor", [True, "2", None])
+def test_what_is_no_number_is_no_factor(factor):
+    with pytest.raises(ValueError, match="finite number"):
+        TaskVector({"w": torch.ones(2)}) * factor
+
+
+def test_tensors_of_one_number_are_factors():
+    tau = TaskVector({"w": torch.ones(2)}) * torch.tensor(0.5)
+    assert tau["w"].tolist() == [0.5, 0.5]
+    assert tau.metadata["factor"] == 0.5
+
+
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
 def test_torchs_default_type_does_not_matter(default):
     base = {"w": torch.rand(1000, generator=torch.Generator().manual_seed(0))}

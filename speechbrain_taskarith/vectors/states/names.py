@@ -6,6 +6,7 @@ has to be explained.
 """
 
 import warnings
+from operator import attrgetter
 
 import numpy as np
 
@@ -43,36 +44,35 @@ def match_names(
     common = [name for name in chosen if name in base and name in other]
     only_base = [n for n in chosen if n not in other and not partial]
     only_other = [n for n in chosen if n not in base]
-    unlike = [
-        name
-        for name in common
-        if (one := base.info(name)) != (two := other.info(name))
-        and (
-            same_types or one.shape != two.shape or one.floating != two.floating
-        )
-    ]
+    kind = tuple if same_types else attrgetter("shape", "floating")
+    unlike = [n for n in common if kind(base.info(n)) != kind(other.info(n))]
     if not (only_base or only_other or unlike):
         return common
-    if not strict:
-        out = [*only_base, *only_other, *unlike]
-        warnings.warn(f"left out of the task vector: {some(out)}", stacklevel=4)
-        return [name for name in common if name not in set(unlike)]
-    problems = [
-        f"{lacks.label} lacks {some(names)} of {holds.label}"
-        for lacks, holds, names in (
-            (other, base, only_base),
-            (base, other, only_other),
-        )
-        if names
-    ]
-    remedies = []
+    if strict:
+        raise _misfit(base, other, only_base, only_other, unlike, advice)
+    out = [*only_base, *only_other, *unlike]
+    warnings.warn(f"left out of the task vector: {some(out)}", stacklevel=4)
+    return [name for name in common if name not in set(unlike)]
+
+
+def _misfit(base, other, only_base, only_other, unlike, advice):
+    problems, remedies = [], []
+    for lacks, holds, names in (
+        (other, base, only_base),
+        (base, other, only_other),
+    ):
+        if names:
+            problems.append(
+                f"{lacks.label} lacks {some(names)} of {holds.label}"
+            )
     if problems:
         remedies.append(
             "take models of one architecture, without wrappers (names with "
             "'module.'), or exclude these names (TaskVector.restrict)"
         )
     if unlike:
-        one, two = base.info(unlike[0]), other.info(unlike[0])
+        name = unlike[0]
+        one, two = base.info(name), other.info(name)
         if one.shape != two.shape:
             found = f"has shape {two.shape}, in {base.label} {one.shape}"
             remedies.append(
@@ -86,9 +86,9 @@ def match_names(
                 "floating point weights)"
             )
         more = f" ({some(unlike)} in all)" if len(unlike) > 1 else ""
-        problems.append(f"{other.label}: {unlike[0]!r} {found}{more}")
+        problems.append(f"{other.label}: {name!r} {found}{more}")
     kind = KeyError if only_base or only_other else ValueError
-    raise kind(f"{'; '.join(problems)}. Remedy: {'; '.join(remedies)}{advice}")
+    return kind(f"{'; '.join(problems)}. Remedy: {'; '.join(remedies)}{advice}")
 
 
 def editable_names(base, other, include, exclude, buffers, **options):

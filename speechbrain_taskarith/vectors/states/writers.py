@@ -28,6 +28,7 @@ from speechbrain_taskarith.vectors.states.safetensors import (
 )
 from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     FINETUNED,
+    META_FILE,
     META_KEY,
     PREFIX,
     find_checkpoint_folder,
@@ -42,12 +43,14 @@ from speechbrain_taskarith.vectors.states.torch_files import (
 
 _BLOCK = 1 << 22
 # Kept out of a Hugging Face folder that is written after another one: these
-# hold the old weights.
+# hold the old weights, or lead readers to them.
 _WEIGHT_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
     "*.bin",
     "*.bin.index.json",
+    "*.ckpt",
+    META_FILE,
 )
 
 POLICIES = ("copy", "pool", "drop")
