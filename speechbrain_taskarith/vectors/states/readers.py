@@ -207,7 +207,7 @@ def _open_shards(folder, index):
     for name, file in weight_map.items():
         if name not in shards[file]:
             raise damaged(folder / file, f"lacks {name!r}, which is indexed")
-        entries[name] = shards[file].entry(name)
+        entries[name] = shards[file].entries[name]
 
     # It also holds the shards, whose files close with them.
     def check(_):

@@ -152,7 +152,7 @@ class State(Mapping):
     """
 
     def __init__(self, entries, path=None, metadata=None, check=None):
-        self._entries = entries
+        self.entries = entries
         self.path = path
         # What to call these weights in messages.
         self.label = str(path) if path else "weights in memory"
@@ -160,16 +160,16 @@ class State(Mapping):
         self._check = check
 
     def __getitem__(self, name):
-        return self.entry(name).tensor()
+        return self._entry(name).tensor()
 
     def __iter__(self):
-        return iter(self._entries)
+        return iter(self.entries)
 
     def __len__(self):
-        return len(self._entries)
+        return len(self.entries)
 
     def __contains__(self, name):
-        return name in self._entries
+        return name in self.entries
 
     # Comparing tensor by tensor is `fingerprint`'s work.
     __eq__ = object.__eq__
@@ -178,21 +178,9 @@ class State(Mapping):
     def __repr__(self):
         return f"State({self.label}, {len(self)} tensors)"
 
-    def entry(self, name):
-        """Return the stored or loaded tensor behind a name (internal).
-
-        Arguments
-        ---------
-        name : str
-            The parameter's name.
-
-        Returns
-        -------
-        StoredTensor or LoadedTensor
-            With `info`, `identity`, `read_into` and `tensor`.
-        """
+    def _entry(self, name):
         try:
-            return self._entries[name]
+            return self.entries[name]
         except KeyError:
             raise KeyError(f"{self.label} holds no tensor {name!r}") from None
 
@@ -209,7 +197,7 @@ class State(Mapping):
         TensorInfo
             Also `.numel`, `.nbytes`, `.floating`.
         """
-        return self.entry(name).info
+        return self._entry(name).info
 
     def read_into(self, name, start, stop, buffer):
         """Read the raw bytes of elements `[start, stop)` into a buffer.
@@ -225,7 +213,7 @@ class State(Mapping):
         buffer : numpy.ndarray
             One-dimensional uint8, writable, of exactly as many bytes.
         """
-        entry = self.entry(name)
+        entry = self._entry(name)
         size = ITEM_SIZE[entry.info.dtype]
         if not 0 <= start <= stop <= entry.info.numel:
             raise IndexError(f"{name}: no elements [{start}, {stop})")
@@ -241,7 +229,7 @@ class State(Mapping):
     def aliases(self):
         """Tied tensors: `{name: first name of its group}`, ties only."""
         first, tied = {}, {}
-        for name, entry in self._entries.items():
+        for name, entry in self.entries.items():
             if (identity := entry.identity) is None:
                 continue
             origin = first.setdefault(identity, name)
@@ -255,8 +243,8 @@ class State(Mapping):
         """SHA-256 over names, dtypes, shapes and bytes; equal weights have
         equal fingerprints in every format. Computed once, on first use."""
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            digests = list(pool.map(self.digest, self._entries))
-        return fingerprint_of(dict(zip(self._entries, digests)))
+            digests = list(pool.map(self.digest, self.entries))
+        return fingerprint_of(dict(zip(self.entries, digests)))
 
     def digest(self, name):
         """Return a tensor's hash, a leaf of the fingerprint; thread-safe.
@@ -271,7 +259,7 @@ class State(Mapping):
         bytes
             SHA-256 over name, dtype, shape and bytes.
         """
-        entry = self.entry(name)
+        entry = self._entry(name)
         dtype, shape = entry.info
         start = f"{name}\0{dtype}\0{','.join(map(str, shape))}\0"
         digest = hashlib.sha256(start.encode())
