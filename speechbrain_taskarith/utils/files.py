@@ -10,8 +10,8 @@ import ctypes
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 
 # Every temporary name starts like this, so that a later run can tell a
@@ -24,12 +24,11 @@ def temporary_file(path):
     """Make a temporary file beside `path`; return its descriptor and path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(
-        prefix=TEMPORARY_PREFIX, suffix=path.suffix, dir=path.parent
-    )
-    # mkstemp makes private files; results are shared as any other.
-    os.fchmod(descriptor, 0o666 & ~current_umask())
-    return descriptor, Path(name)
+    name = f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{path.suffix}"
+    temporary = path.with_name(name)
+    # Not by tempfile, whose files are private; results obey the umask.
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    return os.open(temporary, flags, 0o666), temporary
 
 
 def write_error(error, path):
@@ -101,9 +100,9 @@ def atomic_folder(path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
+    temporary.mkdir()
     try:
-        os.chmod(temporary, 0o777 & ~current_umask())
         yield temporary
         publish_folder(temporary, path)
     except BaseException:
@@ -196,10 +195,3 @@ def remove_leftovers(folder):
             path.unlink(missing_ok=True)
         removed.append(path.name)
     return sorted(removed)
-
-
-def current_umask():
-    """Return the process's umask (there is no call that only reads it)."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask

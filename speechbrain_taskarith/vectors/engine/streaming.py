@@ -212,14 +212,16 @@ class Stream:
         is valid until it returns.
         """
         prepared = rule.prepare(self)
-        passes, spots = self.passes, self.places(rule.granularity)
+        number, passes = self.source.number, self.passes
+        chunks = self.places(rule.granularity)
         # One look at the result is cheaper than one at every vector.
         carried = rule.carries_nan and not self.ready and not self.finite
         self.finite = self.finite or carried
 
         def visit(place, work):
             work.unresolved, work.tally = False, 0
-            vectors = self.vectors(place, work)
+            # Each is valid until the next is taken.
+            vectors = (self.vector(i, place, work) for i in range(number))
             merged = rule.merge(vectors, place, work, prepared)
             if carried and not all_finite(merged):
                 self._look_for_nan(place, work)
@@ -227,8 +229,8 @@ class Stream:
                 emit(place, merged, work)
             return work.unresolved, work.tally
 
-        results = passes.run(visit, spots, "merging")
-        unresolved = [p for p, (left, _) in zip(spots, results) if left]
+        results = passes.run(visit, chunks, "merging")
+        unresolved = [p for p, (left, _) in zip(chunks, results) if left]
         if unresolved:
             # Entries that cancel exactly take the sign that prevails in the
             # whole vector, which is known only now.

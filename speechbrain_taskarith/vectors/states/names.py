@@ -39,13 +39,14 @@ def match_names(
     Otherwise it is a KeyError (names) or ValueError that ends with `advice`,
     or a warning where not `strict`.
     """
-    everything = [*base, *(name for name in other if name not in base)]
-    chosen = select(everything, include, exclude)
-    common = [name for name in chosen if name in base and name in other]
-    only_base = [n for n in chosen if n not in other and not partial]
-    only_other = [n for n in chosen if n not in base]
+    ours = {name: base.info(name) for name in base}
+    theirs = {name: other.info(name) for name in other}
+    chosen = select({**ours, **theirs}, include, exclude)
+    common = [name for name in chosen if name in ours and name in theirs]
+    only_base = [n for n in chosen if n not in theirs and not partial]
+    only_other = [n for n in chosen if n not in ours]
     kind = tuple if same_types else attrgetter("shape", "floating")
-    unlike = [n for n in common if kind(base.info(n)) != kind(other.info(n))]
+    unlike = [n for n in common if kind(ours[n]) != kind(theirs[n])]
     if not (only_base or only_other or unlike):
         return common
     if strict:

@@ -105,7 +105,16 @@ def read_header(path):
         for value in metadata.values():
             if not isinstance(value, str):
                 raise ValueError(f"its metadata holds {value!r}, no text")
-        entries = {name: _parse(entry) for name, entry in header.items()}
+        entries = {}
+        for name, entry in header.items():
+            dtype, shape = entry["dtype"], tuple(entry["shape"])
+            begin, end = entry["data_offsets"]
+            if not isinstance(dtype, str):
+                raise ValueError(f"dtype {dtype!r}")
+            for number in (*shape, begin, end):
+                if type(number) is not int or number < 0:
+                    raise ValueError(f"{number!r} is no size")
+            entries[name] = (TensorInfo(dtype, shape), begin, end)
     except (
         ValueError,
         KeyError,
@@ -133,18 +142,6 @@ def read_header(path):
             f"has {size} bytes, its header says {8 + length + expected}",
         )
     return tensors, metadata
-
-
-def _parse(entry):
-    """Return one tensor's `TensorInfo` and the range of its bytes."""
-    dtype, shape = entry["dtype"], tuple(entry["shape"])
-    begin, end = entry["data_offsets"]
-    if not isinstance(dtype, str):
-        raise ValueError(f"dtype {dtype!r}")
-    for number in (*shape, begin, end):
-        if type(number) is not int or number < 0:
-            raise ValueError(f"{number!r} is no size")
-    return TensorInfo(dtype, shape), begin, end
 
 
 class SafetensorsWriter:

@@ -160,7 +160,8 @@ class State(Mapping):
         self._check = check
 
     def __getitem__(self, name):
-        return self._entry(name).tensor()
+        self.info(name)
+        return self.entries[name].tensor()
 
     def __iter__(self):
         return iter(self.entries)
@@ -178,12 +179,6 @@ class State(Mapping):
     def __repr__(self):
         return f"State({self.label}, {len(self)} tensors)"
 
-    def _entry(self, name):
-        try:
-            return self.entries[name]
-        except KeyError:
-            raise KeyError(f"{self.label} holds no tensor {name!r}") from None
-
     def info(self, name):
         """Return dtype and shape of a tensor without reading it.
 
@@ -197,7 +192,10 @@ class State(Mapping):
         TensorInfo
             Also `.numel`, `.nbytes`, `.floating`.
         """
-        return self._entry(name).info
+        try:
+            return self.entries[name].info
+        except KeyError:
+            raise KeyError(f"{self.label} holds no tensor {name!r}") from None
 
     def read_into(self, name, start, stop, buffer):
         """Read the raw bytes of elements `[start, stop)` into a buffer.
@@ -213,9 +211,9 @@ class State(Mapping):
         buffer : numpy.ndarray
             One-dimensional uint8, writable, of exactly as many bytes.
         """
-        entry = self._entry(name)
-        size = ITEM_SIZE[entry.info.dtype]
-        if not 0 <= start <= stop <= entry.info.numel:
+        info = self.info(name)
+        size = ITEM_SIZE[info.dtype]
+        if not 0 <= start <= stop <= info.numel:
             raise IndexError(f"{name}: no elements [{start}, {stop})")
         if len(buffer) != (stop - start) * size:
             raise ValueError(
@@ -223,7 +221,7 @@ class State(Mapping):
                 f"{(stop - start) * size} are to be read"
             )
         if stop > start:
-            entry.read_into(start, buffer)
+            self.entries[name].read_into(start, buffer)
 
     @cached_property
     def aliases(self):
@@ -259,14 +257,14 @@ class State(Mapping):
         bytes
             SHA-256 over name, dtype, shape and bytes.
         """
-        entry = self._entry(name)
-        dtype, shape = entry.info
+        info, entry = self.info(name), self.entries[name]
+        dtype, shape = info
         start = f"{name}\0{dtype}\0{','.join(map(str, shape))}\0"
         digest = hashlib.sha256(start.encode())
         step = _HASH_BLOCK // ITEM_SIZE[dtype]
-        buffer = np.empty(min(_HASH_BLOCK, entry.info.nbytes), np.uint8)
-        for start in range(0, entry.info.numel, step):
-            stop = min(start + step, entry.info.numel)
+        buffer = np.empty(min(_HASH_BLOCK, info.nbytes), np.uint8)
+        for start in range(0, info.numel, step):
+            stop = min(start + step, info.numel)
             part = buffer[: (stop - start) * ITEM_SIZE[dtype]]
             entry.read_into(start, part)
             digest.update(part)
