@@ -123,7 +123,7 @@ def _tied(state):
 def _metadata(path, state):
     """Return what is written beside the weights about their origin."""
     from speechbrain_taskarith.utils.files import read_json
-    from speechbrain_taskarith.vectors.states.readers import (
+    from speechbrain_taskarith.vectors.states.speechbrain_folder import (
         read_checkpoint_meta,
     )
 

@@ -208,10 +208,9 @@ def _would_merge(plan, base, states, rule, output):
     from speechbrain_taskarith.vectors.engine.inputs import MergeInputs
 
     inputs = MergeInputs(base, states, plan.include, plan.exclude, plan.buffers)
-    rule.check_number(inputs.number)
-    rule.scales(inputs.names)
-    if plan.fingerprint and not plan.any_base:
-        inputs.check_ancestry()
+    inputs.scales(rule)
+    if not plan.any_base:
+        inputs.check_ancestry(plan.fingerprint)
     result = written(output, base, dry_run=True)
     result.lines.append(f"  {rule!r}")
     for parent in inputs.parents:

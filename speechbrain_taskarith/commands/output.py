@@ -163,7 +163,9 @@ def numbers(state):
 
 def checkpoint_of(path):
     """Return the SpeechBrain checkpoint folder that a path means, or None."""
-    from speechbrain_taskarith.vectors.states.readers import newest_checkpoint
+    from speechbrain_taskarith.vectors.states.speechbrain_folder import (
+        newest_checkpoint,
+    )
 
     if path is None or not Path(path).is_dir():
         return None

@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 from speechbrain_taskarith.utils.files import read_json
-from speechbrain_taskarith.vectors.states.readers import open_state
-from speechbrain_taskarith.vectors.states.state import as_state
+from speechbrain_taskarith.vectors.states.readers import as_state, open_state
 
 _PREFIX = "base_model.model."
 # What changes the formula; refused, since the result would be plausible and

@@ -19,8 +19,8 @@ from speechbrain_taskarith.vectors.editing.schedules import (
 from speechbrain_taskarith.vectors.encodings import ENCODINGS
 from speechbrain_taskarith.vectors.rules.base import check_rule
 from speechbrain_taskarith.vectors.rules.description import from_description
-from speechbrain_taskarith.vectors.states.fingerprint import short
-from speechbrain_taskarith.vectors.states.state import as_state
+from speechbrain_taskarith.vectors.states.readers import as_state
+from speechbrain_taskarith.vectors.states.state import short
 from speechbrain_taskarith.vectors.states.writers import save_state
 from speechbrain_taskarith.vectors.task_vector import TaskVector
 

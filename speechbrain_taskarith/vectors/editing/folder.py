@@ -11,9 +11,8 @@ from speechbrain_taskarith.vectors.editing.log import (
     now,
     slug,
 )
-from speechbrain_taskarith.vectors.states.fingerprint import short
-from speechbrain_taskarith.vectors.states.readers import open_state
-from speechbrain_taskarith.vectors.states.state import as_state
+from speechbrain_taskarith.vectors.states.readers import as_state, open_state
+from speechbrain_taskarith.vectors.states.state import short
 from speechbrain_taskarith.vectors.states.writers import save_state
 from speechbrain_taskarith.vectors.task_vector import TaskVector
 

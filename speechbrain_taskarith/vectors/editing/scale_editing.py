@@ -3,9 +3,11 @@
 import torch
 
 from speechbrain_taskarith.utils.patterns import matches
-from speechbrain_taskarith.vectors.application import check_tied
-from speechbrain_taskarith.vectors.in_place import edit_into
-from speechbrain_taskarith.vectors.states.state import as_state
+from speechbrain_taskarith.vectors.application import (
+    check_tied_edits,
+    edit_into,
+)
+from speechbrain_taskarith.vectors.states.readers import as_state
 
 
 class Editing:
@@ -42,7 +44,7 @@ class Editing:
             )
         parameters = {name for name, _ in model.named_parameters()}
         self._group = {name: group_of(name, patterns) for name in tau}
-        check_tied(tau, live, self._group)
+        check_tied_edits(tau, live, self._group)
         self._edited, self._buffers, outside, seen = {}, [], [], set()
         for name in live:
             origin, tensor = live.aliases.get(name, name), live[name]

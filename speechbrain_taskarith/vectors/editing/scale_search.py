@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from speechbrain_taskarith.utils.patterns import require_match
 from speechbrain_taskarith.utils.progress import progress
-from speechbrain_taskarith.vectors.checks import is_finite
+from speechbrain_taskarith.vectors import checks
 from speechbrain_taskarith.vectors.editing.scale_editing import (
     Editing,
     group_of,
@@ -351,15 +351,9 @@ def _candidates(scales, patterns):
         given = dict.fromkeys((*patterns, REST), scales)
     result = {}
     for group, values in given.items():
-        result[group] = [float(value) for value in values]
+        result[group] = [float(checks.finite("scales", v)) for v in values]
         if not result[group]:
             raise ValueError("scales: expected at least one")
-        for value in result[group]:
-            if not is_finite(value):
-                raise ValueError(
-                    f"scales: {value} is not a finite number (float32 holds "
-                    "at most 3.4e38)"
-                )
     return result
 
 

@@ -1,6 +1,6 @@
 """The scale of each edit of a sequence: fixed, listed, or by a schedule."""
 
-from speechbrain_taskarith.vectors.checks import is_finite
+from speechbrain_taskarith.vectors.checks import finite
 
 ONE_OVER_T = "1/t"
 
@@ -30,16 +30,7 @@ def checked_scale(scale):
     """
     if isinstance(scale, dict):
         return {str(key): checked_scale(value) for key, value in scale.items()}
-    try:
-        number = float(scale)
-    except (TypeError, ValueError):
-        number = None
-    if number is None or not is_finite(number):
-        raise ValueError(
-            f"scale: expected a finite number (at most 3.4e38, as float32 "
-            f"holds it), got {scale!r}"
-        )
-    return number
+    return float(finite("scale", scale))
 
 
 def plain_schedule(schedule):

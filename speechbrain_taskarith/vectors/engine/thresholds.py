@@ -385,7 +385,7 @@ def _sweep(stream, searches, look, decide):
                 tau = stream.vector(index, place, work, look=staged)
                 bits = magnitude_bits(tau, work)
                 if not (staged or stream.finite or finite_bits(bits)):
-                    raise stream.source.blame(index, place)
+                    raise stream.source.not_finite_error(index, place)
             look(search, bits, place, work, stream.passes.lock)
         done = []
         with stream.passes.lock:

@@ -12,13 +12,16 @@ from speechbrain.utils.checkpoints import (
 )
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 
-from speechbrain_taskarith.utils.files import TEMPORARY_PREFIX, remove_leftovers
-from speechbrain_taskarith.vectors.states.readers import read_checkpoint_meta
+from speechbrain_taskarith.utils.files import (
+    TEMPORARY_PREFIX,
+    publish_folder,
+    remove_leftovers,
+)
 from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     META_KEY,
     is_whole,
     plain,
-    publish,
+    read_checkpoint_meta,
     write_meta,
 )
 
@@ -207,7 +210,7 @@ class AtomicCheckpointer(Checkpointer):
         content = dict(saved.meta)
         content[META_KEY] = self._complete(temporary, saved)
         write_meta(temporary, content)
-        publish(temporary, final)
+        publish_folder(temporary, final)
         files = {n: final / p.name for n, p in saved.paramfiles.items()}
         return Checkpoint(final, read_checkpoint_meta(final), files)
 

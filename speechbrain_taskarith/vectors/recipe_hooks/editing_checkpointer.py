@@ -26,18 +26,15 @@ from speechbrain_taskarith.vectors.recipe_hooks.pretrainer import (
     TaskVectorPretrainer,
 )
 from speechbrain_taskarith.vectors.rules.base import check_rule
-from speechbrain_taskarith.vectors.states.fingerprint import short
-from speechbrain_taskarith.vectors.states.readers import (
-    open_state,
-    read_checkpoint_meta,
-)
+from speechbrain_taskarith.vectors.states.readers import as_state, open_state
 from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     FINETUNED,
     META_KEY,
     find_checkpoint_folder,
     plain,
+    read_checkpoint_meta,
 )
-from speechbrain_taskarith.vectors.states.state import as_state
+from speechbrain_taskarith.vectors.states.state import short
 from speechbrain_taskarith.vectors.states.writers import save_state
 from speechbrain_taskarith.vectors.task_vector import TaskVector
 

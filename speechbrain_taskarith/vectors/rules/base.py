@@ -16,11 +16,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from speechbrain_taskarith.utils.patterns import first_match, require_match
 from speechbrain_taskarith.vectors import checks
-from speechbrain_taskarith.vectors.engine.kernels import all_finite
 from speechbrain_taskarith.vectors.engine.streaming import MemoryVectors, Stream
 from speechbrain_taskarith.vectors.engine.workspace import CHUNK
+from speechbrain_taskarith.vectors.states.names import check_alike
+from speechbrain_taskarith.vectors.states.readers import as_state
 
 # Written into a description in place of what a text cannot hold.
 IN_MEMORY = "weights in memory"
@@ -205,7 +205,7 @@ class Rule:
                 f"{shape}; expected a tensor of shape {place.shape}"
             )
         merged = merged.to(deltas[0]).reshape(-1)
-        if not all_finite(merged):
+        if not checks.all_finite(merged):
             raise ValueError(
                 f"{type(self).__name__}.merge_tensor: {place.name!r} became "
                 "NaN or infinity, and no vector holds any"
@@ -248,12 +248,7 @@ class Rule:
         ValueError
             A pattern that matches nothing.
         """
-        names = list(names)
-        if not isinstance(self.scale, dict):
-            return dict.fromkeys(names, float(self.scale))
-        for pattern in self.scale:
-            require_match(names, pattern)
-        return {n: float(first_match(n, self.scale, 0.0)) for n in names}
+        return checks.scale_by_name(self.scale, names)
 
     def scales_by_parameter(self):
         """Tell whether the scale follows from a parameter's name.
@@ -307,12 +302,12 @@ class Rule:
         """
         import torch
 
-        from speechbrain_taskarith.vectors import TaskVector, as_state
+        from speechbrain_taskarith.vectors.task_vector import TaskVector
 
         vectors = list(vectors)
         base = None if base is None else as_state(base)
         self.check_number(len(vectors))
-        _check_alike(vectors)
+        check_alike(vectors)
         source = MemoryVectors(vectors, base)
         # A GPU is filled by whole tensors, a cache by little; and linear
         # algebra has threads of its own.
@@ -366,8 +361,6 @@ class Rule:
         ValueError
             Another base than the vectors', and what `combine` raises.
         """
-        from speechbrain_taskarith.vectors import as_state
-
         base, vectors = as_state(base), list(vectors)
         merged = self.combine(vectors, base=base)
         traced = [v for v in vectors if hasattr(v, "base_fingerprint")]
@@ -422,25 +415,6 @@ def check_weights(rule, number):
             "task vectors; expected one for each"
         )
     return weights
-
-
-def _check_alike(vectors):
-    first = vectors[0]
-    for number, vector in enumerate(vectors[1:], 2):
-        odd = sorted(set(first.keys()) ^ set(vector.keys()))
-        if odd:
-            raise KeyError(
-                f"task vectors 1 and {number} edit different parameters: "
-                f"only one of them has {', '.join(odd[:5])} "
-                f"({len(odd)} in all). Bring them to the same with restrict()"
-            )
-        for name in first.keys():
-            one, other = tuple(first[name].shape), tuple(vector[name].shape)
-            if one != other:
-                raise ValueError(
-                    f"{name!r} has shape {one} in task vector 1 and {other} "
-                    f"in task vector {number}"
-                )
 
 
 def _describe(thing, key):

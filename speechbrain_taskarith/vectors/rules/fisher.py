@@ -1,9 +1,8 @@
 """Averaging by Fisher information, which is read along with the vectors."""
 
-from speechbrain_taskarith.vectors import as_state
-from speechbrain_taskarith.vectors.engine.chunk_reader import read_float32
-from speechbrain_taskarith.vectors.engine.kernels import all_finite
+from speechbrain_taskarith.vectors.checks import all_finite
 from speechbrain_taskarith.vectors.rules.base import Rule
+from speechbrain_taskarith.vectors.states.readers import as_state
 
 
 class Fisher(Rule):
@@ -68,9 +67,7 @@ class Fisher(Rule):
         total, mass = work.zeros("sum", size), work.zeros("mass", size)
         plain, part = work.zeros("plain", size), work.array("part", size)
         for state, tau in zip(states, vectors):
-            fisher = read_float32(
-                state, place.name, place.start, place.stop, work, "fisher"
-            )
+            fisher = work.read(state, place, "fisher")
             if not all_finite(fisher) or float(fisher.min()) < 0:
                 raise ValueError(
                     f"{state.label}: {place.name!r} holds NaN, infinity or "

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from speechbrain_taskarith.utils.patterns import select
-from speechbrain_taskarith.vectors.states.state import as_state
+from speechbrain_taskarith.vectors.states.readers import as_state
 
 
 def align_vocabulary(states, vocabularies, rows):
