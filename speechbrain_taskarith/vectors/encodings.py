@@ -131,7 +131,9 @@ def read_vector(path):
         base_fingerprint = header["base_fingerprint"]
         metadata = header["metadata"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise damaged(path, f"is no whole task vector ({error})") from None
+        raise damaged(
+            path, f"is not a complete task vector ({error})"
+        ) from None
     for name, delta in deltas.items():
         if not all_finite(delta):
             raise damaged(path, f"{name!r} holds NaN or infinity")

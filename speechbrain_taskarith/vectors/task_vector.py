@@ -457,7 +457,7 @@ class TaskVector(Mapping):
         Raises
         ------
         ValueError
-            Damaged, or weights that are no task vector.
+            Damaged, or weights that are not a task vector.
         """
         return cls(*read_vector(path))
 

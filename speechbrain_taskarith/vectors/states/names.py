@@ -119,11 +119,11 @@ def check_alike(vectors, labels=None):
     labels = labels or [f"task vector {i + 1}" for i in range(len(vectors))]
     first = vectors[0]
     for vector, label in zip(vectors[1:], labels[1:]):
-        odd = sorted(set(first.keys()) ^ set(vector.keys()))
-        if odd:
+        different = sorted(set(first.keys()) ^ set(vector.keys()))
+        if different:
             raise KeyError(
                 f"{labels[0]} and {label} edit different parameters: only "
-                f"one of them has {some(odd)}. Bring them to the same with "
+                f"one of them has {some(different)}. Bring them to the same with "
                 "restrict(), include or exclude"
             )
         for name in first.keys():

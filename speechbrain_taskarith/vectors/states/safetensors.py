@@ -104,7 +104,7 @@ def read_header(path):
         metadata = header.pop("__metadata__", {})
         for value in metadata.values():
             if not isinstance(value, str):
-                raise ValueError(f"its metadata holds {value!r}, no text")
+                raise ValueError(f"its metadata holds {value!r}, expected text")
         entries = {}
         for name, entry in header.items():
             dtype, shape = entry["dtype"], tuple(entry["shape"])
@@ -113,7 +113,7 @@ def read_header(path):
                 raise ValueError(f"dtype {dtype!r}")
             for number in (*shape, begin, end):
                 if type(number) is not int or number < 0:
-                    raise ValueError(f"{number!r} is no size")
+                    raise ValueError(f"{number!r} is not a size")
             entries[name] = (TensorInfo(dtype, shape), begin, end)
     except (
         ValueError,
@@ -258,7 +258,7 @@ def _allocate(descriptor, size):
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
-        # Some file systems cannot reserve; there the write will tell.
+        # Some file systems cannot reserve; there the write fails.
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
         os.ftruncate(descriptor, size)

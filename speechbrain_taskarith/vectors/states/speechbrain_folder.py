@@ -118,9 +118,11 @@ def read_checkpoint_meta(folder):
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
         meta = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise damaged(path, f"is no plain YAML ({error})") from None
+        raise damaged(path, f"is not plain YAML ({error})") from None
     if not isinstance(meta or {}, dict):
-        raise damaged(path, f"holds a {type(meta).__name__}, no entries")
+        raise damaged(
+            path, f"holds a {type(meta).__name__}, expected a mapping"
+        )
     return meta or {}
 
 

@@ -209,14 +209,14 @@ def pool_normalizers(statistics, base=None):
         n, first, second = sums[0][0], 0.0 * origin, sums[0][0] * sums[0][2]
     if n <= 0:
         raise ValueError(
-            "the normalisers have seen less data than the base that they "
-            "are said to go on from; pool them without base"
+            "the normalisers have seen less data than the base, so they "
+            "cannot have continued from it; pool them without base"
         )
     mean = first / n
     variance = second / n - mean**2
     if (variance < -1e-6 * (1 + second.abs() / n)).any():
         raise ValueError(
-            "the normalisers cannot have gone on from this base (a variance "
+            "the normalisers cannot have continued from this base (a variance "
             "would be negative); pool them without base"
         )
     like = given[0]

@@ -29,7 +29,9 @@ def open_torch_file(path, shown_as=None, metadata=None):
             with zipfile.ZipFile(path) as archive:
                 bad = archive.testzip()
         except (zipfile.BadZipFile, EOFError) as error:
-            raise damaged(path, f"is no whole archive ({error})") from None
+            raise damaged(
+                path, f"is not a complete archive ({error})"
+            ) from None
         if bad is not None:
             raise damaged(path, f"the checksum of {bad!r} does not fit")
 

@@ -357,7 +357,7 @@ def _pool(file, folders, target):
         content = load_torch_file(folder / file)
         if not isinstance(content, dict) or "glob_mean" not in content:
             raise ValueError(
-                f"{folder / file}: is no input normaliser's; only those can "
+                f"{folder / file}: is not an input normaliser; only those can "
                 "be pooled (copy or drop it)"
             )
         statistics.append(content)
