@@ -46,7 +46,7 @@ def add_parser(verbs):
     parser = verbs.add_parser(
         "edit",
         help="A folder of edits: learn, undo, reorder, log, export.",
-        description="Sequential model editing (Plantinga et al. 2024): one "
+        description="Sequential model editing (Kulshreshtha et al. 2024): one "
         "folder holds the base, the vector of every edit and their log; the "
         "model is always rebuilt from it, bit for bit.",
         epilog=f"examples:\n{_EXAMPLES}",

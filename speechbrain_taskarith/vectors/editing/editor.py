@@ -1,6 +1,6 @@
 """Sequential model editing: learn domain after domain without old data.
 
-Plantinga et al., "Sequential Editing for Lifelong Training of Speech
+Kulshreshtha et al., "Sequential Editing for Lifelong Training of Speech
 Recognition Models", Interspeech 2024, https://arxiv.org/abs/2406.17935.
 """
 

@@ -53,7 +53,7 @@ logger = get_logger(__name__)
 class EditingCheckpointer(AtomicCheckpointer):
     """A `Checkpointer` that keeps `base + scale * rule(fine-tuned - base)`.
 
-    One step of sequential editing (Plantinga et al. 2024, arXiv 2406.17935)
+    One step of sequential editing (Kulshreshtha et al. 2024, arXiv 2406.17935)
     by a recipe's YAML alone: fine-tuning starts from `base` and runs on
     un-edited weights; what is kept, evaluated and found by others is edited.
 
