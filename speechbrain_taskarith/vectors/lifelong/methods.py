@@ -1,23 +1,23 @@
 """Ways to learn one domain after another: what editing is compared with.
 
-A method is a small object that a training loop asks at five moments; it
+A method is a small object that a training loop calls at five moments; it
 knows nothing of Brains, data sets or files:
 
 1. `before_task(model, task)`: the model is about to learn its `task`-th
-   domain (counted from 1) and still holds what was kept of the ones before;
+   domain (counted from 1) and still holds the weights of the ones before;
 2. `trainable(name)`: may this parameter change?
 3. `items(new, task)` and `extra_items(count, draw)`: what is trained on;
 4. `penalty(model, forward, log_probs, lens)`: added to the loss;
-5. `after_task(before, finetuned, task)`: which weights are kept, then
+5. `after_task(before, finetuned, task)`: which weights stay, then
    `consolidate(model, items, loss)` with these weights in the model.
 
-Plain fine-tuning is the method that leaves all five as they are. What a
-method must remember from task to task goes through SpeechBrain's checkpoint
-hooks, as a safetensors file.
+Plain fine-tuning leaves all five as they are. State that passes from task to
+task goes through SpeechBrain's checkpoint hooks, as a safetensors file. The
+first task is the one that the first model learned; methods act from the
+second on.
 
-The first task is the one that the first model learned; methods act from the
-second on. Here: methods that act on weights. Those that keep recordings are in
-`lifelong_memory`, those that add to the loss in `lifelong_penalties`.
+Here: methods that act on weights. Those that store recordings are in
+`memory`, those that add to the loss in `penalties`.
 """
 
 import json
@@ -32,7 +32,11 @@ from speechbrain.utils.checkpoints import (
 )
 
 from speechbrain_taskarith.utils.files import atomic_write
-from speechbrain_taskarith.utils.patterns import matches, require_match
+from speechbrain_taskarith.utils.patterns import (
+    as_tuple,
+    matches,
+    require_match,
+)
 
 
 @register_checkpoint_hooks
@@ -55,8 +59,8 @@ class FineTuning:
     {'weight': 2.0}
     """
 
-    #: Whether recordings of earlier domains are kept and used again. A table
-    #: must say so: such a row had more data than its neighbours.
+    #: Whether recordings of earlier domains are used again. A table must say
+    #: so: such a row had more data than the others.
     uses_old_data = False
 
     #: Whether training itself differs from plain fine-tuning. Where it does
@@ -69,7 +73,7 @@ class FineTuning:
         Arguments
         ---------
         model : torch.nn.Module
-            Holds the weights kept so far; never a DDP-wrapped module.
+            Holds the weights so far; never a DDP-wrapped module.
         task : int
             Number of the domain in the sequence, from 1.
         """
@@ -100,12 +104,7 @@ class FineTuning:
         Returns
         -------
         list of str
-            The names that stay trainable.
-
-        Raises
-        ------
-        ValueError
-            Nothing would be left to train.
+            The names that stay trainable; none is a ValueError.
         """
         names = []
         for name, parameter in model.named_parameters():
@@ -177,7 +176,7 @@ class FineTuning:
         return None
 
     def after_task(self, before, finetuned, task):
-        """Return the weights to keep.
+        """Return the weights to go on with.
 
         Arguments
         ---------
@@ -196,12 +195,12 @@ class FineTuning:
         return finetuned
 
     def consolidate(self, model, items, loss):
-        """Remember what a later task will need.
+        """Store what a later task will need.
 
         Arguments
         ---------
         model : torch.nn.Module
-            Holds the weights that were kept.
+            Holds the weights that `after_task` returned.
         items : list
             The utterances of the domain just learned.
         loss : callable
@@ -210,39 +209,20 @@ class FineTuning:
         """
 
     def state_dict(self):
-        """Return what has to survive from task to task.
-
-        Returns
-        -------
-        dict
-            Tensors, and whatever JSON can hold.
-        """
+        """Return what is needed in later tasks: tensors, and plain types."""
         return {}
 
     def load_state_dict(self, state):
-        """Take back what `state_dict` returned.
-
-        Arguments
-        ---------
-        state : dict
-            As returned by `state_dict` of the same class.
-        """
+        """Take back what `state_dict` of the same class returned."""
         if state:
             raise ValueError(
-                f"{type(self).__name__} keeps nothing from task to task, but "
-                f"was given {', '.join(sorted(state))}: the state of another "
-                "method?"
+                f"{type(self).__name__} has no state, but was given "
+                f"{', '.join(sorted(state))}: the state of another method?"
             )
 
     @mark_as_saver
     def save(self, path):
-        """Write the method's memory (safetensors, atomically).
-
-        Arguments
-        ---------
-        path : str or pathlib.Path
-            The file.
-        """
+        """Write the state (safetensors, atomically); SpeechBrain calls this."""
         state = self.state_dict()
         tensors = {
             name: value.detach().cpu().contiguous()
@@ -256,20 +236,7 @@ class FineTuning:
 
     @mark_as_loader
     def load(self, path, end_of_epoch=True):
-        """Read what `save` wrote.
-
-        Arguments
-        ---------
-        path : str or pathlib.Path
-            The file.
-        end_of_epoch : bool
-            Not used; SpeechBrain passes it.
-
-        Raises
-        ------
-        ValueError
-            The file belongs to another method, or is damaged.
-        """
+        """Read what `save` of the same class wrote; SpeechBrain calls this."""
         del end_of_epoch
         try:
             with safe_open(str(path), "pt") as stream:
@@ -286,8 +253,7 @@ class FineTuning:
         if metadata.get("method") != type(self).__name__:
             raise ValueError(
                 f"{path}: memory of {metadata.get('method')!r}, expected that "
-                f"of {type(self).__name__!r}; each method needs a folder of "
-                "its own"
+                f"of {type(self).__name__!r}; give each method its own folder"
             )
         state.update(json.loads(metadata["plain"]))
         self.load_state_dict(state)
@@ -296,10 +262,9 @@ class FineTuning:
 class Averaging(FineTuning):
     """Average the weights before and after each task.
 
-    `theta_t = (1 - w_t) theta_{t-1} + w_t theta_hat_t`. This is task
-    arithmetic with scale `w_t`; it has a row of its own since its weight is
-    fixed by the method and not chosen: one half, or `1 / t`, which keeps the
-    plain mean of all fine-tuned models.
+    `theta_t = (1 - w_t) theta_{t-1} + w_t theta_hat_t`: task arithmetic with
+    a scale that the method fixes: one half, or `1 / t`, the plain mean of all
+    fine-tuned models.
 
     Arguments
     ---------
@@ -326,22 +291,7 @@ class Averaging(FineTuning):
         self.weight = weight
 
     def after_task(self, before, finetuned, task):
-        """Return the average; what is no floating-point number stays.
-
-        Arguments
-        ---------
-        before : dict of str to torch.Tensor
-            Weights at the start of the task.
-        finetuned : dict of str to torch.Tensor
-            Weights at its end, same names.
-        task : int
-            Number of the domain, from 1.
-
-        Returns
-        -------
-        dict of str to torch.Tensor
-            The weights to keep.
-        """
+        """As `FineTuning.after_task`; integers and booleans stay."""
         _same_names(before, finetuned)
         weight = 1.0 / task if self.weight == "1/t" else self.weight
         return {
@@ -373,42 +323,14 @@ class PartialUpdate(FineTuning):
     changes_training = True
 
     def __init__(self, patterns="encoder.*"):
-        is_text = isinstance(patterns, str)
-        self.patterns = (patterns,) if is_text else tuple(patterns)
+        self.patterns = as_tuple(patterns)
 
     def trainable(self, name):
-        """Tell whether a parameter may change.
-
-        Arguments
-        ---------
-        name : str
-            The parameter's name in the model.
-
-        Returns
-        -------
-        bool
-            True where it fits one of the patterns.
-        """
+        """As `FineTuning.trainable`: True where a pattern fits."""
         return any(matches(name, pattern) for pattern in self.patterns)
 
     def freeze(self, model):
-        """Set `requires_grad` by the patterns, each of which must fit.
-
-        Arguments
-        ---------
-        model : torch.nn.Module
-            The model, before the optimizer is made.
-
-        Returns
-        -------
-        list of str
-            The names that stay trainable.
-
-        Raises
-        ------
-        ValueError
-            A pattern that fits no parameter.
-        """
+        """As `FineTuning.freeze`; every pattern must fit a parameter."""
         names = [name for name, _ in model.named_parameters()]
         for pattern in self.patterns:
             require_match(names, pattern)
