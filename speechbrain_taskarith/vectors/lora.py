@@ -224,7 +224,7 @@ def _from_peft(base, folder):
 
 
 def _peft_products(state, config, folder):
-    """Return `{base's name: (B, A, scaling)}` and the keys that went in."""
+    """Return `{base's name: (B, A, scaling)}` and the keys of the A and B."""
     products, matched = {}, set()
     for key in state:
         found = re.fullmatch(r"(.+)\.lora_(A\.weight|embedding_A)", key)

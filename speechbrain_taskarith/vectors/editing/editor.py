@@ -189,24 +189,18 @@ class SequentialEditor:
     def open(cls, base, rule, folder, **arguments):
         """Resume where the folder holds a sequence, else start one.
 
-        For a recipe that may be killed and started again.
+        For a recipe that may be killed and started again. A sequence from another
+        base is a ValueError.
 
         Arguments
         ---------
-        base, rule, folder : object
+        base, rule, folder, **arguments : object
             As for the constructor.
-        **arguments : object
-            `scale`, `encoding`, `include`, `exclude`, `keep_base`.
 
         Returns
         -------
         SequentialEditor
             The editor.
-
-        Raises
-        ------
-        ValueError
-            The folder's sequence starts from another base.
         """
         if not (Path(folder) / LOG_NAME).exists():
             return cls(base, rule, folder, **arguments)
@@ -294,7 +288,7 @@ class SequentialEditor:
             This edit's scale, e.g. from `search_scale`; None follows the
             editor's.
         selected_on : str or None
-            What the scale was chosen on; kept in the log.
+            What the scale was chosen on, for the log.
         note : str
             Free text for the log.
 
@@ -306,15 +300,14 @@ class SequentialEditor:
         Raises
         ------
         ValueError
-            A name in use, NaN or infinity, an unusable scale; nothing is
-            changed then.
+            A name in use, NaN or infinity, an unusable scale.
         KeyError
             Parameters that are not those of the present state.
         """
         self._files.check_writable()
         if not isinstance(name, str) or not name:
             raise ValueError(f"name: expected a text, got {name!r}")
-        if name in [edit.name for edit in self.log]:
+        if any(edit.name == name for edit in self.log):
             raise ValueError(
                 f"{self.folder}: {name!r} was learned already; undo it first "
                 "or choose another name"
@@ -363,10 +356,10 @@ class SequentialEditor:
     def undo(self, name):
         """Take an edit back.
 
-        Undoing the last edit gives the state before it bit for bit: the
-        state is built from the base forward, never by subtracting. Undoing
-        an earlier one applies the later vectors to another state than they
-        were learned on; the log marks them `exact=False`.
+        Undoing the last edit gives the state before it bit for bit, since
+        nothing is subtracted: the state is built from the base forward.
+        Undoing an earlier one applies the later vectors to another state than
+        they were learned on; the log marks them `exact=False`.
 
         Arguments
         ---------
@@ -387,9 +380,9 @@ class SequentialEditor:
     def reorder(self, names):
         """Apply the stored vectors in another order.
 
-        An approximation wherever a vector meets another state than it was
-        learned on (marked `exact=False`); going back to the first order
-        gives back the first bytes.
+        An approximation where a vector is applied to another state than it
+        was learned on (`exact=False` in the log); going back to the first
+        order gives the first bytes.
 
         Arguments
         ---------

@@ -190,7 +190,7 @@ def _store_base(folder, base, keep_base):
                 "in memory can only be copied"
             )
         return {"path": str(Path(base.path).resolve()), **entry}
-    # Only torch's own form remembers which tensors are tied.
+    # Only a torch file stores which tensors are tied.
     file = "base.ckpt" if base.aliases else "base.safetensors"
     save_state(base, folder / file)
     return {"file": file, **entry}

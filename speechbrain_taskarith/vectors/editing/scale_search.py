@@ -159,43 +159,48 @@ def search_scale(
         refuse_test_split(split)
         refuse_test_split(select_on or split)
         refuse_test_split(getattr(wer, "split", split))
+    if hopeless is not None and not hopeless >= 1:
+        raise ValueError(f"hopeless={hopeless}: expected at least 1")
+    if max_degradation is not None and not max_degradation >= 0:
+        raise ValueError(
+            f"max_degradation={max_degradation}: expected at least 0"
+        )
     patterns = _group_patterns(tau, groups)
     candidates = _candidates(scales, patterns)
     search = ScaleSearch(split, select_on or split, oracle, patterns)
-    evaluations = _Evaluations(search, hopeless, max_degradation, domains)
-    with _InPlaceEdits(model, base, tau, patterns) as edits:
-        total = sum(len(values) for values in candidates.values())
-        with progress(
-            total=total, desc="scales", enable=enable_progress
-        ) as bar:
+    total = sum(len(values) for values in candidates.values())
+    with (
+        _InPlaceEdits(model, base, tau, patterns) as edits,
+        progress(total=total, desc="scales", enable=enable_progress) as bar,
+    ):
 
-            def evaluate(setting):
-                bar.update(1)
-                return evaluations(setting, lambda: wer(edits.write(setting)))
+        def measure(setting):
+            return wer(edits.write(setting))
 
-            if max_degradation is not None:
-                # The reference comes first, and may always be chosen.
-                candidates[REST] = [0.0, *candidates[REST]]
-            best = _line(
-                evaluate,
-                candidates[REST],
-                lambda s: _common(patterns, s),
-                evaluations,
-            )
-            for _ in range(rounds if groups and best else 0):
-                before = best
-                for group in patterns:
-                    if group != REST:
-                        best = _line(
-                            evaluate,
-                            candidates[group],
-                            lambda s, group=group, at=best: {**at, group: s},
-                            evaluations,
-                            start=best,
-                            origin=best[group],
-                        )
-                if best == before:
-                    break
+        evaluations = _Evaluations(
+            search, measure, bar, hopeless, max_degradation, domains
+        )
+        if max_degradation is not None:
+            # The reference comes first, and may always be chosen.
+            candidates[REST] = [0.0, *candidates[REST]]
+        best = _line(
+            evaluations,
+            candidates[REST],
+            lambda s: dict.fromkeys(patterns, s),
+        )
+        for _ in range(rounds if groups and best else 0):
+            before = best
+            for group in patterns:
+                if group != REST:
+                    best = _line(
+                        evaluations,
+                        candidates[group],
+                        lambda s, group=group, at=best: {**at, group: s},
+                        start=best,
+                        origin=best[group],
+                    )
+            if best == before:
+                break
         if best is None:
             raise ValueError(
                 "no scale gave a usable word error rate (all were NaN, "
@@ -211,23 +216,22 @@ def search_scale(
 class _Evaluations:
     """Evaluates each setting once and enters it into the table."""
 
-    def __init__(self, search, hopeless, max_degradation, domains):
-        if hopeless is not None and not hopeless >= 1:
-            raise ValueError(f"hopeless={hopeless}: expected at least 1")
-        if max_degradation is not None and not max_degradation >= 0:
-            raise ValueError(
-                f"max_degradation={max_degradation}: expected at least 0"
-            )
-        self._search, self._hopeless = search, hopeless
+    def __init__(
+        self, search, measure, bar, hopeless, max_degradation, domains
+    ):
+        self._search, self._measure, self._bar = search, measure, bar
+        self._hopeless = math.inf if hopeless is None else hopeless
         self._max_degradation, self._domains = max_degradation, domains
-        self._known, self._least, self._reference = {}, math.inf, None
+        self._rows, self._least, self._reference = {}, math.inf, None
 
-    def __call__(self, setting, evaluate):
+    def __call__(self, setting):
+        """Return the setting's row of the table."""
+        self._bar.update(1)
         key = tuple(sorted(setting.items()))
-        if key in self._known:
-            return self._known[key]
+        if key in self._rows:
+            return self._rows[key]
         start = time.perf_counter()
-        value = evaluate()
+        value = self._measure(setting)
         seconds = time.perf_counter() - start
         domains = None
         if isinstance(value, Mapping):
@@ -239,9 +243,8 @@ class _Evaluations:
         if self._max_degradation is not None and self._reference is None:
             self._reference = self._check_domains(domains)
         state = "ok"
-        if not math.isfinite(value) or (
-            self._hopeless is not None and value > self._hopeless * self._least
-        ):
+        # `hopeless=None` times 0 is NaN, and nothing is greater than that.
+        if not math.isfinite(value) or value > self._hopeless * self._least:
             state = "hopeless"
         elif self._worse_domain(domains):
             state = "forbidden"
@@ -254,13 +257,13 @@ class _Evaluations:
             seconds=round(seconds, 4),
             state=state,
         )
-        self._known[key] = row
+        self._rows[key] = row
         return row
 
-    def skipped(self, setting):
+    def skip(self, setting):
         """Enter a setting that is not worth trying."""
         key = tuple(sorted(setting.items()))
-        if key not in self._known:
+        if key not in self._rows:
             self._search.add(
                 setting, wer=None, domains=None, seconds=0.0, state="skipped"
             )
@@ -291,7 +294,7 @@ class _Evaluations:
 
 
 class _InPlaceEdits:
-    """Writes `base + scale * tau` into a model, and at the end what was there.
+    """Writes `base + scale * tau` into a model; restores it at the end.
 
     Holds one copy of the edited part of the base and of the vector on the
     model's device, and of the model's own weights where they are not the
@@ -363,18 +366,18 @@ class _InPlaceEdits:
         return self._model
 
 
-def _line(evaluate, scales, setting_of, evaluations, start=None, origin=0.0):
+def _line(evaluations, scales, setting_of, start=None, origin=0.0):
     """Search a line from `origin` outwards; return the best setting or None."""
-    best, best_row = start, None if start is None else evaluate(start)
+    best, best_row = start, None if start is None else evaluations(start)
     stopped = set()
     # Outwards: a hopeless setting then rules out what lies behind it, and of
     # two equal settings the one nearer the origin (at first the base) stays.
     for scale in sorted(set(scales), key=lambda s: (abs(s - origin), s)):
         side = scale > origin
         if scale != origin and side in stopped:
-            evaluations.skipped(setting_of(scale))
+            evaluations.skip(setting_of(scale))
             continue
-        row = evaluate(setting_of(scale))
+        row = evaluations(setting_of(scale))
         if row["state"] == "hopeless" and scale != origin:
             stopped.add(side)
         elif row["state"] == "ok" and (
@@ -426,10 +429,6 @@ def _candidates(scales, patterns):
                     "at most 3.4e38)"
                 )
     return result
-
-
-def _common(patterns, scale):
-    return dict.fromkeys(patterns, float(scale))
 
 
 def _group_of(name, patterns):

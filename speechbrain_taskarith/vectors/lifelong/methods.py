@@ -1,20 +1,8 @@
 """Ways to learn one domain after another: what editing is compared with.
 
-A method is a small object that a training loop calls at five moments; it
-knows nothing of Brains, data sets or files:
-
-1. `before_task(model, task)`: the model is about to learn its `task`-th
-   domain (counted from 1) and still holds the weights of the ones before;
-2. `trainable(name)`: may this parameter change?
-3. `items(new, task)` and `extra_items(count, draw)`: what is trained on;
-4. `penalty(model, forward, log_probs, lens)`: added to the loss;
-5. `after_task(before, finetuned, task)`: which weights stay, then
-   `consolidate(model, items, loss)` with these weights in the model.
-
-Plain fine-tuning leaves all five as they are. State that passes from task to
-task goes through SpeechBrain's checkpoint hooks, as a safetensors file. The
-first task is the one that the first model learned; methods act from the
-second on.
+A method is a small object that a training loop calls (`FineTuning` says when);
+it knows nothing of Brains, data sets or files. The first task is the one that
+the first model learned; methods act from the second on.
 
 Here: methods that act on weights. Those that store recordings are in
 `memory`, those that add to the loss in `penalties`.
@@ -44,7 +32,28 @@ class FineTuning:
     """Train on the new domain and do nothing against forgetting.
 
     Also the base class of the other methods: each overrides only what it
-    does differently.
+    does differently. A training loop calls, in this order:
+
+    1. `before_task(model, task)`: `model`, never a DDP-wrapped one, is about
+       to learn its `task`-th domain (counted from 1) and still holds the
+       weights of the ones before.
+    2. `freeze(model)`, before the optimizer is made: sets `requires_grad` by
+       `trainable(name)` and returns the trainable names.
+    3. `items(new, task)`: the utterances to train on, given the domain's own;
+       an utterance is any plain description that JSON can hold.
+       `extra_items(count, draw)`: old utterances to add to a batch of `count`;
+       the same number `draw` of a batch gives the same utterances.
+    4. `penalty(model, forward, log_probs, lens)`: a scalar to add to the loss
+       of a batch, or None. `log_probs` [batch, time, classes] is the model's
+       output, `lens` [batch] are relative lengths in (0, 1], and
+       `forward(model) -> log_probs` runs another copy on the same batch.
+    5. `after_task(before, finetuned, task)`: which weights to go on with, all
+       as `{name: tensor}`. Then `consolidate(model, items, loss)` with these
+       weights in the model; `loss(item)` is the negative log-likelihood of one
+       utterance under the model, with gradient.
+
+    `state_dict` gives what passes from task to task: tensors, and what JSON
+    can hold. SpeechBrain's checkpointer stores it through `save` and `load`.
 
     Example
     -------
@@ -68,44 +77,14 @@ class FineTuning:
     changes_training = False
 
     def before_task(self, model, task):
-        """Prepare for a new domain.
-
-        Arguments
-        ---------
-        model : torch.nn.Module
-            Holds the weights so far; never a DDP-wrapped module.
-        task : int
-            Number of the domain in the sequence, from 1.
-        """
+        """Prepare for a new domain."""
 
     def trainable(self, name):
-        """Tell whether a parameter may change.
-
-        Arguments
-        ---------
-        name : str
-            The parameter's name in the model.
-
-        Returns
-        -------
-        bool
-            Here always True.
-        """
+        """Tell whether a parameter may change; here every one."""
         return True
 
     def freeze(self, model):
-        """Set `requires_grad` of every parameter by `trainable`.
-
-        Arguments
-        ---------
-        model : torch.nn.Module
-            The model, before the optimizer is made.
-
-        Returns
-        -------
-        list of str
-            The names that stay trainable; none is a ValueError.
-        """
+        """Set `requires_grad`; return the trainable names, at least one."""
         names = []
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.trainable(name))
@@ -120,96 +99,26 @@ class FineTuning:
         return names
 
     def items(self, new, task):
-        """Return the utterances to train on.
-
-        Arguments
-        ---------
-        new : list
-            The new domain's utterances (any plain description of one).
-        task : int
-            Number of the domain, from 1.
-
-        Returns
-        -------
-        list
-            Here the new ones alone.
-        """
+        """Return the utterances to train on; here the new ones."""
         return list(new)
 
     def extra_items(self, count, draw):
-        """Return remembered utterances to add to a batch.
-
-        Arguments
-        ---------
-        count : int
-            Utterances in the whole batch.
-        draw : int
-            Number of the batch; the same number draws the same utterances.
-
-        Returns
-        -------
-        list
-            Here none.
-        """
+        """Return old utterances to add to a batch; here none."""
         return []
 
     def penalty(self, model, forward, log_probs, lens):
-        """Return a term to add to the loss of one batch.
-
-        Arguments
-        ---------
-        model : torch.nn.Module
-            The model under training (not DDP-wrapped).
-        forward : callable
-            `forward(model) -> log_probs` runs another copy of the model on
-            the same batch.
-        log_probs : torch.Tensor
-            [batch, time, classes], the model's own output.
-        lens : torch.Tensor
-            [batch], relative lengths in (0, 1].
-
-        Returns
-        -------
-        torch.Tensor or None
-            A scalar, or None where there is nothing to add.
-        """
+        """Return a term to add to the loss of a batch; here None."""
         return None
 
     def after_task(self, before, finetuned, task):
-        """Return the weights to go on with.
-
-        Arguments
-        ---------
-        before : dict of str to torch.Tensor
-            Weights at the start of the task.
-        finetuned : dict of str to torch.Tensor
-            Weights at its end.
-        task : int
-            Number of the domain, from 1.
-
-        Returns
-        -------
-        dict of str to torch.Tensor
-            Here the fine-tuned ones.
-        """
+        """Return the weights to go on with; here the fine-tuned ones."""
         return finetuned
 
     def consolidate(self, model, items, loss):
-        """Store what a later task will need.
-
-        Arguments
-        ---------
-        model : torch.nn.Module
-            Holds the weights that `after_task` returned.
-        items : list
-            The utterances of the domain just learned.
-        loss : callable
-            `loss(item) -> torch.Tensor`, the negative log-likelihood of one
-            utterance under the model, with gradient.
-        """
+        """Store what a later task will need."""
 
     def state_dict(self):
-        """Return what is needed in later tasks: tensors, and plain types."""
+        """Return what passes from task to task."""
         return {}
 
     def load_state_dict(self, state):

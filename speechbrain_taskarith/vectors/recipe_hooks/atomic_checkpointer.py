@@ -118,20 +118,20 @@ class AtomicCheckpointer(Checkpointer):
         keys = [{"min_key": key} for key in min_keys or ()]
         keys += [{"max_key": key} for key in max_keys or ()]
         keys += [{"importance_key": key} for key in importance_keys]
-        candidates, kept = set(), set()
+        candidates, best = set(), set()
         for key in keys:
             # As upstream: a checkpoint without the key is left alone.
             found = self.find_checkpoints(**key, ckpt_predicate=ckpt_predicate)
             candidates.update(checkpoint.path for checkpoint in found)
-            best = self.find_checkpoints(
+            found = self.find_checkpoints(
                 **key,
                 ckpt_predicate=ckpt_predicate,
                 max_num_checkpoints=num_to_keep,
             )
-            kept.update(checkpoint.path for checkpoint in best)
+            best.update(checkpoint.path for checkpoint in found)
         ddp_barrier()  # all have listed before any is deleted
         if if_main_process():
-            for path in sorted(candidates - kept):
+            for path in sorted(candidates - best):
                 # Without its name it is no checkpoint any more.
                 aside = path.with_name(f"{TEMPORARY_PREFIX}old-{path.name}")
                 shutil.rmtree(aside, ignore_errors=True)

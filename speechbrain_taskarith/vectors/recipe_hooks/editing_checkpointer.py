@@ -64,7 +64,7 @@ class EditingCheckpointer(AtomicCheckpointer):
       "finetuned")` in a loop that registers none.
     - *Everything else* that loads a checkpoint (`Brain.evaluate`) gets the
       edited weights. Rule or scale may be changed in the YAML after
-      training: the edit is then made anew from the fine-tuned weights.
+      training: the edit is then repeated from the fine-tuned weights.
     - Scores in validation during training are those of the fine-tuned
       weights: they choose when to stop fine-tuning, as in the paper.
     - Running statistics and integer buffers in the edited weights are the
@@ -327,7 +327,7 @@ class EditingCheckpointer(AtomicCheckpointer):
         elif source == finetuned and self._is_up_to_date(name, path.parent):
             torch_recovery(obj, path, end_of_epoch)
         else:
-            logger.info(f"Editing {source} anew by the present settings")
+            logger.info(f"Editing {source} again by the present settings")
             self._load_state(obj, self._edit(name, open_state(source)), name)
 
     def _edit(self, name, finetuned):
@@ -365,7 +365,7 @@ class EditingCheckpointer(AtomicCheckpointer):
             return True
         if recorded is None:
             return False
-        # Where the base lies says nothing of what it is.
+        # The base's path may change; its fingerprint is compared.
         return {**recorded, "base": None} == {**now, "base": None}
 
     def _check_same_base(self, checkpoint):

@@ -154,8 +154,8 @@ class TaskVectorPretrainer(Pretrainer):
             self.custom_hooks = hooks
 
     def _edited(self, name, path):
-        # What is collected is a link with a name of its own; the format
-        # shows in the name of what it leads to.
+        # `path` is a link with another name; the format follows from the name
+        # of the file it points to.
         base = open_state(os.path.realpath(path))
         vectors = [TaskVector.load(file) for file in self.vectors[name]]
         for file, vector in zip(self.vectors[name], vectors):
