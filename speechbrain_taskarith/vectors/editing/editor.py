@@ -189,8 +189,8 @@ class SequentialEditor:
     def open(cls, base, rule, folder, **arguments):
         """Resume where the folder holds a sequence, else start one.
 
-        For a recipe that may be killed and started again. A sequence from another
-        base is a ValueError.
+        For a recipe that may be killed and started again. A folder whose
+        sequence starts from another base is a ValueError.
 
         Arguments
         ---------

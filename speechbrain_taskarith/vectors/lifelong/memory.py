@@ -44,7 +44,7 @@ class Replay(FineTuning):
         self.memory_by_domain = []
 
     def extra_items(self, count, draw):
-        """As `FineTuning.extra_items`: `round(share * count)`, evenly by domain."""
+        """As `FineTuning.extra_items`: `share` of the batch, evenly by domain."""
         domains = [domain for domain in self.memory_by_domain if domain]
         if not domains:
             return []

@@ -110,7 +110,7 @@ class TaskVectorPretrainer(Pretrainer):
         self.any_base, self.strict = any_base, strict
 
     def collect_files(self, default_source=None, **arguments):
-        """As `Pretrainer.collect_files`; also looks into folders of checkpoints."""
+        """As `Pretrainer.collect_files`; finds files in checkpoint folders."""
         for name, path in self.paths.items():
             self.paths[name] = self._file_of(name, path)
         if isinstance(default_source, (str, os.PathLike)):
