@@ -123,16 +123,21 @@ def _tied(state):
 def _metadata(path, state):
     """Return what is written beside the weights about their origin."""
     from speechbrain_taskarith.utils.files import read_json
+    from speechbrain_taskarith.vectors.states.readers import TORCH_SUFFIXES
     from speechbrain_taskarith.vectors.states.speechbrain_folder import (
         read_checkpoint_meta,
     )
 
     if folder := checkpoint_of(path):
         return read_checkpoint_meta(folder)
-    # `save_state` puts a torch file's metadata beside it.
+    # A torch file's metadata and card lie beside it.
     beside = Path(f"{path}.json")
-    if path.is_file() and beside.is_file():
-        return read_json(beside)
+    if path.suffix in TORCH_SUFFIXES and beside.is_file():
+        return {
+            key: value
+            for key, value in read_json(beside).items()
+            if key != "fingerprint" and value not in (None, "", [])
+        }
     hidden = ("task_vector", "fingerprint", "format")
     return {
         key: _parsed(value)

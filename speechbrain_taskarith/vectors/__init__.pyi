@@ -14,10 +14,10 @@ from .analysis import (
     sign_agreement as sign_agreement,
 )
 from .editing.editor import (
-    Edit as Edit,
-)
-from .editing.editor import (
     SequentialEditor as SequentialEditor,
+)
+from .editing.log import (
+    Edit as Edit,
 )
 from .editing.scale_search import (
     refuse_test_split as refuse_test_split,

@@ -47,7 +47,7 @@ def test_vector_holds_the_difference(folder, capsys):
         assert torch.equal(tau[name], after[name] - before[name])
     assert found["parameters"] == 12 + 16 + 5
     assert found["norm"] == pytest.approx(tau.norm())
-    card = json.loads(Path("us.safetensors.card.json").read_text())
+    card = json.loads(Path("us.safetensors.json").read_text())
     prints = [parent["fingerprint"] for parent in card["parents"]]
     assert prints == [
         open_state("base.ckpt").fingerprint,

@@ -87,7 +87,7 @@ def test_merge_file_is_the_rule_in_memory(folder, capsys):
         assert torch.equal(merged[name], wanted[name]), name
     assert found["fingerprint"] == merged.fingerprint
     assert (found["edited"], found["copied"]) == (3, 1)
-    card = json.loads(Path("merged.safetensors.card.json").read_text())
+    card = json.loads(Path("merged.safetensors.json").read_text())
     assert [p["role"] for p in card["parents"]] == [
         "base",
         "fine-tuned",

@@ -563,7 +563,7 @@ def test_saving_writes_weights_and_card(tmp_path):
     final = learn_all(editor, ["german"])[-1]
     path = editor.save(tmp_path / "edited.safetensors", wer={"german": 4.5})
     assert open_state(path).fingerprint == as_state(final).fingerprint
-    card = json.loads((tmp_path / "edited.safetensors.card.json").read_text())
+    card = json.loads((tmp_path / "edited.safetensors.json").read_text())
     assert card["fingerprint"] == editor.fingerprint
     assert card["wer"] == [{"name": "german", "wer": 4.5}]
     assert (
