@@ -8,6 +8,34 @@ from pathlib import Path
 
 from speechbrain_taskarith.commands import VERBS
 
+# What is read and edited, in the same way by all verbs.
+_READING = {
+    "recoverable": {
+        "metavar": "NAME",
+        "help": "name of the weights in SpeechBrain checkpoints (model)",
+    },
+    "include": {
+        "nargs": "+",
+        "metavar": "PATTERN",
+        "help": "shell patterns, on whole names, of the parameters to take "
+        "(all)",
+    },
+    "exclude": {
+        "nargs": "+",
+        "metavar": "PATTERN",
+        "help": "patterns of the parameters to leave out",
+    },
+    "any-base": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "accept vectors that were taken from other weights than the "
+        "base",
+    },
+    "threads": {
+        "type": int,
+        "metavar": "N",
+        "help": "CPU threads (one a core)",
+    },
+}
 # Flags that SpeechBrain users give a value: `--any_base true`.
 _FLAGS = ("any-base", "fingerprint")
 _TRUTH = {"true": True, "yes": True, "false": False, "no": False}
@@ -46,35 +74,16 @@ def add_verb(verbs, name, summary, examples, run, parents=(), about=None):
     return parser
 
 
-def reading():
-    """Return the options for what is read and edited, as a parent parser."""
+def reading(*chosen):
+    """Return the options for what is read and edited, as a parent parser.
+
+    All of them, or those that are chosen.
+    """
     parent = argparse.ArgumentParser(add_help=False)
     group = parent.add_argument_group("what to read and edit")
-    group.add_argument(
-        "--recoverable",
-        metavar="NAME",
-        help="recoverable to read from SpeechBrain checkpoints (model)",
-    )
-    group.add_argument(
-        "--include",
-        nargs="+",
-        metavar="PATTERN",
-        help="shell patterns, on whole names, of the parameters to edit (all)",
-    )
-    group.add_argument(
-        "--exclude",
-        nargs="+",
-        metavar="PATTERN",
-        help="patterns of the parameters to leave as they are in the base",
-    )
-    group.add_argument(
-        "--any-base",
-        action=argparse.BooleanOptionalAction,
-        help="accept vectors that were taken from other weights than the base",
-    )
-    group.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads (one a core)"
-    )
+    for name, how in _READING.items():
+        if not chosen or name in chosen:
+            group.add_argument(f"--{name}", **how)
     return parent
 
 

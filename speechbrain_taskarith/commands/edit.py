@@ -76,12 +76,7 @@ def add_parser(verbs, summary):
         "export",
         "write the present model",
         export_model,
-        [shared.writing()],
-    )
-    export.add_argument(
-        "--recoverable",
-        metavar="NAME",
-        help="name of the weights in a SpeechBrain checkpoint (model)",
+        [shared.reading("recoverable"), shared.writing()],
     )
     export.add_argument(
         "--like",

@@ -38,6 +38,7 @@ def add_parser(verbs, summary):
         summary,
         _EXAMPLES,
         run,
+        [shared.reading("recoverable")],
         about="Show form, tensors, fingerprint and provenance; for task "
         "vectors also norm, density and norms by layer.",
     )
@@ -52,11 +53,6 @@ def add_parser(verbs, summary):
         "--no-fingerprint",
         action="store_true",
         help="do not read the weights; quick for large files",
-    )
-    parser.add_argument(
-        "--recoverable",
-        metavar="NAME",
-        help="recoverable to read from SpeechBrain checkpoints (model)",
     )
 
 
@@ -227,24 +223,12 @@ def add_plot(verbs, summary):
         summary,
         _PLOT_EXAMPLES,
         draw,
-        [shared.writing()],
+        [shared.reading("include", "exclude"), shared.writing()],
         about="Draw how alike vectors are (cosine), or where they are large "
         "(layers). PNG, PDF or SVG.",
     )
     parser.add_argument("what", choices=("cosine", "layers"))
     parser.add_argument("vectors", nargs="+", metavar="TAU")
-    parser.add_argument(
-        "--include",
-        nargs="+",
-        metavar="PATTERN",
-        help="shell patterns, on whole names, of the parameters to take (all)",
-    )
-    parser.add_argument(
-        "--exclude",
-        nargs="+",
-        metavar="PATTERN",
-        help="patterns of the parameters to leave out",
-    )
     parser.add_argument(
         "--names", nargs="+", metavar="NAME", help="labels (the files' names)"
     )
@@ -306,10 +290,8 @@ def _names(options):
 def _cosine(vectors, output, options):
     from speechbrain_taskarith.vectors import cosine_matrix, plot_cosine_matrix
 
-    matrix = cosine_matrix(
-        list(vectors.values()),
-        **shared.patterns(options),
-    )
+    chosen = shared.patterns(options)
+    matrix = cosine_matrix(list(vectors.values()), **chosen)
     if not options.dry_run:
         plot_cosine_matrix(matrix, list(vectors), output)
     rows = [

@@ -291,13 +291,12 @@ def read_plan(path=None, overrides=()):
 def _load(path):
     import yaml
 
-    class Loader(yaml.SafeLoader):
-        """Plain values, and SpeechBrain's mark for what is to be given."""
-
-    Loader.add_constructor(_PLACEHOLDER, lambda *_: _PLACEHOLDER)
+    # Plain values, and SpeechBrain's mark for what is to be given.
+    loader = type("Loader", (yaml.SafeLoader,), {})
+    loader.add_constructor(_PLACEHOLDER, lambda *_: _PLACEHOLDER)
     try:
         with open(path, encoding="utf-8") as stream:
-            content = yaml.load(stream, Loader)  # noqa: S506 (a SafeLoader)
+            content = yaml.load(stream, loader)  # noqa: S506 (a SafeLoader)
     except yaml.constructor.ConstructorError as error:
         line = error.problem_mark.line + 1
         raise ValueError(
