@@ -1,35 +1,27 @@
 """The command line: `taskarith`, or `python -m speechbrain_taskarith`.
 
-One verb a file in `commands`; nothing heavy is imported before the arguments
-are understood, and merging safetensors never imports torch.
+One verb a file in `commands`; only the verb that is asked for is imported,
+and merging safetensors never imports torch.
 """
 
 import argparse
 import contextlib
+import importlib
 import logging
 import sys
 import warnings
 
 from speechbrain_taskarith import __version__
-from speechbrain_taskarith.commands import VERBS, console, load_verb
+from speechbrain_taskarith.commands import VERBS, arguments, output
 
 _DESCRIPTION = """\
-Task vectors of speech models: subtract, apply, merge, edit, look.
+Task vectors of speech models: subtract, apply, merge, edit, look; and
+streaming transducers.
 
-  vector   what fine-tuning added:  fine-tuned - base
-  apply    base + scale * vectors
-  merge    many checkpoints into one, streamed in bounded memory
-  edit     a folder of edits: learn, undo, reorder, log, export
-  inspect  what a file or folder holds
-  plot     cosine matrix, norms by layer
-
-Streaming transducers:
-
-  transcribe  recordings to text, whole or as a stream
+verbs:
 """
-
 _EPILOG = """\
-`taskarith VERB --help` shows examples. Every verb knows --json (the result,
+`taskarith VERB --help` shows examples. Every verb has --json (the result,
 machine-readable, on standard output) and, where it writes, --dry-run. Exit
 status: 0 done, 1 an error (one line on standard error; nothing was written
 or changed), 2 wrong usage.
@@ -40,17 +32,12 @@ or changed), 2 wrong usage.
 _EXPECTED = (ValueError, KeyError, OSError, RuntimeError, ImportError)
 
 
-def build_parser():
-    """Build the parser of all verbs.
-
-    Returns
-    -------
-    argparse.ArgumentParser
-        Its `run` default is the chosen verb's function.
-    """
+def build_parser(chosen):
+    """Return the parser, complete for the chosen verb only."""
     parser = argparse.ArgumentParser(
         "taskarith",
-        description=_DESCRIPTION,
+        description=_DESCRIPTION
+        + "\n".join(f"  {v:<12}{text}" for v, (_, text) in VERBS.items()),
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -59,17 +46,22 @@ def build_parser():
         "--version", action="version", version=f"%(prog)s {__version__}"
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True, dest="verb")
-    for verb in VERBS:
-        load_verb(verb).add_parser(verbs)
+    for verb, (file, summary) in VERBS.items():
+        if verb == chosen:
+            module = f"{__package__}.commands.{file}"
+            name = "add_parser" if file == verb else f"add_{verb}"
+            getattr(importlib.import_module(module), name)(verbs, summary)
+        else:
+            verbs.add_parser(verb)
     return parser
 
 
-def main(arguments=None):
+def main(words=None):
     """Run the command line.
 
     Arguments
     ---------
-    arguments : list of str or None
+    words : list of str or None
         None takes those of the process.
 
     Returns
@@ -88,25 +80,23 @@ def main(arguments=None):
     wrote .../us.safetensors: 1 tensor, 3 parameters...
     0
     """
-    parser = build_parser()
-    options, overrides = parser.parse_known_args(arguments)
-    if overrides and not getattr(options, "takes_overrides", False):
-        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
-    options.overrides = overrides
+    words = arguments.plain_spelling(sys.argv[1:] if words is None else words)
+    chosen = next((word for word in words if word in VERBS), None)
+    options, rest = build_parser(chosen).parse_known_args(words)
+    arguments.take_overrides(options, rest)
     with _messages_of_one_line():
         try:
-            console.show(options.run(options), options.json)
+            output.show(options.run(options), options.json)
         except BrokenPipeError:
             # `taskarith inspect ... | head`: nobody reads on.
             with contextlib.suppress(OSError):
                 sys.stdout.close()
             return 1
         except KeyboardInterrupt:
-            console.complain("interrupted; nothing half-written is left")
+            output.complain("interrupted; nothing half-written is left")
             return 130
         except _EXPECTED as error:
-            words = getattr(options, "words", None)
-            console.complain(console.message(error, words))
+            output.complain(output.message(error, options.remedies))
             return 1
     return 0
 
@@ -116,7 +106,7 @@ def _messages_of_one_line():
     """Show warnings and log messages as one line each, like errors."""
 
     def show(message, *_, **__):
-        console.complain(str(message), "warning")
+        output.complain(str(message), "warning")
 
     handler = logging.StreamHandler()
     handler.setFormatter(

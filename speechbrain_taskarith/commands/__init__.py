@@ -1,34 +1,18 @@
-"""The verbs of the command line, a file each.
+"""The verbs of the command line.
 
-A verb's module has `add_parser(verbs)`, which adds its parser, and a function
-that takes the parsed options and returns a `console.Result`. What needs torch
-is imported inside that function.
+A verb's module has `add_parser(verbs)`, or `add_<verb>(verbs)` where it holds
+two; the parser's default `run` takes the options and returns an
+`output.Result`. What needs torch is imported inside that function.
 """
 
-import importlib
-
-VERBS = (
-    "vector",
-    "apply",
-    "merge",
-    "edit",
-    "inspect",
-    "plot",
-    "transcribe",
-)
-
-
-def load_verb(verb):
-    """Import the module of a verb.
-
-    Arguments
-    ---------
-    verb : str
-        One of `VERBS`.
-
-    Returns
-    -------
-    module
-        `speechbrain_taskarith.commands.<verb>`.
-    """
-    return importlib.import_module(f"{__name__}.{verb}")
+# The verb, the file it is in, and the line that `taskarith --help` shows.
+VERBS = {
+    "vector": ("vector", "store what fine-tuning added: fine-tuned - base"),
+    "apply": ("apply", "edit weights: base + scale * vectors"),
+    "merge": ("merge", "merge many checkpoints, streamed in bounded memory"),
+    "rules": ("rules", "list the merging rules, with arguments and papers"),
+    "edit": ("edit", "a folder of edits: learn, undo, reorder, log, export"),
+    "inspect": ("inspect", "show what a file or folder holds"),
+    "plot": ("inspect", "draw cosine matrix or norms by layer of vectors"),
+    "transcribe": ("transcribe", "recordings to text, whole or as a stream"),
+}

@@ -1,9 +1,11 @@
 """`taskarith apply`: base plus scaled vectors."""
 
 from speechbrain_taskarith.commands import arguments as shared
-from speechbrain_taskarith.commands.console import matched
-from speechbrain_taskarith.commands.output import write_weights, written
-from speechbrain_taskarith.commands.rule_text import from_words, make_rule
+from speechbrain_taskarith.commands.output import (
+    matched,
+    write_weights,
+    written,
+)
 from speechbrain_taskarith.utils.progress import progress
 
 _EXAMPLES = """\
@@ -21,106 +23,66 @@ _EXAMPLES = """\
 """
 
 
-def add_parser(verbs):
-    """Add the verb's parser.
-
-    Arguments
-    ---------
-    verbs : argparse subparsers
-        Where to.
-    """
+def add_parser(verbs, summary):
+    """Add the verb's parser."""
     parser = shared.add_verb(
         verbs,
         "apply",
-        "Edit weights: base + scale * vectors.",
+        summary,
         _EXAMPLES,
         run,
+        [
+            shared.reading(),
+            shared.rule_and_scale("the vectors are added"),
+            shared.writing(),
+        ],
     )
     parser.add_argument("base", metavar="BASE", help="the weights to edit")
     parser.add_argument(
         "vectors", nargs="+", metavar="TAU", help="stored task vectors"
     )
-    shared.add_writing(parser)
-    shared.add_recoverable(parser)
-    shared.add_rule(parser, "the vectors are added")
     parser.add_argument(
         "--mean",
         action="store_true",
-        help="take the mean of the vectors, not their sum (no --rule then)",
+        help="take the mean of the vectors, not their sum (without --rule)",
     )
-    parser.add_argument(
-        "--any-base",
-        action="store_true",
-        help="allow vectors that were taken from other weights than BASE",
-    )
-    parser.set_defaults(words={"any_base=True": "--any-base"})
 
 
 def run(options):
-    """Apply the vectors and write the result.
-
-    Arguments
-    ---------
-    options : argparse.Namespace
-        As parsed.
-
-    Returns
-    -------
-    console.Result
-        What was written.
-    """
+    """Apply the vectors and write the result."""
     inputs = [options.base, *options.vectors]
     output = shared.check_output(options.output, inputs, options.overwrite)
     rule = _rule(options)
-    from speechbrain_taskarith.vectors import ModelCard, TaskVector, as_state
+    from speechbrain_taskarith.vectors import TaskVector, as_state
 
-    base = shared.open_weights(options.base, options)
-    base.verify()
-    files = progress(
-        options.vectors, desc="reading", enable=not options.no_progress
-    )
-    vectors = [TaskVector.load(path) for path in files]
-    edited = rule(base, vectors, any_base=options.any_base)
-    state = as_state(edited)
-    data = {"verb": "apply", "rule": rule.describe(), "scale": rule.scale}
+    with shared.threads(options):
+        base = shared.open_weights(options.base, options)
+        base.verify()
+        files = progress(
+            options.vectors, desc="reading", enable=not options.no_progress
+        )
+        chosen = shared.patterns(options)
+        vectors = [TaskVector.load(path).restrict(**chosen) for path in files]
+        edited = rule(base, vectors, any_base=bool(options.any_base))
     if options.dry_run:
-        result = written(output, state, dry_run=True)
-        scale = rule.scale
-        if isinstance(scale, dict):
-            lines, data["patterns"] = matched(vectors[0], scale, "scale")
-            result.lines += lines
-        changed = sum(
-            not _same(edited[name], base[name]) for name in vectors[0]
-        )
-        result.lines.append(
-            f"  {rule!r} changes {changed} of {len(base)} tensors"
-        )
-        data["changed"] = changed
+        result = written(output, as_state(edited), dry_run=True)
+        _describe(result, edited, base, vectors[0], rule)
     else:
-        card = ModelCard(
-            "Edited model",
-            parents=[
-                ModelCard.parent("base", base),
-                *(
-                    {**ModelCard.parent("vector", tau), "file": str(path)}
-                    for tau, path in zip(vectors, options.vectors)
-                ),
-            ],
-            rule=rule.describe(),
-            scale=rule.scale,
-        )
         result = write_weights(
             edited,
             output,
-            card,
+            _card(base, vectors, rule, options),
             like=options.base,
             recoverable=options.recoverable,
         )
-    result.data = {**data, **result.data}
+    facts = {"verb": "apply", "rule": rule.describe(), "scale": rule.scale}
+    result.data = {**facts, **result.data}
     return result
 
 
 def _rule(options):
+    from speechbrain_taskarith.vectors import TaskArithmetic
+
     scale = shared.scale_of(options.scale)
     if options.rule is not None:
         if options.mean:
@@ -128,14 +90,34 @@ def _rule(options):
                 "--mean and --rule exclude each other; for the mean of the "
                 "vectors leave --rule out"
             )
-        return from_words(options.rule, scale)
-    weights = None
+        return shared.rule_of(options.rule, scale)
+    weights, number = None, len(options.vectors)
     if options.mean:
-        weights = [1 / len(options.vectors)] * len(options.vectors)
-    return make_rule({"name": "TaskArithmetic", "weights": weights}, scale)
+        weights = [1 / number] * number
+    return TaskArithmetic(1.0 if scale is None else scale, weights)
 
 
-def _same(one, other):
+def _describe(result, edited, base, vector, rule):
+    """Add to a dry run's result what would change."""
     import torch
 
-    return torch.equal(one, other)
+    if isinstance(rule.scale, dict):
+        lines, result.data["patterns"] = matched(vector, rule.scale, "scale")
+        result.lines += lines
+    changed = sum(not torch.equal(edited[name], base[name]) for name in vector)
+    result.lines.append(f"  {rule!r} changes {changed} of {len(base)} tensors")
+    result.data["changed"] = changed
+
+
+def _card(base, vectors, rule, options):
+    from speechbrain_taskarith.vectors import ModelCard
+
+    parents = [ModelCard.parent("base", base)]
+    for tau, path in zip(vectors, options.vectors):
+        parents.append({**ModelCard.parent("vector", tau), "file": str(path)})
+    return ModelCard(
+        "Edited model",
+        parents=parents,
+        rule=rule.describe(),
+        scale=rule.scale,
+    )

@@ -1,37 +1,59 @@
-"""Arguments that several verbs share, and what their texts mean."""
+"""Options that several verbs share, and what their texts mean."""
 
 import argparse
+import contextlib
+import difflib
+import textwrap
 from pathlib import Path
 
+from speechbrain_taskarith.commands import VERBS
 
-def add_verb(verbs, name, summary, examples, run):
-    """Add the parser of a verb.
+# What is read and edited, in the same way by all verbs.
+_READING = {
+    "recoverable": {
+        "metavar": "NAME",
+        "help": "name of the weights in SpeechBrain checkpoints (model)",
+    },
+    "include": {
+        "nargs": "+",
+        "metavar": "PATTERN",
+        "help": "shell patterns, on whole names, of the parameters to take "
+        "(all)",
+    },
+    "exclude": {
+        "nargs": "+",
+        "metavar": "PATTERN",
+        "help": "patterns of the parameters to leave out",
+    },
+    "any-base": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "accept vectors that were taken from other weights than the "
+        "base",
+    },
+    "threads": {
+        "type": int,
+        "metavar": "N",
+        "help": "CPU threads (one a core)",
+    },
+}
+# Flags that SpeechBrain users give a value: `--any_base true`.
+_FLAGS = ("any-base", "fingerprint")
+_TRUTH = {"true": True, "yes": True, "false": False, "no": False}
 
-    Arguments
-    ---------
-    verbs : argparse subparsers
-        Where to.
-    name : str
-        The verb.
-    summary : str
-        One sentence.
-    examples : str
-        Shown below the arguments by `--help`.
-    run : callable
-        Takes the options, returns a `console.Result`.
 
-    Returns
-    -------
-    argparse.ArgumentParser
-        To add the verb's own arguments to.
-    """
+def add_verb(verbs, name, summary, examples, run, parents=(), about=None):
+    """Add a verb's parser, with what every verb has, and return it."""
+    about = about or f"{summary[0].upper()}{summary[1:]}."
+    # The list of verbs is the program's own; an `edit` lists its actions.
+    listed = {} if name in VERBS else {"help": summary}
     parser = verbs.add_parser(
         name,
-        help=summary,
-        description=summary,
+        description=textwrap.fill(about, 79),
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        parents=parents,
+        **listed,
     )
     parser.add_argument(
         "--json", action="store_true", help="print the result as JSON"
@@ -39,131 +61,155 @@ def add_verb(verbs, name, summary, examples, run):
     parser.add_argument(
         "--no-progress", action="store_true", help="show no progress bar"
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(
+        run=run,
+        parser=parser,
+        takes_overrides=False,
+        # What Python calls a remedy, and what the command line calls it.
+        remedies={
+            "any_base=True": "--any-base",
+            "strict=False": "--not-strict",
+        },
+    )
     return parser
 
 
-def add_writing(parser, required=True):
-    """Add what verbs have that write a file or folder.
+def reading(*chosen):
+    """Return the options for what is read and edited, as a parent parser.
 
-    Arguments
-    ---------
-    parser : argparse.ArgumentParser
-        The verb's.
-    required : bool
-        Whether an output must be named.
+    All of them, or those that are chosen.
     """
-    parser.add_argument(
-        "-o",
-        "--output",
-        required=required,
-        metavar="OUT",
-        help="where to write; the form follows from the name",
-    )
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace what stands under that name (atomically)",
-    )
-    add_dry_run(parser)
+    parent = argparse.ArgumentParser(add_help=False)
+    group = parent.add_argument_group("what to read and edit")
+    for name, how in _READING.items():
+        if not chosen or name in chosen:
+            group.add_argument(f"--{name}", **how)
+    return parent
 
 
-def add_dry_run(parser):
-    """Add `--dry-run`.
-
-    Arguments
-    ---------
-    parser : argparse.ArgumentParser
-        The verb's.
-    """
-    parser.add_argument(
+def writing(required=True, dry_run_only=False):
+    """Return the options of verbs that write, as a parent parser."""
+    parent = argparse.ArgumentParser(add_help=False)
+    group = parent.add_argument_group("what to write")
+    if not dry_run_only:
+        group.add_argument(
+            "-o",
+            "--output",
+            required=required,
+            metavar="OUT",
+            help="where to write; the form follows from the name",
+        )
+        group.add_argument(
+            "--overwrite",
+            action="store_true",
+            help="replace what stands under that name (atomically)",
+        )
+    group.add_argument(
         "--dry-run",
         action="store_true",
         help="check everything, say what would be written, write nothing",
     )
+    return parent
 
 
-def add_patterns(parser):
-    """Add `--include` and `--exclude`.
-
-    Arguments
-    ---------
-    parser : argparse.ArgumentParser
-        The verb's.
-    """
-    parser.add_argument(
-        "--include",
-        nargs="+",
-        default=["*"],
-        metavar="PATTERN",
-        help="anchored shell patterns of the parameters to take (all)",
-    )
-    parser.add_argument(
-        "--exclude",
-        nargs="+",
-        default=[],
-        metavar="PATTERN",
-        help="patterns of the parameters to leave out",
-    )
-
-
-def add_recoverable(parser):
-    """Add `--recoverable`.
-
-    Arguments
-    ---------
-    parser : argparse.ArgumentParser
-        The verb's.
-    """
-    parser.add_argument(
-        "--recoverable",
-        metavar="NAME",
-        help="whose weights, in SpeechBrain checkpoint folders (model)",
-    )
-
-
-def add_rule(parser, default):
-    """Add `--rule` and `--scale`.
-
-    Arguments
-    ---------
-    parser : argparse.ArgumentParser
-        The verb's.
-    default : str
-        What happens without `--rule`, for the help.
-    """
-    parser.add_argument(
+def rule_and_scale(default):
+    """Return `--rule` and `--scale`, as a parent parser."""
+    parent = argparse.ArgumentParser(add_help=False)
+    group = parent.add_argument_group("how to merge")
+    group.add_argument(
         "--rule",
         nargs="+",
         metavar=("NAME", "KEY=VALUE"),
-        help=f"merging rule and its arguments, e.g. TIES density=0.5 ({default})",
+        help="merging rule and its arguments, e.g. TIES density=0.5 "
+        f"({default}); `taskarith rules` lists all",
     )
-    parser.add_argument(
+    group.add_argument(
         "--scale",
         nargs="+",
         metavar="SCALE",
         help="a number, or PATTERN=NUMBER ...; the first match wins, "
         "parameters without a match stay as they are",
     )
+    return parent
+
+
+def plain_spelling(words):
+    """Bring SpeechBrain's way to write options to the command line's.
+
+    Example
+    -------
+    >>> plain_spelling(["--rule.density", "0.3", "--any_base", "true"])
+    ['--rule.density=0.3', '--any-base']
+    """
+    plain, words = [], list(words)
+    while words:
+        word = words.pop(0)
+        option, equals, value = word.partition("=")
+        flag = option.removeprefix("--").replace("_", "-")
+        if option.startswith("--") and flag in _FLAGS:
+            if not equals and words and words[0].lower() in _TRUTH:
+                equals, value = "=", words.pop(0)
+            if not equals or value.lower() in _TRUTH:
+                on = _TRUTH.get(value.lower(), True)
+                word = f"--{flag}" if on else f"--no-{flag}"
+        elif option.startswith("--") and "." in option and not equals and words:
+            word = f"{option}={words.pop(0)}"
+        plain.append(word)
+    return plain
+
+
+def take_overrides(options, rest):
+    """Keep `--key.key=value` for the verb that takes them, refuse the rest."""
+    options.overrides, known = [], options.parser._option_string_actions
+    # A word that is no option may be the value of one that is none.
+    for word in sorted(rest, key=lambda word: not word.startswith("-")):
+        option = word.partition("=")[0]
+        head, dot, _ = option.partition(".")
+        if options.takes_overrides and dot and head in known:
+            options.overrides.append(word)
+        elif word.startswith("-"):
+            near = difflib.get_close_matches(option, known, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]}?" if near else "see --help"
+            options.parser.error(f"unknown option {option}; {hint}")
+        else:
+            options.parser.error(f"unexpected argument {word!r}")
+
+
+def rule_words(words):
+    """Return what `--rule NAME KEY=VALUE ...` means; values are YAML.
+
+    Example
+    -------
+    >>> rule_words(["DARE", "drop=0.9", "then={name: TIES, density: 1}"])
+    {'name': 'DARE', 'drop': 0.9, 'then': {'name': 'TIES', 'density': 1}}
+    """
+    import yaml
+
+    description = {"name": words[0]}
+    for word in words[1:]:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(
+                f"--rule {words[0]} {word}: expected KEY=VALUE after the name"
+            )
+        try:
+            description[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(
+                f"--rule {word}: the value is not valid YAML"
+            ) from None
+    return description
+
+
+def rule_of(words, scale=None):
+    """Make the rule of `--rule`."""
+    from speechbrain_taskarith.vectors.rules.description import from_plain
+
+    return from_plain(rule_words(words), scale)
 
 
 def scale_of(texts):
-    """Return what `--scale` means.
-
-    Arguments
-    ---------
-    texts : list of str or None
-        `["0.4"]`, or `["encoder.*=0.4", "*=0.1"]`.
-
-    Returns
-    -------
-    float, dict or None
-        The scale; None where none was given.
-
-    Raises
-    ------
-    ValueError
-        No number there.
+    """Return what `--scale` means: a number, `{pattern: number}` or None.
 
     Example
     -------
@@ -190,58 +236,44 @@ def _number(text):
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"--scale: {text!r} is no number") from None
+        raise ValueError(f"--scale: expected a number, got {text!r}") from None
 
 
 def open_weights(path, options):
-    """Open weights that a verb reads.
-
-    Arguments
-    ---------
-    path : str or pathlib.Path
-        What the user gave.
-    options : argparse.Namespace
-        With `recoverable`.
-
-    Returns
-    -------
-    State
-        Lazy, not yet verified.
-    """
+    """Open weights that a verb reads; lazy, not yet verified."""
     from speechbrain_taskarith.vectors import open_state
 
     return open_state(path, recoverable=options.recoverable)
 
 
+def patterns(options):
+    """Return `--include` and `--exclude` with their defaults."""
+    return {
+        "include": options.include or ["*"],
+        "exclude": options.exclude or [],
+    }
+
+
+@contextlib.contextmanager
+def threads(options):
+    """Let torch use `--threads` threads."""
+    if options.threads is None:
+        yield
+        return
+    if options.threads < 1:
+        raise ValueError(f"--threads {options.threads}: expected at least 1")
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def check_output(output, inputs, overwrite, suffixes=None, what=None):
-    """Refuse an output that would harm what is there.
-
-    Arguments
-    ---------
-    output : str or pathlib.Path
-        Where to write.
-    inputs : sequence of path
-        What is read.
-    overwrite : bool
-        Whether the user has asked to replace what is there.
-    suffixes : sequence of str or None
-        What the name may end in; None: anything.
-    what : str or None
-        With suffixes: what is written, for the error.
-
-    Returns
-    -------
-    pathlib.Path
-        The output.
-
-    Raises
-    ------
-    ValueError
-        The output is one of the inputs, or lies inside one; or its name
-        ends in something else.
-    FileExistsError
-        Something stands there.
-    """
+    """Return the output's path; refuse one that would harm what is there."""
     output = Path(output)
     here = output.resolve()
     for path in inputs:
@@ -258,6 +290,6 @@ def check_output(output, inputs, overwrite, suffixes=None, what=None):
         )
     if output.exists() and not overwrite:
         raise FileExistsError(
-            f"{output}: exists already; choose another name or say --overwrite"
+            f"{output}: exists already; choose another name or use --overwrite"
         )
     return output

@@ -3,29 +3,30 @@
 from pathlib import Path
 
 from speechbrain_taskarith.commands import arguments as shared
-from speechbrain_taskarith.commands.console import Result, size, steps
-from speechbrain_taskarith.commands.edit_folder import (
-    export_it,
-    read_log,
-    reorder_edits,
-    show_log,
-    undo_edit,
+from speechbrain_taskarith.commands.output import (
+    Result,
+    size,
+    steps,
+    table,
+    write_weights,
+    written,
 )
-from speechbrain_taskarith.commands.rule_text import from_words
 
-_EXAMPLES = """\
+_EXAMPLES = {
+    "learn": """\
   # The first edit starts the sequence: base and rule are kept in the folder
   taskarith edit learn edits german results/german/save \\
       --base results/us/save --rule TIES density=0.5 --scale 0.6
   taskarith edit learn edits greek results/greek/save
-  taskarith edit log edits
+""",
+    "log": "  taskarith edit log edits\n",
+    "export": """\
   taskarith edit export edits -o results/edited/CKPT+all --like results/us/save
-  taskarith edit undo edits greek
-  taskarith edit reorder edits greek german
-"""
-
-# What Python's remedies are called here.
-_WORDS = {
+""",
+    "undo": "  taskarith edit undo edits greek\n",
+    "reorder": "  taskarith edit reorder edits greek german\n",
+}
+_REMEDIES = {
     "Start one with SequentialEditor(base, rule, folder)": "Start one with "
     "`edit learn FOLDER NAME FINETUNED --base BASE --rule RULE`",
     "Close it there (editor.close()), or open it for reading with "
@@ -35,37 +36,33 @@ _WORDS = {
 }
 
 
-def add_parser(verbs):
-    """Add the verb's parser.
-
-    Arguments
-    ---------
-    verbs : argparse subparsers
-        Where to.
-    """
+def add_parser(verbs, summary):
+    """Add the verb's parser."""
     parser = verbs.add_parser(
         "edit",
-        help="A folder of edits: learn, undo, reorder, log, export.",
-        description="Sequential model editing (Plantinga et al. 2024): one "
-        "folder holds the base, the vector of every edit and their log; the "
-        "model is always rebuilt from it, bit for bit.",
-        epilog=f"examples:\n{_EXAMPLES}",
+        description="Sequential model editing (Kulshreshtha et al. 2024, "
+        "arXiv 2406.17935): one folder holds the base, the vector of every "
+        "edit and their log; the model is always rebuilt from it, bit for bit.",
+        epilog="examples:\n" + "".join(_EXAMPLES.values()),
         formatter_class=shared.argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     actions = parser.add_subparsers(
         metavar="ACTION", required=True, dest="action"
     )
-    _add_learn(actions)
-    undo = _action(actions, "undo", "Take an edit back.", undo_edit)
+    dry_run = shared.writing(dry_run_only=True)
+    _add_learn(actions, dry_run)
+    undo = _action(actions, "undo", "take an edit back", undo_edit, [dry_run])
     undo.add_argument("name", metavar="NAME")
-    shared.add_dry_run(undo)
     reorder = _action(
-        actions, "reorder", "Apply the edits in another order.", reorder_edits
+        actions,
+        "reorder",
+        "apply the edits in another order",
+        reorder_edits,
+        [dry_run],
     )
     reorder.add_argument("names", nargs="+", metavar="NAME")
-    shared.add_dry_run(reorder)
-    log = _action(actions, "log", "Show the edits in force.", show_log)
+    log = _action(actions, "log", "show the edits in force", show_log)
     log.add_argument(
         "--history", action="store_true", help="also what was undone"
     )
@@ -74,9 +71,13 @@ def add_parser(verbs):
         action="store_true",
         help="read everything and compare it with the log",
     )
-    export = _action(actions, "export", "Write the present model.", export_it)
-    shared.add_writing(export)
-    shared.add_recoverable(export)
+    export = _action(
+        actions,
+        "export",
+        "write the present model",
+        export_model,
+        [shared.reading("recoverable"), shared.writing()],
+    )
     export.add_argument(
         "--like",
         metavar="FOLDER",
@@ -85,27 +86,29 @@ def add_parser(verbs):
     )
 
 
-def _action(actions, name, summary, run):
-    mine = [
-        "  " + part.strip().replace("\\\n", "\\\n    ")
-        for part in _EXAMPLES.replace("\\\n", "\0").splitlines()
-        if f" edit {name} " in part
-    ]
-    examples = "\n".join(mine).replace("\0", "\\\n   ") + "\n"
-    parser = shared.add_verb(actions, name, summary, examples, run)
-    parser.set_defaults(words=_WORDS)
+def _action(actions, name, summary, run, parents=()):
+    parser = shared.add_verb(
+        actions, name, summary, _EXAMPLES[name], run, parents
+    )
+    remedies = {**parser.get_default("remedies"), **_REMEDIES}
+    parser.set_defaults(remedies=remedies)
     parser.add_argument("folder", metavar="FOLDER", help="the edits' folder")
     return parser
 
 
-def _add_learn(actions):
+def _add_learn(actions, dry_run):
+    rule = shared.rule_and_scale(
+        "first edit: required, and --scale may be the schedule 1/t; later "
+        "edits follow the first unless they say otherwise"
+    )
     learn = _action(
         actions,
         "learn",
-        "Edit: add a share of what fine-tuning on a domain changed.",
+        "add a share of what fine-tuning on a domain changed",
         learn_domain,
+        [shared.reading(), rule, dry_run],
     )
-    learn.add_argument("name", metavar="NAME", help="of the domain")
+    learn.add_argument("name", metavar="NAME", help="name of the domain")
     learn.add_argument(
         "finetuned",
         metavar="FINETUNED",
@@ -114,11 +117,6 @@ def _add_learn(actions):
     learn.add_argument(
         "--base", metavar="BASE", help="first edit: what to start from"
     )
-    shared.add_rule(
-        learn,
-        "first edit: required, and --scale may be the schedule "
-        "1/t; later edits follow the first unless they say otherwise",
-    )
     learn.add_argument(
         "--encoding",
         help="first edit: how vectors are stored (lossless), see "
@@ -126,31 +124,20 @@ def _add_learn(actions):
     )
     learn.add_argument("--selected-on", help="what the scale was chosen on")
     learn.add_argument("--note", default="", help="free text for the log")
-    shared.add_recoverable(learn)
-    shared.add_dry_run(learn)
 
 
 def learn_domain(options):
-    """Learn a domain.
-
-    Arguments
-    ---------
-    options : argparse.Namespace
-        As parsed.
-
-    Returns
-    -------
-    console.Result
-        The edit.
-    """
+    """Learn a domain."""
     folder, scale = Path(options.folder), _scale(options)
     finetuned = shared.open_weights(options.finetuned, options)
     if options.dry_run:
-        return _would_learn(options, finetuned, scale)
+        with shared.threads(options):
+            return _would_learn(options, finetuned, scale)
     starting, existed = _is_new(options), folder.exists()
     editor = None
+    progress = steps(2, not options.no_progress)
     try:
-        with steps(2, not options.no_progress) as step:
+        with shared.threads(options), progress as step:
             step("opening")
             editor = _open(options, starting, scale)
             step("learning")
@@ -208,30 +195,35 @@ def _scale(options):
 
 
 def _open(options, starting, scale=None, read_only=False):
+    """Start the sequence, or open it for one more edit."""
     from speechbrain_taskarith.vectors import SequentialEditor
 
-    rule = None if options.rule is None else from_words(options.rule)
+    rule = None if options.rule is None else shared.rule_of(options.rule)
     if starting:
-        base = shared.open_weights(options.base, options)
-        # The first edit's scale is that of the whole sequence.
+        # The first edit's scale and patterns are those of the sequence.
         return SequentialEditor(
-            base,
+            shared.open_weights(options.base, options),
             rule,
             options.folder,
             scale=scale,
             encoding=options.encoding or "lossless",
+            **shared.patterns(options),
         )
-    editor = SequentialEditor.resume(options.folder, rule, read_only=read_only)
-    if options.base:
-        from speechbrain_taskarith.vectors.states.fingerprint import short
-
+    editor = SequentialEditor.resume(
+        options.folder,
+        rule,
+        include=options.include,
+        exclude=options.exclude,
+        read_only=read_only,
+    )
+    if options.base and not options.any_base:
         base = shared.open_weights(options.base, options)
         if base.fingerprint != editor.base_fingerprint:
             editor.close()
             raise ValueError(
                 f"{options.folder}: starts from "
-                f"{short(editor.base_fingerprint)}, not from {options.base} "
-                f"({short(base.fingerprint)}); use another folder, or leave "
+                f"{editor.base_fingerprint[:12]}, not from {options.base} "
+                f"({base.fingerprint[:12]}); use another folder, or leave "
                 "--base out"
             )
     return editor
@@ -261,38 +253,37 @@ def _would_learn(options, finetuned, scale):
     from speechbrain_taskarith.vectors import TaskVector, as_state
     from speechbrain_taskarith.vectors.editing.schedules import scheduled_scale
     from speechbrain_taskarith.vectors.encodings import encode
-    from speechbrain_taskarith.vectors.rules.description import (
-        build_rule,
-        combine,
-    )
+    from speechbrain_taskarith.vectors.rules import from_description
 
-    patterns = {}
+    patterns = shared.patterns(options)
+    rule = shared.rule_of(options.rule) if options.rule else None
     if _is_new(options):
-        rule, number = from_words(options.rule), 1
-        base = shared.open_weights(options.base, options)
+        base, number = shared.open_weights(options.base, options), 1
         encoding = options.encoding or "lossless"
     else:
         editor = _open(options, starting=False, read_only=True)
-        log = read_log(options.folder)
+        log = _read_log(options.folder)
         if options.name in [edit.name for edit in editor.log]:
             raise ValueError(
                 f"{options.folder}: {options.name!r} was learned already"
             )
         base, encoding = as_state(editor.state()), log.encoding
-        rule = from_words(options.rule) if options.rule else None
-        rule, number = rule or build_rule(log.rule), len(log.edits) + 1
+        rule, number = rule or from_description(log.rule), len(log.edits) + 1
         scale = log.schedule if scale is None else scale
-        patterns = {"include": log.include, "exclude": log.exclude}
-    base = as_state(base)
+        patterns = {
+            "include": options.include or log.include,
+            "exclude": options.exclude or log.exclude,
+        }
     vector = TaskVector.between(base, finetuned, **patterns)
-    vector = combine(rule, [vector], base)
+    vector = rule.combine([vector], base=base)
     scale = scheduled_scale(scale, number, rule, vector)
     vector.scales(scale)
-    stored, _ = encode(dict(vector), encoding)
-    count = sum(as_state(stored).info(name).nbytes for name in stored)
+    stored = as_state(encode(dict(vector), encoding)[0])
+    count = sum(stored.info(name).nbytes for name in stored)
+    norm = vector.norm()
     line = (
         f"would learn {options.name!r} with scale {scale}: a vector of norm "
-        f"{vector.norm():.4g}, {size(count)} {encoding}"
+        f"{norm:.4g}, {size(count)} {encoding}"
     )
     data = {
         "verb": "edit learn",
@@ -300,8 +291,172 @@ def _would_learn(options, finetuned, scale):
         "name": options.name,
         "scale": scale,
         "rule": rule.describe(),
-        "norm": vector.norm(),
+        "norm": norm,
         "bytes": count,
         "encoding": encoding,
     }
     return Result([line], data)
+
+
+def undo_edit(options):
+    """Take an edit back."""
+    names = _names(options)
+    if options.name not in names:
+        raise KeyError(
+            f"{options.folder}: no edit {options.name!r}; there are: "
+            f"{', '.join(names) or 'none'}"
+        )
+    return _change(
+        options,
+        names,
+        [name for name in names if name != options.name],
+        f"undone {options.name!r}",
+        lambda editor: editor.undo(options.name),
+    )
+
+
+def reorder_edits(options):
+    """Apply the edits in another order."""
+    names = _names(options)
+    if sorted(names) != sorted(options.names):
+        raise ValueError(
+            f"{options.folder}: expected each of {', '.join(names) or 'none'} "
+            f"once, got {', '.join(options.names)}; to leave one out use "
+            "`edit undo`"
+        )
+    return _change(
+        options,
+        names,
+        list(options.names),
+        "reordered",
+        lambda editor: editor.reorder(options.names),
+    )
+
+
+def _change(options, before, names, what, act):
+    """Undo or re-order, or say what would be left."""
+    data = {"verb": f"edit {options.action}", "dry_run": options.dry_run}
+    if options.dry_run:
+        approximate = [
+            name
+            for i, name in enumerate(names)
+            if before[: i + 1] != names[: i + 1]
+        ]
+        lines = [f"would leave: {', '.join(names) or 'the base'}"]
+        if approximate:
+            lines.append(
+                "  approximate, since learned on another state: "
+                f"{', '.join(approximate)}"
+            )
+        return Result(
+            lines, {**data, "edits": names, "approximate": approximate}
+        )
+    from speechbrain_taskarith.vectors import SequentialEditor
+
+    with steps(2, not options.no_progress) as step:
+        step("opening")
+        with SequentialEditor.resume(options.folder) as editor:
+            step(options.action)
+            act(editor)
+    described = describe_log(options.folder)
+    return Result([what, *shown_log(described)], {**data, **described})
+
+
+def show_log(options):
+    """Show the edits in force, and the history if asked for."""
+    described = describe_log(options.folder)
+    lines = shown_log(described)
+    if options.verify:
+        from speechbrain_taskarith.vectors import SequentialEditor
+
+        SequentialEditor.resume(options.folder, read_only=True)
+        lines.append("verified: base, vectors and every state are as logged")
+    if options.history:
+        for entry in described["history"]:
+            named = f" {entry['name']}" if "name" in entry else ""
+            lines.append(f"  {entry['when']}  {entry['action']}{named}")
+    else:
+        del described["history"]
+    return Result(
+        lines, {"verb": "edit log", "verified": options.verify, **described}
+    )
+
+
+def export_model(options):
+    """Write the present model, with its card."""
+    output = shared.check_output(
+        options.output, [options.folder], options.overwrite
+    )
+    from speechbrain_taskarith.vectors import (
+        ModelCard,
+        SequentialEditor,
+        as_state,
+    )
+
+    with steps(1, not options.no_progress) as step:
+        step("rebuilding")
+        editor = SequentialEditor.resume(options.folder, read_only=True)
+        state = editor.state()
+    if options.dry_run:
+        result = written(output, as_state(state), dry_run=True)
+    else:
+        result = write_weights(
+            state,
+            output,
+            ModelCard.of_edits(editor),
+            like=options.like,
+            recoverable=options.recoverable,
+        )
+    edits = [edit.name for edit in editor.log]
+    result.data = {"verb": "edit export", **result.data, "edits": edits}
+    return result
+
+
+def _read_log(folder):
+    from speechbrain_taskarith.vectors.editing.log import EditLog
+
+    return EditLog.read(folder)
+
+
+def _names(options):
+    return [edit.name for edit in _read_log(options.folder).edits]
+
+
+def describe_log(folder):
+    """Return a folder's log in plain types; needs no torch."""
+    log = _read_log(folder)
+    edits = []
+    for edit in log.edits:
+        file = Path(folder) / edit.vector
+        count = file.stat().st_size if file.is_file() else None
+        edits.append({**edit.to_dict(), "bytes": count})
+    return {
+        "base": log.base,
+        "rule": log.rule,
+        "encoding": log.encoding,
+        "edits": edits,
+        "history": log.history,
+    }
+
+
+def shown_log(described):
+    """Return a log as lines of text: the base, then a table."""
+    lines = [
+        f"base {described['base']['fingerprint'][:12]} "
+        f"(from {described['base'].get('from', 'unknown')})"
+    ]
+    rows = [
+        (
+            number,
+            edit["name"],
+            edit["scale"],
+            edit["rule"].get("rule"),
+            "missing" if edit["bytes"] is None else size(edit["bytes"]),
+            "exact" if edit["exact"] else "approximate",
+            edit["state"][:12],
+            edit["when"],
+        )
+        for number, edit in enumerate(described["edits"], 1)
+    ]
+    header = ("#", "name", "scale", "rule", "vector", "edit", "model", "when")
+    return lines + (table(rows, header) if rows else ["no edits"])

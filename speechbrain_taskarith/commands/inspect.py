@@ -1,11 +1,18 @@
-"""`taskarith inspect`: what a file or folder holds."""
+"""`taskarith inspect` and `taskarith plot`: what files and vectors hold."""
 
 import json
+import math
 from pathlib import Path
 
 from speechbrain_taskarith.commands import arguments as shared
-from speechbrain_taskarith.commands.console import Result, counted, size, table
-from speechbrain_taskarith.commands.output import checkpoint_of, numbers
+from speechbrain_taskarith.commands.output import (
+    Result,
+    checkpoint_of,
+    counted,
+    numbers,
+    size,
+    table,
+)
 from speechbrain_taskarith.utils.patterns import select
 from speechbrain_taskarith.utils.progress import progress
 
@@ -15,23 +22,25 @@ _EXAMPLES = """\
   taskarith inspect model.ckpt --tensors 'encoder.layers.0.*'
   taskarith inspect edits/            (the folder of a sequence of edits)
 """
+_PLOT_EXAMPLES = """\
+  taskarith plot cosine us.safetensors de.safetensors -o cosine.png
+  taskarith plot layers us.safetensors de.safetensors -o layers.png
+  taskarith plot layers us.safetensors --relative-to base.ckpt -o layers.pdf
+  taskarith plot cosine *.safetensors --include 'encoder.*' -o encoder.png
+"""
 
 
-def add_parser(verbs):
-    """Add the verb's parser.
-
-    Arguments
-    ---------
-    verbs : argparse subparsers
-        Where to.
-    """
+def add_parser(verbs, summary):
+    """Add the parser of `inspect`."""
     parser = shared.add_verb(
         verbs,
         "inspect",
-        "Show form, tensors, fingerprint and provenance; for task vectors "
-        "also norm, density and norms by layer.",
+        summary,
         _EXAMPLES,
         run,
+        [shared.reading("recoverable")],
+        about="Show form, tensors, fingerprint and provenance; for task "
+        "vectors also norm, density and norms by layer.",
     )
     parser.add_argument("files", nargs="+", metavar="FILE")
     parser.add_argument(
@@ -45,22 +54,10 @@ def add_parser(verbs):
         action="store_true",
         help="do not read the weights; quick for large files",
     )
-    shared.add_recoverable(parser)
 
 
 def run(options):
-    """Look at every file.
-
-    Arguments
-    ---------
-    options : argparse.Namespace
-        As parsed.
-
-    Returns
-    -------
-    console.Result
-        One entry a file.
-    """
+    """Look at every file."""
     lines, entries = [], []
     for path in progress(
         options.files, desc="inspecting", enable=not options.no_progress
@@ -76,7 +73,7 @@ def _look(path, options):
     from speechbrain_taskarith.vectors.editing.log import LOG_NAME
 
     if (path / LOG_NAME).is_file():
-        from speechbrain_taskarith.commands.edit_folder import describe_log
+        from speechbrain_taskarith.commands.edit import describe_log
 
         return {"path": str(path), "form": "edits", **describe_log(path)}
     state = open_state(path, recoverable=options.recoverable)
@@ -120,18 +117,23 @@ def _tied(state):
 
 
 def _metadata(path, state):
-    """What is written beside the weights of where they come from."""
+    """Return what is written beside the weights about their origin."""
     from speechbrain_taskarith.utils.files import read_json
-    from speechbrain_taskarith.vectors.states.readers import (
+    from speechbrain_taskarith.vectors.states.readers import TORCH_SUFFIXES
+    from speechbrain_taskarith.vectors.states.speechbrain_folder import (
         read_checkpoint_meta,
     )
 
     if folder := checkpoint_of(path):
         return read_checkpoint_meta(folder)
-    # `save_state` puts a torch file's metadata beside it.
+    # A torch file's metadata and card lie beside it.
     beside = Path(f"{path}.json")
-    if path.is_file() and beside.is_file():
-        return read_json(beside)
+    if path.suffix in TORCH_SUFFIXES and beside.is_file():
+        return {
+            key: value
+            for key, value in read_json(beside).items()
+            if key != "fingerprint" and value not in (None, "", [])
+        }
     hidden = ("task_vector", "fingerprint", "format")
     return {
         key: _parsed(value)
@@ -148,7 +150,7 @@ def _parsed(text):
 
 
 def _vector(path, state, options):
-    """Facts of a stored vector; its numbers only where they may be read."""
+    """Return a stored vector's facts; without its numbers if not wanted."""
     header = json.loads(state.metadata["task_vector"])
     layout = header["layout"]
     facts = {
@@ -157,7 +159,7 @@ def _vector(path, state, options):
         "provenance": header["metadata"],
         "stored_tensors": len(state),
         "tensors": len(layout),
-        "parameters": sum(_product(e["shape"]) for e in layout.values()),
+        "parameters": sum(math.prod(e["shape"]) for e in layout.values()),
     }
     if options.no_fingerprint:
         return facts
@@ -171,16 +173,9 @@ def _vector(path, state, options):
     return facts
 
 
-def _product(shape):
-    total = 1
-    for extent in shape:
-        total *= extent
-    return total
-
-
 def _shown(entry):
     if entry["form"] == "edits":
-        from speechbrain_taskarith.commands.edit_folder import shown_log
+        from speechbrain_taskarith.commands.edit import shown_log
 
         return [f"{entry['path']}: a sequence of edits", *shown_log(entry)]
     lines = [f"{entry['path']}: {entry['form']}"]
@@ -215,6 +210,116 @@ def _shown(entry):
     return lines
 
 
-def _short(value, most=160):
+def _short(value):
     text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= most else text[: most - 3] + "..."
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+def add_plot(verbs, summary):
+    """Add the parser of `plot`."""
+    parser = shared.add_verb(
+        verbs,
+        "plot",
+        summary,
+        _PLOT_EXAMPLES,
+        draw,
+        [shared.reading("include", "exclude"), shared.writing()],
+        about="Draw how alike vectors are (cosine), or where they are large "
+        "(layers). PNG, PDF or SVG.",
+    )
+    parser.add_argument("what", choices=("cosine", "layers"))
+    parser.add_argument("vectors", nargs="+", metavar="TAU")
+    parser.add_argument(
+        "--names", nargs="+", metavar="NAME", help="labels (the files' names)"
+    )
+    parser.add_argument(
+        "--relative-to",
+        metavar="BASE",
+        help="layers: divide by the norm of this model's layers",
+    )
+
+
+def draw(options):
+    """Draw, and return the numbers that were drawn."""
+    output = shared.check_output(
+        options.output,
+        options.vectors,
+        options.overwrite,
+        suffixes=(".png", ".pdf", ".svg"),
+        what="a plot",
+    )
+    names = _names(options)
+    if options.relative_to and options.what == "cosine":
+        raise ValueError("--relative-to is for `plot layers`; leave it out")
+    from speechbrain_taskarith.vectors import TaskVector
+
+    files = progress(
+        options.vectors, desc="reading", enable=not options.no_progress
+    )
+    vectors = dict(zip(names, map(TaskVector.load, files)))
+    draw = _cosine if options.what == "cosine" else _layers
+    lines, values = draw(vectors, output, options)
+    verb = "would write" if options.dry_run else "wrote"
+    data = {
+        "verb": "plot",
+        "what": options.what,
+        "output": str(output),
+        "dry_run": options.dry_run,
+        "names": names,
+        "values": values,
+    }
+    return Result([f"{verb} {output}", *lines], data)
+
+
+def _names(options):
+    names = options.names or [
+        Path(path).stem or str(path) for path in options.vectors
+    ]
+    if len(names) != len(options.vectors):
+        raise ValueError(
+            f"--names: {len(names)} names for {len(options.vectors)} vectors"
+        )
+    if len(set(names)) != len(names):
+        raise ValueError(
+            f"names must differ to be told apart, got {', '.join(names)}; "
+            "give --names"
+        )
+    return names
+
+
+def _cosine(vectors, output, options):
+    from speechbrain_taskarith.vectors import cosine_matrix, plot_cosine_matrix
+
+    chosen = shared.patterns(options)
+    matrix = cosine_matrix(list(vectors.values()), **chosen)
+    if not options.dry_run:
+        plot_cosine_matrix(matrix, list(vectors), output)
+    rows = [
+        (name, *(f"{value:.3f}" for value in row))
+        for name, row in zip(vectors, matrix.tolist())
+    ]
+    return table(rows, ("cosine", *vectors)), matrix.tolist()
+
+
+def _layers(vectors, output, options):
+    from speechbrain_taskarith.vectors import (
+        layer_norms,
+        open_state,
+        plot_layer_norms,
+    )
+
+    base = None
+    if options.relative_to:
+        base = open_state(options.relative_to)
+    norms = {
+        name: layer_norms(tau, base=base, **shared.patterns(options))
+        for name, tau in vectors.items()
+    }
+    if not options.dry_run:
+        plot_layer_norms(norms, output, relative=base is not None)
+    layers = list(dict.fromkeys(k for found in norms.values() for k in found))
+    rows = [
+        (layer, *(f"{found.get(layer, 0.0):.4g}" for found in norms.values()))
+        for layer in layers
+    ]
+    return table(rows, ("layer", *vectors)), norms

@@ -1,18 +1,22 @@
-"""`taskarith merge`: many checkpoints into one."""
+"""`taskarith merge`: many checkpoints into one, as a merge file says."""
 
+import argparse
 import re
+from collections.abc import Mapping
+from types import SimpleNamespace
 
 from speechbrain_taskarith.commands import arguments as shared
-from speechbrain_taskarith.commands.console import (
+from speechbrain_taskarith.commands.output import (
     Result,
     counted,
+    listed,
     matched,
     size,
+    write_weights,
+    written,
 )
-from speechbrain_taskarith.commands.merge_file import parse_overrides, read_plan
-from speechbrain_taskarith.commands.output import write_weights, written
-from speechbrain_taskarith.commands.rule_text import from_words, make_rule
 from speechbrain_taskarith.utils.files import TEMPORARY_PREFIX
+from speechbrain_taskarith.vectors.rules.description import from_plain
 
 _EXAMPLES = """\
   taskarith merge merge.yaml
@@ -25,29 +29,52 @@ merge.yaml:
   finetuned:                            # checkpoints or stored vectors
       - results/us/save
       - german.safetensors
-  rule: {name: TIES, density: 0.2}      # any rule: docs/task_vectors.md
+  rule: {name: TIES, density: 0.2}      # see `taskarith rules`
   scale: 0.5                            # or {"encoder.*": 0.5, "*": 0.1}
   output: merged.safetensors            # or x.ckpt, a folder, CKPT+name
   # optional: recoverable, device, memory_limit (300MB), threads, include,
   # exclude, buffers, any_base, fingerprint
 """
 
+# What a merge file may hold, the types of each value, and its default.
+_NEEDED = object()
+_KEYS = {
+    "base": (str, _NEEDED),
+    "finetuned": (list, _NEEDED),
+    "rule": ((str, Mapping), _NEEDED),
+    "output": (str, _NEEDED),
+    "scale": ((int, float, Mapping, type(None)), None),
+    "recoverable": ((str, type(None)), None),
+    "device": (str, "cpu"),
+    "memory_limit": ((int, str, type(None)), None),
+    "threads": ((int, type(None)), None),
+    "include": (list, ["*"]),
+    "exclude": (list, []),
+    "buffers": (str, "base"),
+    "any_base": (bool, False),
+    "fingerprint": (bool, True),
+}
+_REQUIRED = [key for key, (_, default) in _KEYS.items() if default is _NEEDED]
+_LISTS = [key for key, (kinds, _) in _KEYS.items() if kinds is list]
+_PLACEHOLDER = "!PLACEHOLDER"
 
-def add_parser(verbs):
-    """Add the verb's parser.
 
-    Arguments
-    ---------
-    verbs : argparse subparsers
-        Where to.
-    """
+def add_parser(verbs, summary):
+    """Add the verb's parser."""
     parser = shared.add_verb(
         verbs,
         "merge",
-        "Merge checkpoints and vectors, streamed in bounded memory. Values "
-        "of the file are replaced by --key value, as in SpeechBrain.",
+        summary,
         _EXAMPLES,
         run,
+        [
+            shared.reading(),
+            shared.rule_and_scale("replaces the file's"),
+            shared.writing(required=False),
+        ],
+        about="Merge checkpoints and vectors, streamed in bounded memory. "
+        "Options replace the values of the merge file; a dot leads into the "
+        "rule: --rule.density 0.3.",
     )
     parser.add_argument(
         "file", nargs="?", metavar="merge.yaml", help="what to merge, and how"
@@ -56,33 +83,34 @@ def add_parser(verbs):
     parser.add_argument(
         "--finetuned", nargs="+", metavar="PATH", help="what to merge"
     )
-    shared.add_rule(parser, "replaces the file's")
-    shared.add_writing(parser, required=False)
-    words = {"any_base=True": "--any_base true"}
-    parser.set_defaults(takes_overrides=True, words=words)
+    parser.add_argument("--device", help="where to compute, e.g. cuda:0 (cpu)")
+    parser.add_argument(
+        "--memory-limit",
+        "--memory_limit",
+        metavar="BYTES",
+        help="most memory for buffers, e.g. 300MB",
+    )
+    parser.add_argument(
+        "--buffers",
+        metavar="base|edit",
+        help="running statistics: keep the base's (base), or edit them too",
+    )
+    parser.add_argument(
+        "--fingerprint",
+        action=argparse.BooleanOptionalAction,
+        help="check and note fingerprints, which reads all bytes once more",
+    )
+    parser.set_defaults(takes_overrides=True)
 
 
 def run(options):
-    """Merge.
-
-    Arguments
-    ---------
-    options : argparse.Namespace
-        As parsed.
-
-    Returns
-    -------
-    console.Result
-        The engine's report.
-    """
+    """Merge."""
     plan = read_plan(options.file, _overrides(options))
-    if options.rule is not None:
-        rule = from_words(options.rule, plan.scale)
-    else:
-        rule = make_rule(plan.rule, plan.scale)
+    rule = from_plain(plan.rule, plan.scale)
     inputs = [plan.base, *plan.finetuned]
     output = shared.check_output(plan.output, inputs, options.overwrite)
-    memory = bytes_of(plan.memory_limit)
+    if isinstance(plan.memory_limit, str):
+        plan.memory_limit = bytes_of(plan.memory_limit)
     from speechbrain_taskarith.vectors import open_state
 
     base, *states = (
@@ -90,52 +118,56 @@ def run(options):
     )
     if options.dry_run:
         return _would_merge(plan, base, states, rule, output)
-    target = _temporary(output)
-    try:
-        report = _merge(plan, base, states, rule, target, memory, options)
-        if target != output:
-            _write_checkpoint(target, output, base, report, plan)
-        else:
-            _card(report).save(output)
-    finally:
-        if target != output:
-            target.unlink(missing_ok=True)
+    report = _merge(plan, base, states, rule, output, not options.no_progress)
     facts = report.to_dict() | {"output": str(output)}
     data = {"verb": "merge", "dry_run": False, **facts}
-    return Result(_shown(facts), data)
+    memory = report.peak_anonymous
+    lines = [
+        f"wrote {output}",
+        f"  edited {counted(report.edited, 'tensor')} "
+        f"({counted(report.parameters, 'parameter')}), copied "
+        f"{report.copied} from the base",
+        f"  {report.seconds['total']:.1f} s, read {size(report.bytes_read)}, "
+        f"wrote {size(report.bytes_written)}"
+        + (f", at most {size(memory)} of anonymous memory" if memory else ""),
+        f"  fingerprint {report.fingerprint}",
+    ]
+    return Result(lines, data)
 
 
-def _merge(plan, base, states, rule, target, memory, options):
+def _merge(plan, base, states, rule, output, progress):
+    """Merge into the output, and write its card."""
     from speechbrain_taskarith.vectors import merge_checkpoints
 
-    return merge_checkpoints(
-        base,
-        states,
-        rule,
-        target,
-        device=plan.device,
-        memory_limit=memory,
-        threads=plan.threads,
-        include=plan.include,
-        exclude=plan.exclude,
-        buffers=plan.buffers,
-        any_base=plan.any_base,
-        fingerprint=plan.fingerprint,
-        progress=not options.no_progress,
-    )
+    # A checkpoint folder holds more than the engine knows of: that writes
+    # beside it.
+    folder, target = output.name.startswith("CKPT+"), output
+    if folder:
+        name = f"{TEMPORARY_PREFIX}{output.name}.safetensors"
+        target = output.with_name(name)
+    how = ("device", "memory_limit", "threads", "include", "exclude")
+    how += ("buffers", "any_base", "fingerprint")
+    try:
+        report = merge_checkpoints(
+            base,
+            states,
+            rule,
+            target,
+            progress=progress,
+            **{key: getattr(plan, key) for key in how},
+        )
+        card = _card(report)
+        if folder:
+            _write_checkpoint(target, output, base, card, plan)
+        else:
+            card.save(output)
+    finally:
+        if folder:
+            target.unlink(missing_ok=True)
+    return report
 
 
-def _temporary(output):
-    """Where the engine writes: beside a `CKPT+` folder, else the output.
-
-    A checkpoint folder holds more than the engine knows of.
-    """
-    if not output.name.startswith("CKPT+"):
-        return output
-    return output.with_name(f"{TEMPORARY_PREFIX}{output.name}.safetensors")
-
-
-def _write_checkpoint(merged, output, base, report, plan):
+def _write_checkpoint(merged, output, base, card, plan):
     """Turn merged weights into a checkpoint with the base's other files."""
     from speechbrain_taskarith.vectors import open_state
 
@@ -143,98 +175,32 @@ def _write_checkpoint(merged, output, base, report, plan):
     tensors = {name: state[name] for name in state}
     # Tied tensors stay tied.
     weights = {n: tensors[base.aliases.get(n, n)] for n in tensors}
-    card = _card(report)
     write_weights(
-        weights,
-        output,
-        card,
-        like=plan.base,
-        recoverable=plan.recoverable,
+        weights, output, card, like=plan.base, recoverable=plan.recoverable
     )
 
 
 def _card(report):
     from speechbrain_taskarith.vectors import ModelCard
 
-    kinds = {"checkpoint": "fine-tuned", "task vector": "vector"}
+    roles = {"checkpoint": "fine-tuned", "task vector": "vector"}
+    parents = [{"role": "base", **report.base}]
+    for parent in report.parents:
+        kind = parent["kind"]
+        parents.append(
+            {
+                "role": roles.get(kind, kind),
+                "path": parent["path"],
+                "fingerprint": parent["fingerprint"],
+            }
+        )
     return ModelCard(
         "Merged model",
-        parents=[
-            {"role": "base", **report.base},
-            *(
-                {
-                    "role": kinds.get(parent["kind"], parent["kind"]),
-                    "path": parent["path"],
-                    "fingerprint": parent["fingerprint"],
-                }
-                for parent in report.parents
-            ),
-        ],
+        parents=parents,
         rule=report.rule,
         scale=report.rule.get("scale"),
         fingerprint=report.fingerprint,
     )
-
-
-def _shown(facts):
-    memory = facts["peak_anonymous"]
-    return [
-        f"wrote {facts['output']}",
-        f"  edited {counted(facts['edited'], 'tensor')} "
-        f"({counted(facts['parameters'], 'parameter')}), copied "
-        f"{facts['copied']} from the base",
-        f"  {facts['seconds']['total']:.1f} s, read "
-        f"{size(facts['bytes_read'])}, wrote {size(facts['bytes_written'])}"
-        + (f", at most {size(memory)} of anonymous memory" if memory else ""),
-        f"  fingerprint {facts['fingerprint']}",
-    ]
-
-
-def _overrides(options):
-    found = parse_overrides(options.overrides)
-    for key in ("base", "finetuned", "output"):
-        if getattr(options, key) is not None:
-            found.append((key, getattr(options, key)))
-    if options.scale is not None:
-        found.append(("scale", shared.scale_of(options.scale)))
-    if options.rule is not None:
-        found.append(("rule", options.rule[0]))
-    return found
-
-
-def bytes_of(text):
-    """Return a number of bytes.
-
-    Arguments
-    ---------
-    text : int, str or None
-        E.g. `300000000`, `"300MB"`, `"1.5 GiB"`.
-
-    Returns
-    -------
-    int or None
-        Bytes.
-
-    Raises
-    ------
-    ValueError
-        Neither a number nor one with a unit.
-
-    Example
-    -------
-    >>> bytes_of("300MB"), bytes_of("2 KiB")
-    (300000000, 2048)
-    """
-    if text is None or isinstance(text, int):
-        return text
-    found = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", str(text), re.I)
-    if not found:
-        raise ValueError(
-            f"memory_limit: {text!r}; expected bytes, or e.g. 300MB, 1GiB"
-        )
-    number, unit, binary = found.groups()
-    power = " KMGT".index(unit.upper()) if unit else 0
-    return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 def _would_merge(plan, base, states, rule, output):
@@ -242,26 +208,26 @@ def _would_merge(plan, base, states, rule, output):
     from speechbrain_taskarith.vectors.engine.inputs import MergeInputs
 
     inputs = MergeInputs(base, states, plan.include, plan.exclude, plan.buffers)
-    rule.check_number(inputs.number)
-    rule.scales(inputs.names)
-    if plan.fingerprint and not plan.any_base:
-        inputs.check_ancestry()
-    data = {"verb": "merge", "rule": rule.describe(), "patterns": {}}
-    lines = [f"  {rule!r}"]
+    inputs.scales(rule)
+    if not plan.any_base:
+        inputs.check_ancestry(plan.fingerprint)
+    result = written(output, base, dry_run=True)
+    result.lines.append(f"  {rule!r}")
     for parent in inputs.parents:
-        lines.append(f"  {parent.kind} {parent.label}")
+        result.lines.append(f"  {parent.kind} {parent.label}")
     chosen = {"include": plan.include, "exclude": plan.exclude}
     if isinstance(rule.scale, dict):
         chosen["scale"] = rule.scale
+    found = {}
     for what, patterns in chosen.items():
         names = inputs.names if what == "scale" else base
-        more, data["patterns"][what] = matched(names, patterns, what)
-        lines += more
-    lines.append(f"  copied from the base: {_listed(inputs.copied)}")
-    result = written(output, base, dry_run=True)
-    result.lines += lines
+        lines, found[what] = matched(names, patterns, what)
+        result.lines += lines
+    result.lines.append(f"  copied from the base: {listed(inputs.copied)}")
     result.data = {
-        **data,
+        "verb": "merge",
+        "rule": rule.describe(),
+        "patterns": found,
         **result.data,
         "edited": inputs.names,
         "copied": inputs.copied,
@@ -269,6 +235,150 @@ def _would_merge(plan, base, states, rule, output):
     return result
 
 
-def _listed(names, most=5):
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(names[:most]) or "nothing") + more
+def read_plan(path=None, overrides=()):
+    """Read a merge file and what replaces its values.
+
+    The file holds plain YAML values: a tag such as `!new:` is refused, so
+    that a file from elsewhere cannot build anything. `!PLACEHOLDER` marks
+    what the overrides have to give. Paths are relative to where the command
+    runs. `overrides`: `(key, value)`; a dot leads into a mapping
+    (`rule.density`).
+
+    Example
+    -------
+    >>> path = getfixture("tmpdir") / "merge.yaml"
+    >>> _ = path.write("base: a.ckpt\\nfinetuned: [b.ckpt]\\nrule: TIES\\n")
+    >>> plan = read_plan(path, [("output", "c.ckpt"), ("rule.density", 0.5)])
+    >>> plan.rule, plan.output
+    ({'name': 'TIES', 'density': 0.5}, 'c.ckpt')
+    """
+    label = "merge" if path is None else str(path)
+    content = {} if path is None else _load(path)
+    for key, value in overrides:
+        _set(content, key, value)
+    unknown = [key for key in content if key not in _KEYS]
+    if unknown:
+        raise ValueError(
+            f"{label}: unknown {', '.join(map(repr, unknown))}; a merge file "
+            f"holds: {', '.join(_KEYS)}"
+        )
+    for key in _KEYS:
+        if content.get(key) == _PLACEHOLDER:
+            raise ValueError(f"{label}: {key} is to be given: --{key} VALUE")
+    missing = [key for key in _REQUIRED if content.get(key) in (None, "", [])]
+    if missing:
+        raise ValueError(
+            f"{label}: lacks {', '.join(missing)}; write it into the file or "
+            f"give --{missing[0]} VALUE"
+        )
+    for key, value in content.items():
+        if key in _LISTS and isinstance(value, str):
+            content[key] = value = [value]
+        if not isinstance(value, _KEYS[key][0]):
+            raise ValueError(
+                f"{label}: {key} is a {type(value).__name__} ({value!r}), "
+                "which it cannot be"
+            )
+        for entry in value if key in _LISTS else ():
+            if not isinstance(entry, str):
+                raise ValueError(
+                    f"{label}: {key}: expected a list of texts, got {entry!r}"
+                )
+    defaults = {key: default for key, (_, default) in _KEYS.items()}
+    return SimpleNamespace(**{**defaults, **content})
+
+
+def _load(path):
+    import yaml
+
+    # Plain values, and SpeechBrain's mark for what is to be given.
+    loader = type("Loader", (yaml.SafeLoader,), {})
+    loader.add_constructor(_PLACEHOLDER, lambda *_: _PLACEHOLDER)
+    try:
+        with open(path, encoding="utf-8") as stream:
+            content = yaml.load(stream, loader)  # noqa: S506 (a SafeLoader)
+    except yaml.constructor.ConstructorError as error:
+        line = error.problem_mark.line + 1
+        raise ValueError(
+            f"{path}: line {line}: a merge file holds plain values, no tags "
+            f"({error.problem}); write a rule as rule: {{name: TIES, "
+            "density: 0.2}"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(content, Mapping):
+        raise ValueError(
+            f"{path}: expected a mapping with {', '.join(_REQUIRED)}, found "
+            f"{type(content).__name__}"
+        )
+    return dict(content)
+
+
+def _set(content, key, value):
+    head, dot, rest = key.partition(".")
+    if not dot:
+        content[head] = value
+        return
+    inner = content.get(head)
+    if isinstance(inner, str) and head == "rule":
+        inner = {"name": inner}
+    if not isinstance(inner, Mapping):
+        raise ValueError(
+            f"--{key}: {head!r} is not a mapping in the merge file, so "
+            f"{rest!r} cannot be set"
+        )
+    content[head] = dict(inner)
+    _set(content[head], rest, value)
+
+
+def _overrides(options):
+    """Return what the command line says of the plan, as `(key, value)`."""
+    found, given = [], dict(vars(options))
+    if options.scale is not None:
+        given["scale"] = shared.scale_of(options.scale)
+    if options.rule is not None:
+        given["rule"] = shared.rule_words(options.rule)
+    for key in _KEYS:
+        if given[key] is not None:
+            value = given[key]
+            found.append((key, _spread(value) if key in _LISTS else value))
+    for word in options.overrides:
+        key, _, text = word.removeprefix("--").partition("=")
+        found.append((key, _yaml(text)))
+    return found
+
+
+def _spread(words):
+    """Return words as a list; one may be a YAML list, as in SpeechBrain."""
+    entries = []
+    for word in words:
+        is_list = word.startswith("[") and word.endswith("]")
+        entries += _yaml(word) if is_list else [word]
+    return entries
+
+
+def _yaml(text):
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"{text!r} is not a YAML value") from None
+
+
+def bytes_of(text):
+    """Return the number of bytes that a text means.
+
+    Example
+    -------
+    >>> bytes_of("300MB"), bytes_of("2 KiB")
+    (300000000, 2048)
+    """
+    found = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", text, re.I)
+    if not found:
+        raise ValueError(
+            f"memory_limit: {text!r}; expected bytes, or e.g. 300MB, 1GiB"
+        )
+    number, unit, binary = found.groups()
+    power = " KMGT".index(unit.upper()) if unit else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)

@@ -1,45 +1,171 @@
-"""Writing what a verb has made: weights in any form, with their card."""
+"""What a verb gives: results on stdout, messages on stderr, weights on disk."""
 
+import contextlib
+import json
+import math
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from speechbrain_taskarith.commands.console import Result, counted, size
+from speechbrain_taskarith.utils.patterns import first_match, matches
+from speechbrain_taskarith.utils.progress import progress
+
+
+@dataclass
+class Result:
+    """What a verb has done: `lines` for people, plain `data` for programs."""
+
+    lines: list = field(default_factory=list)
+    data: dict = field(default_factory=dict)
+
+
+def show(result, as_json):
+    """Print a result on standard output, as JSON or as lines."""
+    if as_json:
+        print(json.dumps(_finite(result.data), indent=2, allow_nan=False))
+    else:
+        for line in result.lines:
+            print(line)
+    sys.stdout.flush()
+
+
+def _finite(value):
+    """Return plain data that JSON can hold: NaN and infinity as None."""
+    if isinstance(value, dict):
+        return {str(key): _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    return str(value)
+
+
+@contextlib.contextmanager
+def steps(total, enable):
+    """Show progress by step: call the yielded `step(name)` as each begins."""
+    with progress(total=total, unit="step", enable=enable) as bar:
+        begun = 0
+
+        def step(name):
+            nonlocal begun
+            bar.set_description(name)
+            bar.update(min(begun, 1))
+            begun += 1
+
+        yield step
+        bar.update(min(begun, 1))
+
+
+def complain(text, kind="error"):
+    """Print a message as one line on standard error."""
+    print(f"taskarith: {kind}: {' '.join(text.split())}", file=sys.stderr)
+
+
+def message(error, remedies):
+    """Return an exception's message as a sentence.
+
+    Without the quotes of a `KeyError`; of an `OSError` the file comes first.
+    `remedies`: `{what Python calls a remedy: what the command line does}`.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        text = f"{where}{error.strerror}"
+    elif isinstance(error, KeyError) and len(error.args) == 1:
+        text = str(error.args[0])
+    else:
+        text = str(error) or type(error).__name__
+    for python, here in remedies.items():
+        text = text.replace(python, here)
+    return text
+
+
+def size(count):
+    """Return a number of bytes in binary units.
+
+    Example
+    -------
+    >>> size(900), size(1536), size(3 * 2**30)
+    ('900 B', '1.5 KiB', '3.0 GiB')
+    """
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    power = 0
+    while count >= 1024 and power < len(units) - 1:
+        count /= 1024
+        power += 1
+    return f"{count:.1f} {units[power]}" if power else f"{count} B"
+
+
+def counted(number, what):
+    """Return e.g. `"1 tensor"`, `"1,200 tensors"`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def listed(names, at_most=5):
+    """Return the first of some names, and how many there are more."""
+    more = len(names) - at_most
+    text = ", ".join(names[:at_most]) or "nothing"
+    return f"{text} and {more} more" if more > 0 else text
+
+
+def table(rows, header):
+    """Return rows as lines of aligned text, the header first."""
+    cells = [list(map(str, row)) for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    return [
+        "  ".join(
+            cell.ljust(width) for cell, width in zip(row, widths)
+        ).rstrip()
+        for row in cells
+    ]
+
+
+def matched(names, patterns, what):
+    """Return lines and `{pattern: [names]}`: what each pattern matches.
+
+    Of a dict `{pattern: value}` the first match decides, and only what a
+    pattern decides is counted.
+
+    Example
+    -------
+    >>> matched(["a.w", "b.w"], {"a.*": 1.0, "*": 0.5}, "scale")[1]
+    {'a.*': ['a.w'], '*': ['b.w']}
+    """
+    names, data, lines = list(names), {}, []
+    first = {pattern: pattern for pattern in patterns}
+    for pattern in patterns:
+        value = ""
+        if isinstance(patterns, dict):
+            hits = [n for n in names if first_match(n, first) == pattern]
+            value = f" = {patterns[pattern]}"
+        else:
+            hits = [n for n in names if matches(n, pattern)]
+        data[pattern] = hits
+        some = ", ".join(hits[:3]) + (", ..." if len(hits) > 3 else "")
+        lines.append(
+            f"  {what} {pattern!r}{value}: {len(hits)} of "
+            f"{counted(len(names), 'parameter')}"
+            f"{f' ({some})' if hits else ''}"
+        )
+    return lines, data
 
 
 def numbers(state):
-    """Count what a state holds.
-
-    Arguments
-    ---------
-    state : State
-        The weights.
-
-    Returns
-    -------
-    dict
-        `tensors`, `parameters` and `bytes`; a tied tensor counts once.
-    """
-    names = [n for n in state if state.aliases.get(n, n) == n]
+    """Count tensors, parameters and bytes; a tied tensor counts once."""
+    infos = [state.info(n) for n in state if state.aliases.get(n, n) == n]
     return {
-        "tensors": len(names),
-        "parameters": sum(state.info(name).numel for name in names),
-        "bytes": sum(state.info(name).nbytes for name in names),
+        "tensors": len(infos),
+        "parameters": sum(info.numel for info in infos),
+        "bytes": sum(info.nbytes for info in infos),
     }
 
 
 def checkpoint_of(path):
-    """Return the SpeechBrain checkpoint folder that a path means.
-
-    Arguments
-    ---------
-    path : path or None
-        What the user gave.
-
-    Returns
-    -------
-    pathlib.Path or None
-        None for every other form.
-    """
-    from speechbrain_taskarith.vectors.states.readers import newest_checkpoint
+    """Return the SpeechBrain checkpoint folder that a path means, or None."""
+    from speechbrain_taskarith.vectors.states.speechbrain_folder import (
+        newest_checkpoint,
+    )
 
     if path is None or not Path(path).is_dir():
         return None
@@ -51,32 +177,19 @@ def checkpoint_of(path):
 def write_weights(weights, output, card, *, like=None, recoverable=None):
     """Write edited weights and the card beside them.
 
-    Arguments
-    ---------
-    weights : mapping
-        `{name: tensor}`.
-    output : pathlib.Path
-        `CKPT+...`: a SpeechBrain checkpoint; else see `save_state`.
-    card : ModelCard
-        Its fingerprint is filled in.
-    like : path or None
-        The base: a checkpoint's other recoverables, or a Hugging Face
-        folder's other files, are taken along.
-    recoverable : str or None
-        Name of the weights in the checkpoint; `model` by default.
-
-    Returns
-    -------
-    Result
-        What was written.
+    `CKPT+...` becomes a SpeechBrain checkpoint; for other names see
+    `save_state`. The other files of `like`, the base, are taken along: a
+    checkpoint's other recoverables, or those of a Hugging Face folder.
     """
-    from speechbrain_taskarith.vectors import as_state, save_state
+    from speechbrain_taskarith.vectors import (
+        as_state,
+        save_checkpoint,
+        save_state,
+    )
 
     state = as_state(weights)
     card.fingerprint = state.fingerprint
     if output.name.startswith("CKPT+"):
-        from speechbrain_taskarith.vectors import save_checkpoint
-
         save_checkpoint(
             {recoverable or "model": state},
             output,
@@ -93,28 +206,11 @@ def write_weights(weights, output, card, *, like=None, recoverable=None):
 
 
 def written(output, state, dry_run=False, **more):
-    """Say what was written, or would be.
-
-    Arguments
-    ---------
-    output : path
-        Where.
-    state : State
-        What.
-    dry_run : bool
-        Whether it only would be.
-    **more : object
-        Further entries of the data.
-
-    Returns
-    -------
-    Result
-        One line, and the numbers.
-    """
+    """Return the result that says what was written, or would be."""
     found = numbers(state)
-    verb = "would write" if dry_run else "wrote"
     line = (
-        f"{verb} {output}: {counted(found['tensors'], 'tensor')}, "
+        f"{'would write' if dry_run else 'wrote'} {output}: "
+        f"{counted(found['tensors'], 'tensor')}, "
         f"{counted(found['parameters'], 'parameter')}, {size(found['bytes'])}"
     )
     data = {"output": str(output), "dry_run": dry_run, **found, **more}

@@ -1,9 +1,10 @@
 """`taskarith vector`: what fine-tuning added, as a file."""
 
 from speechbrain_taskarith.commands import arguments as shared
-from speechbrain_taskarith.commands.console import (
+from speechbrain_taskarith.commands.output import (
     Result,
     counted,
+    listed,
     matched,
     size,
     steps,
@@ -17,26 +18,18 @@ _EXAMPLES = """\
 """
 
 
-def add_parser(verbs):
-    """Add the verb's parser.
-
-    Arguments
-    ---------
-    verbs : argparse subparsers
-        Where to.
-    """
+def add_parser(verbs, summary):
+    """Add the verb's parser."""
     parser = shared.add_verb(
         verbs,
         "vector",
-        "Subtract: store fine-tuned minus base as a task vector.",
+        summary,
         _EXAMPLES,
         run,
+        [shared.reading(), shared.writing()],
     )
     parser.add_argument("base", metavar="BASE", help="weights before")
     parser.add_argument("finetuned", metavar="FINETUNED", help="weights after")
-    shared.add_writing(parser)
-    shared.add_patterns(parser)
-    shared.add_recoverable(parser)
     parser.add_argument(
         "--encoding",
         default="lossless",
@@ -47,7 +40,7 @@ def add_parser(verbs):
         "--buffers",
         choices=("base", "edit"),
         default="base",
-        help="running statistics: leave the base's alone, or take them in",
+        help="running statistics: keep the base's (base), or edit them too",
     )
     parser.add_argument(
         "--not-strict",
@@ -59,34 +52,23 @@ def add_parser(verbs):
         action="store_true",
         help="FINETUNED is the folder of a LoRA, as PEFT saves it",
     )
-    parser.set_defaults(words={"strict=False": "--not-strict"})
 
 
 def run(options):
-    """Make and store the vector.
-
-    Arguments
-    ---------
-    options : argparse.Namespace
-        As parsed.
-
-    Returns
-    -------
-    console.Result
-        What was written.
-    """
-    inputs = [options.base, options.finetuned]
+    """Make and store the vector."""
     output = shared.check_output(
         options.output,
-        inputs,
+        [options.base, options.finetuned],
         options.overwrite,
         suffixes=(".safetensors",),
         what="a task vector",
     )
-    with steps(2, not options.no_progress) as step:
+    progress = steps(2, not options.no_progress)
+    with shared.threads(options), progress as step:
         step("subtracting")
         base = shared.open_weights(options.base, options)
         tau = _subtract(base, options)
+        norm = tau.norm()
         step("storing")
         store = _size_if_stored if options.dry_run else _store
         count = store(tau, output, base, options)
@@ -97,7 +79,7 @@ def run(options):
         0,
         f"{verb} {output}: {counted(len(tau), 'tensor')}, "
         f"{counted(parameters, 'parameter')}, {size(count)} "
-        f"{options.encoding}, norm {tau.norm():.4g}",
+        f"{options.encoding}, norm {norm:.4g}",
     )
     data = {
         "verb": "vector",
@@ -106,7 +88,7 @@ def run(options):
         "tensors": len(tau),
         "parameters": parameters,
         "bytes": count,
-        "norm": tau.norm(),
+        "norm": norm,
         "encoding": options.encoding,
         "base_fingerprint": tau.base_fingerprint,
         "patterns": patterns,
@@ -117,16 +99,15 @@ def run(options):
 def _subtract(base, options):
     from speechbrain_taskarith.vectors import TaskVector
 
+    chosen = shared.patterns(options)
     if options.lora:
-        tau = TaskVector.from_lora(base, options.finetuned)
-        return tau.restrict(options.include, options.exclude)
+        return TaskVector.from_lora(base, options.finetuned).restrict(**chosen)
     return TaskVector.between(
         base,
         shared.open_weights(options.finetuned, options),
-        include=options.include,
-        exclude=options.exclude,
         strict=not options.not_strict,
         buffers=options.buffers,
+        **chosen,
     )
 
 
@@ -138,13 +119,12 @@ def _store(tau, output, base, options):
     finetuned = {"role": "fine-tuned", "path": options.finetuned}
     if "finetuned_fingerprint" in tau.metadata:
         finetuned["fingerprint"] = tau.metadata["finetuned_fingerprint"]
-    card = ModelCard(
+    ModelCard(
         "Task vector",
         parents=[ModelCard.parent("base", base), finetuned],
         fingerprint=open_state(output).fingerprint,
         notes=[f"stored {options.encoding}; norm {tau.norm():.6g}"],
-    )
-    card.save(output)
+    ).save(output)
     return output.stat().st_size
 
 
@@ -153,20 +133,18 @@ def _size_if_stored(tau, output, base, options):
     from speechbrain_taskarith.vectors import as_state
     from speechbrain_taskarith.vectors.encodings import encode
 
-    tensors, _ = encode(dict(tau), options.encoding)
-    stored = as_state(tensors)
+    stored = as_state(encode(dict(tau), options.encoding)[0])
     return sum(stored.info(name).nbytes for name in stored)
 
 
 def _patterns(base, tau, options):
+    """Say what each pattern matches, for a dry run."""
     if not options.dry_run:
         return [], {}
-    lines, include = matched(base, options.include, "include")
-    more, exclude = matched(base, options.exclude, "exclude")
-    left = [name for name in base if name not in tau]
-    lines += more + [
-        f"  left as they are: {counted(len(left), 'tensor')}"
-        + (f" ({', '.join(left[:3])}{', ...' if len(left) > 3 else ''})")
-        * bool(left)
-    ]
-    return lines, {"include": include, "exclude": exclude, "left": left}
+    lines, found = [], {}
+    for what, patterns in shared.patterns(options).items():
+        more, found[what] = matched(base, patterns, what)
+        lines += more
+    found["left"] = [name for name in base if name not in tau]
+    lines.append(f"  left as they are: {listed(found['left'])}")
+    return lines, found

@@ -89,10 +89,11 @@ def plot_scale_curve(
         `.png`, `.pdf` or `.svg`.
     baseline : float or None
         WER without the edit, drawn as a dashed line.
-    chosen : float or tuple or None
+    chosen : float, tuple, list of tuple or None
         The chosen scale (a vertical line), or `(scale, WER)` to mark the
-        point as well.
-    oracle : float or tuple or None
+        point as well; a list of such pairs where each group of parameters
+        has its own scale.
+    oracle : float, tuple, list of tuple or None
         The best scale on the test data in the same form, drawn apart: it
         is an upper bound that no one may choose.
     title : str
@@ -408,6 +409,10 @@ def _several(value):
 
 def _mark(axes, where, what, colour, marker, line):
     if where is None:
+        return
+    if isinstance(where, list) and _several(where[0]):
+        for point in where:
+            _mark(axes, point, what, colour, marker, line)
         return
     scale, wer = where if _several(where) else (where, None)
     label = f"{what}: {scale:g}"

@@ -10,8 +10,8 @@ import ctypes
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 
 # Every temporary name starts like this, so that a later run can tell a
@@ -20,14 +20,29 @@ from pathlib import Path
 TEMPORARY_PREFIX = ".partial-"
 
 
-def fsync_directory(folder):
-    """Make a rename inside `folder` survive a power cut.
+def temporary_file(path):
+    """Make a temporary file beside `path`; return its descriptor and path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{path.suffix}"
+    temporary = path.with_name(name)
+    # Not by tempfile, whose files are private; results obey the umask.
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    return os.open(temporary, flags, 0o666), temporary
 
-    Arguments
-    ---------
-    folder : str or pathlib.Path
-        Folder whose directory entry is to be flushed.
-    """
+
+def write_error(error, path):
+    """Return an OSError that names the final path, not the temporary one."""
+    return OSError(
+        error.errno,
+        f"could not write ({error.strerror}); nothing under this name was "
+        "changed",
+        str(path),
+    )
+
+
+def fsync_directory(folder):
+    """Make a rename inside `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -37,26 +52,11 @@ def fsync_directory(folder):
 
 @contextlib.contextmanager
 def atomic_write(path, mode="wb"):
-    """Open a file that gets its final name only when all went well.
+    """Open a file that gets its final name only if the block succeeds.
 
-    Arguments
-    ---------
-    path : str or pathlib.Path
-        The final name; missing parent folders are made.
-    mode : str
-        `"wb"` or `"w"` (UTF-8, newlines as written); `"w+b"` to read back.
-
-    Yields
-    ------
-    file object
-        What is written to it appears under `path` at the end of the block,
-        or not at all when the block raises.
-
-    Raises
-    ------
-    OSError
-        Named after the final path (a full disk, missing permission); what
-        stood under `path` before is still there.
+    `mode` is `"wb"`, `"w"` (UTF-8, newlines as written) or `"w+b"` (to read
+    back); missing parent folders are made. An OSError names the final path;
+    what stood there before is unchanged.
 
     Example
     -------
@@ -67,49 +67,28 @@ def atomic_write(path, mode="wb"):
     'done'
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
-    descriptor, temporary = tempfile.mkstemp(
-        prefix=TEMPORARY_PREFIX, suffix=path.suffix, dir=path.parent
-    )
+    descriptor, temporary = temporary_file(path)
     try:
-        # mkstemp makes private files; results are to be shared as any other.
-        os.fchmod(descriptor, 0o666 & ~current_umask())
         with os.fdopen(descriptor, mode, **text) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        _remove(temporary)
-        if error.filename is None or str(error.filename) == temporary:
-            raise OSError(
-                error.errno,
-                f"could not write ({error.strerror}); nothing under this "
-                "name was changed",
-                str(path),
-            ) from error
+        temporary.unlink(missing_ok=True)
+        if error.filename in (None, str(temporary), temporary):
+            raise write_error(error, path) from error
         raise
     except BaseException:
-        _remove(temporary)
+        temporary.unlink(missing_ok=True)
         raise
     fsync_directory(path.parent)
 
 
 @contextlib.contextmanager
 def atomic_folder(path):
-    """Fill a folder that gets its final name only when it is whole.
-
-    Arguments
-    ---------
-    path : str or pathlib.Path
-        The final name. A folder that stands there already is replaced, at
-        the end, by the new one.
-
-    Yields
-    ------
-    pathlib.Path
-        The temporary folder to fill.
+    """Yield a temporary folder that replaces `path` if the block succeeds.
 
     Example
     -------
@@ -121,46 +100,40 @@ def atomic_folder(path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
+    temporary.mkdir()
     try:
-        os.chmod(temporary, 0o777 & ~current_umask())
         yield temporary
-        for inside in temporary.rglob("*"):
-            if inside.is_file():
-                with open(inside, "rb") as stream:
-                    os.fsync(stream.fileno())
-        replace_folder(temporary, path)
+        publish_folder(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def replace_folder(folder, path):
-    """Give a complete folder its final name, in place of what stands there.
+def publish_folder(folder, path):
+    """Flush a complete folder and give it its final name, replacing `path`.
 
-    On Linux the two folders are exchanged in one step. Elsewhere the old one
-    steps aside as `<name>.replaced`, since no single rename replaces a filled
-    folder: killed in between, it is still there under that name.
-
-    Arguments
-    ---------
-    folder : str or pathlib.Path
-        Complete, with a temporary name, in the same parent.
-    path : str or pathlib.Path
-        The final name.
+    `folder` stands in the same parent. On Linux the two are exchanged in one
+    step. Elsewhere the old one steps aside as `<name>.replaced`, since no
+    single rename replaces a filled folder: killed in between, it is still
+    there under that name.
     """
     folder, path = Path(folder), Path(path)
+    for inside in folder.rglob("*"):
+        if inside.is_file():
+            with open(inside, "rb") as stream:
+                os.fsync(stream.fileno())
     fsync_directory(folder)
     if path.is_dir() and _exchange(folder, path):
-        aside = folder
+        old = folder
     else:
-        aside = path.with_name(f"{path.name}.replaced")
+        old = path.with_name(f"{path.name}.replaced")
         if path.is_dir():
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(path, aside)
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(path, old)
         os.replace(folder, path)
     fsync_directory(path.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _exchange(one, other):
@@ -178,13 +151,8 @@ def _exchange(one, other):
 def write_json(path, content):
     """Write plain Python content as JSON, atomically.
 
-    Arguments
-    ---------
-    path : str or pathlib.Path
-        The final name.
-    content : dict or list
-        Plain types only; NaN and infinity are refused, since other readers
-        of JSON stumble over them.
+    NaN and infinity are refused, since other readers of JSON stumble over
+    them.
     """
     text = json.dumps(content, indent=2, allow_nan=False)
     with atomic_write(path, "w") as stream:
@@ -192,50 +160,21 @@ def write_json(path, content):
 
 
 def read_json(path):
-    """Read a JSON file; an unreadable one is an error that names it.
-
-    Arguments
-    ---------
-    path : str or pathlib.Path
-        The file.
-
-    Returns
-    -------
-    dict or list
-        Its content.
-
-    Raises
-    ------
-    ValueError
-        The file holds no JSON (truncated, altered, or something else).
-    """
+    """Read a JSON file; an unreadable one is a ValueError that names it."""
     with open(path, encoding="utf-8") as stream:
         text = stream.read()
     try:
         return json.loads(text)
     except ValueError as error:
         raise ValueError(
-            f"{path}: expected JSON, found something else ({error}). "
-            "The file is damaged or no file of ours; restore it or delete "
-            "it and make it again."
+            f"{path}: expected JSON, found something else ({error}). The file "
+            "is damaged or was not written by this plugin; restore it, or "
+            "delete it and make it again."
         ) from None
 
 
 def sha256_of(path, block=1 << 22):
-    """Return the SHA-256 of a file as hexadecimal text.
-
-    Arguments
-    ---------
-    path : str or pathlib.Path
-        The file.
-    block : int
-        Bytes read at a time.
-
-    Returns
-    -------
-    str
-        64 hexadecimal digits.
-    """
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while data := stream.read(block):
@@ -244,46 +183,15 @@ def sha256_of(path, block=1 << 22):
 
 
 def remove_leftovers(folder):
-    """Take away temporary files that a killed process left in a folder.
+    """Remove temporary files of killed processes; return their names.
 
-    Arguments
-    ---------
-    folder : str or pathlib.Path
-        Folder that only the caller writes to.
-
-    Returns
-    -------
-    list of str
-        The names removed.
+    Only for a folder that nobody else writes to.
     """
     removed = []
     for path in Path(folder).glob(TEMPORARY_PREFIX + "*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
-            _remove(path)
+            path.unlink(missing_ok=True)
         removed.append(path.name)
     return sorted(removed)
-
-
-def current_umask():
-    """Return the process's umask (there is no call that only reads it).
-
-    Returns
-    -------
-    int
-        Permissions that new files do not get.
-
-    Example
-    -------
-    >>> 0 <= current_umask() <= 0o777
-    True
-    """
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
-
-
-def _remove(path):
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)

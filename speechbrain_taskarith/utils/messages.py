@@ -2,19 +2,7 @@
 
 
 def some(names, most=5):
-    """Name a few of many parameters, for a message.
-
-    Arguments
-    ---------
-    names : sequence of str
-        Parameter names.
-    most : int
-        How many to write out.
-
-    Returns
-    -------
-    str
-        Their number and the first of them.
+    """Name a few of many parameters.
 
     Example
     -------

@@ -5,67 +5,19 @@
 """
 
 import difflib
-import fnmatch
-import functools
-import re
 
+# matches(name, pattern): `*` any run of characters, `?` one character, `[abc]`
+# one of these; the whole name, and case counts.
+from fnmatch import fnmatchcase as matches
 
-@functools.lru_cache(maxsize=4096)
-def _compiled(pattern):
-    return re.compile(fnmatch.translate(pattern))
-
-
-def matches(name, pattern):
-    """Tell whether a whole name fits a pattern (case counts).
-
-    Arguments
-    ---------
-    name : str
-        A parameter's full name.
-    pattern : str
-        `*` any run of characters, `?` one character, `[abc]` one of these.
-
-    Returns
-    -------
-    bool
-        True where the whole name fits.
-
-    Example
-    -------
-    >>> matches("layers.1.weight", "layers.1.*")
-    True
-    >>> matches("layers.10.weight", "layers.1.*")
-    False
-    >>> matches("decoder.0.encoder_attn.weight", "encoder*")
-    False
-    """
-    return _compiled(pattern).match(name) is not None
+__all__ = ["as_tuple", "first_match", "matches", "require_match", "select"]
 
 
 def select(names, include=("*",), exclude=(), what="parameter"):
     """Return the names that are included and not excluded, in order.
 
-    Arguments
-    ---------
-    names : iterable of str
-        All names.
-    include : str or sequence of str
-        A name is taken when it fits one of these patterns.
-    exclude : str or sequence of str
-        ... and none of these.
-    what : str
-        What the names are, for the error.
-
-    Returns
-    -------
-    list of str
-        The chosen names.
-
-    Raises
-    ------
-    ValueError
-        A pattern that fits no name: most often a misspelling, and silently
-        ignored it would leave the model unedited.
+    A pattern that fits no name is an error: most often it is misspelt, and
+    ignoring it would leave the model unedited without a word.
 
     Example
     -------
@@ -87,21 +39,7 @@ def select(names, include=("*",), exclude=(), what="parameter"):
 
 
 def first_match(name, table, default=None):
-    """Return the value of the first pattern that a name fits.
-
-    Arguments
-    ---------
-    name : str
-        A parameter's full name.
-    table : dict
-        `{pattern: value}`, tried in the order written.
-    default : object
-        What to return when none fits.
-
-    Returns
-    -------
-    object
-        The value.
+    """Return the value of the first pattern of a table that a name fits.
 
     Example
     -------
@@ -115,22 +53,7 @@ def first_match(name, table, default=None):
 
 
 def require_match(names, pattern, what="parameter"):
-    """Raise when a pattern fits none of the names.
-
-    Arguments
-    ---------
-    names : sequence of str
-        All names.
-    pattern : str
-        The pattern.
-    what : str
-        What the names are, for the error.
-
-    Raises
-    ------
-    ValueError
-        Naming the pattern and the names nearest to it.
-    """
+    """Raise ValueError, with the nearest names, if a pattern fits none."""
     if any(matches(name, pattern) for name in names):
         return
     near = difflib.get_close_matches(
@@ -144,16 +67,5 @@ def require_match(names, pattern, what="parameter"):
 
 
 def as_tuple(patterns):
-    """Return one pattern or several as a tuple.
-
-    Arguments
-    ---------
-    patterns : str or sequence of str
-        One pattern, or some.
-
-    Returns
-    -------
-    tuple of str
-        The patterns.
-    """
+    """Return one pattern or several as a tuple."""
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)

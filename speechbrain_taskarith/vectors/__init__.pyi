@@ -14,10 +14,10 @@ from .analysis import (
     sign_agreement as sign_agreement,
 )
 from .editing.editor import (
-    Edit as Edit,
-)
-from .editing.editor import (
     SequentialEditor as SequentialEditor,
+)
+from .editing.log import (
+    Edit as Edit,
 )
 from .editing.scale_search import (
     refuse_test_split as refuse_test_split,
@@ -98,19 +98,16 @@ from .rules import (
     TaskArithmetic as TaskArithmetic,
 )
 from .states.readers import (
+    as_state as as_state,
+)
+from .states.readers import (
     open_state as open_state,
 )
 from .states.speechbrain_folder import (
     find_checkpoint_folder as find_checkpoint_folder,
 )
-from .states.speechbrain_folder import (
-    save_checkpoint as save_checkpoint,
-)
 from .states.state import (
     State as State,
-)
-from .states.state import (
-    as_state as as_state,
 )
 from .states.statistics import (
     pool_normalizers as pool_normalizers,
@@ -123,6 +120,9 @@ from .states.vocabulary import (
 )
 from .states.vocabulary import (
     read_vocabulary as read_vocabulary,
+)
+from .states.writers import (
+    save_checkpoint as save_checkpoint,
 )
 from .states.writers import (
     save_state as save_state,

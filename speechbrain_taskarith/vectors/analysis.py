@@ -1,4 +1,4 @@
-"""Looking at task vectors: how alike they are, and where they are large.
+"""Comparing task vectors: how similar they are, and where they are large.
 
 Vectors are read tensor by tensor, so that comparing many vectors of a large
 model needs memory for one tensor of each. Any mapping from parameter name to
@@ -10,6 +10,7 @@ import math
 
 import torch
 
+from speechbrain_taskarith.metrics.plots import plot_by_layer, plot_heat_map
 from speechbrain_taskarith.utils.patterns import select
 
 logger = logging.getLogger(__name__)
@@ -29,10 +30,9 @@ def cosine_matrix(vectors, *, include=("*",), exclude=()):
     ---------
     vectors : sequence of TaskVector
         N vectors (or mappings name -> tensor) with the same parameters.
-    include : str or sequence of str
-        Shell patterns on whole parameter names: only these count.
-    exclude : str or sequence of str
-        ... and not these.
+    include, exclude : str or sequence of str
+        Shell patterns on whole parameter names: those that count, and those
+        that do not.
 
     Returns
     -------
@@ -61,8 +61,8 @@ def cosine_matrix(vectors, *, include=("*",), exclude=()):
     norms = gram.diagonal().sqrt()
     for i in (norms == 0).nonzero().flatten().tolist():
         logger.warning(
-            "vector %d is zero, so it has no direction: its cosine with "
-            "every vector is given as 0",
+            "vector %d is zero and has no direction: its cosine with every "
+            "vector is set to 0",
             i,
         )
     scale = torch.where(norms > 0, norms, torch.ones_like(norms))
@@ -83,9 +83,7 @@ def sign_agreement(vectors, *, include=("*",), exclude=()):
     ---------
     vectors : sequence of TaskVector
         N vectors (or mappings name -> tensor) with the same parameters.
-    include : str or sequence of str
-        As in `cosine_matrix`.
-    exclude : str or sequence of str
+    include, exclude : str or sequence of str
         As in `cosine_matrix`.
 
     Returns
@@ -143,9 +141,7 @@ def layer_norms(vector, depth=None, *, base=None, include=("*",), exclude=()):
     base : mapping or None
         The base model: norms are then relative to the norm of the base's
         layer, `|tau_l| / |theta_l|`; 0 / 0 is 0.
-    include : str or sequence of str
-        As in `cosine_matrix`.
-    exclude : str or sequence of str
+    include, exclude : str or sequence of str
         As in `cosine_matrix`.
 
     Returns
@@ -228,8 +224,6 @@ def plot_cosine_matrix(
     >>> plot_cosine_matrix(torch.eye(2), ["news", "music"], path).name
     'cosine.png'
     """
-    from speechbrain_taskarith.metrics.plots import plot_heat_map
-
     return plot_heat_map(
         torch.as_tensor(matrix).tolist(),
         names,
@@ -271,8 +265,6 @@ def plot_layer_norms(
     >>> plot_layer_norms({"layers.0": 0.5, "layers.1": 0.7}, path).name
     'norms.png'
     """
-    from speechbrain_taskarith.metrics.plots import plot_by_layer
-
     # Bars of many vectors are too thin to read.
     nested = sum(hasattr(value, "keys") for value in norms.values())
     return plot_by_layer(
@@ -308,22 +300,15 @@ def _blocks(vectors, include, exclude):
                 f"{' and '.join(map(str, sorted(shapes)))}; compare vectors "
                 "of one architecture"
             )
-        for start in range(0, tensors[0][0].numel(), _BLOCK):
-            yield torch.stack(
-                [
-                    flat[start : start + _BLOCK].to(torch.float64)
-                    for flat, _ in tensors
-                ]
-            )
+        parts = [flat.split(_BLOCK) for flat, _ in tensors]
+        for blocks in zip(*parts):
+            yield torch.stack([block.to(torch.float64) for block in blocks])
 
 
 def _flat(vector, name, i):
     tensor = vector[name].detach()
     if not torch.isfinite(tensor).all():
-        raise ValueError(
-            f"vector {i}: {name!r} holds NaN or infinity; the training run "
-            "it comes from diverged, take another checkpoint"
-        )
+        raise _diverged(f"vector {i}: {name!r}")
     return tensor.reshape(-1).cpu(), tuple(tensor.shape)
 
 
@@ -333,11 +318,15 @@ def _square(tensor, name):
     parts = [part.to(torch.float64) for part in flat.split(_BLOCK)]
     total = math.fsum(part.dot(part).item() for part in parts)
     if not math.isfinite(total):
-        raise ValueError(
-            f"{name!r} holds NaN or infinity; the training run it comes from "
-            "diverged, take another checkpoint"
-        )
+        raise _diverged(repr(name))
     return total
+
+
+def _diverged(what):
+    return ValueError(
+        f"{what} holds NaN or infinity; the training run it comes from "
+        "diverged, take another checkpoint"
+    )
 
 
 def _ratio(norm, base_square):

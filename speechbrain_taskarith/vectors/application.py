@@ -1,71 +1,105 @@
-"""Adding a task vector to weights, as a copy or in place.
+"""`base + scale * delta` with the cast back to the stored type.
 
-Both ways give the same bytes (see `in_place.edit_into`).
+In memory, in place and streamed by the merge engine: all give the same bytes,
+since all come through `add_scaled`. Nothing here imports torch for the engine.
 """
 
-import torch
+from speechbrain_taskarith.vectors.states.names import (
+    check_tied_values,
+    check_ties,
+)
+from speechbrain_taskarith.vectors.states.readers import as_state
 
-from speechbrain_taskarith.vectors.in_place import edit_into
+# Elements worked on at a time: the piece of scaled vector stays in the cache,
+# so that memory is passed three times (two tensors read, one written). A GPU
+# wants larger pieces, for fewer launches.
+_CHUNK = {"cpu": 1 << 19, "cuda": 1 << 22}
+
+
+def add_scaled(xp, base, delta, scale, product, out):
+    """Write `base + scale * delta` (float32) into `out`, and return it.
+
+    By NumPy or torch (`xp`). The product is rounded before it is added: a
+    fused multiply-add would give other last bits on other machines. Both
+    buffers may be the same.
+    """
+    xp.multiply(delta, scale, out=product)
+    return xp.add(base, product, out=out)
+
+
+def edit_into(tensor, base, delta, scale):
+    """Write `base + scale * delta` into a tensor, in its own type.
+
+    `base` has the tensor's dtype, shape and device and may be the tensor
+    itself; `delta` is float32. A scale of 0 copies the base's bytes.
+
+    Example
+    -------
+    >>> import torch
+    >>> weight = torch.ones(2)
+    >>> edit_into(weight, weight, torch.tensor([2.0, 0.0]), 0.5)
+    >>> weight
+    tensor([2., 1.])
+    """
+    import torch
+
+    with torch.no_grad():
+        if scale == 0:
+            tensor.copy_(base)
+            return
+        if not tensor.is_contiguous():
+            product = torch.empty_like(delta)
+            result = add_scaled(
+                torch, base.float(), delta, scale, product, product
+            )
+            tensor.copy_(result)
+            return
+        chunk = _CHUNK.get(tensor.device.type, _CHUNK["cuda"])
+        target, source = tensor.view(-1), base.reshape(-1)
+        step = delta.reshape(-1)
+        # Not torch's default type, which a program may have changed.
+        scratch = torch.empty(
+            min(chunk, len(step)), dtype=torch.float32, device=tensor.device
+        )
+        for start in range(0, len(step), chunk):
+            part = slice(start, start + chunk)
+            product = scratch[: len(step[part])]
+            plain = target.dtype == torch.float32
+            out = target[part] if plain else product
+            before = source[part].float()
+            add_scaled(torch, before, step[part], scale, product, out)
+            if not plain:
+                target[part] = out
 
 
 def edited(tau, base, scales):
     """Return `base + scale * tau` for all names of the base.
 
-    Arguments
-    ---------
-    tau : TaskVector
-        What to add; it fits (`TaskVector.check_fits`).
-    base : State
-        The weights to edit; they stay as they are.
-    scales : dict
-        `{name: float}` for the parameters of the vector.
-
-    Returns
-    -------
-    dict
-        `{name: tensor}` in the base's dtypes; tied names share a tensor.
-
-    Raises
-    ------
-    ValueError
-        Two names of one tensor that would get different edits.
+    In the base's types; tied names share a tensor. `scales` is
+    `{name: float}` for the names of the vector, which fits the base.
     """
-    check_tied(tau, base, scales)
-    result, done = {}, {}
+    import torch
+
+    check_tied_edits(tau, base, scales)
+    result = {}
     for name in base:
         origin = base.aliases.get(name, name)
-        if origin in done:
-            result[name] = done[origin]
+        if origin != name:
+            result[name] = result[origin]
             continue
         tensor = base[name]
-        if scales.get(name, 0.0) == 0.0:
+        if name not in tau:
             result[name] = tensor.clone()
-        else:
-            step = tau[name].to(tensor.device) * scales[name]
-            result[name] = tensor.float().add(step).to(tensor.dtype)
-        done[origin] = result[name]
+            continue
+        result[name] = torch.empty_like(tensor)
+        delta = tau[name].to(tensor.device)
+        edit_into(result[name], tensor, delta, scales[name])
     return result
 
 
 def edit_in_place(tau, state, scales):
-    """Add `scale * tau` to tensors in place, tied ones once.
-
-    Arguments
-    ---------
-    tau : TaskVector
-        What to add; it fits.
-    state : State
-        The tensors to change, of a module.
-    scales : dict
-        `{name: float}`.
-
-    Raises
-    ------
-    ValueError
-        Two names of one tensor that would get different edits; nothing is
-        changed then.
-    """
-    check_tied(tau, state, scales)
+    """Add `scale * tau` to a state's tensors in place, tied ones once."""
+    check_tied_edits(tau, state, scales)
     seen = set()
     for name in tau:
         origin = state.aliases.get(name, name)
@@ -76,44 +110,15 @@ def edit_in_place(tau, state, scales):
         edit_into(tensor, tensor, tau[name].to(tensor.device), scales[name])
 
 
-def check_tied(tau, state, scales):
+def check_tied_edits(tau, state, scales):
     """Raise unless the names of one tensor all get one edit.
 
-    Arguments
-    ---------
-    tau : TaskVector
-        What is to be added.
-    state : State
-        The weights, whose tied names count.
-    scales : dict
-        `{name: value}`, a scale or whatever decides it (its group).
-
-    Raises
-    ------
-    ValueError
-        Only one of two tied names is edited, or they get different vectors
-        or scales.
+    `scales` is `{name: scale}`, or whatever decides the scale (its group).
     """
-    for name, origin in state.aliases.items():
-        if name == origin:
-            continue
-        pair = f"{name!r} and {origin!r} are one tensor in {state.label}"
-        if (name in tau) != (origin in tau):
-            raise ValueError(
-                f"{pair}, but the task vector edits only one of them; "
-                "include or exclude both"
-            )
-        if name not in tau:
-            continue
-        if scales[name] != scales[origin]:
-            raise ValueError(
-                f"{pair}, but get two scales; let one pattern match both"
-            )
-        one, other = tau[name], tau[origin]
-        if one is not other and not torch.equal(one, other.to(one.device)):
-            raise ValueError(
-                f"{pair}, but the task vector has two different edits for "
-                "them: it was taken from a model that does not tie them. "
-                "Leave one name out of both (TaskVector.restrict, exclude) "
-                "or tie the other model"
-            )
+    check_ties(state, tau, scales)
+    tied = [name for name in tau if name in state.aliases]
+    if tied:
+        deltas = as_state({name: tau[name] for name in tied})
+        deltas.label = "the task vector"
+        for name in tied:
+            check_tied_values(state, deltas, name)

@@ -1,37 +1,37 @@
-"""Checks of what a rule is configured with."""
+"""Checks of numbers: what rules and edits are configured with, and weights."""
 
 import math
 import numbers
 from collections.abc import Mapping
+
+from speechbrain_taskarith.utils.patterns import first_match, require_match
 
 # Largest number of float32, in which everything is computed: beyond it a
 # factor is infinite, and infinity times zero is NaN.
 _LARGEST = 3.4028234663852886e38
 
 
-def in_range(name, value, low, high, *, open_high=False):
-    """Return a number that lies in a range.
+def finite(name, value):
+    """Return a number that is finite in float32, in Python's own type.
 
-    Arguments
-    ---------
-    name : str
-        The argument, for the error.
-    value : float
-        What was given.
-    low, high : float
-        The range, both ends allowed.
-    open_high : bool
-        True: `high` itself is not allowed.
-
-    Returns
+    Example
     -------
-    float
-        The value.
+    >>> finite("scale", 1e39)
+    Traceback (most recent call last):
+    ValueError: scale=1e+39: expected a finite number (at most 3.4e38, as ...
+    """
+    number = _number(value)
+    # Also false for NaN.
+    if number is None or not abs(number) <= _LARGEST:
+        raise ValueError(
+            f"{name}={value!r}: expected a finite number (at most 3.4e38, as "
+            "float32 holds it)"
+        )
+    return number
 
-    Raises
-    ------
-    ValueError
-        Out of range, NaN, or no number; it names argument and range.
+
+def in_range(name, value, low, high, *, open_high=False):
+    """Return a number in `[low, high]`, or in `[low, high)`.
 
     Example
     -------
@@ -41,85 +41,68 @@ def in_range(name, value, low, high, *, open_high=False):
     Traceback (most recent call last):
     ValueError: density=20: expected a number in [0, 1]
     """
+    number = _number(value)
     if (
-        not _is_number(value)
-        or not low <= value <= high
-        or (open_high and value == high)
+        number is None
+        or not low <= number <= high
+        or (open_high and number == high)
     ):
         end = ")" if open_high else "]"
         raise ValueError(
             f"{name}={value!r}: expected a number in [{low}, {high}{end}"
         )
-    return _plain(value)
+    return number
 
 
-def finite(name, value):
-    """Return a number that is finite in float32 (see `in_range`)."""
-    if not _is_number(value) or not is_finite(value):
-        raise ValueError(
-            f"{name}={value!r}: expected a finite number (at most 3.4e38, as "
-            "float32 holds it)"
-        )
-    return _plain(value)
+def whole(name, value):
+    """Return an integer that is not negative, such as a seed."""
+    number = _number(value)
+    if type(number) is not int or number < 0:
+        raise ValueError(f"{name}={value!r}: expected an integer >= 0")
+    return number
 
 
-def is_finite(value):
-    """Tell whether a number is finite in float32.
+def _number(value):
+    """Return Python's own number (for JSON and YAML), or None for others.
 
-    Arguments
-    ---------
-    value : float
-        A number.
-
-    Returns
-    -------
-    bool
-        False for NaN, infinity, and what float32 makes infinite.
-
-    Example
-    -------
-    >>> is_finite(0.5), is_finite(1e39)
-    (True, False)
+    NumPy's numbers and tensors of no dimension count, booleans do not.
     """
-    return math.isfinite(value) and abs(value) <= _LARGEST
+    if getattr(value, "shape", None) == ():
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    if type(value) in (int, float):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def scale(value):
-    """Return a scale: a finite number, or `{pattern: finite number}`.
+    """Return a scale in plain types: a finite number or `{pattern: number}`."""
+    if not isinstance(value, Mapping):
+        return finite("scale", value)
+    if not value:
+        raise ValueError("scale={}: expected at least one pattern")
+    return {
+        str(pattern): finite(f"scale[{pattern!r}]", number)
+        for pattern, number in value.items()
+    }
 
-    Arguments
-    ---------
-    value : object
-        What was given.
 
-    Returns
-    -------
-    float or dict
-        The same, as plain numbers.
+def scale_by_name(value, names):
+    """Return `{name: float}` for a scale; the first pattern that fits wins.
+
+    Names that fit no pattern get 0; a pattern that fits no name is an error.
     """
-    if isinstance(value, Mapping):
-        if not value:
-            raise ValueError("scale={}: expected at least one pattern")
-        return {
-            str(pattern): finite(f"scale[{pattern!r}]", number)
-            for pattern, number in value.items()
-        }
-    return finite("scale", value)
+    value, names = scale(value), list(names)
+    if not isinstance(value, dict):
+        return dict.fromkeys(names, float(value))
+    for pattern in value:
+        require_match(names, pattern)
+    return {name: float(first_match(name, value, 0.0)) for name in names}
 
 
 def weights(value):
-    """Return weights of vectors: None, or a list of finite numbers.
-
-    Arguments
-    ---------
-    value : object
-        What was given.
-
-    Returns
-    -------
-    list of float, or None
-        The same, as plain numbers.
-    """
+    """Return weights of vectors: None, or a list of finite numbers."""
     if value is None:
         return None
     if isinstance(value, (str, bytes, Mapping)) or not hasattr(
@@ -130,56 +113,17 @@ def weights(value):
 
 
 def one_of(name, value, allowed):
-    """Return a value that is one of those allowed.
-
-    Arguments
-    ---------
-    name : str
-        What the argument is called.
-    value : object
-        What was given.
-    allowed : sequence
-        The values it may have.
-
-    Returns
-    -------
-    object
-        The value.
-    """
+    """Return a value that is one of those allowed."""
     if value not in allowed:
         listed = ", ".join(repr(choice) for choice in allowed)
         raise ValueError(f"{name}={value!r}: expected one of {listed}")
     return value
 
 
-def _is_number(value):
-    """True for Python's and NumPy's numbers, not for booleans."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _plain(value):
-    """Return Python's own number: descriptions go into JSON and YAML."""
-    if type(value) in (int, float):
-        return value
-    return int(value) if isinstance(value, numbers.Integral) else float(value)
-
-
-def whole(name, value):
-    """Return an integer that is not negative, such as a seed.
-
-    Arguments
-    ---------
-    name : str
-        What the argument is called.
-    value : object
-        What was given.
-
-    Returns
-    -------
-    int
-        The value.
-    """
-    whole = isinstance(value, numbers.Integral) and _is_number(value)
-    if not whole or value < 0:
-        raise ValueError(f"{name}={value!r}: expected an integer >= 0")
-    return _plain(value)
+def all_finite(values):
+    """Tell whether an array (NumPy or torch) holds no NaN or infinity."""
+    if 0 in values.shape:
+        return True
+    # Both reductions carry a NaN to their result.
+    low, high = values.min(), values.max()
+    return bool(low > -math.inf) and bool(high < math.inf)

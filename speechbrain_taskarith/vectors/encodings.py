@@ -1,12 +1,21 @@
-"""How a task vector is stored: from exact to small.
+"""How a task vector is stored: as safetensors, from exact to small.
 
 Each encoding turns `{name: float32 tensor}` into plain safetensors tensors
 and a layout that says how to read them back. The layout is text, so that a
 file can be understood without this plugin.
 """
 
+import json
+from pathlib import Path
+
 import numpy as np
 import torch
+
+from speechbrain_taskarith.vectors.checks import all_finite
+from speechbrain_taskarith.vectors.states.readers import open_state
+from speechbrain_taskarith.vectors.states.safetensors import damaged
+from speechbrain_taskarith.vectors.states.state import TASK_VECTOR
+from speechbrain_taskarith.vectors.states.writers import save_state
 
 # Behind a parameter's name; never part of one, since modules join by dots.
 _MASK, _VALUES, _SCALE = "::mask", "::values", "::scale"
@@ -22,32 +31,15 @@ ENCODINGS = (
 
 
 def encode(deltas, encoding="lossless"):
-    """Turn a vector's tensors into what is stored.
+    """Turn a vector's tensors into those stored, and their layout.
 
-    Arguments
-    ---------
-    deltas : dict
-        `{name: float32 tensor}`.
-    encoding : str
-        `"lossless"`: float32 as it is. `"bf16"`: rounded to nearest, half
-        the size. `"int8"`: a quarter; one scale a row of the first
-        dimension, `x ~ scale * q` with `q` in [-127, 127], so the error is
-        at most half a scale. `"sparse"`: one bit an element and the
-        non-zero float32 values: exact, and small for a trimmed vector.
-        `"sparse-bf16"`, `"sparse-int8"`: the same with smaller values (one
-        scale a tensor).
-
-    Returns
-    -------
-    tensors : dict
-        What is to be stored, by name.
-    layout : dict
-        `{name: {"as": form, "shape": [...]}}`, plain types.
-
-    Raises
-    ------
-    ValueError
-        An unknown encoding.
+    `"lossless"`: float32 as it is. `"bf16"`: rounded to nearest, half the
+    size. `"int8"`: a quarter; one scale a row of the first dimension,
+    `x ~ scale * q` with `q` in [-127, 127], so the error is at most half a
+    scale. `"sparse"`: one bit an element and the non-zero float32 values:
+    exact, and small for a trimmed vector. `"sparse-bf16"`, `"sparse-int8"`:
+    the same with smaller values (one scale a tensor). The layout is
+    `{name: {"as": encoding, "shape": [...]}}`.
 
     Example
     -------
@@ -67,7 +59,10 @@ def encode(deltas, encoding="lossless"):
         if encoding.startswith("sparse"):
             tensors.update(_to_sparse(name, delta, encoding))
         elif encoding == "int8":
-            tensors[name], tensors[name + _SCALE] = _to_int8(_rows(delta))
+            rows = delta.reshape(1, -1)
+            if delta.ndim > 1 and delta.numel():
+                rows = delta.reshape(delta.shape[0], -1)
+            tensors[name], tensors[name + _SCALE] = _to_int8(rows)
         else:
             dtype = torch.bfloat16 if encoding == "bf16" else torch.float32
             tensors[name] = delta.to(dtype)
@@ -75,25 +70,7 @@ def encode(deltas, encoding="lossless"):
 
 
 def decode(tensors, layout):
-    """Turn what was stored back into a vector's tensors.
-
-    Arguments
-    ---------
-    tensors : mapping
-        What `encode` returned first.
-    layout : dict
-        What it returned second.
-
-    Returns
-    -------
-    dict
-        `{name: float32 tensor}`.
-
-    Raises
-    ------
-    ValueError
-        The layout does not fit the tensors; it names the parameter.
-    """
+    """Turn what `encode` returned back into `{name: float32 tensor}`."""
     deltas = {}
     for name, entry in layout.items():
         form, shape = entry["as"], tuple(entry["shape"])
@@ -115,11 +92,52 @@ def decode(tensors, layout):
     return deltas
 
 
-def _rows(delta):
-    """Look at a tensor as rows that share a scale."""
-    if delta.ndim < 2 or not delta.numel():
-        return delta.reshape(1, -1)
-    return delta.reshape(delta.shape[0], -1)
+def write_vector(tau, path, encoding):
+    """Store a vector, atomically; see `TaskVector.save`."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: a task vector is stored as .safetensors")
+    tensors, layout = encode(tau, encoding)
+    for name, tensor in tensors.items():
+        if not all_finite(tensor):
+            raise ValueError(
+                f"{path}: {name!r} holds NaN or infinity as {encoding}; "
+                "nothing was written. Look for a scale that is too large, or "
+                "store it lossless"
+            )
+    content = {
+        "version": 1,
+        "layout": layout,
+        "base_fingerprint": tau.base_fingerprint,
+        "metadata": tau.metadata,
+    }
+    metadata = {TASK_VECTOR: json.dumps(content)}
+    return save_state(tensors, path, metadata=metadata)
+
+
+def read_vector(path):
+    """Return deltas, base fingerprint and metadata that a file holds."""
+    stored = open_state(path)
+    text = stored.metadata.get(TASK_VECTOR)
+    if text is None:
+        raise ValueError(
+            f"{path}: holds weights, no task vector; make one with "
+            "TaskVector.between(base, finetuned)"
+        )
+    stored.verify()
+    try:
+        header = json.loads(text)
+        deltas = decode(stored, header["layout"])
+        base_fingerprint = header["base_fingerprint"]
+        metadata = header["metadata"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(
+            path, f"is not a complete task vector ({error})"
+        ) from None
+    for name, delta in deltas.items():
+        if not all_finite(delta):
+            raise damaged(path, f"{name!r} holds NaN or infinity")
+    return deltas, base_fingerprint, metadata
 
 
 def _to_int8(rows):

@@ -5,14 +5,14 @@ Hu et al. 2022, https://arxiv.org/abs/2106.09685: `W' = W + scaling * B A`.
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from speechbrain_taskarith.utils.files import read_json
-from speechbrain_taskarith.vectors.states.readers import open_state
-from speechbrain_taskarith.vectors.states.state import as_state
+from speechbrain_taskarith.vectors.states.readers import as_state, open_state
 
 _PREFIX = "base_model.model."
 # What changes the formula; refused, since the result would be plausible and
@@ -28,8 +28,8 @@ _OTHER_METHODS = (
     "arrow_config",
     "corda_config",
 )
-# Starts that take a part out of the base's own weights.
-_MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Initialisations that take a part out of the base's own weights.
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def lora_deltas(base, adapted, *, alpha=None):
@@ -85,30 +85,23 @@ def lora_deltas(base, adapted, *, alpha=None):
     if isinstance(adapted, (str, os.PathLike)):
         folder = Path(adapted)
         if (folder / "adapter_config.json").exists():
-            return _peft(base, folder)
-        return _stored(base, open_state(adapted), alpha, str(adapted))
+            return _from_peft(base, folder)
+        return _from_saved(base, open_state(adapted), alpha, str(adapted))
     if isinstance(adapted, Mapping):
-        return _stored(base, as_state(adapted), alpha, "the mapping")
+        return _from_saved(base, as_state(adapted), alpha, "the mapping")
     if isinstance(adapted, torch.nn.Module):
-        return _speechbrain(base, adapted)
+        return _from_speechbrain(base, adapted)
     raise TypeError(
         "adapted: expected an AdaptedModel, its stored weights, or a PEFT "
         f"folder, got {type(adapted).__name__}"
     )
 
 
-# -- SpeechBrain -------------------------------------------------------------
-
-
-def _speechbrain(base, adapted):
+def _from_speechbrain(base, adapted):
     from speechbrain.nnet.adapters import LoRA
 
-    model = adapted
-    if "adapted_model" in dict(adapted.named_children()):
-        model = dict(adapted.named_children())["adapted_model"]
-    pairs, values = {}, {}
-    state = model.state_dict()
-    owned = set()
+    model = dict(adapted.named_children()).get("adapted_model", adapted)
+    products, values, others = {}, {}, dict(model.state_dict())
     for name, module in model.named_modules():
         if not isinstance(module, LoRA):
             if hasattr(module, "adapter_down_proj"):
@@ -118,59 +111,48 @@ def _speechbrain(base, adapted):
                 )
             continue
         prefix = f"{name}." if name else ""
-        pairs[f"{prefix}weight"] = (
+        products[f"{prefix}weight"] = (
             module.adapter_up_proj.weight,
             module.adapter_down_proj.weight,
             module.scaling,
         )
-        for key in state:
-            if key.startswith(f"{prefix}adapter_"):
-                owned.add(key)
-            elif key.startswith(f"{prefix}pretrained_module."):
-                owned.add(key)
-                inner = key[len(f"{prefix}pretrained_module.") :]
-                values[f"{prefix}{inner}"] = state[key]
-    if not pairs:
+        inner = f"{prefix}pretrained_module."
+        for key in list(others):
+            if key.startswith(inner):
+                values[prefix + key.removeprefix(inner)] = others.pop(key)
+            elif key.startswith(f"{prefix}adapter_"):
+                del others[key]
+    if not products:
         raise ValueError("the adapted model holds no LoRA layer")
-    values |= {key: state[key] for key in state if key not in owned}
-    frozen = {
-        key: value
-        for key, value in values.items()
-        if not _trained(model, key, pairs)
-    }
-    for key in frozen:
-        expected = _of_base(base, key)
+    trained = {}
+    for key, value in {**values, **others}.items():
+        if key not in products and _is_trained(model, key):
+            trained[key] = value
+            continue
+        expected = _weight_of(base, key)
         if key.endswith(("running_mean", "running_var", "num_batches_tracked")):
             continue
-        if not torch.equal(frozen[key].cpu(), expected.cpu()):
+        if not torch.equal(value.cpu(), expected.cpu()):
             raise ValueError(
                 f"{key}: the adapter's frozen weights are not the base's "
                 f"({base.label}); give the base that it was trained on"
             )
-    deltas = _differences(
-        base, {k: v for k, v in values.items() if k not in frozen}
-    )
-    return _add_products(base, deltas, pairs)
+    return _add_products(base, _differences(base, trained), products)
 
 
-def _trained(model, key, pairs):
-    """Tell whether a weight outside the adapters was trained itself."""
-    if key in pairs:
-        return False
+def _is_trained(model, key):
+    """True where a weight outside the adapters was trained itself."""
     owner, _, leaf = key.rpartition(".")
-    try:
-        parameter = getattr(model.get_submodule(owner), leaf)
-    except AttributeError:
+    module = model.get_submodule(owner)
+    if not hasattr(module, leaf):
         # A LoRA layer stands where the base has this weight's owner.
-        parameter = getattr(
-            model.get_submodule(f"{owner}.pretrained_module"), leaf
-        )
-    return bool(getattr(parameter, "requires_grad", False))
+        module = module.pretrained_module
+    return bool(getattr(getattr(module, leaf), "requires_grad", False))
 
 
-def _stored(base, state, alpha, label):
+def _from_saved(base, state, alpha, label):
     """Read what `AdaptedModel` saves: trained tensors only."""
-    pairs, values = {}, {}
+    products, values = {}, {}
     down = ".adapter_down_proj.weight"
     for key in state:
         name = key.removeprefix("adapted_model.")
@@ -187,21 +169,18 @@ def _stored(base, state, alpha, label):
                 )
             rank = state[key].shape[0]
             target = name.removesuffix(down) + ".weight"
-            pairs[target] = (state[up], state[key], alpha / rank)
+            products[target] = (state[up], state[key], alpha / rank)
         elif "adapter_" not in name.rpartition(".")[0].rpartition(".")[2]:
             values[name.replace(".pretrained_module.", ".")] = state[key]
-    if not pairs:
+    if not products:
         raise ValueError(
             f"{label}: holds no LoRA (expected ...{down} and its partner, or "
             "a PEFT folder with adapter_config.json)"
         )
-    return _add_products(base, _differences(base, values), pairs)
+    return _add_products(base, _differences(base, values), products)
 
 
-# -- PEFT --------------------------------------------------------------------
-
-
-def _peft(base, folder):
+def _from_peft(base, folder):
     config = read_json(folder / "adapter_config.json")
     kind = str(config.get("peft_type", "")).upper()
     if kind != "LORA":
@@ -216,7 +195,7 @@ def _peft(base, folder):
                 "(merge_and_unload) and subtract: TaskVector.between"
             )
     start = str(config.get("init_lora_weights", ""))
-    if start.startswith(_MOVES_THE_BASE):
+    if start.startswith(_CHANGES_THE_BASE):
         raise ValueError(
             f"{folder}: init_lora_weights is {start!r}, which changes the "
             "base's weights before training; B A is then not the difference "
@@ -224,7 +203,7 @@ def _peft(base, folder):
             "initial_model_for_weight_conversion=...)), or merge and subtract"
         )
     state = _peft_state(folder)
-    pairs, matched = _peft_pairs(state, config, folder)
+    products, matched = _peft_products(state, config, folder)
     values = {}
     for key in state:
         if key in matched:
@@ -232,40 +211,38 @@ def _peft(base, folder):
         name = key.removeprefix(_PREFIX)
         if "lora_" in name:
             raise ValueError(
-                f"{folder}: does not know what to do with {key!r} (a LoRA "
-                "bias or a magnitude?); merge with PEFT and subtract"
+                f"{folder}: {key!r} is no part of a plain LoRA (a LoRA bias "
+                "or a magnitude?); merge with PEFT and subtract"
             )
         for part in (".modules_to_save", ".base_layer", ".default"):
             name = name.replace(part, "")
         values[name] = state[key]
-    if not pairs and not values:
+    if not products and not values:
         raise ValueError(f"{folder}: the adapter is empty")
-    return _add_products(base, _differences(base, values), pairs)
+    return _add_products(base, _differences(base, values), products)
 
 
-def _peft_pairs(state, config, folder):
-    """Return `{base's name: (B, A, scaling)}` and the keys that went in."""
-    pairs, matched = {}, set()
+def _peft_products(state, config, folder):
+    """Return `{base's name: (B, A, scaling)}` and the keys of the A and B."""
+    products, matched = {}, set()
     for key in state:
-        for a, b in (
-            (".lora_A.weight", ".lora_B.weight"),
-            (".lora_embedding_A", ".lora_embedding_B"),
-        ):
-            if not key.endswith(a):
-                continue
-            other = key.removesuffix(a) + b
-            if other not in state:
-                raise ValueError(f"{folder}: {key!r} lacks its partner {other}")
-            matched |= {key, other}
-            module = key.removeprefix(_PREFIX).removesuffix(a)
-            down, up = state[key].float(), state[other].float()
-            scaling = _peft_scaling(config, module, down.shape[0])
-            # An embedding is W[token], and fan-in-fan-out layers keep W
-            # transposed: both are the transpose of B A.
-            if "embedding" in a or config.get("fan_in_fan_out"):
-                down, up = up.T, down.T
-            pairs[f"{module}.weight"] = (up, down, scaling)
-    return pairs, matched
+        found = re.fullmatch(r"(.+)\.lora_(A\.weight|embedding_A)", key)
+        if not found:
+            continue
+        stem, kind = found.groups()
+        other = f"{stem}.lora_{kind.replace('A', 'B')}"
+        if other not in state:
+            raise ValueError(f"{folder}: {key!r} lacks its partner {other}")
+        matched |= {key, other}
+        module = stem.removeprefix(_PREFIX)
+        down, up = state[key].float(), state[other].float()
+        scaling = _peft_scaling(config, module, down.shape[0])
+        # An embedding is W[token], and fan-in-fan-out layers keep W
+        # transposed: both are the transpose of B A.
+        if kind == "embedding_A" or config.get("fan_in_fan_out"):
+            down, up = up.T, down.T
+        products[f"{module}.weight"] = (up, down, scaling)
+    return products, matched
 
 
 def _peft_state(folder):
@@ -282,24 +259,15 @@ def _peft_scaling(config, module, rank):
     """Return alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA."""
     alpha = config.get("lora_alpha", 8)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if _peft_match(module, pattern):
+        # As PEFT matches: a suffix at a dot, or a regular expression.
+        if re.match(rf"(.*\.)?({pattern})$", module):
             alpha = value
             break
     # The rank is that of the tensors, so rank_pattern needs no reading.
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _peft_match(module, pattern):
-    """Match as PEFT does: a suffix at a dot, or a regular expression."""
-    import re
-
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
-
-
-# -- both --------------------------------------------------------------------
-
-
-def _of_base(base, name):
+def _weight_of(base, name):
     if name not in base:
         raise KeyError(
             f"{base.label} has no {name!r}, which the adapter changes; give "
@@ -311,7 +279,7 @@ def _of_base(base, name):
 def _differences(base, values):
     deltas = {}
     for name, value in values.items():
-        before = _of_base(base, name)
+        before = _weight_of(base, name)
         if not torch.is_floating_point(before):
             continue
         if before.shape != value.shape:
@@ -326,9 +294,9 @@ def _differences(base, values):
 
 
 @torch.no_grad()
-def _add_products(base, deltas, pairs):
-    for name, (up, down, scaling) in pairs.items():
-        before = _of_base(base, name)
+def _add_products(base, deltas, products):
+    for name, (up, down, scaling) in products.items():
+        before = _weight_of(base, name)
         up = up.detach().to(before.device).float()
         down = down.detach().to(before.device).float()
         flat = up.reshape(up.shape[0], -1) @ down.reshape(down.shape[0], -1)

@@ -7,26 +7,39 @@ and hardly on their number; for safetensors files torch is not even imported.
 Threads and chunk size do not change a bit of the result.
 """
 
+import contextlib
 import dataclasses
+import json
 import math
 import os
-import tempfile
+import threading
 import time
+import types
 from pathlib import Path
-from typing import NamedTuple
 
-from speechbrain_taskarith.utils.files import TEMPORARY_PREFIX
-from speechbrain_taskarith.vectors.engine.hashing import Hasher
+from speechbrain_taskarith.utils.files import temporary_file
+from speechbrain_taskarith.vectors.application import add_scaled
 from speechbrain_taskarith.vectors.engine.inputs import MergeInputs
-from speechbrain_taskarith.vectors.engine.measuring import MemoryWatch, Timed
-from speechbrain_taskarith.vectors.engine.output import Job, convert
-from speechbrain_taskarith.vectors.engine.workspace import CHUNK, places
-from speechbrain_taskarith.vectors.states.readers import TORCH_SUFFIXES
+from speechbrain_taskarith.vectors.engine.streaming import Passes, Stream
+from speechbrain_taskarith.vectors.engine.workspace import (
+    CHUNK,
+    Place,
+    places,
+    to_stored,
+)
+from speechbrain_taskarith.vectors.rules.base import check_rule
+from speechbrain_taskarith.vectors.states.readers import form_of, open_state
+from speechbrain_taskarith.vectors.states.safetensors import SafetensorsWriter
+from speechbrain_taskarith.vectors.states.state import fingerprint_of
+from speechbrain_taskarith.vectors.states.writers import save_state
 
 # Elements at a time on a GPU, which wants much work at once.
 _DEVICE_CHUNK = 1 << 23
 _SMALLEST_CHUNK = 1 << 12
+_COPY_CHUNK = 1 << 17
 _MOST_THREADS = 16
+# Stands for a fingerprint until it is known; of the same length.
+_UNKNOWN = "0" * 64
 
 
 @dataclasses.dataclass
@@ -105,6 +118,7 @@ def merge_checkpoints(
     any_base=False,
     chunk=None,
     metadata=None,
+    recoverable=None,
 ):
     """Merge checkpoints into one: `base + scale * rule(finetuned - base)`.
 
@@ -143,7 +157,7 @@ def merge_checkpoints(
         (say `any_base=True` too).
     include, exclude : sequence of str
         Anchored shell patterns: which parameters to edit; the others are
-        copied from the base.
+        copied from the base and need not be the same in all inputs.
     buffers : str
         `"base"` copies running means and variances from the base, `"edit"`
         edits them.
@@ -153,6 +167,9 @@ def merge_checkpoints(
         Elements at a time; None: what stays in a core's cache.
     metadata : dict or None
         Texts to keep with the weights.
+    recoverable : str or None
+        Of inputs that are SpeechBrain folders, whose weights (see
+        `open_state`); also their name in an output that is one.
 
     Returns
     -------
@@ -187,66 +204,96 @@ def merge_checkpoints(
     """
     start = time.perf_counter()
     output = Path(output)
-    _check_output(output)
-    with MemoryWatch() as memory:
-        inputs = MergeInputs(base, finetuned, include, exclude, buffers)
-        rule.check_number(inputs.number)
-        scales = _scales(rule, inputs)
-        _to_device(inputs, device)
-        plan = _plan(inputs, rule, threads, chunk, memory_limit)
-        steps, hasher = {}, Hasher(plan.threads, progress)
-        with Timed(steps, "fingerprints"):
+    form, seconds = form_of(output), {}
+    metadata = dict(metadata or {})
+    with watch_memory() as memory:
+        inputs = MergeInputs(
+            base, finetuned, include, exclude, buffers, recoverable
+        )
+        scales = inputs.scales(check_rule(rule))
+        if str(device) != "cpu":
+            import torch
+
+            inputs.xp, inputs.device = torch, torch.device(device)
+        threads, chunk = _plan(inputs, rule, threads, chunk, memory_limit)
+        hashing = Passes(threads, progress=progress)
+        states = [inputs.base, *(parent.state for parent in inputs.parents)]
+        hashed = 0
+        with _timed(seconds, "fingerprints"):
             if fingerprint:
-                hasher.hash([inputs.base, *_stored(inputs)])
-                for state in (inputs.base, *_stored(inputs)):
+                hashed += _fingerprint(states, hashing)
+                for state in states:
                     state.verify()
             if not any_base:
-                _check_ancestry(inputs, fingerprint)
-        job = Job(inputs, rule, scales, plan, fingerprint, metadata)
-        written = output
-        if output.suffix != ".safetensors":
-            written = _beside(output)
+                inputs.check_ancestry(fingerprint)
+        prints = [s.fingerprint if fingerprint else None for s in states]
+        provenance = {
+            "rule": rule.describe(),
+            "base": {"path": inputs.base.label, "fingerprint": prints[0]},
+            "parents": [
+                {"path": p.label, "kind": p.kind, "fingerprint": found}
+                for p, found in zip(inputs.parents, prints[1:])
+            ],
+        }
+        header = {"format": "pt", **metadata, "merge": json.dumps(provenance)}
+        if fingerprint:
+            header["fingerprint"] = _UNKNOWN
+        infos = {name: inputs.base.info(name) for name in inputs.base}
+        merged, found = output, None
+        if form != "safetensors":
+            file, merged = temporary_file(output.with_suffix(".safetensors"))
+            os.close(file)
         try:
-            found = job.run(written, steps, hasher, progress)
-            if written != output:
-                with Timed(steps, "convert"):
-                    convert(written, output, job, inputs)
+            with SafetensorsWriter(merged, infos, header) as out:
+                with _timed(seconds, "statistics"):
+                    stream = Stream(
+                        inputs, rule.stages, chunk, threads, progress
+                    )
+                with _timed(seconds, "merge"):
+                    _write(out, stream, rule, scales)
+                if fingerprint:
+                    with _timed(seconds, "output fingerprint"):
+                        # Read back from the page cache: chunks come in any
+                        # order, a hash wants them in one.
+                        state = open_state(out.temporary)
+                        hashed += _fingerprint([state], hashing)
+                        found = state.fingerprint
+                        out.close(fingerprint=found)
+            if merged != output:
+                with _timed(seconds, "convert"):
+                    metadata["merge"] = provenance
+                    _convert(merged, output, inputs, metadata, recoverable)
         finally:
-            if written != output:
-                written.unlink(missing_ok=True)
-    steps["total"] = time.perf_counter() - start
+            if merged != output:
+                merged.unlink(missing_ok=True)
+    seconds["total"] = time.perf_counter() - start
     return MergeReport(
         output=str(output),
         fingerprint=found,
-        base=job.provenance["base"],
-        parents=job.provenance["parents"],
-        rule=job.provenance["rule"],
+        base=provenance["base"],
+        parents=provenance["parents"],
+        rule=provenance["rule"],
         edited=len(inputs.names),
         copied=len(inputs.copied),
         parameters=sum(math.prod(s) for s in inputs.shapes.values()),
-        threads=plan.threads,
-        chunk=plan.chunk,
-        seconds=steps,
-        bytes_read=job.bytes_read + hasher.bytes_read,
-        bytes_written=job.bytes_written,
+        threads=threads,
+        chunk=chunk,
+        seconds=seconds,
+        bytes_read=hashed + sum(w.bytes_read for w in stream.passes.workspaces),
+        bytes_written=sum(info.nbytes for info in infos.values()),
         peak_anonymous=memory.peak,
     )
 
 
-class _Plan(NamedTuple):
-    """How many threads, how many elements at a time."""
-
-    threads: int
-    chunk: int
-
-
 def _plan(inputs, rule, threads, chunk, memory_limit):
-    """Choose threads and chunk size within a memory limit."""
+    """Choose threads and elements at a time within a memory limit."""
     on_cpu = inputs.device is None
     if threads is None:
-        threads = min(_cores(), _MOST_THREADS)
-        if rule.whole_tensors or not on_cpu:
-            threads = 1
+        cores = os.cpu_count() or 1
+        if hasattr(os, "sched_getaffinity"):
+            cores = len(os.sched_getaffinity(0))
+        alone = rule.whole_tensors or not on_cpu
+        threads = 1 if alone else min(cores, _MOST_THREADS)
     if threads < 1:
         raise ValueError(f"threads={threads}: expected at least 1")
     if chunk is None:
@@ -254,7 +301,7 @@ def _plan(inputs, rule, threads, chunk, memory_limit):
     if chunk < 1:
         raise ValueError(f"chunk={chunk}: expected at least 1")
     if memory_limit is None:
-        return _Plan(threads, chunk)
+        return threads, chunk
 
     def need(workers, elements):
         largest = max(
@@ -273,66 +320,110 @@ def _plan(inputs, rule, threads, chunk, memory_limit):
             f"{inputs.number} inputs needs buffers of at least "
             f"{need(threads, chunk)} bytes"
         )
-    return _Plan(threads, chunk)
+    return threads, chunk
 
 
-def _cores():
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _fingerprint(states, passes):
+    """Give states their fingerprints by several threads; return the bytes."""
+    states = [s for s in dict.fromkeys(states) if "fingerprint" not in vars(s)]
+    tensors = []
+    for number, state in enumerate(states):
+        for name in state:
+            info = state.info(name)
+            tensors.append(Place(number, name, info.shape, 0, info.numel))
+    # The largest first, so that no thread is left alone with it.
+    tensors.sort(key=lambda place: -place.size)
+    digests = passes.run(
+        lambda place, work: states[place.index].digest(place.name),
+        tensors,
+        "fingerprints",
+    )
+    leaves = [{} for _ in states]
+    for place, digest in zip(tensors, digests):
+        leaves[place.index][place.name] = digest
+    for state, found in zip(states, leaves):
+        vars(state)["fingerprint"] = fingerprint_of(found)
+    return sum(state.info(name).nbytes for state in states for name in state)
 
 
-def _scales(rule, inputs):
-    """Return the scale of every tensor, and check that twins share one."""
-    scales = rule.scales(inputs.names)
-    for name, origin in inputs.twins.items():
-        if scales[name] != scales[origin]:
-            raise ValueError(
-                f"{name!r} and {origin!r} are one tensor in the base, but "
-                "get two scales; let one pattern match both"
-            )
-    return scales
+def _write(out, stream, rule, scales):
+    """Write the edited tensors chunk by chunk, and copy the others."""
+    inputs, base = stream.source, stream.source.base
+    names = {name: [name] for name in base}
+    for twin, origin in inputs.twins.items():
+        names[origin].append(twin)
+
+    def copy(place, work):
+        info = base.info(place.name)
+        raw = work.bytes("copy", place.size * info.nbytes // info.numel)
+        work.bytes_read += len(raw)
+        base.read_into(place.name, place.start, place.stop, raw)
+        for name in names[place.name]:
+            out.write(name, place.start, raw)
+
+    def emit(place, merged, work):
+        scale = scales[place.name]
+        if scale == 0:
+            # Not even the sign of a zero changes.
+            copy(place, work)
+            return
+        before = inputs.base_chunk(place, work)
+        result = work.array("result", place.size)
+        add_scaled(work.xp, before, merged, scale, result, result)
+        stored = to_stored(result, base.info(place.name).dtype)
+        for name in names[place.name]:
+            out.write(name, place.start, stored)
+
+    stream.merge(rule, emit)
+    shapes = {name: base.info(name).shape for name in inputs.copied}
+    stream.passes.run(copy, places(shapes, _COPY_CHUNK))
 
 
-def _stored(inputs):
-    return [parent.state for parent in inputs.parents]
+def _convert(merged, output, inputs, metadata, recoverable):
+    """Turn the safetensors file into the form asked for.
 
-
-def _check_ancestry(inputs, fingerprint):
-    vectors = [p for p in inputs.parents if p.kind == "task vector"]
-    if vectors and not fingerprint:
-        raise ValueError(
-            "fingerprint=False: the base of the task vectors cannot be "
-            "checked; say any_base=True if that is meant"
-        )
-    inputs.check_ancestry()
-
-
-def _to_device(inputs, device):
-    if str(device) == "cpu":
-        return
-    import torch
-
-    inputs.xp, inputs.device = torch, torch.device(device)
-
-
-def _check_output(output):
-    if output.suffix in (".safetensors", *TORCH_SUFFIXES) or not output.suffix:
-        return
-    if output.name.startswith("CKPT+") or output.is_dir():
-        return
-    raise ValueError(
-        f"{output}: unknown suffix {output.suffix!r}; expected .safetensors, "
-        f"{', '.join(TORCH_SUFFIXES)}, a folder, or a CKPT+ folder"
+    Its tensors are mapped, so that torch writes them from the page cache.
+    """
+    state, aliases = open_state(merged), inputs.base.aliases
+    tensors = {name: state[name] for name in state}
+    content = {name: tensors[aliases.get(name, name)] for name in state}
+    like = inputs.base.path
+    save_state(
+        content,
+        output,
+        metadata=metadata,
+        like=like if like is not None and like.is_dir() else None,
+        recoverable=recoverable,
     )
 
 
-def _beside(output):
-    """Return a temporary file name in the output's folder."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(
-        prefix=TEMPORARY_PREFIX, suffix=".safetensors", dir=output.parent
-    )
-    os.close(descriptor)
-    return Path(name)
+@contextlib.contextmanager
+def _timed(seconds, step):
+    start = time.perf_counter()
+    yield
+    seconds[step] = time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def watch_memory(interval=0.02):
+    """Sample the process's anonymous memory; `.peak` is in bytes or None."""
+    found, stop = types.SimpleNamespace(peak=None), threading.Event()
+
+    def sample():
+        with contextlib.suppress(OSError):
+            while True:
+                with open("/proc/self/status", "rb") as stream:
+                    for line in stream:
+                        if line.startswith(b"RssAnon:"):
+                            now = int(line.split()[1]) * 1024
+                            found.peak = max(found.peak or 0, now)
+                if stop.wait(interval):
+                    return
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        thread.join()

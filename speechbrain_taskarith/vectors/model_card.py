@@ -1,6 +1,6 @@
 """A card beside every output: where these weights come from.
 
-Markdown for people, JSON for programs, the same content.
+Markdown for people and JSON for programs, with the same content.
 """
 
 import dataclasses
@@ -10,9 +10,14 @@ import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from speechbrain_taskarith.utils.files import atomic_write, write_json
+from speechbrain_taskarith.utils.files import (
+    atomic_write,
+    read_json,
+    write_json,
+)
 from speechbrain_taskarith.vectors.editing.log import now
-from speechbrain_taskarith.vectors.rules.description import describe_rule
+from speechbrain_taskarith.vectors.rules.base import check_rule
+from speechbrain_taskarith.vectors.states.readers import TORCH_SUFFIXES
 
 _PACKAGES = ("speechbrain_taskarith", "speechbrain", "torch", "numpy")
 
@@ -77,7 +82,7 @@ class ModelCard:
 
     def __post_init__(self):
         if self.rule is not None and not isinstance(self.rule, dict):
-            self.rule = describe_rule(self.rule)
+            self.rule = check_rule(self.rule).describe()
         if isinstance(self.wer, dict):
             self.wer = [{"name": k, "wer": v} for k, v in self.wer.items()]
         if isinstance(self.notes, str):
@@ -100,16 +105,12 @@ class ModelCard:
         dict
             Role, path (as given), and fingerprint.
         """
+        described = {"role": role}
         if hasattr(source, "fingerprint"):
-            return {
-                "role": role,
-                "path": source.label,
-                "fingerprint": source.fingerprint,
-            }
-        described = {
-            "role": role,
-            "base_fingerprint": source.base_fingerprint,
-        }
+            described["path"] = source.label
+            described["fingerprint"] = source.fingerprint
+            return described
+        described["base_fingerprint"] = source.base_fingerprint
         for key, name in (
             ("finetuned", "path"),
             ("finetuned_fingerprint", "fingerprint"),
@@ -134,32 +135,29 @@ class ModelCard:
         ModelCard
             One parent for the base, one for every edit in force.
         """
+        edits = editor.log
         parents = [{"role": "base", "fingerprint": editor.base_fingerprint}]
-        for edit in editor.log:
-            parents.append(
-                {
-                    "role": f"edit {edit.name!r}",
-                    "vector_sha256": edit.sha256,
-                    "encoding": edit.encoding,
-                    "scale": edit.scale,
-                    "rule": edit.rule,
-                    "exact": edit.exact,
-                }
-            )
+        parents += [
+            {
+                "role": f"edit {edit.name!r}",
+                "vector_sha256": edit.sha256,
+                "encoding": edit.encoding,
+                "scale": edit.scale,
+                "rule": edit.rule,
+                "exact": edit.exact,
+            }
+            for edit in edits
+        ]
+        selections = dict.fromkeys(e.selected_on for e in edits)
         given = {
             "title": "Sequentially edited model",
             "parents": parents,
-            "rule": editor.log[-1].rule if editor.log else None,
-            "scale": [edit.scale for edit in editor.log],
-            "selected_on": "; ".join(
-                dict.fromkeys(
-                    e.selected_on for e in editor.log if e.selected_on
-                )
-            )
-            or None,
+            "rule": edits[-1].rule if edits else None,
+            "scale": [edit.scale for edit in edits],
+            "selected_on": "; ".join(filter(None, selections)) or None,
             "fingerprint": editor.fingerprint,
         }
-        if any(not edit.exact for edit in editor.log):
+        if not all(edit.exact for edit in edits):
             given["notes"] = [
                 "An earlier edit was dropped or moved: later vectors were "
                 "applied to another state than they were learned on."
@@ -177,12 +175,12 @@ class ModelCard:
         return _plain(dataclasses.asdict(self))
 
     def provenance(self):
-        """Return what belongs into a file's own metadata: the card, short.
+        """Return the part of the card for a weights file's own metadata.
 
         Returns
         -------
         dict
-            Parents, rule, scale, selection and date.
+            Parents, rule, scale, selection, date and versions.
         """
         keys = ("parents", "rule", "scale", "selected_on", "date", "versions")
         content = self.to_dict()
@@ -207,16 +205,17 @@ class ModelCard:
         ):
             if value not in (None, "", []):
                 lines.append(f"- {label}: {value}")
-        if card["parents"]:
-            lines += ["", "## Made from", "", *_table(card["parents"])]
-        if card["wer"]:
-            lines += ["", "## Word error rates", "", *_table(card["wer"])]
-        if card["notes"]:
-            lines += ["", "## Notes", "", *[f"- {n}" for n in card["notes"]]]
         versions = [
             {"package": k, "version": v} for k, v in card["versions"].items()
         ]
-        lines += ["", "## Versions", "", *_table(versions)]
+        for heading, content in (
+            ("Made from", _table(card["parents"])),
+            ("Word error rates", _table(card["wer"])),
+            ("Notes", [f"- {note}" for note in card["notes"]]),
+            ("Versions", _table(versions)),
+        ):
+            if content:
+                lines += ["", f"## {heading}", "", *content]
         return "\n".join(lines) + "\n"
 
     def save(self, output):
@@ -226,27 +225,27 @@ class ModelCard:
         ---------
         output : str or pathlib.Path
             The weights' file or folder. A folder gets `model_card.md` and
-            `model_card.json` inside; a file `x.safetensors` gets
-            `x.safetensors.card.md` and `.card.json` beside it.
+            `model_card.json` inside; a file `x.ckpt` gets `x.ckpt.card.md`
+            and `x.ckpt.json` beside it. `save_state` writes a torch file's
+            metadata into the same JSON file: its other entries stay.
 
         Returns
         -------
         list of pathlib.Path
-            The two files.
+            The Markdown file and the JSON file.
         """
-        output = Path(output)
+        output, content = Path(output), self.to_dict()
         if output.is_dir():
-            stem = output / "model_card"
-            paths = [Path(f"{stem}.md"), Path(f"{stem}.json")]
+            text, data = output / "model_card.md", output / "model_card.json"
         else:
-            paths = [
-                output.with_name(f"{output.name}.card.md"),
-                output.with_name(f"{output.name}.card.json"),
-            ]
-        with atomic_write(paths[0], "w") as stream:
+            text = output.with_name(f"{output.name}.card.md")
+            data = output.with_name(f"{output.name}.json")
+            if output.suffix in TORCH_SUFFIXES and data.is_file():
+                content = {**read_json(data), **content}
+        with atomic_write(text, "w") as stream:
             stream.write(self.to_markdown())
-        write_json(paths[1], self.to_dict())
-        return paths
+        write_json(data, content)
+        return [text, data]
 
 
 def _versions():
@@ -278,21 +277,21 @@ def _plain(value):
 
 
 def _table(rows):
-    columns = []
-    for row in rows:
-        columns += [key for key in row if key not in columns]
+    if not rows:
+        return []
+    columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [
         f"| {' | '.join(map(_cell, columns))} |",
         f"| {' | '.join('---' for _ in columns)} |",
     ]
-    for row in rows:
-        cells = " | ".join(_cell(row.get(column)) for column in columns)
-        lines.append(f"| {cells} |")
+    lines += [
+        f"| {' | '.join(_cell(row.get(column)) for column in columns)} |"
+        for row in rows
+    ]
     return lines
 
 
 def _cell(value):
-    """Return a value as the text of one table cell."""
     if value is None:
         return ""
     if isinstance(value, bool):

@@ -4,8 +4,9 @@ Su et al., "Task Arithmetic can Mitigate Synthetic-to-Real Gap in Automatic
 Speech Recognition", EMNLP 2024, https://arxiv.org/abs/2406.02925.
 """
 
-from speechbrain_taskarith.vectors.rules.description import combine
-from speechbrain_taskarith.vectors.states.state import as_state
+from speechbrain_taskarith.vectors.rules.base import check_rule
+from speechbrain_taskarith.vectors.states.names import match_names
+from speechbrain_taskarith.vectors.states.readers import as_state
 from speechbrain_taskarith.vectors.task_vector import TaskVector
 
 
@@ -41,7 +42,8 @@ def syn2real(
         What makes one vector of several, by its `combine`; None takes the
         mean. Only `scale` scales: a scale of the rule's own is left aside.
     include, exclude : str or sequence of str
-        Patterns of the parameters to be edited.
+        Patterns of the parameters to be edited; only these must be the same
+        in all models.
 
     Returns
     -------
@@ -51,8 +53,10 @@ def syn2real(
     Raises
     ------
     ValueError
-        No pairs, names or shapes that differ (all are listed), or patterns
-        that fit nothing.
+        No pairs, a source that is not the target's model (other names or
+        shapes), or patterns that fit nothing.
+    KeyError
+        A real and a synthetic model with different names.
 
     Example
     -------
@@ -64,15 +68,21 @@ def syn2real(
     {'w': tensor([11.])}
     """
     target = as_state(target_synthetic)
+    chosen = {"include": include, "exclude": exclude}
     vectors = []
     for number, (real, synthetic) in enumerate(_as_pairs(pairs)):
-        vector = TaskVector.between(
-            synthetic, real, include=include, exclude=exclude
-        )
-        _same_model(target, as_state(synthetic), number)
-        vectors.append(vector)
+        synthetic = as_state(synthetic)
+        vectors.append(TaskVector.between(synthetic, real, **chosen))
+        try:
+            match_names(target, synthetic, **chosen)
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"pairs[{number}] and the target are not the same model; all "
+                "models of SYN2REAL are fine-tuned from one. "
+                f"{error.args[0]}"
+            ) from None
     if rule is not None:
-        combined = combine(rule, vectors, target)
+        combined = check_rule(rule).combine(vectors, base=target)
     elif len(vectors) == 1:
         combined = vectors[0]
     else:
@@ -100,32 +110,3 @@ def _as_pairs(pairs):
                 f"pairs[{number}]: expected (real, synthetic), two models"
             )
     return pairs
-
-
-def _same_model(target, source, number):
-    """Raise, listing what differs, unless names and shapes are the same."""
-    problems = [
-        f"{name}: only in the {where}"
-        for where, here, there in (
-            ("target", target, source),
-            ("source pair", source, target),
-        )
-        for name in here
-        if name not in there
-    ]
-    problems += [
-        f"{name}: {tuple(target.info(name).shape)} in the target, "
-        f"{tuple(source.info(name).shape)} in the source pair"
-        for name in target
-        if name in source and target.info(name).shape != source.info(name).shape
-    ]
-    if problems:
-        listed = "\n  ".join(problems[:20])
-        more = len(problems) - 20
-        raise ValueError(
-            f"pairs[{number}] and the target ({target.label}) are not the "
-            f"same model:\n  {listed}"
-            + (f"\n  and {more} more" if more > 0 else "")
-            + "\nAll models of SYN2REAL are fine-tuned from one; for a "
-            "vocabulary that grew use align_vocabulary first"
-        )

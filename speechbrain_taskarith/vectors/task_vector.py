@@ -10,22 +10,24 @@ from collections.abc import Mapping
 
 import torch
 
-from speechbrain_taskarith.utils.messages import some
-from speechbrain_taskarith.utils.patterns import (
-    first_match,
-    require_match,
-    select,
-)
+from speechbrain_taskarith.utils.patterns import select
 from speechbrain_taskarith.vectors.application import edit_in_place, edited
-from speechbrain_taskarith.vectors.checks import is_finite
-from speechbrain_taskarith.vectors.states.fingerprint import short
-from speechbrain_taskarith.vectors.states.names import (
-    check_ancestry,
-    check_fits,
-    subtract,
+from speechbrain_taskarith.vectors.checks import (
+    all_finite,
+    finite,
+    scale_by_name,
 )
-from speechbrain_taskarith.vectors.states.state import as_state
-from speechbrain_taskarith.vectors.vector_files import read_vector, write_vector
+from speechbrain_taskarith.vectors.encodings import read_vector, write_vector
+from speechbrain_taskarith.vectors.states.names import (
+    check_alike,
+    check_ancestry,
+    check_tied_values,
+    editable_names,
+    match_names,
+    not_finite_error,
+)
+from speechbrain_taskarith.vectors.states.readers import as_state
+from speechbrain_taskarith.vectors.states.state import short
 
 
 class TaskVector(Mapping):
@@ -113,7 +115,29 @@ class TaskVector(Mapping):
             matches nothing, a file that is damaged.
         """
         base, finetuned = as_state(base), as_state(finetuned)
-        deltas = subtract(base, finetuned, include, exclude, strict, buffers)
+        base.verify()
+        finetuned.verify()
+        names = editable_names(
+            base,
+            finetuned,
+            include,
+            exclude,
+            buffers,
+            strict=strict,
+            advice=", or say strict=False to leave these out",
+        )
+        deltas = {}
+        for name in names:
+            origin = base.aliases.get(name, name)
+            if origin in deltas:
+                check_tied_values(base, finetuned, name)
+                deltas[name] = deltas[origin]
+                continue
+            before = base[name]
+            delta = finetuned[name].to(before.device).float() - before.float()
+            if not all_finite(delta):
+                raise not_finite_error(base, finetuned, name)
+            deltas[name] = delta
         metadata = {
             "base": base.label,
             "finetuned": finetuned.label,
@@ -206,21 +230,20 @@ class TaskVector(Mapping):
         return self._pair(other, torch.sub, "difference")
 
     def __mul__(self, factor):
-        _check_scale(factor)
+        factor = float(finite("factor", factor))
         return self._map(
-            lambda d: d * factor,
-            {"operation": "product", "factor": float(factor)},
+            lambda d: d * factor, {"operation": "product", "factor": factor}
         )
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor):
-        _check_scale(divisor)
+        divisor = float(finite("divisor", divisor))
         if divisor == 0:
             raise ZeroDivisionError("a task vector cannot be divided by zero")
         return self._map(
             lambda d: d / divisor,
-            {"operation": "quotient", "divisor": float(divisor)},
+            {"operation": "quotient", "divisor": divisor},
         )
 
     def norm(self):
@@ -246,7 +269,7 @@ class TaskVector(Mapping):
         float
             The sum of the products of all entries.
         """
-        self._check_same_names(other)
+        check_alike([self, other])
         return math.fsum(
             torch.dot(
                 delta.reshape(-1).double(),
@@ -325,13 +348,7 @@ class TaskVector(Mapping):
         ValueError
             A scale that is not finite, or a pattern that matches nothing.
         """
-        if not isinstance(scale, Mapping):
-            _check_scale(scale)
-            return dict.fromkeys(self, float(scale))
-        for pattern, value in scale.items():
-            _check_scale(value)
-            require_match(list(self), pattern)
-        return {name: float(first_match(name, scale, 0.0)) for name in self}
+        return scale_by_name(scale, self)
 
     def apply(self, base, scale=1.0, *, any_base=False):
         """Return edited weights: `theta = theta_base + scale * tau`.
@@ -368,7 +385,8 @@ class TaskVector(Mapping):
         base.verify()
         self.check_fits(base)
         if not any_base:
-            check_ancestry(self, base)
+            origin = self.metadata.get("base", "path unknown")
+            check_ancestry(base, self.base_fingerprint, origin=origin)
         return edited(self, base, self.scales(scale))
 
     def apply_(self, module, scale=1.0):
@@ -398,7 +416,10 @@ class TaskVector(Mapping):
         base : State
             The weights to be edited.
         """
-        check_fits(self, base)
+        if len(self):
+            vector = as_state(self)
+            vector.label = "the task vector"
+            match_names(base, vector, partial=True)
 
     def save(self, path, *, encoding="lossless"):
         """Store the vector as safetensors, atomically.
@@ -436,7 +457,7 @@ class TaskVector(Mapping):
         Raises
         ------
         ValueError
-            Damaged, or weights that are no task vector.
+            Damaged, or weights that are not a task vector.
         """
         return cls(*read_vector(path))
 
@@ -455,7 +476,7 @@ class TaskVector(Mapping):
     def _pair(self, other, function, operation):
         if not isinstance(other, TaskVector):
             return NotImplemented
-        self._check_same_names(other)
+        check_alike([self, other])
         done, deltas = {}, {}
         for name, delta in self._deltas.items():
             key = (id(delta), id(other[name]))
@@ -470,26 +491,4 @@ class TaskVector(Mapping):
                 "operation": operation,
                 "parents": [self.metadata, other.metadata],
             },
-        )
-
-    def _check_same_names(self, other):
-        if self.keys() != other.keys():
-            raise KeyError(
-                "the task vectors edit different parameters: "
-                f"{some(sorted(self.keys() ^ other.keys()))} on one side "
-                "only; bring them to the same with restrict()"
-            )
-        for name, delta in self._deltas.items():
-            if delta.shape != other[name].shape:
-                raise ValueError(
-                    f"{name!r} has shape {tuple(delta.shape)} in one task "
-                    f"vector and {tuple(other[name].shape)} in the other"
-                )
-
-
-def _check_scale(scale):
-    if not is_finite(scale):
-        raise ValueError(
-            f"scale {scale}: expected a finite number (at most 3.4e38, as "
-            "float32 holds it)"
         )

@@ -1,6 +1,7 @@
 """The command line: what each verb writes, says, and refuses."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,9 @@ from cli_support import (
 )
 
 from speechbrain_taskarith.__main__ import main
+from speechbrain_taskarith.commands import VERBS
 from speechbrain_taskarith.vectors import TaskVector, open_state, save_state
+from speechbrain_taskarith.vectors.rules.description import RULES
 
 
 @pytest.fixture
@@ -44,7 +47,7 @@ def test_vector_holds_the_difference(folder, capsys):
         assert torch.equal(tau[name], after[name] - before[name])
     assert found["parameters"] == 12 + 16 + 5
     assert found["norm"] == pytest.approx(tau.norm())
-    card = json.loads(Path("us.safetensors.card.json").read_text())
+    card = json.loads(Path("us.safetensors.json").read_text())
     prints = [parent["fingerprint"] for parent in card["parents"]]
     assert prints == [
         open_state("base.ckpt").fingerprint,
@@ -252,7 +255,7 @@ def test_usage_errors_leave_with_status_2(folder, capsys):
 
 @pytest.mark.parametrize(
     "verb",
-    ["vector", "apply", "merge", "inspect", "plot", "edit"]
+    ["vector", "apply", "merge", "rules", "inspect", "plot", "edit"]
     + [f"edit {a}" for a in ("learn", "undo", "reorder", "log", "export")],
 )
 def test_help_shows_examples(verb, capsys):
@@ -262,6 +265,96 @@ def test_help_shows_examples(verb, capsys):
     text = capsys.readouterr().out
     assert "examples:" in text
     assert f"taskarith {verb} " in text.partition("examples:")[2]
+
+
+READING = ("--recoverable", "--include", "--exclude", "--any-base", "--threads")
+
+
+@pytest.mark.parametrize("verb", ["vector", "apply", "merge", "edit learn"])
+def test_verbs_read_and_edit_by_the_same_options(verb, capsys):
+    with pytest.raises(SystemExit):
+        main([*verb.split(), "--help"])
+    text = capsys.readouterr().out
+    assert [option for option in READING if f"  {option}" not in text] == []
+
+
+def test_chosen_parameters_are_edited_by_every_verb(folder, capsys):
+    make_vectors()
+    chosen = ("--include", "encoder.*", "--exclude", "*.0.*", "--threads", "1")
+    words = {
+        "apply": ("apply", "base.ckpt", "us.safetensors", "-o", "a.ckpt"),
+        "merge": ("merge", "--base", "base.ckpt", "--finetuned", "us.ckpt")
+        + ("--rule", "TaskArithmetic", "-o", "m.ckpt"),
+        "edit": ("edit", "learn", "edits", "us", "us.ckpt")
+        + ("--base", "base.ckpt", "--rule", "TaskArithmetic"),
+    }
+    for verb in words.values():
+        run(*verb, *chosen)
+    run("edit", "export", "edits", "-o", "e.ckpt")
+    before, after = weights(), weights(seed=1)
+    for path in ("a.ckpt", "m.ckpt", "e.ckpt"):
+        edited = torch.load(path)
+        for name, tensor in edited.items():
+            expected = after if name == "encoder.layers.1.weight" else before
+            assert torch.allclose(tensor, expected[name], atol=1e-6), name
+    # The log keeps the patterns for the edits that follow.
+    run("edit", "learn", "edits", "de", "de.ckpt")
+    run("edit", "export", "edits", "-o", "f.ckpt")
+    assert torch.equal(torch.load("f.ckpt")["ctc.bias"], before["ctc.bias"])
+    line = fails(
+        capsys, *words["apply"][:-1], "n.ckpt", "--include", "decoder.*"
+    )
+    assert "'decoder.*' matches no" in line
+    line = fails(capsys, *words["apply"][:-1], "n.ckpt", "--threads", "0")
+    assert "--threads 0" in line
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (("apply", "a", "b", "-o", "c", "--scael", "1"), "mean --scale?"),
+        (("merge", "m.yaml", "--recoverble", "x"), "mean --recoverable?"),
+        (("merge", "--base", "a", "--rul.density", "1"), "mean --rule?"),
+        (("vector", "a", "b", "-o", "c", "--rule.x=1"), "option --rule.x"),
+        (("inspect", "a", "--any_base=maybe"), "option --any_base"),
+        (("rules", "TIES", "DARE"), "unexpected argument 'DARE'"),
+    ],
+)
+def test_an_option_that_is_none_is_named_with_the_nearest(words, said, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(list(words))
+    assert left.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_help_lists_every_verb(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    for verb, (_, summary) in VERBS.items():
+        assert re.search(rf"^ +{verb} +{summary[:20]}", text, re.M), verb
+
+
+def test_rules_are_listed_with_arguments_and_papers(capsys):
+    found = run_json(capsys, "rules")["rules"]
+    assert [rule["rule"] for rule in found] == list(RULES)
+    ties = found[[rule["rule"] for rule in found].index("TIES")]
+    assert ties["paper"] == "Yadav et al. 2023, arXiv 2306.01708"
+    assert ties["summary"] == "Trim, elect sign, disjoint merge."
+    assert ties["arguments"][0] == {
+        "name": "density",
+        "required": False,
+        "default": 0.2,
+    }
+    assert all(rule["paper"][-1].isdigit() for rule in found)
+    run("rules")
+    text = capsys.readouterr().out
+    assert "DARE(drop, scale=1.0, seed=0, then=None)" in text
+    run("rules", "model_stock")
+    text = capsys.readouterr().out
+    assert text.startswith("ModelStock(scope='tensor', scale=1.0)")
+    assert "equation 3" in text and "reference.model_stock" in text
+    assert "Did you mean TIES?" in fails(capsys, "rules", "TEIS")
 
 
 def test_warnings_are_one_line_each(folder, capsys):

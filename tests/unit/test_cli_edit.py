@@ -76,7 +76,7 @@ def test_learned_edits_follow_the_formula(folder, capsys):
         second = first + 0.5 * (gr[name] - first)
         assert torch.allclose(now[name], second, atol=1e-6)
     assert torch.equal(now["count"], us["count"])
-    card = json.loads(Path("now.ckpt.card.json").read_text())
+    card = json.loads(Path("now.ckpt.json").read_text())
     assert [p["role"] for p in card["parents"]] == [
         "base",
         "edit 'de'",

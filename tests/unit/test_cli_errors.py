@@ -67,7 +67,7 @@ BAD = {
     "scale that is no number": (
         ("apply", "base.ckpt", "us.safetensors", "-o", "x.ckpt")
         + ("--scale", "much"),
-        ["'much'", "no number"],
+        ["'much'", "expected a number"],
     ),
     "scale of a pattern that matches nothing": (
         ("apply", "base.ckpt", "us.safetensors", "-o", "x.ckpt")

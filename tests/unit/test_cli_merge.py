@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from speechbrain_taskarith.__main__ import main
-from speechbrain_taskarith.commands.merge_file import read_plan
+from speechbrain_taskarith.commands.merge import read_plan
 from speechbrain_taskarith.vectors import (
     TIES,
     TaskVector,
@@ -87,7 +87,7 @@ def test_merge_file_is_the_rule_in_memory(folder, capsys):
         assert torch.equal(merged[name], wanted[name]), name
     assert found["fingerprint"] == merged.fingerprint
     assert (found["edited"], found["copied"]) == (3, 1)
-    card = json.loads(Path("merged.safetensors.card.json").read_text())
+    card = json.loads(Path("merged.safetensors.json").read_text())
     assert [p["role"] for p in card["parents"]] == [
         "base",
         "fine-tuned",
@@ -140,7 +140,41 @@ def test_stored_vectors_are_merged_too(folder, capsys):
         *(capsys, "merge.yaml", "--base", "us.safetensors"),
         *("--finetuned", "tau_us.safetensors", "-o", "w.safetensors"),
     )
-    assert "not the base" in line and "--any_base true" in line
+    assert "not the base" in line and "--any-base" in line
+
+
+def test_options_come_before_or_after_and_swallow_nothing(folder, capsys):
+    models = ("us.safetensors", "de.safetensors")
+    words = ("--base", "base.safetensors", "--finetuned", *models)
+    words += ("--rule", "TIES", "--rule.density", "0.3", "--scale", "0.5")
+    found = run(
+        *(capsys, *words, "--exclude", "ctc.*", "--threads", "1"),
+        *("--memory-limit", "300MB", "--any_base", "true", "-o", "a.ckpt"),
+    )
+    assert found["rule"]["density"] == 0.3
+    assert (found["edited"], found["threads"]) == (2, 1)
+    again = run(
+        *(capsys, "--exclude", "[ctc.*]", *words, "--any-base"),
+        *("--no-fingerprint", "--buffers", "base", "-o", "b.ckpt"),
+    )
+    assert again["fingerprint"] is None
+    one, other = open_state("a.ckpt"), open_state("b.ckpt")
+    assert one.fingerprint == other.fingerprint
+
+
+def test_recoverable_of_a_checkpoint_folder(folder, capsys):
+    from speechbrain.utils.checkpoints import Checkpointer
+
+    torch.manual_seed(5)
+    models = [torch.nn.Linear(3, 2) for _ in range(2)]
+    for number, model in enumerate(models):
+        Checkpointer(f"w{number}", {"whisper": model}).save_checkpoint()
+    run(
+        *(capsys, "--base", "w0", "--finetuned", "w1", "--rule", "TIES"),
+        *("density=1", "--recoverable", "whisper", "-o", "x.safetensors"),
+    )
+    found = open_state("x.safetensors")["weight"]
+    assert torch.allclose(found, models[1].weight, atol=1e-6)
 
 
 def test_checkpoint_folder_keeps_the_other_recoverables(folder, capsys):
@@ -215,7 +249,7 @@ def test_a_tag_never_builds_anything(folder, capsys):
     [
         ("", ["expected a mapping"]),
         ("- a\n", ["expected a mapping"]),
-        ("a: [\n", ["is no YAML"]),
+        ("a: [\n", ["not valid YAML"]),
         ("base: a\n", ["lacks finetuned, rule, output", "--finetuned"]),
         (
             "base: a\nfinetuned: b\nrule: TIES\noutput: c\nmodels: 1\n",
@@ -247,8 +281,8 @@ def test_bad_merge_files(folder, text, said):
         (("merge.yaml", "--rule.dense", "1"), ["'dense'", "density"]),
         (("merge.yaml", "--rule.density", "2"), ["density=2", "[0, 1]"]),
         (("merge.yaml", "--rule.name", "Mean"), ["'Mean'", "LinearAverage"]),
-        (("merge.yaml", "--base.x", "2"), ["--base.x", "no mapping"]),
-        (("merge.yaml", "--colour", "red"), ["unknown 'colour'"]),
+        (("merge.yaml", "--base.x", "2"), ["--base.x", "not a mapping"]),
+        (("merge.yaml", "--colour", "red"), ["unknown option --colour"]),
         (("merge.yaml", "--base", "none.ckpt"), ["none.ckpt", "no such"]),
         (("merge.yaml", "--exclude", "[dec*]"), ["'dec*'", "matches no"]),
         (("merge.yaml", "--memory_limit", "lots"), ["'lots'", "300MB"]),

@@ -26,10 +26,11 @@ from speechbrain_taskarith.vectors import (
     TaskVector,
     TaskVectorPretrainer,
     as_state,
+    find_checkpoint_folder,
     open_state,
+    save_checkpoint,
     save_state,
 )
-from speechbrain_taskarith.vectors.states import speechbrain_folder as folders
 
 # -- a recipe, as upstream writes them ---------------------------------------
 
@@ -166,7 +167,7 @@ def us(tmp_path_factory):
 def test_the_yaml_alone_adds_editing(us, tmp_path):
     brain = recipe(YAML + EDITING, tmp_path, seed=1, base=str(us))
     base = open_state(us)
-    folder = folders.find_checkpoint_folder(tmp_path / "save", min_key="WER")
+    folder = find_checkpoint_folder(tmp_path / "save", min_key="WER")
     finetuned = open_state(folder / "model.finetuned.ckpt")
     tau = TaskVector.between(base, finetuned)
     expected = TIES(density=0.5, scale=0.6)(base, [tau])
@@ -182,7 +183,7 @@ def test_fine_tuning_starts_from_the_base_and_runs_unedited(us, tmp_path):
     """One epoch by hand from the base gives the fine-tuned weights."""
     recipe(YAML + EDITING, tmp_path, 1, base=str(us), number_of_epochs=1)
     [kept] = (tmp_path / "save").rglob("model.finetuned.ckpt")
-    base = folders.find_checkpoint_folder(us)
+    base = find_checkpoint_folder(us)
     hparams = load_hyperpyyaml(
         YAML + PLAIN, {"output_folder": str(tmp_path / "hand")}
     )
@@ -690,7 +691,7 @@ def fresh():
 def test_a_folder_of_ours_is_found_and_loaded(tmp_path):
     source, parts, _ = full_checkpoint(tmp_path / "base", 0)
     edited = {k: v + 1 for k, v in parts["model"].state_dict().items()}
-    path = folders.save_checkpoint(
+    path = save_checkpoint(
         {"model": edited},
         tmp_path / "out" / "CKPT+merged",
         like=tmp_path / "base",
@@ -721,7 +722,7 @@ def test_a_folder_of_ours_is_found_and_loaded(tmp_path):
 def test_normalisers_are_pooled_by_count(tmp_path):
     one, parts, first = full_checkpoint(tmp_path / "one", 0)
     two, _, second = full_checkpoint(tmp_path / "two", 1, shift=5.0)
-    folders.save_checkpoint(
+    save_checkpoint(
         {"model": parts["model"]},
         tmp_path / "out" / "CKPT+merged",
         like=one,
@@ -765,7 +766,7 @@ def test_bad_policies_write_nothing(tmp_path, arguments, error, match):
     if arguments.get("pool"):
         arguments = {**arguments, "pool": [source]}
     with pytest.raises(error, match=match):
-        folders.save_checkpoint(
+        save_checkpoint(
             {"model": parts["model"]},
             tmp_path / "out" / "CKPT+x",
             like=source,
@@ -778,21 +779,21 @@ def test_states_must_fit_and_names_must_be_found(tmp_path):
     source, parts, _ = full_checkpoint(tmp_path / "base", 0)
     target = tmp_path / "out" / "CKPT+x"
     with pytest.raises(ValueError, match="bias"):
-        folders.save_checkpoint(
+        save_checkpoint(
             {"model": {"weight": torch.ones(2, 3)}}, target, like=source
         )
     with pytest.raises(ValueError, match="weight"):
-        folders.save_checkpoint(
+        save_checkpoint(
             {"model": parts["model"].double()}, target, like=source
         )
     with pytest.raises(FileNotFoundError, match="whisper"):
-        folders.save_checkpoint(
+        save_checkpoint(
             {"whisper": parts["model"]}, target, like=source
         )
     with pytest.raises(ValueError, match="CKPT"):
-        folders.save_checkpoint({"model": parts["model"]}, tmp_path / "x")
+        save_checkpoint({"model": parts["model"]}, tmp_path / "x")
     with pytest.raises(FileNotFoundError, match="no whole"):
-        folders.find_checkpoint_folder(tmp_path / "nothing")
+        find_checkpoint_folder(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="CER"):
-        folders.find_checkpoint_folder(tmp_path / "base", min_key="CER")
+        find_checkpoint_folder(tmp_path / "base", min_key="CER")
     shutil.rmtree(tmp_path / "base")

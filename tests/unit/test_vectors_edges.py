@@ -25,11 +25,13 @@ from speechbrain_taskarith.vectors import (
     search_scale,
 )
 from speechbrain_taskarith.vectors.rules import from_description
-from speechbrain_taskarith.vectors.states.readers import read_checkpoint_meta
 from speechbrain_taskarith.vectors.states.safetensors import (
     SafetensorsWriter,
     TensorInfo,
     read_header,
+)
+from speechbrain_taskarith.vectors.states.speechbrain_folder import (
+    read_checkpoint_meta,
 )
 
 # -- tied tensors --------------------------------------------------------------
@@ -152,6 +154,26 @@ def test_integers_are_not_edited_by_a_floating_point_vector():
     base = {"w": torch.tensor([1, 2])}
     with pytest.raises(ValueError, match="I64"):
         tau.apply(base, 0.5, any_base=True)
+
+
+def test_integers_and_floating_point_weights_are_not_subtracted():
+    """A quantised model minus its base would be a vector of scales."""
+    floats, integers = {"w": torch.ones(2)}, {"w": torch.ones(2).int()}
+    for base, tuned in ((floats, integers), (integers, floats)):
+        with pytest.raises(ValueError, match="type.*I32|I32.*type"):
+            TaskVector.between(base, tuned)
+
+
+@pytest.mark.parametrize("factor", [True, "2", None])
+def test_what_is_no_number_is_no_factor(factor):
+    with pytest.raises(ValueError, match="finite number"):
+        TaskVector({"w": torch.ones(2)}) * factor
+
+
+def test_tensors_of_one_number_are_factors():
+    tau = TaskVector({"w": torch.ones(2)}) * torch.tensor(0.5)
+    assert tau["w"].tolist() == [0.5, 0.5]
+    assert tau.metadata["factor"] == 0.5
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])

@@ -5,7 +5,13 @@ import json
 import pytest
 import torch
 
-from speechbrain_taskarith.vectors import TIES, ModelCard, TaskVector, as_state
+from speechbrain_taskarith.vectors import (
+    TIES,
+    ModelCard,
+    TaskVector,
+    as_state,
+    save_state,
+)
 
 
 def card(**fields):
@@ -35,7 +41,7 @@ def test_everything_is_in_both_forms(tmp_path):
     paths = made.save(tmp_path / "merged.safetensors")
     assert [p.name for p in paths] == [
         "merged.safetensors.card.md",
-        "merged.safetensors.card.json",
+        "merged.safetensors.json",
     ]
     content = json.loads(paths[1].read_text())
     assert content["parents"][0]["fingerprint"] == base.fingerprint
@@ -97,3 +103,18 @@ def test_provenance_fits_a_files_header():
     provenance = made.provenance()
     assert "wer" not in provenance and provenance["rule"]["rule"] == "TIES"
     json.dumps(provenance)
+
+
+def test_a_torch_files_metadata_and_card_share_one_file(tmp_path):
+    made, _, _ = card()
+    path = save_state(
+        {"w": torch.ones(2)}, tmp_path / "m.ckpt", metadata={"step": 3}
+    )
+    made.save(path)
+    content = json.loads((tmp_path / "m.ckpt.json").read_text())
+    assert content == {"step": 3, **made.to_dict()}
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "m.ckpt",
+        "m.ckpt.card.md",
+        "m.ckpt.json",
+    ]

@@ -1,13 +1,18 @@
-"""Merging rules against naive loops in float64, written from the papers."""
+"""Merging rules against `rules.reference`: the papers' formulas in float64."""
 
+import hashlib
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 
-from speechbrain_taskarith.vectors import TaskVector
-from speechbrain_taskarith.vectors.engine.trimming import Magnitude, RandomDrop
+from speechbrain_taskarith.vectors import (
+    TaskVector,
+    merge_checkpoints,
+    open_state,
+)
 from speechbrain_taskarith.vectors.rules import (
     DARE,
     DELLA,
@@ -23,9 +28,14 @@ from speechbrain_taskarith.vectors.rules import (
     Merge,
     ModelStock,
     MultiSLERP,
+    Rule,
     TaskArithmetic,
     from_description,
+    reference,
 )
+from speechbrain_taskarith.vectors.rules.dare import RandomDrop
+from speechbrain_taskarith.vectors.rules.description import RULES, rule_class
+from speechbrain_taskarith.vectors.rules.ties import Magnitude
 
 SHAPES = {
     "enc.layers.0.w": (6, 9),
@@ -76,53 +86,6 @@ def assert_close(merged, expected, rtol=2e-6, atol=2e-6):
         )
 
 
-# ---------------------------------------------------------------- oracles
-
-
-def trim(numbers, density):
-    """Keep the largest by full sorting; earlier entries win ties."""
-    k = round(density * len(numbers))
-    order = sorted(range(len(numbers)), key=lambda i: (-abs(numbers[i]), i))
-    kept = set(order[:k])
-    return [x if i in kept else 0.0 for i, x in enumerate(numbers)]
-
-
-def elect_and_merge(columns, elect):
-    """TIES, algorithm 1, steps 2 and 3, entry by entry."""
-
-    def sign(x):
-        return (x > 0) - (x < 0)
-
-    signs = []
-    for entries in columns:
-        if elect == "mass":
-            signs.append(sign(math.fsum(entries)))
-        else:
-            signs.append(sign(sum(sign(x) for x in entries)))
-    majority = sign(sum(signs))
-    merged = []
-    for entries, chosen in zip(columns, signs):
-        chosen = chosen or majority
-        agreeing = [x for x in entries if x and sign(x) == chosen]
-        merged.append(sum(agreeing) / len(agreeing) if agreeing else 0.0)
-    return merged
-
-
-def ties(vectors, density, scope, elect):
-    if scope == "global":
-        rows = [trim(wide(vector), density) for vector in vectors]
-    else:
-        rows = [
-            [
-                x
-                for value in vector.values()
-                for x in trim(value.flatten().tolist(), density)
-            ]
-            for vector in vectors
-        ]
-    return unwide(elect_and_merge(list(zip(*rows)), elect), vectors[0])
-
-
 # ------------------------------------------------------------------ tests
 
 
@@ -154,7 +117,8 @@ def test_ties(density, elect, scope, levels):
     for number in (1, 2, 3):
         vectors = make(number, seed=number, levels=levels)
         merged = TIES(density, trim=scope, elect=elect).combine(vectors)
-        assert_close(merged, ties(vectors, density, scope, elect))
+        expected = reference.ties(vectors, density, scope, elect)
+        assert_close(merged, expected)
 
 
 @pytest.mark.parametrize(
@@ -180,23 +144,15 @@ def test_ties_without_any_majority_is_zero():
 def test_one_vector_ties_is_magnitude_trimming():
     (vector,) = make(1, seed=5)
     merged = TIES(density=0.3).combine([vector])
-    assert wide(merged) == trim(wide(vector), 0.3)
+    expected = reference.trim(torch.tensor(wide(vector)), 0.3)
+    assert wide(merged) == expected.tolist()
 
 
 @pytest.mark.parametrize("levels", [None, 2])
 @pytest.mark.parametrize(("density", "gamma"), [(0.5, 0.1), (0.9, 0.1), (0, 0)])
 def test_breadcrumbs(density, gamma, levels):
     vectors = make(3, seed=2, levels=levels)
-    rows = []
-    for vector in vectors:
-        row = []
-        for value in vector.values():
-            numbers = value.flatten().tolist()
-            kept = trim(numbers, min(density + gamma, 1))
-            top = trim(numbers, gamma)
-            row += [a if b == 0 or a == 0 else 0.0 for a, b in zip(kept, top)]
-        rows.append(row)
-    expected = unwide([sum(c) for c in zip(*rows)], vectors[0])
+    expected = reference.breadcrumbs(vectors, density, gamma)
     assert_close(Breadcrumbs(density, gamma).combine(vectors), expected)
 
 
@@ -233,7 +189,7 @@ def test_dare_masks_depend_on_seed_vector_and_name_alone():
 def test_dare_known_values():
     """The random numbers are part of the format: they never change."""
     merged = DARE(0.5, seed=3).combine([{"w": torch.ones(16)}])["w"]
-    key = __import__("hashlib").sha256(b"3\x000\x00w").digest()[:16]
+    key = hashlib.sha256(b"3\x000\x00w").digest()[:16]
     generator = np.random.Philox(key=int.from_bytes(key, "little"))
     words = generator.random_raw(8)
     low, high = words & 0xFFFFFFFF, words >> 32
@@ -253,7 +209,7 @@ def test_dare_before_another_rule():
         ]
         dropped[index] = dict(stage.combine(alone))
     merged = DARE(0.4, seed=7, then=TIES(0.5)).combine(vectors)
-    assert_close(merged, ties(dropped, 0.5, "global", "mass"))
+    assert_close(merged, reference.ties(dropped, 0.5))
 
 
 def test_della_probabilities_by_rank():
@@ -530,6 +486,213 @@ def test_spectral_rules_with_low_rank_and_zero_matrices():
     torch.testing.assert_close(
         TSVM(share=1).combine([{"w": low}, zeros])["w"], low
     )
+
+
+# ----------------------------------- every rule against its reference
+
+
+def shared(number, seed):
+    """Vectors that agree somewhat, as fine-tunings of one base do."""
+    common = make(1, seed=seed)[0]
+    return [
+        {n: v + common[n] for n, v in vector.items()}
+        for vector in make(number, seed=seed + 1)
+    ]
+
+
+FISHERS = [
+    {n: v.abs() for n, v in vector.items()} for vector in make(3, seed=30)
+]
+PAIRS = {
+    "TaskArithmetic": (
+        TaskArithmetic(weights=[1, -2, 3]),
+        lambda v: reference.task_arithmetic(v, [1, -2, 3]),
+    ),
+    "LinearAverage": (
+        LinearAverage([1, 2, 3]),
+        lambda v: reference.linear_average(v, [1, 2, 3]),
+    ),
+    "TIES": (TIES(), reference.ties),
+    "Breadcrumbs": (Breadcrumbs(), reference.breadcrumbs),
+    "Breadcrumbs global": (
+        Breadcrumbs(0.3, 0.1, trim="global"),
+        lambda v: reference.breadcrumbs(v, 0.3, 0.1, "global"),
+    ),
+    "DARE": (DARE(0.4, seed=3), lambda v: reference.dare(v, 0.4, 3)),
+    "DARE, TIES": (
+        DARE(0.4, then=TIES(0.5)),
+        lambda v: reference.dare(v, 0.4, 0, lambda d: reference.ties(d, 0.5)),
+    ),
+    "DELLA": (DELLA(), reference.della),
+    "DELLA count": (
+        DELLA(0.6, 0.3, seed=5, elect="count"),
+        lambda v: reference.della(v, 0.6, 0.3, 5, "count"),
+    ),
+    "DELLA none": (
+        DELLA(elect="none"),
+        lambda v: reference.della(v, elect="none"),
+    ),
+    "SLERP": (SLERP(0.3), lambda v: reference.slerp(v, 0.3)),
+    "Karcher": (
+        Karcher([1, 2, 3]),
+        lambda v: reference.karcher(v, [1, 2, 3]),
+    ),
+    "Karcher global": (
+        Karcher(scope="global"),
+        lambda v: reference.karcher(v, scope="global"),
+    ),
+    "MultiSLERP": (
+        MultiSLERP([1, 2, 3]),
+        lambda v: reference.multi_slerp(v, [1, 2, 3]),
+    ),
+    "ModelStock": (ModelStock(), reference.model_stock),
+    "ModelStock global": (
+        ModelStock("global"),
+        lambda v: reference.model_stock(v, "global"),
+    ),
+    "Fisher": (Fisher(FISHERS), lambda v: reference.fisher(v, FISHERS)),
+    "TSVM": (TSVM(precision="float64"), reference.tsv_m),
+    "IsoC": (IsoC(precision="float64"), reference.iso_c),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_rule_is_its_reference(name):
+    rule, oracle = PAIRS[name]
+    vectors = shared(2 if name == "SLERP" else 3, seed=31)
+    expected = oracle(vectors)
+    assert all(value.dtype == torch.float64 for value in expected.values())
+    assert_close(rule.combine(vectors), expected, 1e-5, 1e-5)
+
+
+def test_lines_scales_are_its_reference():
+    names = ["front.w", "enc.layers.0.w", "enc.layers.3.w", "dec.layers.0.w"]
+    names += ["enc.layers.1.b", "dec.layers.7.w"]
+    rule = LiNeS(TaskArithmetic(scale=0.2), slope=0.6)
+    assert rule.scales(names) == reference.lines(names, 0.2, 0.6)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_docstring_names_paper_and_reference(name):
+    text = rule_class(name).__doc__
+    function = re.search(r"Reference:\s+`reference\.(\w+)`", text)[1]
+    assert callable(getattr(reference, function))
+    assert re.search(r"[A-Z]\w+ (et al\. |and [A-Z]\w+ )?\(?\d{4}", text)
+
+
+# ------------------------------------------------------ a rule of one's own
+
+
+class Median(Rule):
+    """The median of the vectors, entry by entry."""
+
+    def merge_tensor(self, name, deltas, base=None):
+        return torch.stack(deltas).median(dim=0).values
+
+
+class Decay(Rule):
+    """A rule with an argument, which looks at the base and writes about."""
+
+    def __init__(self, share, scale=1.0):
+        super().__init__(scale)
+        self.share = share
+
+    def merge_tensor(self, name, deltas, base=None):
+        total = deltas[0].sub_(self.share * base)
+        base.zero_()
+        return total.double()
+
+
+def test_own_rule_in_memory():
+    vectors = make(3)
+    before = [{n: v.clone() for n, v in w.items()} for w in vectors]
+    merged = Median().combine(vectors)
+    for name, value in merged.items():
+        stacked = torch.stack([v[name] for v in vectors])
+        assert torch.equal(value, stacked.median(dim=0).values)
+    base = make(1, seed=3)[0]
+    edited = Decay(0.1, scale={"norm": 0.5})(base, vectors[:1])
+    expected = base["norm"] + 0.5 * (before[0]["norm"] - 0.1 * base["norm"])
+    torch.testing.assert_close(edited["norm"], expected)
+    assert torch.equal(edited["gain"], base["gain"])
+    for vector, old in zip(vectors, before):
+        assert all(torch.equal(vector[n], old[n]) for n in old)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Median(),
+        Median(scale=0.3),
+        Decay(0.1, 0.5),
+        DARE(0.5, then=Median()),
+        LiNeS(Median(0.2), slope=0.4),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_own_rule_streams_the_same_bytes(rule, threads, tmp_path):
+    base, vectors = make(1, seed=3)[0], make(3)
+    tuned = [{n: base[n] + v for n, v in w.items()} for w in vectors]
+    taus = [TaskVector.between(base, model) for model in tuned]
+    expected = rule(base, taus)
+    output = tmp_path / "merged.safetensors"
+    merge_checkpoints(
+        base, tuned, rule, output, progress=False, threads=threads, chunk=7
+    )
+    merged = open_state(output)
+    for name, value in expected.items():
+        assert torch.equal(merged[name], value), name
+
+
+def test_own_rule_is_described_and_never_made_by_name():
+    assert Decay(0.1).describe() == {
+        "rule": "Decay",
+        "share": 0.1,
+        "scale": 1.0,
+        "module": __name__,
+    }
+    assert repr(Decay(0.1, 2)) == "Decay(share=0.1, scale=2)"
+    # It might be called as one of this package's rules.
+    twin = type("TIES", (Median,), {"__module__": __name__})()
+    for rule in (Median(), twin):
+        with pytest.raises(ValueError, match="make the object yourself"):
+            from_description(rule.describe())
+
+    class Forgetful(Rule):
+        def __init__(self, share):
+            self.kept = share
+
+    with pytest.raises(AttributeError, match="self.share"):
+        Forgetful(1).describe()
+
+
+def test_own_rule_that_goes_wrong_is_named():
+    class Sum(Rule):
+        def merge_tensor(self, name, deltas, base=None):
+            return sum(delta.sum() for delta in deltas)
+
+    class Inverse(Rule):
+        def merge_tensor(self, name, deltas, base=None):
+            return 1 / (deltas[0] - deltas[0])
+
+    vectors = [{"w": torch.ones(2, 2)}]
+    with pytest.raises(ValueError, match="Sum.merge_tensor: 'w'.*shape"):
+        Sum().combine(vectors)
+    with pytest.raises(ValueError, match="Inverse.merge_tensor: 'w'.*NaN"):
+        Inverse().combine(vectors)
+    with pytest.raises(NotImplementedError, match="merge_tensor"):
+        Rule().combine(vectors)
+
+
+@pytest.mark.parametrize("wrong", [TIES, "TIES", lambda vectors: vectors[0]])
+def test_what_is_no_rule_is_refused(wrong):
+    for make_rule in (
+        lambda: DARE(0.5, then=wrong),
+        lambda: LiNeS(wrong, slope=0.1),
+    ):
+        with pytest.raises(TypeError, match=r"expected a Rule, e\.g\. TIES"):
+            make_rule()
 
 
 # ------------------------------------------------------- what a rule checks

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speechbrain_taskarith.vectors.engine import sampling, thresholds
+from speechbrain_taskarith.vectors.engine import thresholds
 from speechbrain_taskarith.vectors.engine.streaming import MemoryVectors, Stream
-from speechbrain_taskarith.vectors.engine.thresholds import find_cuts, survivors
+from speechbrain_taskarith.vectors.engine.thresholds import find_cuts
 
 
 def oracle(numbers, k):
@@ -24,13 +24,12 @@ def found(vectors, share, scope, chunk=1000, threads=1):
     stream = Stream(MemoryVectors(vectors), (), chunk, threads)
     (tables,) = find_cuts(stream, [share], scope)
     masks = [{n: [] for n in vectors[0]} for _ in vectors]
-    order = {name: i for i, name in enumerate(vectors[0])}
     work = stream.passes.workspace
     for place in stream.places():
         for index, table in enumerate(tables):
             tau = stream.vector(index, place, work)
             bits = thresholds.magnitude_bits(tau, work)
-            mask = table[place.name].mask(bits, place, order[place.name], work)
+            mask = table[place.name].mask(bits, place, work)
             masks[index][place.name].append(mask.copy())
     return [{n: np.concatenate(parts) for n, parts in m.items()} for m in masks]
 
@@ -42,7 +41,7 @@ def check(vectors, share, scope, **how):
         for names in groups:
             numbers = np.concatenate([vector[n].numpy() for n in names])
             got = np.concatenate([mask[n] for n in names])
-            k = survivors(share, len(numbers))
+            k = round(share * len(numbers))
             assert got.sum() == k
             assert np.array_equal(got, oracle(numbers, k))
 
@@ -79,15 +78,15 @@ def way(request, monkeypatch):
     if request.param == "collect all":
         return request.param
     monkeypatch.setattr(thresholds, "_SMALL", 1000)
-    monkeypatch.setattr(sampling, "_FEWEST", 1 << 12)
-    monkeypatch.setattr(sampling, "_RUN", 64)
+    monkeypatch.setattr(thresholds, "_SMALLEST_SAMPLE", 1 << 12)
+    monkeypatch.setattr(thresholds, "_SAMPLED_RUN", 64)
     if request.param == "misled":
         # A bracket that is far too narrow misses nearly always.
-        monkeypatch.setattr(sampling, "_ERRORS", 0.0)
+        monkeypatch.setattr(thresholds, "_ERRORS", 0.0)
     if request.param == "histograms":
         # No room: whatever is collected is too much.
         monkeypatch.setattr(thresholds, "_SMALL", -1)
-        monkeypatch.setattr(thresholds, "_MOST", 0.0)
+        monkeypatch.setattr(thresholds, "_LARGEST_SHARE", 0.0)
     return request.param
 
 

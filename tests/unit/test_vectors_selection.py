@@ -7,9 +7,12 @@ import math
 import pytest
 import torch
 
-from speechbrain_taskarith.vectors import TaskVector, search_scale
-from speechbrain_taskarith.vectors.editing.scale_editing import edit_into
-from speechbrain_taskarith.vectors.editing.scale_search import refuse_test_split
+from speechbrain_taskarith.vectors import (
+    TaskVector,
+    refuse_test_split,
+    search_scale,
+)
+from speechbrain_taskarith.vectors.application import edit_into
 
 
 class Model(torch.nn.Module):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from speechbrain_taskarith.vectors import (
     TIES,
     LiNeS,
+    Rule,
     SequentialEditor,
     TaskArithmetic,
     TaskVector,
@@ -509,13 +510,11 @@ def test_a_base_by_reference(tmp_path):
         )
 
 
-class Halving:
+class Halving(Rule):
     """A rule that is not of this package."""
 
-    scale = 1.0
-
-    def combine(self, vectors):
-        return 0.5 * vectors[0]
+    def merge_tensor(self, name, deltas, base=None):
+        return 0.5 * deltas[0]
 
 
 def test_a_foreign_rule_works_and_is_asked_for_on_resume(tmp_path):
@@ -564,7 +563,7 @@ def test_saving_writes_weights_and_card(tmp_path):
     final = learn_all(editor, ["german"])[-1]
     path = editor.save(tmp_path / "edited.safetensors", wer={"german": 4.5})
     assert open_state(path).fingerprint == as_state(final).fingerprint
-    card = json.loads((tmp_path / "edited.safetensors.card.json").read_text())
+    card = json.loads((tmp_path / "edited.safetensors.json").read_text())
     assert card["fingerprint"] == editor.fingerprint
     assert card["wer"] == [{"name": "german", "wer": 4.5}]
     assert (

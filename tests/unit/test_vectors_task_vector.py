@@ -89,9 +89,9 @@ def test_in_place_equals_apply_bit_for_bit():
 
 
 def test_in_place_over_many_chunks(monkeypatch):
-    from speechbrain_taskarith.vectors import in_place
+    from speechbrain_taskarith.vectors import application
 
-    monkeypatch.setattr(in_place, "_CHUNK", {"cpu": 7, "cuda": 7})
+    monkeypatch.setattr(application, "_CHUNK", {"cpu": 7, "cuda": 7})
     test_in_place_equals_apply_bit_for_bit()
 
 

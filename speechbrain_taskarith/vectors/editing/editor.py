@@ -1,7 +1,8 @@
 """Sequential model editing: learn domain after domain without old data.
 
-Plantinga et al., "Sequential Editing for Lifelong Training of Speech
-Recognition Models", Interspeech 2024, https://arxiv.org/abs/2406.17935.
+Kulshreshtha, Dingliwal, Houston, Pappas and Ronanki, "Sequential Editing for
+Lifelong Training of Speech Recognition Models", Interspeech 2024,
+https://arxiv.org/abs/2406.17935.
 """
 
 from pathlib import Path
@@ -17,21 +18,17 @@ from speechbrain_taskarith.vectors.editing.schedules import (
     scheduled_scale,
 )
 from speechbrain_taskarith.vectors.encodings import ENCODINGS
-from speechbrain_taskarith.vectors.rules.description import (
-    build_rule,
-    combine,
-    describe_rule,
-)
-from speechbrain_taskarith.vectors.states.fingerprint import short
-from speechbrain_taskarith.vectors.states.state import as_state
+from speechbrain_taskarith.vectors.model_card import ModelCard
+from speechbrain_taskarith.vectors.rules.base import check_rule
+from speechbrain_taskarith.vectors.rules.description import from_description
+from speechbrain_taskarith.vectors.states.readers import as_state
+from speechbrain_taskarith.vectors.states.state import short
 from speechbrain_taskarith.vectors.states.writers import save_state
 from speechbrain_taskarith.vectors.task_vector import TaskVector
 
-__all__ = ["Edit", "SequentialEditor"]
-
 
 class SequentialEditor:
-    """Edits a model once per domain and remembers every edit.
+    """Edits a model once per domain and logs every edit.
 
     With `theta_hat_t` fine-tuned on domain `t` from `theta_{t-1}`::
 
@@ -39,25 +36,20 @@ class SequentialEditor:
         theta_t = theta_{t-1} + scale * rule(tau_t)
 
     (eq. 1-3 of the paper). A scale of 1 with task arithmetic is plain
-    fine-tuning, 0 learns nothing. With one vector a time, TIES is magnitude
-    trimming.
+    fine-tuning, 0 learns nothing. With one vector at a time, TIES is
+    magnitude trimming.
 
-    The folder holds everything: a copy of the base, each vector as it was
-    applied (after the rule, encoded), and the edit log. What is applied is
-    what was read back from the disk, so the state is a function of the
-    folder alone: undoing the last edit, or resuming in another process,
-    gives the same bytes, whatever the encoding lost.
-
-    A process that is killed loses nothing: the log is replaced last, and
-    what the log does not name is swept away when the folder is opened.
+    The folder holds a copy of the base, each vector as it was applied (after
+    the rule, encoded), and the log. The state is a function of the folder
+    alone: undoing the last edit, or resuming in another process, gives the
+    same bytes, whatever the encoding rounds. A killed process loses nothing.
 
     Arguments
     ---------
     base : path, torch.nn.Module, or mapping of tensors
         The state to start from. It is copied into the folder.
-    rule : object
-        What makes the edit of a task vector, by its `combine` (`TIES`,
-        `TaskArithmetic`, ...).
+    rule : Rule
+        What makes the edit of a task vector (`TIES`, `TaskArithmetic`, ...).
     folder : str or pathlib.Path
         The editor's own folder; made when missing. It must not hold
         another sequence: open that with `SequentialEditor.resume`.
@@ -120,7 +112,7 @@ class SequentialEditor:
             folder,
             base,
             keep_base,
-            rule=describe_rule(rule),
+            rule=check_rule(rule).describe(),
             schedule=plain_schedule(scale),
             encoding=encoding,
             include=list(as_tuple(include)),
@@ -146,24 +138,22 @@ class SequentialEditor:
         ---------
         folder : str or pathlib.Path
             The folder.
-        rule : object or None
-            For further edits; None builds it from the log, which can be
-            done for the rules of this package.
-        scale : object or None
-            For further edits; None takes the log's.
-        include, exclude : str, sequence of str or None
-            For further edits; None takes the log's.
+        rule : Rule or None
+            For further edits. None builds it from the log, which works for
+            the rules of this package.
+        scale, include, exclude : object or None
+            For further edits, as for the constructor; None takes the log's.
         read_only : bool
             True takes no lock and changes nothing: for looking, and for the
             other processes of a distributed run.
         verify : bool
-            True compares every vector and the state after every edit with
-            the log; False does so when the state is asked for.
+            True compares every vector and every state with the log now,
+            False when the state is asked for.
 
         Returns
         -------
         SequentialEditor
-            Whose `state()` has the bytes that were reported last.
+            Its `state()` has the bytes of the last edit.
 
         Raises
         ------
@@ -196,24 +186,18 @@ class SequentialEditor:
     def open(cls, base, rule, folder, **arguments):
         """Resume where the folder holds a sequence, else start one.
 
-        What a recipe calls that may have been killed before.
+        For a recipe that may be killed and started again. A folder whose
+        sequence starts from another base is a ValueError.
 
         Arguments
         ---------
-        base, rule, folder : object
+        base, rule, folder, **arguments : object
             As for the constructor.
-        **arguments : object
-            `scale`, `encoding`, `include`, `exclude`, `keep_base`.
 
         Returns
         -------
         SequentialEditor
             The editor.
-
-        Raises
-        ------
-        ValueError
-            The folder's sequence starts from another base.
         """
         if not (Path(folder) / LOG_NAME).exists():
             return cls(base, rule, folder, **arguments)
@@ -235,7 +219,7 @@ class SequentialEditor:
 
     @property
     def folder(self):
-        """Where the base, the vectors and the log lie: a `Path`."""
+        """Folder of the base, the vectors and the log: a `Path`."""
         return self._files.path
 
     @property
@@ -245,7 +229,7 @@ class SequentialEditor:
 
     @property
     def history(self):
-        """All that was done, undone edits included: a list of dicts."""
+        """Everything done, undone edits included: a list of dicts."""
         return [dict(entry) for entry in self._files.log.history]
 
     @property
@@ -301,7 +285,7 @@ class SequentialEditor:
             This edit's scale, e.g. from `search_scale`; None follows the
             editor's.
         selected_on : str or None
-            What the scale was chosen on; kept in the log.
+            What the scale was chosen on, for the log.
         note : str
             Free text for the log.
 
@@ -313,15 +297,14 @@ class SequentialEditor:
         Raises
         ------
         ValueError
-            A name in use, NaN or infinity, an unusable scale; nothing is
-            changed then.
+            A name in use, NaN or infinity, an unusable scale.
         KeyError
             Parameters that are not those of the present state.
         """
         self._files.check_writable()
         if not isinstance(name, str) or not name:
             raise ValueError(f"name: expected a text, got {name!r}")
-        if name in [edit.name for edit in self.log]:
+        if any(edit.name == name for edit in self.log):
             raise ValueError(
                 f"{self.folder}: {name!r} was learned already; undo it first "
                 "or choose another name"
@@ -330,7 +313,7 @@ class SequentialEditor:
         vector = TaskVector.between(
             before, finetuned, include=self._include, exclude=self._exclude
         )
-        vector = combine(rule, [vector], before)
+        vector = rule.combine([vector], base=before)
         vector.base_fingerprint = before.fingerprint
         if scale is None:
             number = len(self.log) + 1
@@ -351,7 +334,7 @@ class SequentialEditor:
                 sha256=digest,
                 encoding=self._files.log.encoding,
                 scale=scale,
-                rule=describe_rule(rule),
+                rule=rule.describe(),
                 learned_on=before.fingerprint,
                 state=after.fingerprint,
                 exact=True,
@@ -370,10 +353,10 @@ class SequentialEditor:
     def undo(self, name):
         """Take an edit back.
 
-        Undoing the last edit gives the state before it bit for bit: the
-        state is built from the base forward, never by subtracting. Undoing
-        an earlier one applies the later vectors to another state than they
-        were learned on; the log marks them `exact=False`.
+        Undoing the last edit gives the state before it bit for bit, since
+        nothing is subtracted: the state is built from the base forward.
+        Undoing an earlier one applies the later vectors to another state than
+        they were learned on; the log marks them `exact=False`.
 
         Arguments
         ---------
@@ -387,16 +370,16 @@ class SequentialEditor:
         """
         self._files.check_writable()
         removed = self.log[self._index(name)]
-        kept = [edit for edit in self.log if edit.name != name]
-        self._replace(kept, action="undo", name=name)
+        others = [edit for edit in self.log if edit.name != name]
+        self._replace(others, action="undo", name=name)
         return removed
 
     def reorder(self, names):
         """Apply the stored vectors in another order.
 
-        An approximation wherever a vector meets another state than it was
-        learned on (marked `exact=False`); going back to the first order
-        gives back the first bytes.
+        An approximation where a vector is applied to another state than it
+        was learned on (`exact=False` in the log); going back to the first
+        order gives the first bytes.
 
         Arguments
         ---------
@@ -435,8 +418,6 @@ class SequentialEditor:
         pathlib.Path
             The path written.
         """
-        from speechbrain_taskarith.vectors.model_card import ModelCard
-
         state = self._state()
         card = ModelCard.of_edits(self, **arguments)
         path = save_state(state, path, metadata=card.provenance())
@@ -464,9 +445,9 @@ class SequentialEditor:
 
     def _get_rule(self):
         if self.rule is not None:
-            return self.rule
+            return check_rule(self.rule)
         try:
-            self.rule = build_rule(self._files.log.rule)
+            self.rule = from_description(self._files.log.rule)
         except ValueError as error:
             hint = "SequentialEditor.resume(folder, rule=...)"
             path = self.folder / LOG_NAME

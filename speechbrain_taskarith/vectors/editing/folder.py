@@ -11,9 +11,8 @@ from speechbrain_taskarith.vectors.editing.log import (
     now,
     slug,
 )
-from speechbrain_taskarith.vectors.states.fingerprint import short
-from speechbrain_taskarith.vectors.states.readers import open_state
-from speechbrain_taskarith.vectors.states.state import as_state
+from speechbrain_taskarith.vectors.states.readers import as_state, open_state
+from speechbrain_taskarith.vectors.states.state import short
 from speechbrain_taskarith.vectors.states.writers import save_state
 from speechbrain_taskarith.vectors.task_vector import TaskVector
 
@@ -21,19 +20,10 @@ _VECTORS = "vectors"
 
 
 class EditFolder:
-    """What a `SequentialEditor` keeps on the disk.
+    """What a `SequentialEditor` stores on the disk.
 
-    Nothing counts that the log does not name, and the log is replaced last:
-    that is all there is to surviving a kill.
-
-    Arguments
-    ---------
-    path : str or pathlib.Path
-        The folder.
-    lock : FolderLock or None
-        None for reading only.
-    log : EditLog or None
-        None reads it.
+    Only what the log names counts, and the log is replaced last: that is all
+    there is to surviving a kill.
     """
 
     def __init__(self, path, lock, log=None):
@@ -43,24 +33,7 @@ class EditFolder:
 
     @classmethod
     def start(cls, path, base, keep_base, **settings):
-        """Begin a sequence in a folder.
-
-        Arguments
-        ---------
-        path : str or pathlib.Path
-            The folder; it must not hold a log.
-        base : State
-            What the sequence starts from.
-        keep_base : str
-            `"copy"` or `"reference"`.
-        **settings : object
-            Fields of the `EditLog`.
-
-        Returns
-        -------
-        EditFolder
-            Locked, with a log that holds no edits.
-        """
+        """Begin a sequence; `settings` are fields of the `EditLog`."""
         path = Path(path)
         if (path / LOG_NAME).exists():
             raise FileExistsError(
@@ -71,7 +44,7 @@ class EditFolder:
         lock = FolderLock(path)
         try:
             log = EditLog(
-                base=_keep(path, base, keep_base),
+                base=_store_base(path, base, keep_base),
                 edits=[],
                 history=[{"action": "start", "when": now()}],
                 **settings,
@@ -84,20 +57,7 @@ class EditFolder:
 
     @classmethod
     def reopen(cls, path, read_only=False):
-        """Open a folder that holds a sequence.
-
-        Arguments
-        ---------
-        path : str or pathlib.Path
-            The folder.
-        read_only : bool
-            True takes no lock and sweeps nothing.
-
-        Returns
-        -------
-        EditFolder
-            As the log says.
-        """
+        """Open a folder that holds a sequence."""
         # Before the lock, so that a wrong path leaves no lock file behind.
         EditLog.read(path)
         lock = None if read_only else FolderLock(path)
@@ -121,13 +81,7 @@ class EditFolder:
         self.lock.check()
 
     def base(self):
-        """Open the base and check that it is the one.
-
-        Returns
-        -------
-        State
-            What the sequence starts from.
-        """
+        """Open the base and check that it is the one of the log."""
         entry = self.log.base
         path = self.path / entry["file"] if "file" in entry else entry["path"]
         if not Path(path).exists():
@@ -147,23 +101,8 @@ class EditFolder:
     def store(self, name, vector, encoding):
         """Write a vector; it does not count until it is committed.
 
-        Arguments
-        ---------
-        name : str
-            The edit's name.
-        vector : TaskVector
-            The vector.
-        encoding : str
-            See `TaskVector.save`.
-
-        Returns
-        -------
-        file : str
-            Its path in the folder.
-        sha256 : str
-            Of the file.
-        stored : TaskVector
-            What the file gives back.
+        Returns its file (relative to the folder), that file's SHA-256, and the
+        vector as it is read back.
         """
         number = len(self.log.history)
         file = f"{_VECTORS}/{number:04d}-{slug(name)}.safetensors"
@@ -172,18 +111,7 @@ class EditFolder:
         return file, digest, TaskVector.load(self.path / file)
 
     def vector(self, edit):
-        """Read the vector of an edit and check its hash.
-
-        Arguments
-        ---------
-        edit : Edit
-            From the log.
-
-        Returns
-        -------
-        TaskVector
-            As it was stored.
-        """
+        """Read the vector of an edit and check its hash."""
         path = self.path / edit.vector
         if not path.is_file():
             raise FileNotFoundError(
@@ -201,19 +129,8 @@ class EditFolder:
     def forward(self, edits, check=False):
         """Apply edits in order, from the base on.
 
-        Arguments
-        ---------
-        edits : list of Edit
-            Which, in which order.
-        check : bool
-            True compares each state with the one that the log reports.
-
-        Returns
-        -------
-        state : State
-            After the last edit.
-        edits : list of Edit
-            With states and exactness as they are in this order.
+        Returns the last state, and the edits with states and exactness as they
+        are in this order. `check` compares each state with the one in the log.
         """
         state, applied = self.base(), []
         for edit in edits:
@@ -231,22 +148,14 @@ class EditFolder:
         return state, applied
 
     def commit(self, edits, **entry):
-        """Make a new list of edits the truth: the last step of every act.
-
-        Arguments
-        ---------
-        edits : list of Edit
-            All in force from now on.
-        **entry : object
-            What to note in the history.
-        """
+        """Put a new list of edits into force: the last step of a change."""
         history = [*self.log.history, {**entry, "when": now()}]
         log = replace(self.log, edits=edits, history=history)
         log.write(self.path)
         self.log = log
 
     def back_to_disk(self):
-        """After a failure: forget what is in memory, sweep what is left."""
+        """After a failure: go back to what is on the disk, sweep the rest."""
         # An interrupt may come right after the log was replaced: what
         # stands on the disk decides.
         self.log = EditLog.read(self.path)
@@ -270,8 +179,8 @@ class EditFolder:
             self.lock.release()
 
 
-def _keep(folder, base, keep_base):
-    """Keep the base; return its entry in the log."""
+def _store_base(folder, base, keep_base):
+    """Copy the base or note its path; return its entry in the log."""
     entry = {"fingerprint": base.fingerprint, "from": base.label}
     if keep_base == "reference":
         if base.path is None:
@@ -280,7 +189,7 @@ def _keep(folder, base, keep_base):
                 "in memory can only be copied"
             )
         return {"path": str(Path(base.path).resolve()), **entry}
-    # Only torch's own form remembers which tensors are tied.
+    # Only a torch file stores which tensors are tied.
     file = "base.ckpt" if base.aliases else "base.safetensors"
     save_state(base, folder / file)
     return {"file": file, **entry}

@@ -1,8 +1,8 @@
 """The log of a sequence of edits: what was applied, when, with what hash.
 
-The log is one JSON file that is replaced whole, last, and atomically: what it
-does not name never happened, so a process killed between writing a vector
-and replacing the log has lost nothing that was reported done.
+The log is one JSON file that is replaced whole, last, and atomically. What it
+does not name never happened: a process killed between writing a vector and
+replacing the log has lost nothing that was reported done.
 """
 
 import datetime
@@ -21,12 +21,12 @@ _FORMAT = "speechbrain_taskarith edit log"
 _VERSION = 1
 
 # Locks of this process: POSIX locks do not keep a process from itself.
-_held = set()
+_own_locks = set()
 
 
 @dataclass(frozen=True)
 class Edit:
-    """One edit of a sequence, as the log keeps it.
+    """One edit of a sequence, as the log stores it.
 
     Arguments
     ---------
@@ -82,79 +82,36 @@ class Edit:
 
 
 def now():
-    """Return the time as the log writes it.
-
-    Returns
-    -------
-    str
-        UTC, ISO 8601, to the second.
-    """
+    """Return the time as the log writes it: UTC, ISO 8601, to the second."""
     moment = datetime.datetime.now(datetime.timezone.utc)
     return moment.isoformat(timespec="seconds")
 
 
 def slug(name):
-    """Turn an edit's name into a piece of a file name.
-
-    Arguments
-    ---------
-    name : str
-        Any text.
-
-    Returns
-    -------
-    str
-        Letters, digits, `-` and `_`, at most 40 of them.
-
-    Example
-    -------
-    >>> slug("Français / Belgique")
-    'Fran-ais-Belgique'
-    """
+    """Turn an edit's name into a short piece of a file name."""
     return re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")[:40] or "edit"
 
 
 @dataclass
 class EditLog:
-    """The content of `edits.json`.
+    """The content of `edits.json`."""
 
-    Arguments
-    ---------
-    base : dict
-        `{"file" | "path", "fingerprint"}` of the state the sequence starts
-        from; `file` is relative to the folder, `path` lies outside it.
-    rule : dict
-        The editor's rule, in plain types.
-    schedule : object
-        The editor's scale: None (the rule's), a number, a dict, a list or
-        a text.
-    encoding : str
-        How vectors are stored.
-    include, exclude : list of str
-        Patterns of the parameters that are edited.
-    edits : list of Edit
-        The edits in force, in order.
-    history : list of dict
-        Everything that was done, including what was undone since.
-    """
-
+    # {"file" | "path", "fingerprint", "from"} of the state that the sequence
+    # starts from; `file` is relative to the folder, `path` lies outside it.
     base: dict
+    # The editor's rule, scale (see `SequentialEditor`) and encoding, in plain
+    # types, and the patterns of the parameters that are edited.
     rule: dict
     schedule: object
     encoding: str
     include: list
     exclude: list
+    # `Edit`s in force, in order, and all that was done, undone edits too.
     edits: list
     history: list
 
     def write(self, folder):
-        """Replace the log in a folder, atomically.
-
-        Arguments
-        ---------
-        folder : pathlib.Path
-            The editor's folder.
-        """
+        """Replace the log of a folder, atomically."""
         content = {"format": _FORMAT, "version": _VERSION}
         for field in fields(self):
             content[field.name] = getattr(self, field.name)
@@ -163,25 +120,7 @@ class EditLog:
 
     @classmethod
     def read(cls, folder):
-        """Read and check the log of a folder.
-
-        Arguments
-        ---------
-        folder : str or pathlib.Path
-            The editor's folder.
-
-        Returns
-        -------
-        EditLog
-            Its content.
-
-        Raises
-        ------
-        FileNotFoundError
-            The folder holds no log.
-        ValueError
-            The file is damaged or of another format; it is named.
-        """
+        """Read and check the log of a folder; errors name the file."""
         path = Path(folder) / LOG_NAME
         if not path.is_file():
             raise FileNotFoundError(
@@ -191,7 +130,7 @@ class EditLog:
             )
         content = read_json(path)
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            raise ValueError(f"{path}: is JSON, but no edit log of ours")
+            raise ValueError(f"{path}: is JSON, but not an edit log")
         if content.get("version") != _VERSION:
             raise ValueError(
                 f"{path}: written in version {content.get('version')} of the "
@@ -216,23 +155,13 @@ class FolderLock:
 
     A POSIX record lock: it ends with the process, however that ends, and
     data-loading workers forked from the process do not inherit it.
-
-    Arguments
-    ---------
-    folder : pathlib.Path
-        The folder, which must exist.
-
-    Raises
-    ------
-    RuntimeError
-        Somebody else holds it; the message names the folder and the process.
     """
 
     def __init__(self, folder):
         self._path = (Path(folder) / LOCK_NAME).resolve()
         self._process = os.getpid()
         self._key = (self._process, str(self._path))
-        if self._key in _held:
+        if self._key in _own_locks:
             raise self._busy("another editor of this process")
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -252,7 +181,7 @@ class FolderLock:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{self._process}\n".encode(), 0)
         self._descriptor = descriptor
-        _held.add(self._key)
+        _own_locks.add(self._key)
 
     def _busy(self, owner):
         return RuntimeError(
@@ -262,7 +191,8 @@ class FolderLock:
         )
 
     def check(self):
-        """Raise in a forked child: the lock is its parent's."""
+        """Raise after `release`, and in a forked child: the lock is its
+        parent's."""
         if self._descriptor is None or os.getpid() != self._process:
             raise RuntimeError(
                 f"{self._path.parent}: this editor was opened in process "
@@ -273,7 +203,7 @@ class FolderLock:
     def release(self):
         """Let others edit. A second call does nothing."""
         if self._descriptor is not None and os.getpid() == self._process:
-            _held.discard(self._key)
+            _own_locks.discard(self._key)
             os.close(self._descriptor)
             self._descriptor = None
 

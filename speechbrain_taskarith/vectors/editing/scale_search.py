@@ -1,7 +1,7 @@
-"""Choosing the scale of an edit against a word error rate.
+"""Choosing the scale of an edit by its word error rate.
 
-One load, then edit in place on the model's device, evaluate, edit again: no
-retraining, and nothing but the evaluation costs time.
+The model is loaded once, edited in place on its own device, evaluated, and
+edited again: only the evaluation takes time.
 """
 
 import math
@@ -9,20 +9,18 @@ import re
 import time
 from collections.abc import Mapping
 
-from speechbrain_taskarith.utils.patterns import require_match
-from speechbrain_taskarith.utils.progress import progress
-from speechbrain_taskarith.vectors.checks import is_finite
-from speechbrain_taskarith.vectors.editing.scale_editing import (
-    Editing,
-    group_of,
-)
-from speechbrain_taskarith.vectors.editing.scale_table import (
-    REST,
-    ScaleSearch,
-    finite,
-)
+import torch
 
-__all__ = ["ScaleSearch", "refuse_test_split", "search_scale"]
+from speechbrain_taskarith.utils.messages import some
+from speechbrain_taskarith.utils.patterns import matches, require_match
+from speechbrain_taskarith.utils.progress import progress
+from speechbrain_taskarith.vectors import checks
+from speechbrain_taskarith.vectors.application import (
+    check_tied_edits,
+    edit_into,
+)
+from speechbrain_taskarith.vectors.editing.scale_table import REST, ScaleSearch
+from speechbrain_taskarith.vectors.states.readers import as_state
 
 ORACLE = "real_target"
 # Words that a test split's name has as a part: "test-clean", "tst-COMMON",
@@ -80,12 +78,11 @@ def search_scale(
 ):
     """Find the scale of a task vector with the least word error rate.
 
-    Every scale of `base + scale * tau` is written into the model in place,
-    with the bytes that `TaskVector.apply` gives, in three passes over
-    memory. Without groups this is a line search over `scales`. With groups
-    it goes on from the best common scale: one group at a time tries all
-    scales while the others stay (coordinate search), until a whole round
-    changes nothing.
+    `base + scale * tau` is written into the model in place, with the bytes
+    that `TaskVector.apply` gives. Without groups this is a line search over
+    `scales`. With groups it goes on from the best common scale: one group at
+    a time tries all scales while the others stay (coordinate search), until
+    a whole round changes nothing.
 
     Arguments
     ---------
@@ -111,27 +108,25 @@ def search_scale(
         data (`refuse_test_split`).
     select_on : str or None
         What to call this choice in tables, e.g. `"synthetic_target"`; None
-        takes the split's name. `"real_target"` marks an oracle: it alone may
-        look at a test split, and every row says `oracle`.
+        takes the split's name. `"real_target"` marks an oracle: only that
+        may use a test split, and every row says `oracle`.
     hopeless : float or None
-        A setting with more than `hopeless` times the least WER so far, or a
-        WER that is NaN or infinite, is hopeless: scales farther out on its
-        side (from 0; in a group's line from the scale it starts with) are
-        not tried, since the WER falls and rises but once along a line, up
-        to noise. They are in the table, with the state `"skipped"`. None
-        tries all, except after NaN.
+        A setting is hopeless when its WER is NaN, infinite, or more than
+        `hopeless` times the least WER so far. Scales farther out on its side
+        (from 0; in a group's line from the scale it starts with) are not
+        tried, since the WER has one minimum along a line, up to noise. They
+        stand in the table as `"skipped"`. None tries all, except after NaN.
     max_degradation : float or None
-        With `{domain: WER}`: a setting where a domain is worse than at scale
-        0 by more than this share (0.1: ten per cent) may not be chosen.
-        Scale 0 always may.
+        With `{domain: WER}`: a setting may not be chosen where a domain is
+        worse than at scale 0 by more than this share (0.1: ten per cent).
     domains : sequence of str or None
         The domains that `max_degradation` protects (the old ones); None
         protects all.
     rounds : int
-        Most rounds over the groups.
+        At most so many rounds over the groups.
     leave : str
-        `"initial"` leaves the model with the weights it came with,
-        `"best"` with the best setting. An exception leaves the former.
+        `"initial"` gives the model its first weights back, `"best"` the best
+        setting's. After an exception it has its first weights.
     enable_progress : bool
         False shows no progress bar.
 
@@ -166,43 +161,48 @@ def search_scale(
         refuse_test_split(split)
         refuse_test_split(select_on or split)
         refuse_test_split(getattr(wer, "split", split))
+    if hopeless is not None and not hopeless >= 1:
+        raise ValueError(f"hopeless={hopeless}: expected at least 1")
+    if max_degradation is not None and not max_degradation >= 0:
+        raise ValueError(
+            f"max_degradation={max_degradation}: expected at least 0"
+        )
     patterns = _group_patterns(tau, groups)
     candidates = _candidates(scales, patterns)
     search = ScaleSearch(split, select_on or split, oracle, patterns)
-    judge = _Judge(search, hopeless, max_degradation, domains)
-    with Editing(model, base, tau, patterns) as editing:
-        total = sum(len(values) for values in candidates.values())
-        with progress(
-            total=total, desc="scales", enable=enable_progress
-        ) as bar:
+    total = sum(len(values) for values in candidates.values())
+    with (
+        _InPlaceEdits(model, base, tau, patterns) as edits,
+        progress(total=total, desc="scales", enable=enable_progress) as bar,
+    ):
 
-            def evaluate(setting):
-                bar.update(1)
-                return judge(setting, lambda: editing.wer(wer, setting))
+        def measure(setting):
+            return wer(edits.write(setting))
 
-            if max_degradation is not None:
-                # The reference comes first, and may always be chosen.
-                candidates[REST] = [0.0, *candidates[REST]]
-            best = _line(
-                evaluate,
-                candidates[REST],
-                lambda s: _common(patterns, s),
-                judge,
-            )
-            for _ in range(rounds if groups and best else 0):
-                before = best
-                for group in patterns:
-                    if group != REST:
-                        best = _line(
-                            evaluate,
-                            candidates[group],
-                            lambda s, group=group, at=best: {**at, group: s},
-                            judge,
-                            start=best,
-                            origin=best[group],
-                        )
-                if best == before:
-                    break
+        evaluations = _Evaluations(
+            search, measure, bar, hopeless, max_degradation, domains
+        )
+        if max_degradation is not None:
+            # The reference comes first, and may always be chosen.
+            candidates[REST] = [0.0, *candidates[REST]]
+        best = _line(
+            evaluations,
+            candidates[REST],
+            lambda s: dict.fromkeys(patterns, s),
+        )
+        for _ in range(rounds if groups and best else 0):
+            before = best
+            for group in patterns:
+                if group != REST:
+                    best = _line(
+                        evaluations,
+                        candidates[group],
+                        lambda s, group=group, at=best: {**at, group: s},
+                        start=best,
+                        origin=best[group],
+                    )
+            if best == before:
+                break
         if best is None:
             raise ValueError(
                 "no scale gave a usable word error rate (all were NaN, "
@@ -211,30 +211,29 @@ def search_scale(
             )
         search.choose(best)
         if leave == "best":
-            editing.keep(best)
+            edits.write(best, stay=True)
     return search
 
 
-class _Judge:
-    """Evaluates a setting once, writes it down, and says what it is worth."""
+class _Evaluations:
+    """Evaluates each setting once and enters it into the table."""
 
-    def __init__(self, search, hopeless, max_degradation, domains):
-        if hopeless is not None and not hopeless >= 1:
-            raise ValueError(f"hopeless={hopeless}: expected at least 1")
-        if max_degradation is not None and not max_degradation >= 0:
-            raise ValueError(
-                f"max_degradation={max_degradation}: expected at least 0"
-            )
-        self._search, self._hopeless = search, hopeless
+    def __init__(
+        self, search, measure, bar, hopeless, max_degradation, domains
+    ):
+        self._search, self._measure, self._bar = search, measure, bar
+        self._hopeless = math.inf if hopeless is None else hopeless
         self._max_degradation, self._domains = max_degradation, domains
-        self._known, self._least, self._reference = {}, math.inf, None
+        self._rows, self._least, self._reference = {}, math.inf, None
 
-    def __call__(self, setting, evaluate):
+    def __call__(self, setting):
+        """Return the setting's row of the table."""
+        self._bar.update(1)
         key = tuple(sorted(setting.items()))
-        if key in self._known:
-            return self._known[key]
+        if key in self._rows:
+            return self._rows[key]
         start = time.perf_counter()
-        value = evaluate()
+        value = self._measure(setting)
         seconds = time.perf_counter() - start
         domains = None
         if isinstance(value, Mapping):
@@ -246,9 +245,8 @@ class _Judge:
         if self._max_degradation is not None and self._reference is None:
             self._reference = self._check_domains(domains)
         state = "ok"
-        if not finite(value) or (
-            self._hopeless is not None and value > self._hopeless * self._least
-        ):
+        # `hopeless=None` times 0 is NaN, and nothing is greater than that.
+        if not math.isfinite(value) or value > self._hopeless * self._least:
             state = "hopeless"
         elif self._worse_domain(domains):
             state = "forbidden"
@@ -256,18 +254,18 @@ class _Judge:
             self._least = min(self._least, value)
         row = self._search.add(
             setting,
-            wer=value if finite(value) else None,
+            wer=value if math.isfinite(value) else None,
             domains=domains,
             seconds=round(seconds, 4),
             state=state,
         )
-        self._known[key] = row
+        self._rows[key] = row
         return row
 
-    def skipped(self, setting):
-        """Write down a setting that is not worth trying."""
+    def skip(self, setting):
+        """Enter a setting that is not worth trying."""
         key = tuple(sorted(setting.items()))
-        if key not in self._known:
+        if key not in self._rows:
             self._search.add(
                 setting, wer=None, domains=None, seconds=0.0, state="skipped"
             )
@@ -297,19 +295,91 @@ class _Judge:
         )
 
 
-def _line(evaluate, scales, setting_of, judge, start=None, origin=0.0):
-    """Search one line outwards from its origin, the best known so far (0 at
-    first); return the best setting or None."""
-    best, best_row = start, None if start is None else evaluate(start)
+class _InPlaceEdits:
+    """Writes `base + scale * tau` into a model; restores it at the end.
+
+    Holds one copy of the edited part of the base and of the vector on the
+    model's device, and of the model's own weights where they are not the
+    base's. Leaving the context restores weights, buffers and modes.
+    """
+
+    def __init__(self, model, base, tau, patterns):
+        self._model = model
+        base, live = as_state(base), as_state(model)
+        base.verify()
+        for state in (base, live):
+            tau.check_fits(state)
+        lacking = [name for name in live if name not in base]
+        if lacking:
+            raise ValueError(
+                f"{base.label} lacks {some(lacking)} of the model; the base "
+                "must be a state of this model"
+            )
+        parameters = {name for name, _ in model.named_parameters()}
+        self._group = {name: _group_of(name, patterns) for name in tau}
+        check_tied_edits(tau, live, self._group)
+        self._edited, self._buffers, outside, seen = {}, [], [], set()
+        for name in live:
+            origin, tensor = live.aliases.get(name, name), live[name]
+            if origin in seen:
+                continue
+            if name in tau:
+                seen.add(origin)
+                self._edited[name] = (
+                    tensor,
+                    _copy(base[name], tensor),
+                    tau[name].to(tensor.device),
+                )
+            elif not any(
+                name in tau for name, o in live.aliases.items() if o == origin
+            ):
+                pair = (tensor, _copy(base[name], tensor))
+                # An evaluation may change buffers, never parameters.
+                (outside if name in parameters else self._buffers).append(pair)
+        self._outside = [p for p in outside if not torch.equal(*p)]
+        self._initial = [
+            (tensor, tensor.clone())
+            for tensor, *_ in (
+                *self._outside,
+                *self._buffers,
+                *(e for e in self._edited.values() if not torch.equal(*e[:2])),
+            )
+        ]
+        self._modes = [(m, m.training) for m in model.modules()]
+        self._stay = False
+
+    def __enter__(self):
+        _overwrite(self._outside)
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is not None or not self._stay:
+            _overwrite((t, base) for t, base, _ in self._edited.values())
+            _overwrite(self._initial)
+        for module, training in self._modes:
+            module.training = training
+
+    def write(self, setting, stay=False):
+        """Edit by `{group: scale}` and return the model."""
+        _overwrite(self._buffers)
+        for name, (tensor, base, delta) in self._edited.items():
+            edit_into(tensor, base, delta, setting[self._group[name]])
+        self._stay = stay
+        return self._model
+
+
+def _line(evaluations, scales, setting_of, start=None, origin=0.0):
+    """Search a line from `origin` outwards; return the best setting or None."""
+    best, best_row = start, None if start is None else evaluations(start)
     stopped = set()
     # Outwards: a hopeless setting then rules out what lies behind it, and of
     # two equal settings the one nearer the origin (at first the base) stays.
     for scale in sorted(set(scales), key=lambda s: (abs(s - origin), s)):
         side = scale > origin
         if scale != origin and side in stopped:
-            judge.skipped(setting_of(scale))
+            evaluations.skip(setting_of(scale))
             continue
-        row = evaluate(setting_of(scale))
+        row = evaluations(setting_of(scale))
         if row["state"] == "hopeless" and scale != origin:
             stopped.add(side)
         elif row["state"] == "ok" and (
@@ -330,7 +400,7 @@ def _group_patterns(tau, groups):
         patterns[group] = [given] if isinstance(given, str) else list(given)
         for pattern in patterns[group]:
             require_match(names, pattern)
-    left = [name for name in names if group_of(name, patterns) is None]
+    left = [name for name in names if _group_of(name, patterns) is None]
     if left:
         # Last, so that the first match wins in `best` too.
         patterns[REST] = patterns.pop(REST, []) + [REST]
@@ -351,17 +421,25 @@ def _candidates(scales, patterns):
         given = dict.fromkeys((*patterns, REST), scales)
     result = {}
     for group, values in given.items():
-        result[group] = [float(value) for value in values]
+        result[group] = [float(checks.finite("scales", v)) for v in values]
         if not result[group]:
             raise ValueError("scales: expected at least one")
-        for value in result[group]:
-            if not is_finite(value):
-                raise ValueError(
-                    f"scales: {value} is not a finite number (float32 holds "
-                    "at most 3.4e38)"
-                )
     return result
 
 
-def _common(patterns, scale):
-    return dict.fromkeys(patterns, float(scale))
+def _group_of(name, patterns):
+    """Return the first group whose patterns fit a name, or None."""
+    for group, given in patterns.items():
+        if any(matches(name, pattern) for pattern in given):
+            return group
+    return None
+
+
+def _copy(source, like):
+    return source.detach().to(like.device, like.dtype, copy=True)
+
+
+@torch.no_grad()
+def _overwrite(pairs):
+    for tensor, content in pairs:
+        tensor.copy_(content)

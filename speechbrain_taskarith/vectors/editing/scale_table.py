@@ -3,10 +3,9 @@
 import csv
 import io
 import math
-from pathlib import Path
 
+from speechbrain_taskarith.metrics.plots import plot_scale_curve
 from speechbrain_taskarith.utils.files import atomic_write
-from speechbrain_taskarith.utils.optional import require
 
 # The group of the parameters that no given group holds.
 REST = "*"
@@ -22,7 +21,7 @@ class ScaleSearch:
     select_on : str
         What the choice is called in tables.
     oracle : bool
-        True where the target's real speech was looked at.
+        True where the choice used the target's real speech.
     patterns : dict
         `{group: [pattern, ...]}`; one group `"*"` without groups.
     """
@@ -99,77 +98,64 @@ class ScaleSearch:
     def plot(self, path):
         """Plot word error rate against scale.
 
-        One line for the common scale and one for each group around the best
-        setting; the chosen point is marked.
+        One line for the common scale, one for each group around the best
+        setting (see `metrics.plot_scale_curve`).
 
         Arguments
         ---------
         path : str or pathlib.Path
             `.png`, `.pdf` or `.svg`; written atomically.
         """
-        require("matplotlib", "plots", "plotting")
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(5.5, 3.6), layout="constrained")
-        axes = figure.add_subplot()
-        for label, points in self._lines().items():
-            points = sorted(points)
-            axes.plot(*zip(*points), marker="o", markersize=4, label=label)
-        axes.plot(
-            list(self._setting.values()),
-            [self.best_wer] * len(self._setting),
-            marker="*",
-            markersize=13,
-            color="black",
-            linestyle="none",
-            label="chosen (oracle)" if self.oracle else "chosen",
+        chosen = sorted({(s, self.best_wer) for s in self._setting.values()})
+        lines = self._lines()
+        plot_scale_curve(
+            lines,
+            path,
+            baseline=next(iter(lines.values())).get(0.0),
+            ylabel=f"WER on {self.select_on}",
+            **{"oracle" if self.oracle else "chosen": chosen},
         )
-        axes.set_xlabel("scale")
-        axes.set_ylabel(f"WER on {self.select_on}")
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-        kind = Path(path).suffix.lstrip(".") or "png"
-        with atomic_write(path) as stream:
-            figure.savefig(stream, format=kind, dpi=150)
 
     def _lines(self):
-        """Return `{label: [(scale, WER), ...]}` of what was evaluated."""
-        groups = list(self._patterns)
-        rows = [row for row in self.table if finite(row["wer"])]
-        lines = {}
+        """Return `{label: {scale: WER}}` of what was evaluated."""
+        rows = [row for row in self.table if _is_finite(row["wer"])]
+        lines = {"all parameters": {}}
         for row in rows:
-            values = [row[self._column(group)] for group in groups]
-            if len(set(values)) == 1:
-                point = (values[0], row["wer"])
-                lines.setdefault("all parameters", []).append(point)
-        for group in groups if len(groups) > 1 else []:
-            others = [g for g in groups if g != group]
-            points = [
-                (row[self._column(group)], row["wer"])
+            scales = {row[self._column(group)] for group in self._patterns}
+            if len(scales) == 1:
+                lines["all parameters"][scales.pop()] = row["wer"]
+        for group in self._patterns if len(self._patterns) > 1 else ():
+            others = {
+                self._column(g): scale
+                for g, scale in self._setting.items()
+                if g != group
+            }
+            line = {
+                row[self._column(group)]: row["wer"]
                 for row in rows
-                if all(row[self._column(g)] == self._setting[g] for g in others)
-            ]
-            if len(points) > 1:
-                lines[f"{group} (others at their best)"] = points
+                if all(row[column] == s for column, s in others.items())
+            }
+            if len(line) > 1:
+                lines[f"{group} (others at their best)"] = line
         return lines
 
     def _column(self, group):
         return "scale" if list(self._patterns) == [REST] else f"scale {group}"
 
     def add(self, setting, **values):
-        """Add a row.
+        """Enter what was found at a setting; for `search_scale`.
 
         Arguments
         ---------
         setting : dict
             `{group: scale}`.
         **values : object
-            What was found.
+            Further columns.
 
         Returns
         -------
         dict
-            The row, as it stands in the table.
+            The row.
         """
         row = {self._column(group): s for group, s in setting.items()}
         row |= values
@@ -183,7 +169,7 @@ class ScaleSearch:
         return row
 
     def choose(self, setting):
-        """Mark a setting as the best.
+        """Mark a setting as the best; for `search_scale`.
 
         Arguments
         ---------
@@ -198,17 +184,5 @@ class ScaleSearch:
             )
 
 
-def finite(value):
-    """Tell whether a value is a number that is neither NaN nor infinite.
-
-    Arguments
-    ---------
-    value : float or None
-        A word error rate.
-
-    Returns
-    -------
-    bool
-        False for None too.
-    """
+def _is_finite(value):
     return value is not None and math.isfinite(value)

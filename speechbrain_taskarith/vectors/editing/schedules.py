@@ -1,70 +1,26 @@
 """The scale of each edit of a sequence: fixed, listed, or by a schedule."""
 
-from speechbrain_taskarith.vectors.checks import is_finite
-from speechbrain_taskarith.vectors.rules.description import scale_of
+from speechbrain_taskarith.vectors.checks import finite
 
 ONE_OVER_T = "1/t"
 
 
 def checked_scale(scale):
-    """Return a scale as plain floats.
-
-    Arguments
-    ---------
-    scale : float or dict
-        One number, or `{pattern: number}`.
-
-    Returns
-    -------
-    float or dict
-        Plain Python.
-
-    Raises
-    ------
-    ValueError
-        Something that is not a finite number.
-
-    Example
-    -------
-    >>> checked_scale({"encoder.*": 1})
-    {'encoder.*': 1.0}
-    """
+    """Return a scale, a number or `{pattern: number}`, as plain floats."""
     if isinstance(scale, dict):
         return {str(key): checked_scale(value) for key, value in scale.items()}
-    try:
-        number = float(scale)
-    except (TypeError, ValueError):
-        number = None
-    if number is None or not is_finite(number):
-        raise ValueError(
-            f"scale: expected a finite number (at most 3.4e38, as float32 "
-            f"holds it), got {scale!r}"
-        )
-    return number
+    return float(finite("scale", scale))
 
 
 def plain_schedule(schedule):
-    """Return a schedule as the edit log keeps it.
+    """Check a schedule and return it as the edit log stores it.
 
-    Arguments
-    ---------
-    schedule : None, float, dict, list, str or callable
-        See `SequentialEditor`.
-
-    Returns
-    -------
-    object
-        Plain types; of a callable, a text that cannot be built from.
-
-    Raises
-    ------
-    ValueError
-        A name that is no schedule, a number that is not finite.
+    Of a callable that is a text, from which it cannot be built again.
     """
     if isinstance(schedule, str) and schedule != ONE_OVER_T:
         raise ValueError(
-            f"scale={schedule!r}: the only schedule with a name is "
-            f"{ONE_OVER_T!r}; others are lists or callables"
+            f"scale={schedule!r}: expected {ONE_OVER_T!r}, numbers, a "
+            "list or a callable"
         )
     if schedule is None or isinstance(schedule, str):
         return schedule
@@ -77,37 +33,13 @@ def plain_schedule(schedule):
 
 
 def scheduled_scale(schedule, number, rule, vector):
-    """Return the scale of one edit.
+    """Return the scale of edit `number` (1, 2, ...) by a schedule.
 
-    Arguments
-    ---------
-    schedule : None, float, dict, list, str or callable
-        See `SequentialEditor`.
-    number : int
-        Of the edit, from 1.
-    rule : object
-        Whose scale is taken where there is no schedule.
-    vector : TaskVector
-        What is to be scaled.
-
-    Returns
-    -------
-    float or dict
-        Checked.
-
-    Raises
-    ------
-    ValueError
-        A list that is too short, a schedule that was only a text in the
-        log, a number that is not finite.
-
-    Example
-    -------
     >>> [scheduled_scale("1/t", n, None, {}) for n in (1, 2, 3)]
     [0.5, 0.3333333333333333, 0.25]
     """
     if schedule is None:
-        return checked_scale(scale_of(rule, vector))
+        return checked_scale(rule.scale_for(vector))
     if schedule == ONE_OVER_T:
         # The base is the first of the domains.
         return 1.0 / (number + 1)

@@ -13,79 +13,22 @@ _INFINITE = 0x7F800000
 
 
 def magnitude_bits(values, work, key="bits"):
-    """Return the bits of `|values|` as int32.
+    """Return the bits of `|values|` (float32) as int32.
 
-    Arguments
-    ---------
-    values : array
-        float32, one-dimensional.
-    work : Workspace
-        Its buffer `key` takes the result.
-    key : str
-        The buffer.
-
-    Returns
-    -------
-    array
-        int32; larger for larger magnitudes; NaN and infinity from
-        `0x7F800000` on.
+    Larger for larger magnitudes; NaN and infinity from `0x7F800000` on.
     """
     xp = work.xp
     bits = work.array(key, len(values), "int32")
     return xp.bitwise_and(values.view(xp.int32), _WITHOUT_SIGN, out=bits)
 
 
-def all_finite(values):
-    """Tell whether float32 values hold neither NaN nor infinity.
-
-    Arguments
-    ---------
-    values : array
-        float32, NumPy or torch.
-
-    Returns
-    -------
-    bool
-        True where all are finite.
-    """
-    if not len(values):
-        return True
-    # Both reductions carry a NaN to their result.
-    low, high = values.min(), values.max()
-    return bool(low > -np.inf) and bool(high < np.inf)
-
-
 def finite_bits(bits):
-    """Tell the same of what `magnitude_bits` gave.
-
-    Arguments
-    ---------
-    bits : array
-        int32, one-dimensional.
-
-    Returns
-    -------
-    bool
-        True where no element stands for NaN or infinity.
-    """
+    """Tell whether no `magnitude_bits` stand for NaN or infinity."""
     return not len(bits) or int(bits.max()) < _INFINITE
 
 
 def pick(values, mask):
-    """Return the values where a mask is true, as NumPy.
-
-    Arguments
-    ---------
-    values : array
-        NumPy or torch, one-dimensional.
-    mask : array
-        bool.
-
-    Returns
-    -------
-    numpy.ndarray
-        A copy.
-    """
+    """Return a copy of the values where a mask is true, as NumPy."""
     if isinstance(values, np.ndarray):
         # Faster than indexing where few are true.
         return values.compress(mask)
@@ -93,23 +36,9 @@ def pick(values, mask):
 
 
 def weighted_sum(vectors, weights, place, work):
-    """Return `sum_i w_i tau_i` of a chunk.
+    """Return `sum_i w_i tau_i` of a chunk, in the buffer `sum`.
 
-    Arguments
-    ---------
-    vectors : iterable of arrays
-        float32, each valid until the next.
-    weights : sequence of float
-        One for each.
-    place : Place
-        The chunk.
-    work : Workspace
-        Its buffer `sum` takes the result.
-
-    Returns
-    -------
-    array
-        float32.
+    Each of the float32 vectors need be valid only until the next is taken.
     """
     xp = work.xp
     total = work.array("sum", place.size)
@@ -128,21 +57,8 @@ def weighted_sum(vectors, weights, place, work):
 def dot_table(vectors, place, work, run):
     """Return all dot products between the vectors of a chunk.
 
-    Arguments
-    ---------
-    vectors : sequence of arrays
-        float32, all valid at once.
-    place : Place
-        The chunk.
-    work : Workspace
-        For buffers.
-    run : int
-        Sums are taken over runs of so many elements.
-
-    Returns
-    -------
-    list of numpy.ndarray
-        A float64 matrix for every run, to be added in order.
+    A float64 matrix for every `run` of elements, to be added in order. All
+    vectors must be valid at once.
     """
     xp, number = work.xp, len(vectors)
     tables = []

@@ -2,13 +2,14 @@
 
 What a rule computes is written once, against the operators that NumPy and
 torch share; this file feeds it. Vectors may be tensors in memory or files
-that are read piece by piece (`merge`), the chunks may be worked on by several
+that are read piece by piece (`inputs`), the chunks may be worked on by several
 threads, and the result is the same to the last bit: every chunk is computed
 alone, and what is gathered over chunks is gathered in their order.
 
 Nothing here imports torch, unless tensors of a GPU are passed in.
 """
 
+import contextlib
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -16,32 +17,21 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import numpy as np
 
 from speechbrain_taskarith.utils.progress import progress as show_progress
-from speechbrain_taskarith.vectors.engine.chunk_reader import read_float32
-from speechbrain_taskarith.vectors.engine.kernels import all_finite
+from speechbrain_taskarith.vectors.checks import all_finite
 from speechbrain_taskarith.vectors.engine.workspace import (
     CHUNK,
     Workspace,
     places,
 )
+from speechbrain_taskarith.vectors.states.state import memory_identity
 
 
 class MemoryVectors:
-    """Vectors that are tensors in memory, as flat arrays.
+    """Vectors that are tensors in memory, as a source of a `Stream`.
 
-    Arguments
-    ---------
-    vectors : sequence of mappings
-        `{name: float32 tensor}`, all with the same names and shapes.
-    base : State or None
-        The base's weights, for rules that look at them.
-
-    Attributes
-    ----------
-    shapes : dict
-        `{name: shape}` of what is to be merged; of tied tensors only the
-        first.
-    twins : dict
-        `{name: first name}` of the other tied tensors.
+    All are over the same names and shapes; `base` is a State, for rules that
+    look at it. `shapes` holds what is to be merged, of tied tensors only the
+    first; `twins` are the others, by the first one's name.
     """
 
     def __init__(self, vectors, base=None):
@@ -57,7 +47,7 @@ class MemoryVectors:
             # A lazy mapping's tensor must not be freed meanwhile: the next
             # one could lie at its address, and would look tied to it.
             alive.append(tensors)
-            same = tuple(map(_memory, tensors))
+            same = tuple(map(memory_identity, tensors))
             if None not in same and same in seen:
                 self.twins[name] = seen[same]
                 continue
@@ -74,23 +64,12 @@ class MemoryVectors:
                 self._flat[name] = [tensor.numpy() for tensor in tensors]
 
     def vector(self, index, place, work):
-        """Return a run of one vector; not to be written to.
-
-        Arguments
-        ---------
-        index : int
-            Number of the vector.
-        place : Place
-            Where the run lies.
-        work : Workspace
-            For buffers.
-
-        Returns
-        -------
-        array
-            float32.
-        """
+        """Return a chunk of one vector; not to be written to."""
         return self._flat[place.name][index][place.start : place.stop]
+
+    def base_chunk(self, place, work):
+        """Return a chunk of the base, as float32."""
+        return work.read(self.base, place, "base")
 
     def require_base(self):
         """Raise unless the base is known."""
@@ -100,40 +79,8 @@ class MemoryVectors:
                 "as in rule(base, vectors) or combine(vectors, base=base)"
             )
 
-    def base_chunk(self, place, work):
-        """Return a run of the base.
-
-        Arguments
-        ---------
-        place : Place
-            Where the run lies.
-        work : Workspace
-            For buffers.
-
-        Returns
-        -------
-        array
-            float32.
-        """
-        return read_float32(
-            self.base, place.name, place.start, place.stop, work, "base"
-        )
-
-    def blame(self, index, place):
-        """Make the error for NaN or infinity in a vector.
-
-        Arguments
-        ---------
-        index : int
-            Number of the vector.
-        place : Place
-            Where it was found.
-
-        Returns
-        -------
-        ValueError
-            To be raised by the caller.
-        """
+    def not_finite_error(self, index, place):
+        """Return the error for NaN or infinity in a vector."""
         return ValueError(
             f"task vector {index + 1} of {self.number} holds NaN or infinity "
             f"in {place.name!r}. The training that made it diverged; use an "
@@ -149,59 +96,24 @@ def _device_of(vectors):
     return next(iter(on_device or found), None)
 
 
-def _memory(tensor):
-    """Tell which memory a tensor shows; None for an empty one."""
-    if not tensor.numel():
-        return None
-    shape, stride = tuple(tensor.shape), tuple(tensor.stride())
-    return tensor.device, tensor.data_ptr(), shape, stride
-
-
-class Pass:
-    """One way through all chunks, by one thread or several.
-
-    Arguments
-    ---------
-    threads : int
-        Number of threads.
-    xp, device : module, torch.device or None
-        Where the workspaces' arrays live.
-    progress : bool
-        Whether to show a bar for every pass that has a label.
-    """
+class Passes:
+    """Goes through chunks by one thread or several, each with a workspace."""
 
     def __init__(self, threads=1, xp=np, device=None, progress=False):
         self.threads = max(1, threads)
         self.progress = progress
         self.lock = threading.Lock()
-        self._workspaces = [Workspace(xp, device) for _ in range(self.threads)]
+        self.workspaces = [Workspace(xp, device) for _ in range(self.threads)]
+        # For work between the passes.
+        self.workspace = self.workspaces[0]
 
     def run(self, function, items, label=None):
-        """Call `function(item, workspace)` for every item.
+        """Return `function(item, workspace)` for all items, in their order.
 
-        Arguments
-        ---------
-        function : callable
-            What to do with an item.
-        items : sequence
-            Taken in order by whichever thread is free; `item.size` is what
-            the bar counts.
-        label : str or None
-            What to write before the bar; None shows no bar.
-
-        Returns
-        -------
-        list
-            The results in the order of the items.
+        Items are taken in order by whichever thread is free. With a label, a
+        bar counts their `size`.
         """
-        if label is None or not self.progress:
-            return self._run(function, items, None)
-        total = sum(item.size for item in items)
-        with show_progress(total=total, desc=label, unit="el") as bar:
-            return self._run(function, items, bar)
-
-    def _run(self, function, items, bar):
-        results, stop = [None] * len(items), []
+        results, stop, bar = [None] * len(items), [], None
         numbers = iter(range(len(items)))
 
         def work(workspace):
@@ -221,11 +133,16 @@ class Pass:
                     with self.lock:
                         bar.update(items[number].size)
 
-        if self.threads == 1 or len(items) < 2:
-            work(self._workspaces[0])
-            return results
-        with ThreadPoolExecutor(self.threads) as pool:
-            futures = [pool.submit(work, w) for w in self._workspaces]
+        with contextlib.ExitStack() as stack:
+            if label is not None and self.progress:
+                total = sum(item.size for item in items)
+                bar = show_progress(total=total, desc=label, unit="el")
+                stack.enter_context(bar)
+            if self.threads == 1 or len(items) < 2:
+                work(self.workspace)
+                return results
+            pool = stack.enter_context(ThreadPoolExecutor(self.threads))
+            futures = [pool.submit(work, w) for w in self.workspaces]
             wait(futures)
             # The first error in the order of the items would need waiting
             # for all; any of them names its place.
@@ -233,44 +150,12 @@ class Pass:
                 future.result()
         return results
 
-    @property
-    def workspace(self):
-        """A workspace for work between the passes."""
-        return self._workspaces[0]
-
-    @property
-    def bytes_read(self):
-        """Bytes read from files so far."""
-        return sum(work.bytes_read for work in self._workspaces)
-
-    def tell(self, majority):
-        """Let all workspaces know the sign that prevails.
-
-        Arguments
-        ---------
-        majority : int
-            Above 0: plus; below: minus.
-        """
-        for work in self._workspaces:
-            work.majority = majority
-
 
 class Stream:
     """Vectors on their way through a rule's stages.
 
-    Arguments
-    ---------
-    source : MemoryVectors or alike
-        Gives runs of the vectors: `number`, `shapes`, `vector`, `blame`,
-        `xp`, `device`.
-    stages : sequence of Stage
-        What is done to each vector alone, in this order.
-    chunk : int
-        Elements at a time.
-    threads : int
-        Number of threads.
-    progress : bool
-        See `Pass`.
+    The source (`MemoryVectors`, `inputs.MergeInputs`) gives chunks of the
+    vectors; `stages` are done to each vector alone, in this order.
     """
 
     def __init__(
@@ -278,7 +163,7 @@ class Stream:
     ):
         self.source, self.chunk = source, chunk
         self.numel = {n: math.prod(s) for n, s in source.shapes.items()}
-        self.passes = Pass(threads, source.xp, source.device, progress)
+        self.passes = Passes(threads, source.xp, source.device, progress)
         # Whether the vectors are known to hold neither NaN nor infinity.
         self.finite = False
         self.ready = []
@@ -286,113 +171,57 @@ class Stream:
             self.ready.append(stage.prepare(self))
 
     def granularity(self, shape):
-        """Return the smallest run that all stages so far can work on.
-
-        Arguments
-        ---------
-        shape : tuple of int
-            A tensor's shape.
-
-        Returns
-        -------
-        int
-            Number of elements.
-        """
+        """Return the smallest run that all stages so far can work on."""
         return max(
             (stage.granularity(shape) for stage in self.ready), default=1
         )
 
     def places(self, granularity=None):
-        """Cut the vectors into chunks that all stages so far can work on.
-
-        Arguments
-        ---------
-        granularity : callable or None
-            Of a rule that is to work on them too, see `Rule.granularity`.
-
-        Returns
-        -------
-        list of Place
-            The chunks.
-        """
-
-        def coarsest(shape):
-            unit = granularity(shape) if granularity is not None else 1
-            return max(unit, self.granularity(shape))
-
-        return places(self.source.shapes, self.chunk, coarsest)
+        """Return the chunks that all stages so far, and a rule, can work on."""
+        return places(
+            self.source.shapes,
+            self.chunk,
+            self.granularity
+            if granularity is None
+            else lambda shape: max(granularity(shape), self.granularity(shape)),
+        )
 
     def vector(self, index, place, work, look=True):
-        """Return a run of one vector after all stages so far.
+        """Return a chunk of one vector after all stages so far, as float32.
 
-        Arguments
-        ---------
-        index : int
-            Number of the vector.
-        place : Place
-            Where the run lies.
-        work : Workspace
-            For buffers.
-        look : bool
-            False does not look for NaN.
-
-        Returns
-        -------
-        array
-            float32.
-
-        Raises
-        ------
-        ValueError
-            NaN or infinity, unless `look` is false or a pass before has
-            looked at all vectors already.
+        NaN and infinity are an error, unless `look` is false or a pass before
+        has looked at all vectors already.
         """
         tau = self.source.vector(index, place, work)
         if look and not self.finite and not all_finite(tau):
-            raise self.source.blame(index, place)
+            raise self.source.not_finite_error(index, place)
         for number, stage in enumerate(self.ready):
             out = work.array(f"stage{number % 2}", place.size)
             tau = stage.apply(index, tau, place, work, out)
         return tau
 
     def vectors(self, place, work):
-        """Go through a run of every vector.
-
-        Arguments
-        ---------
-        place : Place
-            Where the run lies.
-        work : Workspace
-            For buffers.
-
-        Yields
-        ------
-        array
-            float32, valid until the next is asked for.
-        """
+        """Yield a chunk of every vector, valid until the next is asked for."""
         for index in range(self.source.number):
             yield self.vector(index, place, work)
 
     def merge(self, rule, emit):
         """Merge all chunks.
 
-        Arguments
-        ---------
-        rule : Rule
-            What to do with the vectors.
-        emit : callable
-            Called as `emit(place, merged, workspace)`, from any thread; the
-            array is valid until it returns.
+        `emit(place, merged, workspace)` is called from any thread; the array
+        is valid until it returns.
         """
         prepared = rule.prepare(self)
-        passes, spots = self.passes, self.places(rule.granularity)
+        number, passes = self.source.number, self.passes
+        chunks = self.places(rule.granularity)
         # One look at the result is cheaper than one at every vector.
         carried = rule.carries_nan and not self.ready and not self.finite
         self.finite = self.finite or carried
 
         def visit(place, work):
             work.unresolved, work.tally = False, 0
-            vectors = self.vectors(place, work)
+            # Each is valid until the next is taken.
+            vectors = (self.vector(i, place, work) for i in range(number))
             merged = rule.merge(vectors, place, work, prepared)
             if carried and not all_finite(merged):
                 self._look_for_nan(place, work)
@@ -400,18 +229,19 @@ class Stream:
                 emit(place, merged, work)
             return work.unresolved, work.tally
 
-        told = passes.run(visit, spots, "merging")
-        open_spots = [p for p, (left, _) in zip(spots, told) if left]
-        if open_spots:
+        results = passes.run(visit, chunks, "merging")
+        unresolved = [p for p, (left, _) in zip(chunks, results) if left]
+        if unresolved:
             # Entries that cancel exactly take the sign that prevails in the
             # whole vector, which is known only now.
-            majority = int(np.sign(sum(tally for _, tally in told)))
-            passes.tell(majority)
-            passes.run(visit, open_spots)
+            majority = int(np.sign(sum(tally for _, tally in results)))
+            for work in passes.workspaces:
+                work.majority = majority
+            passes.run(visit, unresolved)
 
     def _look_for_nan(self, place, work):
         """Raise for the vector that holds NaN or infinity, if any does:
         large finite numbers may also overflow by being added."""
         for index in range(self.source.number):
             if not all_finite(self.source.vector(index, place, work)):
-                raise self.source.blame(index, place)
+                raise self.source.not_finite_error(index, place)

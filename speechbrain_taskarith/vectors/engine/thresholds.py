@@ -2,16 +2,25 @@
 
 Trimming a vector needs the k-th largest of its magnitudes, for hundreds of
 millions of them, without holding or sorting them. One pass is enough nearly
-always: a small sample tells between which two values the threshold lies; the
-pass counts what is above and keeps what is between, about one in a hundred;
-among these the exact one is selected. Where the sample misled, two histograms
-over the bits find it as surely, in three more passes.
+always:
+
+1. sample: about one element in 256 tells between which two values the
+   threshold lies (`_sample`, `_bracket`);
+2. select: a pass counts what is above this bracket and keeps what is inside,
+   about one in a hundred; among these the exact value is selected
+   (`_Search.collect`, `_Search.select`);
+3. locate: of the elements that equal it, the first ones survive
+   (`_Search.locate`).
+
+Where the sample misled, two histograms over the bits find the value as surely,
+in three more passes (`count_high`, `count_low`, `count_equal`).
 
 Equal magnitudes are told apart by position, so that exactly k survive. The
 cut is one number and the position of the last survivor that equals it: from
 these a chunk can be trimmed alone.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -21,61 +30,38 @@ from speechbrain_taskarith.vectors.engine.kernels import (
     magnitude_bits,
     pick,
 )
-from speechbrain_taskarith.vectors.engine.sampling import bracket, sample_places
-from speechbrain_taskarith.vectors.engine.workspace import to_numpy
+from speechbrain_taskarith.vectors.engine.workspace import Place, to_numpy
 
 # Below so many elements the sample would not be smaller than the whole.
 _SMALL = 1 << 17
 # Largest share of the elements that may lie in the bracket before memory is
 # saved by the histograms instead.
-_MOST = 1 / 16
+_LARGEST_SHARE = 1 / 16
+# Sample: this share of the elements, but at least so many, in runs of about
+# so many.
+_SAMPLED_SHARE = 1 / 256
+_SMALLEST_SAMPLE = 1 << 14
+_SAMPLED_RUN = 1 << 10
+# Half the bracket's width in standard errors of the sampled rank: four miss
+# once in some ten thousand times, and a miss costs time, not exactness.
+_ERRORS = 4.0
 _TOP = 0x7FFFFFFF
 
 
 class Cut(NamedTuple):
-    """Where a vector, or a tensor of it, is cut.
+    """Where a tensor is cut: what is larger than `bits` survives.
 
-    Arguments
-    ---------
-    bits : int
-        What is larger survives (`magnitude_bits`).
-    tensor : int
-        Of the elements that equal `bits`, those in tensors before this one
-        (by number in the vector) survive ...
-    last : int
-        ... and in this one those up to this index.
+    Of the elements that equal `bits` (see `magnitude_bits`) those up to
+    index `last` survive.
     """
 
     bits: int
-    tensor: int = -1
     last: int = -1
 
-    def mask(self, bits, place, tensor, work, key="mask"):
-        """Return which elements of a chunk survive.
-
-        Arguments
-        ---------
-        bits : array
-            `magnitude_bits` of the chunk.
-        place : Place
-            The chunk.
-        tensor : int
-            The number of its tensor.
-        work : Workspace
-            Its buffer `key` takes the result.
-        key : str
-            The buffer.
-
-        Returns
-        -------
-        array
-            bool.
-        """
+    def mask(self, bits, place, work, key="mask"):
+        """Return which elements of a chunk survive."""
         mask = work.array(key, place.size, "bool")
-        if tensor == self.tensor:
-            equal = min(max(self.last + 1 - place.start, 0), place.size)
-        else:
-            equal = place.size if tensor < self.tensor else 0
+        equal = min(max(self.last + 1 - place.start, 0), place.size)
         if equal:
             work.xp.greater(bits[:equal], self.bits - 1, out=mask[:equal])
         if equal < place.size:
@@ -87,90 +73,54 @@ NOTHING = Cut(_TOP)
 EVERYTHING = Cut(-1)
 
 
-def survivors(density, numel):
-    """Return how many elements a density keeps: `round(density * numel)`.
-
-    Arguments
-    ---------
-    density : float
-        Share in [0, 1].
-    numel : int
-        Number of elements.
-
-    Returns
-    -------
-    int
-        Halves are rounded to even, as Python's `round` does.
-    """
-    return round(density * numel)
-
-
 def find_cuts(stream, shares, scope):
     """Find the cuts that keep shares of the largest magnitudes.
 
-    Arguments
-    ---------
-    stream : Stream
-        The vectors after the stages before this one.
-    shares : sequence of float
-        Of the elements, how many to keep; all are found in the same pass.
-    scope : str
-        `"global"`: one cut for a whole vector; `"tensor"`: one for each
-        tensor.
-
-    Returns
-    -------
-    list
-        For every share, for every vector `{name: Cut}`.
-
-    Raises
-    ------
-    ValueError
-        NaN or infinity in a vector.
+    Of `n` elements exactly `round(share * n)` are kept, for each share and
+    each vector of the stream: over the whole vector (`scope="global"`) or in
+    each tensor (`"tensor"`). Returns, for every share, for every vector
+    `{name: Cut}`. Raises for NaN or infinity in a vector.
     """
     names = list(stream.source.shapes)
     domains = [names] if scope == "global" else [[name] for name in names]
     cuts = [[{} for _ in range(stream.source.number)] for _ in shares]
-    searches = []
-    for share, tables in zip(shares, cuts):
+    searches, tables = [], []
+    for share, per_vector in zip(shares, cuts):
         for domain in domains:
             numel = sum(stream.numel[name] for name in domain)
-            k = survivors(share, numel)
-            for index, table in enumerate(tables):
+            k = round(share * numel)
+            for index, table in enumerate(per_vector):
                 if 0 < k < numel:
-                    search = _Search(index, domain, numel, k, stream)
-                    searches.append((search, table))
+                    searches.append(_Search(index, domain, numel, k))
+                    tables.append(table)
                 else:
-                    found = NOTHING if k == 0 else EVERYTHING
-                    table.update(dict.fromkeys(domain, found))
-    _search([search for search, _ in searches], stream)
-    for search, table in searches:
-        table.update(dict.fromkeys(search.domain, search.locate(stream)))
-    return cuts
-
-
-def _search(searches, stream):
-    """Find the values at which to cut."""
-    _sample_all(searches, stream)
-    _sweep(stream, searches, _Search.collect, _Search.select)
+                    cut = NOTHING if k == 0 else EVERYTHING
+                    table.update(dict.fromkeys(domain, cut))
+    large = [search for search in searches if search.numel >= _SMALL]
+    if large:
+        _sample(large, stream)
     for look, decide in (
+        (_Search.collect, _Search.select),
         (_Search.count_high, _Search.decide_high),
         (_Search.count_low, _Search.decide_low),
         (_Search.count_equal, _Search.decide_equal),
     ):
-        missed = [search for search in searches if search.cut is None]
+        missed = [search for search in searches if search.value is None]
         _sweep(stream, missed, look, decide)
+    for search, table in zip(searches, tables):
+        table.update(search.locate(stream))
+    return cuts
 
 
 class _Search:
     """The search for one cut of one vector."""
 
-    def __init__(self, index, domain, numel, k, stream):
+    def __init__(self, index, domain, numel, k):
         self.index, self.domain, self.numel, self.k = index, domain, numel, k
-        self.order = {n: i for i, n in enumerate(stream.source.shapes)}
         self.low, self.high = 0, _TOP
+        # By chunk: what the pass found; how much it is; whether too much.
         self.seen, self.held, self.full = {}, 0, False
-        self.histogram, self.cut = 0, None
+        self.histogram, self.value = 0, None
 
     # -- the usual way: a bracket from a sample
 
@@ -185,7 +135,7 @@ class _Search:
         xp.not_equal(inside, above, out=inside)
         values = _compact(pick(bits, inside), size)
         self.held += len(values[0])
-        if self.full or self.held > max(_SMALL, _MOST * self.numel):
+        if self.full or self.held > max(_SMALL, _LARGEST_SHARE * self.numel):
             # The sample misled: what is held would grow without bound.
             self.full = True
             self.seen = {}
@@ -221,18 +171,18 @@ class _Search:
             total = np.cumsum(weights[order])
             bits = int(values[order[np.searchsorted(total, need)]])
             kept = need - int(weights[values > bits].sum())
-        equal = [(place, _count_equal(v, c, bits)) for place, _, v, c in seen]
+        equal = [(place, _equal_count(v, c, bits)) for place, _, v, c in seen]
         self.settle(bits, kept, equal)
 
-    def settle(self, bits, kept, equal):
-        """Note the cut's value, how many of its equals are kept, and how
-        many there are in each place."""
+    def settle(self, value, kept, equal):
+        """Note the threshold, how many of its equals survive, and how many
+        there are in each place."""
         self.seen = {}
-        self.cut, self.kept = bits, kept
+        self.value, self.kept = value, kept
         self.equal = [(place, count) for place, count in equal if count]
 
     def locate(self, stream):
-        """Find the position of the last element kept, and make the cut."""
+        """Find the position of the last survivor; return `{name: Cut}`."""
         left, numbers = self.kept, iter(self.equal)
         place, count = next(numbers)
         while left > count:
@@ -242,9 +192,17 @@ class _Search:
         if left < count:
             work = stream.passes.workspace
             tau = stream.vector(self.index, place, work)
-            equal = to_numpy(magnitude_bits(tau, work) == self.cut)
+            equal = to_numpy(magnitude_bits(tau, work) == self.value)
             last = place.start + int(np.flatnonzero(equal)[left - 1])
-        return Cut(self.cut, self.order[place.name], last)
+        # Of its equals, those in earlier tensors survive, later ones do not.
+        number = self.domain.index(place.name)
+        cuts = {
+            n: Cut(self.value, stream.numel[n]) for n in self.domain[:number]
+        }
+        cuts[place.name] = Cut(self.value, last)
+        for name in self.domain[number + 1 :]:
+            cuts[name] = Cut(self.value)
+        return cuts
 
     # -- the sure way: histograms of the upper, then of the lower bits
 
@@ -264,17 +222,17 @@ class _Search:
     def decide_low(self):
         """Find the lower bits."""
         lower, self.need = self._rank(self.need)
-        self.value = self.upper << 15 | lower
+        self.candidate = self.upper << 15 | lower
 
     def count_equal(self, bits, place, work, lock):
         """Count what equals the cut."""
-        count = int(np.count_nonzero(to_numpy(bits) == self.value))
+        count = int(np.count_nonzero(to_numpy(bits) == self.candidate))
         self.seen[place.index] = (place, count)
 
     def decide_equal(self):
         """Settle the cut."""
         equal = [self.seen[key] for key in sorted(self.seen)]
-        self.settle(self.value, self.need, equal)
+        self.settle(self.candidate, self.need, equal)
 
     def _count(self, digits, lock):
         counts = np.bincount(digits, minlength=1 << 16)
@@ -298,38 +256,107 @@ def _compact(values, size):
     return values, None
 
 
-def _count_equal(values, counts, bits):
+def _equal_count(values, counts, bits):
     equal = values == bits
     if counts is None:
         return int(np.count_nonzero(equal))
     return int(counts[equal].sum())
 
 
-def _sample_all(searches, stream):
-    """Choose the brackets of all searches from one sample."""
+def _sample(searches, stream):
+    """Choose the brackets of searches from one sample of each vector."""
     domains = {}
     for search in searches:
         domains.setdefault(tuple(search.domain), []).append(search)
     for domain, members in domains.items():
-        if members[0].numel < _SMALL:
-            continue
-        strata = sample_places(stream, domain, members[0].numel)
-        spots = [(i, place) for i, (_, ps) in enumerate(strata) for place in ps]
+        strata = _sample_places(stream, domain, members[0].numel)
+        places = [(i, p) for i, (_, ps) in enumerate(strata) for p in ps]
         for index in sorted({search.index for search in members}):
 
-            def look(spot, work, index=index):
-                tau = stream.vector(index, spot[1], work)
+            def look(numbered, work, index=index):
+                tau = stream.vector(index, numbered[1], work)
                 return to_numpy(magnitude_bits(tau, work)).copy()
 
             runs = [[] for _ in strata]
-            found = stream.passes.run(look, spots)
-            for (stratum, _), bits in zip(spots, found):
+            sampled = stream.passes.run(look, places)
+            for (stratum, _), bits in zip(places, sampled):
                 runs[stratum].append(bits)
             sample = [(n, r) for (n, _), r in zip(strata, runs) if r]
             for search in members:
                 if search.index == index:
                     share = search.k / search.numel
-                    search.low, search.high = bracket(sample, share)
+                    search.low, search.high = _bracket(sample, share)
+
+
+def _bracket(strata, share):
+    """Choose two values between which a threshold surely lies.
+
+    A stratum (each large tensor; all small ones together) is its number of
+    elements and the sampled runs of magnitude bits. An equal share of each
+    was taken, so what counts is how runs of the same stratum differ.
+    """
+    values = np.sort(np.concatenate([run for _, r in strata for run in r]))
+    size, total = len(values), sum(numel for numel, _ in strata)
+    guess = values[min(int((1 - share) * size), size - 1)]
+    variances, parts = [], []
+    for numel, runs in strata:
+        above = np.array([np.mean(run > guess) for run in runs])
+        # Runs that lie side by side resemble one another, and the sample
+        # is spread evenly: differences of neighbours tell its error.
+        if len(runs) > 1:
+            variances.append(np.mean(np.diff(above) ** 2) / 2)
+            parts.append((numel, len(runs), variances[-1]))
+        else:
+            parts.append((numel, 1, None))
+    typical = np.mean(variances) if variances else share * (1 - share)
+    error = math.sqrt(
+        sum(
+            (numel / total) ** 2
+            * (typical if variance is None else variance)
+            / count
+            for numel, count, variance in parts
+        )
+    )
+    error = max(error, math.sqrt(share * (1 - share) / size))
+    width = _ERRORS * error + 2 / size
+    low = math.floor((1 - share - width) * size)
+    high = math.ceil((1 - share + width) * size)
+    return (
+        int(values[low]) if low >= 0 else 0,
+        int(values[high]) if high < size else _TOP,
+    )
+
+
+def _sample_places(stream, domain, numel):
+    """Return what is sampled: each stratum's number of elements and places."""
+    share = min(max(_SAMPLED_SHARE, _SMALLEST_SAMPLE / numel), 1)
+    large = [n for n in domain if stream.numel[n] * share >= _SAMPLED_RUN]
+    small = [n for n in domain if stream.numel[n] * share < _SAMPLED_RUN]
+    strata = []
+    for names in [[name] for name in large] + [small] * bool(small):
+        size = sum(stream.numel[name] for name in names)
+        wanted = round(size * share)
+        runs = max(1, round(wanted / _SAMPLED_RUN))
+        places = []
+        for run in range(runs):
+            start = (2 * run + 1) * size // (2 * runs)
+            places += _between(stream, names, start, start + wanted // runs)
+        strata.append((size, places))
+    return strata
+
+
+def _between(stream, names, start, stop):
+    """Return the places of elements `[start, stop)` of tensors in a row."""
+    found, begin = [], 0
+    for name in names:
+        shape, numel = stream.source.shapes[name], stream.numel[name]
+        low, high = max(start - begin, 0), min(stop - begin, numel)
+        if low < high:
+            unit = stream.granularity(shape)
+            low, high = low // unit * unit, -(-high // unit) * unit
+            found.append(Place(0, name, shape, low, min(high, numel)))
+        begin += numel
+    return found
 
 
 def _sweep(stream, searches, look, decide):
@@ -339,15 +366,15 @@ def _sweep(stream, searches, look, decide):
     for search in sorted(searches, key=lambda search: search.index):
         for name in search.domain:
             wanted.setdefault(name, []).append(search)
-    spots = [p for p in stream.places() if p.name in wanted]
+    places = [p for p in stream.places() if p.name in wanted]
     chunks = {}
-    for place in spots:
+    for place in places:
         chunks[place.name] = chunks.get(place.name, 0) + 1
     for search in searches:
         left[id(search)] = sum(chunks.get(name, 0) for name in search.domain)
 
-    # The magnitudes tell of NaN and infinity too, at less cost; stages may
-    # hide them.
+    # NaN and infinity show in the magnitudes too, at less cost, unless a
+    # stage has hidden them.
     staged = bool(stream.ready)
 
     def visit(place, work):
@@ -358,7 +385,7 @@ def _sweep(stream, searches, look, decide):
                 tau = stream.vector(index, place, work, look=staged)
                 bits = magnitude_bits(tau, work)
                 if not (staged or stream.finite or finite_bits(bits)):
-                    raise stream.source.blame(index, place)
+                    raise stream.source.not_finite_error(index, place)
             look(search, bits, place, work, stream.passes.lock)
         done = []
         with stream.passes.lock:
@@ -370,8 +397,8 @@ def _sweep(stream, searches, look, decide):
             # Early, so that what a tensor collected is freed with it.
             decide(search)
 
-    if spots:
-        stream.passes.run(visit, spots, "thresholds")
+    if places:
+        stream.passes.run(visit, places, "thresholds")
     # A sweep over everything has looked at everything.
-    if len(spots) == len(stream.places()):
+    if len(places) == len(stream.places()):
         stream.finite |= len({s.index for s in searches}) == number

@@ -1,9 +1,11 @@
-"""Chunks of tensors, and the buffers to work on them."""
+"""Chunks of tensors, the buffers to work on them, and their stored bytes."""
 
 import math
 from typing import NamedTuple
 
 import numpy as np
+
+from speechbrain_taskarith.vectors.states.safetensors import ITEM_SIZE
 
 # Elements that are worked on at a time. A handful of float32 buffers of this
 # size stay in a core's second-level cache, which is what makes a pass cost
@@ -16,23 +18,11 @@ RUN = 1 << 14
 
 
 class Place(NamedTuple):
-    """A run of elements of one tensor.
+    """Where a chunk lies: elements `[start, stop)` of a flattened tensor."""
 
-    Arguments
-    ---------
-    index : int
-        Its number in the order of the whole vector.
-    name : str
-        The tensor's name.
-    shape : tuple of int
-        The whole tensor's shape.
-    start, stop : int
-        The run `[start, stop)` in the flattened tensor.
-    """
-
-    index: int
+    index: int  # in the order of the whole vector
     name: str
-    shape: tuple
+    shape: tuple  # of the whole tensor
     start: int
     stop: int
 
@@ -43,22 +33,10 @@ class Place(NamedTuple):
 
 
 def places(shapes, chunk=CHUNK, granularity=None):
-    """Cut tensors into chunks.
+    """Cut tensors (`{name: shape}`) into chunks, in order.
 
-    Arguments
-    ---------
-    shapes : dict
-        `{name: shape}`, in the order of the vector.
-    chunk : int
-        Elements of a chunk; rounded down to whole units, at least one.
-    granularity : callable or None
-        `shape -> int`: smallest number of elements that a rule can work on
-        (1, a row, a whole tensor).
-
-    Returns
-    -------
-    list of Place
-        They cover every element once, in order.
+    `granularity(shape)` is the smallest number of elements that a rule can
+    work on (1, a row, a whole tensor); chunks are whole multiples of it.
 
     Example
     -------
@@ -79,12 +57,8 @@ def places(shapes, chunk=CHUNK, granularity=None):
 class Workspace:
     """Buffers of one thread, used again for every chunk.
 
-    Arguments
-    ---------
-    xp : module
-        `numpy` or `torch`: where the arrays live.
-    device : torch.device or None
-        For torch.
+    Its arrays are NumPy's, or torch's on a device (`xp`). The same key gives
+    the same memory; contents are what was left there.
     """
 
     def __init__(self, xp=np, device=None):
@@ -98,22 +72,7 @@ class Workspace:
         self.place, self.bytes_read = None, 0
 
     def array(self, key, size, dtype="float32"):
-        """Return an uninitialised buffer.
-
-        Arguments
-        ---------
-        key : str
-            What it is for; the same key gives the same memory.
-        size : int
-            Number of elements.
-        dtype : str
-            Name of its type, one that NumPy and torch both know.
-
-        Returns
-        -------
-        numpy.ndarray or torch.Tensor
-            One-dimensional.
-        """
+        """Return a buffer; `dtype` is a name that NumPy and torch know."""
         buffer = self._buffers.get((key, dtype))
         if buffer is None or len(buffer) < size:
             where = {} if self.xp is np else {"device": self.device}
@@ -123,31 +82,20 @@ class Workspace:
         return buffer[:size]
 
     def bytes(self, key, size):
-        """Return an uninitialised NumPy buffer of bytes (see `array`)."""
+        """Return a NumPy buffer of bytes."""
         buffer = self._buffers.get((key, "bytes"))
         if buffer is None or len(buffer) < size:
             buffer = self._buffers[key, "bytes"] = np.empty(size, np.uint8)
         return buffer[:size]
 
     def zeros(self, key, size, dtype="float32"):
-        """Return a buffer filled with zeros (see `array`)."""
+        """Return a buffer filled with zeros."""
         buffer = self.array(key, size, dtype)
         buffer[:] = 0
         return buffer
 
     def number(self, value):
-        """Return a float32 scalar array, for `maximum` and `minimum`.
-
-        Arguments
-        ---------
-        value : float
-            The number.
-
-        Returns
-        -------
-        array
-            Of no dimension.
-        """
+        """Return a float32 scalar array, for `maximum` and `minimum`."""
         buffer = self._buffers.get(("number", value))
         if buffer is None:
             buffer = self.array(f"number {value}", 1)
@@ -156,34 +104,59 @@ class Workspace:
         return buffer
 
     def from_numpy(self, array):
-        """Bring a NumPy array to where this workspace's arrays live.
-
-        Arguments
-        ---------
-        array : numpy.ndarray
-            Any array.
-
-        Returns
-        -------
-        array
-            NumPy, or torch on the device.
-        """
+        """Bring a NumPy array to where this workspace's arrays live."""
         if self.xp is np:
             return array
         return self.xp.from_numpy(array).to(self.device)
 
+    def read(self, state, place, key):
+        """Read a chunk of a floating point tensor as float32.
+
+        NumPy knows no bfloat16, and torch is not to be needed here: a
+        bfloat16 is the upper half of a float32.
+        """
+        dtype, size = state.info(place.name).dtype, place.size
+        run = place.name, place.start, place.stop
+        self.bytes_read += size * ITEM_SIZE[dtype]
+        # A GPU's numbers are read to the CPU first.
+        on_cpu = self.xp is np
+        out = self.array(key, size) if on_cpu else np.empty(size, np.float32)
+        if dtype == "F32":
+            state.read_into(*run, out.view(np.uint8))
+        else:
+            raw = self.bytes(f"{key} raw", size * ITEM_SIZE[dtype])
+            state.read_into(*run, raw)
+            if dtype == "BF16":
+                bits = out.view(np.uint32)
+                bits[:] = raw.view("<u2")
+                bits <<= 16
+            else:
+                out[:] = raw.view({"F16": "<f2", "F64": "<f8"}[dtype])
+        return out if on_cpu else self.from_numpy(out)
+
 
 def to_numpy(array):
-    """Return an array of either kind as NumPy, without a copy on the CPU.
-
-    Arguments
-    ---------
-    array : array
-        NumPy or torch.
-
-    Returns
-    -------
-    numpy.ndarray
-        The same numbers.
-    """
+    """Return an array of either kind as NumPy, without a copy on the CPU."""
     return array if isinstance(array, np.ndarray) else array.cpu().numpy()
+
+
+def to_stored(values, dtype):
+    """Turn float32 values into the bytes of a floating point type.
+
+    Rounded to nearest, halves to even, as torch rounds.
+    """
+    values = to_numpy(values)
+    if dtype == "F32":
+        return values.view(np.uint8)
+    if dtype == "BF16":
+        bits = values.view(np.uint32)
+        odd = bits >> 16
+        odd &= 1
+        odd += 0x7FFF
+        odd += bits
+        odd >>= 16
+        return odd.astype("<u2").view(np.uint8)
+    kind = {"F16": "<f2", "F64": "<f8"}[dtype]
+    # Too large for half precision becomes infinity, as in torch.
+    with np.errstate(over="ignore"):
+        return values.astype(kind).view(np.uint8)

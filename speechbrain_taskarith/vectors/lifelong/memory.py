@@ -1,4 +1,4 @@
-"""Lifelong methods that keep recordings: experience replay, joint training."""
+"""Lifelong methods that store recordings: experience replay, joint training."""
 
 import random
 
@@ -8,14 +8,14 @@ from speechbrain_taskarith.vectors.lifelong.methods import FineTuning
 class Replay(FineTuning):
     """Experience replay: a small memory of earlier utterances in every batch.
 
-    After a domain is learned, `memory` utterances stay in the memory,
-    shared equally among all domains so far (chosen at random once, so that
-    a smaller share is always a part of the larger one before).
+    After a domain is learned, `memory` utterances are stored, equally many of
+    every domain so far. They are chosen at random once, so that a smaller
+    share is always a part of the larger one before.
 
     Arguments
     ---------
     memory : int
-        Utterances kept, over all domains together.
+        Utterances stored, over all domains together.
     share : float
         Share of a batch that comes from the memory, 0 to below 1.
     seed : int
@@ -44,21 +44,7 @@ class Replay(FineTuning):
         self.memory_by_domain = []
 
     def extra_items(self, count, draw):
-        """Draw from the memory, evenly over the domains.
-
-        Arguments
-        ---------
-        count : int
-            Utterances in the whole batch.
-        draw : int
-            Number of the batch; the same number draws the same utterances.
-
-        Returns
-        -------
-        list
-            `round(share * count)` utterances, none while the memory is
-            empty.
-        """
+        """As `FineTuning.extra_items`: `share` of the batch, evenly by domain."""
         domains = [domain for domain in self.memory_by_domain if domain]
         if not domains:
             return []
@@ -72,17 +58,7 @@ class Replay(FineTuning):
         ]
 
     def consolidate(self, model, items, loss):
-        """Take utterances of the new domain in, shrink the others' share.
-
-        Arguments
-        ---------
-        model : torch.nn.Module
-            Not used.
-        items : list
-            The domain's utterances, as JSON can hold them.
-        loss : callable
-            Not used.
-        """
+        """Take in the new domain and shrink the share of the others."""
         del model, loss
         number = len(self.memory_by_domain)
         order = list(items)
@@ -95,33 +71,20 @@ class Replay(FineTuning):
         ]
 
     def state_dict(self):
-        """Return the memory.
-
-        Returns
-        -------
-        dict
-            `{"memory": [[item, ...], ...]}`, one list for each domain.
-        """
+        """Return the memory: one list of utterances for each domain."""
         return {"memory": self.memory_by_domain}
 
     def load_state_dict(self, state):
-        """Take the memory back.
-
-        Arguments
-        ---------
-        state : dict
-            As returned by `state_dict`.
-        """
+        """Take the memory back."""
         self.memory_by_domain = [list(domain) for domain in state["memory"]]
 
 
 class JointTraining(FineTuning):
     """Train on all domains seen so far: the upper bound of a lifelong table.
 
-    Not a lifelong method (every recording is kept), so its row is the mark
-    that the others are measured against (intransigence). Each domain gives
-    as many utterances as the new one has, drawn at random where it has more,
-    in random order all together.
+    Not a lifelong method, since it stores every recording: the others are
+    measured against it (intransigence). Each old domain gives at most as many
+    utterances as the new one has, drawn at random; all are shuffled.
 
     Arguments
     ---------
@@ -144,20 +107,7 @@ class JointTraining(FineTuning):
         self.seen = []
 
     def items(self, new, task):
-        """Return the utterances of all domains so far.
-
-        Arguments
-        ---------
-        new : list
-            The new domain's utterances.
-        task : int
-            Number of the domain, from 1.
-
-        Returns
-        -------
-        list
-            Old and new ones.
-        """
+        """As `FineTuning.items`: utterances of all domains so far."""
         chance = random.Random(f"joint {self.seed} {task}")
         mixed = list(new)
         for domain in self.seen:
@@ -166,35 +116,13 @@ class JointTraining(FineTuning):
         return mixed
 
     def consolidate(self, model, items, loss):
-        """Keep all utterances of the domain just learned.
-
-        Arguments
-        ---------
-        model : torch.nn.Module
-            Not used.
-        items : list
-            The domain's utterances.
-        loss : callable
-            Not used.
-        """
+        """Store all utterances of the domain just learned."""
         self.seen.append(list(items))
 
     def state_dict(self):
-        """Return all utterances so far.
-
-        Returns
-        -------
-        dict
-            `{"seen": [[item, ...], ...]}`, one list for each domain.
-        """
+        """Return all utterances so far, one list for each domain."""
         return {"seen": self.seen}
 
     def load_state_dict(self, state):
-        """Take them back.
-
-        Arguments
-        ---------
-        state : dict
-            As returned by `state_dict`.
-        """
+        """Take them back."""
         self.seen = [list(domain) for domain in state["seen"]]

@@ -1,23 +1,11 @@
 """Ways to learn one domain after another: what editing is compared with.
 
-A method is a small object that a training loop asks at five moments; it
-knows nothing of Brains, data sets or files:
+A method is a small object that a training loop calls (`FineTuning` says when);
+it knows nothing of Brains, data sets or files. The first task is the one that
+the first model learned; methods act from the second on.
 
-1. `before_task(model, task)`: the model is about to learn its `task`-th
-   domain (counted from 1) and still holds what was kept of the ones before;
-2. `trainable(name)`: may this parameter change?
-3. `items(new, task)` and `extra_items(count, draw)`: what is trained on;
-4. `penalty(model, forward, log_probs, lens)`: added to the loss;
-5. `after_task(before, finetuned, task)`: which weights are kept, then
-   `consolidate(model, items, loss)` with these weights in the model.
-
-Plain fine-tuning is the method that leaves all five as they are. What a
-method must remember from task to task goes through SpeechBrain's checkpoint
-hooks, as a safetensors file.
-
-The first task is the one that the first model learned; methods act from the
-second on. Here: methods that act on weights. Those that keep recordings are in
-`lifelong_memory`, those that add to the loss in `lifelong_penalties`.
+Here: methods that act on weights. Those that store recordings are in
+`memory`, those that add to the loss in `penalties`.
 """
 
 import json
@@ -32,7 +20,11 @@ from speechbrain.utils.checkpoints import (
 )
 
 from speechbrain_taskarith.utils.files import atomic_write
-from speechbrain_taskarith.utils.patterns import matches, require_match
+from speechbrain_taskarith.utils.patterns import (
+    as_tuple,
+    matches,
+    require_match,
+)
 
 
 @register_checkpoint_hooks
@@ -40,7 +32,28 @@ class FineTuning:
     """Train on the new domain and do nothing against forgetting.
 
     Also the base class of the other methods: each overrides only what it
-    does differently.
+    does differently. A training loop calls, in this order:
+
+    1. `before_task(model, task)`: `model`, never a DDP-wrapped one, is about
+       to learn its `task`-th domain (counted from 1) and still holds the
+       weights of the ones before.
+    2. `freeze(model)`, before the optimizer is made: sets `requires_grad` by
+       `trainable(name)` and returns the trainable names.
+    3. `items(new, task)`: the utterances to train on, given the domain's own;
+       an utterance is any plain description that JSON can hold.
+       `extra_items(count, draw)`: old utterances to add to a batch of `count`;
+       the same number `draw` of a batch gives the same utterances.
+    4. `penalty(model, forward, log_probs, lens)`: a scalar to add to the loss
+       of a batch, or None. `log_probs` [batch, time, classes] is the model's
+       output, `lens` [batch] are relative lengths in (0, 1], and
+       `forward(model) -> log_probs` runs another copy on the same batch.
+    5. `after_task(before, finetuned, task)`: which weights to go on with, all
+       as `{name: tensor}`. Then `consolidate(model, items, loss)` with these
+       weights in the model; `loss(item)` is the negative log-likelihood of one
+       utterance under the model, with gradient.
+
+    `state_dict` gives what passes from task to task: tensors, and what JSON
+    can hold. SpeechBrain's checkpointer stores it through `save` and `load`.
 
     Example
     -------
@@ -55,8 +68,8 @@ class FineTuning:
     {'weight': 2.0}
     """
 
-    #: Whether recordings of earlier domains are kept and used again. A table
-    #: must say so: such a row had more data than its neighbours.
+    #: Whether recordings of earlier domains are used again. A table must say
+    #: so: such a row had more data than the others.
     uses_old_data = False
 
     #: Whether training itself differs from plain fine-tuning. Where it does
@@ -64,49 +77,14 @@ class FineTuning:
     changes_training = False
 
     def before_task(self, model, task):
-        """Prepare for a new domain.
-
-        Arguments
-        ---------
-        model : torch.nn.Module
-            Holds the weights kept so far; never a DDP-wrapped module.
-        task : int
-            Number of the domain in the sequence, from 1.
-        """
+        """Prepare for a new domain."""
 
     def trainable(self, name):
-        """Tell whether a parameter may change.
-
-        Arguments
-        ---------
-        name : str
-            The parameter's name in the model.
-
-        Returns
-        -------
-        bool
-            Here always True.
-        """
+        """Tell whether a parameter may change; here every one."""
         return True
 
     def freeze(self, model):
-        """Set `requires_grad` of every parameter by `trainable`.
-
-        Arguments
-        ---------
-        model : torch.nn.Module
-            The model, before the optimizer is made.
-
-        Returns
-        -------
-        list of str
-            The names that stay trainable.
-
-        Raises
-        ------
-        ValueError
-            Nothing would be left to train.
-        """
+        """Set `requires_grad`; return the trainable names, at least one."""
         names = []
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.trainable(name))
@@ -121,128 +99,39 @@ class FineTuning:
         return names
 
     def items(self, new, task):
-        """Return the utterances to train on.
-
-        Arguments
-        ---------
-        new : list
-            The new domain's utterances (any plain description of one).
-        task : int
-            Number of the domain, from 1.
-
-        Returns
-        -------
-        list
-            Here the new ones alone.
-        """
+        """Return the utterances to train on; here the new ones."""
         return list(new)
 
     def extra_items(self, count, draw):
-        """Return remembered utterances to add to a batch.
-
-        Arguments
-        ---------
-        count : int
-            Utterances in the whole batch.
-        draw : int
-            Number of the batch; the same number draws the same utterances.
-
-        Returns
-        -------
-        list
-            Here none.
-        """
+        """Return old utterances to add to a batch; here none."""
         return []
 
     def penalty(self, model, forward, log_probs, lens):
-        """Return a term to add to the loss of one batch.
-
-        Arguments
-        ---------
-        model : torch.nn.Module
-            The model under training (not DDP-wrapped).
-        forward : callable
-            `forward(model) -> log_probs` runs another copy of the model on
-            the same batch.
-        log_probs : torch.Tensor
-            [batch, time, classes], the model's own output.
-        lens : torch.Tensor
-            [batch], relative lengths in (0, 1].
-
-        Returns
-        -------
-        torch.Tensor or None
-            A scalar, or None where there is nothing to add.
-        """
+        """Return a term to add to the loss of a batch; here None."""
         return None
 
     def after_task(self, before, finetuned, task):
-        """Return the weights to keep.
-
-        Arguments
-        ---------
-        before : dict of str to torch.Tensor
-            Weights at the start of the task.
-        finetuned : dict of str to torch.Tensor
-            Weights at its end.
-        task : int
-            Number of the domain, from 1.
-
-        Returns
-        -------
-        dict of str to torch.Tensor
-            Here the fine-tuned ones.
-        """
+        """Return the weights to go on with; here the fine-tuned ones."""
         return finetuned
 
     def consolidate(self, model, items, loss):
-        """Remember what a later task will need.
-
-        Arguments
-        ---------
-        model : torch.nn.Module
-            Holds the weights that were kept.
-        items : list
-            The utterances of the domain just learned.
-        loss : callable
-            `loss(item) -> torch.Tensor`, the negative log-likelihood of one
-            utterance under the model, with gradient.
-        """
+        """Store what a later task will need."""
 
     def state_dict(self):
-        """Return what has to survive from task to task.
-
-        Returns
-        -------
-        dict
-            Tensors, and whatever JSON can hold.
-        """
+        """Return what passes from task to task."""
         return {}
 
     def load_state_dict(self, state):
-        """Take back what `state_dict` returned.
-
-        Arguments
-        ---------
-        state : dict
-            As returned by `state_dict` of the same class.
-        """
+        """Take back what `state_dict` of the same class returned."""
         if state:
             raise ValueError(
-                f"{type(self).__name__} keeps nothing from task to task, but "
-                f"was given {', '.join(sorted(state))}: the state of another "
-                "method?"
+                f"{type(self).__name__} has no state, but was given "
+                f"{', '.join(sorted(state))}: the state of another method?"
             )
 
     @mark_as_saver
     def save(self, path):
-        """Write the method's memory (safetensors, atomically).
-
-        Arguments
-        ---------
-        path : str or pathlib.Path
-            The file.
-        """
+        """Write the state (safetensors, atomically); SpeechBrain calls this."""
         state = self.state_dict()
         tensors = {
             name: value.detach().cpu().contiguous()
@@ -256,20 +145,7 @@ class FineTuning:
 
     @mark_as_loader
     def load(self, path, end_of_epoch=True):
-        """Read what `save` wrote.
-
-        Arguments
-        ---------
-        path : str or pathlib.Path
-            The file.
-        end_of_epoch : bool
-            Not used; SpeechBrain passes it.
-
-        Raises
-        ------
-        ValueError
-            The file belongs to another method, or is damaged.
-        """
+        """Read what `save` of the same class wrote; SpeechBrain calls this."""
         del end_of_epoch
         try:
             with safe_open(str(path), "pt") as stream:
@@ -286,8 +162,7 @@ class FineTuning:
         if metadata.get("method") != type(self).__name__:
             raise ValueError(
                 f"{path}: memory of {metadata.get('method')!r}, expected that "
-                f"of {type(self).__name__!r}; each method needs a folder of "
-                "its own"
+                f"of {type(self).__name__!r}; give each method its own folder"
             )
         state.update(json.loads(metadata["plain"]))
         self.load_state_dict(state)
@@ -296,10 +171,9 @@ class FineTuning:
 class Averaging(FineTuning):
     """Average the weights before and after each task.
 
-    `theta_t = (1 - w_t) theta_{t-1} + w_t theta_hat_t`. This is task
-    arithmetic with scale `w_t`; it has a row of its own since its weight is
-    fixed by the method and not chosen: one half, or `1 / t`, which keeps the
-    plain mean of all fine-tuned models.
+    `theta_t = (1 - w_t) theta_{t-1} + w_t theta_hat_t`: task arithmetic with
+    a scale that the method fixes: one half, or `1 / t`, the plain mean of all
+    fine-tuned models.
 
     Arguments
     ---------
@@ -326,22 +200,7 @@ class Averaging(FineTuning):
         self.weight = weight
 
     def after_task(self, before, finetuned, task):
-        """Return the average; what is no floating-point number stays.
-
-        Arguments
-        ---------
-        before : dict of str to torch.Tensor
-            Weights at the start of the task.
-        finetuned : dict of str to torch.Tensor
-            Weights at its end, same names.
-        task : int
-            Number of the domain, from 1.
-
-        Returns
-        -------
-        dict of str to torch.Tensor
-            The weights to keep.
-        """
+        """As `FineTuning.after_task`; integers and booleans stay."""
         _same_names(before, finetuned)
         weight = 1.0 / task if self.weight == "1/t" else self.weight
         return {
@@ -373,42 +232,14 @@ class PartialUpdate(FineTuning):
     changes_training = True
 
     def __init__(self, patterns="encoder.*"):
-        is_text = isinstance(patterns, str)
-        self.patterns = (patterns,) if is_text else tuple(patterns)
+        self.patterns = as_tuple(patterns)
 
     def trainable(self, name):
-        """Tell whether a parameter may change.
-
-        Arguments
-        ---------
-        name : str
-            The parameter's name in the model.
-
-        Returns
-        -------
-        bool
-            True where it fits one of the patterns.
-        """
+        """As `FineTuning.trainable`: True where a pattern fits."""
         return any(matches(name, pattern) for pattern in self.patterns)
 
     def freeze(self, model):
-        """Set `requires_grad` by the patterns, each of which must fit.
-
-        Arguments
-        ---------
-        model : torch.nn.Module
-            The model, before the optimizer is made.
-
-        Returns
-        -------
-        list of str
-            The names that stay trainable.
-
-        Raises
-        ------
-        ValueError
-            A pattern that fits no parameter.
-        """
+        """As `FineTuning.freeze`; every pattern must fit a parameter."""
         names = [name for name, _ in model.named_parameters()]
         for pattern in self.patterns:
             require_match(names, pattern)

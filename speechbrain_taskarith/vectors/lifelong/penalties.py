@@ -10,7 +10,7 @@ from speechbrain_taskarith.vectors.lifelong.methods import FineTuning
 
 
 class EWC(FineTuning):
-    """Elastic weight consolidation, online: hold what mattered before.
+    """Elastic weight consolidation, online.
 
     After each task the diagonal of the (empirical) Fisher information is
     measured as the mean over utterances of the squared gradient of that
@@ -20,7 +20,7 @@ class EWC(FineTuning):
 
     `strength / 2 * sum_i F_i (theta_i - theta*_i)^2`
 
-    around the weights `theta*` kept last (Kirkpatrick et al., "Overcoming
+    around the last task's weights `theta*` (Kirkpatrick et al., "Overcoming
     catastrophic forgetting in neural networks", 2017, eq. 3), with one
     running Fisher `F <- decay F + F_new` instead of one for each task
     (Schwarz et al., "Progress & Compress", 2018, section 3.1).
@@ -64,24 +64,7 @@ class EWC(FineTuning):
         self.fisher, self.anchor, self.tasks = {}, {}, 0
 
     def penalty(self, model, forward, log_probs, lens):
-        """Return the quadratic penalty, None before the first Fisher.
-
-        Arguments
-        ---------
-        model : torch.nn.Module
-            The model under training.
-        forward : callable
-            Not used.
-        log_probs : torch.Tensor
-            Not used.
-        lens : torch.Tensor
-            Not used.
-
-        Returns
-        -------
-        torch.Tensor or None
-            A scalar.
-        """
+        """As `FineTuning.penalty`; None before the first Fisher."""
         if not self.fisher:
             return None
         total = 0.0
@@ -93,23 +76,7 @@ class EWC(FineTuning):
         return 0.5 * self.strength * total
 
     def consolidate(self, model, items, loss):
-        """Measure the Fisher on the domain just learned; move the anchor.
-
-        Arguments
-        ---------
-        model : torch.nn.Module
-            Holds the weights that were kept.
-        items : list
-            The domain's utterances.
-        loss : callable
-            `loss(item) -> torch.Tensor`, negative log-likelihood of one
-            utterance.
-
-        Raises
-        ------
-        ValueError
-            No utterances, or a gradient that is not finite.
-        """
+        """Measure the Fisher on the domain just learned; move the anchor."""
         chosen = list(items)
         random.Random(f"fisher {self.seed} {self.tasks}").shuffle(chosen)
         chosen = chosen[: self.samples]
@@ -153,25 +120,13 @@ class EWC(FineTuning):
         self.tasks += 1
 
     def state_dict(self):
-        """Return Fisher, anchor and the number of tasks.
-
-        Returns
-        -------
-        dict
-            `fisher.<name>`, `anchor.<name>` and `tasks`.
-        """
+        """Return Fisher, anchor and the number of tasks."""
         state = {f"fisher.{n}": v for n, v in self.fisher.items()}
         state.update({f"anchor.{n}": v for n, v in self.anchor.items()})
         return {**state, "tasks": self.tasks}
 
     def load_state_dict(self, state):
-        """Take them back.
-
-        Arguments
-        ---------
-        state : dict
-            As returned by `state_dict`.
-        """
+        """Take them back."""
         self.fisher = _part(state, "fisher.")
         self.anchor = _part(state, "anchor.")
         self.tasks = int(state["tasks"])
@@ -186,11 +141,11 @@ class LwF(FineTuning):
     `strength * T^2 * mean_n mean_t KL(p_old^(1/T) || p^(1/T))`
 
     over utterances `n` and their valid frames `t` (so that equal shards of a
-    batch average to the whole), both distributions at temperature `T` (Li and Hoiem, "Learning
-    without forgetting", 2017; the factor `T^2` after Hinton et al., 2015).
-    KL and not cross-entropy: their difference, the old model's entropy, has
-    no gradient, and the KL is 0 at the start. Nothing is kept between
-    tasks: the old model is the one that the task starts from.
+    batch average to the whole), both distributions at temperature `T` (Li and
+    Hoiem, "Learning without forgetting", 2017; the factor `T^2` after Hinton
+    et al., 2015). KL and not cross-entropy: their difference, the old model's
+    entropy, has no gradient, and the KL is 0 at the start. The old model is
+    the one that the task starts from; nothing is stored between tasks.
 
     Arguments
     ---------
@@ -222,38 +177,13 @@ class LwF(FineTuning):
         self.teacher = None
 
     def before_task(self, model, task):
-        """Keep a frozen copy of the model from the second task on.
-
-        Arguments
-        ---------
-        model : torch.nn.Module
-            Holds the weights kept so far.
-        task : int
-            Number of the domain, from 1.
-        """
+        """As `FineTuning.before_task`: copies the model, from task 2 on."""
         self.teacher = None
         if task > 1:
             self.teacher = copy.deepcopy(model).eval().requires_grad_(False)
 
     def penalty(self, model, forward, log_probs, lens):
-        """Return the distillation term, None during the first task.
-
-        Arguments
-        ---------
-        model : torch.nn.Module
-            The model under training.
-        forward : callable
-            `forward(model) -> log_probs` on the same batch.
-        log_probs : torch.Tensor
-            [batch, time, classes], the model's own output.
-        lens : torch.Tensor
-            [batch], relative lengths in (0, 1].
-
-        Returns
-        -------
-        torch.Tensor or None
-            A scalar.
-        """
+        """As `FineTuning.penalty`: the distillation term, from task 2 on."""
         del model
         if self.teacher is None:
             return None

@@ -12,13 +12,16 @@ from speechbrain.utils.checkpoints import (
 )
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 
-from speechbrain_taskarith.utils.files import TEMPORARY_PREFIX, remove_leftovers
-from speechbrain_taskarith.vectors.states.readers import read_checkpoint_meta
+from speechbrain_taskarith.utils.files import (
+    TEMPORARY_PREFIX,
+    publish_folder,
+    remove_leftovers,
+)
 from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     META_KEY,
     is_whole,
     plain,
-    publish,
+    read_checkpoint_meta,
     write_meta,
 )
 
@@ -26,21 +29,20 @@ logger = logging.getLogger(__name__)
 
 
 class AtomicCheckpointer(Checkpointer):
-    """A `Checkpointer` that a kill cannot surprise.
+    """A `Checkpointer` whose checkpoints survive a kill.
 
     Upstream writes `CKPT.yaml` first and the parameters after it, under the
     final name: a process killed in between leaves a folder that the next
-    run takes for a checkpoint. Here a checkpoint is written under another
-    name and renamed when it is whole, and one that is to be deleted loses
-    its name first. A checkpoint whose deletion (by upstream's) was cut
-    short does not count. What a killed run left is swept away by the next
-    one that trains (registers an optimizer) or saves.
+    run takes for a checkpoint. Here a checkpoint gets its name when it is
+    whole, and loses it before it is deleted. One whose deletion (by
+    upstream's) was cut short does not count. The next run that trains
+    (registers an optimizer) or saves removes what a killed run left.
 
     Values in `meta` are made plain, since upstream saves tensors, tuples
     and NumPy numbers, and then cannot list the folder.
 
-    Takes the same arguments as `Checkpointer`, and reads its checkpoints.
-    The folder is this checkpointer's alone.
+    It reads the checkpoints of `Checkpointer`. No other checkpointer may
+    write to its folder.
 
     Arguments
     ---------
@@ -68,16 +70,9 @@ class AtomicCheckpointer(Checkpointer):
         self._pending = None
 
     def add_recoverable(self, name, obj, *args, **kwargs):
-        """Register a recoverable; who registers an optimizer writes here.
+        """As `Checkpointer.add_recoverable`.
 
-        Arguments
-        ---------
-        name : str
-            Its name.
-        obj : object
-            The recoverable.
-        *args, **kwargs : object
-            As for `Checkpointer`.
+        An optimizer shows that this process writes: it sweeps left-overs.
         """
         super().add_recoverable(name, obj, *args, **kwargs)
         if isinstance(obj, torch.optim.Optimizer) and if_main_process():
@@ -87,24 +82,7 @@ class AtomicCheckpointer(Checkpointer):
     def save_checkpoint(
         self, meta=None, end_of_epoch=True, name=None, verbosity=logging.INFO
     ):
-        """Save a checkpoint, whole or not at all.
-
-        Arguments
-        ---------
-        meta : dict or None
-            Scores and the like.
-        end_of_epoch : bool
-            As for `Checkpointer`.
-        name : str or None
-            As for `Checkpointer`; a checkpoint of that name is replaced.
-        verbosity : int
-            Logging level.
-
-        Returns
-        -------
-        Checkpoint or None
-            On the main process, what was saved.
-        """
+        """As `Checkpointer.save_checkpoint`; whole or not at all."""
         self._start_saving()
         self._clean()
         meta = plain(dict(meta or {}), "meta")
@@ -134,45 +112,29 @@ class AtomicCheckpointer(Checkpointer):
         ckpt_predicate=None,
         verbosity=logging.INFO,
     ):
-        """Delete the least important checkpoints, each at one stroke.
+        """As `Checkpointer.delete_checkpoints`, each in one step.
 
-        Arguments
-        ---------
-        num_to_keep : int
-            How many to keep by each key.
-        min_keys, max_keys : list of str, optional
-            Keep those with the lowest (highest) of these in their `meta`.
-        importance_keys : sequence of callable
-            Further keys, functions of a checkpoint.
-        ckpt_predicate : callable, optional
-            Look only at checkpoints for which it returns True.
-        verbosity : int
-            Logging level.
-
-        Raises
-        ------
-        ValueError
-            A `num_to_keep` below 0.
+        Raises ValueError for a `num_to_keep` below 0.
         """
         if num_to_keep < 0:
             raise ValueError(f"num_to_keep={num_to_keep}: expected at least 0")
         keys = [{"min_key": key} for key in min_keys or ()]
         keys += [{"max_key": key} for key in max_keys or ()]
         keys += [{"importance_key": key} for key in importance_keys]
-        candidates, kept = set(), set()
+        candidates, best = set(), set()
         for key in keys:
             # As upstream: a checkpoint without the key is left alone.
             found = self.find_checkpoints(**key, ckpt_predicate=ckpt_predicate)
             candidates.update(checkpoint.path for checkpoint in found)
-            best = self.find_checkpoints(
+            found = self.find_checkpoints(
                 **key,
                 ckpt_predicate=ckpt_predicate,
                 max_num_checkpoints=num_to_keep,
             )
-            kept.update(checkpoint.path for checkpoint in best)
+            best.update(checkpoint.path for checkpoint in found)
         ddp_barrier()  # all have listed before any is deleted
         if if_main_process():
-            for path in sorted(candidates - kept):
+            for path in sorted(candidates - best):
                 # Without its name it is no checkpoint any more.
                 aside = path.with_name(f"{TEMPORARY_PREFIX}old-{path.name}")
                 shutil.rmtree(aside, ignore_errors=True)
@@ -195,7 +157,7 @@ class AtomicCheckpointer(Checkpointer):
         return self._aside(super()._custom_checkpoint_dirpath(name))
 
     def _aside(self, final):
-        """Have a checkpoint written where no listing looks."""
+        """Have a checkpoint written under a name that no listing shows."""
         temporary = final.with_name(
             f"{TEMPORARY_PREFIX}{os.getpid()}-{final.name}"
         )
@@ -207,12 +169,12 @@ class AtomicCheckpointer(Checkpointer):
         content = dict(saved.meta)
         content[META_KEY] = self._complete(temporary, saved)
         write_meta(temporary, content)
-        publish(temporary, final)
+        publish_folder(temporary, final)
         files = {n: final / p.name for n, p in saved.paramfiles.items()}
         return Checkpoint(final, read_checkpoint_meta(final), files)
 
     def _clean(self):
-        """Sweep away what a killed run left, once, by who writes here."""
+        """Sweep away, once, what a killed run left."""
         if self._owned or not if_main_process():
             return
         self._owned = True

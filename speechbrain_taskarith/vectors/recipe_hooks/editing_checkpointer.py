@@ -1,7 +1,7 @@
-"""Editing inside SpeechBrain's checkpointing: for recipes that stay as they are.
+"""Editing inside SpeechBrain's checkpointing: for unchanged recipes.
 
-A recipe's YAML names `EditingCheckpointer` where it named `Checkpointer`, and
-what the run evaluates and keeps is the edited model.
+A recipe's YAML names `EditingCheckpointer` in place of `Checkpointer`; the run
+then evaluates and saves the edited model.
 """
 
 from pathlib import Path
@@ -22,30 +22,18 @@ from speechbrain_taskarith.vectors.model_card import ModelCard
 from speechbrain_taskarith.vectors.recipe_hooks.atomic_checkpointer import (
     AtomicCheckpointer,
 )
-from speechbrain_taskarith.vectors.recipe_hooks.pretrainer import (
-    TaskVectorPretrainer,
-)
-from speechbrain_taskarith.vectors.rules.description import (
-    combine,
-    describe_rule,
-    scale_of,
-)
-from speechbrain_taskarith.vectors.states.fingerprint import short
-from speechbrain_taskarith.vectors.states.readers import (
-    open_state,
-    read_checkpoint_meta,
-)
+from speechbrain_taskarith.vectors.rules.base import check_rule
+from speechbrain_taskarith.vectors.states.readers import as_state, open_state
 from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     FINETUNED,
     META_KEY,
     find_checkpoint_folder,
     plain,
+    read_checkpoint_meta,
 )
-from speechbrain_taskarith.vectors.states.state import as_state
+from speechbrain_taskarith.vectors.states.state import short
 from speechbrain_taskarith.vectors.states.writers import save_state
 from speechbrain_taskarith.vectors.task_vector import TaskVector
-
-__all__ = ["EditingCheckpointer", "TaskVectorPretrainer"]
 
 logger = get_logger(__name__)
 
@@ -53,9 +41,9 @@ logger = get_logger(__name__)
 class EditingCheckpointer(AtomicCheckpointer):
     """A `Checkpointer` that keeps `base + scale * rule(fine-tuned - base)`.
 
-    One step of sequential editing (Plantinga et al. 2024, arXiv 2406.17935)
+    One step of sequential editing (Kulshreshtha et al. 2024, arXiv 2406.17935)
     by a recipe's YAML alone: fine-tuning starts from `base` and runs on
-    un-edited weights; what is kept, evaluated and found by others is edited.
+    un-edited weights; what is evaluated, and what others load, is edited.
 
     In each checkpoint `<edited>.ckpt` holds the edited weights, so stock
     tools (`Checkpointer`, `Pretrainer`, checkpoint averaging) see nothing
@@ -69,7 +57,7 @@ class EditingCheckpointer(AtomicCheckpointer):
       "finetuned")` in a loop that registers none.
     - *Everything else* that loads a checkpoint (`Brain.evaluate`) gets the
       edited weights. Rule or scale may be changed in the YAML after
-      training: the edit is then made anew from the fine-tuned weights.
+      training: the edit is then repeated from the fine-tuned weights.
     - Scores in validation during training are those of the fine-tuned
       weights: they choose when to stop fine-tuning, as in the paper.
     - Running statistics and integer buffers in the edited weights are the
@@ -90,8 +78,8 @@ class EditingCheckpointer(AtomicCheckpointer):
         What fine-tuning starts from: a `CKPT+` folder, a save folder (its
         newest checkpoint, or by `base_min_key`/`base_max_key`), or any file
         that holds weights; `{recoverable: path}` for several.
-    rule : object
-        The merging rule; its `combine` gets the one vector.
+    rule : Rule
+        The merging rule, for the one vector.
     scale : float, dict or None
         Share of the vector; None takes the rule's.
     include, exclude : str or sequence of str
@@ -151,7 +139,7 @@ class EditingCheckpointer(AtomicCheckpointer):
     ):
         super().__init__(checkpoints_dir, recoverables, **arguments)
         self.edited = [edited] if isinstance(edited, str) else list(edited)
-        self.rule, self.scale = rule, scale
+        self.rule, self.scale = check_rule(rule), scale
         self.include, self.exclude = include, exclude
         self.from_base = from_base
         self._base_path = base
@@ -161,26 +149,16 @@ class EditingCheckpointer(AtomicCheckpointer):
         self._fitting = False
         self._saved = {}
         for name in self.edited:
-            self._take_over(name)
+            self._install_hooks(name)
 
     def add_recoverable(self, name, obj, *args, **kwargs):
-        """Register a recoverable; an optimizer announces fitting.
-
-        Arguments
-        ---------
-        name : str
-            Its name.
-        obj : object
-            The recoverable.
-        *args, **kwargs : object
-            As for `Checkpointer`.
-        """
+        """As `Checkpointer.add_recoverable`; an optimizer announces fitting."""
         super().add_recoverable(name, obj, *args, **kwargs)
         if isinstance(obj, torch.optim.Optimizer):
             self._fitting = True
-        # During Checkpointer.__init__ there is nothing to take over yet.
+        # Checkpointer.__init__ comes here before `edited` is known.
         if name in getattr(self, "edited", ()):
-            self._take_over(name)
+            self._install_hooks(name)
 
     def recover_if_possible(
         self,
@@ -254,8 +232,8 @@ class EditingCheckpointer(AtomicCheckpointer):
                         f"from_base: {self._base_path} holds no {name}.ckpt"
                     )
                 logger.warning(
-                    f"{name} is not beside the base {self._base_path}; its "
-                    "statistics start anew, unlike those the base saw"
+                    f"{name} is not beside the base {self._base_path}: its "
+                    "statistics start from zero, not from the base's"
                 )
                 continue
             hook = self.custom_load_hooks.get(name) or get_default_hook(
@@ -289,14 +267,12 @@ class EditingCheckpointer(AtomicCheckpointer):
             self._bases[name] = base
         return self._bases[name]
 
-    # -- inside ----------------------------------------------------------
-
     def _start_saving(self):
-        # Who saves is past recovering, whatever it registered before.
+        # A run that saves does not recover any more.
         self._fitting = False
 
-    def _take_over(self, name):
-        """Put our hooks where the recoverable's own would be called."""
+    def _install_hooks(self, name):
+        """Put our hooks in place of the recoverable's own."""
         if name in self.custom_load_hooks or name in self.custom_save_hooks:
             ours = getattr(self.custom_save_hooks.get(name), "editing", False)
             if not ours:
@@ -337,15 +313,14 @@ class EditingCheckpointer(AtomicCheckpointer):
 
     def _load_edited(self, name, obj, path, end_of_epoch):
         finetuned = _finetuned_path(path)
+        # Without the second file, it was saved by a plain Checkpointer.
+        source = finetuned if finetuned.exists() else path
         if self._weights == "finetuned":
-            # Without the second file, a checkpoint of before the editing.
-            source = finetuned if finetuned.exists() else path
             torch_recovery(obj, source, end_of_epoch)
-        elif finetuned.exists() and self._is_up_to_date(name, path.parent):
+        elif source == finetuned and self._is_up_to_date(name, path.parent):
             torch_recovery(obj, path, end_of_epoch)
         else:
-            source = finetuned if finetuned.exists() else path
-            logger.info(f"Editing {source} anew, as the settings say now")
+            logger.info(f"Editing {source} again by the present settings")
             self._load_state(obj, self._edit(name, open_state(source)), name)
 
     def _edit(self, name, finetuned):
@@ -353,17 +328,17 @@ class EditingCheckpointer(AtomicCheckpointer):
         vector = TaskVector.between(
             base, finetuned, include=self.include, exclude=self.exclude
         )
-        vector = combine(self.rule, [vector], base)
+        vector = self.rule.combine([vector], base=base)
         scale = self.scale
         if scale is None:
-            scale = scale_of(self.rule, vector)
+            scale = self.rule.scale_for(vector)
         return vector.apply(base, scale, any_base=True)
 
     def _settings(self, name):
-        """What an edit depends on, in plain types."""
+        """Return what an edit depends on, in plain types."""
         return plain(
             {
-                "rule": describe_rule(self.rule),
+                "rule": self.rule.describe(),
                 "scale": self.scale,
                 "include": self.include,
                 "exclude": self.exclude,
@@ -378,15 +353,13 @@ class EditingCheckpointer(AtomicCheckpointer):
         try:
             now = self._settings(name)
         except FileNotFoundError:
-            # The base is gone, as on another machine: what was kept is all
-            # there is.
+            # The base is gone, as on another machine: there is nothing else
+            # than what was saved.
             return True
         if recorded is None:
             return False
-        ignored = ("base",)  # where it lies says nothing of what it is
-        return {k: v for k, v in recorded.items() if k not in ignored} == {
-            k: v for k, v in now.items() if k not in ignored
-        }
+        # The base's path may change; its fingerprint is compared.
+        return {**recorded, "base": None} == {**now, "base": None}
 
     def _check_same_base(self, checkpoint):
         for name in self.edited:
@@ -415,7 +388,7 @@ class EditingCheckpointer(AtomicCheckpointer):
             ) from None
 
     def _checkpoint_of(self, path):
-        """Return the `CKPT+` folder that a path means, if it means one."""
+        """Return the `CKPT+` folder that a path names, or None."""
         path = Path(path)
         if path.is_dir() and (
             (path / "CKPT.yaml").exists() or any(path.glob("CKPT+*"))
@@ -423,7 +396,8 @@ class EditingCheckpointer(AtomicCheckpointer):
             return find_checkpoint_folder(path, **self._base_keys)
         if not path.exists():
             raise FileNotFoundError(
-                f"{path}: the base to fine-tune from is not there"
+                f"{path}: no such file or folder; it is the base to "
+                "fine-tune from"
             )
         return None
 
@@ -446,11 +420,6 @@ class EditingCheckpointer(AtomicCheckpointer):
         return {"editing": {name: self._settings(name) for name in self.edited}}
 
     def _card(self, saved):
-        scores = {
-            key: value
-            for key, value in saved.meta.items()
-            if isinstance(value, float) and key != "unixtime"
-        }
         parents, edited = [], []
         for name in self.edited:
             finetuned, result = self._saved[name]
@@ -469,7 +438,11 @@ class EditingCheckpointer(AtomicCheckpointer):
             parents=parents,
             rule=self.rule,
             scale=self.scale,
-            wer=[{"score": k, "value": v} for k, v in scores.items()],
+            wer=[
+                {"score": key, "value": value}
+                for key, value in saved.meta.items()
+                if isinstance(value, float) and key != "unixtime"
+            ],
             notes=[
                 "Scores were measured during fine-tuning, before the edit.",
                 f"Weights before the edit: {FINETUNED.lstrip('.')} files.",

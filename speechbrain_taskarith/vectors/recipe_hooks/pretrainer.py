@@ -14,7 +14,7 @@ from speechbrain.utils.fetching import FetchSource
 from speechbrain.utils.logger import get_logger
 from speechbrain.utils.parameter_transfer import Pretrainer
 
-from speechbrain_taskarith.vectors.rules.description import combine, scale_of
+from speechbrain_taskarith.vectors.rules.base import check_rule
 from speechbrain_taskarith.vectors.states.readers import open_state
 from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     find_checkpoint_folder,
@@ -27,10 +27,10 @@ logger = get_logger(__name__)
 class TaskVectorPretrainer(Pretrainer):
     """A `Pretrainer` that loads a base plus any number of task vectors.
 
-    Everything is computed and checked before anything is loaded: that the
-    vectors were taken from this base, and that names and shapes are the
-    module's. Upstream's `Pretrainer` warns of keys that do not fit and goes
-    on; here they are an error. Parameters stay on their device.
+    Before anything is loaded, it checks that the vectors were taken from this
+    base, and that names and shapes are the module's. Upstream's `Pretrainer`
+    only warns of keys that do not fit; here they are an error. Parameters
+    stay on their device.
 
     Arguments
     ---------
@@ -44,12 +44,12 @@ class TaskVectorPretrainer(Pretrainer):
     vectors : dict or None
         `{name: path or [path, ...]}` of stored task vectors. Loadables
         without vectors are loaded as they are.
-    rule : object or None
+    rule : Rule or None
         The merging rule. None: one vector is added as it is.
     scale : float, dict or None
         Share of the combined vector; None takes the rule's.
     any_base : bool
-        True lets vectors of other bases in, as SYN2REAL does: a source
+        True allows vectors of other bases, as SYN2REAL needs: a source
         domain's vector on the target's model.
     strict : bool
         False loads modules without vectors as upstream does.
@@ -106,24 +106,12 @@ class TaskVectorPretrainer(Pretrainer):
                 f"vectors: no loadables called {unknown}; there are "
                 f"{list(self.loadables)}"
             )
-        self.rule, self.scale = rule, scale
+        self.rule = None if rule is None else check_rule(rule)
+        self.scale = scale
         self.any_base, self.strict = any_base, strict
 
     def collect_files(self, default_source=None, **arguments):
-        """Collect files; folders of checkpoints are looked into.
-
-        Arguments
-        ---------
-        default_source : str, pathlib.Path, FetchSource or None
-            Also a save folder.
-        **arguments : object
-            As for `Pretrainer`.
-
-        Returns
-        -------
-        dict
-            `{name: local path}`.
-        """
+        """As `Pretrainer.collect_files`; finds files in checkpoint folders."""
         for name, path in self.paths.items():
             self.paths[name] = self._file_of(name, path)
         if isinstance(default_source, (str, os.PathLike)):
@@ -159,7 +147,7 @@ class TaskVectorPretrainer(Pretrainer):
             else:
                 continue
             own[name] = _loader(name, obj, state, paramfiles[name])
-        # All is well: only now does anything change.
+        # Everything is checked: only now does anything change.
         self.custom_hooks = {**hooks, **own}
         try:
             super()._call_load_hooks(paramfiles)
@@ -167,8 +155,8 @@ class TaskVectorPretrainer(Pretrainer):
             self.custom_hooks = hooks
 
     def _edited(self, name, path):
-        # What is collected is a link with a name of its own; the format
-        # shows in the name of what it leads to.
+        # `path` is a link with another name; the format follows from the name
+        # of the file it points to.
         base = open_state(os.path.realpath(path))
         vectors = [TaskVector.load(file) for file in self.vectors[name]]
         for file, vector in zip(self.vectors[name], vectors):
@@ -177,23 +165,22 @@ class TaskVectorPretrainer(Pretrainer):
             raise ValueError(
                 f"{file}: was taken from another base "
                 f"({vector.metadata.get('base', 'path unknown')}) than "
-                f"{path}. Give its own base, or say any_base: True where "
-                "that is meant (SYN2REAL)"
+                f"{path}. Give its own base, or any_base: True (SYN2REAL)"
             )
         if not vectors:
             return base
         if self.rule is not None:
-            vector = combine(self.rule, vectors, base)
+            vector = self.rule.combine(vectors, base=base)
         elif len(vectors) == 1:
             vector = vectors[0]
         else:
             raise ValueError(
-                f"vectors: {len(vectors)} for {name!r}; say by which rule "
-                "they are merged (rule=...)"
+                f"vectors: {len(vectors)} for {name!r}; say by which rule to "
+                "merge them (rule=...)"
             )
         scale = self.scale
         if scale is None:
-            scale = scale_of(self.rule, vector)
+            scale = self.rule.scale_for(vector) if self.rule else 1.0
         logger.info(
             f"{name}: {path} plus {len(vectors)} task vector(s), scale {scale}"
         )

@@ -1,8 +1,9 @@
-"""All merging rules by name.
+"""All merging rules, one file a rule or family.
 
-Each is a small object that holds numbers only, to be built in Python or by
+A rule is a small object that holds numbers only, built in Python or by
 `!new:` in YAML, and used as `rule(base, [tau, ...])`, `rule.combine([tau,
-...])` or by `merge_checkpoints`. `rule.Rule` says what a rule is.
+...])` or by `merge_checkpoints`. `base` says what a rule is, `reference`
+shows each in a few lines of torch, `description` makes rules by name.
 """
 
 import lazy_loader

@@ -1,51 +1,17 @@
-from .base import (
-    Rule as Rule,
-)
-from .base import (
-    from_description as from_description,
-)
-from .elementwise import (
-    DELLA as DELLA,
-)
-from .elementwise import (
-    TIES as TIES,
-)
-from .elementwise import (
-    Breadcrumbs as Breadcrumbs,
-)
-from .elementwise import (
-    LinearAverage as LinearAverage,
-)
-from .elementwise import (
-    Merge as Merge,
-)
-from .elementwise import (
-    TaskArithmetic as TaskArithmetic,
-)
-from .fisher import (
-    Fisher as Fisher,
-)
-from .geometric import (
-    SLERP as SLERP,
-)
-from .geometric import (
-    Karcher as Karcher,
-)
-from .geometric import (
-    ModelStock as ModelStock,
-)
-from .geometric import (
-    MultiSLERP as MultiSLERP,
-)
-from .spectral import (
-    TSVM as TSVM,
-)
-from .spectral import (
-    IsoC as IsoC,
-)
-from .wrappers import (
-    DARE as DARE,
-)
-from .wrappers import (
-    LiNeS as LiNeS,
-)
+from .arithmetic import LinearAverage as LinearAverage
+from .arithmetic import TaskArithmetic as TaskArithmetic
+from .base import Rule as Rule
+from .breadcrumbs import Breadcrumbs as Breadcrumbs
+from .dare import DARE as DARE
+from .della import DELLA as DELLA
+from .description import from_description as from_description
+from .fisher import Fisher as Fisher
+from .iso_c import IsoC as IsoC
+from .karcher import Karcher as Karcher
+from .lines import LiNeS as LiNeS
+from .model_stock import ModelStock as ModelStock
+from .slerp import SLERP as SLERP
+from .slerp import MultiSLERP as MultiSLERP
+from .ties import TIES as TIES
+from .ties import Merge as Merge
+from .tsv_m import TSVM as TSVM

@@ -1,65 +1,125 @@
 """What a merging rule is.
 
-A rule is a small object that holds numbers only. It says what is done to each
-vector alone (`stages`) and how the vectors become one (`merge`, over a run of
-elements); who feeds it, from memory or from files, is not its business.
+A rule of your own is a subclass of `Rule` with one method, `merge_tensor`;
+docs/write_your_own_rule.md shows it. The rules of this package override the
+hooks below it too, so that they work on pieces that fit a core's cache, from
+several threads: `stages` (what is done to each vector alone), `prepare` (what
+must be known of the whole vectors) and `merge` (a run of elements). The engine
+feeds a rule, from memory or from files; the rule does not know which.
 """
 
-from speechbrain_taskarith.utils.patterns import first_match, require_match
+import glob
+import inspect
+import math
+import os
+from collections.abc import Mapping
+
+import numpy as np
+
 from speechbrain_taskarith.vectors import checks
 from speechbrain_taskarith.vectors.engine.streaming import MemoryVectors, Stream
 from speechbrain_taskarith.vectors.engine.workspace import CHUNK
-from speechbrain_taskarith.vectors.rules.description import (
-    describe,
-    from_description,
-    scale_of,
-)
+from speechbrain_taskarith.vectors.states.names import check_alike
+from speechbrain_taskarith.vectors.states.readers import as_state
 
-__all__ = ["Rule", "check_weights", "from_description"]
+# Written into a description in place of what a text cannot hold.
+IN_MEMORY = "weights in memory"
+
+
+class Stage:
+    """What a rule does to each vector alone, e.g. trimming."""
+
+    def prepare(self, stream):
+        """Return the stage to use for the chunks, after a look at the vectors
+        as the stages before this one leave them."""
+        return self
+
+    def granularity(self, shape):
+        """Return how many elements of a tensor must be seen at once."""
+        return 1
+
+    def apply(self, index, tau, place, work, out):
+        """Return a chunk of vector `index`, edited into `out`.
+
+        `tau` must not be written to; return it where nothing changes.
+        """
+        raise NotImplementedError
+
+    def describe(self):
+        """Return class name and arguments, as `Rule.describe` does."""
+        return _describe(self, "stage")
 
 
 class Rule:
-    """A way to make one vector out of several, and the scale to apply it.
+    """A way to make one task vector out of several, and its scale.
 
-    Subclasses keep each argument of their `__init__` as an attribute of the
-    same name, so that a rule can be written down (`describe`) and made again
-    (`from_description`).
+    A subclass of your own gives `merge_tensor` and keeps each argument of its
+    `__init__` as an attribute of the same name. All else is optional, for
+    speed: `stages`, `whole_tensors`, `granularity`, `bytes_per_element`, and
+    `prepare` with `merge`.
+
+    Arguments
+    ---------
+    scale : float or dict
+        Factor of the merged vector, or `{pattern: factor}`, of which the
+        first match wins; parameters without a match stay as they are.
 
     Attributes
     ----------
     stages : tuple of Stage
-        What is done to each vector alone, before `merge`.
-    scale : float or dict
-        Factor of the merged vector, or `{pattern: factor}` of which the
-        first match wins; parameters without a match stay as they are.
-    fewest, most : int or None
+        What is done to each vector alone, before they are merged.
+    min_vectors, max_vectors : int or None
         How many vectors the rule takes.
+    whole_tensors : bool
+        True: the rule sees one whole tensor at a time, in one thread (linear
+        algebra has threads of its own). False: any run of elements.
+    carries_nan : bool
+        True where NaN or infinity in any vector always shows in the result,
+        so that the engine need look only there.
+
+    Example
+    -------
+    >>> import torch
+    >>> class Median(Rule):
+    ...     def merge_tensor(self, name, deltas, base=None):
+    ...         return torch.stack(deltas).median(dim=0).values
+    >>> vectors = [{"w": torch.tensor([x, 0.0])} for x in (1.0, 2.0, 9.0)]
+    >>> Median().combine(vectors)["w"]
+    tensor([2., 0.])
     """
 
     stages = ()
     scale = 1.0
-    fewest, most = 1, None
-    # Whether `merge` runs linear algebra on whole tensors, which brings its
-    # own threads.
-    whole_tensors = False
-    # Whether NaN or infinity in any vector always shows in the result, so
-    # that it is enough to look there.
+    min_vectors, max_vectors = 1, None
+    whole_tensors = True
     carries_nan = False
 
-    def bytes_per_element(self, number):
-        """Return how much memory a thread uses for an element of a chunk.
+    def __init__(self, scale=1.0):
+        self.scale = checks.scale(scale)
+
+    def merge_tensor(self, name, deltas, base=None):
+        """Merge one parameter: the one method that a rule must have.
 
         Arguments
         ---------
-        number : int
-            How many vectors are merged.
+        name : str
+            The parameter's name; of tied parameters the first.
+        deltas : list of torch.Tensor
+            The vectors' entries for it, float32, copies in the parameter's
+            shape.
+        base : torch.Tensor or None
+            The base's weights, float32; None where no base was given
+            (`combine` without `base=`).
 
         Returns
         -------
-        int
-            Bytes, over all buffers, rounded up.
+        torch.Tensor
+            The merged entries, before the scale, in the same shape.
         """
-        return 96
+        raise NotImplementedError(
+            f"{type(self).__name__}: expected a method "
+            "merge_tensor(self, name, deltas, base=None)"
+        )
 
     def granularity(self, shape):
         """Return how many elements `merge` must see at once.
@@ -74,10 +134,26 @@ class Rule:
         int
             1: any run will do.
         """
-        return 1
+        return math.prod(shape) if self.whole_tensors else 1
+
+    def bytes_per_element(self, number):
+        """Return how much memory a thread uses for an element of a chunk.
+
+        Arguments
+        ---------
+        number : int
+            How many vectors are merged.
+
+        Returns
+        -------
+        int
+            Bytes, over all buffers, rounded up.
+        """
+        # Whole tensors: copies of the vectors, and what is made of them.
+        return 32 + 16 * number if self.whole_tensors else 96
 
     def prepare(self, stream):
-        """Look at the vectors (after the stages) before they are merged.
+        """Look at the whole vectors, after the stages. Comes with `merge`.
 
         Arguments
         ---------
@@ -87,17 +163,18 @@ class Rule:
         Returns
         -------
         object
-            Passed to `merge`.
+            Passed to `merge` as `prepared`.
         """
-        return None
+        return stream.source
 
     def merge(self, vectors, place, work, prepared):
-        """Merge a run of elements.
+        """Merge a run of elements, by default with `merge_tensor`.
 
         Arguments
         ---------
         vectors : iterator of arrays
-            float32, each valid until the next is taken.
+            float32, each valid until the next is taken; NumPy on the CPU,
+            torch on a GPU.
         place : Place
             Where the run lies.
         work : Workspace
@@ -110,7 +187,30 @@ class Rule:
         array
             float32, the merged vector before the scale.
         """
-        raise NotImplementedError
+        import torch
+
+        def tensor(array):
+            # A copy: buffers are used again, and the method may write.
+            return torch.as_tensor(array).reshape(place.shape).clone()
+
+        deltas, base = [tensor(tau) for tau in vectors], None
+        if prepared.base is not None:
+            base = tensor(prepared.base_chunk(place, work))
+        with torch.no_grad():
+            merged = self.merge_tensor(place.name, deltas, base)
+        shape = getattr(merged, "shape", type(merged).__name__)
+        if shape != deltas[0].shape:
+            raise ValueError(
+                f"{type(self).__name__}.merge_tensor: {place.name!r} became "
+                f"{shape}; expected a tensor of shape {place.shape}"
+            )
+        merged = merged.to(deltas[0]).reshape(-1)
+        if not checks.all_finite(merged):
+            raise ValueError(
+                f"{type(self).__name__}.merge_tensor: {place.name!r} became "
+                "NaN or infinity, and no vector holds any"
+            )
+        return merged.numpy() if work.xp is np else merged
 
     def check_number(self, number):
         """Raise unless the rule takes so many vectors.
@@ -120,15 +220,13 @@ class Rule:
         number : int
             How many there are.
         """
-        if number < self.fewest or (self.most and number > self.most):
-            if self.fewest == self.most:
-                wanted = f"exactly {self.fewest}"
-            elif self.most:
-                wanted = f"{self.fewest} to {self.most}"
-            else:
-                wanted = f"at least {self.fewest}"
+        low, high = self.min_vectors, self.max_vectors
+        if number < low or (high and number > high):
+            expected = f"{low} to {high}" if high else f"at least {low}"
+            if low == high:
+                expected = f"exactly {low}"
             raise ValueError(
-                f"{type(self).__name__} takes {wanted} task vectors, "
+                f"{type(self).__name__} takes {expected} task vectors, "
                 f"got {number}"
             )
 
@@ -150,12 +248,35 @@ class Rule:
         ValueError
             A pattern that matches nothing.
         """
-        names = list(names)
-        if not isinstance(self.scale, dict):
-            return dict.fromkeys(names, float(self.scale))
-        for pattern in self.scale:
-            require_match(names, pattern)
-        return {n: float(first_match(n, self.scale, 0.0)) for n in names}
+        return checks.scale_by_name(self.scale, names)
+
+    def scales_by_parameter(self):
+        """Tell whether the scale follows from a parameter's name.
+
+        Returns
+        -------
+        bool
+            True for rules with their own `scales`, such as `LiNeS`.
+        """
+        return type(self).scales is not Rule.scales
+
+    def scale_for(self, vector):
+        """Return the scale in the form that `TaskVector.apply` takes.
+
+        Arguments
+        ---------
+        vector : TaskVector
+            The merged vector.
+
+        Returns
+        -------
+        float or dict
+            One number, or `{pattern: number}`.
+        """
+        if not self.scales_by_parameter():
+            return self.scale
+        scales = self.scales(list(vector))
+        return {glob.escape(name): scale for name, scale in scales.items()}
 
     def combine(self, vectors, *, base=None):
         """Make one task vector out of several, before the scale.
@@ -181,13 +302,12 @@ class Rule:
         """
         import torch
 
-        from speechbrain_taskarith.vectors.states.state import as_state
         from speechbrain_taskarith.vectors.task_vector import TaskVector
 
         vectors = list(vectors)
         base = None if base is None else as_state(base)
         self.check_number(len(vectors))
-        _check_alike(vectors)
+        check_alike(vectors)
         source = MemoryVectors(vectors, base)
         # A GPU is filled by whole tensors, a cache by little; and linear
         # algebra has threads of its own.
@@ -206,14 +326,11 @@ class Rule:
             target = flat[place.name][place.start : place.stop]
             target.copy_(torch.as_tensor(values))
 
-        stream = Stream(source, self.stages, chunk, threads)
-        stream.merge(self, emit)
+        Stream(source, self.stages, chunk, threads).merge(self, emit)
         deltas = {
             name: merged[source.twins.get(name, name)] for name in vectors[0]
         }
-        fingerprints = {
-            getattr(vector, "base_fingerprint", None) for vector in vectors
-        }
+        fingerprints = {getattr(v, "base_fingerprint", None) for v in vectors}
         metadata = {
             "rule": self.describe(),
             "parents": [getattr(v, "metadata", {}) for v in vectors],
@@ -244,13 +361,11 @@ class Rule:
         ValueError
             Another base than the vectors', and what `combine` raises.
         """
-        from speechbrain_taskarith.vectors.states.state import as_state
-
         base, vectors = as_state(base), list(vectors)
         merged = self.combine(vectors, base=base)
         traced = [v for v in vectors if hasattr(v, "base_fingerprint")]
-        scale = scale_of(self, merged)
-        return merged.apply(base, scale, any_base=any_base or not traced)
+        any_base = any_base or not traced
+        return merged.apply(base, self.scale_for(merged), any_base=any_base)
 
     def describe(self):
         """Write the rule down in plain types.
@@ -259,7 +374,8 @@ class Rule:
         -------
         dict
             `{"rule": class name, argument: value, ...}`, for logs, model
-            cards and `from_description`.
+            cards and `from_description`; a rule of your own also names its
+            `"module"`.
 
         Example
         -------
@@ -268,55 +384,60 @@ class Rule:
         {'rule': 'TIES', 'density': 0.5, 'scale': 0.6, 'trim': 'global',
          'elect': 'mass'}
         """
-        return describe(self, "rule")
+        description = _describe(self, "rule")
+        if not type(self).__module__.startswith(f"{__package__}."):
+            # Never built again by name: it might be called as one of ours.
+            description["module"] = type(self).__module__
+        return description
 
     def __repr__(self):
-        description = self.describe()
-        name = description.pop("rule")
-        arguments = ", ".join(f"{k}={v!r}" for k, v in description.items())
-        return f"{name}({arguments})"
+        name, *arguments = _describe(self, "rule").items()
+        return f"{name[1]}({', '.join(f'{k}={v!r}' for k, v in arguments)})"
 
 
-def _check_alike(vectors):
-    first = vectors[0]
-    for number, vector in enumerate(vectors[1:], 2):
-        odd = sorted(set(first.keys()) ^ set(vector.keys()))
-        if odd:
-            raise KeyError(
-                f"task vectors 1 and {number} edit different parameters: "
-                f"only one of them has {', '.join(odd[:5])} "
-                f"({len(odd)} in all). Bring them to the same with restrict()"
-            )
-        for name in first.keys():
-            one, other = tuple(first[name].shape), tuple(vector[name].shape)
-            if one != other:
-                raise ValueError(
-                    f"{name!r} has shape {one} in task vector 1 and {other} "
-                    f"in task vector {number}"
-                )
+def check_rule(rule, argument="rule"):
+    """Return the rule, or raise the one error of all that take one."""
+    if not isinstance(rule, Rule):
+        got = rule.__name__ if isinstance(rule, type) else type(rule).__name__
+        raise TypeError(
+            f"{argument}: expected a Rule, e.g. TIES(), got {got}; subclass "
+            "vectors.Rule for your own"
+        )
+    return rule
 
 
-def check_weights(rule, given, number):
-    """Return one weight for every vector.
-
-    Arguments
-    ---------
-    rule : Rule
-        For the error.
-    given : list of float or None
-        None: all 1.
-    number : int
-        How many vectors there are.
-
-    Returns
-    -------
-    list of float
-        The weights.
-    """
-    given = [1.0] * number if given is None else checks.weights(given)
-    if len(given) != number:
+def check_weights(rule, number):
+    """Return the rule's weight of every vector, 1 where it has none."""
+    weights = [1.0] * number if rule.weights is None else rule.weights
+    if len(weights) != number:
         raise ValueError(
-            f"{type(rule).__name__} has {len(given)} weights for {number} "
+            f"{type(rule).__name__} has {len(weights)} weights for {number} "
             "task vectors; expected one for each"
         )
-    return given
+    return weights
+
+
+def _describe(thing, key):
+    """Return `{key: class name, argument: value, ...}` in plain types."""
+    description = {key: type(thing).__name__}
+    for name in inspect.signature(type(thing)).parameters:
+        if not hasattr(thing, name):
+            raise AttributeError(
+                f"{type(thing).__name__}: keep the argument {name!r} of "
+                f"__init__ as self.{name}, so that the {key} can be described"
+            )
+        description[name] = _plain(getattr(thing, name))
+    return description
+
+
+def _plain(value):
+    if isinstance(value, (Rule, Stage)):
+        return value.describe()
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        plain = all(isinstance(v, (int, float)) for v in value.values())
+        return dict(value) if plain else IN_MEMORY
+    return str(value) if isinstance(value, os.PathLike) else repr(value)

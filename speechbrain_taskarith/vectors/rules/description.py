@@ -1,94 +1,48 @@
-"""Rules as text and back, and what those who apply one ask of it.
+"""Rules by name: made again from what `describe` wrote, or from plain values.
 
-A user's own rule need be no `Rule`: an object with
-`combine(vectors) -> TaskVector`, and maybe a `scale`, will do.
+Only the rules listed here are made, so a text from elsewhere makes nothing
+but rules.
 """
 
-import glob
+import difflib
+import importlib
 import inspect
-import os
 from collections.abc import Mapping
 
-# Stands for an argument that is too large for a text.
-_IN_MEMORY = "weights in memory"
+from speechbrain_taskarith.vectors.rules.base import IN_MEMORY
+
+# Each rule that has a name, and its file, which is imported when the rule is
+# asked for: a merge by TIES loads no other rule.
+RULES = {
+    "TaskArithmetic": "arithmetic",
+    "LinearAverage": "arithmetic",
+    "TIES": "ties",
+    "DARE": "dare",
+    "DELLA": "della",
+    "Breadcrumbs": "breadcrumbs",
+    "SLERP": "slerp",
+    "MultiSLERP": "slerp",
+    "Karcher": "karcher",
+    "ModelStock": "model_stock",
+    "Fisher": "fisher",
+    "LiNeS": "lines",
+    "TSVM": "tsv_m",
+    "IsoC": "iso_c",
+}
+# Parts of rules: they have no name in a merge file.
+_PARTS = {
+    "Merge": "ties",
+    "Magnitude": "ties",
+    "Band": "breadcrumbs",
+    "RandomDrop": "dare",
+    "DropByRank": "della",
+}
 
 
-def describe_rule(rule):
-    """Return a rule's class and arguments in plain types.
-
-    Arguments
-    ---------
-    rule : object or None
-        A rule.
-
-    Returns
-    -------
-    dict
-        What `Rule.describe` gives; for other objects class and module.
-
-    Example
-    -------
-    >>> from speechbrain_taskarith.vectors import TaskArithmetic
-    >>> describe_rule(TaskArithmetic(scale=0.4))["scale"]
-    0.4
-    """
-    if rule is None:
-        return {"rule": "none"}
-    if hasattr(rule, "describe"):
-        return rule.describe()
-    kind = rule if inspect.isroutine(rule) else type(rule)
-    return {"rule": kind.__qualname__, "module": kind.__module__}
-
-
-def describe(thing, key):
-    """Write down an object that keeps its arguments as attributes.
-
-    Arguments
-    ---------
-    thing : Rule or Stage
-        Has an attribute for each argument of its class.
-    key : str
-        What it is: `"rule"` or `"stage"`.
-
-    Returns
-    -------
-    dict
-        `{key: class name, argument: value, ...}`, plain types.
-    """
-    description = {key: type(thing).__name__}
-    for name in inspect.signature(type(thing)).parameters:
-        description[name] = _plain(getattr(thing, name))
-    return description
-
-
-def build_rule(description):
-    """Build a rule of this package from what `describe_rule` wrote.
-
-    Nothing that the text names is imported: only rules of this package are
-    known by name.
-
-    Arguments
-    ---------
-    description : dict
-        As written.
-
-    Returns
-    -------
-    object
-        The rule.
-
-    Raises
-    ------
-    ValueError
-        It is no rule of this package, or has arguments that text cannot
-        hold: pass the rule itself.
-    """
-    if "module" in description:
-        raise ValueError(
-            f"rule {description['rule']!r} is none of this package's; pass "
-            "the rule itself, set up as it was"
-        )
-    return from_description(description)
+def rule_class(name):
+    """Return a class of this package by its exact name."""
+    file = (RULES | _PARTS)[name]
+    return getattr(importlib.import_module(f"{__package__}.{file}"), name)
 
 
 def from_description(description):
@@ -107,126 +61,96 @@ def from_description(description):
     Raises
     ------
     ValueError
-        A rule that this plugin does not have, or arguments that it does not
-        take, or that no text can hold.
+        A rule that this plugin does not have, arguments that it does not
+        take, or values that no text can hold.
 
     Example
     -------
     >>> from_description({"rule": "TaskArithmetic", "scale": 0.4})
     TaskArithmetic(scale=0.4, weights=None)
     """
-    from speechbrain_taskarith.vectors import rules
-    from speechbrain_taskarith.vectors.engine import trimming as sparsify
-
-    def again(value):
-        if isinstance(value, Mapping) and "rule" in value:
-            return from_description(value)
-        if isinstance(value, Mapping) and "stage" in value:
-            return _build(sparsify, sparsify.Stage, "stage", value, again)
-        if isinstance(value, (list, tuple)):
-            return [again(item) for item in value]
-        if value == _IN_MEMORY:
-            raise ValueError(
-                f"{description.get('rule')} was given weights that were in "
-                "memory; make the object yourself and pass it"
-            )
-        return value
-
-    return _build(rules, rules.Rule, "rule", description, again)
-
-
-def combine(rule, vectors, base):
-    """Make one vector of several by a rule, on the given base.
-
-    Arguments
-    ---------
-    rule : object
-        Has `combine`.
-    vectors : list of TaskVector
-        At least one.
-    base : State
-        What the result will be applied to; passed on to rules that look at
-        it.
-
-    Returns
-    -------
-    TaskVector
-        Before the scale.
-    """
-    if not callable(getattr(rule, "combine", None)):
-        raise TypeError(
-            f"rule: expected an object with combine(vectors), e.g. TIES(), "
-            f"got {type(rule).__name__}"
-        )
-    if "base" in inspect.signature(rule.combine).parameters:
-        return rule.combine(vectors, base=base)
-    return rule.combine(vectors)
-
-
-def scale_of(rule, vector):
-    """Return the scale that a rule gives to a combined vector.
-
-    Arguments
-    ---------
-    rule : object or None
-        A rule; one without a `scale` scales by 1.
-    vector : TaskVector
-        What the scale is for.
-
-    Returns
-    -------
-    float or dict
-        One number, or `{pattern: number}`; a rule whose scale follows from
-        the parameter (`LiNeS`) gives a pattern for each.
-    """
-    if scales_by_parameter(rule):
-        scales = rule.scales(list(vector))
-        return {glob.escape(name): scale for name, scale in scales.items()}
-    scale = getattr(rule, "scale", None)
-    return 1.0 if scale is None else scale
-
-
-def scales_by_parameter(rule):
-    """Tell whether a rule's scale follows from the parameter's name.
-
-    Arguments
-    ---------
-    rule : object or None
-        A rule.
-
-    Returns
-    -------
-    bool
-        True for `LiNeS` and its kin.
-    """
-    from speechbrain_taskarith.vectors.rules.base import Rule
-
-    return isinstance(rule, Rule) and type(rule).scales is not Rule.scales
-
-
-def _build(module, kind, key, description, again):
-    """Make an object of a class that a module has, by its name."""
-    found = getattr(module, str(description.get(key)), None)
-    if not (isinstance(found, type) and issubclass(found, kind)):
+    key = "stage" if "stage" in description else "rule"
+    arguments = dict(description)
+    name = arguments.pop(key, None)
+    if "module" in arguments or name not in RULES | _PARTS:
         raise ValueError(
-            f"no {key} {description.get(key)!r} here; make the object "
+            f"there is no {key} {name!r} in this package; make the object "
             "yourself and pass it"
         )
-    arguments = {n: again(v) for n, v in description.items() if n != key}
-    try:
-        return found(**arguments)
-    except TypeError as error:
-        raise ValueError(f"{description}: {error}") from None
+    return _make(name, {n: _again(name, v) for n, v in arguments.items()})
 
 
-def _plain(value):
-    if hasattr(value, "describe"):
-        return value.describe()
+def _again(name, value):
+    if isinstance(value, Mapping) and ("rule" in value or "stage" in value):
+        return from_description(value)
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, Mapping):
-        plain = all(isinstance(v, (int, float)) for v in value.values())
-        return dict(value) if plain else _IN_MEMORY
-    return str(value) if isinstance(value, os.PathLike) else repr(value)
+        return [_again(name, item) for item in value]
+    if value == IN_MEMORY:
+        raise ValueError(
+            f"{name} was given weights that were in memory; make the object "
+            "yourself and pass it"
+        )
+    return value
+
+
+def from_plain(description, scale=None):
+    """Make a rule from a name or `{"name": ..., argument: value, ...}`.
+
+    This is how merge files and the command line write rules. Upper and lower
+    case, `-` and `_` do not count in names; an argument that is a rule
+    (`then`, `inner_rule`) is written the same way; `scale` replaces the
+    rule's own. Raises ValueError for an unknown rule or argument.
+
+    Example
+    -------
+    >>> from_plain({"name": "ties", "density": 0.5}, scale=0.6)
+    TIES(density=0.5, scale=0.6, trim='global', elect='mass')
+    """
+    if isinstance(description, str):
+        description = {"name": description}
+    if not isinstance(description, Mapping) or not isinstance(
+        description.get("name"), str
+    ):
+        raise ValueError(
+            f"rule: expected a name, or a mapping with 'name' and the rule's "
+            f"arguments, e.g. {{name: TIES, density: 0.2}}; got {description!r}"
+        )
+    arguments = dict(description)
+    name = known_name(arguments.pop("name"))
+    if scale is not None:
+        arguments["scale"] = scale
+    for part in ("then", "inner_rule"):
+        if isinstance(arguments.get(part), (str, Mapping)):
+            arguments[part] = from_plain(arguments[part])
+    return _make(name, arguments)
+
+
+def known_name(text):
+    """Return a rule's exact name; the nearest is named for an unknown one."""
+    names = {name.lower(): name for name in RULES}
+    plain = text.replace("_", "").replace("-", "").lower()
+    if plain not in names:
+        near = difflib.get_close_matches(plain, names, n=1)
+        hint = f" Did you mean {names[near[0]]}?" if near else ""
+        raise ValueError(
+            f"unknown rule {text!r}; there are: {', '.join(RULES)}.{hint}"
+        )
+    return names[plain]
+
+
+def _make(name, arguments):
+    kind = rule_class(name)
+    parameters = inspect.signature(kind).parameters
+    for argument in arguments:
+        if argument not in parameters:
+            raise ValueError(
+                f"rule {name} has no argument {argument!r}; it takes: "
+                f"{', '.join(parameters) or 'none'}"
+            )
+    for argument, parameter in parameters.items():
+        if parameter.default is parameter.empty and argument not in arguments:
+            raise ValueError(f"rule {name} needs {argument}=...")
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"rule {name}: {error}") from None

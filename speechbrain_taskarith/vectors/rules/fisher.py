@@ -1,10 +1,8 @@
-"""Averaging by Fisher information, which streams along with the vectors."""
+"""Averaging by Fisher information, which is read along with the vectors."""
 
-from speechbrain_taskarith.vectors import checks
-from speechbrain_taskarith.vectors.engine.chunk_reader import read_float32
-from speechbrain_taskarith.vectors.engine.kernels import all_finite
+from speechbrain_taskarith.vectors.checks import all_finite
 from speechbrain_taskarith.vectors.rules.base import Rule
-from speechbrain_taskarith.vectors.states.state import as_state
+from speechbrain_taskarith.vectors.states.readers import as_state
 
 
 class Fisher(Rule):
@@ -12,7 +10,8 @@ class Fisher(Rule):
 
     `tau = sum_i F_i tau_i / sum_i F_i`, entry by entry, with the diagonal of
     each model's Fisher information (Matena and Raffel 2022, arXiv
-    2111.09832, equation 4). Where all are zero, the plain mean.
+    2111.09832, equation 4). Where all are zero, the plain mean. Reference:
+    `reference.fisher`.
 
     Arguments
     ---------
@@ -32,13 +31,15 @@ class Fisher(Rule):
     tensor([0.7500, 0.0000])
     """
 
+    whole_tensors = False
+
     def __init__(self, fishers, scale=1.0):
+        super().__init__(scale)
         if isinstance(fishers, (str, bytes)) or not hasattr(
             fishers, "__iter__"
         ):
             raise ValueError("fishers: expected a list, one for each vector")
         self.fishers = list(fishers)
-        self.scale = checks.scale(scale)
 
     def prepare(self, stream):
         """See `Rule.prepare`: the weights, opened and checked."""
@@ -66,9 +67,7 @@ class Fisher(Rule):
         total, mass = work.zeros("sum", size), work.zeros("mass", size)
         plain, part = work.zeros("plain", size), work.array("part", size)
         for state, tau in zip(states, vectors):
-            fisher = read_float32(
-                state, place.name, place.start, place.stop, work, "fisher"
-            )
+            fisher = work.read(state, place, "fisher")
             if not all_finite(fisher) or float(fisher.min()) < 0:
                 raise ValueError(
                     f"{state.label}: {place.name!r} holds NaN, infinity or "

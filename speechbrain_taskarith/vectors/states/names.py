@@ -1,183 +1,208 @@
-"""Subtracting weights, and whether weights and a vector fit."""
+"""Whether models and vectors fit one another: the one place that tells.
+
+Patterns are applied before names are compared, so that excluding a head makes
+models with two heads comparable. Nothing here imports torch unless an error
+has to be explained.
+"""
 
 import warnings
+from operator import attrgetter
 
-import torch
+import numpy as np
 
 from speechbrain_taskarith.utils.messages import some
 from speechbrain_taskarith.utils.patterns import select
-from speechbrain_taskarith.vectors.states.fingerprint import short
-from speechbrain_taskarith.vectors.states.state import is_running_statistic
+from speechbrain_taskarith.vectors.states.state import short
+
+# They stay the base's unless asked for, since adding differences of
+# variances can make a variance negative.
+RUNNING_STATISTICS = ("running_mean", "running_var")
+_BLOCK = 1 << 20
 
 
-def subtract(base, finetuned, include, exclude, strict, buffers):
-    """Return `theta_finetuned - theta_base` by parameter, in float32.
+def match_names(
+    base,
+    other,
+    include=("*",),
+    exclude=(),
+    *,
+    strict=True,
+    partial=False,
+    same_types=False,
+    advice="",
+):
+    """Return the names that two states have in common, in the base's order.
 
-    The arguments are those of `TaskVector.between`, which documents them.
+    Both must hold the same names, with the same shapes, and numbers of a
+    floating point type on both sides or on neither (`same_types`: the same
+    dtype). `partial`: the base may hold more, as when a vector is applied.
+    Otherwise it is a KeyError (names) or ValueError that ends with `advice`,
+    or a warning where not `strict`.
+    """
+    ours = {name: base.info(name) for name in base}
+    theirs = {name: other.info(name) for name in other}
+    chosen = select({**ours, **theirs}, include, exclude)
+    common = [name for name in chosen if name in ours and name in theirs]
+    only_base = [n for n in chosen if n not in theirs and not partial]
+    only_other = [n for n in chosen if n not in ours]
+    kind = tuple if same_types else attrgetter("shape", "floating")
+    unlike = [n for n in common if kind(ours[n]) != kind(theirs[n])]
+    if not (only_base or only_other or unlike):
+        return common
+    if strict:
+        raise _misfit(base, other, only_base, only_other, unlike, advice)
+    out = [*only_base, *only_other, *unlike]
+    warnings.warn(f"left out of the task vector: {some(out)}", stacklevel=4)
+    return [name for name in common if name not in set(unlike)]
 
-    Arguments
-    ---------
-    base, finetuned : State
-        The weights before and after.
-    include, exclude : sequence of str
-        Anchored shell patterns on parameter names.
-    strict : bool
-        Whether what is on one side only is an error.
-    buffers : str
-        `"base"` or `"edit"`.
 
-    Returns
-    -------
-    dict
-        `{name: tensor}`; tied names share a tensor.
+def _misfit(base, other, only_base, only_other, unlike, advice):
+    problems, remedies = [], []
+    for lacks, holds, names in (
+        (other, base, only_base),
+        (base, other, only_other),
+    ):
+        if names:
+            problems.append(
+                f"{lacks.label} lacks {some(names)} of {holds.label}"
+            )
+    if problems:
+        remedies.append(
+            "take models of one architecture, without wrappers (names with "
+            "'module.'), or exclude these names (TaskVector.restrict)"
+        )
+    if unlike:
+        name = unlike[0]
+        one, two = base.info(name), other.info(name)
+        if one.shape != two.shape:
+            found = f"has shape {two.shape}, in {base.label} {one.shape}"
+            remedies.append(
+                "for a grown vocabulary align the rows by token first "
+                "(align_vocabulary)"
+            )
+        else:
+            found = f"is of type {two.dtype}, in {base.label} of {one.dtype}"
+            remedies.append(
+                "save both in one type (of quantised models restore the "
+                "floating point weights)"
+            )
+        more = f" ({some(unlike)} in all)" if len(unlike) > 1 else ""
+        problems.append(f"{other.label}: {name!r} {found}{more}")
+    kind = KeyError if only_base or only_other else ValueError
+    return kind(f"{'; '.join(problems)}. Remedy: {'; '.join(remedies)}{advice}")
+
+
+def editable_names(base, other, include, exclude, buffers, **options):
+    """Return what an edit of the base by another model or vector changes.
+
+    Of two models all floating point parameters, of a vector (`partial`) its
+    own. `options` are those of `match_names`.
     """
     if buffers not in ("base", "edit"):
         raise ValueError(f"buffers={buffers!r}: expected 'base' or 'edit'")
-    base.verify()
-    finetuned.verify()
-    # Patterns first: excluding a head makes models with two heads comparable.
-    everything = [*base, *(name for name in finetuned if name not in base)]
-    chosen = select(everything, include, exclude)
-    names = _common_names(base, finetuned, chosen, strict)
-    deltas = {}
-    for name in _editable(base, names, buffers):
-        origin = base.aliases.get(name, name)
-        if origin in deltas and origin != name:
-            _check_tied(name, origin, finetuned)
-            deltas[name] = deltas[origin]
-            continue
-        before = base[name]
-        delta = finetuned[name].to(before.device).float() - before.float()
-        if not torch.isfinite(delta).all():
-            raise _not_finite(name, base, finetuned)
-        deltas[name] = delta
-    return deltas
-
-
-def check_fits(tau, base):
-    """Raise unless weights hold all parameters of a vector, in its shapes.
-
-    Arguments
-    ---------
-    tau : TaskVector
-        The vector.
-    base : State
-        The weights to be edited.
-    """
-    missing = [name for name in tau if name not in base]
-    if missing:
-        raise KeyError(
-            f"{base.label} lacks {some(missing)} of the task vector. Is it "
-            "another model, or wrapped (names with 'module.')? Edit fewer "
-            "parameters with TaskVector.restrict"
+    names = match_names(base, other, include, exclude, **options)
+    names = [name for name in names if base.info(name).floating]
+    if buffers == "base" and not options.get("partial"):
+        names = [n for n in names if not n.endswith(RUNNING_STATISTICS)]
+    if not names:
+        raise ValueError(
+            f"{base.label}: no floating point parameter is left to edit"
         )
-    for name, delta in tau.items():
-        dtype, shape = base.info(name).dtype, base.info(name).shape
-        if not base.info(name).floating:
-            raise ValueError(
-                f"{base.label}: {name!r} is of type {dtype}, which a task "
-                "vector cannot edit without losing it to rounding; restore "
-                "floating point weights first (quantised models), or leave "
-                "the name out with TaskVector.restrict"
-            )
-        if tuple(delta.shape) != shape:
-            raise ValueError(
-                f"{base.label}: {name!r} has shape {shape}, the task vector "
-                f"{tuple(delta.shape)}; for a grown vocabulary align the "
-                "rows by token first (align_vocabulary)"
-            )
+    return names
 
 
-def check_ancestry(tau, base):
-    """Raise unless a vector was taken from just these weights.
+def check_alike(vectors, labels=None):
+    """Raise unless vectors edit the same parameters, of the same shapes.
 
-    Arguments
-    ---------
-    tau : TaskVector
-        The vector.
-    base : State
-        The weights to be edited.
+    They are mappings from name to what has a shape.
     """
-    if tau.base_fingerprint == base.fingerprint:
+    labels = labels or [f"task vector {i + 1}" for i in range(len(vectors))]
+    first = vectors[0]
+    for vector, label in zip(vectors[1:], labels[1:]):
+        different = sorted(set(first.keys()) ^ set(vector.keys()))
+        if different:
+            raise KeyError(
+                f"{labels[0]} and {label} edit different parameters: only "
+                f"one of them has {some(different)}. Bring them to the same with "
+                "restrict(), include or exclude"
+            )
+        for name in first.keys():
+            one, other = tuple(first[name].shape), tuple(vector[name].shape)
+            if one != other:
+                raise ValueError(
+                    f"{name!r} has shape {one} in {labels[0]} and {other} in "
+                    f"{label}"
+                )
+
+
+def check_ancestry(base, fingerprint, label="this task vector", origin=None):
+    """Raise unless a vector was taken from just these weights."""
+    if fingerprint == base.fingerprint:
         return
-    taken = (
-        f"was taken from {short(tau.base_fingerprint)} "
-        f"({tau.metadata.get('base', 'path unknown')})"
-        if tau.base_fingerprint
-        else "combines vectors of several bases"
-    )
+    taken = "combines vectors of several bases"
+    if fingerprint:
+        taken = f"was taken from {short(fingerprint)}"
+        taken += f" ({origin})" if origin else ""
     raise ValueError(
-        f"{base.label} ({short(base.fingerprint)}) is not the base of this "
-        f"task vector, which {taken}. Apply it to its own base, or say "
+        f"{base.label} ({short(base.fingerprint)}) is not the base of "
+        f"{label}, which {taken}. Apply it to its own base, or say "
         "any_base=True if another model is meant"
     )
 
 
-def _common_names(base, finetuned, names, strict):
-    missing = [name for name in names if name not in finetuned]
-    extra = [name for name in names if name not in base]
-    common = [name for name in names if name in base and name in finetuned]
-    unequal = [
-        name
-        for name in common
-        if base.info(name).shape != finetuned.info(name).shape
-    ]
-    if strict and (missing or extra):
-        sides = []
-        if missing:
-            sides.append(f"only {base.label} holds {some(missing)}")
-        if extra:
-            sides.append(f"only {finetuned.label} holds {some(extra)}")
-        raise KeyError(
-            f"the two models differ: {'; '.join(sides)}. Compare models of "
-            "one architecture, exclude these names, or say strict=False to "
-            "leave them out"
-        )
-    if strict and unequal:
-        name = unequal[0]
+def check_ties(base, names, scales=None):
+    """Raise unless all names of one tensor are edited, and by one scale."""
+    for name, origin in base.aliases.items():
+        pair = f"{name!r} and {origin!r} are one tensor in {base.label}"
+        if (name in names) != (origin in names):
+            raise ValueError(
+                f"{pair}, but only one of them is edited; include or exclude "
+                "both"
+            )
+        if scales and name in names and scales[name] != scales[origin]:
+            raise ValueError(
+                f"{pair}, but get two scales; let one pattern match both"
+            )
+
+
+def check_tied_values(base, state, name):
+    """Raise unless a name that the base ties has its origin's bytes here."""
+    origin, aliases = base.aliases.get(name, name), state.aliases
+    if name == origin or (
+        name in aliases and aliases[name] == aliases.get(origin)
+    ):
+        return
+    info = state.info(name)
+    equal = info == state.info(origin)
+    for start in range(0, info.numel if equal else 0, _BLOCK):
+        stop = min(start + _BLOCK, info.numel)
+        size = (stop - start) * info.nbytes // info.numel
+        one, other = np.empty((2, size), np.uint8)
+        state.read_into(name, start, stop, one)
+        state.read_into(origin, start, stop, other)
+        equal = equal and np.array_equal(one, other)
+    if not equal:
         raise ValueError(
-            f"shapes differ for {some(unequal)}: {name!r} is "
-            f"{base.info(name).shape} in {base.label} and "
-            f"{finetuned.info(name).shape} in {finetuned.label}. For a grown "
-            "vocabulary use align_vocabulary, or say strict=False to leave "
-            "these out"
-        )
-    if missing or extra or unequal:
-        warnings.warn(
-            f"left out of the task vector: {some(missing + extra + unequal)}",
-            stacklevel=4,
-        )
-    return [name for name in common if name not in unequal]
-
-
-def _editable(base, names, buffers):
-    chosen = [name for name in names if base.info(name).floating]
-    if buffers == "base":
-        chosen = [name for name in chosen if not is_running_statistic(name)]
-    if not chosen:
-        raise ValueError(
-            f"{base.label}: no floating point parameter is left to subtract"
-        )
-    return chosen
-
-
-def _check_tied(name, origin, finetuned):
-    if not torch.equal(finetuned[name], finetuned[origin]):
-        raise ValueError(
-            f"{name!r} and {origin!r} are one tensor in the base and two "
-            f"different ones in {finetuned.label}; exclude one of them"
+            f"{name!r} and {origin!r} are one tensor in {base.label}, but "
+            f"two different ones in {state.label}; tie them there too, or "
+            "exclude both"
         )
 
 
-def _not_finite(name, base, finetuned):
-    for state in (base, finetuned):
-        if not torch.isfinite(state[name]).all():
+def not_finite_error(base, other, name):
+    """Return the error that says whose numbers are not finite."""
+    import torch
+
+    for state in (base, other):
+        finite = torch.isfinite(state[name].float().reshape(-1))
+        if not finite.all():
             return ValueError(
-                f"{state.label}: {name!r} holds NaN or infinity. The training "
-                "that made it diverged: use an earlier checkpoint; or exclude "
-                "this parameter if it is meant to be so"
+                f"{state.label}: {name!r} holds NaN or infinity (first at "
+                f"element {int(finite.int().argmin())}). The training that "
+                "made it diverged: use an earlier checkpoint; or exclude this "
+                "parameter if it is meant to be so"
             )
     return ValueError(
-        f"{finetuned.label}: {name!r} differs from {base.label} by more than "
+        f"{other.label}: {name!r} differs from {base.label} by more than "
         "float32 can hold; exclude this parameter"
     )

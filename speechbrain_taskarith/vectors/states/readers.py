@@ -1,11 +1,13 @@
-"""Opening stored weights, whatever form they are stored in.
+"""Opening weights, whatever they are stored in or held by.
 
 `open_state` reads SpeechBrain checkpoint folders, `.ckpt/.pt/.pth/.bin`,
-safetensors, and (sharded) Hugging Face folders. Nothing here executes code
-found in a file.
+safetensors, and (sharded) Hugging Face folders; `as_state` also takes what is
+in memory. Nothing here executes code found in a file.
 """
 
-import re
+import functools
+import os
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,14 +16,21 @@ from speechbrain_taskarith.vectors.states.safetensors import (
     damaged,
     read_header,
 )
+from speechbrain_taskarith.vectors.states.speechbrain_folder import (
+    META_FILE,
+    PREFIX,
+    newest_checkpoint,
+    open_checkpoint,
+)
 from speechbrain_taskarith.vectors.states.state import (
-    FileHandle,
     State,
     StoredTensor,
     from_mapping,
 )
-
-TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+from speechbrain_taskarith.vectors.states.torch_files import (
+    TORCH_SUFFIXES,
+    open_torch_file,
+)
 
 
 def open_state(path, *, recoverable=None):
@@ -71,254 +80,115 @@ def open_state(path, *, recoverable=None):
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     if path.suffix in TORCH_SUFFIXES:
-        return _open_torch(path)
+        return open_torch_file(path)
     raise ValueError(
         f"{path}: unknown suffix {path.suffix!r}; expected one of "
         f".safetensors, {', '.join(TORCH_SUFFIXES)}"
     )
 
 
-def _open_safetensors(path):
-    tensors, metadata = read_header(path)
-    file = FileHandle(path)
-    entries = {
-        name: StoredTensor(file, info, offset)
-        for name, (info, offset) in tensors.items()
-    }
-    return State(entries, path, metadata, _fingerprint_check(path, metadata))
+def form_of(path):
+    """Return the form to write that follows from a path's name, or raise."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return "safetensors"
+    if path.suffix in TORCH_SUFFIXES:
+        return "torch"
+    if path.name.startswith(PREFIX):
+        return "speechbrain"
+    if not path.suffix or path.is_dir():
+        return "hugging face"
+    raise ValueError(
+        f"{path}: unknown suffix {path.suffix!r}; expected .safetensors, "
+        f"{', '.join(TORCH_SUFFIXES)}, a folder, or a CKPT+ folder"
+    )
 
 
-def _fingerprint_check(path, metadata):
-    """Make the check for files that carry the fingerprint we wrote."""
-
-    def check(state):
-        if metadata.get("fingerprint", state.fingerprint) != state.fingerprint:
-            raise damaged(path, "its tensors are not those it was written with")
-
-    return check if "fingerprint" in metadata else None
-
-
-def _open_torch(path):
-    content = load_torch_file(path)
-    if not isinstance(content, Mapping):
-        raise ValueError(
-            f"{path}: holds a {type(content).__name__}, expected a state "
-            "dict (a mapping from parameter name to tensor)"
-        )
-    state = from_mapping(content, str(path))
-    state.path, state._check = path, _archive_check(path)
-    return state
-
-
-def load_torch_file(path):
-    """Load what `torch.save` wrote, tensors only, mapped where possible.
+def as_state(source, *, recoverable=None):
+    """Return a `State` for a path, a module, a mapping or a `State`.
 
     Arguments
     ---------
-    path : str or pathlib.Path
-        The file.
+    source : str, pathlib.Path, torch.nn.Module, mapping of tensors, State
+        A module wrapped by `DistributedDataParallel` is unwrapped, since
+        vectors are keyed by the checkpoint's own names.
+    recoverable : str or None
+        Of a path, see `open_state`.
 
     Returns
     -------
-    object
-        Its content, on the CPU.
+    State
+        A view: the tensors are not copied.
 
     Raises
     ------
+    TypeError
+        For anything else.
     ValueError
-        Truncated or altered, or a pickle that would execute code.
+        A mapping without weights, or with an entry that is no tensor.
+
+    Example
+    -------
+    >>> import torch
+    >>> as_state({"w": torch.zeros(2, 3)}).info("w")
+    TensorInfo(dtype='F32', shape=(2, 3))
     """
-    import pickle
-
-    import torch
-
-    mapped = True
-    with open(path, "rb") as stream:
-        # Only the zip form can be mapped; the form of torch < 1.6 is read.
-        mapped = stream.read(4) == b"PK\x03\x04"
-    try:
-        return torch.load(
-            path, map_location="cpu", mmap=mapped, weights_only=True
-        )
-    except pickle.UnpicklingError as error:
-        called = re.search(r"GLOBAL (\S+)", str(error))
-        reason = (
-            f"loading it would call {called[1]}, code stored in the file"
-            if called
-            else "it holds more than tensors and plain values, or is damaged"
-        )
-        raise ValueError(
-            f"{path}: refused: {reason}. Save the plain state dict (tensors "
-            "only) with torch.save and use that file."
-        ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error) else error
-        raise damaged(path, f"torch cannot read it ({reason})") from None
+    if isinstance(source, State):
+        return source
+    if isinstance(source, (str, os.PathLike)):
+        return open_state(source, recoverable=recoverable)
+    if isinstance(source, Mapping):
+        return from_mapping(source, "the mapping")
+    if hasattr(source, "state_dict") and hasattr(source, "parameters"):
+        if type(source).__name__ == "DistributedDataParallel":
+            source = source.module
+        return from_mapping(source.state_dict(), type(source).__name__)
+    raise TypeError(
+        "expected weights as a path, a torch.nn.Module, a mapping from name "
+        f"to tensor or a State, got {type(source).__name__}"
+    )
 
 
-def _archive_check(path):
-    """Make the check of the CRC-32 that torch stores with every tensor."""
+def _open_safetensors(path, shown_as=None):
+    tensors, metadata = read_header(path)
+    descriptor = os.open(path, os.O_RDONLY)
+    entries = {
+        name: StoredTensor(path, descriptor, info, offset)
+        for name, (info, offset) in tensors.items()
+    }
+    check = None
+    if "fingerprint" in metadata:
+        check = functools.partial(_check_fingerprint, path)
+    state = State(entries, shown_as or path, metadata, check)
+    # Tensors taken out of the state are mapped and need no open file.
+    weakref.finalize(state, os.close, descriptor)
+    return state
 
-    def check(_):
-        import zipfile
 
-        if not zipfile.is_zipfile(path):
-            return
-        try:
-            with zipfile.ZipFile(path) as archive:
-                bad = archive.testzip()
-        except (zipfile.BadZipFile, EOFError) as error:
-            raise damaged(path, f"is no whole archive ({error})") from None
-        if bad is not None:
-            raise damaged(path, f"the checksum of {bad!r} does not fit")
-
-    return check
+def _check_fingerprint(path, state):
+    if state.metadata["fingerprint"] != state.fingerprint:
+        raise damaged(path, "its tensors are not those it was written with")
 
 
 def _open_folder(folder, recoverable):
-    if (folder / "CKPT.yaml").exists():
-        return _open_checkpoint(folder, recoverable)
+    if (folder / META_FILE).exists():
+        return open_checkpoint(folder, recoverable)
     newest = newest_checkpoint(folder)
     if newest is not None:
-        return _open_checkpoint(newest, recoverable)
-    for stem in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / f"{stem}.index.json").exists():
-            return _open_shards(folder, folder / f"{stem}.index.json")
-        if (folder / stem).exists():
-            state = open_state(folder / stem)
-            state.path = folder
-            return state
+        return open_checkpoint(newest, recoverable)
+    for file, opener in (
+        ("model.safetensors", _open_safetensors),
+        ("pytorch_model.bin", open_torch_file),
+    ):
+        if (folder / f"{file}.index.json").exists():
+            return _open_shards(folder, folder / f"{file}.index.json")
+        if (folder / file).exists():
+            return opener(folder / file, folder)
     raise ValueError(
         f"{folder}: holds no weights that can be read. Expected CKPT.yaml "
         "or CKPT+ folders (SpeechBrain), or model.safetensors, "
         "pytorch_model.bin or their .index.json (Hugging Face)"
     )
-
-
-# Under this key of CKPT.yaml stands what this package knows of a checkpoint.
-META_KEY = "taskarith"
-
-
-def is_whole(folder, meta=None):
-    """Tell whether all files that a checkpoint was written with are there.
-
-    Deleting a checkpoint takes its files away one by one; a process killed
-    meanwhile leaves a folder that looks like a checkpoint and is none.
-
-    Arguments
-    ---------
-    folder : pathlib.Path
-        A `CKPT+` folder.
-    meta : dict or None
-        Its `CKPT.yaml`, where it was read already.
-
-    Returns
-    -------
-    bool
-        True also for checkpoints that list no files (SpeechBrain's own).
-    """
-    if meta is None:
-        meta = read_checkpoint_meta(folder)
-    ours = meta.get(META_KEY)
-    files = ours.get("files", ()) if isinstance(ours, dict) else ()
-    return all((Path(folder) / file).exists() for file in files)
-
-
-def newest_checkpoint(folder):
-    """Find the newest whole SpeechBrain checkpoint in a save folder.
-
-    Arguments
-    ---------
-    folder : str or pathlib.Path
-        A folder that may hold `CKPT+...` folders.
-
-    Returns
-    -------
-    pathlib.Path or None
-        The newest by the time in `CKPT.yaml`; a folder without that file,
-        or without one that it lists, is none.
-    """
-    found = []
-    for candidate in Path(folder).glob("CKPT+*"):
-        if (candidate / "CKPT.yaml").exists():
-            meta = read_checkpoint_meta(candidate)
-            if is_whole(candidate, meta):
-                time = meta.get("unixtime", 0)
-                found.append((time, candidate.name, candidate))
-    return max(found)[-1] if found else None
-
-
-def read_checkpoint_meta(folder):
-    """Read a checkpoint's `CKPT.yaml`, plain types only.
-
-    Arguments
-    ---------
-    folder : str or pathlib.Path
-        A `CKPT+...` folder.
-
-    Returns
-    -------
-    dict
-        What stands there (`unixtime`, scores, provenance).
-
-    Raises
-    ------
-    ValueError
-        No YAML, or YAML that would make Python objects.
-    """
-    import yaml
-
-    path = Path(folder) / "CKPT.yaml"
-    try:
-        # Listing a folder reads all of these: libyaml's reader, ten times as
-        # fast, where it is there.
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        meta = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise damaged(path, f"is no plain YAML ({error})") from None
-    if not isinstance(meta or {}, dict):
-        raise damaged(path, f"holds a {type(meta).__name__}, no entries")
-    return meta or {}
-
-
-def _open_checkpoint(folder, recoverable):
-    if recoverable is None and (folder / "model.ckpt").exists():
-        recoverable = "model"
-    if recoverable is not None:
-        path = folder / f"{recoverable}.ckpt"
-        if not path.exists():
-            there = sorted(p.stem for p in folder.glob("*.ckpt"))
-            raise FileNotFoundError(
-                f"{folder}: no recoverable {recoverable!r}; it holds: "
-                f"{', '.join(there) or 'none'}"
-            )
-        state = _open_torch(path)
-    else:
-        state = _only_state(folder)
-    state.path = folder
-    state.metadata = {
-        str(key): str(value)
-        for key, value in read_checkpoint_meta(folder).items()
-    }
-    return state
-
-
-def _only_state(folder):
-    """Open the one recoverable of a checkpoint that is a state dict."""
-    found = []
-    for path in sorted(folder.glob("*.ckpt")):
-        try:
-            found.append((path, _open_torch(path)))
-        except ValueError:
-            continue
-    if len(found) != 1:
-        names = ", ".join(path.stem for path, _ in found) or "none"
-        raise ValueError(
-            f"{folder}: expected a recoverable called 'model' or exactly one "
-            f"that is a state dict; these are: {names}. Name one: "
-            "open_state(path, recoverable=...), or pass the .ckpt file"
-        )
-    return found[0][1]
 
 
 def _open_shards(folder, index):
@@ -337,8 +207,9 @@ def _open_shards(folder, index):
     for name, file in weight_map.items():
         if name not in shards[file]:
             raise damaged(folder / file, f"lacks {name!r}, which is indexed")
-        entries[name] = shards[file]._entries[name]
+        entries[name] = shards[file].entries[name]
 
+    # It also holds the shards, whose files close with them.
     def check(_):
         for shard in shards.values():
             shard.verify()

@@ -12,35 +12,38 @@ import errno
 import json
 import math
 import os
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 from speechbrain_taskarith.utils.files import (
-    TEMPORARY_PREFIX,
-    current_umask,
     fsync_directory,
+    temporary_file,
+    write_error,
 )
 
-# Bytes per element of the dtypes that the format knows and that we handle.
-ITEM_SIZE = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-    "U16": 2,
-    "U32": 4,
-    "U64": 8,
-    "C64": 8,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
+# The dtypes that the format knows and that we handle: bytes per element, and
+# torch's name.
+_DTYPES = {
+    "F64": (8, "float64"),
+    "F32": (4, "float32"),
+    "F16": (2, "float16"),
+    "BF16": (2, "bfloat16"),
+    "I64": (8, "int64"),
+    "I32": (4, "int32"),
+    "I16": (2, "int16"),
+    "I8": (1, "int8"),
+    "U8": (1, "uint8"),
+    "BOOL": (1, "bool"),
+    "U16": (2, "uint16"),
+    "U32": (4, "uint32"),
+    "U64": (8, "uint64"),
+    "C64": (8, "complex64"),
+    "F8_E4M3": (1, "float8_e4m3fn"),
+    "F8_E5M2": (1, "float8_e5m2"),
 }
+ITEM_SIZE = {name: size for name, (size, _) in _DTYPES.items()}
+TORCH_NAME = {name: torch_name for name, (_, torch_name) in _DTYPES.items()}
+# The dtypes that are edited.
 FLOATING = ("F64", "F32", "F16", "BF16")
 
 # The package refuses longer headers too: a length read from a damaged file
@@ -49,15 +52,7 @@ _LONGEST_HEADER = 100_000_000
 
 
 class TensorInfo(NamedTuple):
-    """What is known of a tensor without reading it.
-
-    Arguments
-    ---------
-    dtype : str
-        Safetensors name, e.g. `"F32"`, `"BF16"`, `"I64"`.
-    shape : tuple of int
-        Its shape; `()` for a scalar.
-    """
+    """Safetensors dtype (`"F32"`, `"BF16"`, ...) and shape of a tensor."""
 
     dtype: str
     shape: tuple
@@ -74,25 +69,12 @@ class TensorInfo(NamedTuple):
 
     @property
     def floating(self):
-        """True for the dtypes that are edited (F64, F32, F16, BF16)."""
+        """Whether it is of a type that is edited."""
         return self.dtype in FLOATING
 
 
 def damaged(path, what):
-    """Make the error for a file that is not what its name says.
-
-    Arguments
-    ---------
-    path : str or pathlib.Path
-        The file.
-    what : str
-        What was found.
-
-    Returns
-    -------
-    ValueError
-        To be raised by the caller.
-    """
+    """Return the error for a file that is not what its name says."""
     return ValueError(
         f"{path}: {what}. The file is truncated, altered or of another "
         "format; copy it again from its source or write it again."
@@ -100,25 +82,9 @@ def damaged(path, what):
 
 
 def read_header(path):
-    """Read and check the header of a safetensors file.
+    """Read and check a header: `{name: (TensorInfo, offset)}`, metadata.
 
-    Arguments
-    ---------
-    path : str or pathlib.Path
-        The file.
-
-    Returns
-    -------
-    tensors : dict
-        `{name: (TensorInfo, offset)}` with the offset in bytes from the
-        start of the file, in the order of the file.
-    metadata : dict
-        The `__metadata__` strings, maybe empty.
-
-    Raises
-    ------
-    ValueError
-        The file is no whole safetensors file; it names the file and why.
+    Offsets are in bytes from the start of the file, in the order of the file.
     """
     path = Path(path)
     size = path.stat().st_size
@@ -135,8 +101,20 @@ def read_header(path):
         text = stream.read(length)
     try:
         header = json.loads(text)
-        metadata = _texts(header.pop("__metadata__", {}))
-        entries = {name: _entry(entry) for name, entry in header.items()}
+        metadata = header.pop("__metadata__", {})
+        for value in metadata.values():
+            if not isinstance(value, str):
+                raise ValueError(f"its metadata holds {value!r}, expected text")
+        entries = {}
+        for name, entry in header.items():
+            dtype, shape = entry["dtype"], tuple(entry["shape"])
+            begin, end = entry["data_offsets"]
+            if not isinstance(dtype, str):
+                raise ValueError(f"dtype {dtype!r}")
+            for number in (*shape, begin, end):
+                if type(number) is not int or number < 0:
+                    raise ValueError(f"{number!r} is not a size")
+            entries[name] = (TensorInfo(dtype, shape), begin, end)
     except (
         ValueError,
         KeyError,
@@ -145,34 +123,10 @@ def read_header(path):
         RecursionError,
     ) as error:
         raise damaged(path, f"its header cannot be read ({error})") from None
-    return _place(path, entries, 8 + length, size), metadata
-
-
-def _entry(entry):
-    """Return one tensor's `TensorInfo` and the range of its bytes."""
-    dtype, shape = entry["dtype"], tuple(entry["shape"])
-    begin, end = entry["data_offsets"]
-    if not isinstance(dtype, str):
-        raise ValueError(f"dtype {dtype!r}")
-    for number in (*shape, begin, end):
-        if type(number) is not int or number < 0:
-            raise ValueError(f"{number!r} is no size")
-    return TensorInfo(dtype, shape), (begin, end)
-
-
-def _texts(metadata):
-    """Return `__metadata__`, which may hold texts only."""
-    for value in metadata.values():
-        if not isinstance(value, str):
-            raise ValueError(f"its metadata holds {value!r}, no text")
-    return metadata
-
-
-def _place(path, entries, data_start, size):
-    """Turn offsets inside the data into offsets in the file, checked."""
+    # Tensors lie one behind the other, without gaps, up to the end.
     tensors, expected = {}, 0
-    for name, (info, (begin, end)) in sorted(
-        entries.items(), key=lambda item: item[1][1]
+    for name, (info, begin, end) in sorted(
+        entries.items(), key=lambda item: item[1][1:]
     ):
         if info.dtype not in ITEM_SIZE:
             raise damaged(path, f"tensor {name!r} has dtype {info.dtype!r}")
@@ -181,12 +135,13 @@ def _place(path, entries, data_start, size):
                 path, f"tensor {name!r} does not lie where its shape says"
             )
         expected = end
-        tensors[name] = (info, data_start + begin)
-    if data_start + expected != size:
+        tensors[name] = (info, 8 + length + begin)
+    if 8 + length + expected != size:
         raise damaged(
-            path, f"has {size} bytes, its header says {data_start + expected}"
+            path,
+            f"has {size} bytes, its header says {8 + length + expected}",
         )
-    return tensors
+    return tensors, metadata
 
 
 class SafetensorsWriter:
@@ -196,21 +151,10 @@ class SafetensorsWriter:
     before the work) and a temporary name until `close`. `write` may be
     called from several threads.
 
-    Arguments
-    ---------
-    path : str or pathlib.Path
-        The final name.
-    tensors : dict
-        `{name: TensorInfo}`, in the order to be written.
-    metadata : dict or None
-        Text values for `__metadata__`. Values may be replaced at `close`
-        by texts of the same length (a hash known only at the end).
-
-    Attributes
-    ----------
-    temporary : pathlib.Path
-        Where the file lies until `close`; what was written so far can be
-        read there.
+    `tensors` is `{name: TensorInfo}`, in the order to be written. Texts of
+    the `metadata` may be replaced at `close` by others of the same length (a
+    hash known only at the end). `temporary` is where the file lies until
+    then; what was written so far can be read there.
 
     Example
     -------
@@ -234,35 +178,16 @@ class SafetensorsWriter:
         for name, info in self.tensors.items():
             self._offsets[name] = end
             end += info.nbytes
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file, name = tempfile.mkstemp(
-            prefix=TEMPORARY_PREFIX,
-            suffix=self.path.suffix,
-            dir=self.path.parent,
-        )
-        self.temporary = Path(name)
+        self._file, self.temporary = temporary_file(self.path)
         try:
-            # mkstemp makes private files; results are shared as any other.
-            os.fchmod(self._file, 0o666 & ~current_umask())
-            if end:
-                _allocate(self._file, end)
+            _allocate(self._file, end)
             _write_at(self._file, header, 0)
         except OSError as error:
             self.abort()
-            raise self._named(error) from error
+            raise write_error(error, self.path) from error
 
     def write(self, name, start, data):
-        """Write elements of a tensor.
-
-        Arguments
-        ---------
-        name : str
-            The tensor.
-        start : int
-            Index of the first element, in the flattened tensor.
-        data : bytes-like
-            The elements' bytes, in the tensor's dtype.
-        """
+        """Write a tensor's elements from `start` on, as bytes of its dtype."""
         info = self.tensors[name]
         offset = start * ITEM_SIZE[info.dtype]
         data = memoryview(data).cast("B")
@@ -271,16 +196,10 @@ class SafetensorsWriter:
         try:
             _write_at(self._file, data, self._offsets[name] + offset)
         except OSError as error:
-            raise self._named(error) from error
+            raise write_error(error, self.path) from error
 
     def close(self, **metadata):
-        """Give the file its final name.
-
-        Arguments
-        ---------
-        **metadata : str
-            Values that replace those given at the start, of equal length.
-        """
+        """Give the file its final name, and metadata of the same length."""
         try:
             if metadata:
                 self.metadata.update(metadata)
@@ -294,13 +213,13 @@ class SafetensorsWriter:
             os.replace(self.temporary, self.path)
         except OSError as error:
             self.abort()
-            raise self._named(error) from error
+            raise write_error(error, self.path) from error
         os.close(self._file)
         self._file = None
         fsync_directory(self.path.parent)
 
     def abort(self):
-        """Take the temporary file away; what stood under the name stays."""
+        """Remove the temporary file; what stood under the name stays."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -330,14 +249,6 @@ class SafetensorsWriter:
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
-    def _named(self, error):
-        return OSError(
-            error.errno,
-            f"could not write ({error.strerror}); nothing under this name "
-            "was changed",
-            str(self.path),
-        )
-
 
 def _allocate(descriptor, size):
     """Reserve the file's space now, so that a full disk shows at once."""
@@ -347,7 +258,7 @@ def _allocate(descriptor, size):
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
-        # Some file systems cannot reserve; there the write will tell.
+        # Some file systems cannot reserve; there the write fails.
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
         os.ftruncate(descriptor, size)

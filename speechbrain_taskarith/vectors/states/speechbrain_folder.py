@@ -1,181 +1,21 @@
-"""SpeechBrain checkpoint folders: written whole, found by `Checkpointer`.
+"""SpeechBrain checkpoint folders: `CKPT+...` with a `CKPT.yaml` inside.
 
-A checkpoint holds more than weights. When a model is edited or merged, each
-of its other recoverables has a policy: copy from the base, pool with the
-parents', or drop.
+They are found as `Checkpointer` finds them, less what a killed process left.
 """
 
 import math
-import os
-import shutil
-import tempfile
-import time
 from pathlib import Path
 
-from speechbrain_taskarith.utils.files import (
-    TEMPORARY_PREFIX,
-    atomic_write,
-    replace_folder,
-)
-from speechbrain_taskarith.utils.patterns import first_match, require_match
-from speechbrain_taskarith.vectors.states.readers import (
-    META_KEY,
-    is_whole,
-    load_torch_file,
-    open_state,
-    read_checkpoint_meta,
-)
-from speechbrain_taskarith.vectors.states.state import as_state
-from speechbrain_taskarith.vectors.states.statistics import pool_normalizers
-from speechbrain_taskarith.vectors.states.writers import save_state
+from speechbrain_taskarith.utils.files import atomic_write
+from speechbrain_taskarith.vectors.states.safetensors import damaged
+from speechbrain_taskarith.vectors.states.torch_files import open_torch_file
 
 META_FILE = "CKPT.yaml"
+# Under this key of CKPT.yaml stands what this package knows of a checkpoint.
+META_KEY = "taskarith"
 PREFIX = "CKPT+"
 # Behind a recoverable's name: the weights before the edit, for resuming.
 FINETUNED = ".finetuned"
-
-POLICIES = ("copy", "pool", "drop")
-#: What happens to recoverables that are not edited. Optimizers (and the
-#: position inside an epoch) belong to weights that are no longer there; a
-#: `Checkpointer` asks for everything else by name, so it has to be there.
-DEFAULT_POLICY = {
-    f"*{FINETUNED}": "drop",
-    "*optimizer*": "drop",
-    "*opt": "drop",
-    "scaler": "drop",
-    "dataloader*": "drop",
-    "*": "copy",
-}
-
-
-def save_checkpoint(
-    states,
-    path,
-    *,
-    like=None,
-    policy=None,
-    pool=(),
-    meta=None,
-    metadata=None,
-    card=None,
-):
-    """Write a SpeechBrain checkpoint folder, atomically.
-
-    `Checkpointer` finds it by its name and `CKPT.yaml`, `Pretrainer` loads
-    the files inside.
-
-    Arguments
-    ---------
-    states : dict
-        `{recoverable: weights}` of what was edited, usually `{"model":
-        ...}`; a path, module or mapping of tensors each.
-    path : str or pathlib.Path
-        The folder; its name must start with `CKPT+`.
-    like : str, pathlib.Path or None
-        The checkpoint whose other recoverables are taken along: a `CKPT+`
-        folder, or a save folder (see `find_checkpoint_folder`). Edited
-        states must have the names, shapes and dtypes found there.
-    policy : dict or None
-        `{pattern: "copy" | "pool" | "drop"}` on recoverables' names; what
-        fits no pattern follows `DEFAULT_POLICY`. `"pool"` is for input
-        normalisers: pooled by count with those of the `pool` checkpoints.
-    pool : sequence of path
-        Checkpoints (folders) whose normalisers are pooled with `like`'s.
-    meta : dict or None
-        Scores for `CKPT.yaml`, e.g. `{"WER": 4.2}`, by which `Checkpointer`
-        chooses. `like`'s scores are not taken over: other weights, other
-        scores.
-    metadata : dict or None
-        Provenance; stands in `CKPT.yaml` under `taskarith`.
-    card : ModelCard or None
-        Written into the folder.
-
-    Returns
-    -------
-    pathlib.Path
-        The folder.
-
-    Raises
-    ------
-    ValueError
-        A bad name or policy, an edited state that does not fit `like`'s,
-        meta that is not plain.
-    FileNotFoundError
-        `like` or a pooled checkpoint lacks what is asked of it.
-
-    Example
-    -------
-    >>> import torch
-    >>> from speechbrain.utils.checkpoints import Checkpointer
-    >>> folder = getfixture("tmpdir")
-    >>> _ = save_checkpoint(
-    ...     {"model": {"weight": torch.ones(1, 1), "bias": torch.zeros(1)}},
-    ...     str(folder / "CKPT+merged"),
-    ...     meta={"WER": 4.2},
-    ... )
-    >>> checkpointer = Checkpointer(folder, {"model": torch.nn.Linear(1, 1)})
-    >>> checkpointer.recover_if_possible(min_key="WER").path.name
-    'CKPT+merged'
-    """
-    path = Path(path)
-    if not path.name.startswith(PREFIX):
-        raise ValueError(
-            f"{path}: the name of a SpeechBrain checkpoint folder must start "
-            f"with {PREFIX!r}, or Checkpointer does not find it"
-        )
-    states = {name: as_state(state) for name, state in states.items()}
-    source = None if like is None else find_checkpoint_folder(like)
-    plan = _plan(states, source, policy)
-    if "pool" in plan.values() and not pool:
-        raise ValueError(
-            "policy 'pool' needs pool=[checkpoint, ...], the checkpoints to "
-            "pool with"
-        )
-    parents = [find_checkpoint_folder(folder) for folder in pool]
-    content = {"unixtime": time.time(), "end-of-epoch": True}
-    content |= plain(meta or {}, "meta")
-    provenance = {"policy": {**dict.fromkeys(states, "edit"), **plan}}
-    provenance |= plain(metadata or {}, "metadata")
-    content[META_KEY] = provenance
-    for name, state in states.items():
-        if source is not None:
-            _check_fits(name, state, source)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
-    try:
-        for name, state in states.items():
-            save_state(state, folder / f"{name}.ckpt")
-        for name, action in plan.items():
-            file = f"{name}.ckpt"
-            if action == "copy":
-                shutil.copyfile(source / file, folder / file)
-            elif action == "pool":
-                _pool(file, source, parents, folder)
-        if card is not None:
-            card.save(folder)
-        write_meta(folder, content)
-        folder.chmod(0o755)
-        publish(folder, path)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return path
-
-
-def publish(folder, path):
-    """Flush a complete checkpoint folder and give it its name.
-
-    Arguments
-    ---------
-    folder : pathlib.Path
-        Complete, with a temporary name, in the same parent.
-    path : pathlib.Path
-        The final name.
-    """
-    for file in folder.iterdir():
-        with open(file, "rb") as stream:
-            os.fsync(stream.fileno())
-    replace_folder(folder, path)
 
 
 def find_checkpoint_folder(path, *, min_key=None, max_key=None):
@@ -202,6 +42,7 @@ def find_checkpoint_folder(path, *, min_key=None, max_key=None):
     Example
     -------
     >>> import torch
+    >>> from speechbrain_taskarith.vectors import save_checkpoint
     >>> folder = getfixture("tmp_path")
     >>> weights = {"model": {"w": torch.ones(1)}}
     >>> for wer in (9.0, 4.0, 6.0):
@@ -214,14 +55,7 @@ def find_checkpoint_folder(path, *, min_key=None, max_key=None):
     path = Path(path)
     if (path / META_FILE).is_file():
         return path
-    found = []
-    for folder in sorted(path.glob(f"{PREFIX}*")):
-        if not (folder / META_FILE).is_file():
-            continue
-        meta = read_checkpoint_meta(folder)
-        if is_whole(folder, meta):
-            found.append((meta, folder))
-    key = min_key or max_key
+    found, key = whole_checkpoints(path), min_key or max_key
     if key:
         found = [(meta, folder) for meta, folder in found if key in meta]
     if not found:
@@ -230,27 +64,108 @@ def find_checkpoint_folder(path, *, min_key=None, max_key=None):
             f"{path}: holds no whole SpeechBrain checkpoint (a {PREFIX}... "
             f"folder{score})"
         )
+    if key:
+        sign = -1 if min_key else 1
+        best = max(sign * meta[key] for meta, _ in found)
+        found = [entry for entry in found if sign * entry[0][key] == best]
+    return max(found, key=_recency)[1]
 
-    def rank(entry):
-        meta = entry[0]
-        recency = meta.get("unixtime", 0)
-        if not key:
-            return (recency,)
-        return (-meta[key] if min_key else meta[key], recency)
 
-    return max(found, key=rank)[1]
+def newest_checkpoint(folder):
+    """Return the newest whole checkpoint in a folder, or None."""
+    found = whole_checkpoints(Path(folder))
+    return max(found, key=_recency)[1] if found else None
+
+
+def _recency(found):
+    meta, folder = found
+    return meta.get("unixtime", 0), folder.name
+
+
+def whole_checkpoints(folder):
+    """Return `[(CKPT.yaml's content, folder)]` of the whole checkpoints."""
+    found = []
+    for inside in sorted(folder.glob(f"{PREFIX}*")):
+        if (inside / META_FILE).is_file():
+            meta = read_checkpoint_meta(inside)
+            if is_whole(inside, meta):
+                found.append((meta, inside))
+    return found
+
+
+def is_whole(folder, meta=None):
+    """Tell whether all files that a checkpoint was written with are there.
+
+    Deleting a checkpoint takes its files away one by one; a process killed
+    meanwhile leaves a folder that looks like a checkpoint and is none.
+    Checkpoints that list no files (SpeechBrain's own) count as whole.
+    """
+    if meta is None:
+        meta = read_checkpoint_meta(folder)
+    ours = meta.get(META_KEY)
+    files = ours.get("files", ()) if isinstance(ours, dict) else ()
+    return all((Path(folder) / file).exists() for file in files)
+
+
+def read_checkpoint_meta(folder):
+    """Read a checkpoint's `CKPT.yaml`, plain types only."""
+    import yaml
+
+    path = Path(folder) / META_FILE
+    try:
+        # Listing a folder reads all of these: libyaml's reader, ten times as
+        # fast, where it is there.
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        meta = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise damaged(path, f"is not plain YAML ({error})") from None
+    if not isinstance(meta or {}, dict):
+        raise damaged(
+            path, f"holds a {type(meta).__name__}, expected a mapping"
+        )
+    return meta or {}
+
+
+def open_checkpoint(folder, recoverable=None):
+    """Open one recoverable's weights; see `readers.open_state`."""
+    metadata = {
+        str(key): str(value)
+        for key, value in read_checkpoint_meta(folder).items()
+    }
+    if recoverable is None and (folder / "model.ckpt").exists():
+        recoverable = "model"
+    if recoverable is not None:
+        path = folder / f"{recoverable}.ckpt"
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{folder}: no recoverable {recoverable!r}; it holds: "
+                f"{', '.join(recoverables(folder)) or 'none'}"
+            )
+        return open_torch_file(path, folder, metadata)
+    found = {}
+    for name in recoverables(folder):
+        try:
+            path = folder / f"{name}.ckpt"
+            found[name] = open_torch_file(path, folder, metadata)
+        except ValueError:
+            continue  # No state dict: a counter, an optimizer.
+    if len(found) != 1:
+        raise ValueError(
+            f"{folder}: expected a recoverable called 'model' or exactly one "
+            f"that is a state dict; these are: {', '.join(found) or 'none'}. "
+            "Name one: open_state(path, recoverable=...), or pass the .ckpt "
+            "file"
+        )
+    return next(iter(found.values()))
+
+
+def recoverables(folder):
+    """Return the names of a checkpoint's recoverables."""
+    return sorted(file.stem for file in folder.glob("*.ckpt"))
 
 
 def write_meta(folder, content):
-    """Write `CKPT.yaml`, with the list of the files beside it.
-
-    Arguments
-    ---------
-    folder : pathlib.Path
-        The checkpoint; all its other files must be there.
-    content : dict
-        Plain types.
-    """
+    """Write `CKPT.yaml` last: it lists the files that are there by then."""
     import yaml
 
     files = sorted(
@@ -267,25 +182,8 @@ def plain(value, label):
     """Return a value in types that `CKPT.yaml` can hold and give back.
 
     SpeechBrain writes whatever it is given; a tuple, tensor or NumPy number
-    saves well and then breaks every later look at the folder.
-
-    Arguments
-    ---------
-    value : object
-        Numbers (also tensors and NumPy scalars of one element), texts,
-        lists, tuples, dicts.
-    label : str
-        Where it stands, for the error.
-
-    Returns
-    -------
-    object
-        Plain Python.
-
-    Raises
-    ------
-    ValueError
-        For anything else; it names the entry.
+    saves well and then breaks every later look at the folder. `label` says
+    where the value stands, for the error.
 
     Example
     -------
@@ -310,72 +208,3 @@ def plain(value, label):
         f"{label}: a {type(value).__name__} cannot stand in {META_FILE}; "
         "expected numbers, texts, lists or dicts of them"
     )
-
-
-def _plan(states, source, policy):
-    """Return `{recoverable: policy}` for what is in `source`, not edited."""
-    policy = dict(policy or {})
-    for pattern, action in policy.items():
-        if action not in POLICIES:
-            raise ValueError(
-                f"policy {pattern!r}: {action!r}; expected one of "
-                f"{', '.join(POLICIES)} (what is edited is given in states)"
-            )
-    if source is None:
-        if policy:
-            raise ValueError(
-                "policy: there is nothing to take along; give like="
-            )
-        return {}
-    there = sorted(file.stem for file in source.glob("*.ckpt"))
-    for pattern in policy:
-        require_match(there, pattern, "recoverable")
-    table = {**policy, **DEFAULT_POLICY}
-    # Those given come first also where they repeat a default's pattern.
-    return {
-        name: first_match(name, policy) or first_match(name, table)
-        for name in there
-        if name not in states
-    }
-
-
-def _check_fits(name, state, source):
-    if not (source / f"{name}.ckpt").exists():
-        raise FileNotFoundError(
-            f"{source}: holds no {name}.ckpt for the edited recoverable "
-            f"{name!r}; it holds "
-            f"{', '.join(sorted(p.stem for p in source.glob('*.ckpt')))}"
-        )
-    base = open_state(source, recoverable=name)
-    differ = sorted(set(state) ^ set(base))
-    differ += [
-        key
-        for key in state
-        if key in base and state.info(key) != base.info(key)
-    ]
-    if differ:
-        raise ValueError(
-            f"{name!r}: {len(differ)} weights differ in name, shape or dtype "
-            f"from those in {source} ({', '.join(differ[:5])}); the edited "
-            "state must be one of the same model"
-        )
-
-
-def _pool(file, source, parents, folder):
-    import torch
-
-    statistics = []
-    for parent in [source, *parents]:
-        if not (parent / file).exists():
-            raise FileNotFoundError(
-                f"{parent / file}: to be pooled, is missing"
-            )
-        content = load_torch_file(parent / file)
-        if not isinstance(content, dict) or "glob_mean" not in content:
-            raise ValueError(
-                f"{parent / file}: is no input normaliser's; only those can "
-                "be pooled (copy or drop it)"
-            )
-        statistics.append(content)
-    with atomic_write(folder / file) as stream:
-        torch.save(pool_normalizers(statistics), stream)

@@ -4,9 +4,9 @@ Variances must never be extrapolated: base plus two differences can make one
 negative. They are estimated again from data, or pooled by their counts.
 """
 
-import contextlib
-
 import torch
+
+from speechbrain_taskarith.vectors.checks import all_finite
 
 _BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm
 
@@ -62,10 +62,11 @@ def reestimate_statistics(model, batches, forward=None):
     if not layers:
         return 0
     sums = {name: _Moments() for name in layers}
-    kept = {
-        name: [buffer.clone() for buffer in layer.buffers()]
-        for name, layer in layers.items()
-    }
+    before = [
+        (buffer, buffer.clone())
+        for layer in layers.values()
+        for buffer in layer.buffers()
+    ]
     modes = [(module, module.training) for module in model.modules()]
     hooks, count = [], 0
     try:
@@ -82,7 +83,9 @@ def reestimate_statistics(model, batches, forward=None):
                 for name, moments in sums.items()
             }
     except BaseException:
-        _restore(layers, kept)
+        with torch.no_grad():
+            for buffer, old in before:
+                buffer.copy_(old)
         raise
     finally:
         for hook in hooks:
@@ -127,19 +130,12 @@ class _Moments:
                 "estimate its statistics; give more data"
             )
         variance = self.squares / (self.count - 1)
-        if not (torch.isfinite(self.mean) & torch.isfinite(variance)).all():
+        if not (all_finite(self.mean) and all_finite(variance)):
             raise ValueError(
                 f"{name}: its input holds NaN or infinity; check the edited "
                 "weights and the data"
             )
         return self.mean, variance
-
-
-def _restore(layers, kept):
-    with torch.no_grad():
-        for name, layer in layers.items():
-            for buffer, old in zip(layer.buffers(), kept[name]):
-                buffer.copy_(old)
 
 
 def pool_normalizers(statistics, base=None):
@@ -213,14 +209,14 @@ def pool_normalizers(statistics, base=None):
         n, first, second = sums[0][0], 0.0 * origin, sums[0][0] * sums[0][2]
     if n <= 0:
         raise ValueError(
-            "the normalisers have seen less data than the base that they "
-            "are said to go on from; pool them without base"
+            "the normalisers have seen less data than the base, so they "
+            "cannot have continued from it; pool them without base"
         )
     mean = first / n
     variance = second / n - mean**2
     if (variance < -1e-6 * (1 + second.abs() / n)).any():
         raise ValueError(
-            "the normalisers cannot have gone on from this base (a variance "
+            "the normalisers cannot have continued from this base (a variance "
             "would be negative); pool them without base"
         )
     like = given[0]
@@ -239,11 +235,9 @@ def _sums(entry, number):
             f"statistics[{number}]: expected count, glob_mean and glob_std "
             f"of SpeechBrain's InputNormalization, {sorted(missing)} missing"
         )
-    count = entry["count"]
-    with contextlib.suppress(AttributeError):
-        count = count.item()
+    count = int(entry["count"])
     mean = torch.as_tensor(entry["glob_mean"]).double().cpu()
     std = torch.as_tensor(entry["glob_std"]).double().cpu()
-    if count and not (torch.isfinite(mean) & torch.isfinite(std)).all():
+    if count and not (all_finite(mean) and all_finite(std)):
         raise ValueError(f"statistics[{number}]: holds NaN or infinity")
-    return int(count), mean, std**2
+    return count, mean, std**2

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from speechbrain_taskarith.utils.patterns import select
-from speechbrain_taskarith.vectors.states.state import as_state
+from speechbrain_taskarith.vectors.states.readers import as_state
 
 
 def align_vocabulary(states, vocabularies, rows):
@@ -156,8 +156,9 @@ def _token(literal, path):
         return ast.literal_eval(literal)
     except (SyntaxError, ValueError):
         raise ValueError(
-            f"{path}: {literal} is no token as SpeechBrain's encoders write "
-            "them; write the file again with encoder.save"
+            f"{path}: cannot read the token {literal} (expected a quoted "
+            "text, as SpeechBrain's encoders write it); save the file again "
+            "with encoder.save"
         ) from None
 
 
@@ -200,7 +201,7 @@ def _check_rows(state, name, count):
     if not shape or shape[0] != count:
         raise ValueError(
             f"{state.label}: {name!r} has shape {shape}, but the vocabulary "
-            f"has {count} tokens; the pattern fits a tensor that is no table "
+            f"has {count} tokens; the pattern matches a tensor that is not a table "
             "of tokens, or the vocabulary is another model's"
         )
 

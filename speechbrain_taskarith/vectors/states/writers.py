@@ -1,12 +1,11 @@
-"""Writing weights: safetensors, torch files, sharded Hugging Face folders.
+"""Writing weights: safetensors, torch files, Hugging Face and SpeechBrain.
 
-All writing is atomic. SpeechBrain checkpoint folders, which hold more than
-weights, are written by `checkpoint_folder`.
+All writing is atomic.
 """
 
-import errno
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,26 +15,66 @@ from speechbrain_taskarith.utils.files import (
     atomic_write,
     write_json,
 )
-from speechbrain_taskarith.vectors.states.readers import TORCH_SUFFIXES
+from speechbrain_taskarith.utils.patterns import first_match, require_match
+from speechbrain_taskarith.vectors.states.names import match_names
+from speechbrain_taskarith.vectors.states.readers import (
+    as_state,
+    form_of,
+    open_state,
+)
 from speechbrain_taskarith.vectors.states.safetensors import (
     ITEM_SIZE,
     SafetensorsWriter,
 )
-from speechbrain_taskarith.vectors.states.state import as_state
+from speechbrain_taskarith.vectors.states.speechbrain_folder import (
+    FINETUNED,
+    META_FILE,
+    META_KEY,
+    PREFIX,
+    find_checkpoint_folder,
+    plain,
+    recoverables,
+    write_meta,
+)
+from speechbrain_taskarith.vectors.states.torch_files import (
+    load_torch_file,
+    save_torch_file,
+)
 
 _BLOCK = 1 << 22
 # Kept out of a Hugging Face folder that is written after another one: these
-# hold the old weights.
+# hold the old weights, or lead readers to them.
 _WEIGHT_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
     "*.bin",
     "*.bin.index.json",
+    "*.ckpt",
+    META_FILE,
 )
+
+POLICIES = ("copy", "pool", "drop")
+#: What happens to recoverables that are not edited. Optimizers (and the
+#: position inside an epoch) belong to weights that are no longer there; a
+#: `Checkpointer` asks for everything else by name, so it has to be there.
+DEFAULT_POLICY = {
+    f"*{FINETUNED}": "drop",
+    "*optimizer*": "drop",
+    "*opt": "drop",
+    "scaler": "drop",
+    "dataloader*": "drop",
+    "*": "copy",
+}
 
 
 def save_state(
-    state, path, *, metadata=None, shard_size=5_000_000_000, like=None
+    state,
+    path,
+    *,
+    metadata=None,
+    shard_size=5_000_000_000,
+    like=None,
+    recoverable=None,
 ):
     """Write weights; the form follows from the path. Atomic.
 
@@ -47,8 +86,8 @@ def save_state(
     path : str or pathlib.Path
         `x.safetensors`; `x.ckpt`, `x.pt`, `x.pth` or `x.bin` (a plain state
         dict by `torch.save`); a name that starts with `CKPT+` (a SpeechBrain
-        checkpoint folder with the recoverable `model`); any other name
-        without suffix is a Hugging Face folder.
+        checkpoint folder); any other name without suffix is a Hugging Face
+        folder.
     metadata : dict or None
         Plain values to keep beside the weights: in the header of a
         safetensors file, in `CKPT.yaml`, else in `<path>.json`.
@@ -58,6 +97,8 @@ def save_state(
         For a folder: another one whose further content is taken along
         (Hugging Face: `config.json`, feature extractor, tokenizer;
         SpeechBrain: the other recoverables, see `save_checkpoint`).
+    recoverable : str or None
+        What the weights are called in a SpeechBrain folder; None: `model`.
 
     Returns
     -------
@@ -80,50 +121,27 @@ def save_state(
     >>> open_state(path)["w"], open_state(path).metadata["step"]
     (tensor([1., 1.]), '3')
     """
-    path, state = Path(path), as_state(state)
-    if path.suffix == ".safetensors":
+    path, state, form = Path(path), as_state(state), form_of(path)
+    if form == "safetensors":
         _save_safetensors(state, path, metadata)
-    elif path.suffix in TORCH_SUFFIXES:
-        _save_torch(state, path, metadata)
-    elif path.name.startswith("CKPT+"):
-        from speechbrain_taskarith.vectors.states.speechbrain_folder import (
-            save_checkpoint,
-        )
-
-        save_checkpoint({"model": state}, path, like=like, metadata=metadata)
-    elif not path.suffix or path.is_dir():
-        _save_folder(state, path, metadata, shard_size, like)
+    elif form == "torch":
+        save_torch_file(state, path, metadata)
+    elif form == "speechbrain":
+        states = {recoverable or "model": state}
+        save_checkpoint(states, path, like=like, metadata=metadata)
     else:
-        raise ValueError(
-            f"{path}: unknown suffix {path.suffix!r}; expected .safetensors, "
-            f"{', '.join(TORCH_SUFFIXES)}, a folder, or a CKPT+ folder"
-        )
+        _save_hugging_face(state, path, metadata, shard_size, like)
     return path
-
-
-def as_text(metadata):
-    """Return metadata as the texts that a safetensors header may hold.
-
-    Arguments
-    ---------
-    metadata : dict or None
-        Plain values.
-
-    Returns
-    -------
-    dict
-        Texts as they are, everything else as JSON.
-    """
-    return {
-        str(key): value if isinstance(value, str) else json.dumps(value)
-        for key, value in (metadata or {}).items()
-    }
 
 
 def _save_safetensors(state, path, metadata, names=None):
     names = list(state) if names is None else names
+    header = {"format": "pt"}
+    for key, value in (metadata or {}).items():
+        header[str(key)] = (
+            value if isinstance(value, str) else json.dumps(value)
+        )
     # The fingerprint in the header is what `State.verify` checks.
-    header = {"format": "pt", **as_text(metadata)}
     if len(names) == len(state):
         header["fingerprint"] = state.fingerprint
     infos = {name: state.info(name) for name in names}
@@ -138,68 +156,7 @@ def _save_safetensors(state, path, metadata, names=None):
                 out.write(name, start, buffer)
 
 
-def _save_torch(state, path, metadata):
-    import torch
-
-    # One tensor object per tied group: torch.save then keeps them tied. A
-    # view is saved alone, not with the whole storage it lies in.
-    kept = {}
-    for name in state:
-        origin = state.aliases.get(name, name)
-        if origin not in kept:
-            kept[origin] = _alone(state[origin])
-    content = {n: kept[state.aliases.get(n, n)] for n in state}
-    with atomic_write(path) as stream:
-        try:
-            torch.save(content, stream)
-        except RuntimeError as error:
-            # torch wraps a failing write (a full disk) in its own error.
-            raise OSError(
-                errno.EIO,
-                f"torch.save could not write ({str(error).splitlines()[0]}); "
-                "is the disk full? Nothing under this name was changed",
-                str(path),
-            ) from error
-    if metadata:
-        write_json(f"{path}.json", dict(metadata))
-
-
-def _alone(tensor):
-    tensor = tensor.detach().cpu()
-    size = tensor.numel() * tensor.element_size()
-    whole = tensor.untyped_storage().nbytes()
-    return tensor.contiguous() if size == whole else tensor.clone()
-
-
-def _save_folder(state, path, metadata, shard_size, like):
-    shards = _shards(state, shard_size)
-    with atomic_folder(path) as folder:
-        if like is not None:
-            _copy_other_files(Path(like), folder)
-        if len(shards) == 1:
-            names = ["model.safetensors"]
-        else:
-            total = len(shards)
-            names = [
-                f"model-{i + 1:05d}-of-{total:05d}.safetensors"
-                for i in range(total)
-            ]
-        for file, members in zip(names, shards):
-            _save_safetensors(state, folder / file, metadata, members)
-        if len(shards) > 1:
-            size = sum(state.info(name).nbytes for name in state)
-            index = {
-                "metadata": {"total_size": size},
-                "weight_map": {
-                    name: file
-                    for file, members in zip(names, shards)
-                    for name in members
-                },
-            }
-            write_json(folder / "model.safetensors.index.json", index)
-
-
-def _shards(state, shard_size):
+def _save_hugging_face(state, path, metadata, shard_size, like):
     shards, filled = [[]], 0
     for name in state:
         size = state.info(name).nbytes
@@ -208,10 +165,201 @@ def _shards(state, shard_size):
             filled = 0
         shards[-1].append(name)
         filled += size
-    return shards
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        files = [
+            f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            for i in range(len(shards))
+        ]
+    with atomic_folder(path) as folder:
+        for file in Path(like).iterdir() if like is not None else ():
+            weights = any(file.match(pattern) for pattern in _WEIGHT_FILES)
+            if file.is_file() and not weights:
+                shutil.copy2(file, folder / file.name)
+        for file, names in zip(files, shards):
+            _save_safetensors(state, folder / file, metadata, names)
+        if len(shards) > 1:
+            total = sum(state.info(name).nbytes for name in state)
+            index = {
+                "metadata": {"total_size": total},
+                "weight_map": {
+                    name: file
+                    for file, names in zip(files, shards)
+                    for name in names
+                },
+            }
+            write_json(folder / "model.safetensors.index.json", index)
 
 
-def _copy_other_files(source, folder):
-    for file in source.iterdir():
-        if file.is_file() and not any(file.match(p) for p in _WEIGHT_FILES):
-            shutil.copy2(file, folder / file.name)
+def save_checkpoint(
+    states,
+    path,
+    *,
+    like=None,
+    policy=None,
+    pool=(),
+    meta=None,
+    metadata=None,
+    card=None,
+):
+    """Write a SpeechBrain checkpoint folder, atomically.
+
+    `Checkpointer` finds it by its name and `CKPT.yaml`, `Pretrainer` loads
+    the files inside. A checkpoint holds more than weights: each of the
+    recoverables that are not edited has a policy.
+
+    Arguments
+    ---------
+    states : dict
+        `{recoverable: weights}` of what was edited, usually `{"model":
+        ...}`; a path, module or mapping of tensors each.
+    path : str or pathlib.Path
+        The folder; its name must start with `CKPT+`.
+    like : str, pathlib.Path or None
+        The checkpoint whose other recoverables are taken along: a `CKPT+`
+        folder, or a save folder (see `find_checkpoint_folder`). Edited
+        states must have the names, shapes and dtypes found there.
+    policy : dict or None
+        `{pattern: "copy" | "pool" | "drop"}` on recoverables' names; what
+        fits no pattern follows `DEFAULT_POLICY`. `"pool"` is for input
+        normalisers: pooled by count with those of the `pool` checkpoints.
+    pool : sequence of path
+        Checkpoints (folders) whose normalisers are pooled with `like`'s.
+    meta : dict or None
+        Scores for `CKPT.yaml`, e.g. `{"WER": 4.2}`, by which `Checkpointer`
+        chooses. `like`'s scores are not taken over: other weights, other
+        scores.
+    metadata : dict or None
+        Provenance; stands in `CKPT.yaml` under `taskarith`.
+    card : ModelCard or None
+        Written into the folder.
+
+    Returns
+    -------
+    pathlib.Path
+        The folder.
+
+    Raises
+    ------
+    ValueError
+        A bad name or policy, an edited state that does not fit `like`'s,
+        meta that is not plain.
+    FileNotFoundError
+        `like` or a pooled checkpoint lacks what is asked of it.
+
+    Example
+    -------
+    >>> import torch
+    >>> from speechbrain.utils.checkpoints import Checkpointer
+    >>> folder = getfixture("tmpdir")
+    >>> _ = save_checkpoint(
+    ...     {"model": {"weight": torch.ones(1, 1), "bias": torch.zeros(1)}},
+    ...     str(folder / "CKPT+merged"),
+    ...     meta={"WER": 4.2},
+    ... )
+    >>> checkpointer = Checkpointer(folder, {"model": torch.nn.Linear(1, 1)})
+    >>> checkpointer.recover_if_possible(min_key="WER").path.name
+    'CKPT+merged'
+    """
+    path = Path(path)
+    if not path.name.startswith(PREFIX):
+        raise ValueError(
+            f"{path}: the name of a SpeechBrain checkpoint folder must start "
+            f"with {PREFIX!r}, or Checkpointer does not find it"
+        )
+    states = {name: as_state(state) for name, state in states.items()}
+    source = None if like is None else find_checkpoint_folder(like)
+    actions = _actions(states, source, policy)
+    if "pool" in actions.values() and not pool:
+        raise ValueError(
+            "policy 'pool' needs pool=[checkpoint, ...], the checkpoints to "
+            "pool with"
+        )
+    parents = [find_checkpoint_folder(folder) for folder in pool]
+    content = {"unixtime": time.time(), "end-of-epoch": True}
+    content |= plain(meta or {}, "meta")
+    provenance = {"policy": {**dict.fromkeys(states, "edit"), **actions}}
+    provenance |= plain(metadata or {}, "metadata")
+    content[META_KEY] = provenance
+    for name, state in states.items():
+        if source is not None:
+            _check_same_model(name, state, source)
+    with atomic_folder(path) as folder:
+        for name, state in states.items():
+            save_torch_file(state, folder / f"{name}.ckpt")
+        for name, action in actions.items():
+            file = f"{name}.ckpt"
+            if action == "copy":
+                shutil.copyfile(source / file, folder / file)
+            elif action == "pool":
+                _pool(file, [source, *parents], folder)
+        if card is not None:
+            card.save(folder)
+        write_meta(folder, content)
+    return path
+
+
+def _actions(states, source, policy):
+    """Return `{recoverable: policy}` for what is in `source`, not edited."""
+    policy = dict(policy or {})
+    for pattern, action in policy.items():
+        if action not in POLICIES:
+            raise ValueError(
+                f"policy {pattern!r}: {action!r}; expected one of "
+                f"{', '.join(POLICIES)} (what is edited is given in states)"
+            )
+    if source is None:
+        if policy:
+            raise ValueError(
+                "policy: there is nothing to take along; give like="
+            )
+        return {}
+    names = recoverables(source)
+    for pattern in policy:
+        require_match(names, pattern, "recoverable")
+    # Those given come first also where they repeat a default's pattern.
+    return {
+        name: first_match(name, policy) or first_match(name, DEFAULT_POLICY)
+        for name in names
+        if name not in states
+    }
+
+
+def _check_same_model(name, state, source):
+    if not (source / f"{name}.ckpt").exists():
+        raise FileNotFoundError(
+            f"{source}: holds no {name}.ckpt for the edited recoverable "
+            f"{name!r}; it holds {', '.join(recoverables(source))}"
+        )
+    base = open_state(source, recoverable=name)
+    try:
+        match_names(base, state, same_types=True)
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"{name!r}: the edited state is not one of the model in {source}: "
+            f"{error.args[0]}"
+        ) from None
+
+
+def _pool(file, folders, target):
+    import torch
+
+    from speechbrain_taskarith.vectors.states.statistics import (
+        pool_normalizers,
+    )
+
+    statistics = []
+    for folder in folders:
+        if not (folder / file).exists():
+            raise FileNotFoundError(
+                f"{folder / file}: to be pooled, is missing"
+            )
+        content = load_torch_file(folder / file)
+        if not isinstance(content, dict) or "glob_mean" not in content:
+            raise ValueError(
+                f"{folder / file}: is not an input normaliser; only those can "
+                "be pooled (copy or drop it)"
+            )
+        statistics.append(content)
+    with atomic_write(target / file) as stream:
+        torch.save(pool_normalizers(statistics), stream)

@@ -1,47 +1,25 @@
-"""Rules that change something about another rule: DARE and LiNeS."""
+"""LiNeS: a scale that grows with depth, around any other rule."""
 
 import re
 
 from speechbrain_taskarith.utils.patterns import matches, require_match
 from speechbrain_taskarith.vectors import checks
-from speechbrain_taskarith.vectors.engine.trimming import RandomDrop
-from speechbrain_taskarith.vectors.rules.base import Rule
-from speechbrain_taskarith.vectors.rules.description import scales_by_parameter
-from speechbrain_taskarith.vectors.rules.elementwise import TaskArithmetic
+from speechbrain_taskarith.vectors.rules.base import Rule, check_rule
 
 # "layers.3.", "blocks.3.", "conv_layers.3.", GPT's "h.3."
 LAYERS = r"(?:^|\.)(?:\w*layers?|\w*blocks?|h)\.(\d+)(?:\.|$)"
 
 
 class Wrapper(Rule):
-    """A rule that changes something about another rule."""
+    """A rule that changes something about another one, its `inner`."""
 
     inner = None
 
-    @property
-    def stages(self):
-        """See `Rule`."""
-        return self.inner.stages
-
-    @property
-    def fewest(self):
-        """See `Rule`."""
-        return self.inner.fewest
-
-    @property
-    def most(self):
-        """See `Rule`."""
-        return self.inner.most
-
-    @property
-    def whole_tensors(self):
-        """See `Rule`."""
-        return self.inner.whole_tensors
-
-    @property
-    def carries_nan(self):
-        """See `Rule`."""
-        return self.inner.carries_nan
+    stages = property(lambda self: self.inner.stages)
+    min_vectors = property(lambda self: self.inner.min_vectors)
+    max_vectors = property(lambda self: self.inner.max_vectors)
+    whole_tensors = property(lambda self: self.inner.whole_tensors)
+    carries_nan = property(lambda self: self.inner.carries_nan)
 
     def bytes_per_element(self, number):
         """See `Rule.bytes_per_element`."""
@@ -60,66 +38,6 @@ class Wrapper(Rule):
         return self.inner.merge(vectors, place, work, prepared)
 
 
-class DARE(Wrapper):
-    """Drop entries at random and rescale, then another rule.
-
-    Yu et al. 2023 (arXiv 2311.03099): each entry of each vector is dropped
-    with probability `drop`, the others are divided by `1 - drop`. Which
-    ones depends on the seed, the vector's number, the tensor's name and the
-    entry's index, and on nothing else (see `sparsify.RandomDrop`).
-
-    Arguments
-    ---------
-    drop : float
-        Probability, in [0, 1).
-    scale : float or dict
-        See `Rule`. It is DARE's scale that counts; `then` keeps its own for
-        itself, which must be 1.
-    seed : int
-        Not negative.
-    then : Rule or None
-        What to do with the vectors afterwards, e.g.
-        `TIES(density=1)` for the combination known as DARE-TIES. None: task
-        arithmetic.
-
-    Example
-    -------
-    >>> import torch
-    >>> tau = {"w": torch.ones(100_000)}
-    >>> merged = DARE(drop=0.9).combine([tau])["w"]
-    >>> merged.unique(), bool(abs(merged.mean() - 1) < 0.05)
-    (tensor([ 0., 10.]), True)
-    """
-
-    def __init__(self, drop, scale=1.0, seed=0, then=None):
-        self.drop, self.seed = drop, seed
-        self.scale = checks.scale(scale)
-        self.then = then if then is not None else TaskArithmetic()
-        if not isinstance(self.then, Rule):
-            raise TypeError(f"then={then!r}: expected a rule")
-        if scales_by_parameter(self.then):
-            raise ValueError(
-                f"then={self.then!r} scales by the parameter, which would be "
-                "left out; put it outside: LiNeS(DARE(...), slope=...)"
-            )
-        if self.then.scale != 1:
-            raise ValueError(
-                f"then={self.then!r} has a scale of its own; give the scale "
-                "to DARE"
-            )
-        self._drop = RandomDrop(drop, seed)
-
-    @property
-    def inner(self):
-        """The rule after dropping."""
-        return self.then
-
-    @property
-    def stages(self):
-        """See `Rule`."""
-        return (self._drop, *self.then.stages)
-
-
 class LiNeS(Wrapper):
     """Layer-increasing scale: deep layers are edited more than early ones.
 
@@ -130,7 +48,8 @@ class LiNeS(Wrapper):
     that lead up to the number the same way form one stack, and each stack
     (an encoder's, a decoder's) goes from `alpha` to `alpha + slope` by
     itself. Other parameters (front-ends, embeddings) count as a first
-    layer, or as a last one where `top` says so (heads).
+    layer, or as a last one where `top` says so (heads). Reference:
+    `reference.lines`.
 
     Arguments
     ---------
@@ -146,6 +65,7 @@ class LiNeS(Wrapper):
 
     Example
     -------
+    >>> from speechbrain_taskarith.vectors import TaskArithmetic
     >>> rule = LiNeS(TaskArithmetic(scale=0.2), slope=0.6, top=["out.*"])
     >>> names = ["conv.w", "layers.0.w", "layers.1.w", "layers.2.w", "out.w"]
     >>> [round(s, 3) for s in rule.scales(names).values()]
@@ -153,9 +73,8 @@ class LiNeS(Wrapper):
     """
 
     def __init__(self, inner_rule, slope, top=(), layers=LAYERS):
-        if not isinstance(inner_rule, Rule):
-            raise TypeError(f"inner_rule={inner_rule!r}: expected a rule")
-        if scales_by_parameter(inner_rule):
+        self.inner = self.inner_rule = check_rule(inner_rule, "inner_rule")
+        if inner_rule.scales_by_parameter():
             raise ValueError(
                 f"inner_rule={inner_rule!r} scales by the parameter itself, "
                 "which would be left out; use one LiNeS"
@@ -165,16 +84,10 @@ class LiNeS(Wrapper):
                 "inner_rule: expected a scale that is one number; LiNeS "
                 "itself makes it depend on the layer"
             )
-        self.inner_rule = inner_rule
+        self.scale = inner_rule.scale
         self.slope = checks.finite("slope", slope)
         self.top = [top] if isinstance(top, str) else list(top)
         self.layers = layers
-        self.scale = inner_rule.scale
-
-    @property
-    def inner(self):
-        """The rule that merges."""
-        return self.inner_rule
 
     def scales(self, names):
         """See `Rule.scales`."""
@@ -190,25 +103,9 @@ class LiNeS(Wrapper):
 
 
 def relative_depths(names, layers=LAYERS):
-    """Find how deep each parameter lies in its stack, from its name.
+    """Return `{name: l / (L - 1)}`: how deep each parameter lies in its stack.
 
-    Arguments
-    ---------
-    names : sequence of str
-        Parameter names.
-    layers : str
-        See `LiNeS`.
-
-    Returns
-    -------
-    dict
-        `{name: l / (L - 1)}`, from 0 to 1; 0 for parameters of no stack and
-        of a stack of one layer.
-
-    Raises
-    ------
-    ValueError
-        No name has a layer.
+    0 for parameters of no stack and of a stack of one layer.
 
     Example
     -------

@@ -1,8 +1,7 @@
-"""The merging rules that look at singular values.
+"""TSV-M: task singular vectors; and what rules on whole matrices share.
 
-They work on whole weight matrices; a convolution's kernel is one too, with
-its output channels as rows and all else as columns. What is no matrix (biases,
-norms) is averaged.
+A convolution's kernel is a matrix too, with its output channels as rows and
+all else as columns. What is no matrix (biases, norms) is averaged.
 """
 
 import math
@@ -10,8 +9,6 @@ import math
 from speechbrain_taskarith.vectors import checks
 from speechbrain_taskarith.vectors.engine.kernels import weighted_sum
 from speechbrain_taskarith.vectors.rules.base import Rule
-
-PRECISIONS = ("float32", "float64")
 
 
 class Spectral(Rule):
@@ -29,10 +26,10 @@ class Spectral(Rule):
     """
 
     def __init__(self, scale=1.0, precision="float32"):
-        self.scale = checks.scale(scale)
-        self.precision = checks.one_of("precision", precision, PRECISIONS)
-
-    whole_tensors = True
+        super().__init__(scale)
+        self.precision = checks.one_of(
+            "precision", precision, ("float32", "float64")
+        )
 
     def bytes_per_element(self, number):
         """See `Rule.bytes_per_element`: all matrices and their factors."""
@@ -42,13 +39,9 @@ class Spectral(Rule):
         """See `Rule.granularity`: whole tensors."""
         return math.prod(shape) if _is_matrix(shape) else 1
 
-    def prepare(self, stream):
-        """See `Rule.prepare`: the number of vectors."""
-        return stream.source.number
-
-    def merge(self, vectors, place, work, number):
+    def merge(self, vectors, place, work, source):
         """See `Rule.merge`."""
-        xp = work.xp
+        xp, number = work.xp, source.number
         if not _is_matrix(place.shape):
             return weighted_sum(vectors, [1 / number] * number, place, work)
         dtype = getattr(xp, self.precision)
@@ -58,20 +51,7 @@ class Spectral(Rule):
         return _as(merged, xp.float32, xp)
 
     def merge_matrices(self, matrices, xp):
-        """Merge matrices of one shape.
-
-        Arguments
-        ---------
-        matrices : list of arrays
-            `[rows, columns]` each.
-        xp : module
-            `numpy` or `torch`.
-
-        Returns
-        -------
-        array
-            `[rows, columns]`.
-        """
+        """Merge matrices `[rows, columns]`, of NumPy or torch (`xp`)."""
         raise NotImplementedError
 
 
@@ -87,11 +67,12 @@ def _as(array, dtype, xp):
     return array.to(dtype, copy=True)
 
 
-def _svd(matrix, xp):
+def svd(matrix, xp):
+    """Return the singular value decomposition, without empty directions."""
     return xp.linalg.svd(matrix, full_matrices=False)
 
 
-def _rank(values, shape, xp):
+def rank_of(values, shape, xp):
     """Return how many singular values are not just rounding."""
     if not len(values) or not float(values[0]) > 0:
         return 0
@@ -107,6 +88,7 @@ class TSVM(Spectral):
     triples are kept; the `U_i` of all vectors side by side, and the `V_i`,
     are replaced by the orthonormal matrices nearest to them (from the SVD
     `U = P D Q^T` that is `P Q^T`), and the result is `U_w S V_w^T`.
+    Reference: `reference.tsv_m`.
 
     Arguments
     ---------
@@ -143,9 +125,9 @@ class TSVM(Spectral):
         kept = max(1, int(full * share + 1e-9))
         lefts, sizes, rights = [], [], []
         for matrix in matrices:
-            left, values, right = _svd(matrix, xp)
+            left, values, right = svd(matrix, xp)
             # Directions without weight would only turn the others.
-            rank = min(kept, _rank(values, matrix.shape, xp))
+            rank = min(kept, rank_of(values, matrix.shape, xp))
             lefts.append(left[:, :rank])
             sizes.append(values[:rank])
             rights.append(right[:rank])
@@ -159,43 +141,5 @@ class TSVM(Spectral):
 
 def _nearest_orthonormal(matrix, xp):
     """Return `P Q^T` of the SVD `P D Q^T`."""
-    left, _, right = _svd(matrix, xp)
+    left, _, right = svd(matrix, xp)
     return left @ right
-
-
-class IsoC(Spectral):
-    """Isotropic merging in the common subspace.
-
-    Marczak et al. 2025 (arXiv 2502.04959, algorithm 1), for each weight
-    matrix: the SVD of the sum of the vectors, every singular value replaced
-    by their mean. Singular values that are zero up to rounding stay zero
-    and do not count for the mean (a sum of low rank, as of LoRAs, has no
-    directions there).
-
-    Arguments
-    ---------
-    scale : float or dict
-        See `Rule`.
-    precision : str
-        See `Spectral`.
-
-    Example
-    -------
-    >>> import torch
-    >>> a = {"w": torch.diag(torch.tensor([4.0, 0.0]))}
-    >>> b = {"w": torch.diag(torch.tensor([0.0, 2.0]))}
-    >>> IsoC().combine([a, b])["w"]
-    tensor([[3., 0.],
-            [0., 3.]])
-    """
-
-    def merge_matrices(self, matrices, xp):
-        """See `Spectral.merge_matrices`."""
-        total = matrices[0]
-        for matrix in matrices[1:]:
-            total = total + matrix
-        left, values, right = _svd(total, xp)
-        rank = _rank(values, total.shape, xp)
-        if not rank:
-            return total
-        return left[:, :rank] @ right[:rank] * values[:rank].mean()

@@ -1,0 +1,95 @@
+"""DELLA: DARE with drop rates by magnitude rank, then sign election."""
+
+import math
+
+import numpy as np
+
+from speechbrain_taskarith.vectors import checks
+from speechbrain_taskarith.vectors.engine.kernels import magnitude_bits
+from speechbrain_taskarith.vectors.engine.workspace import to_numpy
+from speechbrain_taskarith.vectors.rules.base import Stage
+from speechbrain_taskarith.vectors.rules.dare import random_numbers
+from speechbrain_taskarith.vectors.rules.ties import Merge
+
+_TOP = 0x7FFFFFFF
+
+
+class DropByRank(Stage):
+    """Drop at random, large magnitudes less often than small ones (MagPrune).
+
+    Within each row (the weights that lead to one output; a vector is one
+    row) the magnitudes are ranked, `r = 0` for the largest of `n`; entry
+    `i` is dropped with probability `p_i = drop - epsilon / 2 +
+    (epsilon / n) r_i`, and otherwise divided by `1 - p_i`. Equal magnitudes
+    are ranked by position. The random numbers are those of DARE.
+    """
+
+    def __init__(self, drop, epsilon, seed=0):
+        self.drop = checks.in_range("drop", drop, 0, 1, open_high=True)
+        widest = 2 * min(drop, 1 - drop)
+        self.epsilon = checks.in_range("epsilon", epsilon, 0, widest)
+        self.seed = checks.whole("seed", seed)
+
+    def granularity(self, shape):
+        """See `Stage.granularity`: a row."""
+        return math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
+
+    def apply(self, index, tau, place, work, out):
+        """Multiply by `1 / (1 - p)` or 0."""
+        if self.drop == 0:
+            return tau
+        row = self.granularity(place.shape)
+        numbers = random_numbers(self.seed, index, place)
+        bits = to_numpy(magnitude_bits(tau, work)).reshape(-1, row)
+        # One integer that sorts by magnitude and then by position.
+        order = np.subtract(_TOP, bits, dtype=np.int64) << 32
+        order |= np.arange(row)
+        order.sort(axis=1)
+        order &= 0xFFFFFFFF
+        by_rank = self.drop - self.epsilon / 2
+        by_rank = by_rank + self.epsilon / row * np.arange(row)
+        chance = np.empty(bits.shape)
+        np.put_along_axis(chance, order, by_rank[None], axis=1)
+        chance = chance.reshape(-1)
+        factor = np.where(numbers >= chance * 2**32, 1 / (1 - chance), 0)
+        factor = work.from_numpy(factor.astype(np.float32))
+        return work.xp.multiply(tau, factor, out=out)
+
+
+class DELLA(Merge):
+    """Drop by rank, elect sign, fuse.
+
+    Deep et al. 2024 (arXiv 2406.11617, section 3): entries are dropped at
+    random, the smaller the likelier, and the others enlarged; then sign
+    election and the mean over the elected. Of the `n` magnitudes of a row,
+    the one of rank `r` (0: the largest) is dropped with probability `drop -
+    epsilon / 2 + (epsilon / n) r`. Reference: `reference.della`.
+
+    Arguments
+    ---------
+    drop : float
+        Mean probability of being dropped, in [0, 1).
+    epsilon : float
+        From the least to the greatest probability; `drop - epsilon / 2` and
+        `drop + epsilon / 2` must lie in [0, 1].
+    scale : float or dict
+        See `Rule`.
+    seed : int
+        Not negative.
+    elect : str
+        `"mass"` as in the paper, `"count"` or `"none"`.
+
+    Example
+    -------
+    >>> import torch
+    >>> tau = {"w": torch.ones(1000)}
+    >>> kept = DELLA(drop=0.7).combine([tau])["w"].count_nonzero()
+    >>> 200 < kept < 400
+    tensor(True)
+    """
+
+    def __init__(self, drop=0.7, epsilon=0.2, scale=1.0, seed=0, elect="mass"):
+        combine = "sum" if elect == "none" else "disjoint_mean"
+        stages = [DropByRank(drop, epsilon, seed)]
+        super().__init__(stages, elect, combine, scale)
+        self.drop, self.epsilon, self.seed = drop, epsilon, seed

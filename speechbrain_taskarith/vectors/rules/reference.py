@@ -1,0 +1,265 @@
+"""Every rule in a few lines of torch: to read, and to test the fast ones by.
+
+Vectors are dicts `{name: tensor}`; everything is in memory and in float64.
+Each function takes the vectors and the arguments of the rule's class, without
+the scale, and returns the merged vector. `scope` (or `trim`) is `"global"`
+where a rule looks at the whole vectors at once, or `"tensor"`.
+"""
+
+import hashlib
+import re
+
+import numpy as np
+import torch
+
+
+def stack(vectors):
+    """Return `[N, P]`: one flattened vector a row."""
+    return torch.stack(
+        [torch.cat([t.double().flatten() for t in v.values()]) for v in vectors]
+    )
+
+
+def unstack(numbers, vector):
+    """Return the flat numbers as a dict with the shapes of a vector."""
+    parts = numbers.split([t.numel() for t in vector.values()])
+    return {n: p.view(t.shape) for (n, t), p in zip(vector.items(), parts)}
+
+
+def in_scope(rule, vectors, scope):
+    """Apply `[N, P] -> [P]` to the whole vectors, or tensor by tensor."""
+    if scope == "global":
+        return unstack(rule(stack(vectors)), vectors[0])
+    merged = {}
+    for name, tensor in vectors[0].items():
+        taus = torch.stack([v[name].double().flatten() for v in vectors])
+        merged[name] = (rule(taus) if taus.numel() else taus[0]).view_as(tensor)
+    return merged
+
+
+def task_arithmetic(vectors, weights=None):
+    """Ilharco et al. 2023, section 2: `sum_i w_i tau_i`."""
+    weights = torch.tensor(weights or [1.0] * len(vectors)).double()
+    return unstack(weights @ stack(vectors), vectors[0])
+
+
+def linear_average(vectors, weights=None):
+    """Wortsman et al. 2022: `sum_i w_i tau_i / sum_i w_i`."""
+    weights = torch.tensor(weights or [1.0] * len(vectors)).double()
+    return unstack(weights @ stack(vectors) / weights.sum(), vectors[0])
+
+
+def trim(tau, density):
+    """Keep the `round(density * P)` largest magnitudes, earlier ones first."""
+    order = tau.abs().argsort(descending=True, stable=True)
+    kept = order[: round(density * len(tau))]
+    return torch.zeros_like(tau).index_copy(0, kept, tau[kept])
+
+
+def trim_vectors(vectors, density, scope):
+    """Trim each vector, as a whole or tensor by tensor."""
+    return [
+        in_scope(lambda t: trim(t[0], density), [v], scope) for v in vectors
+    ]
+
+
+def elect_and_merge(taus, elect="mass"):
+    """Mean of the entries `[N, P]` that have the elected sign.
+
+    TIES, algorithm 1, steps 2 and 3. An undecided entry takes the sign that
+    prevails among all others.
+    """
+    if elect == "mass":
+        elected = taus.sum(0).sign()
+    else:
+        elected = taus.sign().sum(0).sign()
+    elected[elected == 0] = elected.sum().sign()
+    agree = (taus != 0) & (taus.sign() == elected)
+    return (taus * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+
+def ties(vectors, density=0.2, trim="global", elect="mass"):
+    """Yadav et al. 2023, algorithm 1: trim, elect, disjoint merge."""
+    trimmed = stack(trim_vectors(vectors, density, trim))
+    return unstack(elect_and_merge(trimmed, elect), vectors[0])
+
+
+def breadcrumbs(vectors, density=0.14, gamma=0.01, trim="tensor"):
+    """Davari and Belilovsky 2023, equations 2 and 3: sum of what lies
+    between the outliers (`gamma`) and the negligible entries."""
+    kept = stack(trim_vectors(vectors, min(density + gamma, 1), trim))
+    outliers = stack(trim_vectors(vectors, gamma, trim))
+    return unstack((kept - outliers).sum(0), vectors[0])
+
+
+def uniform(seed, index, name, numel):
+    """Random numbers in [0, 1) of a tensor of vector number `index`."""
+    digest = hashlib.sha256(f"{seed}\0{index}\0{name}".encode()).digest()
+    generator = np.random.Philox(key=int.from_bytes(digest[:16], "little"))
+    words = generator.random_raw((numel + 1) // 2).astype("<u8").view("<u4")
+    return torch.from_numpy(words[:numel] / 2**32)
+
+
+def drop(vectors, seed, chances):
+    """Drop each entry with its chance `p`, divide the others by `1 - p`."""
+    dropped = []
+    for index, vector in enumerate(vectors):
+        dropped.append({})
+        for name, tensor in vector.items():
+            p = chances(tensor.double())
+            kept = uniform(seed, index, name, tensor.numel()) >= p.flatten()
+            dropped[-1][name] = tensor * kept.view_as(tensor) / (1 - p)
+    return dropped
+
+
+def dare(vectors, drop_rate, seed=0, then=task_arithmetic):
+    """Yu et al. 2023, equation 3, then another rule."""
+    return then(drop(vectors, seed, lambda t: torch.full_like(t, drop_rate)))
+
+
+def della(vectors, drop_rate=0.7, epsilon=0.2, seed=0, elect="mass"):
+    """Deep et al. 2024, section 3: in each row, drop by magnitude rank."""
+
+    def chances(tensor):
+        rows = tensor.flatten(1) if tensor.dim() > 1 else tensor.view(1, -1)
+        order = rows.abs().argsort(dim=1, descending=True, stable=True)
+        ranks, n = order.argsort(dim=1), rows.shape[1]
+        return (drop_rate - epsilon / 2 + epsilon / n * ranks).view_as(tensor)
+
+    taus = stack(drop(vectors, seed, chances))
+    merged = taus.sum(0) if elect == "none" else elect_and_merge(taus, elect)
+    return unstack(merged, vectors[0])
+
+
+def slerp(vectors, t, scope="tensor"):
+    """Shoemake 1985: from the first vector to the second along their arc."""
+
+    def arc(taus):
+        a, b = taus
+        cosine = torch.dot(a, b) / (a.norm() * b.norm())
+        angle = cosine.clamp(-1, 1).arccos()
+        if cosine.isnan() or angle.sin() < 1e-7:
+            return (1 - t) * a + t * b
+        return (
+            ((1 - t) * angle).sin() * a + (t * angle).sin() * b
+        ) / angle.sin()
+
+    return in_scope(arc, vectors, scope)
+
+
+def karcher(vectors, weights=None, scope="tensor", iterations=100):
+    """Karcher 1977: mean direction on the sphere, times the mean length.
+
+    Again and again: average the logarithms of the directions (their tangents
+    at the present mean) and follow the average along the sphere.
+    """
+    weights = torch.tensor(weights or [1.0] * len(vectors)).double()
+
+    def mean(taus):
+        w, lengths = weights / weights.sum(), taus.norm(dim=1)
+        length, some = w @ lengths, lengths > 0
+        w, units = w[some], taus[some] / lengths[some, None]
+        centre = w @ units
+        if not centre.norm() > 1e-7:
+            return torch.zeros_like(centre)
+        w, centre = w / w.sum(), centre / centre.norm()
+        for _ in range(iterations):
+            cosines = (units @ centre).clamp(-1, 1)[:, None]
+            across = units - cosines * centre
+            sines = across.norm(dim=1, keepdim=True).clamp(min=1e-30)
+            step = w @ (cosines.arccos() * across / sines)
+            size = step.norm()
+            if size > 0:
+                centre = size.cos() * centre + size.sin() / size * step
+                centre = centre / centre.norm()
+        return length * centre
+
+    return in_scope(mean, vectors, scope)
+
+
+def multi_slerp(vectors, weights=None, scope="tensor"):
+    """Buss and Fillmore 2001: one step of the Karcher mean."""
+    return karcher(vectors, weights, scope, iterations=1)
+
+
+def model_stock(vectors, scope="tensor"):
+    """Jang et al. 2024, equation 3: `t mean`, from the mean angle."""
+
+    def stock(taus):
+        n, units = len(taus), torch.nn.functional.normalize(taus, dim=1)
+        rows, columns = torch.triu_indices(n, n, offset=1)
+        angles = (units @ units.T)[rows, columns].clamp(-1, 1).arccos()
+        cosine = angles.mean().cos().clamp(min=0)
+        return n * cosine / (1 + (n - 1) * cosine) * taus.mean(0)
+
+    return in_scope(stock, vectors, scope)
+
+
+def fisher(vectors, fishers):
+    """Matena and Raffel 2022, equation 4: `sum F tau / sum F`, by entry."""
+    taus, weights = stack(vectors), stack(fishers)
+    mass = weights.sum(0)
+    weighted = (weights * taus).sum(0) / mass.where(mass > 0, 1)
+    return unstack(weighted.where(mass > 0, taus.mean(0)), vectors[0])
+
+
+def lines(names, alpha, slope):
+    """Wang et al. 2024, equation 3: the scale of each parameter.
+
+    `alpha + slope * l / (L - 1)` in layer `l` of a stack of `L` layers; alpha
+    for parameters of no layer. A stack is what leads up to the number.
+    """
+    found = {n: re.match(r"(.*?\blayers\.)(\d+)\b", n) for n in names}
+    layers = {n: (m[1], int(m[2])) for n, m in found.items() if m}
+    last = {}
+    for stack_name, layer in layers.values():
+        last[stack_name] = max(layer, last.get(stack_name, 1))
+    return {
+        n: alpha + slope * layers[n][1] / last[layers[n][0]]
+        if n in layers
+        else alpha
+        for n in names
+    }
+
+
+def by_matrix(rule, vectors):
+    """Apply a rule to matrices; kernels become some, all else is averaged."""
+    merged = {}
+    for name, tensor in vectors[0].items():
+        taus = [v[name].double() for v in vectors]
+        rows = len(tensor) if tensor.dim() > 1 else 1
+        if rows > 1 and tensor.numel() > rows:
+            taus = [tau.view(rows, -1) for tau in taus]
+            merged[name] = rule(taus).view_as(tensor)
+        else:
+            merged[name] = sum(taus) / len(taus)
+    return merged
+
+
+def orthonormal(matrix):
+    """Return the orthonormal matrix nearest to one: `P Q^T` of `P D Q^T`."""
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left @ right
+
+
+def tsv_m(vectors, share=None):
+    """Gargiulo et al. 2025, algorithm 1: top singular triples, decorrelated."""
+
+    def merge(taus):
+        kept = int(min(taus[0].shape) * (share or 1 / len(taus)) + 1e-9)
+        parts = [torch.linalg.svd(tau, full_matrices=False) for tau in taus]
+        u, s, v = zip(*((u[:, :kept], s[:kept], v[:kept]) for u, s, v in parts))
+        left, right = orthonormal(torch.cat(u, 1)), orthonormal(torch.cat(v))
+        return left * torch.cat(s) @ right
+
+    return by_matrix(merge, vectors)
+
+
+def iso_c(vectors):
+    """Marczak et al. 2025, algorithm 1: the sum, with a flat spectrum."""
+
+    def merge(taus):
+        left, values, right = torch.linalg.svd(sum(taus), full_matrices=False)
+        return left @ right * values.mean()
+
+    return by_matrix(merge, vectors)

@@ -1,0 +1,97 @@
+"""What `torch.save` writes: tensors only, mapped where possible."""
+
+import errno
+import re
+import zipfile
+from collections.abc import Mapping
+
+from speechbrain_taskarith.utils.files import atomic_write, write_json
+from speechbrain_taskarith.vectors.states.safetensors import damaged
+from speechbrain_taskarith.vectors.states.state import from_mapping
+
+TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+
+
+def open_torch_file(path, shown_as=None, metadata=None):
+    """Open a state dict, maybe nested; `shown_as` is the folder it is of."""
+    content = load_torch_file(path)
+    if not isinstance(content, Mapping):
+        raise ValueError(
+            f"{path}: holds a {type(content).__name__}, expected a state "
+            "dict (a mapping from parameter name to tensor)"
+        )
+
+    def check(_):
+        # The CRC-32 that torch stores with every tensor.
+        if not zipfile.is_zipfile(path):
+            return
+        try:
+            with zipfile.ZipFile(path) as archive:
+                bad = archive.testzip()
+        except (zipfile.BadZipFile, EOFError) as error:
+            raise damaged(
+                path, f"is not a complete archive ({error})"
+            ) from None
+        if bad is not None:
+            raise damaged(path, f"the checksum of {bad!r} does not fit")
+
+    return from_mapping(content, str(path), shown_as or path, metadata, check)
+
+
+def load_torch_file(path):
+    """Load a file on the CPU; a pickle that would execute code is refused."""
+    import pickle
+
+    import torch
+
+    with open(path, "rb") as stream:
+        # Only the zip form can be mapped; the form of torch < 1.6 is read.
+        mapped = stream.read(4) == b"PK\x03\x04"
+    try:
+        return torch.load(
+            path, map_location="cpu", mmap=mapped, weights_only=True
+        )
+    except pickle.UnpicklingError as error:
+        called = re.search(r"GLOBAL (\S+)", str(error))
+        reason = (
+            f"loading it would call {called[1]}, code stored in the file"
+            if called
+            else "it holds more than tensors and plain values, or is damaged"
+        )
+        raise ValueError(
+            f"{path}: refused: {reason}. Save the plain state dict (tensors "
+            "only) with torch.save and use that file."
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error) else error
+        raise damaged(path, f"torch cannot read it ({reason})") from None
+
+
+def save_torch_file(state, path, metadata=None):
+    """Write a plain state dict; metadata goes to `<path>.json`."""
+    import torch
+
+    # One tensor object per tied group: torch.save then keeps them tied. A
+    # view is saved alone, not with the whole storage it lies in.
+    tensors = {}
+    for name in state:
+        origin = state.aliases.get(name, name)
+        if origin not in tensors:
+            tensor = state[origin].cpu()
+            size = tensor.numel() * tensor.element_size()
+            alone = size == tensor.untyped_storage().nbytes()
+            tensors[origin] = tensor.contiguous() if alone else tensor.clone()
+    content = {n: tensors[state.aliases.get(n, n)] for n in state}
+    with atomic_write(path) as stream:
+        try:
+            torch.save(content, stream)
+        except RuntimeError as error:
+            # torch wraps a failing write (a full disk) in its own error.
+            raise OSError(
+                errno.EIO,
+                f"torch.save could not write ({str(error).splitlines()[0]}); "
+                "is the disk full? Nothing under this name was changed",
+                str(path),
+            ) from error
+    if metadata:
+        write_json(f"{path}.json", dict(metadata))
