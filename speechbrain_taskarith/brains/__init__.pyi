@@ -40,9 +40,6 @@ from .pieces import (
 from .precision import (
     fast_precision as fast_precision,
 )
-from .running_means import (
-    RunningMeans as RunningMeans,
-)
 from .seq2seq import (
     Seq2SeqBrain as Seq2SeqBrain,
 )
@@ -57,6 +54,9 @@ from .sharding import (
 )
 from .sharding import (
     shard_loader as shard_loader,
+)
+from .translation import (
+    RunningMeans as RunningMeans,
 )
 from .translation import (
     TranslationBrain as TranslationBrain,
