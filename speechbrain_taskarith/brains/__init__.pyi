@@ -1,9 +1,6 @@
 from .ctc import (
     CTCBrain as CTCBrain,
 )
-from .digit_strings import (
-    DigitStringBrain as DigitStringBrain,
-)
 from .fine_tuning import (
     FineTuneMixin as FineTuneMixin,
 )

@@ -7,15 +7,17 @@ import random
 
 import pytest
 import torch
+from common.digits import (
+    AudioCache,
+    DigitStringLoader,
+    load_digit_string,
+    make_digit_strings,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speechbrain_taskarith.data import (
-    AudioCache,
-    DigitStringLoader,
     Recording,
-    load_digit_string,
-    make_digit_strings,
     read_manifest,
     to_pcm16,
     write_audio,

@@ -59,7 +59,7 @@ def check_data(folder):
 
 def make_data(folder):
     """Make a corpus of spoken digits in place of recordings."""
-    from speechbrain_taskarith.data.corpora import make_digits_corpus
+    from common.corpora import make_digits_corpus
 
     make_digits_corpus(folder)
     return folder / "recorded"

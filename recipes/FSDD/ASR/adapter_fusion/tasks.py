@@ -4,12 +4,10 @@ import dataclasses
 import random
 
 import torchaudio
+from common.digits import make_digit_strings
+from common.synthesis import synthesize_digits
 
-from speechbrain_taskarith.data import (
-    make_digit_strings,
-    read_manifest,
-    synthesize_digits,
-)
+from speechbrain_taskarith.data import read_manifest
 
 
 class Tasks:

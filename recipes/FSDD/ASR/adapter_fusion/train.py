@@ -19,6 +19,8 @@ Several seeds make one table (mean and standard deviation):
 import sys
 
 import speechbrain as sb
+from common.brain import DigitStringBrain
+from common.digits import AudioCache
 from hyperpyyaml import load_hyperpyyaml
 from report import TITLE, write_report
 from speechbrain.utils.distributed import run_on_main
@@ -26,8 +28,7 @@ from study import Study
 from tasks import Tasks
 
 from speechbrain_taskarith.adapters import AudioAdapterFusion
-from speechbrain_taskarith.brains import DigitStringBrain, fast_precision
-from speechbrain_taskarith.data import AudioCache
+from speechbrain_taskarith.brains import fast_precision
 from speechbrain_taskarith.metrics import merge_seeds
 
 

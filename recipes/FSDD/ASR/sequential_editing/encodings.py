@@ -13,10 +13,10 @@ import tempfile
 from pathlib import Path
 
 import speechbrain as sb
+from common.brain import DigitStringBrain
 from hyperpyyaml import load_hyperpyyaml
 from train import make_domains
 
-from speechbrain_taskarith.brains import DigitStringBrain
 from speechbrain_taskarith.metrics import Summary
 from speechbrain_taskarith.vectors import (
     SequentialEditor,

@@ -23,13 +23,15 @@ from pathlib import Path
 
 import speechbrain as sb
 import torch
+from common.brain import DigitStringBrain
+from common.digits import make_digit_strings
 from hyperpyyaml import load_hyperpyyaml
 from report import TITLE, write_report
 from speechbrain.utils.distributed import if_main_process, run_on_main
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_taskarith.brains import DigitStringBrain, Domain
-from speechbrain_taskarith.data import make_digit_strings, read_manifest
+from speechbrain_taskarith.brains import Domain
+from speechbrain_taskarith.data import read_manifest
 from speechbrain_taskarith.metrics import merge_seeds
 from speechbrain_taskarith.vectors import open_state, save_state, search_scale
 

@@ -10,7 +10,7 @@ model is the sound alone.
 import collections
 import random
 
-from speechbrain_taskarith.data import make_digit_strings
+from common.digits import make_digit_strings
 
 # Pauses in seconds: between words, and before the first and after the last.
 GAP = (0.0, 0.12)

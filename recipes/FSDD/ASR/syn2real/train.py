@@ -24,6 +24,9 @@ import sys
 
 import speechbrain as sb
 import torch
+from common.brain import DigitStringBrain
+from common.digits import AudioCache
+from common.synthesis import synthesize_digits
 from hyperpyyaml import load_hyperpyyaml
 from models import StudyModels, plan_models
 from report import TITLE, write_report
@@ -31,16 +34,11 @@ from speechbrain.utils.distributed import run_on_main
 from strings import Strings
 
 from speechbrain_taskarith.brains import (
-    DigitStringBrain,
     fast_precision,
     helpers,
     is_helper,
 )
-from speechbrain_taskarith.data import (
-    AudioCache,
-    read_manifest,
-    synthesize_digits,
-)
+from speechbrain_taskarith.data import read_manifest
 from speechbrain_taskarith.metrics import merge_seeds
 
 

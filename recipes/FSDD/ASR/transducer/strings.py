@@ -3,14 +3,11 @@
 import collections
 import random
 
+from common.digits import make_digit_strings
+from common.simulate import RecordingSimulator
 from words import words_of
 
-from speechbrain_taskarith.data import (
-    EspeakVoice,
-    Recording,
-    RecordingSimulator,
-    make_digit_strings,
-)
+from speechbrain_taskarith.data import EspeakVoice, Recording
 from speechbrain_taskarith.utils.progress import progress
 
 # Pauses in seconds: between words, and before the first and after the last.

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import speechbrain as sb
 import torch
+from common.digits import AudioCache, DigitStringLoader
 from hyperpyyaml import load_hyperpyyaml
 from models import StudyModels, plan_models
 from report import TITLE, write_report
@@ -38,11 +39,7 @@ from speechbrain_taskarith.brains import (
     helpers,
     is_helper,
 )
-from speechbrain_taskarith.data import (
-    AudioCache,
-    DigitStringLoader,
-    read_manifest,
-)
+from speechbrain_taskarith.data import read_manifest
 from speechbrain_taskarith.metrics import merge_seeds
 from speechbrain_taskarith.transducer import joint_transducer_loss
 

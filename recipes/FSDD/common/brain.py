@@ -4,10 +4,12 @@ import torch
 from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataset import DynamicItemDataset
 
-from speechbrain_taskarith.brains.ctc import CTCBrain
-from speechbrain_taskarith.brains.sequential import SequentialMixin
-from speechbrain_taskarith.brains.sharding import shard_loader
-from speechbrain_taskarith.data import DigitStringLoader
+from common.digits import DigitStringLoader
+from speechbrain_taskarith.brains import (
+    CTCBrain,
+    SequentialMixin,
+    shard_loader,
+)
 
 
 class DigitStringBrain(SequentialMixin, CTCBrain):

@@ -100,7 +100,7 @@ def synthesize_digits(
 
     Example
     -------
-    >>> from speechbrain_taskarith.data import AudioCache, make_digit_strings
+    >>> from common.digits import AudioCache, make_digit_strings
     >>> cache = AudioCache(16000)
     >>> takes = synthesize_digits(
     ...     ["ONE", "TWO"], ["en-us+f3"], takes=2, cache=cache

@@ -14,6 +14,13 @@ import os
 import random
 import shutil
 
+from common.simulate import RecordingSimulator
+from common.synthesis import (
+    DIGITS,
+    SYNTHETIC_VOICES,
+    spoken_form,
+    synthesize_digits,
+)
 from speechbrain_taskarith.data import espeak_engine
 from speechbrain_taskarith.data.audio import encode_audio
 from speechbrain_taskarith.data.espeak import EspeakVoice
@@ -21,13 +28,6 @@ from speechbrain_taskarith.data.manifests import (
     Recording,
     read_manifest,
     write_manifest,
-)
-from speechbrain_taskarith.data.simulate import RecordingSimulator
-from speechbrain_taskarith.data.synthesis import (
-    DIGITS,
-    SYNTHETIC_VOICES,
-    spoken_form,
-    synthesize_digits,
 )
 from speechbrain_taskarith.utils.files import (
     atomic_folder,
@@ -270,7 +270,7 @@ def _recorded_takes(speaker, simulator, settings):
 
 
 def _synthetic_takes(voice, split, settings):
-    from speechbrain_taskarith.data.digits import AudioCache
+    from common.digits import AudioCache
 
     rate = settings["sample_rate"]
     cache = AudioCache(rate)
