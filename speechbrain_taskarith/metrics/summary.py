@@ -257,15 +257,17 @@ class Summary:
             parts.append(f"![{plot.stem}](plots/{plot.name})")
         return "\n\n".join(part for part in parts if part) + "\n"
 
-    def print(self, console=None):
+    def print(self, console=None, only=None):
         """Print the tables to the terminal.
 
         Arguments
         ---------
         console : rich.console.Console or None
             Where to; standard output by default.
+        only : sequence of str or None
+            Names of the tables to print; None prints all of them.
         """
-        for table in self.tables:
+        for table in self.tables if only is None else only:
             tables.print_table(table, self.rows(table), console)
 
     def _csv(self, table):
@@ -400,7 +402,7 @@ def merge_summaries(folders, output, title="Results"):
     return merged
 
 
-def merge_seeds(folder, title="Results"):
+def merge_seeds(folder, title="Results", only=None):
     """Make one table of all seeds under a folder, write it and show it.
 
     Arguments
@@ -409,6 +411,8 @@ def merge_seeds(folder, title="Results"):
         Holds one output folder for each seed; the table goes beside them.
     title : str
         Heading of its `results.md`.
+    only : sequence of str or None
+        Names of the tables to show; None shows all. All are written.
 
     Returns
     -------
@@ -434,9 +438,9 @@ def merge_seeds(folder, title="Results"):
     runs = sorted(path.parent for path in Path(folder).glob("*/summary.json"))
     if not runs:
         raise FileNotFoundError(
-            f"{folder}: no */summary.json; run train.py for some seeds first"
+            f"{folder}: no */summary.json; run study.py for some seeds first"
         )
     merged = merge_summaries(runs, folder, title=title)
     merged.write()
-    merged.print()
+    merged.print(only=only)
     return merged

@@ -9,21 +9,37 @@ itself, from its newest checkpoint.
 
 import argparse
 import contextlib
+import gc
 import graphlib
 import json
+import logging
+import os
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import filelock
 import joblib
+import speechbrain as sb
 import torch
+from hyperpyyaml import load_hyperpyyaml
 
 from speechbrain_taskarith.utils.files import read_json, write_json
 from speechbrain_taskarith.utils.progress import progress
 
 FINISHED = "finished.json"
+CONSOLE = "console.txt"
+
+# Loky starts a new worker where the memory of one has grown: no fault.
+warnings.filterwarnings("ignore", "A worker stopped while some jobs")
+
+# SpeechBrain warns that torchvision is missing, which only its recipes for
+# speech synthesis use.
+logging.getLogger("speechbrain.utils.train_logger").addFilter(
+    lambda record: "torchvision" not in record.getMessage()
+)
 
 
 @dataclass(frozen=True)
@@ -48,18 +64,19 @@ class Training:
 def parse_study_arguments(argv):
     """Take the study's own options off a command line.
 
-    Returns `options` (`.merge`, `.backend`, `.workers`, `.scheduler`) and the
-    words that remain, which are for `train.py`.
+    Returns `options` (`.output_folder`, `.backend`, `.workers`,
+    `.scheduler`) and the words that remain, which are for `train.py`.
     """
     parser = argparse.ArgumentParser(
         usage="study.py HPARAMS.yaml [options] [--key value ...]",
-        epilog="All other options override keys of the hparams file.",
+        epilog="All other options override keys of the hparams file. "
+        "study.py --merge FOLDER makes one table of the seeds in a folder.",
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--merge",
-        metavar="FOLDER",
-        help="train nothing; make one table of the seeds in this folder",
+        "--output_folder",
+        help="where tables and models go (default: the hparams file's "
+        "study_folder)",
     )
     parser.add_argument(
         "--backend",
@@ -81,6 +98,54 @@ def parse_study_arguments(argv):
         "paths: give absolute ones",
     )
     return parser.parse_known_args(argv)
+
+
+@dataclass
+class Study:
+    """What a study has read from its command line and hparams file.
+
+    Arguments
+    ---------
+    options : argparse.Namespace
+        The study's own options.
+    arguments : list of str
+        What every call of `train.py` gets.
+    hparams, run_opts : dict
+        As SpeechBrain reads them.
+    folder : pathlib.Path
+        Where everything goes; the trainings go into `models` in it.
+    """
+
+    options: argparse.Namespace
+    arguments: list
+    hparams: dict
+    run_opts: dict
+    folder: Path
+
+    @property
+    def models(self):
+        return self.folder / "models"
+
+
+def start_study(argv):
+    """Read a command line and start the study's log; returns a `Study`."""
+    options, arguments = parse_study_arguments(argv)
+    if options.output_folder:
+        folder = Path(options.output_folder).resolve()
+        arguments.append(f"--study_folder={folder}")
+    hparams_file, run_opts, overrides = sb.parse_arguments(arguments)
+    with open(hparams_file, encoding="utf-8") as fin:
+        hparams = load_hyperpyyaml(fin, overrides)
+    if not options.output_folder:
+        folder = Path(hparams["study_folder"]).resolve()
+        arguments.append(f"--study_folder={folder}")
+    sb.create_experiment_directory(
+        experiment_directory=str(folder),
+        hyperparams_to_save=hparams_file,
+        overrides=overrides,
+    )
+    hparams["noprogressbar"] = True  # one bar over all trainings instead
+    return Study(options, arguments, hparams, run_opts, folder)
 
 
 @contextlib.contextmanager
@@ -214,7 +279,11 @@ def _run_one(train, training, arguments, folder):
         torch.set_num_threads(1)
         start = time.monotonic()
         options = {"output_folder": str(output), **training.options}
-        train([*arguments, *map(_as_option, options.items())])
+        argv = [*arguments, *map(_as_option, options.items())]
+        with _console_of_its_own(output / CONSOLE):
+            # Bars and the list of installed packages: the study's are enough.
+            train([*argv, "--noprogressbar", "--save_env_desc=False"])
+        gc.collect()  # loky ends a worker whose memory grows
         # Last, since it says that everything before it is there.
         write_json(
             output / FINISHED,
@@ -224,6 +293,31 @@ def _run_one(train, training, arguments, folder):
                 "seconds": round(time.monotonic() - start, 1),
             },
         )
+
+
+@contextlib.contextmanager
+def _console_of_its_own(path):
+    """Keep what a training prints and logs off the study's terminal."""
+    root, level = logging.getLogger(), os.environ.get("SB_LOG_LEVEL")
+    before = list(root.handlers)
+    with (
+        open(path, "a", encoding="utf-8") as stream,
+        contextlib.redirect_stdout(stream),
+        contextlib.redirect_stderr(stream),
+    ):
+        try:
+            yield
+        except Exception as error:
+            message = f"a training failed; what it printed is in {path}"
+            raise RuntimeError(message) from error
+        finally:
+            # SpeechBrain has opened the training's log.txt.
+            for handler in set(root.handlers) - set(before):
+                handler.close()
+            root.handlers[:] = before
+            os.environ.pop("SB_LOG_LEVEL", None)
+            if level is not None:
+                os.environ["SB_LOG_LEVEL"] = level
 
 
 def _as_option(item):
