@@ -184,6 +184,11 @@ def train(argv):
     # A row of the table: a lifelong method, or a rule for the edit
     row = {} if hparams["row"] == PLAIN else hparams["rows"][hparams["row"]]
     method, rule = row.get("method", FineTuning()), row.get("rule")
+    if rule is not None and "method" in row:
+        raise ValueError(
+            f"row {hparams['row']!r}: give a lifelong method or a rule, not "
+            "both"
+        )
     seen, model = hparams["seen"], hparams["model"]
     lr = row.get("lr", hparams["lr"]) if seen else hparams["first_lr"]
 
