@@ -10,6 +10,7 @@ import collections
 import functools
 import random
 import zlib
+from os.path import basename, splitext
 
 import torch
 
@@ -266,7 +267,9 @@ class DigitStringLoader:
             parts += [self._silence(pause), self._recording(path)]
         wave = torch.cat([*parts, self._silence(gaps[-1])])
         if self.dither:
-            wave += self.dither * _noise(len(wave), [*wavs, *gaps])
+            # By file names, not folders: the same wherever the data lies.
+            names = [splitext(basename(path))[0] for path in wavs]
+            wave += self.dither * _noise(len(wave), [*names, *gaps])
         return wave
 
     def _silence(self, seconds):

@@ -1,11 +1,21 @@
 """Synthetic recordings of single words, by many clean voices."""
 
+import dataclasses
 import os
 import random
 
-from speechbrain_taskarith.data.audio import write_audio
-from speechbrain_taskarith.data.espeak import EspeakVoice
-from speechbrain_taskarith.data.manifests import Recording, write_manifest
+from speechbrain_taskarith.data import (
+    EspeakVoice,
+    Recording,
+    encode_audio,
+    write_manifest,
+)
+from speechbrain_taskarith.utils.files import (
+    atomic_folder,
+    read_json,
+    remove_leftovers,
+    write_json,
+)
 from speechbrain_taskarith.utils.progress import progress
 
 DIGITS = (
@@ -68,47 +78,11 @@ def synthesize_digits(
     """Make synthetic recordings of single words by many voices.
 
     Each take of a voice has its own speed (120 to 220 words per minute) and
-    pitch. The waveforms go into a cache in memory, or into files.
+    pitch; another seed gives others. The waveforms go into a cache in memory
+    (`Recording.wav` is the key in it), or into `folder` as FLAC files with a
+    `manifest.csv`, all at once when the last is spoken.
 
-    Arguments
-    ---------
-    words : sequence of str
-        What to say, one recording for each word, voice and take.
-    voices : sequence of str
-        espeak-ng voices, e.g. `"en-us+f3"`.
-    takes : int
-        Recordings of each word by each voice.
-    sample_rate : int
-        In Hz.
-    seed : int
-        Another seed gives other speeds and pitches.
-    split : str
-        What the recordings are for: `"train"`, `"valid"`, ...
-    prefix : str
-        Beginning of the IDs.
-    cache : AudioCache, optional
-        Where the waveforms go; then `Recording.wav` is the key in it.
-    folder : str, optional
-        Where FLAC files and `manifest.csv` go. Either this or `cache`.
-    show_progress : bool
-        Show a progress bar.
-
-    Returns
-    -------
-    list of Recording
-        Speaker = voice, accent = the voice's language code.
-
-    Example
-    -------
-    >>> from common.digits import AudioCache, make_digit_strings
-    >>> cache = AudioCache(16000)
-    >>> takes = synthesize_digits(
-    ...     ["ONE", "TWO"], ["en-us+f3"], takes=2, cache=cache
-    ... )
-    >>> [take.ID for take in takes]
-    ['syn_ONE_en-us+f3_0', 'syn_TWO_en-us+f3_0',
-     'syn_ONE_en-us+f3_1', 'syn_TWO_en-us+f3_1']
-    >>> items = make_digit_strings(takes, 5)
+    Returns a list of Recording: speaker = voice, accent = the voice's language.
     """
     if (cache is None) == (folder is None):
         raise ValueError("give either a cache or a folder, and not both")
@@ -117,65 +91,99 @@ def synthesize_digits(
             f"sample_rate={sample_rate} but the cache holds "
             f"{cache.sample_rate} Hz"
         )
-    plan = [
-        (voice, take, word)
-        for voice in voices
-        for take in range(takes)
-        for word in words
-    ]
-    recordings = []
-    for voice, take, word in progress(
-        plan, desc="synthetic speech", enable=show_progress
-    ):
-        rng = random.Random(f"{seed} {voice} {take}")
-        speaker = EspeakVoice(
-            voice, rate=rng.randint(120, 220), pitch=rng.randint(30, 70)
-        )
-        wave = speaker(spoken_form(word, voice), sample_rate)
-        ID = f"{prefix}_{word}_{voice}_{take}"
-        if cache is not None:
-            wav = ID
-            cache.put(wav, wave)
-        else:
-            wav = os.path.abspath(os.path.join(folder, "audio", ID + ".flac"))
-            write_audio(wav, wave, sample_rate)
-        recordings.append(
-            Recording(
-                ID=ID,
-                duration=round(len(wave) / sample_rate, 4),
-                wav=wav,
-                spk_id=voice,
-                wrd=word,
-                accent=voice.split("+")[0],
-                split=split,
-            )
-        )
+    spoken = progress(
+        _speak(words, voices, takes, sample_rate, seed, split, prefix),
+        total=len(words) * len(voices) * takes,
+        desc="synthetic speech",
+        enable=show_progress,
+    )
     if folder is not None:
-        write_manifest(os.path.join(folder, "manifest.csv"), recordings, folder)
+        return _write(spoken, os.path.abspath(folder), sample_rate)
+    recordings = []
+    for recording, wave in spoken:
+        cache.put(recording.wav, wave)
+        recordings.append(recording)
     return recordings
+
+
+def _speak(words, voices, takes, sample_rate, seed, split, prefix):
+    """Yield (Recording, waveform); its `wav` is its ID."""
+    for voice in voices:
+        for take in range(takes):
+            rng = random.Random(f"{seed} {voice} {take}")
+            speaker = EspeakVoice(
+                voice, rate=rng.randint(120, 220), pitch=rng.randint(30, 70)
+            )
+            for word in words:
+                wave = speaker(spoken_form(word, voice), sample_rate)
+                ID = f"{prefix}_{word}_{voice}_{take}"
+                recording = Recording(
+                    ID=ID,
+                    duration=round(len(wave) / sample_rate, 4),
+                    wav=ID,
+                    spk_id=voice,
+                    wrd=word,
+                    accent=voice.split("+")[0],
+                    split=split,
+                )
+                yield recording, wave
+
+
+def _write(spoken, folder, sample_rate):
+    recordings = []
+    with atomic_folder(folder) as inside:
+        (inside / "audio").mkdir()
+        for recording, wave in spoken:
+            name = os.path.join("audio", recording.ID + ".flac")
+            # The folder is flushed as a whole, and renamed after that.
+            (inside / name).write_bytes(encode_audio(wave, sample_rate, "flac"))
+            wav = os.path.join(folder, name)
+            recordings.append(dataclasses.replace(recording, wav=wav))
+        write_manifest(inside / "manifest.csv", recordings, folder)
+    return recordings
+
+
+def prepare_synthetic_digits(
+    save_folder, words, voices, takes, sample_rate=16000, skip_prep=False
+):
+    """Make `<split>/manifest.csv` of synthetic digits, unless it is there.
+
+    `takes` is `{split: recordings of each word by each voice}`; the splits
+    differ in speeds and pitches.
+    """
+    if skip_prep:
+        return
+    remove_leftovers(save_folder)
+    for number, (split, count) in enumerate(takes.items()):
+        settings = {
+            "words": list(words),
+            "voices": list(voices),
+            "takes": count,
+            "sample_rate": sample_rate,
+        }
+        folder = os.path.join(save_folder, split)
+        marker = os.path.join(save_folder, f"{split}.json")
+        if os.path.isfile(marker) and read_json(marker) == settings:
+            continue
+        synthesize_digits(
+            words,
+            voices,
+            count,
+            sample_rate=sample_rate,
+            seed=number,
+            split=split,
+            prefix=f"synthetic-{split}",
+            folder=folder,
+        )
+        # Last, since it says that the folder holds these.
+        write_json(marker, settings)
 
 
 def spoken_form(word, voice):
     """Return what to hand to a voice so that it says an English word.
 
-    Arguments
-    ---------
-    word : str
-        A word of the transcript.
-    voice : str
-        espeak-ng voice.
-
-    Returns
-    -------
-    str
-        The word in lower case (capitals may be spelled out), or, for a
-        digit and a voice of `ACCENT_SPELLINGS`, as that language writes its
-        sound.
-
-    Example
-    -------
-    >>> spoken_form("NINE", "de+f2"), spoken_form("NINE", "en-us")
-    ('nain', 'nine')
+    The word in lower case (capitals may be spelled out), or, for a digit and
+    a voice of `ACCENT_SPELLINGS`, as that language writes its sound.
     """
     language = voice.split("+")[0].split("-")[0]
     return ACCENT_SPELLINGS.get(language, {}).get(word.upper(), word.lower())
