@@ -168,6 +168,8 @@ def choose_parameters(hparams):
     learn = list(hparams["learn"] or hparams["tasks"])
     # New weights must not depend on where a killed run was started again.
     seed_random_numbers(hparams["seed"], hparams["training_name"])
+    # All of it: what is in front of and behind the encoder, too.
+    hparams["model"].requires_grad_(False)
     if row in hparams["compositions"]:
         settings = hparams["compositions"][row]
         adapters.set_combination(settings["combination"], names=learn)
