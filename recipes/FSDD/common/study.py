@@ -140,6 +140,7 @@ def start_study(argv):
         folder = Path(hparams["study_folder"]).resolve()
         arguments.append(f"--study_folder={folder}")
     level = os.environ.get("SB_LOG_LEVEL", "INFO")
+    logging.getLogger("speechbrain.utils.quirks").setLevel(level)
     sb.create_experiment_directory(
         experiment_directory=str(folder),
         hyperparams_to_save=hparams_file,

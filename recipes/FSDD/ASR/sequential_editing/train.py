@@ -104,7 +104,7 @@ def domain_strings(name, split, hparams):
     training = split == "train"
     if training:
         is_first = name == next(iter(hparams["domains"]))
-        steps = hparams["first_steps" if is_first else "steps"]
+        steps = hparams["first_steps"] if is_first else hparams["steps"]
         count = steps * hparams["batch_size"]
     else:
         speakers = len({take.spk_id for take in takes})
