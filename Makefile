@@ -1,4 +1,4 @@
-# Two verbs for a newcomer; each sets up what it needs in .venv.
+# Targets; each sets up what it needs in .venv.
 #
 #   make quickstart                       the main job on speech made here
 #   make quickstart DATA=<fsdd folder>    the same on real recordings

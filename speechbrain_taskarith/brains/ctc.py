@@ -181,9 +181,7 @@ class CTCBrain(sb.Brain):
 
     def on_fit_batch_end(self, batch, outputs, loss, should_step):
         """Move the learning rate on."""
-        annealing = getattr(self, "lr_annealing", None)
-        if annealing is None:
-            annealing = getattr(self.hparams, "lr_annealing", None)
+        annealing = getattr(self.hparams, "lr_annealing", None)
         if should_step and annealing is not None:
             annealing(self.optimizer)
 

@@ -10,7 +10,6 @@ import torch
 from common.digits import (
     AudioCache,
     DigitStringLoader,
-    load_digit_string,
     make_digit_strings,
 )
 from hypothesis import given, settings
@@ -267,7 +266,7 @@ def test_through_a_manifest_into_a_data_loader(tmp_path):
         str(tmp_path / "strings.json"), {"data_root": str(tmp_path)}
     )
     data.add_dynamic_item(
-        load_digit_string, takes=["wavs", "gaps"], provides="sig"
+        DigitStringLoader(16000), takes=["wavs", "gaps"], provides="sig"
     )
     data.set_output_keys(["id", "sig", "wrd"])
     loader = make_dataloader(

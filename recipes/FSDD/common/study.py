@@ -139,11 +139,15 @@ def start_study(argv):
     if not options.output_folder:
         folder = Path(hparams["study_folder"]).resolve()
         arguments.append(f"--study_folder={folder}")
+    level = os.environ.get("SB_LOG_LEVEL", "INFO")
+    logging.getLogger("speechbrain.utils.quirks").setLevel(level)
     sb.create_experiment_directory(
         experiment_directory=str(folder),
         hyperparams_to_save=hparams_file,
         overrides=overrides,
     )
+    # SpeechBrain sets it to DEBUG for everything that is imported from now on.
+    os.environ["SB_LOG_LEVEL"] = level
     hparams["noprogressbar"] = True  # one bar over all trainings instead
     return Study(options, arguments, hparams, run_opts, folder)
 

@@ -32,6 +32,7 @@ import speechbrain as sb
 import torch
 from common.dataio import evaluation_loader, make_dataset
 from common.digits import make_digit_strings
+from fsdd_prepare import prepare_fsdd
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.utils.distributed import ddp_barrier, run_on_main
@@ -73,8 +74,6 @@ class ASR(CTCBrain):
 
 def prepare(hparams):
     """Read the recordings' folder."""
-    from fsdd_prepare import prepare_fsdd
-
     run_on_main(
         prepare_fsdd,
         kwargs={
@@ -105,7 +104,7 @@ def domain_strings(name, split, hparams):
     training = split == "train"
     if training:
         is_first = name == next(iter(hparams["domains"]))
-        steps = hparams["first_steps" if is_first else "steps"]
+        steps = hparams["first_steps"] if is_first else hparams["steps"]
         count = steps * hparams["batch_size"]
     else:
         speakers = len({take.spk_id for take in takes})

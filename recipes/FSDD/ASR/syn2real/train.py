@@ -25,6 +25,7 @@ import sys
 import speechbrain as sb
 from common.dataio import evaluation_loader, make_dataset
 from common.synthesis import prepare_synthetic_digits
+from fsdd_prepare import prepare_fsdd
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.distributed import run_on_main
 from strings import TRAININGS, Strings
@@ -59,8 +60,6 @@ class ASR(CTCBrain):
 
 def prepare(hparams):
     """Read the recordings' folder, and make the synthetic ones."""
-    from fsdd_prepare import prepare_fsdd
-
     run_on_main(
         prepare_fsdd,
         kwargs={
