@@ -1,9 +1,13 @@
 """Fixtures of all tests: the device and the real recordings."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
+
+# Tests import what the recipes on digits share as the recipes do.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "recipes" / "FSDD"))
 
 
 def pytest_addoption(parser):

@@ -65,7 +65,7 @@ def prepare_fsdd(
     ---------
     data_folder : str
         A clone of the repository, a folder with a `manifest.csv`, or a
-        corpus made by `speechbrain_taskarith.data.make_digits_corpus`.
+        corpus made by `common.corpora.make_digits_corpus`.
     save_folder : str
         Where the CSV files go; columns
         `ID,duration,wav,spk_id,wrd,accent,split`.

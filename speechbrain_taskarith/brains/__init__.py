@@ -1,4 +1,4 @@
-"""Ready Brains and mixins: the other rooms inside `sb.Brain`'s hooks.
+"""Ready Brains, networks and labels for recipes.
 
 Names are imported when first used.
 """

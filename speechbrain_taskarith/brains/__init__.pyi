@@ -1,29 +1,11 @@
 from .ctc import (
     CTCBrain as CTCBrain,
 )
-from .digit_strings import (
-    DigitStringBrain as DigitStringBrain,
-)
-from .fine_tuning import (
-    FineTuneMixin as FineTuneMixin,
-)
-from .fine_tuning import (
-    copy_of as copy_of,
-)
-from .helper_processes import (
-    helpers as helpers,
-)
-from .helper_processes import (
-    is_helper as is_helper,
-)
 from .labels import (
     CharacterLabels as CharacterLabels,
 )
 from .labels import (
     WordLabels as WordLabels,
-)
-from .model_folder import (
-    ModelFolder as ModelFolder,
 )
 from .networks import (
     CTCNetwork as CTCNetwork,
@@ -40,23 +22,17 @@ from .pieces import (
 from .precision import (
     fast_precision as fast_precision,
 )
-from .running_means import (
-    RunningMeans as RunningMeans,
-)
 from .seq2seq import (
     Seq2SeqBrain as Seq2SeqBrain,
-)
-from .sequential import (
-    Domain as Domain,
-)
-from .sequential import (
-    SequentialMixin as SequentialMixin,
 )
 from .sharding import (
     ShardedBatch as ShardedBatch,
 )
 from .sharding import (
     shard_loader as shard_loader,
+)
+from .translation import (
+    RunningMeans as RunningMeans,
 )
 from .translation import (
     TranslationBrain as TranslationBrain,

@@ -32,8 +32,9 @@ class CTCBrain(sb.Brain):
     A batch holds `id`, `sig` (waveforms), `tokens` (label indices) and `wrd`
     (transcripts).
 
-    Each stage but training leaves its words in `self.report` (a
-    `WERReport`); each epoch ends with a checkpoint.
+    Each stage but training leaves its words in `self.references` and
+    `self.hypotheses`, their errors in `self.report` (a `WERReport`); each
+    epoch ends with a checkpoint.
 
     Arguments
     ---------
@@ -88,26 +89,11 @@ class CTCBrain(sb.Brain):
     log_tests = True
 
     def compute_forward(self, batch, stage):
-        """Score every frame of a batch.
-
-        Arguments
-        ---------
-        batch : PaddedBatch
-            See the class.
-        stage : sb.Stage
-            Training augments.
-
-        Returns
-        -------
-        torch.Tensor
-            [batch, frames, labels], log-probabilities.
-        torch.Tensor
-            [batch], relative lengths.
-        """
+        """Score every frame; in float32, whatever the precision of training."""
         batch = batch.to(self.device)
         features, lens = self.features(batch, stage)
         self._inputs = (features, lens)
-        return self._score(self.modules.model, *self._inputs), lens
+        return self._score(self.modules.model, *self._inputs).float(), lens
 
     def _score(self, model, *inputs):
         """Run a model (ours, or an older copy) on a batch's inputs.
@@ -148,22 +134,7 @@ class CTCBrain(sb.Brain):
         return x, lens
 
     def compute_objectives(self, predictions, batch, stage):
-        """Return the loss; outside training also collect words.
-
-        Arguments
-        ---------
-        predictions : tuple
-            From `compute_forward`.
-        batch : PaddedBatch
-            See the class.
-        stage : sb.Stage
-            Training or not.
-
-        Returns
-        -------
-        torch.Tensor
-            A scalar.
-        """
+        """Return the loss; outside training also collect words."""
         log_probs, lens = predictions
         tokens, token_lens = batch.tokens
         loss = self.hparams.ctc_cost(
@@ -179,37 +150,19 @@ class CTCBrain(sb.Brain):
 
     def _collect(self, batch, hypotheses):
         self._ids += list(batch.id)
-        self._references += list(batch.wrd)
-        self._hypotheses += hypotheses
+        self.references += list(batch.wrd)
+        self.hypotheses += hypotheses
 
     def on_stage_start(self, stage, epoch=None):
-        """Forget the words of the stage before.
-
-        Arguments
-        ---------
-        stage : sb.Stage
-            The stage.
-        epoch : int, optional
-            Its number.
-        """
-        self._ids, self._references, self._hypotheses = [], [], []
+        """Forget the words of the stage before."""
+        self._ids, self.references, self.hypotheses = [], [], []
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
-        """Count the words' errors, log, and save after validation.
-
-        Arguments
-        ---------
-        stage : sb.Stage
-            The stage.
-        stage_loss : float
-            Its mean loss.
-        epoch : int, optional
-            Its number.
-        """
+        """Count the words' errors, log, and save after validation."""
         if stage == sb.Stage.TRAIN:
             self._train_loss = float(stage_loss)
             return
-        self.report = wer(self._references, self._hypotheses, ids=self._ids)
+        self.report = wer(self.references, self.hypotheses, ids=self._ids)
         stats = {"loss": float(stage_loss), "WER": self.report.wer}
         logger = getattr(self.hparams, "train_logger", None)
         if stage == sb.Stage.VALID:
@@ -227,20 +180,33 @@ class CTCBrain(sb.Brain):
             logger.log_stats({"stage": "test"}, test_stats=stats)
 
     def on_fit_batch_end(self, batch, outputs, loss, should_step):
-        """Move the learning rate on.
+        """Move the learning rate on."""
+        annealing = getattr(self.hparams, "lr_annealing", None)
+        if should_step and annealing is not None:
+            annealing(self.optimizer)
+
+    def wer_on(self, data):
+        """Return the WER of the weights at hand, e.g. in a search over scales.
+
+        No checkpoint is loaded and nothing is logged.
 
         Arguments
         ---------
-        batch, outputs, loss : object
-            Not used.
-        should_step : bool
-            True where the optimizer moved.
+        data : object
+            What `evaluate` takes.
+
+        Returns
+        -------
+        float
+            In %.
         """
-        annealing = getattr(self, "lr_annealing", None)
-        if annealing is None:
-            annealing = getattr(self.hparams, "lr_annealing", None)
-        if should_step and annealing is not None:
-            annealing(self.optimizer)
+        checkpointer, self.checkpointer = self.checkpointer, None
+        self.log_tests = False
+        try:
+            self.evaluate(data, progressbar=False)
+        finally:
+            self.checkpointer, self.log_tests = checkpointer, True
+        return self.report.wer
 
     def loss_of(self, batch):
         """Return the loss of a batch, with gradient and no augmentation.
@@ -268,7 +234,7 @@ class CTCBrain(sb.Brain):
         Arguments
         ---------
         method : speechbrain_taskarith.vectors.lifelong.methods.FineTuning
-            Or one of its kin.
+            Or a subclass.
         predictions : tuple
             From `compute_forward`, for the batch at hand.
 
@@ -287,24 +253,7 @@ class CTCBrain(sb.Brain):
 
 
 def bare(module):
-    """Return a module without its DDP wrapper.
-
-    Arguments
-    ---------
-    module : torch.nn.Module
-        Wrapped or not.
-
-    Returns
-    -------
-    torch.nn.Module
-        The module whose names carry no `module.`.
-
-    Example
-    -------
-    >>> layer = torch.nn.Linear(1, 1)
-    >>> bare(layer) is layer
-    True
-    """
+    """Return a module without its DDP wrapper; its names carry no `module.`."""
     parallel = (
         torch.nn.parallel.DistributedDataParallel,
         torch.nn.DataParallel,

@@ -201,61 +201,18 @@ class WhisperNetwork(torch.nn.Module):
         self.whisper = whisper
 
     def forward(self, x, lens, tokens_bos):
-        """Score every next token.
+        """Score every next token: see `Seq2SeqNetwork.forward`.
 
-        Arguments
-        ---------
-        x : torch.Tensor
-            Waveforms [batch, time] at 16 kHz.
-        lens : torch.Tensor
-            Not used: Whisper pads or cuts everything to its window.
-        tokens_bos : torch.Tensor
-            [batch, tokens], prompt and transcript.
-
-        Returns
-        -------
-        torch.Tensor
-            [batch, tokens, vocabulary], log-probabilities.
+        `lens` is not used: Whisper pads or cuts everything to its window.
         """
-        del lens
         _, logits, _ = self.whisper(x, tokens_bos)
         return logits.log_softmax(dim=-1)
 
     def encode(self, x, lens):
-        """Encode for a search.
-
-        Arguments
-        ---------
-        x : torch.Tensor
-            Waveforms [batch, time] at 16 kHz.
-        lens : torch.Tensor
-            Not used.
-
-        Returns
-        -------
-        torch.Tensor
-            [batch, frames, d].
-        """
-        del lens
+        """Encode for a search: see `Seq2SeqNetwork.encode`."""
         return self.whisper.forward_encoder(self.whisper._get_mel(x))
 
     def decode(self, tokens, encoded, lens):
-        """Score the token after each given prefix.
-
-        Arguments
-        ---------
-        tokens : torch.Tensor
-            [batch, tokens], prefixes of equal length.
-        encoded : torch.Tensor
-            From `encode`.
-        lens : torch.Tensor
-            Not used.
-
-        Returns
-        -------
-        torch.Tensor
-            [batch, vocabulary], log-probabilities.
-        """
-        del lens
+        """Score the token after each prefix: see `Seq2SeqNetwork.decode`."""
         logits, _, _ = self.whisper.forward_decoder(encoded, tokens)
         return logits[:, -1].log_softmax(dim=-1)

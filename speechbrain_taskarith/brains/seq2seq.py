@@ -75,23 +75,7 @@ class Seq2SeqBrain(CTCBrain):
     """
 
     def compute_forward(self, batch, stage):
-        """Score every next token of a batch.
-
-        Arguments
-        ---------
-        batch : PaddedBatch
-            See the class.
-        stage : sb.Stage
-            Training augments.
-
-        Returns
-        -------
-        torch.Tensor
-            [batch, tokens, vocabulary], log-probabilities of what follows
-            each token, from the last of the prompt on.
-        torch.Tensor
-            [batch], relative lengths on the token axis.
-        """
+        """Score what follows each token, from the last of the prompt on."""
         batch = batch.to(self.device)
         features, lens = self.features(batch, stage)
         bos, self._targets, token_lens = self._around(batch)
@@ -117,22 +101,7 @@ class Seq2SeqBrain(CTCBrain):
         return bos, targets, (count + 1) / targets.shape[1]
 
     def compute_objectives(self, predictions, batch, stage):
-        """Return the loss; outside training also search for words.
-
-        Arguments
-        ---------
-        predictions : tuple
-            From `compute_forward`.
-        batch : PaddedBatch
-            See the class.
-        stage : sb.Stage
-            Training or not.
-
-        Returns
-        -------
-        torch.Tensor
-            A scalar.
-        """
+        """Return the loss; outside training also search for words."""
         log_probs, token_lens = predictions
         loss = self.hparams.seq_cost(
             log_probs, self._targets, length=token_lens
@@ -182,33 +151,8 @@ class Seq2SeqBrain(CTCBrain):
 def greedy_search(model, encoded, lens, prompt, eos_index, max_tokens):
     """Take the best next token, batched, until all have ended.
 
-    Arguments
-    ---------
-    model : torch.nn.Module
-        With `decode(tokens, encoded, lens) -> [batch, vocabulary]`.
-    encoded : torch.Tensor
-        [batch, frames, d].
-    lens : torch.Tensor
-        [batch], relative lengths.
-    prompt : list of int
-        Tokens to start from.
-    eos_index : int
-        Ends a transcript.
-    max_tokens : int
-        Most tokens after the prompt.
-
-    Returns
-    -------
-    list of list of int
-        Tokens without prompt and end.
-
-    Example
-    -------
-    >>> class Counting(torch.nn.Module):
-    ...     def decode(self, tokens, encoded, lens):
-    ...         return torch.eye(4)[(tokens[:, -1] + 1) % 4]
-    >>> greedy_search(Counting(), torch.zeros(2, 1, 1), None, [0], 3, 9)
-    [[1, 2], [1, 2]]
+    `model.decode(tokens, encoded, lens)` gives scores [batch, vocabulary];
+    returns lists of tokens without prompt and end.
     """
     start = torch.tensor([list(prompt)], device=encoded.device)
     tokens = start.expand(len(encoded), -1)

@@ -119,8 +119,8 @@ def _pad(padded, longest):
     missing = longest - data.shape[1]
     if missing == 0:
         return padded
-    room = data.new_zeros(data.shape[0], missing, *data.shape[2:])
+    padding = data.new_zeros(data.shape[0], missing, *data.shape[2:])
     # A product of two roundings may miss the exact length: go by samples.
     absolute = absolute_lengths(lengths, data.shape[1])
     lengths = relative_lengths(absolute, longest)
-    return PaddedData(torch.cat([data, room], dim=1), lengths)
+    return PaddedData(torch.cat([data, padding], dim=1), lengths)

@@ -1,4 +1,4 @@
-"""Manifests, synthetic speech, strings of words, and simulated recordings."""
+"""Manifests, audio files and synthetic speech."""
 
 import lazy_loader
 

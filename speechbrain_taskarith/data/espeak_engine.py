@@ -59,54 +59,21 @@ _image_descriptor = None
 
 
 def loader():
-    """Return the package that brings the library, or say how to get it.
-
-    Returns
-    -------
-    module
-        `espeakng_loader`.
-
-    Raises
-    ------
-    ImportError
-        Naming the extra to install.
-    """
+    """Return the package `espeakng_loader`, or say how to get it."""
     return require("espeakng_loader", "synthesis", "speech synthesis")
 
 
 def data_folder():
-    """Return the folder with espeak-ng's voices and dictionaries.
-
-    Returns
-    -------
-    str
-        An absolute path.
-    """
+    """Return the absolute path of espeak-ng's voices and dictionaries."""
     return os.path.abspath(loader().get_data_path())
 
 
 def speak(voice, text, *, rate, pitch, pitch_range, word_gap):
     """Speak one text with a fresh engine.
 
-    Arguments
-    ---------
-    voice : str
-        Identifier of a voice, with or without a variant: `"gmw/en-US+f3"`.
-    text : str
-        What to say.
-    rate : int
-        Words per minute.
-    pitch : int
-        0 to 99.
-    pitch_range : int
-        0 (monotone) to 99.
-    word_gap : int
-        Pause between words, in units of 10 ms at the default rate.
-
-    Returns
-    -------
-    numpy.ndarray
-        int16, shape [T], at `ENGINE_RATE`.
+    `voice` is an identifier with or without a variant, `"gmw/en-US+f3"`; the
+    other values are as in `EspeakVoice`. Returns int16 samples [T] at
+    `ENGINE_RATE`.
     """
     parameters = {
         _RATE: rate,

@@ -306,7 +306,7 @@ def _parse(row, data_root):
     except ValueError:
         duration = math.nan
     if not (math.isfinite(duration) and duration > 0):
-        raise _Fault("duration is no number of seconds above 0")
+        raise _Fault("duration is not a number of seconds above 0")
     wav = str(row.pop("wav"))
     for mark in ("$data_root", "{data_root}"):
         wav = wav.replace(mark, data_root)
@@ -398,8 +398,8 @@ def _check_row_to_write(path, number, row, seen, as_json):
         raise ManifestError(
             path,
             [
-                f"row {number} (ID {row['ID']}): {', '.join(lists)} is no "
-                "single value; write such a manifest as .json"
+                f"row {number} (ID {row['ID']}): {', '.join(lists)} is not "
+                "a single value; write such a manifest as .json"
             ],
         )
 

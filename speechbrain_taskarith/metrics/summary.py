@@ -219,7 +219,8 @@ class Summary:
         """Write `summary.json`, `results.md` and a CSV file per table.
 
         Each file appears whole or not at all. `results.md` also shows the
-        images that lie in the folder's `plots/`.
+        images that lie in the folder's `plots/`, and links those of the runs
+        in its sub-folders.
 
         Returns
         -------
@@ -255,17 +256,23 @@ class Summary:
             parts.append(tables.to_markdown(tables.layout(rows)))
         for plot in sorted((self.folder / "plots").glob("*.png")):
             parts.append(f"![{plot.stem}](plots/{plot.name})")
+        # Of runs that were merged: many, so that links will do.
+        links = sorted(self.folder.glob("*/plots/*.png"))
+        links = [str(plot.relative_to(self.folder)) for plot in links]
+        parts.append("\n".join(f"- [{link}]({link})" for link in links))
         return "\n\n".join(part for part in parts if part) + "\n"
 
-    def print(self, console=None):
+    def print(self, console=None, only=None):
         """Print the tables to the terminal.
 
         Arguments
         ---------
         console : rich.console.Console or None
             Where to; standard output by default.
+        only : sequence of str or None
+            Names of the tables to print; None prints all of them.
         """
-        for table in self.tables:
+        for table in self.tables if only is None else only:
             tables.print_table(table, self.rows(table), console)
 
     def _csv(self, table):
@@ -309,7 +316,7 @@ class Summary:
         Returns
         -------
         Summary
-            With its rows; means and deviations are computed anew.
+            With its rows and notes; means and deviations are computed anew.
 
         Raises
         ------
@@ -328,6 +335,7 @@ class Summary:
                 "finished"
             )
         summary = cls(path.parent, title)
+        summary._notes = _notes_beside(path)
         try:
             rows = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -349,6 +357,15 @@ class Summary:
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{path}: row {number}: {error}") from error
         return summary
+
+
+def _notes_beside(path):
+    """Return the notes in the `results.md` beside a `summary.json`."""
+    page = path.with_name("results.md")
+    if not page.is_file():
+        return []
+    title_and_notes = page.read_text(encoding="utf-8").split("\n## ")[0]
+    return title_and_notes.strip().split("\n\n")[1:]
 
 
 def merge_summaries(folders, output, title="Results"):
@@ -389,7 +406,10 @@ def merge_summaries(folders, output, title="Results"):
         raise ValueError("no runs to merge; give their output folders")
     merged = Summary(output, title)
     for folder in folders:
-        for entry in Summary.load(folder)._rows.values():
+        run = Summary.load(folder)
+        for text in run._notes:
+            merged.note(text)
+        for entry in run._rows.values():
             try:
                 merged._insert(entry)
             except ValueError as error:
@@ -400,7 +420,7 @@ def merge_summaries(folders, output, title="Results"):
     return merged
 
 
-def merge_seeds(folder, title="Results"):
+def merge_seeds(folder, title="Results", only=None):
     """Make one table of all seeds under a folder, write it and show it.
 
     Arguments
@@ -409,6 +429,8 @@ def merge_seeds(folder, title="Results"):
         Holds one output folder for each seed; the table goes beside them.
     title : str
         Heading of its `results.md`.
+    only : sequence of str or None
+        Names of the tables to show; None shows all. All are written.
 
     Returns
     -------
@@ -434,9 +456,9 @@ def merge_seeds(folder, title="Results"):
     runs = sorted(path.parent for path in Path(folder).glob("*/summary.json"))
     if not runs:
         raise FileNotFoundError(
-            f"{folder}: no */summary.json; run train.py for some seeds first"
+            f"{folder}: no */summary.json; run study.py for some seeds first"
         )
     merged = merge_summaries(runs, folder, title=title)
     merged.write()
-    merged.print()
+    merged.print(only=only)
     return merged

@@ -4,6 +4,8 @@ import math
 import re
 import statistics
 
+from speechbrain_taskarith.utils.optional import require
+
 #: The keys of a row, in this order.
 KEYS = (
     "table",
@@ -164,8 +166,13 @@ def layout(rows):
     header += [_heading(metric, unit) for metric, unit in metrics.items()]
     grid = [header + (["chosen on"] if chosen else [])]
     for (name, split), by_metric in cells.items():
+        if _is_twin(name, cells, split):
+            continue
         sources = list(chosen.get((name, split), {}))
         oracle = any(source in ORACLES for source in sources)
+        for twin in _TWINS:
+            if _TWINS[twin] == name and _is_twin(twin, cells, split):
+                name += f" ({twin})"
         if oracle and "oracle" not in name:
             name += " (oracle)"
         line = [name, *([split] if with_split else [])]
@@ -209,19 +216,30 @@ def to_markdown(grid):
 
 def print_table(title, rows, console=None):
     """Print one table to the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    header, *lines = layout(rows)
+    rich = {
+        name: require(f"rich.{name}", "tables", "printing tables")
+        for name in ("box", "console", "table", "text")
+    }
+    Text = rich["text"].Text
+    # A cell may wrap at its spaces; no word is ever broken.
+    grid = [[c.replace("+", " + ") for c in line] for line in layout(rows)]
     # Names come from users: as Text, brackets in them are no markup.
-    table = Table(title=Text(title), title_justify="left")
-    table.add_column(Text(header[0]), justify="left", overflow="fold")
-    for heading in header[1:]:
-        table.add_column(Text(heading), justify="right", overflow="fold")
-    for line in lines:
+    table = rich["table"].Table(
+        title=Text(title),
+        title_justify="left",
+        box=rich["box"].SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for number, column in enumerate(zip(*grid)):
+        table.add_column(
+            Text(column[0]),
+            justify="right" if number else "left",
+            no_wrap=not number,
+            min_width=max(len(w) for cell in column for w in cell.split(" ")),
+        )
+    for line in grid[1:]:
         table.add_row(*map(Text, line))
-    console = console or Console()
+    console = console or rich["console"].Console()
     console.print(table)
     # Not the table's own caption, which would be squeezed to its width.
     console.print(Text(caption(rows), style="dim"))
@@ -236,6 +254,16 @@ def number(value, unit):
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}"
+
+
+# What is edited with several sources' vectors is their ensemble: summary.json
+# has both rows, a table shows them once.
+_TWINS = {"ensemble": "edited"}
+
+
+def _is_twin(name, cells, split):
+    twin = cells.get((_TWINS.get(name), split))
+    return twin is not None and twin == cells.get((name, split))
 
 
 def _heading(metric, unit):

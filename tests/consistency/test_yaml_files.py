@@ -59,10 +59,12 @@ def used_keys(tree):
 def readers_of(folder):
     """Return the files that read a recipe's hparams.
 
-    The recipe's own scripts, and the ready Brains where they use one: those
+    The recipe's own scripts, what they share with others, and the ready Brains where they use one: those
     read `self.hparams` in the script's place.
     """
     scripts = [p for p in sorted(folder.glob("*.py")) if not p.is_symlink()]
+    # A link to what several recipes share.
+    scripts += sorted((folder / "common").resolve().glob("*.py"))
     texts = [path.read_text(encoding="utf-8") for path in scripts]
     if any("speechbrain_taskarith.brains" in text for text in texts):
         scripts += files(".py", under=PACKAGE / "brains")

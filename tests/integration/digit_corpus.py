@@ -21,10 +21,7 @@ def make_corpus(tmp_path_factory, speakers=2, accents=False, **options):
         What `make_digits_corpus` is to do otherwise.
     """
     pytest.importorskip("espeakng_loader")
-    from speechbrain_taskarith.data import (
-        SIMULATED_SPEAKERS,
-        make_digits_corpus,
-    )
+    from common.corpora import SIMULATED_SPEAKERS, make_digits_corpus
 
     chosen = SIMULATED_SPEAKERS[:speakers]
     if accents:

@@ -30,7 +30,7 @@ def taskarith(*words):
 
 
 class Recipe:
-    """A recipe's train.py.
+    """A recipe's train.py, or its study.py.
 
     Arguments
     ---------
@@ -38,14 +38,16 @@ class Recipe:
         Below `recipes`.
     flags : str
         What every run gets on its command line besides options.
+    script : str
+        What is run.
     """
 
-    def __init__(self, folder, *flags):
-        self.folder = ROOT / "recipes" / folder
+    def __init__(self, folder, *flags, script="train.py"):
+        self.folder, self.script = ROOT / "recipes" / folder, script
         self.flags = ("--device", "cpu", *flags)
 
     def start(self, output, options, hparams="train", ranks=1):
-        """Start train.py; return it as a `Started`.
+        """Start the script; return it as a `Started`.
 
         Arguments
         ---------
@@ -63,19 +65,19 @@ class Recipe:
             command += ["-m", "torch.distributed.run", "--standalone"]
             command += [f"--nproc_per_node={ranks}"]
             flags = (*flags, "--distributed_backend", "gloo")
-        command += ["train.py", f"hparams/{hparams}.yaml"]
+        command += [self.script, f"hparams/{hparams}.yaml"]
         for key, value in {**options, "output_folder": output}.items():
             command += [f"--{key}", str(value)]
         return Started([*command, *flags], self.folder, Path(f"{output}.log"))
 
     def run(self, output, options, *, fails=False, **more):
-        """Run train.py to its end; return what it said."""
+        """Run the script to its end; return what it said."""
         return self.start(output, options, **more).finish(fails=fails)
 
     def merge(self, folder):
         """Make one table of the seeds whose outputs a folder holds."""
         folder = Path(folder)
-        command = [sys.executable, "train.py", "--merge", str(folder)]
+        command = [sys.executable, self.script, "--merge", str(folder)]
         log = Path(f"{folder}.merge.log")
         return Started(command, self.folder, log).finish()
 

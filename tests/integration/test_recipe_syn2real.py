@@ -11,7 +11,8 @@ from digit_corpus import make_corpus
 from processes import Recipe
 from safetensors.torch import load_file
 
-RECIPE = Recipe("FSDD/ASR/syn2real")
+RECIPE = Recipe("FSDD/ASR/syn2real", script="study.py")
+TRAINING = Recipe("FSDD/ASR/syn2real")
 # The names of the recipe: an override adds to a mapping, it replaces none.
 DOMAINS = {"one_four": ["ONE"], "two_five": ["TWO"], "three_six": ["SIX"]}
 TINY = {
@@ -55,12 +56,12 @@ def run(data, output, **options):
 
 def weights(output, name):
     """Read a model of the study by torch alone."""
-    path = output / "save" / "models" / name / "CKPT+finished" / "model.ckpt"
+    [path] = (output / "models" / name / "save").glob("CKPT+*/model.ckpt")
     return torch.load(path, weights_only=True)
 
 
 def finished_models(output):
-    return len(list((output / "save" / "models").rglob("CKPT+finished")))
+    return len(list((output / "models").rglob("finished.json")))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def finished(corpus, tmp_path_factory):
 def recipe(monkeypatch):
     """The recipe's own modules, which have everyday names."""
     monkeypatch.syspath_prepend(str(RECIPE.folder))
-    names = ("models", "strings", "fold", "report")
+    names = ("train", "strings", "study", "report")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield lambda name: importlib.import_module(name)
@@ -183,21 +184,59 @@ def test_sources_in_the_targets_place_choose_the_scale(corpus, tmp_path):
 @pytest.mark.slow
 def test_killed_and_started_again_it_gives_the_same(corpus, finished, tmp_path):
     # Two processes share the models; both die without warning.
-    start(corpus, tmp_path, processes=2).kill_when(
+    start(corpus, tmp_path, workers=2).kill_when(
         lambda: finished_models(tmp_path) >= 4
     )
     assert 4 <= finished_models(tmp_path) < MODELS
-    run(corpus, tmp_path, processes=2)
+    run(corpus, tmp_path, workers=2)
     assert finished_models(tmp_path) == MODELS
     old = json.loads((finished / "summary.json").read_text())
     assert json.loads((tmp_path / "summary.json").read_text()) == old
     for name in (
-        "pretrained",
+        "pretrained/all",
         "without_one_four/synthetic/one_four",
         "without_two_five/real/three_six",
     ):
         one, other = weights(finished, name), weights(tmp_path, name)
         assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.slow
+def test_a_local_dask_cluster_gives_the_same(corpus, finished, tmp_path):
+    pytest.importorskip("distributed")
+    run(corpus, tmp_path, backend="dask", workers=2)
+    assert finished_models(tmp_path) == MODELS
+    old = json.loads((finished / "summary.json").read_text())
+    assert json.loads((tmp_path / "summary.json").read_text()) == old
+    one, other = (
+        weights(folder, "without_two_five/real/three_six")
+        for folder in (finished, tmp_path)
+    )
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.slow
+def test_a_training_by_hand_is_the_studys(corpus, finished, tmp_path):
+    """Also where it was killed in the middle and started again."""
+    options = {
+        **TINY,
+        "data_folder": corpus,
+        "training_of": "real",
+        "domain": "two_five",
+        "base": finished / "models/mixed/one_four/save",
+        "study_folder": tmp_path / "study",
+        "ckpt_interval_steps": 1,
+    }
+    output = tmp_path / "by_hand"
+    TRAINING.start(output, options).kill_when(
+        lambda: list(output.glob("save/CKPT+*"))
+    )
+    said = TRAINING.run(output, options)
+    assert "test WER" in said
+    [one] = output.glob("save/CKPT+*/model.ckpt")
+    one = torch.load(one, weights_only=True)
+    other = weights(finished, "without_one_four/real/two_five")
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.slow
@@ -242,6 +281,9 @@ def hparams_of_strings(**changes):
         "shared_words": ["NINE"],
         "own_share": 0.25,
         "domains": DOMAINS,
+        "pretraining_steps": 2,
+        "mixed_steps": 2,
+        "domain_steps": 2,
         **changes,
     }
 
@@ -256,9 +298,11 @@ def all_takes():
 
 
 def test_real_and_synthetic_strings_say_the_same(recipe):
-    strings = recipe("strings").Strings(all_takes(), hparams_of_strings())
-    real = strings.training("real", "one_four", steps=20)
-    synthetic = strings.training("synthetic", "one_four", steps=20)
+    strings = recipe("strings").Strings(
+        all_takes(), hparams_of_strings(domain_steps=20)
+    )
+    real = strings.of_training("real", "one_four")
+    synthetic = strings.of_training("synthetic", "one_four")
     assert len(real) == 100
     for one, other in zip(real, synthetic):
         assert one["wrd"] == other["wrd"] and one["gaps"] == other["gaps"]
@@ -267,23 +311,25 @@ def test_real_and_synthetic_strings_say_the_same(recipe):
         assert len({wav[-8:-5] for wav in one["wavs"]}) == 1, "one speaker"
     assert {w for s in real for w in s["wrd"].split()} == {"ONE", "NINE"}
     # A later seed says something else.
-    later = recipe("strings").Strings(all_takes(), hparams_of_strings(seed=1))
+    later = recipe("strings").Strings(
+        all_takes(), hparams_of_strings(seed=1, domain_steps=20)
+    )
     assert [s["wrd"] for s in real] != [
-        s["wrd"] for s in later.training("real", "one_four", steps=20)
+        s["wrd"] for s in later.of_training("real", "one_four")
     ]
 
 
 def test_share_of_own_words(recipe):
     strings = recipe("strings").Strings(all_takes(), hparams_of_strings())
     words = " ".join(
-        s["wrd"] for s in strings.held_out_strings("real", "test", "three_six")
+        s["wrd"] for s in strings.held_out("real", "test", "three_six")
     ).split()
     # 600 words or so: four standard deviations are 0.07.
     assert words.count("SIX") / len(words) == pytest.approx(0.25, abs=0.07)
     alone = recipe("strings").Strings(
         all_takes(), hparams_of_strings(shared_words=[])
     )
-    assert {s["wrd"] for s in alone.training("real", "three_six", 2)} <= {
+    assert {s["wrd"] for s in alone.of_training("real", "three_six")} <= {
         " ".join(["SIX"] * n) for n in (2, 3, 4)
     }
 
@@ -294,39 +340,41 @@ def test_share_of_own_words(recipe):
 def test_no_model_hears_the_target_for_real_before_its_test(
     recipe, mixed_steps, count
 ):
-    strings = recipe("strings").Strings(all_takes(), hparams_of_strings())
-    hparams = hparams_of_strings(
-        **{
-            f"{stage}_{what}": 2
-            for stage in ("pretraining", "mixed", "domain")
-            for what in ("steps", "lr")
-        }
-        | {"mixed_steps": mixed_steps}
-    )
-    module = recipe("models")
-    planned = module.plan_models(strings, hparams)
-    models = {model.name: model for model in planned}
+    hparams = hparams_of_strings(mixed_steps=mixed_steps)
+    strings = recipe("strings").Strings(all_takes(), hparams)
+    module = recipe("study")
+    planned = module.plan_trainings(hparams, "models")
+    models = {training.name: training for training in planned}
     assert len(planned) == len(models) == count
     real = {}
-    for number, model in enumerate(planned):
-        assert model.parent is None or model.parent in list(models)[:number]
-        heard = [i for i in model.strings() if "-real-" in i["ID"]]
+    for number, training in enumerate(planned):
+        options = training.options
+        for parent in training.parents:
+            assert parent in list(models)[:number]
+            assert options["base"] == f"models/{parent}/save"
+        heard = [
+            item
+            for item in strings.of_training(
+                options["training_of"], options.get("domain", "all")
+            )
+            if "-real-" in item["ID"]
+        ]
         assert all(w.startswith("train") for i in heard for w in i["wavs"])
-        real[model.name] = {w for i in heard for w in i["wrd"].split()}
+        real[training.name] = {w for i in heard for w in i["wrd"].split()}
     assert not real[module.PRETRAINED]
     for target, own in DOMAINS.items():
-        name = module.domain_model(target, "synthetic", target, hparams)
+        name = module.model_name(hparams, target, "synthetic", target)
         assert not real[name]
-        used = [name, module.joint_model(target)]
+        used = [name, f"joint/{target}"]
         for source in set(DOMAINS) - {target}:
             for side in ("real", "synthetic"):
-                name = module.domain_model(target, side, source, hparams)
+                name = module.model_name(hparams, target, side, source)
                 assert bool(real[name]) == (side == "real")
                 used.append(name)
         while used:
-            model = models[used.pop()]
-            assert not real[model.name] & set(own), (target, model.name)
-            used += [model.parent] if model.parent else []
+            training = models[used.pop()]
+            assert not real[training.name] & set(own), (target, training.name)
+            used += training.parents
 
 
 def test_a_word_that_nobody_says_is_named(recipe):
@@ -337,7 +385,7 @@ def test_a_word_that_nobody_says_is_named(recipe):
 
 
 def test_errors_of_own_words_are_counted_apart(recipe):
-    errors = recipe("fold").count_errors(
+    errors = recipe("study").count_errors(
         ["ONE NINE NINE ONE", "NINE"], ["NINE NINE TWO", "NINE NINE"], {"ONE"}
     )
     # ONE deleted, ONE > TWO; and an insertion, which belongs to no word.

@@ -119,8 +119,8 @@ def test_words_are_those_of_the_best_path_without_padding():
     brain.compute_objectives(predictions, data, sb.Stage.TEST)
     best = predictions[0].argmax(-1).tolist()
     expected = [collapse(best[0][:10]), collapse(best[1][:7])]
-    assert brain._hypotheses == expected
-    assert brain._references == ["ab", "a"]
+    assert brain.hypotheses == expected
+    assert brain.references == ["ab", "a"]
 
 
 def test_overfits_and_saves_each_epoch(tmp_path):

@@ -6,24 +6,23 @@ import shutil
 
 import pytest
 import torch
-
-from speechbrain_taskarith.data import (
+from common import corpora
+from common.corpora import (
+    SIMULATED_SPEAKERS,
+    SimulatedSpeaker,
+    make_digits_corpus,
+)
+from common.digits import AudioCache, make_digit_strings
+from common.simulate import RecordingSimulator
+from common.synthesis import (
     ACCENT_SPELLINGS,
     DIGITS,
-    SIMULATED_SPEAKERS,
     SYNTHETIC_VOICES,
-    AudioCache,
-    EspeakVoice,
-    RecordingSimulator,
-    SimulatedSpeaker,
-    corpora,
-    make_digit_strings,
-    make_digits_corpus,
-    read_audio,
-    read_manifest,
     spoken_form,
     synthesize_digits,
 )
+
+from speechbrain_taskarith.data import EspeakVoice, read_audio, read_manifest
 from speechbrain_taskarith.utils.files import sha256_of
 
 pytest.importorskip("espeakng_loader")

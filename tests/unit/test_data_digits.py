@@ -7,15 +7,16 @@ import random
 
 import pytest
 import torch
+from common.digits import (
+    AudioCache,
+    DigitStringLoader,
+    make_digit_strings,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speechbrain_taskarith.data import (
-    AudioCache,
-    DigitStringLoader,
     Recording,
-    load_digit_string,
-    make_digit_strings,
     read_manifest,
     to_pcm16,
     write_audio,
@@ -265,7 +266,7 @@ def test_through_a_manifest_into_a_data_loader(tmp_path):
         str(tmp_path / "strings.json"), {"data_root": str(tmp_path)}
     )
     data.add_dynamic_item(
-        load_digit_string, takes=["wavs", "gaps"], provides="sig"
+        DigitStringLoader(16000), takes=["wavs", "gaps"], provides="sig"
     )
     data.set_output_keys(["id", "sig", "wrd"])
     loader = make_dataloader(

@@ -117,10 +117,7 @@ def test_a_development_set_of_the_manifest_is_kept(fsdd, clone, tmp_path):
 
 def test_a_self_made_corpus(fsdd, tmp_path):
     pytest.importorskip("espeakng_loader")
-    from speechbrain_taskarith.data import (
-        SIMULATED_SPEAKERS,
-        make_digits_corpus,
-    )
+    from common.corpora import SIMULATED_SPEAKERS, make_digits_corpus
 
     make_digits_corpus(
         tmp_path / "corpus",

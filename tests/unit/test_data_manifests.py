@@ -98,11 +98,11 @@ def test_missing_column(folder, column):
         ("c,0.5,a.wav,theo,US,  ,train\n", "row 4 (ID c): wrd is empty"),
         (",0.5,a.wav,theo,US,ONE,train\n", "(ID missing): ID is empty"),
         ("c,0.5,a.wav,,US,ONE,train\n", "spk_id is empty"),
-        ("c,half,a.wav,theo,US,ONE,train\n", "duration is no number"),
-        ("c,nan,a.wav,theo,US,ONE,train\n", "duration is no number"),
-        ("c,inf,a.wav,theo,US,ONE,train\n", "duration is no number"),
-        ("c,0,a.wav,theo,US,ONE,train\n", "duration is no number"),
-        ("c,-1,a.wav,theo,US,ONE,train\n", "duration is no number"),
+        ("c,half,a.wav,theo,US,ONE,train\n", "duration is not a number"),
+        ("c,nan,a.wav,theo,US,ONE,train\n", "duration is not a number"),
+        ("c,inf,a.wav,theo,US,ONE,train\n", "duration is not a number"),
+        ("c,0,a.wav,theo,US,ONE,train\n", "duration is not a number"),
+        ("c,-1,a.wav,theo,US,ONE,train\n", "duration is not a number"),
         ("c,0.5,a.wav,theo,US,ONE,TWO,train\n", "another number of cells"),
         ("c,0.5,a.wav\n", "another number of cells"),
         ("c,0.5,c.wav,theo,US,ONE,train\n", "missing file"),
@@ -220,7 +220,7 @@ def test_lists_go_into_json_only(tmp_path):
     )
     data.set_output_keys(["wavs"])
     assert data[0]["wavs"] == ["/somewhere/x.wav"]
-    with pytest.raises(ManifestError, match="wavs is no single value"):
+    with pytest.raises(ManifestError, match="wavs is not a single value"):
         write_manifest(tmp_path / "m.csv", [row])
     assert sorted(os.listdir(tmp_path)) == ["m.json"]
 

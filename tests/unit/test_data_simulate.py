@@ -6,11 +6,8 @@ import numpy as np
 import pytest
 import scipy.signal
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from speechbrain_taskarith.data import RecordingSimulator
-from speechbrain_taskarith.data.simulate import (
+from common.simulate import (
+    RecordingSimulator,
     add_noise,
     coloured_noise,
     convolve,
@@ -19,6 +16,8 @@ from speechbrain_taskarith.data.simulate import (
     set_level,
     telephone,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 def generator(seed=0):
@@ -223,7 +222,7 @@ def test_from_yaml():
     from hyperpyyaml import load_hyperpyyaml
 
     loaded = load_hyperpyyaml(
-        "s: !new:speechbrain_taskarith.data.RecordingSimulator\n"
+        "s: !new:common.simulate.RecordingSimulator\n"
         "    rt60: [0.1, 0.2]\n    codec: band8k\n"
     )
     assert loaded["s"] == RecordingSimulator(rt60=(0.1, 0.2), codec="band8k")

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """The main job from one command: SYN2REAL and sequential editing, end to end.
 
-Runs the two recipes beside this file in their small form and prints their
-two tables. `make quickstart` calls it; the studies behind the tables in the
-recipes' README files are `train.py` with `hparams/train.yaml`.
+Runs the studies of the two recipes beside this file in their small form;
+each prints its table. `make quickstart` calls it. The studies behind the
+tables in the recipes' README files take `hparams/train.yaml` instead.
 
 To run it by hand:
 > python quickstart.py --output results
@@ -17,8 +17,12 @@ import sys
 import time
 from pathlib import Path
 
+# Before SpeechBrain is imported, which takes the level of its logs from here.
+os.environ["SB_LOG_LEVEL"] = "WARNING"
+
 HERE = Path(__file__).resolve().parent
 STUDIES = ("syn2real", "sequential_editing")
+FSDD = "https://github.com/Jakobovski/free-spoken-digit-dataset"
 SIMULATED = (
     "No recordings were given: the 'recorded' side below is SIMULATED. "
     "espeak-ng speaks with other voices, through rooms, noise and a "
@@ -36,8 +40,8 @@ def parse_arguments(arguments=None):
     parser.add_argument(
         "--data",
         help="a clone of the Free Spoken Digit Dataset (recordings/, "
-        "metadata.py) or a folder with manifest.csv; without it speech is "
-        "made by espeak-ng",
+        "metadata.py), or a folder with its digits and accents in a "
+        "manifest.csv; without it speech is made by espeak-ng",
     )
     parser.add_argument(
         "--output", default="results", help="where tables and plots go"
@@ -46,53 +50,108 @@ def parse_arguments(arguments=None):
     return parser.parse_args(arguments)
 
 
-def check_data(folder):
-    """Say at once, not minutes later, that a data folder is none."""
+def check_data(folder, prepared):
+    """Fail early where a folder does not hold the digits and accents needed.
+
+    Returns the folder's absolute path; `prepared` is for the manifests made
+    of it.
+    """
+    sys.path.insert(0, str(HERE.parent))
+    from fsdd_prepare import prepare_fsdd
+
+    from speechbrain_taskarith.data import read_manifest
+
     folder = Path(folder).expanduser().resolve()
-    if (folder / "recordings").is_dir() or (folder / "manifest.csv").exists():
-        return folder
-    sys.exit(
-        f"quickstart: {folder}: expected the folder recordings/ (a clone of "
-        "the Free Spoken Digit Dataset) or the file manifest.csv in it"
+    remedy = f"Give a clone of {FSDD}, or leave the data out"
+    if not (
+        (folder / "recordings").is_dir() or (folder / "manifest.csv").exists()
+    ):
+        sys.exit(
+            f"quickstart: {folder}: expected the folder recordings/ (a clone "
+            "of the Free Spoken Digit Dataset) or the file manifest.csv in "
+            f"it. {remedy}"
+        )
+    try:
+        prepare_fsdd(str(folder), str(prepared))
+    except (OSError, ValueError) as error:
+        sys.exit(f"quickstart: {error}")
+    digits, accents = expected()
+    for split in ("train", "valid", "test"):
+        takes = read_manifest(prepared / f"{split}.csv", check="none")
+        for what, wanted, found in (
+            ("words", digits, {take.wrd for take in takes}),
+            ("accents", accents, {take.accent for take in takes}),
+        ):
+            # More accents than needed do no harm; a word has no label.
+            odd = wanted - found or (what == "words" and found - wanted)
+            if odd:
+                sys.exit(
+                    f"quickstart: {folder}: expected the {what} "
+                    f"{', '.join(sorted(wanted))}; the split {split!r} has "
+                    f"{', '.join(sorted(found)) or 'none'}. {remedy}"
+                )
+    return folder
+
+
+def expected():
+    """Return the words and the accents that the two studies are about."""
+    import yaml
+
+    class Plain(yaml.SafeLoader):
+        """Reads an hparams file without making its objects."""
+
+    Plain.add_multi_constructor("!", lambda loader, suffix, node: None)
+    syn2real, sequential = (
+        yaml.load((HERE / name / "hparams/quickstart.yaml").read_text(), Plain)
+        for name in STUDIES
     )
+    return set(syn2real["vocabulary"]), set(sequential["domains"].values())
 
 
 def make_data(folder):
     """Make a corpus of spoken digits in place of recordings."""
-    from speechbrain_taskarith.data.corpora import make_digits_corpus
+    sys.path.insert(0, str(HERE.parent))
+    from common.corpora import make_digits_corpus
 
     make_digits_corpus(folder)
     return folder / "recorded"
 
 
 def run_study(name, data, output, seed):
-    """Run a recipe in its small form; its own bars show the progress."""
+    """Run a recipe's study in its small form."""
     recipe = HERE / name
     command = [
         sys.executable,
-        str(recipe / "train.py"),
+        str(recipe / "study.py"),
         str(recipe / "hparams" / "quickstart.yaml"),
         f"--data_folder={data}",
         f"--output_folder={output / name}",
         f"--seed={seed}",
+        "--workers=2",
     ]
-    # Only bars and tables: SpeechBrain logs each of many short trainings.
-    environment = {
-        "SB_LOG_LEVEL": "WARNING",
-        **os.environ,
-        "TASKARITH_PROGRESS": "1",
-    }
-    status = subprocess.run(command, cwd=recipe, env=environment).returncode
+    # Tables, and bars on a terminal: SpeechBrain logs many short trainings.
+    environment = {**os.environ, "SB_LOG_LEVEL": "WARNING"}
+    try:
+        status = subprocess.run(command, cwd=recipe, env=environment).returncode
+    except KeyboardInterrupt:
+        status = -2
     if status:
-        sys.exit(
-            f"quickstart: {name} stopped with status {status}; its log is "
-            f"{output / name / 'log.txt'}. Started again, it goes on from "
-            "where it was"
+        log = output / name / "log.txt"
+        sys.exit(f"quickstart: {name} {reason(status)} Its log: {log}")
+
+
+def reason(status):
+    """Say how a study ended, and what to do."""
+    if status < 0:
+        return (
+            f"was stopped by signal {-status}. The same command goes on from "
+            "where it was."
         )
+    return f"failed with status {status}; the error is above."
 
 
-def show(output, simulated):
-    """Print both tables, and write them side by side as Markdown."""
+def summarise(output, simulated):
+    """Write both tables with their notes and plots as one `results.md`."""
     from speechbrain_taskarith.metrics import merge_summaries
 
     summary = merge_summaries(
@@ -101,29 +160,28 @@ def show(output, simulated):
     if simulated:
         summary.note(SIMULATED)
     summary.write()
-    summary.print()
 
 
 def main(arguments=None):
-    """Make or find the data, run both studies, print the tables."""
+    """Make or check the data, run both studies."""
     arguments = parse_arguments(arguments)
     output = Path(arguments.output).resolve()
     output.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     if arguments.data:
-        data = check_data(arguments.data)
+        data = check_data(arguments.data, output / "prepared")
     else:
         print(SIMULATED, flush=True)
         data = make_data(output / "corpus")
     for name in STUDIES:
         print(f"\n== {name} ==", flush=True)
         run_study(name, data, output, arguments.seed)
-    show(output, simulated=not arguments.data)
+    summarise(output, simulated=not arguments.data)
     if not arguments.data:
-        print(SIMULATED)
+        print(f"\n{SIMULATED}")
     print(
-        f"Tables, CSV, plots and checkpoints are in {output} "
-        f"({time.monotonic() - start:.0f} s of computing)."
+        f"\nWhat the rows mean, all tables and plots: {output}/results.md\n"
+        f"({time.monotonic() - start:.0f} s of computing)"
     )
 
 

@@ -4,7 +4,7 @@
 Takes the edits of a finished run, stores every vector in every encoding,
 edits again with what can be read back, and tests on all accents.
 
-To run it, after train.py with the same hparams, folders and seed:
+To run it, after study.py with the same hparams, folders and seed:
 > python encodings.py hparams/train.yaml --data_folder /path/to/FSDD --seed 0
 """
 
@@ -12,11 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import speechbrain as sb
-from hyperpyyaml import load_hyperpyyaml
-from train import make_domains
+from common.study import start_study
+from study import Measure
 
-from speechbrain_taskarith.brains import DigitStringBrain
 from speechbrain_taskarith.metrics import Summary
 from speechbrain_taskarith.vectors import (
     SequentialEditor,
@@ -32,23 +30,7 @@ TABLE = "encodings"
 def edited_again(editor, base, encoding, folder):
     """Apply all edits of a sequence, stored in another encoding.
 
-    Arguments
-    ---------
-    editor : SequentialEditor
-        The finished sequence.
-    base : State
-        What it starts from.
-    encoding : str
-        See `TaskVector.save`.
-    folder : pathlib.Path
-        For the stored vectors.
-
-    Returns
-    -------
-    state : dict
-        The weights at the end.
-    size : int
-        Bytes of all vectors.
+    Returns the weights at the end, and the bytes of all vectors.
     """
     state, size = dict(base), 0
     for edit in editor.log:
@@ -60,39 +42,38 @@ def edited_again(editor, base, encoding, folder):
     return state, size
 
 
-if __name__ == "__main__":
-    hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
-    with open(hparams_file, encoding="utf-8") as fin:
-        hparams = load_hyperpyyaml(fin, overrides)
-    brain = DigitStringBrain(
-        modules=hparams["modules"], hparams=hparams, run_opts=run_opts
-    )
-    domains = make_domains(brain, hparams)
-    save = Path(hparams["save_folder"])
-    summary = Summary(Path(hparams["output_folder"]) / TABLE, title="Encodings")
+def main(argv):
+    """Measure every encoding of the finished sequences of edits."""
+    study = start_study(argv)
+    hparams, save = study.hparams, study.folder / "save"
+    measure = Measure(study)
+    summary = Summary(study.folder / TABLE, title="Encodings")
+    base = open_state(save / "first_model" / "kept.safetensors")
     for row in ROWS:
         editor = SequentialEditor.resume(save / row / "editor", read_only=True)
-        base = open_state(save / "first_model" / "kept.safetensors")
-        with tempfile.TemporaryDirectory() as folder:
-            for encoding in ENCODINGS:
+        for encoding in ENCODINGS:
+            with tempfile.TemporaryDirectory() as folder:
                 state, size = edited_again(editor, base, encoding, Path(folder))
-                brain.hparams.model.load_state_dict(state)
-                wers = [brain.wer_on(d.test) for d in domains]
-                entry = {
-                    "table": TABLE,
-                    "row": f"{row}_{encoding}",
-                    "seed": hparams["seed"],
-                }
+            measure.model.load_state_dict(state)
+            wers = [
+                measure.brain.wer_on(measure.loader(domain, "test"))
+                for domain in hparams["domains"]
+            ]
+            for metric, value, unit in (
+                ("average_wer", sum(wers) / len(wers), "%"),
+                ("size", size / 1e6, "MB"),
+            ):
                 summary.add(
-                    metric="average_wer",
-                    value=sum(wers) / len(wers),
-                    **entry,
-                )
-                summary.add(
-                    metric="size",
-                    value=size / 1e6,
-                    unit="MB",
-                    **entry,
+                    table=TABLE,
+                    row=f"{row}_{encoding}",
+                    metric=metric,
+                    value=value,
+                    unit=unit,
+                    seed=hparams["seed"],
                 )
     summary.write()
     summary.print()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -26,18 +26,12 @@ TITLE = "Sequential editing of a speech recogniser"
 BASELINE = "fine_tuning"
 
 
-def write_report(matrices, hparams):
+def write_report(matrices, output, hparams):
     """Write summary, tables, plots and logs of one seed, and show the table.
 
-    Arguments
-    ---------
-    matrices : dict
-        `{row: LifelongMatrix}`; rows that earlier runs left in the folder
-        are added.
-    hparams : dict
-        Of the recipe.
+    Rows that earlier runs with another `--only` left in the folder are added.
     """
-    output = Path(hparams["output_folder"])
+    save = output / "save"
     if hparams["report_on"] != "test":
         output = output / hparams["report_on"]
     matrices = {**earlier_rows(output, hparams), **matrices}
@@ -70,7 +64,7 @@ def write_report(matrices, hparams):
         )
     for name in matrices:
         if hparams["rows"][name].get("rule") is not None:
-            folder = Path(hparams["save_folder"]) / name
+            folder = save / name
             plot_cosines(folder / "editor", output / "plots", name)
             summary.note(undo_last(folder, name))
     summary.write()
@@ -78,20 +72,7 @@ def write_report(matrices, hparams):
 
 
 def earlier_rows(output, hparams):
-    """Read the rows that runs with another `--only` left in this folder.
-
-    Arguments
-    ---------
-    output : pathlib.Path
-        Where `matrices` is.
-    hparams : dict
-        Of the recipe.
-
-    Returns
-    -------
-    dict
-        `{row: LifelongMatrix}`.
-    """
+    """Read the rows that runs with another `--only` left in this folder."""
     files = {n: output / "matrices" / f"{n}.csv" for n in hparams["rows"]}
     return {
         name: LifelongMatrix.load(path)
@@ -101,17 +82,7 @@ def earlier_rows(output, hparams):
 
 
 def plot_cosines(folder, plots, name):
-    """Plot the cosines between the vectors of one sequence of edits.
-
-    Arguments
-    ---------
-    folder : pathlib.Path
-        Of the editor.
-    plots : pathlib.Path
-        Where the plot goes.
-    name : str
-        Of the row.
-    """
+    """Plot the cosines between the vectors of one sequence of edits."""
     editor = SequentialEditor.resume(folder, read_only=True, verify=False)
     names = [edit.name for edit in editor.log]
     matrix = cosine_matrix([editor.vector(domain) for domain in names])
@@ -126,22 +97,8 @@ def plot_cosines(folder, plots, name):
 def undo_last(folder, row):
     """Drop the last domain in a copy of the editor; compare every byte.
 
-    Arguments
-    ---------
-    folder : pathlib.Path
-        Of the row: the editor, and the weights kept after each domain.
-    row : str
-        Its name.
-
-    Returns
-    -------
-    str
-        What was found, for the results page.
-
-    Raises
-    ------
-    RuntimeError
-        The weights differ.
+    `folder` is the row's: the editor, and the weights kept after each domain.
+    Returns a sentence for the results page; RuntimeError where they differ.
     """
     steps = sorted(folder.glob("*/kept.safetensors"))
     with tempfile.TemporaryDirectory(dir=folder) as place:

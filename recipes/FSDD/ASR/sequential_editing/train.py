@@ -1,21 +1,28 @@
 #!/usr/bin/env python3
-"""Recipe for sequential model editing on strings of digits (FSDD).
+"""Recipe for one step of lifelong learning on strings of digits (FSDD).
 
-A small Conformer CTC model learns US English first, then one accent after
-another without old data. One run makes the whole table of one seed: task
-arithmetic, TIES and chosen scales against the usual baselines of lifelong
-learning. A run that was killed goes on where it stopped when started again.
+A small Conformer CTC model learns one accent of English: the first from
+random weights, each further one from the model that knows those before, by
+plain fine-tuning, by a lifelong method, or with an edit at its end.
+`study.py` makes the whole table that way.
 
 To run this recipe, do the following:
-> python train.py hparams/train.yaml --data_folder /path/to/FSDD --seed 0
+> python train.py hparams/train.yaml --data_folder /path/to/FSDD --domain us
 
-Several seeds make one table (mean and standard deviation):
-> python train.py hparams/train.yaml --data_folder ... --seed 1
-> python train.py --merge results/sequential_editing
+The next accent, edited by TIES (a row of the hparams file):
+> python train.py hparams/train.yaml --data_folder /path/to/FSDD \
+>     --domain german --seen "[us]" --row ties \
+>     --base results/sequential_editing/0/models/plain/us/save
+
+A method with a memory (EWC, replay) finds it beside the run before:
+> python train.py hparams/train.yaml ... --domain greek --seen "[us, german]" \
+>     --row ewc --base .../german/save --memory .../german/memory.safetensors
 
 On two processes (the same result as on one, see README.md):
 > torchrun --standalone --nproc_per_node=2 train.py hparams/train.yaml \
 >     --data_folder ... --distributed_backend gloo --device cpu
+
+A run that was killed goes on from its newest checkpoint when started again.
 """
 
 import sys
@@ -23,179 +30,50 @@ from pathlib import Path
 
 import speechbrain as sb
 import torch
+from common.dataio import evaluation_loader, make_dataset
+from common.digits import make_digit_strings
+from fsdd_prepare import prepare_fsdd
 from hyperpyyaml import load_hyperpyyaml
-from report import TITLE, write_report
-from speechbrain.utils.distributed import if_main_process, run_on_main
-from speechbrain.utils.logger import get_logger
+from speechbrain.dataio.batch import PaddedBatch
+from speechbrain.utils.distributed import ddp_barrier, run_on_main
 
-from speechbrain_taskarith.brains import DigitStringBrain, Domain
-from speechbrain_taskarith.data import make_digit_strings, read_manifest
-from speechbrain_taskarith.metrics import merge_seeds
-from speechbrain_taskarith.vectors import open_state, save_state, search_scale
+from speechbrain_taskarith.brains import CTCBrain, shard_loader
+from speechbrain_taskarith.data import read_manifest
+from speechbrain_taskarith.utils.seeds import seed_random_numbers
+from speechbrain_taskarith.vectors import open_state
+from speechbrain_taskarith.vectors.lifelong.methods import FineTuning
 
-logger = get_logger(__name__)
+PLAIN = "plain"
 
 
-def make_domains(brain, hparams):
-    """Plan every domain's strings; train, valid and test recordings apart."""
-    recordings = {
-        split: read_manifest(f"{hparams['prepared_folder']}/{split}.csv")
-        for split in ("train", "valid", "test")
-    }
-    domains = []
-    for number, (name, accent) in enumerate(hparams["domains"].items()):
-        steps = hparams["steps"] if number else hparams["first_steps"]
-        plans = {}
-        for split, takes in recordings.items():
-            of_domain = [take for take in takes if take.accent == accent]
-            if not of_domain:
-                found = sorted({take.accent for take in takes})
-                raise ValueError(
-                    f"domain {name!r}: no {split} recording has the accent "
-                    f"{accent!r}; the data has {', '.join(found)}. Name "
-                    "accents of your data under `domains`"
-                )
-            speakers = len({take.spk_id for take in of_domain})
-            # Test strings are the same for all seeds.
-            training = split == "train"
-            count = (
-                steps * hparams["batch_size"]
-                if training
-                else speakers * hparams[f"{split}_strings_per_speaker"]
-            )
-            items = make_digit_strings(
-                of_domain,
-                count,
-                n_words=tuple(hparams["n_words"]),
-                seed=hparams["seed"] if training else 0,
-                prefix=f"{name}-{split}",
-            )
-            plans[split] = [{"ID": key, **item} for key, item in items.items()]
-        domains.append(
-            Domain(
-                name,
-                plans["train"],
-                brain.evaluation_loader(plans["valid"]),
-                brain.evaluation_loader(plans["test"]),
-            )
+class ASR(CTCBrain):
+    """CTC on characters; forward pass and decoding are `CTCBrain`'s."""
+
+    #: The lifelong method at work.
+    method = FineTuning()
+
+    def compute_objectives(self, predictions, batch, stage):
+        """Add what the lifelong method has to say to the training loss."""
+        loss = super().compute_objectives(predictions, batch, stage)
+        if stage == sb.Stage.TRAIN:
+            penalty = self.penalty(self.method, predictions)
+            if penalty is not None:
+                loss = loss + penalty
+        return loss
+
+    def on_fit_batch_start(self, batch, should_step):
+        """Seed every batch by its number, so that a resumed run draws alike."""
+        super().on_fit_batch_start(batch, should_step)
+        seed_random_numbers(
+            self.hparams.seed,
+            self.hparams.noise_name,
+            self.optimizer_step,
+            self.step,
         )
-    return domains
 
 
-def learn_first_model(brain, domain, hparams):
-    """Train the first domain from random weights; all rows start from it."""
-    folder = Path(hparams["save_folder"]) / "first_model"
-    path = folder / "kept.safetensors"
-    if not path.exists():
-        brain.lr = hparams["first_lr"]
-        initial = {
-            k: v.clone() for k, v in hparams["model"].state_dict().items()
-        }
-        state = brain.fine_tune(domain, initial, folder / "training")
-        run_on_main(save_state, args=[state, path])
-    return dict(open_state(path))
-
-
-def chooser(hparams, row, choose_on):
-    """Return what chooses the scale of each task vector of a row."""
-    output = Path(hparams["output_folder"])
-
-    def choose(brain, base, tau, seen):
-        new = seen[-1].name
-        domains = seen if choose_on == "seen" else seen[-1:]
-
-        def wer(model):
-            return {d.name: brain.wer_on(d.valid) for d in domains}
-
-        search = search_scale(
-            hparams["model"],
-            base,
-            tau,
-            wer,
-            [0.0, *hparams["scales"]],
-            split="valid",
-            select_on=f"valid_{choose_on}",
-            hopeless=None,
-            enable_progress=if_main_process(),
-        )
-        best = search.best
-        if choose_on == "new":
-            best = smallest_scale(search.table, new, hparams["share_of_gain"])
-        if if_main_process():
-            search.to_csv(output / "scales" / f"{row}_{new}.csv")
-            search.plot(output / "plots" / f"wer_against_scale_{row}_{new}.png")
-        logger.info(f"{row}, {new}: scale {best} ({search.select_on})")
-        return best, search.select_on
-
-    return choose
-
-
-def smallest_scale(table, domain, share):
-    """Return the smallest scale with a share of the gain at scale 1."""
-    wers = {row["scale"]: row["domains"][domain] for row in table}
-    enough = wers[0.0] - share * (wers[0.0] - wers[max(wers)])
-    return min(scale for scale, value in wers.items() if value <= enough)
-
-
-def wanted_rows(hparams):
-    """Return the rows that `only` names; an unknown one is an error."""
-    wanted = hparams["only"].split(",")
-    unknown = set(wanted) - set(hparams["rows"]) - {"all"}
-    if unknown:
-        raise ValueError(
-            f"only: no rows {', '.join(sorted(unknown))}; there are "
-            f"{', '.join(hparams['rows'])}"
-        )
-    return {
-        name: row
-        for name, row in hparams["rows"].items()
-        if "all" in wanted or name in wanted
-    }
-
-
-def run_rows(brain, domains, first, rows, hparams):
-    """Learn the whole sequence once for each row of the table."""
-    matrices = {}
-    for name, row in rows.items():
-        logger.info(f"row {name}")
-        brain.lr = row.get("lr", hparams["lr"])
-        choose_on = row.get("choose_on")
-        matrices[name] = brain.learn_sequence(
-            domains,
-            first,
-            Path(hparams["save_folder"]) / name,
-            method=row.get("method"),
-            rule=row.get("rule"),
-            scale=row.get("scale"),
-            choose_scale=choose_on and chooser(hparams, name, choose_on),
-            shared=Path(hparams["save_folder"]) / f"fine_tuned_{brain.lr}",
-            split=hparams["report_on"],
-        )
-    return matrices
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--merge"]:
-        merge_seeds(sys.argv[2], title=TITLE)
-        sys.exit()
-
-    # CLI
-    hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
-    sb.utils.distributed.ddp_init_group(run_opts)
-    with open(hparams_file, encoding="utf-8") as fin:
-        hparams = load_hyperpyyaml(fin, overrides)
-
-    rows = wanted_rows(hparams)
-
-    sb.create_experiment_directory(
-        experiment_directory=hparams["output_folder"],
-        hyperparams_to_save=hparams_file,
-        overrides=overrides,
-    )
-
-    # Data preparation
-    from fsdd_prepare import prepare_fsdd  # noqa: E402
-
+def prepare(hparams):
+    """Read the recordings' folder."""
     run_on_main(
         prepare_fsdd,
         kwargs={
@@ -205,14 +83,153 @@ if __name__ == "__main__":
         },
     )
 
-    brain = DigitStringBrain(
-        modules=hparams["modules"], hparams=hparams, run_opts=run_opts
+
+def domain_strings(name, split, hparams):
+    """Plan the strings of a domain: those of one accent, in one split.
+
+    Test strings are the same for all seeds.
+    """
+    accent = hparams["domains"][name]
+    recordings = read_manifest(
+        f"{hparams['prepared_folder']}/{split}.csv", check="none"
     )
-    domains = make_domains(brain, hparams)
-    first = learn_first_model(brain, domains[0], hparams)
-    matrices = run_rows(brain, domains, first, rows, hparams)
-    run_on_main(write_report, args=[matrices, hparams])
+    takes = [take for take in recordings if take.accent == accent]
+    if not takes:
+        found = sorted({take.accent for take in recordings})
+        raise ValueError(
+            f"domain {name!r}: no {split} recording has the accent "
+            f"{accent!r}; the data has {', '.join(found)}. Name accents of "
+            "your data under `domains`"
+        )
+    training = split == "train"
+    if training:
+        is_first = name == next(iter(hparams["domains"]))
+        steps = hparams["first_steps"] if is_first else hparams["steps"]
+        count = steps * hparams["batch_size"]
+    else:
+        speakers = len({take.spk_id for take in takes})
+        count = speakers * hparams[f"{split}_strings_per_speaker"]
+    items = make_digit_strings(
+        takes,
+        count,
+        n_words=tuple(hparams["n_words"]),
+        seed=hparams["seed"] if training else 0,
+        prefix=f"{name}-{split}",
+    )
+    return [{"ID": key, **item} for key, item in items.items()]
+
+
+def dataio_prepare(hparams, method):
+    """Make the loaders of this training: train, valid, test."""
+    domain, size = hparams["domain"], hparams["batch_size"]
+    task = len(hparams["seen"]) + 1
+    strings = method.items(domain_strings(domain, "train", hparams), task)
+    # What a method remembers takes the places of new strings, so that every
+    # method makes the same number of steps.
+    planned = []
+    for draw, start in enumerate(range(0, len(strings), size)):
+        batch = strings[start : start + size]
+        extra = method.extra_items(len(batch), draw)
+        planned += batch[: len(batch) - len(extra)] + extra
+    train_data = make_dataset(
+        planned, hparams["tokenizer"], hparams["sample_rate"]
+    )
+    return (
+        shard_loader(train_data, size),
+        evaluation_loader(domain_strings(domain, "valid", hparams), hparams),
+        evaluation_loader(domain_strings(domain, "test", hparams), hparams),
+    )
+
+
+def remember(method, brain, hparams):
+    """Let the method remember the last domain seen, with the base's weights."""
+    path = Path(hparams["output_folder"]) / "memory.safetensors"
+    if not path.exists():
+        if hparams["memory"]:
+            method.load(hparams["memory"])
+        tokenizer, rate = hparams["tokenizer"], hparams["sample_rate"]
+
+        def loss(item):
+            data = make_dataset([item], tokenizer, rate)
+            return brain.loss_of(PaddedBatch([data[0]]))
+
+        method.consolidate(
+            hparams["model"],
+            domain_strings(hparams["seen"][-1], "train", hparams),
+            loss,
+        )
+        ddp_barrier()  # all have looked before it is there
+        run_on_main(method.save, args=[path])
+    method.load(path)
+
+
+def train(argv):
+    """Train one model as the command line says; `study.py` calls it, too."""
+    # CLI
+    hparams_file, run_opts, overrides = sb.parse_arguments(argv)
+    sb.utils.distributed.ddp_init_group(run_opts)
+    with open(hparams_file, encoding="utf-8") as fin:
+        hparams = load_hyperpyyaml(fin, overrides)
+
+    sb.create_experiment_directory(
+        experiment_directory=hparams["output_folder"],
+        hyperparams_to_save=hparams_file,
+        overrides=overrides,
+        save_env_desc=hparams["save_env_desc"],
+    )
+
+    prepare(hparams)
+
+    # A row of the table: a lifelong method, or a rule for the edit
+    row = {} if hparams["row"] == PLAIN else hparams["rows"][hparams["row"]]
+    method, rule = row.get("method", FineTuning()), row.get("rule")
+    if rule is not None and "method" in row:
+        raise ValueError(
+            f"row {hparams['row']!r}: give a lifelong method or a rule, not "
+            "both"
+        )
+    seen, model = hparams["seen"], hparams["model"]
+    lr = row.get("lr", hparams["lr"]) if seen else hparams["first_lr"]
+
+    if hparams["base"]:
+        model.load_state_dict(dict(open_state(hparams["base"])))
+    # What is kept and evaluated: base + scale * rule(fine-tuned - base)
+    if rule is not None:
+        hparams["checkpointer"] = hparams["editing_checkpointer"](
+            base=hparams["base"], rule=rule, scale=row.get("scale")
+        )
+    brain = ASR(
+        modules=hparams["modules"],
+        opt_class=lambda parameters: hparams["opt_class"](parameters, lr=lr),
+        hparams=hparams,
+        run_opts=run_opts,
+        checkpointer=hparams["checkpointer"],
+    )
+    brain.method = method
+    if seen:
+        remember(method, brain, hparams)
+    method.before_task(model, len(seen) + 1)
+    method.freeze(model)
+
+    train_loader, valid_loader, test_loader = dataio_prepare(hparams, method)
+    steps = len(train_loader) * hparams["number_of_epochs"]
+    hparams["lr_annealing"] = brain.hparams.lr_annealing = hparams[
+        "lr_annealing"
+    ](
+        initial_value=lr,
+        num_warmup_steps=round(hparams["warmup_share"] * steps),
+        num_training_steps=steps,
+    )
+    brain.checkpointer.add_recoverable("lr_annealing", hparams["lr_annealing"])
+    brain.checkpointer.add_recoverable("dataloader-TRAIN", train_loader)
+
+    brain.fit(hparams["epoch_counter"], train_loader, valid_loader)
+    brain.evaluate(test_loader)
+
+
+if __name__ == "__main__":
+    train(sys.argv[1:])
     # Without it a process that ends first may take the others down.
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+        ddp_barrier()
         torch.distributed.destroy_process_group()

@@ -3,14 +3,9 @@
 import csv
 import io
 import statistics
-from pathlib import Path
-
-from fold import CHOSEN_ON, REAL_TARGET, Fold
-from speechbrain.utils.logger import get_logger
 
 from speechbrain_taskarith.metrics import Summary, plot_scale_curve
 from speechbrain_taskarith.utils.files import atomic_write
-from speechbrain_taskarith.utils.progress import progress
 from speechbrain_taskarith.vectors import (
     ModelCard,
     cosine_matrix,
@@ -19,10 +14,13 @@ from speechbrain_taskarith.vectors import (
     save_state,
 )
 
-logger = get_logger(__name__)
-
 TABLE = "syn2real"
 TITLE = "SYN2REAL on strings of digits"
+# What a scale is chosen on, by the value of `choose_on`.
+CHOSEN_ON = {
+    "sources_as_targets": "real_source",
+    "edited_target": "real_source+synthetic_target",
+}
 # Rows of the tables, and what the scale of each was chosen on; CHOSEN stands
 # for what `choose_on` says.
 CHOSEN = "chosen"
@@ -34,7 +32,7 @@ ROWS = {
     "ensemble": CHOSEN,
     "members": CHOSEN,
     "paper_scale": None,
-    "oracle": REAL_TARGET,
+    "oracle": "real_target",
 }
 RULES = {
     "sources_as_targets": "real ones of each source domain, decoded by its "
@@ -57,76 +55,40 @@ NOTE = (
 )
 
 
-def write_report(brain, models, strings, hparams):
-    """Measure, write tables, plots and edited models, show the table.
+def write_report(results, output, hparams):
+    """Write tables, plots and edited models, and show the table.
 
-    Arguments
-    ---------
-    brain : SyntheticToReal
-        Decodes.
-    models : StudyModels
-        All models, trained.
-    strings : Strings
-        Makes the strings to measure on.
-    hparams : dict
-        Of the recipe.
+    `results` is `{left-out domain: from study.leave_out}`.
     """
-    output = Path(hparams["output_folder"])
+    tables = output
     if hparams["report_on"] != "test":
-        output = output / hparams["report_on"]
-    kept = {}
-
-    def held_out(side, domain, split):
-        key = (side, domain, split)
-        if key not in kept:
-            items = strings.held_out_strings(side, split, domain)
-            kept[key] = brain.in_memory(items)
-        return kept[key]
-
-    results = {}
-    for target in progress(hparams["domains"], desc="domains measured"):
-        fold = Fold(target, brain, models, held_out, hparams)
-        results[target] = result = fold.measure()
-        logger.info(
-            f"{target}: {result['rows']['baseline']['wer']:.2f} -> "
-            f"{result['rows']['edited']['wer']:.2f} % at scale "
-            f"{result['scale']}"
-        )
-        keep_edited(fold, result, Path(hparams["save_folder"]) / "edited")
-        draw(fold, result, output)
-    summary = summarise(results, output, hparams)
+        tables = output / hparams["report_on"]
+    for target, result in results.items():
+        keep_edited(target, result, output / "save" / "edited", hparams)
+        draw(target, result, tables, hparams)
+    summary = summarise(results, tables, hparams)
     summary.write()
-    summary.print()
+    summary.print(only=[TABLE])
 
 
-def keep_edited(fold, result, folder):
-    """Keep the edited model with its card.
-
-    Arguments
-    ---------
-    fold : Fold
-        Its models.
-    result : dict
-        From `Fold.measure`.
-    folder : pathlib.Path
-        Where it goes, in a folder of its own.
-    """
-    path = folder / fold.target / "model.safetensors"
+def keep_edited(target, result, folder, hparams):
+    """Keep the edited model with its card, in a folder of its own."""
+    path = folder / target / "model.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_state(result["state"], path)
-    parents = [ModelCard.parent("target, synthetic", fold.base)]
-    for source, (real, synthetic) in fold.pairs.items():
+    parents = [ModelCard.parent("target, synthetic", result["base"])]
+    for source, (real, synthetic) in result["pairs"].items():
         parents.append(ModelCard.parent(f"{source}, real", real))
         parents.append(ModelCard.parent(f"{source}, synthetic", synthetic))
     ModelCard(
-        title=f"SYN2REAL, left out: {fold.target}",
+        title=f"SYN2REAL, left out: {target}",
         parents=parents,
         scale=result["scale"],
         wer={
             row: result["rows"][row]["wer"]
             for row in ("baseline", "edited", "oracle")
         },
-        selected_on=fold.chosen_on,
+        selected_on=CHOSEN_ON[hparams["choose_on"]],
         fingerprint=open_state(path).fingerprint,
         notes=[
             "WER on real recordings of the target domain. The oracle is the "
@@ -135,35 +97,27 @@ def keep_edited(fold, result, folder):
     ).save(path)
 
 
-def draw(fold, result, output):
-    """Draw WER against scale, and the cosines between the vectors.
-
-    Arguments
-    ---------
-    fold : Fold
-        Its vectors.
-    result : dict
-        From `Fold.measure`.
-    output : pathlib.Path
-        Of the run.
-    """
-    name, curve = fold.target, result["curve"]
+def draw(target, result, output, hparams):
+    """Draw WER against scale, and the cosines between the vectors."""
+    curve = result["curve"]
     plot_scale_curve(
         {
-            f"real {name} ({fold.hparams['report_on']})": curve,
-            f"chosen on: {fold.chosen_on}": result["selection"],
+            f"real {target} ({hparams['report_on']})": curve,
+            f"chosen on: {CHOSEN_ON[hparams['choose_on']]}": result[
+                "selection"
+            ],
         },
-        output / "plots" / f"scale_{name}.png",
+        output / "plots" / f"scale_{target}.png",
         baseline=curve[0.0],
         chosen=(result["scale"], curve[result["scale"]]),
         oracle=(result["oracle_scale"], curve[result["oracle_scale"]]),
-        title=f"WER against scale, {name} left out",
+        title=f"WER against scale, {target} left out",
     )
     plot_cosine_matrix(
-        cosine_matrix(list(fold.vectors.values())),
-        list(fold.vectors),
-        output / "plots" / f"cosines_without_{name}.png",
-        title=f"Cosines of the vectors, {name} left out",
+        cosine_matrix(list(result["vectors"].values())),
+        list(result["vectors"]),
+        output / "plots" / f"cosines_without_{target}.png",
+        title=f"Cosines of the vectors, {target} left out",
     )
     text = io.StringIO()
     table = csv.writer(text)
@@ -172,27 +126,12 @@ def draw(fold, result, output):
         [scale, wer, result["selection"][scale]] for scale, wer in curve.items()
     )
     (output / "scales").mkdir(parents=True, exist_ok=True)
-    with atomic_write(output / "scales" / f"{name}.csv", "w") as stream:
+    with atomic_write(output / "scales" / f"{target}.csv", "w") as stream:
         stream.write(text.getvalue())
 
 
 def summarise(results, output, hparams):
-    """Make the tables of one seed.
-
-    Arguments
-    ---------
-    results : dict
-        `{domain: from Fold.measure}`.
-    output : pathlib.Path
-        Where they go.
-    hparams : dict
-        Of the recipe.
-
-    Returns
-    -------
-    Summary
-        Not written yet.
-    """
+    """Make the tables of one seed."""
     summary = Summary(output, title=TITLE)
     common = {"split": hparams["report_on"], "seed": hparams["seed"]}
     chosen_on = {
@@ -200,8 +139,10 @@ def summarise(results, output, hparams):
         for row, on in ROWS.items()
     }
     for row, chosen in chosen_on.items():
+        # The edit is the mean of several sources' vectors: both names.
+        measured = "edited" if row == "ensemble" else row
         errors = {
-            target: dict(result["rows"][row])
+            target: dict(result["rows"][measured])
             for target, result in results.items()
         }
         for target, result in results.items():
@@ -210,6 +151,8 @@ def summarise(results, output, hparams):
                     result["rows"]["baseline"]["wer"], errors[target]["wer"]
                 )
             for metric, value in errors[target].items():
+                if row == "ensemble":
+                    break  # once is enough there
                 summary.add(
                     table=f"{TABLE}_domains",
                     row=f"{target}: {row}",
@@ -254,21 +197,5 @@ def summarise(results, output, hparams):
 
 
 def reduction(before, after):
-    """Return the relative reduction in %.
-
-    Arguments
-    ---------
-    before, after : float
-        WERs.
-
-    Returns
-    -------
-    float
-        Positive when `after` is lower; 0 when there was nothing to reduce.
-
-    Example
-    -------
-    >>> reduction(20.0, 15.0)
-    25.0
-    """
+    """Return the relative reduction in %; 0 when there was nothing to reduce."""
     return 100.0 * (before - after) / before if before else 0.0

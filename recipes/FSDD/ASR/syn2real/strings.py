@@ -10,30 +10,39 @@ model is the sound alone.
 import collections
 import random
 
-from speechbrain_taskarith.data import make_digit_strings
+from common.digits import make_digit_strings
+from common.strings import EDGE, GAP, draw_pauses, join_takes
 
-# Pauses in seconds: between words, and before the first and after the last.
-GAP = (0.0, 0.12)
-EDGE = (0.03, 0.1)
+# What `training_of` may name, and whose steps and learning rate it takes.
+TRAININGS = {
+    "pretrained": "pretraining",
+    "mixed": "mixed",
+    "joint": "domain",
+    "synthetic": "domain",
+    "real": "domain",
+}
+
+
+# Stands for all domains together.
+ALL = "all"
 
 
 class Strings:
     """Makes strings from real and synthetic recordings.
 
-    Arguments
-    ---------
-    recordings : dict
-        `{"real" | "synthetic": {split: [Recording, ...]}}`.
-    hparams : dict
-        Of the recipe.
+    `recordings` is `{"real" | "synthetic": {split: [Recording, ...]}}`.
     """
 
     def __init__(self, recordings, hparams):
         self.recordings = recordings
+        self.steps = {
+            training_of: hparams[f"{stage}_steps"]
+            for training_of, stage in TRAININGS.items()
+        }
         self.seed = hparams["seed"]
         self.batch_size = hparams["batch_size"]
         self.n_words = tuple(hparams["n_words"])
-        self.held_out = {
+        self.counts = {
             split: hparams[f"{split}_strings"] for split in ("valid", "test")
         }
         shared = list(hparams["shared_words"])
@@ -41,20 +50,52 @@ class Strings:
             name: [*group, *shared]
             for name, group in hparams["domains"].items()
         }
+        everything = sorted({w for words in self.words.values() for w in words})
         own = hparams["own_share"] if shared else 1.0
         self.weights = {
             name: [own / len(group)] * len(group)
             + [(1.0 - own) / max(1, len(shared))] * len(shared)
             for name, group in hparams["domains"].items()
         }
+        self.domains = list(self.words)
+        self.words[ALL], self.weights[ALL] = everything, [1.0] * len(everything)
         self._takes = {}
         self._check_words()
+
+    def of_training(self, training_of, domain):
+        """Return the strings that one training learns, in their order.
+
+        `pretrained`: synthetic voices say all words. `synthetic`, `real`: the
+        domain's strings. `mixed`: those of all other domains, synthetic and
+        real. `joint`: the same, and the domain's synthetic ones.
+        """
+        if domain not in self.words:
+            raise ValueError(
+                f"domain {domain!r}: expected {', '.join(self.words)}"
+            )
+        count = self.steps[training_of] * self.batch_size
+        if training_of == "pretrained":
+            return self._all_words(count)
+        if training_of in ("synthetic", "real"):
+            return self._draw(training_of, "train", domain, count, self.seed)
+        parts = [
+            (side, other)
+            for other in self.domains
+            for side in ("real", "synthetic")
+            if other != domain
+        ]
+        if training_of == "joint":
+            parts.append(("synthetic", domain))
+        return self._mix(parts, count)
+
+    def held_out(self, side, split, domain):
+        """Return strings to measure on; they are the same for all seeds."""
+        return self._draw(side, split, domain, self.counts[split], 0)
 
     def _check_words(self):
         for side, splits in self.recordings.items():
             for split, takes in splits.items():
-                missing = {w for ws in self.words.values() for w in ws}
-                missing -= {take.wrd for take in takes}
+                missing = set(self.words[ALL]) - {take.wrd for take in takes}
                 if missing:
                     raise ValueError(
                         f"{side} speech, split {split!r}: no recording of "
@@ -62,97 +103,31 @@ class Strings:
                         "data under `domains` and `shared_words`"
                     )
 
-    def general(self, steps):
-        """Make strings of all words by synthetic voices.
-
-        Arguments
-        ---------
-        steps : int
-            Number of batches.
-
-        Returns
-        -------
-        list of dict
-            What the pre-trained model learns from.
-        """
+    def _all_words(self, count):
         items = make_digit_strings(
             self.recordings["synthetic"]["train"],
-            steps * self.batch_size,
+            count,
             n_words=self.n_words,
             gap=GAP,
             edge=EDGE,
-            words=sorted({w for ws in self.words.values() for w in ws}),
+            words=self.words[ALL],
             seed=self.seed,
             prefix="general",
         )
         return [{"ID": key, **item} for key, item in items.items()]
 
-    def training(self, side, domain, steps):
-        """Make one domain's training strings.
-
-        Arguments
-        ---------
-        side : str
-            `"real"` or `"synthetic"`: the n-th string has the same words
-            and pauses on both sides.
-        domain : str
-            Name of the domain.
-        steps : int
-            Number of batches.
-
-        Returns
-        -------
-        list of dict
-            Strings.
-        """
-        count = steps * self.batch_size
-        return self._strings(side, "train", domain, count, self.seed)
-
-    def mixed(self, parts, steps):
-        """Mix strings of several sides and domains, in equal parts.
-
-        Arguments
-        ---------
-        parts : list of tuple of str
-            `(side, domain)`; the sides are `"real"` and `"synthetic"`.
-        steps : int
-            Number of batches.
-
-        Returns
-        -------
-        list of dict
-            Strings.
-        """
-        count = steps * self.batch_size
+    def _mix(self, parts, count):
+        """Mix strings of several sides and domains, in equal parts."""
         each = -(-count // len(parts))
         items = [
             item
             for side, domain in parts
-            for item in self._strings(side, "train", domain, each, self.seed)
+            for item in self._draw(side, "train", domain, each, self.seed)
         ]
         random.Random(f"mixed {self.seed}").shuffle(items)
         return items[:count]
 
-    def held_out_strings(self, side, split, domain):
-        """Make strings to measure on; they are the same for all seeds.
-
-        Arguments
-        ---------
-        side : str
-            `"real"` or `"synthetic"`.
-        split : str
-            `"valid"` or `"test"`.
-        domain : str
-            Name of the domain.
-
-        Returns
-        -------
-        list of dict
-            Strings.
-        """
-        return self._strings(side, split, domain, self.held_out[split], 0)
-
-    def _strings(self, side, split, domain, count, seed):
+    def _draw(self, side, split, domain, count, seed):
         # Two random streams: words are drawn alike on both sides, speakers
         # and takes are not.
         text = random.Random(f"words {split} {domain} {seed}")
@@ -166,31 +141,24 @@ class Strings:
                 self.weights[domain],
                 k=text.randint(*self.n_words),
             )
-            gaps = [text.uniform(*EDGE)]
-            gaps += [text.uniform(*GAP) for _ in words[1:]]
-            gaps += [text.uniform(*EDGE)]
+            pauses = draw_pauses(text, len(words))
             speaker = voice.choice(speakers)
-            chosen = [voice.choice(takes[speaker][word]) for word in words]
             strings.append(
-                {
-                    "ID": f"{domain}-{side}-{split}-{number:05d}",
-                    "wavs": [take.wav for take in chosen],
-                    "gaps": [round(gap, 4) for gap in gaps],
-                    "wrd": " ".join(words),
-                    "spk_id": speaker,
-                    "duration": sum(take.duration for take in chosen)
-                    + sum(gaps),
-                }
+                join_takes(
+                    f"{domain}-{side}-{split}-{number:05d}",
+                    [voice.choice(takes[speaker][word]) for word in words],
+                    pauses,
+                )
             )
         return strings
 
     def _by_speaker(self, side, split):
-        key = (side, split)
-        if key not in self._takes:
+        """Return `{speaker: {word: [Recording, ...]}}`, looked up once."""
+        if (side, split) not in self._takes:
             found = collections.defaultdict(
                 lambda: collections.defaultdict(list)
             )
             for take in self.recordings[side][split]:
                 found[take.spk_id][take.wrd].append(take)
-            self._takes[key] = found
-        return self._takes[key]
+            self._takes[side, split] = found
+        return self._takes[side, split]

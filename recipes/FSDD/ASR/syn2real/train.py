@@ -1,212 +1,184 @@
 #!/usr/bin/env python3
-"""Recipe for SYN2REAL task vectors on strings of digits (FSDD).
+"""Recipe for one model of SYN2REAL on strings of digits (FSDD).
 
-Every domain (group of words) is left out in turn. A Conformer CTC model
-learns it from synthetic speech only. Task vectors between models of real and
-of synthetic speech, taken from the other domains, bring it closer to real
-speech. The left-out domain's real recordings are for testing alone. One run
-makes the whole table of one seed; a run that was killed goes on where it
-stopped when started again.
+A Conformer CTC model learns strings of words from synthetic voices or from
+real recordings. The difference between two such models of one domain is a
+task vector, which brings another domain's synthetic model closer to real
+speech; `study.py` makes the whole table that way.
 
 To run this recipe, do the following:
-> python train.py hparams/train.yaml --data_folder /path/to/FSDD --seed 0
+> python train.py hparams/train.yaml --data_folder /path/to/FSDD \
+>     --training_of pretrained
 
-Several seeds make one table (mean and standard deviation):
-> python train.py hparams/train.yaml --data_folder ... --seed 1
-> python train.py --merge results/syn2real
+A domain's model of synthetic and of real speech, from the first model:
+> python train.py hparams/train.yaml --data_folder /path/to/FSDD \
+>     --training_of synthetic --domain two_five \
+>     --base results/syn2real/0/models/pretrained/save
+> python train.py hparams/train.yaml ... --training_of real ...
 
-Models that do not depend on one another are trained by several processes:
-> python train.py hparams/train.yaml --data_folder ... --processes 2
+A run that was killed goes on from its newest checkpoint when started again.
 """
 
 import os
 import sys
 
 import speechbrain as sb
-import torch
+from common.dataio import evaluation_loader, make_dataset
+from common.synthesis import prepare_synthetic_digits
+from fsdd_prepare import prepare_fsdd
 from hyperpyyaml import load_hyperpyyaml
-from models import StudyModels, plan_models
-from report import TITLE, write_report
 from speechbrain.utils.distributed import run_on_main
-from strings import Strings
+from strings import TRAININGS, Strings
 
 from speechbrain_taskarith.brains import (
-    DigitStringBrain,
+    CTCBrain,
     fast_precision,
-    helpers,
-    is_helper,
+    shard_loader,
 )
-from speechbrain_taskarith.data import (
-    AudioCache,
-    read_manifest,
-    synthesize_digits,
-)
-from speechbrain_taskarith.metrics import merge_seeds
+from speechbrain_taskarith.data import read_manifest
+from speechbrain_taskarith.utils.seeds import seed_random_numbers
+from speechbrain_taskarith.vectors import open_state
 
 
-class SyntheticToReal(DigitStringBrain):
-    """The Brain: CTC on strings of words, trained once for each model."""
+class ASR(CTCBrain):
+    """CTC on words: forward pass, loss and decoding are `CTCBrain`'s."""
 
-    def compute_forward(self, batch, stage):
-        """Score every frame; in float32 whatever the precision of training.
+    def on_fit_batch_start(self, batch, should_step):
+        """Seed every batch by its number, so that a resumed run draws alike.
 
-        Arguments
-        ---------
-        batch : PaddedBatch
-            See `CTCBrain`.
-        stage : sb.Stage
-            Training augments.
-
-        Returns
-        -------
-        tuple
-            Log-probabilities [batch, frames, labels], relative lengths.
+        The real and the synthetic model of a domain get the same masks: what
+        differs between them is the speech alone.
         """
-        log_probs, lens = super().compute_forward(batch, stage)
-        return log_probs.float(), lens
-
-    def on_stage_end(self, stage, stage_loss, epoch=None):
-        """Log the training loss.
-
-        Arguments
-        ---------
-        stage : sb.Stage
-            The stage.
-        stage_loss : float
-            Its mean loss.
-        epoch : int, optional
-            Its number.
-        """
-        super().on_stage_end(stage, stage_loss, epoch)
-        if stage == sb.Stage.TRAIN:
-            self.hparams.train_logger.log_stats(
-                {"model": self.training_of, "lr": self.lr},
-                train_stats={"loss": float(stage_loss)},
-            )
-
-    def in_memory(self, items):
-        """Make a loader of strings to measure on, at many scales.
-
-        Arguments
-        ---------
-        items : list of dict
-            Strings.
-
-        Returns
-        -------
-        DataLoader
-            Of batches that are put together once.
-        """
-        return torch.utils.data.DataLoader(
-            list(self.evaluation_loader(items)),
-            batch_size=None,
-            collate_fn=_as_it_is,
+        super().on_fit_batch_start(batch, should_step)
+        domain = self.hparams.domain
+        if self.hparams.training_of == "pretrained":
+            domain = "pretrained"
+        seed_random_numbers(
+            self.hparams.seed, domain, self.optimizer_step, self.step
         )
 
-    def transcripts(self, data):
-        """Decode with the weights at hand.
 
-        Arguments
-        ---------
-        data : DataLoader
-            From `in_memory`.
-
-        Returns
-        -------
-        list of str, list of str
-            References and hypotheses.
-        """
-        self.wer_on(data)
-        return self._references, self._hypotheses
-
-
-def _as_it_is(batch):
-    return batch
-
-
-def read_recordings(hparams, cache):
-    """Read the real recordings and make the synthetic ones.
-
-    Arguments
-    ---------
-    hparams : dict
-        Of the recipe.
-    cache : AudioCache
-        Where synthetic waveforms go.
-
-    Returns
-    -------
-    dict
-        `{"real" | "synthetic": {split: [Recording, ...]}}`.
-    """
-    real = {
-        split: read_manifest(
-            os.path.join(hparams["prepared_folder"], f"{split}.csv")
-        )
-        for split in ("train", "valid", "test")
-    }
-    synthetic = {
-        split: synthesize_digits(
-            hparams["vocabulary"],
-            hparams["voices"],
-            takes=hparams[f"{split}_takes_per_voice"],
-            sample_rate=hparams["sample_rate"],
-            seed=number,
-            split=split,
-            prefix=f"synthetic-{split}",
-            cache=cache,
-            show_progress=not is_helper(),
-        )
-        for number, split in enumerate(("train", "valid"))
-    }
-    return {"real": real, "synthetic": synthetic}
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--merge"]:
-        merge_seeds(sys.argv[2], title=TITLE)
-        sys.exit()
-
-    # CLI
-    hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
-    with open(hparams_file, encoding="utf-8") as fin:
-        hparams = load_hyperpyyaml(fin, overrides)
-
-    if not is_helper():
-        sb.create_experiment_directory(
-            experiment_directory=hparams["output_folder"],
-            hyperparams_to_save=hparams_file,
-            overrides=overrides,
-        )
-
-        # Data preparation
-        from fsdd_prepare import prepare_fsdd  # noqa: E402
-
-        run_on_main(
-            prepare_fsdd,
-            kwargs={
-                "data_folder": hparams["data_folder"],
-                "save_folder": hparams["prepared_folder"],
-                "skip_prep": hparams["skip_prep"],
+def prepare(hparams):
+    """Read the recordings' folder, and make the synthetic ones."""
+    run_on_main(
+        prepare_fsdd,
+        kwargs={
+            "data_folder": hparams["data_folder"],
+            "save_folder": hparams["prepared_folder"],
+            "skip_prep": hparams["skip_prep"],
+        },
+    )
+    run_on_main(
+        prepare_synthetic_digits,
+        kwargs={
+            "save_folder": os.path.join(
+                hparams["prepared_folder"], "synthetic"
+            ),
+            "words": hparams["vocabulary"],
+            "voices": hparams["voices"],
+            "takes": {
+                split: hparams[f"{split}_takes_per_voice"]
+                for split in ("train", "valid")
             },
-        )
+            "sample_rate": hparams["sample_rate"],
+            "skip_prep": hparams["skip_prep"],
+        },
+    )
 
+
+def make_strings(hparams):
+    """Return what plans the strings, from the manifests of `prepare`."""
+    folder = hparams["prepared_folder"]
+    manifests = {
+        "real": {
+            split: os.path.join(folder, f"{split}.csv")
+            for split in ("train", "valid", "test")
+        },
+        "synthetic": {
+            split: os.path.join(folder, "synthetic", split, "manifest.csv")
+            for split in ("train", "valid")
+        },
+    }
+    recordings = {
+        side: {
+            split: read_manifest(path, check="none")
+            for split, path in splits.items()
+        }
+        for side, splits in manifests.items()
+    }
+    return Strings(recordings, hparams)
+
+
+def dataio_prepare(hparams):
+    """Make the loaders of this training: train, valid, test.
+
+    A model is validated on strings of the kind that it learns from, and
+    tested on real strings of its domain.
+    """
+    strings, domain = make_strings(hparams), hparams["domain"]
+    side = "real" if hparams["training_of"] == "real" else "synthetic"
+    train_data = make_dataset(
+        strings.of_training(hparams["training_of"], domain),
+        hparams["tokenizer"],
+        hparams["sample_rate"],
+    )
+    return (
+        shard_loader(train_data, hparams["batch_size"]),
+        evaluation_loader(strings.held_out(side, "valid", domain), hparams),
+        evaluation_loader(strings.held_out("real", "test", domain), hparams),
+    )
+
+
+def choose_precision(hparams, run_opts):
+    """Put the precision of training where `sb.Brain` looks for it."""
     # What the command line says goes first: --precision fp32
     hparams["precision"] = hparams["train_precision"]
     if hparams["precision"] == "auto":
         hparams["precision"] = fast_precision(run_opts.get("device"))
-    hparams["noprogressbar"] = True  # one bar over all models instead
-    cache = AudioCache(hparams["sample_rate"])
-    brain = SyntheticToReal(
+
+
+def train(argv):
+    """Train one model as the command line says; `study.py` calls it, too."""
+    # CLI
+    hparams_file, run_opts, overrides = sb.parse_arguments(argv)
+    with open(hparams_file, encoding="utf-8") as fin:
+        hparams = load_hyperpyyaml(fin, overrides)
+
+    sb.create_experiment_directory(
+        experiment_directory=hparams["output_folder"],
+        hyperparams_to_save=hparams_file,
+        overrides=overrides,
+        save_env_desc=hparams["save_env_desc"],
+    )
+
+    prepare(hparams)
+    train_loader, valid_loader, test_loader = dataio_prepare(hparams)
+
+    # What is trained, where it starts, and how fast it learns
+    stage = TRAININGS[hparams["training_of"]]
+    lr, steps = hparams[f"{stage}_lr"], hparams[f"{stage}_steps"]
+    hparams["lr_annealing"] = hparams["lr_annealing"](
+        initial_value=lr,
+        num_warmup_steps=round(hparams["warmup_share"] * steps),
+        num_training_steps=steps,
+    )
+    checkpointer = hparams["checkpointer"]
+    checkpointer.add_recoverable("lr_annealing", hparams["lr_annealing"])
+    checkpointer.add_recoverable("dataloader-TRAIN", train_loader)
+    if hparams["base"]:
+        hparams["model"].load_state_dict(dict(open_state(hparams["base"])))
+    choose_precision(hparams, run_opts)
+
+    brain = ASR(
         modules=hparams["modules"],
+        opt_class=lambda parameters: hparams["opt_class"](parameters, lr=lr),
         hparams=hparams,
         run_opts=run_opts,
-        cache=cache,
+        checkpointer=checkpointer,
     )
-    strings = Strings(read_recordings(hparams, cache), hparams)
-    models = plan_models(strings, hparams)
-    folder = StudyModels(os.path.join(hparams["save_folder"], "models"), brain)
-    with helpers(hparams["processes"] - 1):
-        folder.train_all(models, folder.train, show_progress=not is_helper())
-    if not is_helper():
-        write_report(brain, folder, strings, hparams)
+    brain.fit(hparams["epoch_counter"], train_loader, valid_loader)
+    brain.evaluate(test_loader)
+
+
+if __name__ == "__main__":
+    train(sys.argv[1:])

@@ -22,33 +22,9 @@ def room_impulse_response(rt60, drr_db, sample_rate, generator):
 
     Polack's model: `h(t) = delta(t) + g n(t) exp(-6.91 t / rt60)` with white
     noise `n`, and `g` such that direct sound and tail have the energy ratio
-    asked for. (J.-D. Polack, "La transmission de l'énergie sonore dans les
-    salles", 1988; 6.91 = ln 1000 makes the tail fall by 60 dB in rt60.)
-
-    Arguments
-    ---------
-    rt60 : float
-        Time in seconds in which the tail falls by 60 dB; 0 is no room.
-    drr_db : float
-        Energy of the direct sound over that of the tail, in dB.
-    sample_rate : int
-        In Hz.
-    generator : torch.Generator
-        Where the noise comes from.
-
-    Returns
-    -------
-    torch.Tensor
-        float32, shape [ceil(rt60 * sample_rate) + 1], 1 at time 0.
-
-    Example
-    -------
-    >>> room = room_impulse_response(
-    ...     0.3, 3.0, 16000, torch.Generator().manual_seed(0)
-    ... )
-    >>> ratio = 1.0 / room[1:].square().sum()
-    >>> round(10 * math.log10(ratio), 3)
-    3.0
+    `drr_db`. (J.-D. Polack, "La transmission de l'énergie sonore dans les
+    salles", 1988; 6.91 = ln 1000 makes the tail fall by 60 dB in `rt60`
+    seconds; 0 is no room.) Returns [ceil(rt60 * sample_rate) + 1], 1 at time 0.
     """
     if rt60 < 0:
         raise ValueError(f"rt60={rt60}: expected seconds, 0 or more")
@@ -65,52 +41,16 @@ def room_impulse_response(rt60, drr_db, sample_rate, generator):
 
 
 def convolve(wave, response):
-    """Filter a waveform, by FFT; the length stays.
-
-    Arguments
-    ---------
-    wave : torch.Tensor
-        Shape [T].
-    response : torch.Tensor
-        Shape [L], causal: time 0 first.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape [T], the first T samples of the convolution.
-
-    Example
-    -------
-    >>> convolve(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 1.0]))
-    tensor([1., 3., 5.])
-    """
+    """Filter a waveform [T] by a causal response [L], by FFT; the length stays."""
     size = _fast_size(len(wave) + len(response) - 1)
     product = torch.fft.rfft(wave, size) * torch.fft.rfft(response, size)
     return torch.fft.irfft(product, size)[: len(wave)]
 
 
 def coloured_noise(length, exponent, generator):
-    """Draw noise whose power falls as `1 / f ** exponent`.
+    """Draw noise [length] whose power falls as `1 / f ** exponent`.
 
-    Arguments
-    ---------
-    length : int
-        Samples.
-    exponent : float
-        0 white, 1 pink, 2 brown.
-    generator : torch.Generator
-        Where it comes from.
-
-    Returns
-    -------
-    torch.Tensor
-        float32, shape [length], zero mean, unit variance.
-
-    Example
-    -------
-    >>> noise = coloured_noise(16000, 1.0, torch.Generator().manual_seed(0))
-    >>> round(float(noise.square().mean()), 3)
-    1.0
+    0 is white, 1 pink, 2 brown; zero mean, unit variance.
     """
     size = _fast_size(max(int(length), 2))
     spectrum = torch.fft.rfft(torch.randn(size, generator=generator))
@@ -126,24 +66,7 @@ def coloured_noise(length, exponent, generator):
 def add_noise(wave, noise, snr_db):
     """Add noise at a signal-to-noise ratio.
 
-    Arguments
-    ---------
-    wave, noise : torch.Tensor
-        Shape [T].
-    snr_db : float
-        Power of the waveform over that of the noise as added, in dB.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape [T]. A silent waveform stays as it is: no noise has the ratio
-        asked for.
-
-    Example
-    -------
-    >>> wave, noise = torch.ones(8), torch.tensor([1.0, -1.0] * 4)
-    >>> (add_noise(wave, noise, 20.0) - wave).abs().max()
-    tensor(0.1000)
+    A silent waveform stays as it is: no noise has the ratio asked for.
     """
     gain = wave.square().mean().sqrt() * 10.0 ** (-snr_db / 20.0)
     level = noise.square().mean().sqrt().clamp_min(1e-12)
@@ -153,27 +76,8 @@ def add_noise(wave, noise, snr_db):
 def equalize(wave, sample_rate, gains_db):
     """Apply a microphone's frequency response.
 
-    Arguments
-    ---------
-    wave : torch.Tensor
-        Shape [T].
-    sample_rate : int
-        In Hz.
-    gains_db : sequence of float
-        Gains at points equally far apart in octaves from 62.5 Hz to half
-        the sample rate, in dB; straight lines between them.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape [T].
-
-    Example
-    -------
-    >>> wave = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    >>> torch.allclose(equalize(wave, 16000, [6.0206, 6.0206]), 2 * wave,
-    ...     atol=1e-4)
-    True
+    `gains_db` lie at points equally far apart in octaves from 62.5 Hz to half
+    the sample rate, with straight lines between them.
     """
     size = _fast_size(len(wave))
     spectrum = torch.fft.rfft(wave, size)
@@ -191,26 +95,10 @@ def equalize(wave, sample_rate, gains_db):
 
 
 def telephone(wave, sample_rate, companding=True):
-    """Pass a waveform through an 8 kHz channel.
+    """Pass a waveform [T] through an 8 kHz channel.
 
-    Arguments
-    ---------
-    wave : torch.Tensor
-        Shape [T], within [-1, 1].
-    sample_rate : int
-        In Hz, before and after.
-    companding : bool
-        Quantise to 256 levels by the mu-law (mu = 255) in between.
-
-    Returns
-    -------
-    torch.Tensor
-        Shape [T], nothing above 4 kHz but what quantisation adds.
-
-    Example
-    -------
-    >>> telephone(torch.zeros(1601), 16000).shape
-    torch.Size([1601])
+    With `companding` it is quantised to 256 levels by the mu-law (mu = 255).
+    Nothing above 4 kHz is left but what quantisation adds.
     """
     from torchaudio.functional import mu_law_decoding, mu_law_encoding
 
@@ -226,22 +114,7 @@ def telephone(wave, sample_rate, companding=True):
 def set_level(wave, rms_db):
     """Bring a waveform to a level, or as near as it goes without clipping.
 
-    Arguments
-    ---------
-    wave : torch.Tensor
-        Shape [T].
-    rms_db : float
-        Root mean square, in dB relative to full scale (below 0).
-
-    Returns
-    -------
-    torch.Tensor
-        Shape [T], within [-1, 1]. Silence stays silence.
-
-    Example
-    -------
-    >>> set_level(torch.tensor([0.5, -0.5]), -20.0)
-    tensor([ 0.1000, -0.1000])
+    `rms_db` is relative to full scale (below 0). Silence stays silence.
     """
     peak = float(wave.abs().max())
     if peak == 0.0:
@@ -259,37 +132,11 @@ class RecordingSimulator:
     drawn anew for each utterance. Both are keyed by name, not by order:
     the same session and utterance give the same result in any process.
 
-    Arguments
-    ---------
-    sample_rate : int
-        In Hz.
-    rt60 : tuple of float
-        Least and greatest reverberation time of a session, seconds.
-    drr : tuple of float
-        Direct-to-reverberant energy ratio, dB.
-    snr : tuple of float
-        Signal-to-noise ratio, dB.
-    colour : tuple of float
-        Exponent of the noise: 0 white, 1 pink, 2 brown.
-    microphone_db : float
-        Standard deviation of the microphone's response at six points, dB.
-    level : tuple of float
-        Level, dB relative to full scale.
-    codec : str
-        `"none"`, `"band8k"` (nothing above 4 kHz) or `"mulaw8k"` (that, and
-        8-bit mu-law).
-    seed : int
-        Another seed gives other sessions and other noise.
-
-    Example
-    -------
-    >>> simulate = RecordingSimulator(snr=(10, 15), seed=3)
-    >>> wave = 0.1 * torch.randn(8000)
-    >>> heard = simulate(wave, "utterance 1", session="theo")
-    >>> heard.shape
-    torch.Size([8000])
-    >>> torch.equal(heard, simulate(wave, "utterance 1", session="theo"))
-    True
+    Pairs are (least, greatest): `rt60` in seconds, `drr` (direct-to-reverberant
+    energy ratio) and `snr` in dB, `colour` (exponent of the noise), `level` in
+    dB relative to full scale. `microphone_db` is the standard deviation of the
+    microphone's response at six points. `codec`: "none", "band8k" (nothing
+    above 4 kHz) or "mulaw8k" (that, and 8-bit mu-law).
     """
 
     sample_rate: int = 16000
@@ -317,22 +164,10 @@ class RecordingSimulator:
             )
 
     def __call__(self, wave, utterance, session=""):
-        """Record an utterance.
+        """Record an utterance [T].
 
-        Arguments
-        ---------
-        wave : torch.Tensor
-            Clean speech, shape [T], at `sample_rate`.
-        utterance : str
-            Names the utterance, so that it gets noise of its own.
-        session : str
-            Names the speaker or place, so that all of its utterances share
-            room, microphone, noise level and colour.
-
-        Returns
-        -------
-        torch.Tensor
-            Shape [T], within [-1, 1].
+        `utterance` names it, so that it gets noise of its own; `session` names
+        the speaker or place, whose utterances share room, microphone, level.
         """
         place = self.session(session)
         generator = self._generator("utterance", session, utterance)
@@ -349,16 +184,8 @@ class RecordingSimulator:
     def session(self, name):
         """Return what all utterances of a session share.
 
-        Arguments
-        ---------
-        name : str
-            Any name.
-
-        Returns
-        -------
-        dict
-            `room` (impulse response, [L]), `microphone` (dB, [6]), `rt60`,
-            `drr`, `snr`, `colour`, `level`.
+        `room` (impulse response, [L]), `microphone` (dB, [6]), `rt60`, `drr`,
+        `snr`, `colour`, `level`.
         """
         generator = self._generator("session", name)
         drawn = {

@@ -10,6 +10,7 @@ import collections
 import functools
 import random
 import zlib
+from os.path import basename, splitext
 
 import torch
 
@@ -35,53 +36,15 @@ def make_digit_strings(
     been used. The plan depends on the arguments only, not on the order of
     the recordings.
 
-    Arguments
-    ---------
-    recordings : sequence of Recording
-        Recordings of single words, all of the same split.
-    count : int
-        Number of strings.
-    n_words : tuple of int
-        Least and greatest number of words in a string.
-    gap : tuple of float
-        Least and greatest pause between words, in seconds.
-    edge : tuple of float
-        Least and greatest pause before the first and after the last word.
-    words : sequence of str, optional
-        Use only these words.
-    groups : dict, optional
-        `{name: [words]}`: each string takes its words from one of these
-        groups. By default words are mixed freely.
-    seed : int
-        Another seed gives other strings.
-    prefix : str
-        Beginning of the IDs.
+    `n_words`, `gap` and `edge` are (least, greatest): the number of words,
+    the pause between words, and before the first and after the last, in
+    seconds. `words` limits the words; with `groups`, `{name: [words]}`, each
+    string takes its words from one of these groups.
 
-    Returns
-    -------
-    dict
-        `{ID: item}` for `DynamicItemDataset(items)`; an item holds `wavs`
-        (paths), `gaps` (seconds, one more than `wavs`), `wrd`, `spk_id`,
-        `accent`, `split`, `group` and `duration`.
-
-    Raises
-    ------
-    ValueError
-        No recordings, a word that nobody says, recordings of several splits
-        together, a speaker that lacks every word of a group, or a range the
-        wrong way round.
-
-    Example
-    -------
-    >>> from speechbrain_taskarith.data.manifests import Recording
-    >>> takes = [
-    ...     Recording(f"{w}{i}", 0.5, f"{w}{i}.wav", "theo", w)
-    ...     for w in ("ONE", "TWO") for i in range(3)
-    ... ]
-    >>> items = make_digit_strings(takes, 4, n_words=(2, 3))
-    >>> item = items["string-00000"]
-    >>> len(item["wavs"]) == len(item["wrd"].split()) == len(item["gaps"]) - 1
-    True
+    Returns `{ID: item}` for `DynamicItemDataset`; an item holds `wavs`
+    (paths), `gaps` (seconds, one more than `wavs`), `wrd`, `spk_id`,
+    `accent`, `split`, `group` and `duration`. ValueError where no plan is
+    possible, or where recordings of several splits would be joined.
     """
     _check_ranges(count, n_words, gap, edge)
     groups = _word_groups(recordings, words, groups)
@@ -125,22 +88,9 @@ def make_digit_strings(
 class AudioCache:
     """Decoded recordings, kept in memory as 16-bit samples.
 
-    Arguments
-    ---------
-    sample_rate : int
-        Rate of what is handed out, in Hz.
-    resample : bool
-        Convert recordings of another rate instead of refusing them.
-    max_seconds : float
-        Most audio kept (an hour at 16 kHz takes 115 MB); beyond that what
-        was used longest ago is dropped and decoded again when asked for.
-
-    Example
-    -------
-    >>> cache = AudioCache(16000)
-    >>> cache.put("beep", torch.ones(160) * 0.5)
-    >>> cache["beep"].sum()
-    tensor(80.)
+    A recording of another rate is converted, or refused without `resample`.
+    Beyond `max_seconds` (an hour at 16 kHz takes 115 MB) what was used longest
+    ago is dropped, and decoded again when asked for.
     """
 
     def __init__(self, sample_rate=16000, resample=True, max_seconds=7200.0):
@@ -162,16 +112,9 @@ class AudioCache:
         return pcm.to(torch.float32) / 32768.0
 
     def put(self, key, wave, sample_rate=None):
-        """Keep a waveform under a key, without any file.
+        """Keep a waveform [T] under a key, without any file.
 
-        Arguments
-        ---------
-        key : str
-            What to ask for later.
-        wave : torch.Tensor
-            Shape [T], within [-1, 1]; kept on the 16-bit grid.
-        sample_rate : int, optional
-            Rate of the waveform; by default the cache's own.
+        `sample_rate` is the waveform's, by default the cache's own.
         """
         if sample_rate is not None:
             wave = resample_wave(wave, sample_rate, self.sample_rate)
@@ -195,39 +138,11 @@ class AudioCache:
 class DigitStringLoader:
     """Puts the waveform of a string together: the audio pipeline's function.
 
-    Arguments
-    ---------
-    sample_rate : int
-        Rate of the waveform, in Hz.
-    rms_db : float, optional
-        Level every recording is brought to first, in dB below full scale
-        (e.g. -26); None leaves levels as they are.
-    dither : float
-        Standard deviation of the white noise under the whole string, so
-        that pauses are not digitally silent (log spectra of exact zeros are
-        a giveaway); the same string always gets the same noise.
-    cache : AudioCache, optional
-        Where decoded recordings are kept; several loaders may share one.
-
-    Example
-    -------
-    >>> cache = AudioCache(16000)
-    >>> cache.put("one", torch.full((1600,), 0.5))
-    >>> load = DigitStringLoader(16000, cache=cache, dither=0.0)
-    >>> wave = load(["one", "one"], [0.1, 0.05, 0.1])
-    >>> wave.shape, wave.count_nonzero()
-    (torch.Size([7200]), tensor(3200))
-
-    In a recipe:
-
-    >>> from speechbrain.dataio.dataset import DynamicItemDataset
-    >>> data = DynamicItemDataset(
-    ...     {"a": {"wavs": ["one"], "gaps": [0.1, 0.1], "wrd": "ONE"}}
-    ... )
-    >>> data.add_dynamic_item(load, takes=["wavs", "gaps"], provides="sig")
-    >>> data.set_output_keys(["id", "sig", "wrd"])
-    >>> data[0]["sig"].shape
-    torch.Size([4800])
+    `rms_db` is the level every recording is brought to first, in dB below
+    full scale (e.g. -26); None leaves levels as they are. `dither` is the
+    standard deviation of the white noise under the whole string, so that
+    pauses are not digitally silent (log spectra of exact zeros are a
+    giveaway); the same string always gets the same noise.
     """
 
     def __init__(self, sample_rate=16000, rms_db=None, dither=1e-4, cache=None):
@@ -242,19 +157,10 @@ class DigitStringLoader:
         self.cache = AudioCache(sample_rate) if cache is None else cache
 
     def __call__(self, wavs, gaps):
-        """Return the waveform of one string.
+        """Return the waveform [T] of one string.
 
-        Arguments
-        ---------
-        wavs : list of str
-            Paths (or keys of the cache), in order.
-        gaps : list of float
-            Pauses in seconds: before the first, between, after the last.
-
-        Returns
-        -------
-        torch.Tensor
-            float32, shape [T].
+        `gaps` are the pauses in seconds: before the first of `wavs` (paths, or
+        keys of the cache), between them, after the last.
         """
         if len(gaps) != len(wavs) + 1:
             raise ValueError(
@@ -266,7 +172,9 @@ class DigitStringLoader:
             parts += [self._silence(pause), self._recording(path)]
         wave = torch.cat([*parts, self._silence(gaps[-1])])
         if self.dither:
-            wave += self.dither * _noise(len(wave), [*wavs, *gaps])
+            # By file names, not folders: the same wherever the data lies.
+            names = [splitext(basename(path))[0] for path in wavs]
+            wave += self.dither * _noise(len(wave), [*names, *gaps])
         return wave
 
     def _silence(self, seconds):
@@ -296,39 +204,6 @@ def _noise(length, key):
     while len(stretch) < length:
         stretch = torch.cat([stretch, tape[: length - len(stretch)]])
     return stretch
-
-
-def load_digit_string(wavs, gaps, sample_rate=16000):
-    """Put one string's waveform together, with a cache for the process.
-
-    Arguments
-    ---------
-    wavs : list of str
-        Paths, in order.
-    gaps : list of float
-        Pauses in seconds: before the first, between, after the last.
-    sample_rate : int
-        In Hz; recordings of another rate are converted.
-
-    Returns
-    -------
-    torch.Tensor
-        float32, shape [T].
-
-    Example
-    -------
-    >>> from speechbrain_taskarith.data.audio import write_audio
-    >>> path = str(getfixture("tmpdir") / "one.flac")
-    >>> write_audio(path, torch.zeros(1600), 16000)
-    >>> load_digit_string([path, path], [0.1, 0.05, 0.1]).shape
-    torch.Size([7200])
-    """
-    if sample_rate not in _loaders:
-        _loaders[sample_rate] = DigitStringLoader(sample_rate)
-    return _loaders[sample_rate](wavs, gaps)
-
-
-_loaders = {}
 
 
 def _check_ranges(count, n_words, gap, edge):

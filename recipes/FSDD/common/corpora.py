@@ -14,6 +14,13 @@ import os
 import random
 import shutil
 
+from common.simulate import RecordingSimulator
+from common.synthesis import (
+    DIGITS,
+    SYNTHETIC_VOICES,
+    spoken_form,
+    synthesize_digits,
+)
 from speechbrain_taskarith.data import espeak_engine
 from speechbrain_taskarith.data.audio import encode_audio
 from speechbrain_taskarith.data.espeak import EspeakVoice
@@ -21,13 +28,6 @@ from speechbrain_taskarith.data.manifests import (
     Recording,
     read_manifest,
     write_manifest,
-)
-from speechbrain_taskarith.data.simulate import RecordingSimulator
-from speechbrain_taskarith.data.synthesis import (
-    DIGITS,
-    SYNTHETIC_VOICES,
-    spoken_form,
-    synthesize_digits,
 )
 from speechbrain_taskarith.utils.files import (
     atomic_folder,
@@ -46,23 +46,8 @@ _VERSION = 1
 class SimulatedSpeaker:
     """A speaker of the simulated recorded side.
 
-    Arguments
-    ---------
-    name : str
-        Speaker, letters and digits only.
-    accent : str
-        What the manifest says; the first four are FSDD's own labels.
-    voice : str
-        espeak-ng voice with its variant.
-    rate : int
-        Words per minute around which the speaker varies.
-    pitch : int
-        Pitch (0 to 99) around which the speaker varies.
-
-    Example
-    -------
-    >>> SimulatedSpeaker("uschi", "DEU/German", "de+Alicia", 150, 60).language
-    'de'
+    `voice` is an espeak-ng voice with its variant; `rate` (words per minute)
+    and `pitch` (0 to 99) are what the speaker varies around.
     """
 
     name: str
@@ -105,53 +90,14 @@ def make_digits_corpus(
 ):
     """Make a corpus of digits with a synthetic and a simulated side.
 
-    `folder/recorded` has the form of FSDD (`manifest.csv`, the first takes
-    for testing) and takes its place in a recipe; `folder/synthetic` holds
-    clean voices, the last eighth of them for validation. Each speaker
-    appears whole or not at all: a run that was killed goes on where it
-    stopped, and a finished corpus with the same settings is left alone.
+    `folder/recorded` has the form of FSDD (`manifest.csv`, the first
+    `test_takes` takes for testing) and takes its place in a recipe;
+    `folder/synthetic` holds clean voices, the last eighth of them for
+    validation. Each speaker appears whole or not at all: a run that was
+    killed goes on where it stopped, and a finished corpus with the same
+    settings is left alone. One with other settings is replaced.
 
-    Arguments
-    ---------
-    folder : str or pathlib.Path
-        Where to put it. A corpus with other settings is replaced.
-    speakers : sequence of SimulatedSpeaker
-        The simulated recorded side.
-    takes : int
-        Recordings of each word by each of these speakers.
-    test_takes : int
-        How many of them, from take 0, are for testing.
-    simulator : RecordingSimulator, optional
-        Rooms, noise and codec; by default one with this seed.
-    voices : sequence of str
-        Voices of the synthetic side.
-    synthetic_takes : int
-        Recordings of each word by each of these voices.
-    words : sequence of str
-        What is said.
-    sample_rate : int
-        In Hz.
-    seed : int
-        Another seed gives other speeds, pitches, rooms and noise.
-    show_progress : bool
-        Show a progress bar for each side.
-
-    Returns
-    -------
-    dict
-        `{"recorded": path, "synthetic": path}`, the two manifests.
-
-    Example
-    -------
-    >>> folder = str(getfixture("tmpdir") / "corpus")
-    >>> paths = make_digits_corpus(
-    ...     folder, speakers=SIMULATED_SPEAKERS[:1], takes=6,
-    ...     voices=["en-us+f1", "en-us+m1"], synthetic_takes=1,
-    ...     words=["ONE", "TWO"], show_progress=False,
-    ... )
-    >>> rows = read_manifest(paths["recorded"], sample_rate=16000)
-    >>> len(rows), sum(row.split == "test" for row in rows)
-    (12, 10)
+    Returns `{"recorded": path, "synthetic": path}`, the two manifests.
     """
     folder = os.path.abspath(os.fspath(folder))
     if simulator is None:
@@ -270,7 +216,7 @@ def _recorded_takes(speaker, simulator, settings):
 
 
 def _synthetic_takes(voice, split, settings):
-    from speechbrain_taskarith.data.digits import AudioCache
+    from common.digits import AudioCache
 
     rate = settings["sample_rate"]
     cache = AudioCache(rate)

@@ -1,0 +1,1 @@
+"""What the recipes on strings of digits share; each links to this folder."""

@@ -1,0 +1,184 @@
+"""Trainings that build on one another, side by side: `common.study`."""
+
+import builtins
+import json
+import multiprocessing
+import threading
+import time
+from types import SimpleNamespace
+
+import filelock
+import pytest
+import study_toy
+import torch
+from common.study import (
+    Training,
+    about,
+    is_finished,
+    parse_study_arguments,
+    run_trainings,
+    workers,
+)
+
+
+def options(backend="loky", count=1):
+    return SimpleNamespace(backend=backend, workers=count, scheduler=None)
+
+
+def plan(folder):
+    """A first model, two that start from it, and one of the second."""
+    return [
+        Training("last", {"seed": 4, "base": str(folder / "b/c")}, ("b/c",)),
+        Training("a", {"seed": 1, "base": str(folder / "first")}, ("first",)),
+        Training("b/c", {"seed": 2, "base": str(folder / "first")}, ("first",)),
+        Training("first", {"seed": 3}),
+    ]
+
+
+def run(folder, trainings, backend="loky", count=1):
+    with workers(options(backend, count)):
+        run_trainings(study_toy.train, trainings, ["toy.yaml"], folder)
+
+
+def weights(folder):
+    return {
+        str(path.parent.relative_to(folder)): torch.load(path)
+        for path in folder.rglob("weights.pt")
+    }
+
+
+def runs(folder, name):
+    return (folder / name / "runs.txt").read_text().splitlines()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The study in one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    run(folder, plan(folder))
+    return folder
+
+
+def test_every_training_once_and_after_its_parents(alone):
+    assert len(weights(alone)) == 4
+    assert all(is_finished(alone, training.name) for training in plan(alone))
+    assert about(alone, "b/c")["parents"] == ["first"]
+    assert about(alone, "b/c")["seconds"] >= 0
+    run(alone, plan(alone))
+    assert all(len(runs(alone, t.name)) == 1 for t in plan(alone))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["loky", "dask"])
+def test_two_workers_give_the_same(alone, tmp_path, backend):
+    if backend == "dask":
+        pytest.importorskip("distributed")
+    # Each goes on only when the other has begun.
+    trainings = plan(tmp_path)
+    for one, other in ((1, "b/c"), (2, "a")):
+        wait = str(tmp_path / other / "runs.txt")
+        trainings[one].options["wait_for"] = wait
+    run(tmp_path, trainings, backend, 2)
+    found, expected = weights(tmp_path), weights(alone)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[n], expected[n]) for n in expected)
+    lines = [line.split() for n in expected for line in runs(tmp_path, n)]
+    assert len({pid for pid, _ in lines}) == 2
+    assert {threads for _, threads in lines} == {"1"}
+
+
+def test_a_fault_names_its_console_and_leaves_the_training_open(tmp_path):
+    repaired = tmp_path / "repaired"
+    broken = Training("a", {"fail": True, "repaired": str(repaired)})
+    with pytest.raises(RuntimeError, match="console.txt") as caught:
+        run(tmp_path, [broken])
+    assert "out of memory" in str(caught.value.__cause__)
+    assert "own words" in (tmp_path / "a" / "console.txt").read_text()
+    assert not is_finished(tmp_path, "a")
+    repaired.touch()
+    run(tmp_path, [broken])
+    assert is_finished(tmp_path, "a")
+
+
+def test_what_could_never_be_trained_is_refused(tmp_path):
+    lost = [Training("a", {}, ("gone",))]
+    with pytest.raises(ValueError, match="'a' starts from 'gone'"):
+        run(tmp_path, lost)
+    circle = [Training("a", {}, ("b",)), Training("b", {}, ("a",))]
+    with pytest.raises(ValueError, match="cycle"):
+        run(tmp_path, circle)
+    # A parent of an earlier run is fine.
+    run(tmp_path, [Training("gone")])
+    run(tmp_path, lost)
+
+
+def hold(path, ready):
+    with filelock.FileLock(path):
+        ready.set()
+        time.sleep(600)
+
+
+def test_a_worker_that_is_still_at_it_is_waited_for(tmp_path):
+    """And one that is killed gives its folder back."""
+    (tmp_path / "a").mkdir()
+    forked = multiprocessing.get_context("fork")
+    ready = forked.Event()
+    orphan = forked.Process(
+        target=hold, args=(tmp_path / "a" / ".lock", ready), daemon=True
+    )
+    orphan.start()
+    assert ready.wait(60)
+    study = threading.Thread(
+        target=run_trainings,
+        args=(study_toy.train, [Training("a")], ["toy.yaml"], tmp_path),
+    )
+    study.start()
+    time.sleep(0.5)
+    assert not (tmp_path / "a" / "runs.txt").exists()
+    # Had the orphan finished the training, it would not be run again.
+    orphan.kill()
+    study.join(60)
+    assert len(runs(tmp_path, "a")) == 1
+
+
+def test_what_another_has_finished_meanwhile_is_taken(tmp_path):
+    (tmp_path / "a").mkdir()
+    with filelock.FileLock(tmp_path / "a" / ".lock"):
+        study = threading.Thread(
+            target=run_trainings,
+            args=(study_toy.train, [Training("a")], ["toy.yaml"], tmp_path),
+        )
+        study.start()
+        time.sleep(0.5)
+        (tmp_path / "a" / "finished.json").write_text(json.dumps({}))
+    study.join(60)
+    assert not (tmp_path / "a" / "runs.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("backend", "package"),
+    [("dask", r"dask\[distributed\]"), ("ray", "ray")],
+)
+def test_a_missing_package_is_named(monkeypatch, backend, package):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith(backend):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=f'pip install "{package}"'):
+        with workers(options(backend, 2)):
+            pass
+
+
+def test_options_of_the_study_are_not_train_pys():
+    found, rest = parse_study_arguments(
+        ["h.yaml", "--backend", "dask", "--seed=1", "--workers=2", "--debug"]
+    )
+    assert (found.backend, found.workers, found.scheduler) == ("dask", 2, None)
+    assert rest == ["h.yaml", "--seed=1", "--debug"]
+    with pytest.raises(ValueError, match="expected 1 or more"):
+        with workers(options(count=0)):
+            pass
