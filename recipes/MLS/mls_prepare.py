@@ -42,8 +42,8 @@ SPLITS = {"train": "train", "valid": "dev", "test": "test"}
 SUFFIXES = (".opus", ".flac", ".wav")
 OPTIONS_FILE = "mls_prepare.json"
 TEXT_FILE = "transcripts.csv"
-# The sets of the corpus's own limited supervision: which of its lists each
-# one joins. The six of "1hr" have 10 minutes each.
+# Which of the corpus's lists of limited supervision each subset joins. The six
+# lists of "1hr" have 10 minutes each.
 SUBSETS = {
     "full": None,
     "9h": r"9hr",
@@ -133,7 +133,7 @@ def prepare_mls(
     if _is_prepared(save_folder, options):
         logger.info(f"{save_folder}: already prepared, nothing to do")
         return
-    # From here on the old files are on their way out.
+    # An interrupted preparation must not look finished.
     if os.path.exists(os.path.join(save_folder, OPTIONS_FILE)):
         os.unlink(os.path.join(save_folder, OPTIONS_FILE))
     for split, name in SPLITS.items():
@@ -154,25 +154,12 @@ def prepare_mls(
             )
         write_manifest(os.path.join(save_folder, f"{split}.csv"), rows)
     write_transcripts(folders.values(), os.path.join(save_folder, TEXT_FILE))
-    # Last, so that it vouches for the files beside it.
+    # Last: it says that all other files are complete.
     write_json(os.path.join(save_folder, OPTIONS_FILE), options)
 
 
 def language_folder(data_folder, language):
-    """Find a language's folder.
-
-    Arguments
-    ---------
-    data_folder : str
-        Where archives were unpacked.
-    language : str
-        As in the folder's name.
-
-    Returns
-    -------
-    pathlib.Path
-        With `train`, `dev` and `test`.
-    """
+    """Return a language's folder, which holds train, dev and test."""
     for name in (f"mls_{language}_opus", f"mls_{language}"):
         if (Path(data_folder) / name).is_dir():
             return Path(data_folder) / name
@@ -185,19 +172,9 @@ def language_folder(data_folder, language):
 
 
 def read_split(folder, wanted=None):
-    """Read one split of one language.
+    """Return the `Segment`s of a split, sorted by ID.
 
-    Arguments
-    ---------
-    folder : pathlib.Path
-        With `audio` and `transcripts.txt`.
-    wanted : str or None
-        Regular expression on the lists of limited supervision.
-
-    Returns
-    -------
-    list of Segment
-        Sorted by ID.
+    `wanted`: regular expression on the lists of limited supervision, or None.
     """
     texts = _table(folder / "transcripts.txt", 2)
     seconds = {}
@@ -209,7 +186,7 @@ def read_split(folder, wanted=None):
     if unknown:
         raise ValueError(
             f"{folder / 'transcripts.txt'}: no text for {some(unknown)}, "
-            "which limited_supervision names; unpack the archive again"
+            "listed in limited_supervision; unpack the archive again"
         )
     segments = []
     for ID in progress(ids, desc=f"{folder.parent.name} {folder.name}"):
@@ -224,8 +201,7 @@ def read_split(folder, wanted=None):
 def write_transcripts(folders, path):
     """Write the text of whole training sets, whatever the subset.
 
-    Ten minutes of text would not give thousands of pieces; text is seldom
-    what is scarce.
+    Ten minutes of text are too few for thousands of pieces.
     """
     with atomic_write(path, "w") as stream:
         table = csv.writer(stream, lineterminator="\n")
@@ -250,7 +226,7 @@ def recording(segment, language, split):
 
 
 def _table(path, columns):
-    """Read lines of tab-separated columns by the first one."""
+    """Read lines of tab-separated columns into `{first: rest}`."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: missing; expected the layout of MLS (see the head of "
@@ -270,7 +246,7 @@ def _table(path, columns):
 
 
 def _limited(folder, wanted):
-    """Join the lists of limited supervision that an expression names."""
+    """Return the IDs of all limited-supervision lists that match."""
     root = folder / "limited_supervision"
     ids = set()
     for path in sorted(root.rglob("handles.txt")):
@@ -298,7 +274,7 @@ def _audio(folder, ID):
 
 
 def _is_prepared(save_folder, options):
-    """Tells whether a finished preparation with these options is there."""
+    """Tell whether these options have been prepared already."""
     path = os.path.join(save_folder, OPTIONS_FILE)
     written = [f"{split}.csv" for split in SPLITS] + [TEXT_FILE]
     if not os.path.isfile(path) or not all(

@@ -3,17 +3,16 @@ Data preparation for the Mboshi-French parallel corpus.
 
 Download: https://github.com/besacier/mboshi-french-parallel-corpus
 
-Takes a clone (or its folder `full_corpus_newsplit`), in which every utterance
-has its files beside one another:
+Takes a clone (or its folder `full_corpus_newsplit`):
 
     full_corpus_newsplit/
         train/<ID>.wav  <ID>.mb.cleaned  <ID>.fr      4,616 utterances, 4.0 h
         dev/<ID>.wav    <ID>.mb.cleaned  <ID>.fr        514 utterances, 0.4 h
 
-and writes `train.csv`, `valid.csv` and `test.csv`. The corpus's own split is
-kept: its `dev` is `test.csv`. No sentence of its `dev` is said in its `train`;
-`valid.csv` is taken out of `train` so that this holds of it, too: it gets
-every tenth sentence, by a hash of the transcript.
+and writes `train.csv`, `valid.csv` and `test.csv`. `test.csv` is the corpus's
+`dev`, which shares no sentence with its `train`. `valid.csv` is every tenth
+sentence of `train`, by a hash of the transcript: it shares none with the rest
+of `train` either.
 """
 
 import collections
@@ -58,10 +57,10 @@ def prepare_mboshi(
     save_folder : str
         Where the CSV files go.
     valid_one_in : int
-        One sentence in so many is development data.
+        Every so many-th sentence of `train` is validation data.
     skip_bad : bool
-        True: an utterance without wav, transcript or translation is left out,
-        named in the log and counted. False: it is an error.
+        True: skip an utterance without wav, transcript or translation, and
+        log it. False: raise an error.
     skip_prep : bool
         If True, the preparation is skipped.
 
@@ -90,7 +89,7 @@ def prepare_mboshi(
     if _is_prepared(save_folder, options):
         logger.info(f"{save_folder}: already prepared, nothing to do")
         return
-    # From here on the old files are on their way out.
+    # An interrupted preparation must not look finished.
     if os.path.exists(marker):
         os.unlink(marker)
     splits = {name: [] for name in SPLITS}
@@ -112,28 +111,12 @@ def prepare_mboshi(
                 "corpus (5,130 utterances)"
             )
         write_manifest(os.path.join(save_folder, f"{split}.csv"), rows)
-    # Last, so that it vouches for the files beside it.
+    # Last: it says that all other files are complete.
     write_json(marker, options)
 
 
 def corpus_folder(data_folder):
-    """Find the folder with `train` and `dev`.
-
-    Arguments
-    ---------
-    data_folder : str
-        See `prepare_mboshi`.
-
-    Returns
-    -------
-    pathlib.Path
-        It.
-
-    Raises
-    ------
-    FileNotFoundError
-        There is none.
-    """
+    """Return the folder that holds `train` and `dev`."""
     for folder in (Path(data_folder) / CORPUS, Path(data_folder)):
         if (folder / "train").is_dir() and (folder / "dev").is_dir():
             return folder
@@ -144,21 +127,9 @@ def corpus_folder(data_folder):
 
 
 def is_valid(transcript, one_in):
-    """Tell whether a sentence of `train` is development data.
+    """Tell whether a sentence of `train` is validation data.
 
-    The transcript is hashed, not the ID: some sentences were said twice.
-
-    Arguments
-    ---------
-    transcript : str
-        As prepared.
-    one_in : int
-        One sentence in so many is.
-
-    Returns
-    -------
-    bool
-        The same everywhere, always.
+    The transcript is hashed, not the ID: some sentences were read twice.
 
     Example
     -------
@@ -170,21 +141,9 @@ def is_valid(transcript, one_in):
 
 
 def read_split(folder, skip_bad=False, left_out=None):
-    """Read the utterances of one folder.
+    """Return the utterances of a folder, sorted by ID.
 
-    Arguments
-    ---------
-    folder : pathlib.Path
-        `train` or `dev`.
-    skip_bad : bool
-        See `prepare_mboshi`.
-    left_out : collections.Counter
-        Counts reasons.
-
-    Returns
-    -------
-    list of Recording
-        Sorted by ID.
+    The Counter `left_out` counts the reasons why utterances were skipped.
     """
     # Any of its three files makes an utterance.
     ids = {
@@ -234,7 +193,7 @@ def _recording(folder, ID):
 
 
 _REMEDY = (
-    "Bring the corpus again, or pass skip_bad=True to leave such utterances out"
+    "Download the corpus again, or pass skip_bad=True to skip such utterances"
 )
 
 
@@ -257,7 +216,7 @@ def _text(folder, ID, suffix, what):
 
 
 def _listing(folder):
-    """Return a hash of what is there: names, sizes and times."""
+    """Return a hash of the names, sizes and times of all files."""
     digest = hashlib.sha256()
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         stat = entry.stat()
@@ -267,7 +226,7 @@ def _listing(folder):
 
 
 def _is_prepared(save_folder, options):
-    """Tells whether a finished preparation with these options is there."""
+    """Tell whether these options have been prepared already."""
     path = os.path.join(save_folder, OPTIONS_FILE)
     written = [f"{split}.csv" for split in SPLITS]
     if not os.path.isfile(path) or not all(

@@ -46,11 +46,10 @@ COLUMNS = ("ID", "duration", "wav", "start", "spk_id", "wrd", "translation")
 OPTIONS_FILE = "must_c_prepare.json"
 LABELS_TEXT = "text_for_labels.txt"
 VERSION = 1
-# A segment may end this much behind its wav, in seconds: rounding.
+# By rounding, a segment may end this many seconds after its wav.
 TOLERANCE = 0.05
 _REMEDY = (
-    "Unpack the archive again, or pass skip_bad=True to leave such "
-    "utterances out"
+    "Unpack the archive again, or pass skip_bad=True to skip such utterances"
 )
 
 
@@ -80,17 +79,16 @@ def prepare_must_c(
     wmt_folder : str or None
         Holds `train.en` and `train.<language>`.
     wmt_lines : int or None
-        Only so many lines of it.
+        Use only the first lines of it.
     librispeech_folder : str or None
         The folder `LibriSpeech`.
     librispeech_sets : sequence of str
-        Its sets to take.
+        The sets to use.
     max_seconds : float
         Longer training utterances are left out.
     skip_bad : bool
-        True: a segment that points past its wav's end, or is without wav,
-        transcript or translation, is left out, named in the log and counted.
-        False: it is an error.
+        True: skip a segment that ends after its wav, or is without wav,
+        transcript or translation, and log it. False: raise an error.
     skip_prep : bool
         If True, the preparation is skipped.
 
@@ -127,7 +125,7 @@ def prepare_must_c(
     if _is_prepared(save_folder, options):
         logger.info(f"{save_folder}: already prepared, nothing to do")
         return
-    # From here on the old files are on their way out.
+    # An interrupted preparation must not look finished.
     if os.path.exists(marker):
         os.unlink(marker)
     left_out = collections.Counter()
@@ -135,9 +133,9 @@ def prepare_must_c(
     for split, name in SPLITS.items():
         rows = read_split(folder / name, language, skip_bad, left_out)
         if split == "train":
-            kept = [r for r in rows if r["duration"] <= max_seconds]
-            logger.info(f"{len(rows) - len(kept)} segment(s) are too long")
-            rows = kept
+            total = len(rows)
+            rows = [r for r in rows if r["duration"] <= max_seconds]
+            logger.info(f"{total - len(rows)} segment(s) are too long")
             texts = [row["wrd"] for row in rows]
             texts += [row["translation"] for row in rows]
         _write(os.path.join(save_folder, f"{split}.csv"), rows, split)
@@ -152,32 +150,12 @@ def prepare_must_c(
         _write(os.path.join(save_folder, f"{name}.csv"), rows)
     with atomic_write(os.path.join(save_folder, LABELS_TEXT), "w") as stream:
         stream.writelines(f"{line}\n" for line in texts)
-    # Last, so that it vouches for the files beside it.
+    # Last: it says that all other files are complete.
     write_json(marker, options)
 
 
 def language_folder(data_folder, language):
-    """Find the data of a language pair.
-
-    Arguments
-    ---------
-    data_folder : str
-        Where archives were unpacked.
-    language : str
-        Target language.
-
-    Returns
-    -------
-    pathlib.Path
-        With `train`, `dev` and `tst-COMMON`.
-
-    Raises
-    ------
-    ValueError
-        A language that MuST-C (v1) does not have.
-    FileNotFoundError
-        It is not there.
-    """
+    """Return the data folder of a language pair (languages of MuST-C v1)."""
     if language not in LANGUAGES:
         raise ValueError(
             f"language {language!r}: expected one of {', '.join(LANGUAGES)}"
@@ -193,23 +171,9 @@ def language_folder(data_folder, language):
 
 
 def read_split(folder, language, skip_bad=False, left_out=None):
-    """Read the segments of one split.
+    """Return the segments of a split, in the order of its list.
 
-    Arguments
-    ---------
-    folder : pathlib.Path
-        With `wav` and `txt`.
-    language : str
-        Target language.
-    skip_bad : bool
-        See `prepare_must_c`.
-    left_out : collections.Counter
-        Counts reasons.
-
-    Returns
-    -------
-    list of dict
-        Rows, in the order of the list.
+    The Counter `left_out` counts the reasons why segments were skipped.
     """
     name = folder.name
     segments = _segments(_existing(folder / "txt" / f"{name}.yaml"))
@@ -251,22 +215,10 @@ def read_split(folder, language, skip_bad=False, left_out=None):
     return rows
 
 
-def read_text(folder, language, most=None):
-    """Read parallel text; lines with an empty side are left out.
+def read_text(folder, language, max_lines=None):
+    """Return the rows of parallel text, without lines with an empty side.
 
-    Arguments
-    ---------
-    folder : str
-        With `train.en` and `train.<language>`.
-    language : str
-        Target language.
-    most : int or None
-        Only so many lines.
-
-    Returns
-    -------
-    iterator of dict
-        Rows without audio.
+    `max_lines`: read only the first lines; None reads all.
     """
     paths = [Path(folder) / f"train.{side}" for side in ("en", language)]
     counts = []
@@ -276,18 +228,20 @@ def read_text(folder, language, most=None):
     if counts[0] != counts[1]:
         raise ValueError(
             f"{paths[0]} has {counts[0]} lines, {paths[1].name} {counts[1]}; "
-            "parallel text has as many in both"
+            "parallel text needs as many lines in both"
         )
-    return _text_rows(*paths, most)
+    return _text_rows(*paths, max_lines)
 
 
-def _text_rows(english, other_language, most):
+def _text_rows(english, other_language, max_lines):
     with (
-        open(english, encoding="utf-8") as one,
-        open(other_language, encoding="utf-8") as other,
+        open(english, encoding="utf-8") as sources,
+        open(other_language, encoding="utf-8") as targets,
     ):
-        for number, (transcript, translation) in enumerate(zip(one, other)):
-            if most is not None and number >= most:
+        for number, (transcript, translation) in enumerate(
+            zip(sources, targets)
+        ):
+            if max_lines is not None and number >= max_lines:
                 return
             transcript = " ".join(transcript.split())
             translation = " ".join(translation.split())
@@ -304,20 +258,7 @@ def _text_rows(english, other_language, most):
 
 
 def read_librispeech(folder, sets):
-    """Read LibriSpeech, in lower case.
-
-    Arguments
-    ---------
-    folder : str
-        The folder `LibriSpeech`.
-    sets : sequence of str
-        Of its folders.
-
-    Returns
-    -------
-    list of dict
-        Rows without translation.
-    """
+    """Return the rows of some LibriSpeech sets, in lower case."""
     rows = []
     for name in sets:
         place = _existing(Path(folder) / name)
@@ -403,7 +344,7 @@ def _text(line, ID, what):
 
 
 def _lines(path):
-    # Not splitlines: talks contain characters that it takes for line ends.
+    # Not splitlines: talks contain other characters that it splits at.
     text = path.read_text(encoding="utf-8")
     return text.removesuffix("\n").split("\n") if text else []
 
@@ -434,7 +375,7 @@ def _write(path, rows, split=None):
 
 
 def _is_prepared(save_folder, options):
-    """Tells whether a finished preparation with these options is there."""
+    """Tell whether these options have been prepared already."""
     path = os.path.join(save_folder, OPTIONS_FILE)
     names = (*SPLITS, "text", "asr")
     written = [f"{name}.csv" for name in names] + [LABELS_TEXT]

@@ -22,9 +22,6 @@ from .pieces import (
 from .precision import (
     fast_precision as fast_precision,
 )
-from .running_means import (
-    RunningMeans as RunningMeans,
-)
 from .seq2seq import (
     Seq2SeqBrain as Seq2SeqBrain,
 )
@@ -33,6 +30,9 @@ from .sharding import (
 )
 from .sharding import (
     shard_loader as shard_loader,
+)
+from .translation import (
+    RunningMeans as RunningMeans,
 )
 from .translation import (
     TranslationBrain as TranslationBrain,

@@ -1,4 +1,4 @@
-"""SentencePieces as labels, behind indices that are taken."""
+"""SentencePieces as labels, after reserved indices."""
 
 import torch
 
@@ -6,15 +6,15 @@ import torch
 class PieceLabels:
     """Turns text into SentencePiece indices and back.
 
-    Takes the place of `CharacterLabels` where a tokenizer was trained.
+    Like `CharacterLabels`, with a trained tokenizer.
 
     Arguments
     ---------
     processor : sentencepiece.SentencePieceProcessor
         A trained one: `.sp` of SpeechBrain's `SentencePiece`.
     reserved : sequence of str
-        What stands before the pieces: `["<blank>"]` for a CTC head, nothing
-        for a decoder whose beginning and end tokens are among the pieces.
+        Labels before the pieces: `["<blank>"]` for a CTC head, none for a
+        decoder whose beginning and end tokens are among the pieces.
 
     Example
     -------
@@ -47,7 +47,7 @@ class PieceLabels:
 
     @property
     def pieces(self):
-        """Every label as text, in their order."""
+        """All labels as text, in order."""
         count = len(self.processor)
         own = [self.processor.id_to_piece(index) for index in range(count)]
         return [*self.reserved, *own]
@@ -79,12 +79,12 @@ class PieceLabels:
         Returns
         -------
         list of str
-            A text for each.
+            One for each.
 
         Raises
         ------
         ValueError
-            A label that no piece has.
+            A label without a piece.
         """
         first = len(self.reserved)
         for labels in sequences:

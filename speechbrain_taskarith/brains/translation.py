@@ -7,10 +7,9 @@ import torch
 from speechbrain.utils.distributed import get_rank
 
 from speechbrain_taskarith.brains.ctc import bare
-from speechbrain_taskarith.brains.running_means import RunningMeans
-from speechbrain_taskarith.brains.translation_batch import taken_rows
 from speechbrain_taskarith.metrics import translation_scores, wer
 from speechbrain_taskarith.translation import greedy_translation
+from speechbrain_taskarith.utils.recoverable import JSONRecoverable
 from speechbrain_taskarith.utils.seeds import seed_random_numbers
 
 logger = logging.getLogger(__name__)
@@ -19,23 +18,23 @@ logger = logging.getLogger(__name__)
 class TranslationBrain(sb.Brain):
     """Train and test a `SpeechTranslationModel` on any of its tasks.
 
-    In `modules`: `model` and, if wanted, `normalize` (SpeechBrain's
-    `InputNormalization`). In `hparams`:
+    `modules` holds `model` and, if wanted, `normalize` (SpeechBrain's
+    `InputNormalization`). `hparams` holds:
 
-    - `main`: the task that counts, `"st"`, `"mt"` or `"asr"`;
+    - `main`: the task to score, `"st"`, `"mt"` or `"asr"`;
     - `objective`: a `TranslationObjective`;
-    - `task_weights`: a `TaskNormWeights` with the same `main`; it says which
-      auxiliary tasks there are, and which of them are still computed;
+    - `task_weights`: a `TaskNormWeights` with the same `main`; it names the
+      auxiliary tasks, and those that are still computed;
     - `target_labels`: `decode(list of lists of indices) -> list of str`, as
-      `PieceLabels` and SentencePiece have it; also `source_labels`, whose
-      index 0 is the blank, where "asr" is a task;
+      `PieceLabels` and SentencePiece have it; where "asr" is a task also
+      `source_labels`, whose index 0 is the blank;
     - `bos_index`, `eos_index`: of the decoder;
     - `greedy_tokens`: longest translation of the greedy search;
     - `seed`: int;
-    - `search` (optional): a `TranslationBeamSearch`, for tests alone;
-    - `compute_features`, `fea_augment` (optional): waveforms to features,
-      and what is done to them in training; without the first, what the
-      batch brings goes to the model as it is;
+    - `search` (optional): a `TranslationBeamSearch`, used in tests only;
+    - `compute_features`, `fea_augment` (optional): waveforms to features, and
+      their augmentation in training; without the first, the model takes
+      `batch.sig` as it is;
     - `guard` (optional): an `InputGuard`;
     - `consistency` (optional): a `ConsistencyProbe`;
     - `lr_annealing` (optional): called with the optimizer before each update,
@@ -43,14 +42,15 @@ class TranslationBrain(sb.Brain):
     - `train_logger` (optional).
 
     A batch holds `id`, `sig`, `source` (labels of the transcript),
-    `target_bos` and `target_eos` (the translation behind its beginning token,
-    and before its end token), `wrd` and `translation` (both as text).
+    `target_bos` and `target_eos` (labels of the translation, after the
+    beginning token and before the end token), `wrd` and `translation` (both
+    as text).
 
-    With every batch random numbers are seeded anew, so that a run that was
-    killed and started again gives what it would have given. Each stage but
-    training leaves its texts in `ids`, `references`, `hypotheses`, its scores
-    in `stats`, and each epoch a checkpoint: the one of best development BLEU
-    is kept, for the main task "asr" that of least WER (see `best_key`).
+    Random numbers are seeded for every batch, so that a resumed run ends with
+    the same weights. Validation and test leave their texts in `ids`,
+    `references` and `hypotheses`, and their scores in `stats`. Each epoch saves
+    a checkpoint; the one with the best BLEU on the validation data is kept, or
+    with the lowest WER if the main task is "asr" (see `best_key`).
 
     Arguments
     ---------
@@ -95,21 +95,17 @@ class TranslationBrain(sb.Brain):
     ...     },
     ...     run_opts={"device": "cpu", "noprogressbar": True},
     ... )
-    >>> batch = PaddedBatch(
-    ...     [
-    ...         {
-    ...             "id": "u1",
-    ...             "sig": torch.rand(6, 8),
-    ...             "source": source.encode("good day"),
-    ...             "target_bos": target.encode("<s> bon jour ."),
-    ...             "target_eos": target.encode("bon jour . </s>"),
-    ...             "wrd": "good day",
-    ...             "translation": "bon jour .",
-    ...         }
-    ...     ]
-    ... )
+    >>> utterance = {
+    ...     "id": "u1",
+    ...     "sig": torch.rand(6, 8),
+    ...     "source": source.encode("good day"),
+    ...     "target_bos": target.encode("<s> bon jour ."),
+    ...     "target_eos": target.encode("bon jour . </s>"),
+    ...     "wrd": "good day",
+    ...     "translation": "bon jour .",
+    ... }
     >>> loader = torch.utils.data.DataLoader(
-    ...     [batch], batch_size=1, collate_fn=lambda batches: batches[0]
+    ...     [utterance], collate_fn=PaddedBatch
     ... )
     >>> brain.fit(range(30), loader)
     >>> _ = brain.evaluate(loader)
@@ -136,23 +132,55 @@ class TranslationBrain(sb.Brain):
         if self.checkpointer is not None:
             self.checkpointer.add_recoverable("task_losses", self.task_losses)
 
-    def _given(self, name):
-        return getattr(self.hparams, name, None)
+    def compute_forward(self, batch, stage):
+        """Forward computations from the waveforms to all tasks' outputs."""
+        batch = batch.to(self.device)
+        tasks = self.tasks_of(batch, stage)
+        x = lens = None
+        if "st" in tasks or "asr" in tasks:
+            x, lens = self.features(batch)
+        rows = self._valid_rows(batch, tasks, x, lens)
+        augment = self._optional("fea_augment")
+        if stage == sb.Stage.TRAIN and x is not None and augment is not None:
+            x, lens = augment(x, lens)
+        self.inputs = select_inputs(batch, x, lens, rows)
+        names = ("x", "lens", "source", "source_lens", "target_bos", "ids")
+        inputs = {name: self.inputs.get(name) for name in names}
+        return self.modules.model(tasks=tasks, **inputs)
+
+    def compute_objectives(self, predictions, batch, stage):
+        """Return the weighted sum of the losses; outside training translate."""
+        names = ("source", "source_lens", "target_eos", "target_lens")
+        targets = {name: self.inputs[name] for name in names}
+        losses = self.hparams.objective(predictions, **targets)
+        if stage != sb.Stage.TRAIN:
+            self._collect(predictions, stage)
+            return losses[self.hparams.main]
+        weights = self.hparams.task_weights
+        if weights.due:
+            share = 1 / self.grad_accumulation_factor
+            # The bare module: gradients of our own must not start DDP's.
+            parts = bare(self.modules.model).parts()
+            weights.observe(losses, parts, share)
+        if self.should_step and self._optional("consistency") is not None:
+            self.measure(losses)
+        self.task_losses.add(losses)
+        return weights.total(losses)
 
     def tasks_of(self, batch, stage):
-        """Return what to compute of a batch; override it for mixed data.
+        """Return the tasks to compute of a batch; override it for mixed data.
 
         Arguments
         ---------
         batch : PaddedBatch
             See the class.
         stage : sb.Stage
-            Training computes all tasks that are still going.
+            Training computes all active tasks, other stages the main task.
 
         Returns
         -------
         tuple of str
-            Tasks. Where none is left of a batch it is not trained on.
+            Tasks. A batch without any is not trained on.
         """
         del batch
         if stage == sb.Stage.TRAIN:
@@ -170,94 +198,34 @@ class TranslationBrain(sb.Brain):
         Returns
         -------
         torch.Tensor
-            [batch, time, features], or what the batch brings.
+            [batch, time, features], or `batch.sig` as it is.
         torch.Tensor
             [batch], relative lengths.
         """
         x, lens = batch.sig
-        if self._given("compute_features") is not None:
+        if self._optional("compute_features") is not None:
             x = self.hparams.compute_features(x)
         if "normalize" in self.modules:
             x = self.modules.normalize(x, lens)
         return x, lens
 
-    def compute_forward(self, batch, stage):
-        """Compute the tasks that are still going.
+    def _optional(self, name):
+        return getattr(self.hparams, name, None)
 
-        Arguments
-        ---------
-        batch : PaddedBatch
-            See the class.
-        stage : sb.Stage
-            Training augments.
-
-        Returns
-        -------
-        TranslationOutput
-            Of the model.
-        """
-        batch = batch.to(self.device)
-        tasks = self.tasks_of(batch, stage)
-        x = lens = None
-        if {"st", "asr"} & set(tasks):
-            x, lens = self.features(batch)
-        good = self._good(batch, tasks, x, lens)
-        augment = self._given("fea_augment")
-        if stage == sb.Stage.TRAIN and x is not None and augment is not None:
-            x, lens = augment(x, lens)
-        self.taken = taken_rows(batch, x, lens, good)
-        names = ("x", "lens", "source", "source_lens", "target_bos", "ids")
-        inputs = {name: self.taken.get(name) for name in names}
-        return self.modules.model(tasks=tasks, **inputs)
-
-    def _good(self, batch, tasks, x, lens):
-        """Return the positions of good utterances, None where all are."""
-        if self._given("guard") is None:
+    def _valid_rows(self, batch, tasks, x, lens):
+        """Return the rows of a batch that pass the guard, None for all."""
+        if self._optional("guard") is None:
             return None
-        wants, weights = {}, self.hparams.task_weights
-        # Of all tasks, stopped or not: who is left out does not change.
+        needed, weights = {}, self.hparams.task_weights
+        # Of all tasks: a stopped task must not change who is left out.
         if {"asr", "mt"} & {self.hparams.main, *weights.tasks}:
-            wants["transcripts"] = batch.wrd
+            needed["transcripts"] = batch.wrd
         if {"st", "mt"} & set(tasks):
-            wants["translations"] = batch.translation
-        return self.hparams.guard(batch.id, x, lens, **wants)
-
-    def compute_objectives(self, predictions, batch, stage):
-        """Return the weighted sum of losses; outside training translate.
-
-        Arguments
-        ---------
-        predictions : TranslationOutput
-            From `compute_forward`.
-        batch : PaddedBatch
-            See the class.
-        stage : sb.Stage
-            Training or not.
-
-        Returns
-        -------
-        torch.Tensor
-            A scalar.
-        """
-        names = ("source", "source_lens", "target_eos", "target_lens")
-        targets = {name: self.taken[name] for name in names}
-        losses = self.hparams.objective(predictions, **targets)
-        if stage != sb.Stage.TRAIN:
-            self.collect(predictions, stage)
-            return losses[self.hparams.main]
-        weights = self.hparams.task_weights
-        if weights.due:
-            share = 1 / self.grad_accumulation_factor
-            # The bare module: gradients of our own must not start DDP's.
-            parts = bare(self.modules.model).parts()
-            weights.observe(losses, parts, share)
-        if self.should_step and self._given("consistency") is not None:
-            self.measure(losses)
-        self.task_losses.add(losses)
-        return weights.total(losses)
+            needed["translations"] = batch.translation
+        return self.hparams.guard(batch.id, x, lens, **needed)
 
     def measure(self, losses):
-        """Measure how consistent the tasks' gradients are, when it is due.
+        """Measure the consistency of the tasks' gradients, when it is due.
 
         Arguments
         ---------
@@ -266,50 +234,28 @@ class TranslationBrain(sb.Brain):
         """
         self.hparams.consistency.step(losses, bare(self.modules.model))
 
-    def collect(self, predictions, stage):
-        """Translate, and transcribe where the CTC head is trained.
-
-        Arguments
-        ---------
-        predictions : TranslationOutput
-            From `compute_forward`.
-        stage : sb.Stage
-            Tests search with a beam.
-        """
+    def _collect(self, predictions, stage):
+        """Translate a batch, and transcribe it if the CTC head is trained."""
         main = self.hparams.main
-        self.ids += self.taken["ids"]
+        self.ids += self.inputs["ids"]
         if main != "asr":
-            found = predictions.speech if main == "st" else predictions.text
-            self.references += self.taken["translations"]
-            self.hypotheses += self.translate(found, stage)
+            encoding = predictions.speech if main == "st" else predictions.text
+            self.references += self.inputs["translations"]
+            self.hypotheses += self._translate(encoding, stage)
         speech = predictions.speech
-        every = (main, *self.hparams.task_weights.tasks)
-        if speech is not None and "asr" in every:
+        all_tasks = (main, *self.hparams.task_weights.tasks)
+        if speech is not None and "asr" in all_tasks:
             labels = sb.decoders.ctc_greedy_decode(
                 speech.logits,
                 speech.frame_lens,
                 self.hparams.objective.blank_index,
             )
-            self.said += self.taken["transcripts"]
-            self.heard += self.hparams.source_labels.decode(labels)
+            self.transcripts += self.inputs["transcripts"]
+            self.ctc_hypotheses += self.hparams.source_labels.decode(labels)
 
-    def translate(self, encoding, stage):
-        """Search for translations.
-
-        Arguments
-        ---------
-        encoding : SpeechEncoding or TextEncoding
-            What to translate.
-        stage : sb.Stage
-            Development data are translated greedily: a beam costs several
-            times as much.
-
-        Returns
-        -------
-        list of str
-            Translations.
-        """
-        if stage == sb.Stage.TEST and self._given("search") is not None:
+    def _translate(self, encoding, stage):
+        """Translate. Validation is greedy: a beam takes several times as long."""
+        if stage == sb.Stage.TEST and self._optional("search") is not None:
             found = self.hparams.search(encoding.encoded, encoding.lens)[0]
         else:
             found = greedy_translation(
@@ -321,96 +267,56 @@ class TranslationBrain(sb.Brain):
                 self.hparams.greedy_tokens,
             )
         return self.hparams.target_labels.decode(
-            [[int(token) for token in one] for one in found]
+            [[int(token) for token in tokens] for tokens in found]
         )
 
     def fit_batch(self, batch):
-        """Train on a batch, unless its tasks have all stopped.
+        """Train on a batch, unless all of its tasks have stopped.
 
-        Arguments
-        ---------
-        batch : PaddedBatch
-            See the class. Of those that share an update the last one has to
-            be of the main task, which never stops.
-
-        Returns
-        -------
-        torch.Tensor
-            Its loss.
+        Of the batches that share an update the last one has to be of the main
+        task, which never stops.
         """
         if not self.tasks_of(batch, sb.Stage.TRAIN):
             return torch.zeros(())
         return super().fit_batch(batch)
 
     def on_fit_batch_start(self, batch, should_step):
-        """Seed this batch, and move the learning rate on; see the class.
-
-        Arguments
-        ---------
-        batch : PaddedBatch
-            Not used.
-        should_step : bool
-            True where the optimizer is about to move.
-        """
+        """Seed this batch and update the rate; see `TranslationBrain`."""
         self.should_step = should_step
         seed_random_numbers(
             self.hparams.seed, self.epoch, self.step, get_rank()
         )
-        annealing = self.lr_annealing or self._given("lr_annealing")
+        annealing = self.lr_annealing or self._optional("lr_annealing")
         if should_step and annealing is not None:
             annealing(self.optimizer)
 
     def on_fit_batch_end(self, batch, outputs, loss, should_step):
-        """Move the task weights on.
-
-        Arguments
-        ---------
-        batch, outputs, loss, should_step : object
-            The last is True where the optimizer moved.
-        """
+        """Update the task weights."""
         if should_step:
             self.hparams.task_weights.step()
 
     def _should_save_intra_epoch_ckpt(self, *when):
-        """Save behind whole updates only: half a gradient is not kept."""
+        """Save only after whole updates: a checkpoint holds no gradients."""
         whole = self.step % self.grad_accumulation_factor == 0
         return super()._should_save_intra_epoch_ckpt(*when) and whole
 
     def on_stage_start(self, stage, epoch=None):
-        """Forget what was said in the stage before.
-
-        Arguments
-        ---------
-        stage : sb.Stage
-            The stage.
-        epoch : int, optional
-            Its number.
-        """
+        """Start with empty lists of texts."""
         self.epoch = epoch
         self.ids, self.references, self.hypotheses = [], [], []
-        self.said, self.heard = [], []
-        # A resumed run goes on in the middle of its epoch.
+        self.transcripts, self.ctc_hypotheses = [], []
+        # A resumed run starts in the middle of its epoch.
         if stage == sb.Stage.TRAIN and self.step == 0:
             self.task_losses.clear()
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
-        """Score, log, and save after validation.
-
-        Arguments
-        ---------
-        stage : sb.Stage
-            The stage.
-        stage_loss : float
-            Its mean loss.
-        epoch : int, optional
-            Its number.
-        """
+        """Score, log, and save a checkpoint after validation."""
         if stage == sb.Stage.TRAIN:
             means = self.task_losses.means()
             self.train_stats = {"loss": float(stage_loss), **means}
             return
         self._score(float(stage_loss))
-        train_logger = self._given("train_logger")
+        train_logger = self._optional("train_logger")
         if stage == sb.Stage.VALID:
             self.on_validated(epoch)
             if train_logger is not None:
@@ -419,14 +325,14 @@ class TranslationBrain(sb.Brain):
                     train_stats=self.train_stats,
                     valid_stats=self.stats,
                 )
-            if self._given("guard") is not None:
+            if self._optional("guard") is not None:
                 logger.info(self.hparams.guard.summary())
             self._save_epoch(epoch)
         elif train_logger is not None:
             train_logger.log_stats({"stage": "test"}, test_stats=self.stats)
 
     def on_validated(self, epoch):
-        """Do nothing; for subclasses: scores are there, nothing is saved yet.
+        """Hook for subclasses: after the scores, before the checkpoint.
 
         Arguments
         ---------
@@ -441,11 +347,12 @@ class TranslationBrain(sb.Brain):
             self.stats["BLEU"] = self.scores.bleu
             self.stats["chrF"] = self.scores.chrf
             self.stats["length_ratio"] = self.scores.length_ratio
-        if self.said:
-            self.stats["CTC_WER"] = wer(self.said, self.heard).wer
+        if self.transcripts:
+            report = wer(self.transcripts, self.ctc_hypotheses)
+            self.stats["CTC_WER"] = report.wer
 
     def epoch_meta(self, epoch):
-        """Return what the log says of an epoch besides losses and scores.
+        """Return what the log shows of an epoch besides losses and scores.
 
         Arguments
         ---------
@@ -494,3 +401,83 @@ def best_key(main):
     ({'max_key': 'BLEU'}, {'min_key': 'CTC_WER'})
     """
     return {"min_key": "CTC_WER"} if main == "asr" else {"max_key": "BLEU"}
+
+
+def select_inputs(batch, x, lens, rows=None):
+    """Return a batch's tensors and texts by name, of some rows only.
+
+    `x` and `lens` may be None; `rows` are positions in the batch, None for all.
+    """
+    tensors = {"x": x, "lens": lens} if x is not None else {}
+    for name in ("source", "target_bos", "target_eos"):
+        tensors[name], relative = getattr(batch, name)
+        if name != "target_bos":
+            tensors[f"{name.split('_')[0]}_lens"] = relative
+    lists = {
+        "ids": list(batch.id),
+        "transcripts": list(batch.wrd),
+        "translations": list(batch.translation),
+    }
+    if rows is not None:
+        tensors = {n: t[rows.to(t.device)] for n, t in tensors.items()}
+        lists = {n: [v[i] for i in rows.tolist()] for n, v in lists.items()}
+    return {**tensors, **lists}
+
+
+class RunningMeans(JSONRecoverable):
+    """The mean of each of several numbers since `clear`; a recoverable.
+
+    A resumed run continues the means of its epoch. Sums are kept in float64 on
+    the numbers' own device: a GPU is synchronised only by `means`.
+
+    Example
+    -------
+    >>> import torch
+    >>> losses = RunningMeans()
+    >>> losses.add({"st": torch.tensor(1.0), "asr": torch.tensor(5.0)})
+    >>> losses.add({"st": torch.tensor(2.0)})
+    >>> losses.means()
+    {'st': 1.5, 'asr': 5.0}
+    """
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self):
+        """Start anew."""
+        self._sums, self._counts = {}, {}
+
+    def add(self, figures):
+        """Add one value of each name.
+
+        Arguments
+        ---------
+        figures : dict of str: torch.Tensor
+            Scalars.
+        """
+        for name, figure in figures.items():
+            figure = figure.detach().double()
+            self._sums[name] = self._sums.get(name, 0.0) + figure
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def means(self):
+        """Return the means.
+
+        Returns
+        -------
+        dict of str: float
+            Of every name that was added since `clear`.
+        """
+        return {
+            name: float(total) / self._counts[name]
+            for name, total in self._sums.items()
+        }
+
+    def state(self):
+        """See `JSONRecoverable.state`."""
+        sums = {name: float(total) for name, total in self._sums.items()}
+        return {"sums": sums, "counts": self._counts}
+
+    def restore(self, state):
+        """See `JSONRecoverable.restore`."""
+        self._sums, self._counts = state["sums"], state["counts"]

@@ -1,6 +1,6 @@
 """The recipe `FSDD/ASR/adapter_fusion` at toy size, as users run it."""
 
-import importlib.util
+import importlib
 import json
 
 import pytest
@@ -11,7 +11,7 @@ from processes import Recipe
 
 from speechbrain_taskarith.vectors import open_state
 
-RECIPE = Recipe("FSDD/ASR/adapter_fusion")
+RECIPE = Recipe("FSDD/ASR/adapter_fusion", script="study.py")
 TASKS = ["us", "german", "greek", "belgian"]
 COMPOSED = [
     f"{kind}_{mode}"
@@ -52,12 +52,12 @@ def corpus(tmp_path_factory):
 
 
 def start(data, output, **options):
-    """Start the recipe as a user would."""
+    """Start the study as a user would."""
     return RECIPE.start(output, {**TINY, **options, "data_folder": data})
 
 
 def run(data, output, fails=False, **options):
-    """Run the recipe to its end; return what it said."""
+    """Run the study to its end; return what it said."""
     return start(data, output, **options).finish(fails=fails)
 
 
@@ -116,7 +116,8 @@ def test_leaves_the_whole_table(finished):
 @pytest.mark.slow
 def test_started_again_it_changes_nothing(corpus, finished):
     before = {
-        path: path.read_bytes() for path in finished.rglob("kept.safetensors")
+        path: path.read_bytes()
+        for path in finished.glob("models/*/save/CKPT+*/model.ckpt")
     }
     assert len(before) == 1 + 1 + 7 + 1 + 9 + 9 + 8 + 1
     summary = (finished / "summary.json").read_text()
@@ -130,7 +131,9 @@ def test_started_again_it_changes_nothing(corpus, finished):
 def test_killed_and_started_again_it_ends_alike(corpus, finished, tmp_path):
     for wanted in (2, 9, 22):  # in LoRA, and in a composition
         start(corpus, tmp_path).kill_when(
-            lambda count=wanted: len(list(tmp_path.rglob("kept.json"))) >= count
+            lambda count=wanted: (
+                len(list(tmp_path.rglob("finished.json"))) >= count
+            )
         )
     run(corpus, tmp_path)
     assert table(tmp_path) == table(finished)
@@ -148,17 +151,18 @@ def test_an_adapters_file_works_in_another_copy_of_the_base(finished):
             },
         )
     model, adapters = hparams["model"].eval(), hparams["adapters"]
-    save = finished / "save"
+    models = finished / "models"
     x, lens = torch.randn(2, 60, 40), torch.ones(2)
     outputs = []
     with torch.no_grad():
         model.load_state_dict(
-            dict(open_state(save / "extraction_greek/kept.safetensors"))
+            dict(open_state(models / "extraction_greek/save"))
         )
         adapters.use("greek")
         outputs.append(model(x, lens))
-        model.load_state_dict(dict(open_state(save / "base/kept.safetensors")))
-        adapters.load_adapter(save / "adapters/greek.safetensors", "guest")
+        model.load_state_dict(dict(open_state(models / "base/save")))
+        path = models / "extraction_greek/adapter.safetensors"
+        adapters.load_adapter(path, "guest")
         adapters.use("guest")
         outputs.append(model(x, lens))
         adapters.use(None)
@@ -167,15 +171,16 @@ def test_an_adapters_file_works_in_another_copy_of_the_base(finished):
 
 
 @pytest.mark.slow
-def test_a_task_may_be_a_speaker(finished):
-    spec = importlib.util.spec_from_file_location(
-        "tasks", RECIPE.folder / "tasks.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def test_a_task_may_be_a_speaker(finished, monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPE.folder))
+    module = importlib.import_module("tasks")
     hparams = {"prepared_folder": str(finished / "prepared")}
-    hparams |= {"takes_per_word": 2, "tasks": {"a": "GRC/Greek", "b": None}}
-    tasks = module.Tasks(hparams, None)
+    hparams |= {
+        "sample_rate": 16000,
+        "takes_per_word": 2,
+        "tasks": {"a": "GRC/Greek", "b": None},
+    }
+    tasks = module.Tasks(hparams)
     by_accent = tasks.of("a", "train")
     (hparams["tasks"]["b"],) = {r.spk_id for r in by_accent}
     assert tasks.of("b", "train") == by_accent

@@ -14,7 +14,7 @@ import torch
 from pretrained_encoder import tiny_hubert, with_hubert
 from processes import Recipe
 
-RECIPE = Recipe("Mboshi/ST/joint", "--noprogressbar")
+RECIPE = Recipe("Mboshi/ST/joint", "--noprogressbar", script="study.py")
 RATE = 16000
 TINY = {
     "d_model": 16,
@@ -24,6 +24,7 @@ TINY = {
     "num_textual_layers": 1,
     "num_decoder_layers": 1,
     "source_type": "char",
+    "source_pieces": 22,
     "target_pieces": 22,
     "number_of_epochs": 2,
     "asr_epochs": 1,
@@ -84,13 +85,13 @@ def corpus(tmp_path_factory):
 
 
 def start(data, output, ranks=1, **options):
-    """Start the recipe as a user would."""
+    """Start the study as a user would."""
     options = {"data_folder": data, **TINY, **options}
     return RECIPE.start(output, options, ranks=ranks)
 
 
 def run(data, output, fails=False, **options):
-    """Run the recipe to its end; return what it said."""
+    """Run the study to its end; return what it said."""
     return start(data, output, **options).finish(fails=fails)
 
 
@@ -98,7 +99,7 @@ def weights(output, row):
     """Read a row's last model by torch alone."""
     from speechbrain.utils.checkpoints import Checkpointer
 
-    folder = output / "save" / row
+    folder = output / "models" / row / "save"
     path = Checkpointer(folder).find_checkpoint().path
     return torch.load(path / "model.ckpt", weights_only=True)
 
@@ -190,7 +191,7 @@ def test_rows_start_from_their_stages(corpus, finished, tmp_path):
             for name in found:
                 if name.startswith(parts):
                     assert torch.equal(found[name], given[name]), (row, name)
-    assert not (tmp_path / "save" / "st_mt_asr").exists()
+    assert not (tmp_path / "models" / "st_mt_asr").exists()
     # A stage trains its own part, and no other.
     still, moved = weights(tmp_path, "asr"), weights(finished, "asr")
     for name in still:
@@ -204,7 +205,7 @@ def test_rows_start_from_their_stages(corpus, finished, tmp_path):
 def test_seeds_may_share_the_acoustic_stage(corpus, finished, tmp_path):
     options = {"only": "asr,st", "acoustic_of": finished}
     run(corpus, tmp_path, lr=0.0, **options)
-    assert not (tmp_path / "save" / "asr").exists()
+    assert not (tmp_path / "models" / "asr").exists()
     assert {p.stem for p in (tmp_path / "rows").glob("*.json")} == {"st"}
     found, given = weights(tmp_path, "st"), weights(finished, "asr")
     for name in given:
@@ -246,7 +247,7 @@ def test_killed_in_the_middle_it_gives_the_same(corpus, tmp_path):
 
     def within_the_second_epoch():
         # One validated checkpoint and two later ones.
-        found = sorted((output / "save/whole").glob("CKPT+*/CKPT.yaml"))
+        found = sorted((output / "models/whole/save").glob("CKPT+*/CKPT.yaml"))
         metas = [path.read_text() for path in found]
         validated = [n for n, text in enumerate(metas) if "BLEU" in text]
         return validated and validated[-1] + 2 < len(metas)
@@ -266,7 +267,7 @@ def test_killed_in_the_middle_it_gives_the_same(corpus, tmp_path):
     assert results[0] == results[1]
     assert len(results[0]["epochs"]) == 3
     logs = [
-        (tmp_path / name / "save/whole/train_log.txt").read_text()
+        (tmp_path / name / "models/whole/train_log.txt").read_text()
         for name in ("whole", "killed")
     ]
     # Losses of each task, too; and how long it took.
@@ -282,9 +283,11 @@ def test_two_processes_give_the_weights_of_one(corpus, tmp_path):
     negatives are those of all processes at once.
     """
     options = {
-        "only": "no_contrastive",
-        "text_from": "null",
-        "acoustic_from": "null",
+        "data_folder": corpus,
+        **TINY,
+        "row": "no_contrastive",
+        "contrast": False,
+        "contrastive": 0.0,
         "dropout": 0.0,
         "fea_augment": "null",
         "make_noise": "null",
@@ -292,14 +295,18 @@ def test_two_processes_give_the_weights_of_one(corpus, tmp_path):
         "opt_class": "!name:torch.optim.SGD",
         "ckpt_interval_steps": 1000,
     }
-    for name, more in (
-        ("start", {"lr": 0.0}),
-        ("one", {"grad_accumulation_factor": 2}),
-    ):
-        run(corpus, tmp_path / name, **{**options, **more})
     flags = ("--noprogressbar", "--find_unused_parameters")
-    options = {"data_folder": corpus, **TINY, **options}
-    Recipe("Mboshi/ST/joint", *flags).run(tmp_path / "two", options, ranks=2)
+    one = Recipe("Mboshi/ST/joint", flags[0])
+    two = Recipe("Mboshi/ST/joint", *flags)
+    for name, recipe, ranks, more in (
+        ("start", one, 1, {"lr": 0.0}),
+        ("one", one, 1, {"grad_accumulation_factor": 2}),
+        ("two", two, 2, {}),
+    ):
+        output = tmp_path / name / "models" / "no_contrastive"
+        output.parent.mkdir(parents=True)
+        more["study_folder"] = tmp_path / name
+        recipe.run(output, {**options, **more}, ranks=ranks)
     start, one, two = (
         weights(tmp_path / name, "no_contrastive")
         for name in ("start", "one", "two")
@@ -322,7 +329,7 @@ def test_two_processes_give_the_weights_of_one(corpus, tmp_path):
 def test_hubert_of_a_local_folder_takes_the_conformers_place(corpus, tmp_path):
     pytest.importorskip("transformers")
     tiny_hubert(tmp_path / "hubert")
-    recipe = Recipe("Mboshi/ST/joint", "--noprogressbar")
+    recipe = Recipe("Mboshi/ST/joint", "--noprogressbar", script="study.py")
     path = "hparams/train.yaml"
     with_hubert(recipe, tmp_path / "recipe", path, tmp_path / "hubert", 12)
     options = {

@@ -7,7 +7,7 @@ import torch
 from digit_corpus import make_corpus
 from processes import Recipe, taskarith
 
-RECIPE = Recipe("FSDD/ASR/transducer")
+RECIPE = Recipe("FSDD/ASR/transducer", script="study.py")
 TINY = {
     "d_model": 16,
     "d_ffn": 16,
@@ -49,23 +49,23 @@ def corpus(tmp_path_factory):
 
 
 def start(data, output, **options):
-    """Start the recipe as a user would."""
+    """Start the study as a user would."""
     return RECIPE.start(output, {**TINY, **options, "data_folder": data})
 
 
 def run(data, output, fails=False, **options):
-    """Run the recipe to its end; return what it said."""
+    """Run the study to its end; return what it said."""
     return start(data, output, **options).finish(fails=fails)
 
 
 def weights(output, name):
     """Read a model of the study by torch alone."""
-    path = output / "save" / "models" / name / "CKPT+finished" / "model.ckpt"
+    (path,) = (output / "models" / name / "save").glob("CKPT+*/model.ckpt")
     return torch.load(path, weights_only=True)
 
 
 def finished_models(output):
-    return len(list((output / "save" / "models").glob("*/CKPT+finished")))
+    return len(list((output / "models").glob("*/finished.json")))
 
 
 def part_of(state, *names):
@@ -161,7 +161,7 @@ def test_command_streams_the_recipes_own_recogniser(finished):
 @pytest.mark.slow
 def test_encoder_is_taken_over_and_nothing_else(corpus, tmp_path):
     # A rate of 0 leaves every model at its start.
-    run(corpus, tmp_path, rnnt_lr=0.0, min_wer_lr=0.0, processes=2)
+    run(corpus, tmp_path, rnnt_lr=0.0, min_wer_lr=0.0, workers=2)
     start, source = (
         weights(tmp_path, name) for name in ("scratch", "pretrained_in_domain")
     )
@@ -186,11 +186,11 @@ def test_encoder_is_taken_over_and_nothing_else(corpus, tmp_path):
 @pytest.mark.slow
 def test_killed_and_started_again_it_gives_the_same(corpus, finished, tmp_path):
     # Two processes share the models; both die without warning.
-    start(corpus, tmp_path, processes=2).kill_when(
+    start(corpus, tmp_path, workers=2).kill_when(
         lambda: finished_models(tmp_path) >= 4
     )
     assert 4 <= finished_models(tmp_path) < MODELS
-    run(corpus, tmp_path, processes=2)
+    run(corpus, tmp_path, workers=2)
     assert finished_models(tmp_path) == MODELS
     for name in ("pretrained_in_domain", *ROWS):
         assert equal(weights(finished, name), weights(tmp_path, name)), name

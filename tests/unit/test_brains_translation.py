@@ -15,7 +15,7 @@ from speechbrain_taskarith.brains import (
     WordLabels,
     best_key,
 )
-from speechbrain_taskarith.brains.translation_batch import taken_rows
+from speechbrain_taskarith.brains.translation import select_inputs
 from speechbrain_taskarith.translation import (
     InputGuard,
     TaskNormWeights,
@@ -296,14 +296,14 @@ def test_who_is_left_out_does_not_hang_on_tasks_that_stopped():
         brain = make_brain(weights=weights, guard=guard)
         batch = PaddedBatch([item(0), mute, item(2)])
         brain.compute_forward(batch, sb.Stage.TRAIN)
-        assert brain.taken["ids"] == ["u0", "u2"]
+        assert brain.inputs["ids"] == ["u0", "u2"]
         assert guard.counts == {"it has no transcript": 1}
 
 
 def test_batch_without_its_bad_utterances():
     batch = PaddedBatch([item(number) for number in range(3)])
     x, lens = torch.rand(3, 5, 2), torch.tensor([0.4, 0.6, 1.0])
-    taken = taken_rows(batch, x, lens, torch.tensor([0, 2]))
+    taken = select_inputs(batch, x, lens, torch.tensor([0, 2]))
     assert taken["ids"] == ["u0", "u2"]
     assert taken["transcripts"] == ["a b", "c d"]
     assert taken["translations"] == ["A B", "C D"]
@@ -311,7 +311,7 @@ def test_batch_without_its_bad_utterances():
     assert torch.equal(taken["lens"], lens[[0, 2]])
     for name in ("source", "target_bos", "target_eos"):
         assert torch.equal(taken[name], getattr(batch, name).data[[0, 2]])
-    assert "x" not in taken_rows(batch, None, None)
+    assert "x" not in select_inputs(batch, None, None)
 
 
 def test_features_are_made_normalised_and_augmented():
@@ -324,9 +324,9 @@ def test_features_are_made_normalised_and_augmented():
     brain = make_brain(compute_features=half, fea_augment=silence)
     batch = PaddedBatch([item(0), item(1)])
     out = brain.compute_forward(batch, sb.Stage.VALID)
-    assert torch.equal(brain.taken["x"], batch.sig[0] / 2)
+    assert torch.equal(brain.inputs["x"], batch.sig[0] / 2)
     brain.compute_forward(batch, sb.Stage.TRAIN)
-    assert not brain.taken["x"].any()
+    assert not brain.inputs["x"].any()
     assert out.speech is not None
 
 

@@ -1,6 +1,4 @@
-"""What a run of the recipe leaves behind: tables and heat maps."""
-
-from pathlib import Path
+"""Tables and heat maps of the study."""
 
 import torch
 
@@ -15,27 +13,23 @@ NOTE = (
     "`wer`: mean over the tasks; `relative_reduction`: of that mean, against "
     "`full_fine_tuning`. `trained_parameters`: all that a row adds to the base "
     "or changes in it; `share`: the same in % of the base. `seconds`: of "
-    "training, with the adapters'. `routing` is told the task of every "
-    "utterance, no other row is."
+    "training, with the adapters'. `routing` and `full_fine_tuning_each` know "
+    "the task of every utterance, no other row does."
 )
 ZERO_NOTE = (
-    "`adapter_fusion_zero_shot`: each task is left out of adapters, "
-    "combination and fine-tuning in turn; its WER is that of what has not "
-    "seen it. `relative_reduction` is against `base`."
+    "`adapter_fusion_zero_shot`: the WER of each task with adapters, a "
+    "combination or fine-tuning that have not seen it. `relative_reduction` "
+    "is against `base`."
 )
 
 
-def write_report(results, hparams):
-    """Write summary, tables and plots of one seed, and show the tables.
+def write_report(results, output, hparams):
+    """Write and print the tables of one seed, and its plots.
 
-    Arguments
-    ---------
-    results : dict
-        From `Study.run`.
-    hparams : dict
-        Of the recipe.
+    `results`: `rows` and `zero_shot` (`{name: Row}`), `parameters` of the base,
+    `bytes` of an adapter's file, and `unharmed`: whether a fifth adapter left
+    the first four as they were.
     """
-    output = Path(hparams["output_folder"])
     if hparams["report_on"] != "test":
         output = output / hparams["report_on"]
     summary = Summary(output, title=TITLE)
@@ -71,7 +65,7 @@ def write_report(results, hparams):
                 **common,
             )
         if row.attention:
-            plot_row(name, row.attention, hparams, output)
+            plot_row(name, row.attention, output)
     base = rows["base"].mean
     for name, row in {"base": rows["base"], **held}.items():
         values = {
@@ -89,30 +83,21 @@ def write_report(results, hparams):
                 **common,
             )
     if not results["unharmed"]:
-        raise RuntimeError("a fifth adapter has changed the first four")
+        raise RuntimeError(
+            "a fifth adapter has changed the scores through the first four"
+        )
     summary.note(
-        "A fifth adapter was added and trained (`shared_adapter`): the scores "
-        "through the first four are the same bytes as before. One adapter's "
-        f"file has {results['bytes']} bytes."
+        "With a fifth, trained adapter (`shared_adapter`) the scores through "
+        "the first four are the same bytes as before. One adapter's file has "
+        f"{results['bytes']} bytes."
     )
     summary.write()
     summary.print()
 
 
-def plot_row(name, attention, hparams, output):
-    """Draw where the attention of a fusion goes.
-
-    Arguments
-    ---------
-    name : str
-        Of the row.
-    attention : dict
-        `{task: [layers, N]}`.
-    hparams : dict
-        Of the recipe.
-    output : pathlib.Path
-        Of the run.
-    """
+def plot_row(name, attention, output):
+    """Plot where the attention of a fusion goes."""
+    attention = {task: torch.tensor(a) for task, a in attention.items()}
     tasks = list(attention)
     own = [attention[t][:, n] for n, t in enumerate(tasks)]
     plot_heat_map(

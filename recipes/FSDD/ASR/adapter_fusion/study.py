@@ -1,395 +1,243 @@
-"""The rows of the study: base, baselines, adapters, combinations."""
+#!/usr/bin/env python3
+"""The tables of Audio-AdapterFusion on strings of digits (FSDD), of one seed.
 
-import copy
+A base is trained first and then frozen. Each accent gets an adapter of its
+own; combinations of the adapters then serve all accents without being told
+which one is spoken. They are compared with full fine-tuning, one shared
+adapter, LoRA and routing by accent, and on accents that no adapter has seen.
+
+To run this study, do the following:
+> python study.py hparams/train.yaml --data_folder /path/to/FSDD --seed 0
+
+Another seed on the same base; a table over the seeds:
+> python study.py hparams/train.yaml --data_folder ... --seed 1 \
+>     --base results/adapter_fusion/0/models/base/save
+> python study.py --merge results/adapter_fusion
+
+Start a killed study again by the same command: it resumes.
+"""
+
+import sys
+from dataclasses import dataclass, field
 
 import torch
-from speechbrain.nnet.adapters import AdaptedModel, LoRA
-from stages import Row, Trainer
+from common.dataio import evaluation_loader
+from common.study import FINISHED, Training, run_trainings, start_study, workers
+from report import TITLE, write_report
+from tasks import Tasks
+from train import ASR, SHARED, load_start, prepare, train
 
-from speechbrain_taskarith.utils.progress import progress
-from speechbrain_taskarith.vectors import open_state
-
-SHARED = "shared"
-MODES = {"st": "ST-A", "mt": "MT-A"}
-# Routing's row, by where the tasks' adapters started.
-ROUTING = {"fresh": "routing", "shared": "routing_from_shared"}
+from speechbrain_taskarith.metrics import merge_seeds
+from speechbrain_taskarith.utils.files import read_json
 
 
-class Study(Trainer):
-    """Trains and measures everything of one seed; see `Trainer`."""
+@dataclass
+class Row:
+    """What a row of the table came to, over all of its trainings.
 
-    def run(self):
-        """Train and measure.
+    `wer`: `{task: WER in %}`; `trained`: parameters that it adds to the base
+    or changes in it; `attention`: `{task: [layers][adapters]}` of a fusion.
+    """
 
-        Returns
-        -------
-        dict
-            `rows` (`{name: Row}`), `zero_shot` (the same, a task's WER being
-            that of the models that have not seen it), `parameters` (of the
-            base), `bytes` (size of an adapter's file) and `unharmed` (whether
-            a fifth adapter left the first four as they were).
+    wer: dict = field(default_factory=dict)
+    trained: int = 0
+    seconds: float = 0.0
+    attention: dict = field(default_factory=dict)
+
+    @property
+    def mean(self):
+        """Mean WER over the tasks."""
+        return sum(self.wer.values()) / len(self.wer)
+
+
+class Plan:
+    """The trainings of the study, by the names of their folders."""
+
+    def __init__(self, hparams, models):
+        self.hparams, self.models = hparams, models
+        self.tasks = list(hparams["tasks"])
+        self.trainings = []
+        self.base = hparams["base"] or str(models / "base" / "save")
+
+    def add(self, name, row, start="base", adapters=(), **options):
+        """Add a training of a row, from a model and from adapters' trainings.
+
+        `adapters`: `{task: training}`.
         """
-        names, zero_shot = self.tasks.names, list(self.hparams["zero_shot"])
-        total = 4 + len(names) * (4 + len(zero_shot))
-        total += len(self.hparams["compositions"])
-        self.bar = iter(progress(range(total), desc="trainings"))
-        base = self.train_base()
-        rows = {"base": self.measure(None, base)}
-        rows["full_fine_tuning"] = self.full_fine_tuning("full", names, base)
-        rows.update(self.task_by_task(base))
-        rows["lora"] = self.lora(base)
-        extracted = {}
-        for start, routing in ROUTING.items():
-            extracted[start], seconds = self.extract(base, start)
-            found = self.measure("own", extracted[start])
-            found.trained = self.adapters.count_parameters()["adapters"]
-            found.seconds = seconds
-            rows[routing] = found
-        size = self.save_adapters(extracted["fresh"])
-        for name, settings in self.hparams["compositions"].items():
-            start = settings["adapters"]
-            rows[name] = self.compose(name, name, names, extracted[start])
-            rows[name].seconds += rows[ROUTING[start]].seconds
-        extracted = extracted["fresh"]
-        held = self.zero_shot(base, extracted, zero_shot)
-        shared, unharmed = self.shared(extracted)
-        rows["shared_adapter"] = shared
-        next(self.bar, None)
-        return {
-            "rows": rows,
-            "zero_shot": held,
-            "parameters": self.base_parameters(),
-            "bytes": size,
-            "unharmed": unharmed,
+        parents = {start, *dict(adapters).values()} - {None}
+        folder = self.base if start == "base" else f"{self.models}/{start}/save"
+        options |= {
+            "row": row,
+            "training_name": name,
+            "base_from": self.hparams["base"] if start is None else folder,
+            "adapters_from": {
+                task: f"{self.models}/{training}/adapter.safetensors"
+                for task, training in dict(adapters).items()
+            },
         }
+        self.trainings.append(Training(name, options, tuple(parents)))
 
-    def train_base(self):
-        """Train the base from random weights, or take another run's.
-
-        Returns
-        -------
-        dict of str to torch.Tensor
-            Its weights, with adapters that do nothing yet.
-        """
-        start = self.state()
-        if self.hparams["base"] is not None:
-            next(self.bar, None)
-            given = dict(open_state(self.hparams["base"]))
-            own = self.handle_name() + "."
-            missing = [k for k in start if own not in k and k not in given]
-            if missing:
-                raise ValueError(
-                    f"base: {self.hparams['base']} lacks {missing[0]!r} and "
-                    f"{len(missing) - 1} others; expected kept.safetensors of "
-                    "a base of this model"
+    def make(self):
+        """List all trainings."""
+        tasks, first = self.tasks, self.tasks[0]
+        self.add("base", "base", start=None)
+        self.add("full", "full_fine_tuning")
+        before = "base"
+        for task in tasks:
+            row = "full_fine_tuning_each"
+            self.add(f"full_{task}", row, learn=[task], measure=[task])
+            # In turn: the first task has nothing to forget.
+            if task != first:
+                measure = tasks if task == tasks[-1] else [task]
+                name = f"full_until_{task}"
+                self.add(name, row, before, learn=[task], measure=measure)
+            before = f"full_{task}" if task == first else f"full_until_{task}"
+        self.add("lora", "lora")
+        together = "extraction_together"
+        self.add(together, together, learn=tasks, measure=[first])
+        for task in tasks:
+            only = {"learn": [task], "measure": [task]}
+            self.add(f"extraction_{task}", "extraction", **only)
+            self.add(
+                f"extraction_from_shared_{task}",
+                "from_shared",
+                adapters={task: together},
+                **only,
+            )
+        for name in self.hparams["compositions"]:
+            self.add(name, name, adapters=self.adapters_of(name, tasks))
+        for task in tasks:
+            others = [other for other in tasks if other != task]
+            for row in self.hparams["zero_shot"]:
+                adapters = {}
+                if row in self.hparams["compositions"]:
+                    adapters = self.adapters_of(row, others)
+                self.add(
+                    f"without_{task}_{row}",
+                    row,
+                    adapters=adapters,
+                    learn=others,
+                    measure=[task],
                 )
-            return {k: v if own in k else given[k] for k, v in start.items()}
-        return self.train("base", None, start, self.base_only, "base", None)[0]
+        self.add(SHARED, "shared_adapter")
+        return self.trainings
 
-    def full_fine_tuning(self, folder, names, base, measured=None):
-        """Fine-tune every parameter of the base on some tasks.
+    def adapters_of(self, composition, tasks):
+        """Return the trainings whose adapters a composition combines."""
+        start = self.hparams["compositions"][composition]["adapters"]
+        prefix = {"fresh": "", "shared": "from_shared_"}[start]
+        return {task: f"extraction_{prefix}{task}" for task in tasks}
 
-        Arguments
-        ---------
-        folder : str
-            Under `save`.
-        names : list of str
-            The tasks.
-        base : dict of str to torch.Tensor
-            Where it starts.
-        measured : list of str, optional
-            The tasks that are measured; all by default.
 
-        Returns
-        -------
-        Row
-            The result.
-        """
-        state, count, seconds = self.train(
-            folder, names, base, self.base_only, "full_fine_tuning", None
-        )
-        return self.measure(None, state, count, seconds, measured)
+def make_rows(hparams, models):
+    """Read the rows of the table, and those of the zero-shot table."""
+    tasks, split = list(hparams["tasks"]), hparams["report_on"]
 
-    def task_by_task(self, base):
-        """Fine-tune everything on one task at a time.
+    def read(name):
+        return Row(**read_json(models / name / f"{split}.json"))
 
-        Arguments
-        ---------
-        base : dict of str to torch.Tensor
-            Where it starts.
+    def join(names):
+        """Put trainings together: WERs, parameters and seconds add up."""
+        found = [read(name) for name in names]
+        wer = {task: value for row in found for task, value in row.wer.items()}
+        trained = sum(row.trained for row in found)
+        return Row(wer, trained, sum(row.seconds for row in found))
 
-        Returns
-        -------
-        dict
-            `full_fine_tuning_each`: a model of its own for each task, which
-            has to be told, as routing is; `full_fine_tuning_in_turn`: one
-            model that learns task after task and forgets.
-        """
-        each, turn = Row({}), base
-        in_turn = Row({}, 0, 0.0)
-        for name in self.tasks.names:
-            state, count, seconds = self.train(
-                f"full_{name}",
-                [name],
-                base,
-                self.base_only,
-                "full_fine_tuning_each",
-                None,
-            )
-            self.model.load_state_dict(state)
-            with self.adapters.use(None):
-                each.wer[name] = self.wer_of(name)
-            each.trained += count
-            each.seconds += seconds
-            if turn is base:  # the first task has nothing to forget
-                turn = state
-                in_turn.trained, in_turn.seconds = count, seconds
-                continue
-            turn, _, seconds = self.train(
-                f"full_until_{name}",
-                [name],
-                turn,
-                self.base_only,
-                "full_fine_tuning_each",
-                None,
-            )
-            in_turn.seconds += seconds
-        in_turn.wer = self.measure(None, turn).wer
-        return {
-            "full_fine_tuning_each": each,
-            "full_fine_tuning_in_turn": in_turn,
-        }
+    rows = {"base": Row(read("base").wer), "full_fine_tuning": read("full")}
+    each = [f"full_{task}" for task in tasks]
+    rows["full_fine_tuning_each"] = join(each)
+    turn = [each[0], *(f"full_until_{task}" for task in tasks[1:])]
+    in_turn = rows["full_fine_tuning_in_turn"] = join(turn)
+    in_turn.wer, in_turn.trained = read(turn[-1]).wer, read(turn[0]).trained
+    rows["lora"] = read("lora")
+    # Each task's own adapter, by where the adapters started.
+    rows["routing"] = join(f"extraction_{task}" for task in tasks)
+    from_shared = join(f"extraction_from_shared_{task}" for task in tasks)
+    from_shared.seconds += read("extraction_together").seconds
+    rows["routing_from_shared"] = from_shared
+    routing = {"fresh": rows["routing"], "shared": from_shared}
+    for name, settings in hparams["compositions"].items():
+        rows[name] = read(name)
+        rows[name].seconds += routing[settings["adapters"]].seconds
+    rows["shared_adapter"] = read(SHARED)
+    zero_shot = {
+        row: join(f"without_{task}_{row}" for task in tasks)
+        for row in hparams["zero_shot"]
+    }
+    return rows, zero_shot
 
-    def lora(self, base):
-        """Train low-rank additions to all linear layers (SpeechBrain's).
 
-        Arguments
-        ---------
-        base : dict of str to torch.Tensor
-            Where it starts.
+@torch.no_grad()
+def fifth_adapter_harms_none(hparams, run_opts, models):
+    """Tell whether scores through the first adapters stay the same bytes.
 
-        Returns
-        -------
-        Row
-            Measured on all tasks.
-        """
-        self.model.load_state_dict(base)
-        plain = copy.deepcopy(self.model)
-        handle = plain.get_submodule(self.handle_name())
-        handle.remove()
-        self.seed_for("lora")
-        adapted = AdaptedModel(
-            plain,
-            adapter_class=LoRA,
-            all_linear=True,
-            adapter_kwargs={"rank": self.hparams["lora_rank"]},
-        )
-        trained = [p for p in adapted.parameters() if p.requires_grad]
-        with self.other_model(adapted):
-            state, count, seconds = self.train(
-                "lora",
-                self.tasks.names,
-                {k: v.clone() for k, v in adapted.state_dict().items()},
-                lambda: trained,
-                "lora",
-                None,
-            )
-            adapted.load_state_dict(state)
-            wer = {name: self.wer_of(name) for name in self.tasks.names}
-        return Row(wer, count, seconds)
+    They are compared before the shared adapter is added, and with it trained.
+    """
+    adapters = hparams["adapters"]
+    hparams["base_from"] = hparams["base"] or models / "base" / "save"
+    tasks = Tasks(hparams)
+    hparams["adapters_from"] = {
+        task: models / f"extraction_{task}" / "adapter.safetensors"
+        for task in tasks.names
+    }
+    load_start(hparams)
+    brain = ASR(hparams["modules"], hparams=hparams, run_opts=run_opts)
+    brain.modules.eval()
 
-    def extract(self, base, start):
-        """Knowledge extraction: train each task's adapter alone.
-
-        Arguments
-        ---------
-        base : dict of str to torch.Tensor
-            The base, and adapters that do nothing yet.
-        start : str
-            `"fresh"`: adapters that do nothing, as in the paper;
-            `"shared"`: one adapter that all tasks have trained together
-            first.
-
-        Returns
-        -------
-        dict of str to torch.Tensor, float
-            Base and trained adapters; seconds.
-        """
-        names, total, row = self.tasks.names, 0.0, "extraction"
-        prefix = ""
-        if start == "shared":
-            first, prefix, row = names[0], "from_shared_", "from_shared"
-            together, _, total = self.train(
-                "extraction_together",
-                names,
-                base,
-                lambda: self.adapters.train_extraction(first),
-                "extraction_together",
-                first,
-            )
-            base = dict(base)
-            for key, moved in self._moved(together, base).items():
-                for name in names:
-                    like = key.replace(f"adapter_{first}.", f"adapter_{name}.")
-                    base[like] = moved
-        state = dict(base)
-        for name in names:
-            one, _, seconds = self.train(
-                f"extraction_{prefix}{name}",
-                [name],
-                base,
-                lambda name=name: self.adapters.train_extraction(name),
-                row,
-                name,
-            )
-            total += seconds
-            state.update(self._moved(one, base))
-        return state, total
-
-    @staticmethod
-    def _moved(state, before):
-        """Return what training has moved: one adapter."""
-        return {
-            key: value
-            for key, value in state.items()
-            if not torch.equal(value, before[key])
-        }
-
-    def compose(self, folder, row, names, extracted, measured=None):
-        """Knowledge composition: train a combination on some tasks.
-
-        Arguments
-        ---------
-        folder : str
-            Under `save`.
-        row : str
-            Which of `compositions`.
-        names : list of str
-            The tasks, whose adapters are combined.
-        extracted : dict of str to torch.Tensor
-            Base and trained adapters.
-
-        measured : list of str, optional
-            The tasks that are measured; all by default.
-
-        Returns
-        -------
-        Row
-            The result; seconds are of composition alone.
-        """
-        settings = self.hparams["compositions"][row]
-        self.model.load_state_dict(extracted)
-        self.seed_for(folder)
-        self.adapters.set_combination(settings["combination"], names=names)
-        mode = MODES[settings["mode"]]
-        chosen = self.adapters.train_composition(mode)
-        state, seconds = self.state(), 0.0
-        if chosen:
-            state, _, seconds = self.train(
-                folder,
-                names,
-                state,
-                lambda: self.adapters.train_composition(mode),
-                row,
-                "combined",
-            )
-        else:  # a plain mean has nothing to train
-            next(self.bar, None)
-        counts = self.adapters.count_parameters()
-        count = counts["adapters"] * len(names) // len(self.tasks.names)
-        count += counts["combination"]
-        found = self.measure("combined", state, count, seconds, measured)
-        self.adapters.save_combination(self.folder / f"{folder}.safetensors")
-        # What was frozen has kept its bytes.
-        kept = [k for k in extracted if mode == "ST-A" or "bank" not in k]
-        for key in kept:
-            if not torch.equal(state[key].cpu(), extracted[key].cpu()):
-                raise RuntimeError(f"{folder}: {key} was frozen and has moved")
-        self.adapters.set_combination(None)
+    def scores():
+        found = []
+        for task in tasks.names:
+            strings = tasks.held_out(task, hparams["report_on"])
+            batch = next(iter(evaluation_loader(strings, hparams)))
+            with adapters.use(task):
+                found.append(brain.compute_forward(batch, "probe")[0].clone())
         return found
 
-    def zero_shot(self, base, extracted, rows):
-        """Leave each task out in turn; measure it all the same.
+    before = scores()
+    adapters.load_adapter(models / SHARED / "adapter.safetensors", SHARED)
+    return all(map(torch.equal, before, scores()))
 
-        Arguments
-        ---------
-        base : dict of str to torch.Tensor
-            The base.
-        extracted : dict of str to torch.Tensor
-            Base and trained adapters.
-        rows : list of str
-            `full_fine_tuning` or names of `compositions`.
 
-        Returns
-        -------
-        dict
-            `{name: Row}`.
-        """
-        found = {row: Row({}) for row in rows}
-        for left_out in self.tasks.names:
-            others = [name for name in self.tasks.names if name != left_out]
-            for row in rows:
-                folder, only = f"without_{left_out}_{row}", [left_out]
-                if row == "full_fine_tuning":
-                    result = self.full_fine_tuning(folder, others, base, only)
-                else:
-                    result = self.compose(folder, row, others, extracted, only)
-                found[row].wer[left_out] = result.wer[left_out]
-                found[row].trained = result.trained
-                found[row].seconds += result.seconds / len(self.tasks.names)
-        return found
+def count_base(hparams):
+    """Return the number of parameters without adapters."""
+    total = sum(p.numel() for p in hparams["model"].parameters())
+    return total - sum(p.numel() for p in hparams["adapters"].parameters())
 
-    def shared(self, extracted):
-        """Add a wide adapter for all tasks, the fifth of the bank.
 
-        Arguments
-        ---------
-        extracted : dict of str to torch.Tensor
-            Base and trained adapters.
+def main(argv):
+    """Train all models, and write the tables."""
+    if argv[:1] == ["--merge"]:
+        merge_seeds(argv[1], title=TITLE)
+        return
+    study = start_study(argv)
+    hparams, models = study.hparams, study.models
+    prepare(hparams)
+    tasks = Tasks(hparams)
+    # Fail early if the data lacks a task.
+    for split in ("train", "valid", "test"):
+        for task in tasks.names:
+            tasks.of(task, split)
 
-        Returns
-        -------
-        Row, bool
-            Its row; whether the outputs through the first adapters are the
-            same bytes as before.
-        """
-        self.model.load_state_dict(extracted)
-        before = [self.outputs(name) for name in self.tasks.names]
-        self.seed_for(SHARED)
-        self.adapters.add_adapter(SHARED, self.hparams["shared_bottleneck"])
-        start = {**self.state(), **extracted}
-        state, count, seconds = self.train(
-            SHARED,
-            self.tasks.names,
-            start,
-            lambda: self.adapters.train_extraction(SHARED),
-            "shared_adapter",
-            SHARED,
-        )
-        found = self.measure(SHARED, state, count, seconds)
-        after = [self.outputs(name) for name in self.tasks.names]
-        same = all(torch.equal(a, b) for a, b in zip(before, after))
-        self.adapters.use(None)
-        self.adapters.remove_adapter(SHARED)
-        return found, same
+    trainings = Plan(hparams, models).make()
+    for training in trainings:
+        folder = models / training.name
+        if not (folder / f"{hparams['report_on']}.json").exists():
+            # Perhaps it was trained, but tested on other data (report_on).
+            (folder / FINISHED).unlink(missing_ok=True)
+    with workers(study.options):
+        run_trainings(train, trainings, study.arguments, models)
 
-    def save_adapters(self, extracted):
-        """Save every adapter as a file of its own.
+    rows, zero_shot = make_rows(hparams, models)
+    adapter = models / f"extraction_{tasks.names[-1]}" / "adapter.safetensors"
+    results = {
+        "rows": rows,
+        "zero_shot": zero_shot,
+        "parameters": count_base(hparams),
+        "bytes": adapter.stat().st_size,
+        "unharmed": fifth_adapter_harms_none(hparams, study.run_opts, models),
+    }
+    write_report(results, study.folder, hparams)
 
-        Arguments
-        ---------
-        extracted : dict of str to torch.Tensor
-            Base and trained adapters.
 
-        Returns
-        -------
-        int
-            Bytes of one of them.
-        """
-        self.model.load_state_dict(extracted)
-        folder = self.folder / "adapters"
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in self.tasks.names:
-            path = folder / f"{name}.safetensors"
-            self.adapters.save_adapter(name, path)
-        return path.stat().st_size
+if __name__ == "__main__":
+    main(sys.argv[1:])

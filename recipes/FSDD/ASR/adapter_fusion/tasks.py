@@ -1,9 +1,10 @@
-"""The strings of digits that the study trains and tests on."""
+"""The strings of digits to train and test on."""
 
 import dataclasses
 import random
 
 import torchaudio
+from common.dataio import audio_cache
 from common.digits import make_digit_strings
 from common.synthesis import synthesize_digits
 
@@ -11,18 +12,14 @@ from speechbrain_taskarith.data import read_manifest
 
 
 class Tasks:
-    """Makes strings of every task; a task is an accent or a speaker.
+    """Makes the strings of every task: of an accent, or of a speaker.
 
-    Arguments
-    ---------
-    hparams : dict
-        Of the recipe.
-    cache : AudioCache
-        Where synthetic recordings go.
+    `hparams` are the recipe's.
     """
 
-    def __init__(self, hparams, cache):
-        self.hparams, self.cache = hparams, cache
+    def __init__(self, hparams):
+        self.hparams = hparams
+        self.cache = audio_cache(hparams["sample_rate"])
         self.names = list(hparams["tasks"])
         self._recordings = {
             split: read_manifest(f"{hparams['prepared_folder']}/{split}.csv")
@@ -30,25 +27,9 @@ class Tasks:
         }
 
     def of(self, task, split):
-        """Return the recordings of a task.
+        """Return a task's recordings of a split.
 
-        Arguments
-        ---------
-        task : str
-            Its name.
-        split : str
-            `"train"`, `"valid"` or `"test"`.
-
-        Returns
-        -------
-        list of Recording
-            Of training recordings, `takes_per_word` of every speaker and
-            word, or all.
-
-        Raises
-        ------
-        ValueError
-            The data has no recording of the task's accent or speaker.
+        Of the training recordings `takes_per_word` of each speaker and word.
         """
         wanted = self.hparams["tasks"][task]
         recordings = self._recordings[split]
@@ -62,47 +43,19 @@ class Tasks:
                 f"{', '.join(speakers)}. Name accents or speakers of your "
                 "data under `tasks`"
             )
-        most = self.hparams["takes_per_word"]
-        if split != "train" or most is None:
+        limit = self.hparams["takes_per_word"]
+        if split != "train" or limit is None:
             return found
-        kept, seen = [], {}
+        chosen, seen = [], {}
         for recording in found:
             key = recording.spk_id, recording.wrd
             seen[key] = seen.get(key, 0) + 1
-            if seen[key] <= most:
-                kept.append(recording)
-        return kept
-
-    def seconds(self, task):
-        """Return how much training speech a task has, in seconds.
-
-        Arguments
-        ---------
-        task : str
-            Its name.
-
-        Returns
-        -------
-        float
-            Sum over its recordings.
-        """
-        return sum(r.duration for r in self.of(task, "train"))
+            if seen[key] <= limit:
+                chosen.append(recording)
+        return chosen
 
     def training(self, names, steps):
-        """Make strings to train on, equally many of each task, mixed.
-
-        Arguments
-        ---------
-        names : sequence of str
-            Tasks.
-        steps : int
-            Batches.
-
-        Returns
-        -------
-        list of dict
-            In the order to train in.
-        """
+        """Make strings for some steps, equally many of each task, shuffled."""
         count = steps * self.hparams["batch_size"]
         strings = []
         for number, task in enumerate(names):
@@ -117,37 +70,15 @@ class Tasks:
         return strings
 
     def held_out(self, task, split):
-        """Make strings to measure on, the same for all seeds.
-
-        Arguments
-        ---------
-        task : str
-            Its name.
-        split : str
-            `"valid"` or `"test"`.
-
-        Returns
-        -------
-        list of dict
-            `strings_per_task` of them.
-        """
+        """Make `strings_per_task` strings to test on, the same for all seeds."""
         return self._strings(task, split, self.hparams["strings_per_task"], 0)
 
-    def for_base(self):
-        """Make the strings that the base is trained on.
+    def for_base(self, steps):
+        """Make the strings that the base is trained on, as `base_data` says.
 
-        Returns
-        -------
-        list of dict
-            Of synthetic voices that sound recorded, or of all tasks' own
-            training recordings, as `base_data` says.
-
-        Raises
-        ------
-        ValueError
-            Another `base_data`.
+        `synthetic`: of synthetic voices that sound recorded; `pooled`: of all
+        tasks' training recordings.
         """
-        steps = self.hparams["base_steps"]
         if self.hparams["base_data"] == "pooled":
             return self.training(self.names, steps)
         if self.hparams["base_data"] != "synthetic":
@@ -175,7 +106,7 @@ class Tasks:
         return [{"ID": key, "task": task, **s} for key, s in strings.items()]
 
     def _synthetic(self):
-        """Make synthetic digits by many voices, each take somewhere else."""
+        """Make synthetic digits of many voices, each take at another place."""
         takes = synthesize_digits(
             self.hparams["vocabulary"],
             self.hparams["voices"],

@@ -1,17 +1,19 @@
-"""What the study measures and leaves behind: tables, plot, a recogniser."""
+"""Tables and plot of the study, and its best recogniser."""
 
 import io
 import re
 from pathlib import Path
 
 import torch
+from common.dataio import audio_cache
+from common.digits import DigitStringLoader
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_taskarith.data import write_audio
 from speechbrain_taskarith.metrics import RareWords, Summary
 from speechbrain_taskarith.metrics.figure import figure
-from speechbrain_taskarith.utils.files import atomic_write
-from speechbrain_taskarith.utils.progress import progress
+from speechbrain_taskarith.utils.files import atomic_write, read_json
+from speechbrain_taskarith.vectors import AtomicCheckpointer
 
 logger = get_logger(__name__)
 
@@ -21,34 +23,24 @@ BASELINE = "scratch"
 BEST = "transfer_min_wer"
 DESCRIPTION = Path(__file__).parent / "hparams/models/transcriber.yaml"
 NOTE = (
-    "WER of the beam search on {strings} {split} strings of real recordings; "
-    "{minutes:g} minutes of recordings to train on. Rare words, by the "
-    "training transcripts: {rare}. Substitutions and deletions belong to "
-    "their reference word; `insertions` are apart, in % of all words. "
+    "WER of the beam search on {strings} {split} strings of real recordings, "
+    "after training on {minutes:g} minutes of recordings. Rare words, by the "
+    "training transcripts: {rare}. Substitutions and deletions count for "
+    "their reference word; `insertions` are counted apart, in % of all words. "
     "`relative_reduction`: of the WER, against `scratch`; "
-    "`reduction_over_rnnt`: against as many further steps of the transducer "
+    "`reduction_over_rnnt`: against as many more steps of the transducer "
     "loss, with the same strings, masks and learning rates, from the same "
     "start. `full_context` is `transfer` without streaming: one segment "
     "holds the whole string."
 )
 
 
-def write_report(models, plan, strings, hparams):
-    """Measure, write tables, plot and recogniser, show the table.
+def write_report(trainings, strings, study, hparams):
+    """Write tables, plot and recogniser, and print the tables.
 
-    Arguments
-    ---------
-    models : StudyModels
-        All models, trained.
-    plan : list of Model
-        What there is.
-    strings : dict
-        Sets of strings.
-    hparams : dict
-        Of the recipe.
+    `trainings`: `{name: training}`, `strings`: `{split: strings}`.
     """
-    split = hparams["report_on"]
-    output = Path(hparams["output_folder"])
+    split, output = hparams["report_on"], study.folder
     if split != "test":
         output = output / split
     rare = RareWords.from_transcripts(
@@ -64,12 +56,15 @@ def write_report(models, plan, strings, hparams):
             or "none",
         )
     )
-    english = [model for model in plan if model.part != "multilingual"]
-    reports = {}
-    for model in progress(english, desc="models measured"):
-        brain = models.load(model)
-        references, hypotheses = brain.transcripts(strings[split])
-        reports[model.name] = rare.report(references, hypotheses)
+    results = {
+        name: read_json(study.models / name / f"{split}.json")
+        for name, training in trainings.items()
+        if training.options["stage"] != "pretraining"
+    }
+    reports = {
+        name: rare.report(result["references"], result["hypotheses"])
+        for name, result in results.items()
+    }
     for name, report in reports.items():
         for metric, value in columns(name, reports).items():
             summary.add(
@@ -82,14 +77,14 @@ def write_report(models, plan, strings, hparams):
                 seed=hparams["seed"],
             )
         logger.info(f"{name}: {report.wer:.2f} % ({report})")
-    add_statistics(summary, english, models, hparams)
-    draw(reports, output / "plots" / "wer.png")
-    brain = models.load(next(m for m in english if m.name == BEST))
-    folder = Path(hparams["output_folder"]) / "transcriber"
-    keep_transcriber(brain, folder)
-    summary.note(
-        stream_some(brain, strings[split], hparams["streamed_strings"], folder)
-    )
+    for name, result in results.items():
+        if trainings[name].options["stage"] == "min_wer":
+            add_statistics(summary, name, result["statistics"], hparams)
+    plot_wer(reports, output / "plots" / "wer.png")
+    transducer = load_transducer(study.models / BEST / "save", hparams)
+    folder = study.folder / "transcriber"
+    save_transcriber(transducer, folder)
+    summary.note(stream_some(transducer, strings[split], folder, hparams))
     summary.write()
     summary.print()
 
@@ -115,35 +110,23 @@ def reduction(wer, before):
     return 100.0 * (before - wer) / before if before else 0.0
 
 
-def add_statistics(summary, plan, models, hparams):
+def add_statistics(summary, row, statistics, hparams):
     """Add what the n-best lists were like while MinWER trained on them."""
     units = {"hypotheses": "per string"}
-    for model in plan:
-        if not model.min_wer:
-            continue
-        meta = models.meta(model.name)
-        for metric in ("with_gradient", "oracle_wer", "expected_wer", *units):
-            summary.add(
-                table="min_wer_statistics",
-                row=model.name,
-                metric=metric,
-                value=meta[metric],
-                unit=units.get(metric, "%"),
-                split="train",
-                seed=hparams["seed"],
-            )
+    for metric in ("with_gradient", "oracle_wer", "expected_wer", *units):
+        summary.add(
+            table="min_wer_statistics",
+            row=row,
+            metric=metric,
+            value=statistics[metric],
+            unit=units.get(metric, "%"),
+            split="train",
+            seed=hparams["seed"],
+        )
 
 
-def draw(reports, path):
-    """Draw the WER of all rows, on all and on rare words.
-
-    Arguments
-    ---------
-    reports : dict of str to RareWordReport
-        By row.
-    path : pathlib.Path
-        The image.
-    """
+def plot_wer(reports, path):
+    """Plot the WER of all rows, on all and on rare words."""
     with figure(path, width=7.2) as axes:
         names = list(reports)[::-1]
         places = range(len(names))
@@ -157,19 +140,24 @@ def draw(reports, path):
         axes.legend(frameon=False)
 
 
-def keep_transcriber(brain, folder):
-    """Keep a recogniser in the form that `taskarith transcribe` reads.
+def load_transducer(folder, hparams):
+    """Load a trained model into that of `hparams`, in evaluation mode."""
+    transducer = hparams["transducer"]
+    recoverables = {
+        "model": transducer["model"],
+        "normalizer": transducer["normalize"],
+    }
+    AtomicCheckpointer(folder, recoverables).recover_if_possible()
+    transducer["transcriber"].eval()
+    return transducer
 
-    Arguments
-    ---------
-    brain : Transducer
-        With the weights.
-    folder : pathlib.Path
-        Where it goes.
-    """
+
+def save_transcriber(transducer, folder):
+    """Save the recogniser in the form that `taskarith transcribe` reads."""
     folder.mkdir(parents=True, exist_ok=True)
+    # The YAML of the model, with the sizes of this run.
     text = DESCRIPTION.read_text(encoding="utf-8")
-    for key, value in vars(brain.hparams).items():
+    for key, value in transducer.items():
         if isinstance(value, (bool, int, float, list)):
             shown = f"[{', '.join(value)}]" if key == "labels" else value
             text = re.sub(
@@ -178,35 +166,22 @@ def keep_transcriber(brain, folder):
     with atomic_write(folder / "hyperparams.yaml", "w") as stream:
         stream.write(text)
     weights = io.BytesIO()
-    torch.save(brain.hparams.transcriber.state_dict(), weights)
+    torch.save(transducer["transcriber"].state_dict(), weights)
     with atomic_write(folder / "transcriber.ckpt", "wb") as stream:
         stream.write(weights.getvalue())
 
 
-def stream_some(brain, strings, count, folder):
-    """Recognise strings as streams and as wholes; keep one as a recording.
+def stream_some(transducer, strings, folder, hparams):
+    """Recognise strings as streams and as wholes; save one as `example.wav`.
 
-    Arguments
-    ---------
-    brain : Transducer
-        With the weights.
-    strings : list of dict
-        Of recordings.
-    count : int
-        How many of them.
-    folder : pathlib.Path
-        For `example.wav`.
-
-    Returns
-    -------
-    str
-        What was found, for the results page.
+    Returns a note for the results page.
     """
-    transcriber = brain.hparams.transcriber.eval()
-    rate = transcriber.sample_rate
+    transcriber = transducer["transcriber"]
+    rate, count = transcriber.sample_rate, hparams["streamed_strings"]
+    load_audio = DigitStringLoader(rate, cache=audio_cache(rate))
     same, seconds, spent = 0, 0.0, 0.0
     for number, string in enumerate(strings[:count]):
-        wave = brain.load_audio(string["wavs"], string["gaps"])
+        wave = load_audio(string["wavs"], string["gaps"])
         if not number:
             write_audio(folder / "example.wav", wave, rate)
         stream = transcriber.stream()

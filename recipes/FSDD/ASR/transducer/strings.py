@@ -1,38 +1,23 @@
-"""Strings of words: synthetic ones of many languages, real English ones."""
+"""Strings of words: synthetic ones of other languages, real English ones."""
 
 import collections
 import random
+from pathlib import Path
 
+from common.dataio import audio_cache
 from common.digits import make_digit_strings
 from common.simulate import RecordingSimulator
+from common.strings import EDGE, GAP, draw_pauses, join_takes
 from words import words_of
 
-from speechbrain_taskarith.data import EspeakVoice, Recording
+from speechbrain_taskarith.data import EspeakVoice, Recording, read_manifest
 from speechbrain_taskarith.utils.progress import progress
 
-# Pauses in seconds: between words, and before the first and after the last.
-GAP = (0.0, 0.12)
-EDGE = (0.03, 0.1)
 
+def multilingual_strings(domain, hparams):
+    """Make pretraining strings: synthetic voices as if they were recorded.
 
-def multilingual_strings(domain, hparams, cache, show_progress=True):
-    """Make pre-training strings: synthetic voices as if they were recorded.
-
-    Arguments
-    ---------
-    domain : str
-        `"in_domain"` or `"out_of_domain"`, see `words.py`.
-    hparams : dict
-        Of the recipe.
-    cache : AudioCache
-        Where the waveforms go.
-    show_progress : bool
-        Show a bar.
-
-    Returns
-    -------
-    list of dict
-        Strings, each in one language and by one voice.
+    Each is in one language and by one voice; for `domain` see `words.py`.
     """
     rate, seed = hparams["sample_rate"], hparams["seed"]
     simulate = RecordingSimulator(
@@ -44,9 +29,9 @@ def multilingual_strings(domain, hparams, cache, show_progress=True):
         for variant in hparams["variants"]
         for take in range(hparams["takes_per_voice"])
     ]
-    recordings = []
+    recordings, cache = [], audio_cache(rate)
     for language, variant, take in progress(
-        plan, desc=f"synthetic speech, {domain}", enable=show_progress
+        plan, desc=f"synthetic speech, {domain}"
     ):
         speaker = f"{language}+{variant}-{take}"
         rng = random.Random(f"{seed} {speaker}")
@@ -83,30 +68,19 @@ def multilingual_strings(domain, hparams, cache, show_progress=True):
     return [{"ID": key, **item} for key, item in strings.items()]
 
 
-def target_strings(recordings, hparams, *, seconds=None, count=None, seed=0):
-    """Make strings of real recordings, in which some words are rare.
+def target_strings(split, hparams):
+    """Make strings of real recordings of a split, in which some words are rare.
 
-    Speakers take turns. A recording comes again only when all others of its
+    Speakers take turns. A recording is used again only when all others of its
     word and speaker have been used.
-
-    Arguments
-    ---------
-    recordings : list of Recording
-        Of one split.
-    hparams : dict
-        Of the recipe: `vocabulary`, `rare_words`, `rare_share`, `n_words`.
-    seconds : float or None
-        How much audio.
-    count : int or None
-        How many strings, where `seconds` is not given.
-    seed : int
-        Another seed gives other strings.
-
-    Returns
-    -------
-    list of dict
-        Strings.
     """
+    recordings = read_manifest(Path(hparams["prepared_folder"], f"{split}.csv"))
+    if split == "train":
+        seconds, count = 60 * hparams["train_minutes"], None
+        seed = hparams["seed"]
+    else:
+        # The same for all seeds.
+        seconds, count, seed = None, hparams[f"{split}_strings"], 0
     words = list(hparams["vocabulary"])
     rare, share = set(hparams["rare_words"]), hparams["rare_share"]
     weights = [
@@ -127,10 +101,9 @@ def target_strings(recordings, hparams, *, seconds=None, count=None, seed=0):
     ]
     if missing:
         raise ValueError(
-            f"no {recordings[0].split} recording of {', '.join(missing[:5])}; "
+            f"no {split} recording of {', '.join(missing[:5])}; "
             "name words of your data under `vocabulary`"
         )
-    split = recordings[0].split
     rng, bags = random.Random(f"{split} {seed}"), {}
     strings, total = [], 0.0
     while total < seconds if seconds else len(strings) < count:
@@ -144,45 +117,8 @@ def target_strings(recordings, hparams, *, seconds=None, count=None, seed=0):
                 bag.extend(takes[speaker, word])
                 rng.shuffle(bag)
             chosen.append(bag.pop())
-        gaps = [rng.uniform(*EDGE)]
-        gaps += [rng.uniform(*GAP) for _ in chosen[1:]]
-        gaps += [rng.uniform(*EDGE)]
-        gaps = [round(gap, 4) for gap in gaps]
-        duration = sum(take.duration for take in chosen) + sum(gaps)
-        total += duration
-        strings.append(
-            {
-                "ID": f"{split}-{len(strings):05d}",
-                "wavs": [take.wav for take in chosen],
-                "gaps": gaps,
-                "wrd": " ".join(take.wrd for take in chosen),
-                "spk_id": speaker,
-                "duration": duration,
-            }
-        )
+        pauses = draw_pauses(rng, len(chosen))
+        string = join_takes(f"{split}-{len(strings):05d}", chosen, pauses)
+        total += string["duration"]
+        strings.append(string)
     return strings
-
-
-def in_order(strings, count, seed):
-    """Return strings in the order to train in: shuffled rounds.
-
-    Arguments
-    ---------
-    strings : list of dict
-        The training set.
-    count : int
-        Number of utterances to train on.
-    seed : int
-        Another seed gives another order.
-
-    Returns
-    -------
-    list of dict
-        Every string once in a round.
-    """
-    rng, order = random.Random(f"order {seed}"), []
-    while len(order) < count:
-        turn = list(strings)
-        rng.shuffle(turn)
-        order += turn
-    return order[:count]

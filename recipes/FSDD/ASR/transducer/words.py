@@ -1,4 +1,4 @@
-"""Words of other languages for multilingual pre-training.
+"""Words of other languages for multilingual pretraining.
 
 None of them is English. In domain: the digits, as in the target. Out of
 domain: days of the week and months.
@@ -31,25 +31,7 @@ DOMAINS = {
 
 
 def words_of(domain, language):
-    """Return the words of a domain in a language.
-
-    Arguments
-    ---------
-    domain : str
-        `"in_domain"` or `"out_of_domain"`.
-    language : str
-        Code, as espeak-ng has it.
-
-    Returns
-    -------
-    list of str
-        Ten words.
-
-    Raises
-    ------
-    ValueError
-        No such domain or language.
-    """
+    """Return the ten words of a domain in a language (espeak-ng's code)."""
     table = DOMAINS.get(domain, {})
     if language not in table:
         raise ValueError(
@@ -58,25 +40,3 @@ def words_of(domain, language):
             "them in words.py"
         )
     return table[language].split()
-
-
-def characters(languages):
-    """Return all characters of both domains and a space, sorted.
-
-    Arguments
-    ---------
-    languages : sequence of str
-        Codes.
-
-    Returns
-    -------
-    str
-        The labels of a model that spells all words.
-    """
-    text = " ".join(
-        word
-        for domain in DOMAINS
-        for language in languages
-        for word in words_of(domain, language)
-    )
-    return "".join(sorted({" ", *text}))

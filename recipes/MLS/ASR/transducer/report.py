@@ -1,9 +1,15 @@
-"""What a stage leaves behind: its row of the table, and its recogniser."""
+#!/usr/bin/env python3
+"""The result of a stage: its row of the table, and the recogniser.
+
+One table over the seeds of a stage, whose output folders are in a folder:
+> python report.py results/min_wer
+"""
 
 import collections
 import io
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -11,34 +17,23 @@ import torch
 from speechbrain_taskarith.metrics import (
     RareWords,
     Summary,
+    merge_seeds,
     rare_words_by_language,
 )
 from speechbrain_taskarith.utils.files import atomic_write
 
+TITLE = "Transfer learning of streaming transducers on MLS"
 TABLE = "mls_transducer"
 DESCRIPTION = Path(__file__).parent / "hparams/models/transcriber.yaml"
 NOTE = (
-    "WER on the test sets. A word is rare when its count in the language's "
-    "training transcripts is below that of the most frequent words which "
-    "cover 90 % of the running words; `insertions` are apart, in % of all "
-    "words."
+    "WER on the test sets. The most frequent words that cover 90 % of the "
+    "running words of a language's training transcripts are not rare; all "
+    "others are. `insertions` are counted apart, in % of all words."
 )
 
 
 def write_report(brain, train, tokenizer_file, hparams):
-    """Write the row of this stage, and the recogniser.
-
-    Arguments
-    ---------
-    brain : ASR
-        After the test, with the weights that were tested.
-    train : DynamicItemDataset
-        Training data, for what is rare.
-    tokenizer_file : pathlib.Path
-        The SentencePiece model.
-    hparams : dict
-        Of the recipe.
-    """
+    """Write the row of a tested stage, and the recogniser."""
     summary = Summary(hparams["output_folder"], title="MLS transducer")
     summary.note(NOTE)
     lines = collections.defaultdict(list)
@@ -68,27 +63,18 @@ def write_report(brain, train, tokenizer_file, hparams):
             )
     summary.write()
     summary.print()
-    keep_transcriber(
+    save_transcriber(
         hparams["transducer"],
         tokenizer_file,
         Path(hparams["output_folder"]) / "transcriber",
     )
 
 
-def keep_transcriber(transducer, tokenizer_file, folder):
-    """Keep the recogniser in the form that `taskarith transcribe` reads.
-
-    Arguments
-    ---------
-    transducer : dict
-        What `transcriber.yaml` made, trained.
-    tokenizer_file : pathlib.Path
-        The SentencePiece model.
-    folder : pathlib.Path
-        Where it goes.
-    """
+def save_transcriber(transducer, tokenizer_file, folder):
+    """Save the recogniser in the form that `taskarith transcribe` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(tokenizer_file, folder / "tokenizer.model")
+    # The YAML of the model, with the sizes of this run.
     text = DESCRIPTION.read_text(encoding="utf-8")
     for key, value in transducer.items():
         if isinstance(value, (bool, int, float)):
@@ -101,3 +87,7 @@ def keep_transcriber(transducer, tokenizer_file, folder):
     torch.save(transducer["transcriber"].state_dict(), weights)
     with atomic_write(folder / "transcriber.ckpt", "wb") as stream:
         stream.write(weights.getvalue())
+
+
+if __name__ == "__main__":
+    merge_seeds(sys.argv[1], title=TITLE)

@@ -2,7 +2,7 @@
 """Recipe for transfer learning of streaming transducers (MLS).
 
 The three stages of arXiv 2407.16664, a YAML each: multilingual RNN-T
-training, RNN-T training of one language with the encoder taken over, MinWER.
+training, RNN-T training of one language from the encoder of stage 1, MinWER.
 
 To run this recipe, do the following:
 > python train.py hparams/pretrain.yaml --data_folder /path/to/MLS
@@ -11,7 +11,7 @@ To run this recipe, do the following:
 > python train.py hparams/min_wer.yaml --data_folder /path/to/MLS \
 >     --start_from results/transfer/<seed> --subset 10min
 
-A run that was killed goes on where it stopped when started again.
+Start a killed run again by the same command: it resumes.
 """
 
 import sys
@@ -28,7 +28,7 @@ from speechbrain.utils.distributed import get_rank, run_on_main
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_taskarith.data import read_audio
-from speechbrain_taskarith.metrics import merge_seeds, wer
+from speechbrain_taskarith.metrics import wer
 from speechbrain_taskarith.transducer import (
     SentencePieceText,
     joint_transducer_loss,
@@ -38,22 +38,20 @@ from speechbrain_taskarith.utils.seeds import seed_random_numbers
 
 logger = get_logger(__name__)
 
-TITLE = "Transfer learning of streaming transducers on MLS"
-
 
 class TransducerWithLoss(torch.nn.Module):
-    """Encoder, predictor, joint and loss in one forward, as DDP wants it.
+    """Model and loss in one `forward`: under DDP the joint has to run inside.
 
     Arguments
     ---------
     model : torch.nn.ModuleDict
         `frontend`, `encoder`, `predictor`, `joint`.
     blank_index : int
-        The blank.
+        Index of the blank.
     memory_budget : int
-        See `joint_transducer_loss`.
+        In bytes, see `joint_transducer_loss`.
     min_wer : MinWERLoss or None
-        What to train with in the place of the transducer loss.
+        Replaces the transducer loss in training.
     """
 
     def __init__(self, model, blank_index, memory_budget, min_wer=None):
@@ -87,10 +85,10 @@ class TransducerWithLoss(torch.nn.Module):
 
 
 class ASR(sb.Brain):
-    """The Brain of all stages."""
+    """Class that manages the training loop of all stages."""
 
     def compute_forward(self, batch, stage):
-        """Return the loss, the encoder's output and relative lengths."""
+        """Forward computations from the waveforms to the loss."""
         batch = batch.to(self.device)
         wavs, lens = batch.sig
         x = self.hparams.transducer["features"](wavs)
@@ -101,7 +99,7 @@ class ASR(sb.Brain):
         return self.modules.transducer(x, lens, *batch.tokens, batch.wrd)
 
     def compute_objectives(self, predictions, batch, stage):
-        """Return the loss; outside training decode, too."""
+        """Return the loss; outside training also decode."""
         loss, x, lens = predictions
         if stage != sb.Stage.TRAIN:
             search = self.hparams.transducer["searcher"]
@@ -110,27 +108,28 @@ class ASR(sb.Brain):
             self.references += batch.wrd
             self.languages += batch.accent
             self.hypotheses += [
-                detokenize(found[0].tokens) for found in search.decode(x, lens)
+                detokenize(n_best[0].tokens)
+                for n_best in search.decode(x, lens)
             ]
         return loss
 
     def on_fit_batch_start(self, batch, should_step):
-        """Seed every batch: a resumed run draws what it would have drawn."""
+        """Seed each batch: a resumed run draws the same random numbers."""
         epoch = self.hparams.epoch_counter.current
         seed_random_numbers(self.hparams.seed, epoch, self.step, get_rank())
 
     def on_fit_batch_end(self, batch, outputs, loss, should_step):
-        """Move the learning rate on."""
+        """Update the learning rate."""
         if should_step:
             self.hparams.lr_annealing(self.optimizer)
 
     def on_stage_start(self, stage, epoch=None):
-        """Forget the words of the stage before."""
+        """Start with empty lists of transcripts."""
         self.ids, self.references, self.hypotheses = [], [], []
         self.languages = []
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
-        """Count errors, log, and save after validation."""
+        """Compute the WER, log, and save a checkpoint after validation."""
         stats = {"loss": float(stage_loss)}
         if stage == sb.Stage.TRAIN:
             if self.min_wer is not None:
@@ -155,17 +154,20 @@ class ASR(sb.Brain):
 
 
 def make_tokenizer(hparams):
-    """Train the tokenizer, or take that of the stage before."""
+    """Train the tokenizer, or load the one of the stage before.
+
+    Returns the SentencePiece processor and the path of its file.
+    """
     folder = hparams["tokenizer_folder"]
     pieces = hparams["output_neurons"] - 1  # without the blank
     if hparams["start_from"]:
-        # The same labels: the joint network is taken over, too.
+        # The joint network is loaded too, so the labels have to be the same.
         folder = str(Path(hparams["start_from"]) / "tokenizer")
         path = Path(folder) / f"{pieces}_unigram.model"
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path}: missing; start_from is the output folder of the "
-                "stage before, with as many output_neurons"
+                f"{path}: no such file; start_from has to be the output "
+                "folder of the stage before, with the same output_neurons"
             )
     tokenizer = SentencePiece(
         model_dir=folder,
@@ -179,8 +181,8 @@ def make_tokenizer(hparams):
     return tokenizer.sp, Path(folder) / f"{pieces}_unigram.model"
 
 
-def make_datasets(hparams, tokenizer):
-    """Make training, validation and test data."""
+def dataio_prepare(hparams, tokenizer):
+    """Prepare the datasets and the sampler of the training batches."""
     datasets = {}
     for split in ("train", "valid", "test"):
         path = Path(hparams["prepared_folder"], f"{split}.csv")
@@ -188,7 +190,7 @@ def make_datasets(hparams, tokenizer):
         if split != "train":
             data = data.filtered_sorted(sort_key="duration")
         datasets[split] = data
-    every = list(datasets.values())
+    all_datasets = list(datasets.values())
 
     @sb.utils.data_pipeline.takes("wav")
     @sb.utils.data_pipeline.provides("sig")
@@ -201,27 +203,24 @@ def make_datasets(hparams, tokenizer):
         # 0 is the blank.
         return torch.tensor(tokenizer.encode_as_ids(wrd)).long() + 1
 
-    sb.dataio.dataset.add_dynamic_item(every, audio_pipeline)
-    sb.dataio.dataset.add_dynamic_item(every, text_pipeline)
-    keys = ["id", "sig", "tokens", "wrd", "accent"]
-    sb.dataio.dataset.set_output_keys(every, keys)
-    return datasets
-
-
-def batches_of_equal_seconds(data, hparams):
-    """Return a sampler of batches with about the same seconds of audio."""
-    return DynamicBatchSampler(
-        data,
+    sb.dataio.dataset.add_dynamic_item(all_datasets, audio_pipeline)
+    sb.dataio.dataset.add_dynamic_item(all_datasets, text_pipeline)
+    sb.dataio.dataset.set_output_keys(
+        all_datasets, ["id", "sig", "tokens", "wrd", "accent"]
+    )
+    train_sampler = DynamicBatchSampler(
+        datasets["train"],
         max_batch_length=hparams["max_batch_seconds"],
         num_buckets=hparams["num_buckets"],
         length_func=lambda row: float(row["duration"]),
         shuffle=True,
         seed=hparams["seed"],
     )
+    return datasets, train_sampler
 
 
-def take_over(hparams):
-    """Load what this stage starts from: a whole model, an encoder, or both."""
+def load_start(hparams):
+    """Load the weights to start from: a whole model, an encoder, or both."""
     transducer = hparams["transducer"]
     if hparams["start_from"]:
         hparams["start_checkpointer"].checkpoints_dir = Path(
@@ -230,8 +229,8 @@ def take_over(hparams):
         found = hparams["start_checkpointer"].recover_if_possible(min_key="WER")
         if found is None:
             raise FileNotFoundError(
-                f"{hparams['start_from']}: no checkpoint in save/; expected "
-                "the output folder of the stage before"
+                f"{hparams['start_from']}: no checkpoint in save/; start_from "
+                "has to be the output folder of the stage before"
             )
         logger.info(f"started from {found.path}")
     if hparams["encoder_from"]:
@@ -245,10 +244,6 @@ def take_over(hparams):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--merge"]:
-        merge_seeds(sys.argv[2], title=TITLE)
-        sys.exit()
-
     # CLI
     hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
     sb.utils.distributed.ddp_init_group(run_opts)
@@ -275,12 +270,13 @@ if __name__ == "__main__":
         },
     )
     tokenizer, tokenizer_file = make_tokenizer(hparams)
-    datasets = make_datasets(hparams, tokenizer)
+    datasets, train_sampler = dataio_prepare(hparams, tokenizer)
+
+    # The model, and what it starts from
     transducer = hparams["transducer"]
     detokenize = SentencePieceText(tokenizer_file, offset=1)
     transducer["transcriber"].detokenize = detokenize
-    take_over(hparams)
-
+    load_start(hparams)
     min_wer = None
     if hparams["make_min_wer"] is not None:
         min_wer = hparams["make_min_wer"](
@@ -288,7 +284,8 @@ if __name__ == "__main__":
             detokenize=detokenize,
             memory_budget=hparams["memory_budget"],
         )
-    brain = ASR(
+
+    asr_brain = ASR(
         modules={
             "transducer": TransducerWithLoss(
                 transducer["model"],
@@ -303,31 +300,33 @@ if __name__ == "__main__":
         run_opts=run_opts,
         checkpointer=hparams["checkpointer"],
     )
-    brain.min_wer = min_wer
-    sampler = batches_of_equal_seconds(datasets["train"], hparams)
-    # Told the epoch, it gives a resumed run the batches of that epoch.
-    brain.train_sampler = sampler
+    asr_brain.min_wer = min_wer
+    # The Brain tells it the epoch: a resumed run gets that epoch's batches.
+    asr_brain.train_sampler = train_sampler
 
-    brain.fit(
+    # Training
+    asr_brain.fit(
         hparams["epoch_counter"],
         datasets["train"],
         datasets["valid"],
         train_loader_kwargs={
-            "batch_sampler": sampler,
+            "batch_sampler": train_sampler,
             "num_workers": hparams["num_workers"],
         },
         valid_loader_kwargs={"batch_size": hparams["test_batch_size"]},
     )
 
     # Testing
-    brain.evaluate(
+    asr_brain.evaluate(
         datasets["test"],
         min_key="WER",
         test_loader_kwargs={"batch_size": hparams["test_batch_size"]},
     )
     run_on_main(
-        write_report, args=[brain, datasets["train"], tokenizer_file, hparams]
+        write_report,
+        args=[asr_brain, datasets["train"], tokenizer_file, hparams],
     )
+    # Without it a process that ends first may take the others down.
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""How long training took, and how good the model was after every epoch."""
+"""The training time, and the scores after every epoch."""
 
 import contextlib
 import time
@@ -9,9 +9,9 @@ from speechbrain_taskarith.utils.recoverable import JSONRecoverable
 class TrainingHistory(JSONRecoverable):
     """Seconds of training, and scores after every epoch; a recoverable.
 
-    Counted are updates alone: no validation, no checkpoints, no loading of
-    data, no measurements of gradient consistency. A resumed run counts on
-    from its checkpoint.
+    Only updates count: no validation, checkpoints, loading of data, or
+    measurements of gradient consistency. A resumed run continues from its
+    checkpoint.
 
     Example
     -------
@@ -29,13 +29,7 @@ class TrainingHistory(JSONRecoverable):
 
     @contextlib.contextmanager
     def counting(self, sign=1):
-        """Count the time that the block takes.
-
-        Arguments
-        ---------
-        sign : int
-            -1 takes it away.
-        """
+        """Add the time that the block takes; with -1 subtract it."""
         wall, cpu = time.perf_counter(), time.process_time()
         try:
             yield
@@ -44,25 +38,11 @@ class TrainingHistory(JSONRecoverable):
             self.cpu_seconds += sign * (time.process_time() - cpu)
 
     def paused(self):
-        """Do not count the time that a block within takes.
-
-        Returns
-        -------
-        context manager
-            For a `with` within `counting`.
-        """
+        """Do not count the time of a block within `counting`."""
         return self.counting(sign=-1)
 
     def end_of_epoch(self, epoch, stats):
-        """Keep the scores of an epoch.
-
-        Arguments
-        ---------
-        epoch : int
-            Its number.
-        stats : dict of str: float
-            On development data.
-        """
+        """Record the validation scores of an epoch."""
         self.epochs.append(
             {
                 "epoch": epoch,
@@ -73,13 +53,7 @@ class TrainingHistory(JSONRecoverable):
         )
 
     def state(self):
-        """Return all of it in plain types.
-
-        Returns
-        -------
-        dict
-            `seconds`, `cpu_seconds`, `epochs`.
-        """
+        """Return `seconds`, `cpu_seconds` and `epochs`."""
         return {
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
@@ -87,36 +61,16 @@ class TrainingHistory(JSONRecoverable):
         }
 
     def restore(self, state):
-        """Take back what `state` returned.
-
-        Arguments
-        ---------
-        state : dict
-            See `state`.
-        """
+        """Restore what `state` returned."""
         self.seconds = state["seconds"]
         self.cpu_seconds = state["cpu_seconds"]
         self.epochs = state["epochs"]
 
 
-def seconds_to(epochs, key, target, what="seconds"):
-    """Return the training time until a score was first reached.
+def seconds_to(epochs, key, target, unit="seconds"):
+    """Return the time at the end of the first epoch that reached a score.
 
-    Arguments
-    ---------
-    epochs : list of dict
-        Of `TrainingHistory`.
-    key : str
-        The score, e.g. `"BLEU"`.
-    target : float
-        To be reached.
-    what : str
-        `"seconds"` or `"cpu_seconds"`.
-
-    Returns
-    -------
-    float or None
-        At the end of the first epoch that reached it; None: never.
+    `unit` is `"seconds"` or `"cpu_seconds"`. None: it was never reached.
 
     Example
     -------
@@ -126,5 +80,5 @@ def seconds_to(epochs, key, target, what="seconds"):
     """
     for epoch in epochs:
         if epoch[key] >= target:
-            return epoch[what]
+            return epoch[unit]
     return None

@@ -1,101 +1,98 @@
-"""What a run of the recipe leaves behind: results by row, tables, plots."""
+"""Results: scores, translations and plots of a training, the study's table."""
 
 from pathlib import Path
 
+import torch
 from history import seconds_to
-from speechbrain.utils.logger import get_logger
+from speechbrain.dataio.batch import PaddedBatch
 
+from speechbrain_taskarith.brains.ctc import bare
 from speechbrain_taskarith.metrics import Summary
 from speechbrain_taskarith.metrics.figure import MARKERS, figure, legend_beside
-from speechbrain_taskarith.translation import plot_window_entropy
+from speechbrain_taskarith.translation import (
+    plot_window_entropy,
+    window_entropy,
+)
 from speechbrain_taskarith.utils.files import (
     atomic_write,
     read_json,
     write_json,
 )
 
-logger = get_logger(__name__)
-
 TABLE = "mboshi_joint"
 TITLE = "Speech translation with auxiliary tasks on Mboshi-French"
-BLEU = ("bleu", "BLEU", "points")
 METRICS = (
-    BLEU,
+    ("bleu", "BLEU", "points"),
     ("chrf", "chrF", "points"),
     ("length_ratio", "length_ratio", "1"),
     ("ctc_wer", "CTC_WER", "%"),
 )
 
 
-def result_path(row, hparams):
-    """Return where the result of a row is; it is there when the row is done.
-
-    Arguments
-    ---------
-    row : str
-        Its name.
-    hparams : dict
-        Of the recipe.
-
-    Returns
-    -------
-    pathlib.Path
-        A JSON file.
-    """
-    return results_folder(hparams) / "rows" / f"{row}.json"
-
-
 def results_folder(hparams):
-    """Return where tables and plots go: what is tuned on goes apart.
-
-    Arguments
-    ---------
-    hparams : dict
-        Of the recipe.
-
-    Returns
-    -------
-    pathlib.Path
-        The output folder, or `valid` in it.
-    """
-    folder = Path(hparams["output_folder"])
+    """Return the folder of tables and plots, `valid` apart from `test`."""
+    folder = Path(hparams["study_folder"])
     return folder if hparams["report_on"] == "test" else folder / "valid"
 
 
-def write_result(row, brain, history, weights, entropies, hparams):
-    """Write result, translations and plots of one row.
+def result_path(row, hparams):
+    """Return the JSON file of a row's result."""
+    return results_folder(hparams) / "rows" / f"{row}.json"
 
-    Arguments
-    ---------
-    row : str
-        Its name.
-    brain : ST
-        After the test.
-    history : dict
-        `TrainingHistory.state()` at the end of training.
-    weights : list of dict
-        `TaskNormWeights.history` at the end of training.
-    entropies : dict of str: dict of int: float
-        Of `representation_entropy`.
-    hparams : dict
-        Of the row.
+
+@torch.no_grad()
+def representation_entropy(brain, data, hparams):
+    """Measure the entropy of windows of speech and of text, after the test.
+
+    Returns `{representation: {vectors in a window: nats}}`: the `frames` of
+    the acoustic encoder, `shrunk` frames, and `text` if the model learns from
+    it. Empty if the model does not translate speech.
     """
+    if hparams["main"] != "st":
+        return {}
+    # They are sorted by length: utterances of every length.
+    step = -(-len(data) // hparams["entropy_utterances"])
+    utterances = [data[i] for i in range(0, len(data), step)]
+    batch = PaddedBatch(utterances).to(brain.device)
+    model = bare(brain.modules.model).eval()
+    x, lens = brain.features(batch)
+    speech = model.encode_speech(x, lens, batch.id)
+    found = {"frames": (model.acoustic(x, lens), speech.frame_lens)}
+    if model.shrink is not None:
+        found["shrunk"] = (speech.embedded, speech.lens)
+    if "mt" in hparams["tasks"]:
+        text = model.encode_text(*batch.source)
+        found["text"] = (text.embedded, text.lens)
+    windows = hparams["entropy_windows"]
+    return {
+        name: window_entropy(vectors.float(), lens, windows)
+        for name, (vectors, lens) in found.items()
+    }
+
+
+def write_result(brain, history, task_weights, entropies, hparams):
+    """Write scores, translations and plots of a tested model.
+
+    `history` is `TrainingHistory.state()`, `task_weights` is
+    `TaskNormWeights.history`, both at the end of training.
+    """
+    row = hparams["row"]
     path = result_path(row, hparams)
     plots = results_folder(hparams) / "plots"
     lines = zip(brain.ids, brain.references, brain.hypotheses)
     with atomic_write(path.with_suffix(".txt"), "w") as stream:
         for ID, reference, hypothesis in sorted(lines):
             stream.write(f"{ID}\n  {reference}\n  {hypothesis}\n")
-    if weights:
-        plot_weights(weights, plots / f"task_weights_{row}.png", row)
+    if task_weights:
+        plot_weights(task_weights, plots / f"task_weights_{row}.png", row)
     probe = hparams["consistency"]
-    for one, other in sorted({(r[2], r[3]) for r in probe.rows}):
-        name = f"consistency_{row}_{one}_{other}.png"
-        probe.plot(plots / name, (one, other))
+    for first, second in sorted({(r[2], r[3]) for r in probe.rows}):
+        name = f"consistency_{row}_{first}_{second}.png"
+        probe.plot(plots / name, (first, second))
     if entropies:
         plot_window_entropy(entropies, plots / f"entropy_{row}.png")
     parameters = (p for p in hparams["model"].parameters() if p.requires_grad)
-    # Last: where it stands, the row is done.
+    # Last: it says that the row is done.
     write_json(
         path,
         {
@@ -104,25 +101,19 @@ def write_result(row, brain, history, weights, entropies, hparams):
             "chrf_signature": getattr(brain.scores, "chrf_signature", None),
             "parameters": sum(p.numel() for p in parameters),
             "left_out": hparams["guard"].counts,
-            "task_weights": weights,
+            "task_weights": task_weights,
             "entropy": entropies,
             **history,
         },
     )
 
 
-def write_report(hparams):
-    """Write tables and plots of all rows that are done, and show the table.
-
-    Arguments
-    ---------
-    hparams : dict
-        Of the recipe.
-    """
-    done = {}
-    for row in (*hparams["stages"], *hparams["rows"]):
-        if result_path(row, hparams).exists():
-            done[row] = read_json(result_path(row, hparams))
+def write_report(rows, hparams):
+    """Write and print the table of all rows that are done."""
+    paths = {row: result_path(row, hparams) for row in rows}
+    done = {
+        row: read_json(path) for row, path in paths.items() if path.exists()
+    }
     output = results_folder(hparams)
     summary = Summary(output, title=TITLE)
     target = hparams["target_bleu"]
@@ -132,11 +123,11 @@ def write_report(hparams):
             summary.note(f"chrF: `{result['chrf_signature']}`.")
     summary.note(
         "Seconds: of training updates alone. Seconds to BLEU: until the end of "
-        f"the first epoch with a greedy development BLEU of {target:g}; empty "
-        "where it was never reached."
+        "the first epoch with a greedy BLEU on validation data of "
+        f"{target:g}; empty if it was never reached."
     )
     for row, result in done.items():
-        for metric, value, unit in values_of(result, target):
+        for metric, value, unit in columns(result, target):
             summary.add(
                 table=TABLE,
                 row=row,
@@ -152,44 +143,23 @@ def write_report(hparams):
     summary.print()
 
 
-def values_of(result, target):
-    """Yield the columns of one row.
-
-    Arguments
-    ---------
-    result : dict
-        As `write_result` wrote it.
-    target : float
-        Development BLEU that time is measured to.
-
-    Yields
-    ------
-    tuple
-        Metric, value and unit.
-    """
+def columns(result, target):
+    """Yield metric, value and unit of a row's columns."""
     for metric, key, unit in METRICS:
         if key in result["scores"]:
             yield metric, result["scores"][key], unit
-    for what in ("seconds", "cpu_seconds"):
-        yield what, result[what], "s"
+    for metric in ("seconds", "cpu_seconds"):
+        yield metric, result[metric], "s"
         reached = None
         if "BLEU" in result["scores"]:
-            reached = seconds_to(result["epochs"], "BLEU", target, what)
+            reached = seconds_to(result["epochs"], "BLEU", target, metric)
         if reached is not None:
-            yield f"{what}_to_bleu", reached, "s"
+            yield f"{metric}_to_bleu", reached, "s"
     yield "trained_parameters", result["parameters"], "parameters"
 
 
 def plot_scores(done, path):
-    """Draw development BLEU against seconds of training, a curve for a row.
-
-    Arguments
-    ---------
-    done : dict of str: dict
-        Results by row.
-    path : pathlib.Path
-        `.png`.
-    """
+    """Plot BLEU on validation data against training time, a curve per row."""
     curves = {n: r for n, r in done.items() if "BLEU" in r["scores"]}
     with figure(path, width=8) as axes:
         for number, (row, result) in enumerate(curves.items()):
@@ -203,26 +173,16 @@ def plot_scores(done, path):
                 linestyle="-" if number < 10 else "--",
             )
         axes.set_xlabel("minutes of training")
-        axes.set_ylabel("BLEU, development data")
+        axes.set_ylabel("BLEU, validation data")
         legend_beside(axes)
 
 
-def plot_weights(weights, path, row):
-    """Draw the weights of the auxiliary tasks over updates.
-
-    Arguments
-    ---------
-    weights : list of dict
-        `TaskNormWeights.history`.
-    path : pathlib.Path
-        `.png`.
-    row : str
-        For the title.
-    """
+def plot_weights(task_weights, path, title):
+    """Plot the weights of the auxiliary tasks against updates."""
     with figure(path) as axes:
-        updates = [0, *(entry["update"] for entry in weights)]
-        for number, task in enumerate(weights[0]["weights"]):
-            values = [1.0, *(entry["weights"][task] for entry in weights)]
+        updates = [0, *(entry["update"] for entry in task_weights)]
+        for number, task in enumerate(task_weights[0]["weights"]):
+            values = [1.0, *(entry["weights"][task] for entry in task_weights)]
             axes.step(
                 updates,
                 values,
@@ -234,5 +194,5 @@ def plot_weights(weights, path, row):
         axes.set_ylim(0, 1.05)
         axes.set_xlabel("update")
         axes.set_ylabel("task weight")
-        axes.set_title(row)
+        axes.set_title(title)
         legend_beside(axes)

@@ -1,8 +1,14 @@
-"""What a stage leaves behind: its row of the table, translations, a plot."""
+#!/usr/bin/env python3
+"""The result of a stage: its row of the table, translations and plots.
 
+One table over the seeds of a stage, whose output folders are in a folder:
+> python report.py results/joint/de
+"""
+
+import sys
 from pathlib import Path
 
-from speechbrain_taskarith.metrics import Summary
+from speechbrain_taskarith.metrics import Summary, merge_seeds
 from speechbrain_taskarith.utils.files import atomic_write
 
 TABLE = "must_c_joint"
@@ -10,24 +16,16 @@ TITLE = "Speech translation with auxiliary tasks on MuST-C"
 
 
 def write_report(brain, hparams):
-    """Write and show the row of a stage.
-
-    Arguments
-    ---------
-    brain : ST
-        After the test.
-    hparams : dict
-        Of the recipe.
-    """
+    """Write the row of a tested stage, and print it."""
     output = Path(hparams["output_folder"])
     lines = zip(brain.ids, brain.references, brain.hypotheses)
     with atomic_write(output / "translations.txt", "w") as stream:
         for ID, reference, hypothesis in sorted(lines):
             stream.write(f"{ID}\n  {reference}\n  {hypothesis}\n")
     probe = hparams["consistency"]
-    for one, other in sorted({(row[2], row[3]) for row in probe.rows}):
-        name = f"consistency_{one}_{other}.png"
-        probe.plot(output / "plots" / name, (one, other))
+    for first, second in sorted({(row[2], row[3]) for row in probe.rows}):
+        name = f"consistency_{first}_{second}.png"
+        probe.plot(output / "plots" / name, (first, second))
     summary = Summary(output, title=TITLE)
     scores = brain.scores
     values = [
@@ -51,3 +49,7 @@ def write_report(brain, hparams):
         )
     summary.write()
     summary.print()
+
+
+if __name__ == "__main__":
+    merge_seeds(sys.argv[1], title=TITLE)

@@ -6,18 +6,18 @@ import torch
 class KindSampler(torch.utils.data.Sampler):
     """A batch of every kind in turn, the main kind last.
 
-    With `grad_accumulation_factor` as many as there are kinds, an update has
-    one batch of each. An epoch is one of the main kind; the others go round
-    as often as needed, and draw anew every epoch. Kinds stay together over
-    processes: `processes` batches of a kind follow one another.
+    With a `grad_accumulation_factor` of the number of kinds, an update has one
+    batch of each. An epoch is one pass over the main kind; the others repeat
+    as often as needed. With several processes, as many batches of a kind
+    follow one another: all processes train on the same kind.
 
     Arguments
     ---------
     kinds : sequence of tuple
-        `(offset, sampler)` for each kind: a batch sampler, and what to add to
-        its numbers. The last one is the main kind.
+        `(offset, batch sampler)` for each kind; the offset is added to the
+        sampler's numbers. The last one is the main kind.
     processes : int
-        How many share the batches.
+        Number of processes that share the batches.
 
     Example
     -------
@@ -44,13 +44,7 @@ class KindSampler(torch.utils.data.Sampler):
                     yield [shift + number for number in next(stream)]
 
     def set_epoch(self, epoch):
-        """Draw other batches; the Brain calls this.
-
-        Arguments
-        ---------
-        epoch : int
-            Its number.
-        """
+        """Draw other batches; the Brain calls this before every epoch."""
         for _, sampler in self.kinds:
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)

@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
 """Recipe for speech translation with auxiliary tasks (MuST-C).
 
-The method of arXiv 2311.03810 in two stages, a YAML each: translation of
-text, then speech translation with recognition and text translation beside it,
-whose weights fall until they stop. Text of WMT and speech of LibriSpeech join
-in where they are given.
+The method of arXiv 2311.03810 in two stages, a YAML each: text translation,
+then speech translation with recognition and text translation as auxiliary
+tasks, whose weights decay until they stop. Text of WMT and speech of
+LibriSpeech are optional training data.
 
 To run this recipe, do the following:
 > python train.py hparams/text.yaml --data_folder /path/to/MuST-C
 > python train.py hparams/train.yaml --data_folder /path/to/MuST-C \
 >     --start_from results/text/de/1234
 
-A run that was killed goes on where it stopped when started again.
+Start a killed run again by the same command: it resumes.
 """
 
 import sys
@@ -19,7 +19,7 @@ import sys
 import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
-from report import TITLE, write_report
+from report import write_report
 from sampling import KindSampler
 from speechbrain.dataio import audio_io
 from speechbrain.dataio.dataset import DynamicItemDataset
@@ -30,24 +30,26 @@ from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_taskarith.brains import PieceLabels, TranslationBrain, best_key
-from speechbrain_taskarith.metrics import merge_seeds
 from speechbrain_taskarith.translation import initialise_from_text_translation
 
 logger = get_logger(__name__)
 
-# What a batch of a kind of data is good for.
+# The tasks that can learn from each kind of data: MuST-C, LibriSpeech, WMT.
 TASKS = {"st": ("st", "asr", "mt"), "asr": ("asr",), "mt": ("mt",)}
 
 
 class ST(TranslationBrain):
-    """The Brain of both stages, for data of several kinds."""
+    """Class that manages the training loop of both stages.
+
+    `compute_forward` and `compute_objectives` are those of `TranslationBrain`.
+    """
 
     def tasks_of(self, batch, stage):
-        """Return what to compute of a batch of its kind."""
-        going = super().tasks_of(batch, stage)
+        """Return the tasks to compute of a batch: those of its kind of data."""
+        active = super().tasks_of(batch, stage)
         if stage != sb.Stage.TRAIN:
-            return going
-        return tuple(task for task in TASKS[batch.kind[0]] if task in going)
+            return active
+        return tuple(task for task in TASKS[batch.kind[0]] if task in active)
 
 
 def make_labels(hparams):
@@ -57,13 +59,13 @@ def make_labels(hparams):
         vocab_size=hparams["pieces"],
         annotation_train=f"{hparams['prepared_folder']}/train.csv",
         annotation_read="wrd",
-        # Both columns.
+        # Transcripts and translations.
         text_file=f"{hparams['prepared_folder']}/text_for_labels.txt",
         model_type="unigram",
         bos_id=hparams["bos_index"],
         eos_id=hparams["eos_index"],
     )
-    # One vocabulary; the CTC head writes a blank besides.
+    # One vocabulary; the CTC head also needs a blank.
     return {
         "source": PieceLabels(tokenizer.sp, ["<blank>"]),
         "target": PieceLabels(tokenizer.sp),
@@ -71,7 +73,7 @@ def make_labels(hparams):
 
 
 def read_rows(hparams, name, kind):
-    """Read a CSV file of the preparation; every row says its kind."""
+    """Read a prepared CSV file and add the kind of data to every row."""
     path = f"{hparams['prepared_folder']}/{name}.csv"
     rows = sb.dataio.dataio.load_data_csv(path)
     for row in rows.values():
@@ -79,11 +81,11 @@ def read_rows(hparams, name, kind):
     return rows
 
 
-def make_datasets(hparams, labels):
-    """Make training data, kind after kind, and validation and test data.
+def dataio_prepare(hparams, labels):
+    """Prepare the datasets and the sampler of the training batches.
 
-    Returns the datasets, and the numbers of rows of each kind of training
-    data, the main kind last.
+    Also returns the number of training utterances of each kind of data, the
+    main kind last.
     """
     main = hparams["main"]
     kinds = {}
@@ -105,11 +107,12 @@ def make_datasets(hparams, labels):
         data = DynamicItemDataset(rows).filtered_sorted(sort_key="duration")
         datasets[split] = data
     add_pipelines(list(datasets.values()), hparams, labels)
-    return datasets, {kind: len(rows) for kind, rows in kinds.items()}
+    counts = {kind: len(rows) for kind, rows in kinds.items()}
+    return datasets, make_sampler(datasets["train"], counts, hparams), counts
 
 
 def add_pipelines(datasets, hparams, labels):
-    """Say how audio and labels are made."""
+    """Define how audio and labels are read."""
     bos, eos = hparams["bos_index"], hparams["eos_index"]
 
     @sb.utils.data_pipeline.takes("kind", "id", "wav", "start", "duration")
@@ -149,18 +152,18 @@ def add_pipelines(datasets, hparams, labels):
 
 
 def make_sampler(data, counts, hparams):
-    """Return a sampler of batches of about the same size, kind by kind."""
+    """Return a sampler of batches of similar size, each of one kind of data."""
     rows = list(data.data.values())
     parts, offset = [], 0
     for kind, count in counts.items():
         if kind == "mt":
-            size, most = _words, hparams["max_batch_words"]
+            size, max_length = _words, hparams["max_batch_words"]
         else:
-            size, most = _seconds, hparams["max_batch_seconds"]
+            size, max_length = _seconds, hparams["max_batch_seconds"]
         lengths = [size(row) for row in rows[offset : offset + count]]
         sampler = DynamicBatchSampler(
-            lengths,  # as many as there are rows of this kind
-            max_batch_length=most,
+            lengths,  # only its length is used: the rows of this kind
+            max_batch_length=max_length,
             num_buckets=hparams["num_buckets"],
             lengths_list=lengths,
             shuffle=True,
@@ -183,25 +186,21 @@ def _seconds(row):
 
 
 def start_from_text(hparams):
-    """Take textual encoder and decoder from the best model of stage 1."""
+    """Load textual encoder and decoder of the best model of stage 1."""
     folder = f"{hparams['start_from']}/save"
     found = Checkpointer(folder).find_checkpoint(**best_key("mt"))
     if found is None:
         raise FileNotFoundError(
-            f"{folder}: no checkpoint; start_from is the output folder of "
-            "stage 1 (hparams/text.yaml)"
+            f"{folder}: no checkpoint; start_from has to be the output folder "
+            "of stage 1 (hparams/text.yaml)"
         )
-    taken = initialise_from_text_translation(
+    loaded = initialise_from_text_translation(
         hparams["translation"]["model"], found.path
     )
-    logger.info(f"{len(taken)} tensors taken from {found.path}")
+    logger.info(f"{len(loaded)} tensors loaded from {found.path}")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--merge"]:
-        merge_seeds(sys.argv[2], title=TITLE)
-        sys.exit()
-
     # CLI
     hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
     sb.utils.distributed.ddp_init_group(run_opts)
@@ -232,50 +231,54 @@ if __name__ == "__main__":
             "skip_prep": hparams["skip_prep"],
         },
     )
-    # By one process: where several make a tokenizer's folder, one fails.
+    # On the main process: several that make the folder at once would fail.
     labels = run_on_main(make_labels, args=[hparams])
-    datasets, counts = make_datasets(hparams, labels)
+    datasets, train_sampler, counts = dataio_prepare(hparams, labels)
     logger.info(f"training data: {counts}")
 
+    # The model, and what it starts from
     hparams["translation"]["model"].noise = hparams["make_noise"](
         labels["source"].pieces,
         blank_token=hparams["translation"]["blank_index"],
     )
     if hparams["start_from"]:
         start_from_text(hparams)
-    # An update has a batch of every kind of data.
+    # An update has one batch of each kind of data.
     hparams["grad_accumulation_factor"] = len(counts)
     hparams["source_labels"] = labels["source"]
     hparams["target_labels"] = labels["target"]
     # Under DDP batches stay in the sampler's order.
     hparams["sorting"] = "as sampled"
-    brain = ST(
+    st_brain = ST(
         modules=hparams["modules"],
         opt_class=hparams["opt_class"],
         hparams=hparams,
         run_opts=run_opts,
         checkpointer=hparams["checkpointer"],
     )
-    sampler = make_sampler(datasets["train"], counts, hparams)
-    # Told the epoch, it gives a resumed run the batches of that epoch.
-    brain.train_sampler = sampler
-    loading = {"batch_size": hparams["test_batch_size"]}
-    brain.fit(
+    # The Brain tells it the epoch: a resumed run gets that epoch's batches.
+    st_brain.train_sampler = train_sampler
+
+    # Training
+    loader_kwargs = {"batch_size": hparams["test_batch_size"]}
+    st_brain.fit(
         hparams["epoch_counter"],
         datasets["train"],
         datasets["valid"],
         train_loader_kwargs={
-            "batch_sampler": sampler,
+            "batch_sampler": train_sampler,
             "num_workers": hparams["num_workers"],
         },
-        valid_loader_kwargs=loading,
+        valid_loader_kwargs=loader_kwargs,
     )
-    brain.evaluate(
+
+    # Testing
+    st_brain.evaluate(
         datasets["test"],
-        test_loader_kwargs=loading,
+        test_loader_kwargs=loader_kwargs,
         **best_key(hparams["main"]),
     )
-    run_on_main(write_report, args=[brain, hparams])
+    run_on_main(write_report, args=[st_brain, hparams])
     # Without it a process that ends first may take the others down.
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

@@ -1,0 +1,185 @@
+#!/usr/bin/env python3
+"""The table of speech translation with auxiliary tasks on Mboshi-French.
+
+Trains the rows of one seed by calls of train.py: speech translation alone,
+with text translation, with recognition, the whole method, and the whole method
+without each of its parts. Before them come the models that rows start from.
+
+To run this study, do the following:
+> python study.py hparams/train.yaml --data_folder /path/to/mboshi --seed 0
+
+Some rows only; the recognition model of another seed; a table over seeds:
+> python study.py hparams/train.yaml --data_folder ... --only st,whole
+> python study.py hparams/train.yaml --data_folder ... --seed 1 \
+>     --acoustic_of results/joint/0
+> python study.py --merge results/joint
+
+Start a killed study again by the same command: it resumes.
+"""
+
+import sys
+from pathlib import Path
+
+from common.study import (
+    FINISHED,
+    Training,
+    run_trainings,
+    start_study,
+    workers,
+)
+from report import TITLE, result_path, write_report
+from speechbrain.utils.logger import get_logger
+from train import make_labels, prepare, train
+
+from speechbrain_taskarith.metrics import merge_seeds
+
+logger = get_logger(__name__)
+
+NEVER = 1_000_000_000
+# Speech translation without any part of the method.
+PLAIN = {
+    "tasks": [],
+    "shrink": None,
+    "looking_back": None,
+    "local": False,
+    "make_noise": None,
+    "contrast": False,
+    "contrastive": 0.0,
+    "task_interval": NEVER,
+}
+# Models that rows start from.
+STAGES = {
+    "asr": {**PLAIN, "main": "asr", "num_textual_layers": 0},
+    "mt": {**PLAIN, "main": "mt"},
+    "mt_local": {**PLAIN, "main": "mt", "local": True},
+}
+# What a row starts from, unless it or the command line says otherwise.
+START = {"acoustic_from": "asr", "text_from": "mt_local"}
+# Each row is train.yaml with these values.
+ROWS = {
+    "st": {**PLAIN, "text_from": None},
+    "st_from_mt": {**PLAIN, "text_from": "mt"},
+    "st_mt": {**PLAIN, "text_from": "mt", "tasks": ["mt"]},
+    "st_asr": {**PLAIN, "text_from": None, "tasks": ["asr"]},
+    "st_mt_asr": {**PLAIN, "text_from": "mt", "tasks": ["asr", "mt"]},
+    "whole": {},
+    "no_shrink": {"shrink": None, "looking_back": None},
+    "no_looking_back": {"looking_back": None},
+    "no_local_to_global": {"local": False, "text_from": "mt"},
+    "no_noise": {"make_noise": None},
+    "no_contrastive": {"contrast": False, "contrastive": 0.0},
+    "no_task_weights": {"task_interval": NEVER},
+    # Its training time is compared with that of the whole method.
+    "no_shrink_no_task_weights": {
+        "shrink": None,
+        "looking_back": None,
+        "task_interval": NEVER,
+    },
+}
+
+
+def plan_trainings(given, folder, hparams):
+    """List the trainings to run: the rows of `only`, and their stages.
+
+    `given` are the options of the command line, `folder` holds the trainings.
+    """
+    trainings = {}
+    for name, row in {**STAGES, **ROWS}.items():
+        options = {**START, **given, **row, "row": name}
+        if name in STAGES:
+            options |= {
+                "acoustic_from": None,
+                "text_from": None,
+                "number_of_epochs": hparams[f"{row['main']}_epochs"],
+                "lr": hparams["stage_lr"],
+                "max_batch_seconds": hparams["stage_batch_seconds"],
+            }
+        parents = []
+        for key in START:
+            stage = options[key]
+            if stage == "asr" and hparams["acoustic_of"]:
+                other = Path(hparams["acoustic_of"]).resolve()
+                options[key] = str(other / folder.name / stage / "save")
+            elif stage in STAGES:
+                options[key] = str(folder / stage / "save")
+                parents.append(stage)
+        trainings[name] = Training(name, options, tuple(parents))
+    only = str(hparams["only"]).split(",")
+    unknown = sorted(set(only) - {*trainings, "all"})
+    if unknown:
+        raise ValueError(
+            f"only: no rows {', '.join(unknown)}; there are "
+            f"{', '.join(trainings)}"
+        )
+    wanted = set(trainings if "all" in only else only)
+    wanted |= {stage for name in wanted for stage in trainings[name].parents}
+    if hparams["acoustic_of"]:
+        wanted.discard("asr")
+    return [trainings[name] for name in trainings if name in wanted]
+
+
+def check_same_pieces(hparams):
+    """Raise an error if another study's CTC head writes other pieces."""
+    vocabularies = [
+        {
+            path.name: path.read_bytes()
+            for path in Path(folder, "tokenizer", "source").glob("*.vocab")
+        }
+        for folder in (hparams["study_folder"], hparams["acoustic_of"])
+    ]
+    if vocabularies[0] != vocabularies[1]:
+        raise ValueError(
+            f"acoustic_of: {hparams['acoustic_of']} has other source pieces "
+            "than this run; give both the same data, `source_type` and "
+            "`source_pieces`"
+        )
+
+
+def split_options(words):
+    """Split a command line into `{key: value}` and the words that remain.
+
+    Run options without a value, such as `--noprogressbar`, remain.
+    """
+    given, rest = {}, []
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        key, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and equals:
+            given[key] = value
+        elif word.startswith("--") and words and words[0][:2] != "--":
+            given[key] = words.pop(0)
+        else:
+            rest.append(word)
+    return given, rest
+
+
+def main(argv):
+    """Train the rows that are not done, and write the table."""
+    if argv[:1] == ["--merge"]:
+        merge_seeds(argv[1], title=TITLE)
+        return
+    study = start_study(argv)
+    hparams = {**study.hparams, "study_folder": str(study.folder)}
+    given, rest = split_options(study.arguments)
+    trainings = plan_trainings(given, study.models, hparams)
+
+    # Here, before trainings run side by side
+    prepare(hparams)
+    make_labels(hparams)
+    if hparams["acoustic_of"]:
+        check_same_pieces(hparams)
+
+    for training in trainings:
+        if result_path(training.name, hparams).exists():
+            logger.info(f"row {training.name}: done before")
+        else:
+            # Perhaps it was trained, but tested on other data (report_on).
+            (study.models / training.name / FINISHED).unlink(missing_ok=True)
+    with workers(study.options):
+        run_trainings(train, trainings, rest, study.models)
+    write_report([*STAGES, *ROWS], hparams)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
