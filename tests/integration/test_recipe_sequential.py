@@ -15,6 +15,8 @@ from speechbrain_taskarith.vectors import (
     open_state,
 )
 
+# A checkpoint after every batch.
+EACH_STEP = {"ckpt_interval_minutes": 0, "ckpt_interval_steps": 1}
 STUDY = Recipe("FSDD/ASR/sequential_editing", script="study.py")
 TRAINING = Recipe("FSDD/ASR/sequential_editing", "--noprogressbar")
 TINY = {
@@ -219,7 +221,7 @@ def test_one_training_resumes_and_is_the_studys(
     corpus, finished, tmp_path, row
 ):
     output = tmp_path / "one"
-    options = step(corpus, finished, output, row=row, ckpt_interval_steps=1)
+    options = step(corpus, finished, output, row=row, **EACH_STEP)
     if row != "ewc":  # as the study calls what rows share
         [folder] = (finished / "models/plain_0.001").glob("german-*")
         options["noise_name"] = folder.name
