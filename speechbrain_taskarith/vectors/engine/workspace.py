@@ -26,10 +26,7 @@ class Place(NamedTuple):
     start: int
     stop: int
 
-    @property
-    def size(self):
-        """Number of elements."""
-        return self.stop - self.start
+    size = property(lambda self: self.stop - self.start)
 
 
 def places(shapes, chunk=CHUNK, granularity=None):

@@ -57,20 +57,10 @@ class TensorInfo(NamedTuple):
     dtype: str
     shape: tuple
 
-    @property
-    def numel(self):
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self):
-        """Number of bytes."""
-        return self.numel * ITEM_SIZE[self.dtype]
-
-    @property
-    def floating(self):
-        """Whether it is of a type that is edited."""
-        return self.dtype in FLOATING
+    numel = property(lambda self: math.prod(self.shape))
+    nbytes = property(lambda self: self.numel * ITEM_SIZE[self.dtype])
+    # Only these types are edited.
+    floating = property(lambda self: self.dtype in FLOATING)
 
 
 def damaged(path, what):

@@ -90,10 +90,7 @@ class LoadedTensor:
         self._tensor = tensor.detach()
         self.info = TensorInfo(_SAFETENSORS_NAME[plain], tuple(tensor.shape))
 
-    @property
-    def identity(self):
-        """See `memory_identity`."""
-        return memory_identity(self._tensor)
+    identity = property(lambda self: memory_identity(self._tensor))
 
     @cached_property
     def _bytes(self):
