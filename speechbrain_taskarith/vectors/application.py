@@ -59,17 +59,21 @@ def edit_into(tensor, base, delta, scale):
         step = delta.reshape(-1)
         # Not torch's default type, which a program may have changed.
         scratch = torch.empty(
-            min(chunk, len(step)), dtype=torch.float32, device=tensor.device
+            (2, min(chunk, len(step))),
+            dtype=torch.float32,
+            device=tensor.device,
         )
         for start in range(0, len(step), chunk):
             part = slice(start, start + chunk)
-            product = scratch[: len(step[part])]
-            plain = target.dtype == torch.float32
-            out = target[part] if plain else product
-            before = source[part].float()
-            add_scaled(torch, before, step[part], scale, product, out)
-            if not plain:
-                target[part] = out
+            product, before = scratch[:, : len(step[part])]
+            if target.dtype == torch.float32:
+                before, out = source[part], target[part]
+                add_scaled(torch, before, step[part], scale, product, out)
+            else:
+                before.copy_(source[part])
+                target[part] = add_scaled(
+                    torch, before, step[part], scale, product, product
+                )
 
 
 def edited(tau, base, scales):
