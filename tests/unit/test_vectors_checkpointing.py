@@ -783,13 +783,9 @@ def test_states_must_fit_and_names_must_be_found(tmp_path):
             {"model": {"weight": torch.ones(2, 3)}}, target, like=source
         )
     with pytest.raises(ValueError, match="weight"):
-        save_checkpoint(
-            {"model": parts["model"].double()}, target, like=source
-        )
+        save_checkpoint({"model": parts["model"].double()}, target, like=source)
     with pytest.raises(FileNotFoundError, match="whisper"):
-        save_checkpoint(
-            {"whisper": parts["model"]}, target, like=source
-        )
+        save_checkpoint({"whisper": parts["model"]}, target, like=source)
     with pytest.raises(ValueError, match="CKPT"):
         save_checkpoint({"model": parts["model"]}, tmp_path / "x")
     with pytest.raises(FileNotFoundError, match="no whole"):

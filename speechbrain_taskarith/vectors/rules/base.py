@@ -88,7 +88,7 @@ class Rule:
     tensor([2., 0.])
     """
 
-    stages = ()
+    stages: tuple = ()
     scale = 1.0
     min_vectors, max_vectors = 1, None
     whole_tensors = True
