@@ -108,7 +108,7 @@ for number, name in enumerate(("base", "us", "de")):
     assert "TIES" in run(installed / "taskarith", "rules", cwd=tmp_path)
     run(
         *(installed / "taskarith", "merge", "--base", "base.safetensors"),
-        *("--finetuned", "us.safetensors", "--finetuned", "de.safetensors"),
+        *("--finetuned", "us.safetensors", "de.safetensors"),
         *("--rule", "TIES", "-o", "merged.safetensors"),
         cwd=tmp_path,
     )
