@@ -329,3 +329,8 @@ def _as_option(item):
     # JSON is YAML, which is how SpeechBrain reads options.
     text = value if isinstance(value, str) else json.dumps(value)
     return f"--{key}={text}"
+
+
+def relative_reduction(*, before, after):
+    """Return the relative reduction in %; 0 where there was nothing before."""
+    return 100.0 * (before - after) / before if before else 0.0
