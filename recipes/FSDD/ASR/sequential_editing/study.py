@@ -43,7 +43,7 @@ logger = get_logger(__name__)
 
 
 class Row:
-    """One row of the table: a sequence of models, and what they are tested to.
+    """One row of the table: a sequence of models, and their WERs.
 
     Its folder holds `NN_<domain>/kept.safetensors` (the weights after the
     domain), the editor's folder where there is a rule, and the WER matrix.
