@@ -225,6 +225,8 @@ def test_a_training_by_hand_is_the_studys(corpus, finished, tmp_path):
         "domain": "two_five",
         "base": finished / "models/mixed/one_four/save",
         "study_folder": tmp_path / "study",
+        # A checkpoint after every batch.
+        "ckpt_interval_minutes": 0,
         "ckpt_interval_steps": 1,
     }
     output = tmp_path / "by_hand"

@@ -75,6 +75,7 @@ def parse_study_arguments(argv):
     )
     parser.add_argument(
         "--output_folder",
+        "--study_folder",
         help="where tables and models go (default: the hparams file's "
         "study_folder)",
     )
@@ -134,6 +135,8 @@ def start_study(argv):
         folder = Path(options.output_folder).resolve()
         arguments.append(f"--study_folder={folder}")
     hparams_file, run_opts, overrides = sb.parse_arguments(arguments)
+    # Workers elsewhere may have been started in another folder.
+    arguments[arguments.index(hparams_file)] = str(Path(hparams_file).resolve())
     with open(hparams_file, encoding="utf-8") as fin:
         hparams = load_hyperpyyaml(fin, overrides)
     if not options.output_folder:
@@ -340,3 +343,8 @@ def _as_option(item):
     # JSON is YAML, which is how SpeechBrain reads options.
     text = value if isinstance(value, str) else json.dumps(value)
     return f"--{key}={text}"
+
+
+def relative_reduction(*, before, after):
+    """Return the relative reduction in %; 0 where there was nothing before."""
+    return 100.0 * (before - after) / before if before else 0.0

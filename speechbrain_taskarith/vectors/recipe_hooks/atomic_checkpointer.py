@@ -109,12 +109,16 @@ class AtomicCheckpointer(Checkpointer):
         self._clean()
         meta = plain(dict(meta or {}), "meta")
         try:
-            saved = super().save_checkpoint(meta, end_of_epoch, name, verbosity)
+            # Upstream's message names the temporary folder.
+            saved = super().save_checkpoint(
+                meta, end_of_epoch, name, logging.DEBUG
+            )
             # Some objects are saved by every process (a Brain, schedulers):
             # all must have written before the folder changes its name.
             ddp_barrier()
             if if_main_process():
                 saved = self._publish(saved)
+                logger.log(verbosity, f"Saved a checkpoint in {saved.path}")
         except BaseException:
             if self._pending is not None:
                 shutil.rmtree(self._pending[0], ignore_errors=True)

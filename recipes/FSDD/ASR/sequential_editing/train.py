@@ -103,7 +103,7 @@ def domain_strings(name, split, hparams):
         )
     training = split == "train"
     if training:
-        is_first = name == next(iter(hparams["domains"]))
+        is_first = name == [*hparams["seen"], hparams["domain"]][0]
         steps = hparams["first_steps"] if is_first else hparams["steps"]
         count = steps * hparams["batch_size"]
     else:
