@@ -267,6 +267,17 @@ def is_finished(folder, name):
     return (Path(folder) / name / FINISHED).is_file()
 
 
+def rerun_unmeasured(trainings, folder, result_of):
+    """Let finished trainings run again that lack a result.
+
+    They were tested on other data: `train.py` resumes at the end of the
+    training, and only tests. `result_of(name)` is the path of the result.
+    """
+    for training in trainings:
+        if not result_of(training.name).exists():
+            (Path(folder) / training.name / FINISHED).unlink(missing_ok=True)
+
+
 def about(folder, name):
     """Return what was noted about a finished training, e.g. `seconds`."""
     return read_json(Path(folder) / name / FINISHED)
