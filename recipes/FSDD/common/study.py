@@ -233,7 +233,7 @@ def run_trainings(train, trainings, arguments, folder, show_progress=True):
         for generation in generations(trainings, folder):
             missing = [t for t in generation if not is_finished(folder, t.name)]
             bar.update(len(generation) - len(missing))
-            # Nobody has to wait for the slowest to see that others are done.
+            # Unordered: the bar moves when any of them is done.
             parallel = joblib.Parallel(return_as="generator_unordered")
             for _ in parallel(
                 joblib.delayed(_run_one)(train, training, arguments, folder)
