@@ -222,6 +222,9 @@ def main(argv):
     measure = Measure(study)
     rows = [Row(name, r, save / name, study) for name, r in wanted.items()]
     first, *others = hparams["domains"]
+    for domain in others:
+        # An accent that nobody has is an error here, not after a training.
+        domain_strings(domain, "train", hparams)
 
     with workers(study.options):
         # The first domain, from random weights: all rows start from it.
