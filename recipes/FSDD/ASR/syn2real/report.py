@@ -153,6 +153,16 @@ def summarise(results, output, hparams):
                 for target, found in errors.items()
             }
         common = {**run, "unit": "%", "selected_on": chosen}
+        # The edit is the mean of several sources' vectors: it has both names.
+        for name in ("edited", "ensemble") if row == "edited" else (row,):
+            for metric in next(iter(errors.values())):
+                summary.add(
+                    table=TABLE,
+                    row=name,
+                    metric=metric,
+                    value=statistics.fmean(e[metric] for e in errors.values()),
+                    **common,
+                )
         for target, found in errors.items():
             for metric, value in found.items():
                 summary.add(
@@ -160,16 +170,6 @@ def summarise(results, output, hparams):
                     row=f"{target}: {row}",
                     metric=metric,
                     value=value,
-                    **common,
-                )
-        # The edit is the mean of several sources' vectors: it has both names.
-        for name in ("edited", "ensemble") if row == "edited" else (row,):
-            for metric in errors[target]:
-                summary.add(
-                    table=TABLE,
-                    row=name,
-                    metric=metric,
-                    value=statistics.fmean(e[metric] for e in errors.values()),
                     **common,
                 )
     for target, result in results.items():
