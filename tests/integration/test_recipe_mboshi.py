@@ -235,6 +235,13 @@ def test_a_row_that_is_done_is_not_trained_again(corpus, finished):
     assert (finished / "summary.json").read_text() == summary
     RECIPE.merge(finished.parent)
     assert (finished.parent / "results.md").is_file()
+    # On other data it is tested only.
+    weights_before = weights(finished, "asr")
+    run(corpus, finished, only="asr", report_on="valid")
+    assert (finished / "valid" / "rows" / "asr.json").is_file()
+    assert (finished / "summary.json").read_text() == summary
+    after = weights(finished, "asr")
+    assert all(torch.equal(weights_before[n], after[n]) for n in after)
 
 
 @pytest.mark.slow

@@ -280,7 +280,7 @@ def test_method_and_rule_together_are_refused(corpus, finished, tmp_path):
         finished,
         tmp_path / "one",
         row="ties",
-        rows=f"{{ties: {{method: !new:{method}}}}}",
+        rows=f"{{ties: {{method: !new:{method} }} }}",
     )
     said = TRAINING.run(tmp_path / "one", options, fails=True)
     assert "not both" in said

@@ -87,6 +87,22 @@ def test_two_workers_give_the_same(alone, tmp_path, backend):
     assert {threads for _, threads in lines} == {"1"}
 
 
+@pytest.mark.slow
+def test_a_cluster_that_runs_already(alone, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=1, dashboard_address=None
+    ) as cluster:
+        chosen = options("dask")
+        chosen.scheduler = cluster.scheduler_address
+        with workers(chosen):
+            run_trainings(
+                study_toy.train, plan(tmp_path), ["toy.yaml"], tmp_path
+            )
+    found, expected = weights(tmp_path), weights(alone)
+    assert all(torch.equal(found[n], expected[n]) for n in expected)
+
+
 def test_a_fault_names_its_console_and_leaves_the_training_open(tmp_path):
     repaired = tmp_path / "repaired"
     broken = Training("a", {"fail": True, "repaired": str(repaired)})

@@ -14,6 +14,7 @@ import argparse
 import os
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -171,14 +172,14 @@ def main(arguments=None):
     if arguments.data:
         data = check_data(arguments.data, output / "prepared")
     else:
-        print(SIMULATED, flush=True)
+        print(textwrap.fill(SIMULATED, 79), flush=True)
         data = make_data(output / "corpus")
     for name in STUDIES:
         print(f"\n== {name} ==", flush=True)
         run_study(name, data, output, arguments.seed)
     summarise(output, simulated=not arguments.data)
     if not arguments.data:
-        print(f"\n{SIMULATED}")
+        print("\n" + textwrap.fill(SIMULATED, 79))
     print(
         f"\nWhat the rows mean, all tables and plots: {output}/results.md\n"
         f"({time.monotonic() - start:.0f} s of computing)"

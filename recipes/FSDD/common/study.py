@@ -75,6 +75,7 @@ def parse_study_arguments(argv):
     )
     parser.add_argument(
         "--output_folder",
+        "--study_folder",
         help="where tables and models go (default: the hparams file's "
         "study_folder)",
     )
@@ -134,6 +135,8 @@ def start_study(argv):
         folder = Path(options.output_folder).resolve()
         arguments.append(f"--study_folder={folder}")
     hparams_file, run_opts, overrides = sb.parse_arguments(arguments)
+    # Workers elsewhere may have been started in another folder.
+    arguments[arguments.index(hparams_file)] = str(Path(hparams_file).resolve())
     with open(hparams_file, encoding="utf-8") as fin:
         hparams = load_hyperpyyaml(fin, overrides)
     if not options.output_folder:
@@ -230,7 +233,7 @@ def run_trainings(train, trainings, arguments, folder, show_progress=True):
         for generation in generations(trainings, folder):
             missing = [t for t in generation if not is_finished(folder, t.name)]
             bar.update(len(generation) - len(missing))
-            # Nobody has to wait for the slowest to see that others are done.
+            # Unordered: the bar moves when any of them is done.
             parallel = joblib.Parallel(return_as="generator_unordered")
             for _ in parallel(
                 joblib.delayed(_run_one)(train, training, arguments, folder)
@@ -262,6 +265,17 @@ def generations(trainings, folder):
 def is_finished(folder, name):
     """Tell whether a training has finished."""
     return (Path(folder) / name / FINISHED).is_file()
+
+
+def rerun_unmeasured(trainings, folder, result_of):
+    """Let finished trainings run again that lack a result.
+
+    They were tested on other data: `train.py` resumes at the end of the
+    training, and only tests. `result_of(name)` is the path of the result.
+    """
+    for training in trainings:
+        if not result_of(training.name).exists():
+            (Path(folder) / training.name / FINISHED).unlink(missing_ok=True)
 
 
 def about(folder, name):
@@ -329,3 +343,8 @@ def _as_option(item):
     # JSON is YAML, which is how SpeechBrain reads options.
     text = value if isinstance(value, str) else json.dumps(value)
     return f"--{key}={text}"
+
+
+def relative_reduction(*, before, after):
+    """Return the relative reduction in %; 0 where there was nothing before."""
+    return 100.0 * (before - after) / before if before else 0.0

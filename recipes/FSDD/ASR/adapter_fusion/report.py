@@ -1,6 +1,7 @@
 """Tables and heat maps of the study."""
 
 import torch
+from common.study import relative_reduction
 
 from speechbrain_taskarith.metrics import Summary
 from speechbrain_taskarith.metrics.plots import plot_heat_map
@@ -41,7 +42,10 @@ def write_report(results, output, hparams):
     for name, row in rows.items():
         values = {
             "wer": (row.mean, "%"),
-            "relative_reduction": (100 * (1 - row.mean / reference), "%"),
+            "relative_reduction": (
+                relative_reduction(before=reference, after=row.mean),
+                "%",
+            ),
             "trained_parameters": (row.trained, "parameters"),
             "share": (100 * row.trained / results["parameters"], "%"),
             "seconds": (row.seconds, "s"),
@@ -70,7 +74,9 @@ def write_report(results, output, hparams):
     for name, row in {"base": rows["base"], **held}.items():
         values = {
             "wer": row.mean,
-            "relative_reduction": 100 * (1 - row.mean / base),
+            "relative_reduction": relative_reduction(
+                before=base, after=row.mean
+            ),
             **{f"wer_{t}": wer for t, wer in row.wer.items()},
         }
         for metric, value in values.items():

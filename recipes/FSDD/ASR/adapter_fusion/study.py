@@ -22,7 +22,13 @@ from dataclasses import dataclass, field
 
 import torch
 from common.dataio import evaluation_loader
-from common.study import FINISHED, Training, run_trainings, start_study, workers
+from common.study import (
+    Training,
+    rerun_unmeasured,
+    run_trainings,
+    start_study,
+    workers,
+)
 from report import TITLE, write_report
 from tasks import Tasks
 from train import ASR, SHARED, load_start, prepare, train
@@ -219,11 +225,8 @@ def main(argv):
             tasks.of(task, split)
 
     trainings = Plan(hparams, models).make()
-    for training in trainings:
-        folder = models / training.name
-        if not (folder / f"{hparams['report_on']}.json").exists():
-            # Perhaps it was trained, but tested on other data (report_on).
-            (folder / FINISHED).unlink(missing_ok=True)
+    result = f"{hparams['report_on']}.json"
+    rerun_unmeasured(trainings, models, lambda name: models / name / result)
     with workers(study.options):
         run_trainings(train, trainings, study.arguments, models)
 

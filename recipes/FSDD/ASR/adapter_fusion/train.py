@@ -33,7 +33,7 @@ from tasks import Tasks
 
 from speechbrain_taskarith.adapters import AudioAdapterFusion
 from speechbrain_taskarith.brains import CTCBrain, fast_precision, shard_loader
-from speechbrain_taskarith.utils.files import write_json
+from speechbrain_taskarith.utils.files import read_json, write_json
 from speechbrain_taskarith.utils.seeds import seed_random_numbers
 from speechbrain_taskarith.vectors import open_state
 
@@ -257,10 +257,11 @@ def train(argv):
 
     # Data preparation
     prepare(hparams)
-    # Of a plain mean of adapters there is nothing to train.
-    settings = hparams["training"].get(hparams["row"], {"steps": 0, "lr": 0.0})
+    row, output = hparams["row"], hparams["output_folder"]
+    # A plain mean of adapters has no settings: there is nothing to train.
+    settings = hparams["training"].get(row, {"steps": 0, "lr": 0.0})
     steps, lr = settings["steps"], settings["lr"]
-    if hparams["row"] == "base" and hparams["base_from"]:
+    if row == "base" and hparams["base_from"]:
         steps = 0  # another run's base, to be measured
     train_loader, valid_loader, tests = dataio_prepare(hparams, steps)
 
@@ -269,7 +270,10 @@ def train(argv):
     adapters.freeze(hparams["normalize"])
     load_start(hparams)
     in_use = choose_parameters(hparams)
-    added, frozen = count_added(hparams), frozen_weights(hparams["model"])
+    frozen = frozen_weights(hparams["model"])
+    trainable = any(p.requires_grad for p in hparams["model"].parameters())
+    if trainable and row not in hparams["training"]:
+        raise ValueError(f"training: no steps and lr for row {row!r}")
     # What the command line says goes first: --precision fp32
     hparams["precision"] = hparams["train_precision"]
     if hparams["precision"] == "auto":
@@ -301,17 +305,19 @@ def train(argv):
             asr_brain.fusion = combination
 
     # Training
-    seconds = 0.0
+    seconds, about = 0.0, os.path.join(output, "training.json")
     if train_loader is not None:
         start = time.perf_counter()
         asr_brain.fit(hparams["epoch_counter"], train_loader, valid_loader)
         seconds = time.perf_counter() - start
+    # It stays as it is if the model is tested again on other data.
+    if not os.path.exists(about):
+        write_json(about, {"trained": count_added(hparams), "seconds": seconds})
 
     # Testing
     wer, attention = measure_tasks(asr_brain, tests)
     if in_use is not None:
         check_frozen(hparams["model"], frozen)
-    output = hparams["output_folder"]
     if in_use == "combined":
         adapters.save_combination(
             os.path.join(output, "combination.safetensors")
@@ -322,12 +328,7 @@ def train(argv):
         )
     write_json(
         os.path.join(output, f"{hparams['report_on']}.json"),
-        {
-            "wer": wer,
-            "trained": added,
-            "seconds": seconds,
-            "attention": attention,
-        },
+        {"wer": wer, "attention": attention, **read_json(about)},
     )
 
 

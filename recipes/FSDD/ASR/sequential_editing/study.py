@@ -43,7 +43,7 @@ logger = get_logger(__name__)
 
 
 class Row:
-    """One row of the table: a sequence of models, and what they are tested to.
+    """One row of the table: a sequence of models, and their WERs.
 
     Its folder holds `NN_<domain>/kept.safetensors` (the weights after the
     domain), the editor's folder where there is a rule, and the WER matrix.
@@ -222,6 +222,9 @@ def main(argv):
     measure = Measure(study)
     rows = [Row(name, r, save / name, study) for name, r in wanted.items()]
     first, *others = hparams["domains"]
+    for domain in others:
+        # An accent that nobody has is an error here, not after a training.
+        domain_strings(domain, "train", hparams)
 
     with workers(study.options):
         # The first domain, from random weights: all rows start from it.

@@ -53,7 +53,7 @@ class ASR(CTCBrain):
     method = FineTuning()
 
     def compute_objectives(self, predictions, batch, stage):
-        """Add what the lifelong method has to say to the training loss."""
+        """Add the lifelong method's penalty to the training loss."""
         loss = super().compute_objectives(predictions, batch, stage)
         if stage == sb.Stage.TRAIN:
             penalty = self.penalty(self.method, predictions)

@@ -4,6 +4,8 @@ import csv
 import io
 import statistics
 
+from common.study import relative_reduction
+
 from speechbrain_taskarith.metrics import Summary, plot_scale_curve
 from speechbrain_taskarith.utils.files import atomic_write
 from speechbrain_taskarith.vectors import (
@@ -29,7 +31,6 @@ ROWS = {
     "baseline": None,
     "joint": None,
     "edited": CHOSEN,
-    "ensemble": CHOSEN,
     "members": CHOSEN,
     "paper_scale": None,
     "oracle": "real_target",
@@ -133,45 +134,44 @@ def draw(target, result, output, hparams):
 def summarise(results, output, hparams):
     """Make the tables of one seed."""
     summary = Summary(output, title=TITLE)
-    common = {"split": hparams["report_on"], "seed": hparams["seed"]}
+    run = {"split": hparams["report_on"], "seed": hparams["seed"]}
     chosen_on = {
         row: CHOSEN_ON[hparams["choose_on"]] if on is CHOSEN else on
         for row, on in ROWS.items()
     }
     for row, chosen in chosen_on.items():
-        # The edit is the mean of several sources' vectors: both names.
-        measured = "edited" if row == "ensemble" else row
-        errors = {
-            target: dict(result["rows"][measured])
-            for target, result in results.items()
-        }
-        for target, result in results.items():
-            if row != "pretrained":
-                errors[target]["relative_reduction"] = reduction(
-                    result["rows"]["baseline"]["wer"], errors[target]["wer"]
+        errors = {t: result["rows"][row] for t, result in results.items()}
+        if row != "pretrained":
+            errors = {
+                target: {
+                    **found,
+                    "relative_reduction": relative_reduction(
+                        before=results[target]["rows"]["baseline"]["wer"],
+                        after=found["wer"],
+                    ),
+                }
+                for target, found in errors.items()
+            }
+        common = {**run, "unit": "%", "selected_on": chosen}
+        # The edit is the mean of several sources' vectors: it has both names.
+        for name in ("edited", "ensemble") if row == "edited" else (row,):
+            for metric in next(iter(errors.values())):
+                summary.add(
+                    table=TABLE,
+                    row=name,
+                    metric=metric,
+                    value=statistics.fmean(e[metric] for e in errors.values()),
+                    **common,
                 )
-            for metric, value in errors[target].items():
-                if row == "ensemble":
-                    break  # once is enough there
+        for target, found in errors.items():
+            for metric, value in found.items():
                 summary.add(
                     table=f"{TABLE}_domains",
                     row=f"{target}: {row}",
                     metric=metric,
                     value=value,
-                    unit="%",
-                    selected_on=chosen,
                     **common,
                 )
-        for metric in errors[target]:
-            summary.add(
-                table=TABLE,
-                row=row,
-                metric=metric,
-                value=statistics.fmean(e[metric] for e in errors.values()),
-                unit="%",
-                selected_on=chosen,
-                **common,
-            )
     for target, result in results.items():
         for row, key in (("edited", "scale"), ("oracle", "oracle_scale")):
             summary.add(
@@ -180,7 +180,7 @@ def summarise(results, output, hparams):
                 metric="scale",
                 value=result[key],
                 selected_on=chosen_on[row],
-                **common,
+                **run,
             )
     summary.note(
         NOTE.format(
@@ -194,8 +194,3 @@ def summarise(results, output, hparams):
         f"its real model back; largest difference of a weight: {worst:.1e}."
     )
     return summary
-
-
-def reduction(before, after):
-    """Return the relative reduction in %; 0 when there was nothing to reduce."""
-    return 100.0 * (before - after) / before if before else 0.0

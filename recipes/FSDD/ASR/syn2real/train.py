@@ -68,6 +68,8 @@ def prepare(hparams):
             "skip_prep": hparams["skip_prep"],
         },
     )
+    # A word that nobody says is an error before anything is synthesised.
+    Strings({"real": read_recordings("real", hparams)}, hparams)
     run_on_main(
         prepare_synthetic_digits,
         kwargs={
@@ -86,25 +88,23 @@ def prepare(hparams):
     )
 
 
-def make_strings(hparams):
-    """Return what plans the strings, from the manifests of `prepare`."""
+def read_recordings(side, hparams):
+    """Read the manifests of `prepare`: `{split: [Recording, ...]}`."""
     folder = hparams["prepared_folder"]
-    manifests = {
-        "real": {
-            split: os.path.join(folder, f"{split}.csv")
-            for split in ("train", "valid", "test")
-        },
-        "synthetic": {
-            split: os.path.join(folder, "synthetic", split, "manifest.csv")
+    if side == "real":
+        paths = {s: f"{folder}/{s}.csv" for s in ("train", "valid", "test")}
+    else:
+        paths = {
+            split: f"{folder}/synthetic/{split}/manifest.csv"
             for split in ("train", "valid")
-        },
-    }
-    recordings = {
-        side: {
-            split: read_manifest(path, check="none")
-            for split, path in splits.items()
         }
-        for side, splits in manifests.items()
+    return {s: read_manifest(path, check="none") for s, path in paths.items()}
+
+
+def make_strings(hparams):
+    """Return what plans the strings of both sides."""
+    recordings = {
+        side: read_recordings(side, hparams) for side in ("real", "synthetic")
     }
     return Strings(recordings, hparams)
 

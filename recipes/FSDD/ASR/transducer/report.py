@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from common.dataio import audio_cache
 from common.digits import DigitStringLoader
+from common.study import relative_reduction
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_taskarith.data import write_audio
@@ -97,17 +98,16 @@ def columns(name, reports):
         "rare_wer": report.rare.wer,
         "non_rare_wer": report.frequent.wer,
         "insertions": report.insertion_rate,
-        "relative_reduction": reduction(report.wer, reports[BASELINE].wer),
+        "relative_reduction": relative_reduction(
+            before=reports[BASELINE].wer, after=report.wer
+        ),
     }
     control = reports.get(name.removesuffix("_min_wer") + "_more_rnnt")
     if name.endswith("_min_wer") and control is not None:
-        values["reduction_over_rnnt"] = reduction(report.wer, control.wer)
+        values["reduction_over_rnnt"] = relative_reduction(
+            before=control.wer, after=report.wer
+        )
     return values
-
-
-def reduction(wer, before):
-    """Return the relative reduction in %; 0 where there was no error."""
-    return 100.0 * (before - wer) / before if before else 0.0
 
 
 def add_statistics(summary, row, statistics, hparams):

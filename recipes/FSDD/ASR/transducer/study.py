@@ -17,7 +17,13 @@ Start a killed study again by the same command: it resumes.
 
 import sys
 
-from common.study import FINISHED, Training, run_trainings, start_study, workers
+from common.study import (
+    Training,
+    rerun_unmeasured,
+    run_trainings,
+    start_study,
+    workers,
+)
 from report import TITLE, write_report
 from strings import target_strings
 from train import prepare, train
@@ -85,10 +91,10 @@ def main(argv):
     }
 
     trainings = plan_trainings(hparams, models)
-    for name in trainings:
-        if not (models / name / f"{hparams['report_on']}.json").exists():
-            # Perhaps it was trained, but tested on other data (report_on).
-            (models / name / FINISHED).unlink(missing_ok=True)
+    result = f"{hparams['report_on']}.json"
+    rerun_unmeasured(
+        trainings.values(), models, lambda name: models / name / result
+    )
     with workers(study.options):
         run_trainings(train, list(trainings.values()), study.arguments, models)
     write_report(trainings, strings, study, hparams)

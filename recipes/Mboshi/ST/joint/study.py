@@ -21,8 +21,8 @@ import sys
 from pathlib import Path
 
 from common.study import (
-    FINISHED,
     Training,
+    rerun_unmeasured,
     run_trainings,
     start_study,
     workers,
@@ -173,9 +173,9 @@ def main(argv):
     for training in trainings:
         if result_path(training.name, hparams).exists():
             logger.info(f"row {training.name}: done before")
-        else:
-            # Perhaps it was trained, but tested on other data (report_on).
-            (study.models / training.name / FINISHED).unlink(missing_ok=True)
+    rerun_unmeasured(
+        trainings, study.models, lambda name: result_path(name, hparams)
+    )
     with workers(study.options):
         run_trainings(train, trainings, rest, study.models)
     write_report([*STAGES, *ROWS], hparams)
