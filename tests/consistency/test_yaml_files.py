@@ -117,8 +117,7 @@ def test_every_key_is_used(path):
 @pytest.mark.parametrize("path", RECIPE_FILES, ids=shown)
 def test_recipe_yaml_starts_as_upstreams_do(path):
     text = path.read_text(encoding="utf-8")
-    assert text.startswith("# ####"), "a banner says model, data and authors"
-    assert "# Authors:" in text.split("\n\n")[0]
+    assert text.startswith("# ####"), "a banner says model and data"
     keys = [key for key, _ in TOP_KEY.findall(text)]
     assert keys[:2] == ["seed", "__set_seed"]
     for key in ("output_folder", "save_folder", "train_log", "data_folder"):
@@ -132,7 +131,6 @@ def test_fragment_says_how_to_use_it(path):
     header = re.match(r"(#.*\n)+", text)
     assert header, f"{shown(path)} has no header"
     assert "!include:" in header[0], "the header shows how to include it"
-    assert "Authors:" in header[0]
 
 
 def test_the_reader_of_scripts_sees_every_form():
