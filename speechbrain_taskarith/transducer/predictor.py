@@ -124,12 +124,7 @@ class SpeechBrainPredictor(torch.nn.Module):
 
 
 def predictor_input(targets, labels, blank_index):
-    """Put a blank in front of targets [B, U]; padding becomes blanks, too.
-
-    >>> targets = torch.tensor([[3, 4], [5, -1]])
-    >>> predictor_input(targets, torch.tensor([2, 1]), 0).tolist()
-    [[0, 3, 4], [0, 5, 0]]
-    """
+    """Put a blank in front of targets [B, U]; padding becomes blanks, too."""
     padding = padding_mask(labels.to(targets.device), targets.shape[1])
     targets = targets.long().masked_fill(padding, blank_index)
     return pad(targets, (1, 0), value=blank_index)

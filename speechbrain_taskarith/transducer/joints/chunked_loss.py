@@ -143,10 +143,8 @@ def sequence_log_prob(
         With the methods of `RNNTJoint`.
     encoder_out : torch.Tensor
         [B, T, E].
-    predictor_out : torch.Tensor
-        [H, U + 1, P], one row a sequence.
-    targets : torch.Tensor
-        [H, U].
+    predictor_out, targets : torch.Tensor
+        [H, U + 1, P] and [H, U], one row a sequence.
     frames, labels : torch.Tensor
         [B] and [H], absolute lengths.
     encoder_rows : torch.Tensor or None
