@@ -123,7 +123,15 @@ def transducer_loss(
                 f"backend {backend!r}: expected 'auto', 'torch' or one of "
                 f"{', '.join(map(repr, BACKENDS))}"
             )
-        losses = BACKENDS[backend](logits, targets, frames, labels, blank_index)
+        given = (logits, targets, frames, labels, blank_index)
+        try:
+            losses = BACKENDS[backend](*given)
+        except ImportError as error:
+            raise ImportError(
+                f"backend {backend!r} needs a package of that name (numba for "
+                "CUDA: pip install numba-cuda; k2: one built for this version "
+                "of torch); or choose backend='torch'"
+            ) from error
         return reduced(losses, reduction)
     logits = logits[:, :, : targets.shape[1] + 1]
     usable, _ = usable_transitions(logits.shape[:3], frames, labels)
@@ -176,13 +184,8 @@ def _numba_loss(logits, targets, frames, labels, blank_index):
         raise ValueError(
             "backend 'numba' runs on CUDA only; choose backend='torch'"
         )
-    try:
-        from speechbrain.integrations.numba.transducer_loss import Transducer
-    except ImportError as error:
-        raise ImportError(
-            "backend 'numba' needs the package 'numba' with CUDA: pip install "
-            "numba-cuda; or choose backend='torch'"
-        ) from error
+    from speechbrain.integrations.numba.transducer_loss import Transducer
+
     value = Transducer.apply(
         logits.float().log_softmax(-1),
         targets.int().contiguous(),
@@ -196,13 +199,8 @@ def _numba_loss(logits, targets, frames, labels, blank_index):
 
 
 def _k2_loss(logits, targets, frames, labels, blank_index):
-    try:
-        import k2
-    except ImportError as error:
-        raise ImportError(
-            "backend 'k2' needs the package 'k2', built for this version of "
-            "torch; or choose backend='torch'"
-        ) from error
+    import k2
+
     none = torch.zeros_like(labels)
     return k2.rnnt_loss(
         logits=logits.float(),
