@@ -2,7 +2,7 @@
 
 import torch
 
-from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
+from speechbrain_taskarith.utils.lengths import padding_mask
 
 
 def checked_lengths(lens, size, what, least=1):
@@ -17,17 +17,18 @@ def checked_lengths(lens, size, what, least=1):
             f"{what} lengths: expected one relative length per utterance, "
             f"shape [batch], found {tuple(lens.shape)}"
         )
-    steps = absolute_lengths(lens, size)
+    # As `absolute_lengths`, but NaN stays NaN, and so is refused anywhere.
+    steps = (lens.double() * size).round()
     good = (steps >= least) & (steps <= size)
     if not bool(good.all()):
         row = int((~good).nonzero()[0])
         raise ValueError(
             f"{what} length of row {row} is {float(lens[row]):g}, which makes "
-            f"{float(lens[row]) * size:g} of {size} steps; expected relative "
+            f"{float(steps[row]):g} of {size} steps; expected relative "
             f"lengths in (0, 1] with at least {least} step(s). Absolute "
             "lengths have to be divided by the padded length first."
         )
-    return steps
+    return steps.long()
 
 
 def check_targets(targets, labels, blank_index, vocab_size, max_labels=None):
