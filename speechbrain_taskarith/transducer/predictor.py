@@ -8,6 +8,7 @@ state is None, a tensor or nested tuples of them, with the batch in dimension
 import inspect
 
 import torch
+from torch.nn.functional import pad
 
 from speechbrain_taskarith.utils.lengths import padding_mask
 
@@ -19,10 +20,8 @@ class LSTMPredictor(torch.nn.Module):
     ---------
     vocab_size : int
         Number of labels and blank.
-    embedding_dim : int
-        Width of the embedding.
-    hidden_dim : int
-        Width of the LSTM, and of the output.
+    embedding_dim, hidden_dim : int
+        Width of the embedding; of the LSTM and the output.
     num_layers : int
         Number of LSTM layers.
     dropout : float
@@ -125,18 +124,10 @@ class SpeechBrainPredictor(torch.nn.Module):
 
 
 def predictor_input(targets, labels, blank_index):
-    """Put a blank in front of targets [B, U]; padding becomes blanks, too.
-
-    >>> targets = torch.tensor([[3, 4], [5, -1]])
-    >>> predictor_input(targets, torch.tensor([2, 1]), 0).tolist()
-    [[0, 3, 4], [0, 5, 0]]
-    """
-    used = ~padding_mask(labels.to(targets.device), targets.shape[1])
-    inputs = targets.new_full(
-        (len(targets), targets.shape[1] + 1), blank_index, dtype=torch.long
-    )
-    inputs[:, 1:] = torch.where(used, targets.long(), blank_index)
-    return inputs
+    """Put a blank in front of targets [B, U]; padding becomes blanks, too."""
+    padding = padding_mask(labels.to(targets.device), targets.shape[1])
+    targets = targets.long().masked_fill(padding, blank_index)
+    return pad(targets, (1, 0), value=blank_index)
 
 
 def select_state(state, rows):

@@ -12,8 +12,6 @@ def absolute_lengths(lens, size):
 
     Not checked: NaN becomes the least integer there is.
 
-    Example
-    -------
     >>> absolute_lengths(torch.tensor([1.0, 0.5]), 7).tolist()
     [7, 4]
     """
@@ -24,8 +22,6 @@ def absolute_lengths(lens, size):
 def relative_lengths(lengths, size):
     """Return absolute lengths as relative ones, float32.
 
-    Example
-    -------
     >>> relative_lengths(torch.tensor([4, 2]), 4).tolist()
     [1.0, 0.5]
     """
@@ -35,10 +31,7 @@ def relative_lengths(lengths, size):
 def padding_mask(lengths, size):
     """Return [B, size], True at padding, from absolute lengths.
 
-    Example
-    -------
     >>> padding_mask(torch.tensor([2, 1]), 2).tolist()
     [[False, False], [False, True]]
     """
-    steps = torch.arange(size, device=lengths.device)
-    return steps >= lengths[:, None]
+    return torch.arange(size, device=lengths.device) >= lengths[:, None]

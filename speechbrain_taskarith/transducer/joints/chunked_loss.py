@@ -96,7 +96,7 @@ def joint_transducer_loss(
     joint = as_joint(joint, blank_index)
     if joint.blank_index != blank_index:
         raise ValueError(
-            f"blank_index {blank_index} given, but the joint was made with "
+            f"blank_index {blank_index}, but the joint was made with "
             f"blank_index {joint.blank_index}; give both the same"
         )
     if encoder_out.dim() == 4:
@@ -143,10 +143,8 @@ def sequence_log_prob(
         With the methods of `RNNTJoint`.
     encoder_out : torch.Tensor
         [B, T, E].
-    predictor_out : torch.Tensor
-        [H, U + 1, P], one row a sequence.
-    targets : torch.Tensor
-        [H, U].
+    predictor_out, targets : torch.Tensor
+        [H, U + 1, P] and [H, U], one row a sequence.
     frames, labels : torch.Tensor
         [B] and [H], absolute lengths.
     encoder_rows : torch.Tensor or None
@@ -170,9 +168,11 @@ def sequence_log_prob(
     >>> sequence_log_prob(joint, x, g, y, five, three, encoder_rows=rows).shape
     torch.Size([2])
     """
+    _refuse_dropout(joint)
+    if memory_budget <= 0:
+        raise ValueError(f"memory_budget {memory_budget}: expected bytes, > 0")
     device = encoder_out.device
     targets, labels = targets.to(device), labels.to(device)
-    frames = frames.to(device)
     if encoder_rows is None:
         if len(encoder_out) != len(predictor_out):
             raise ValueError(
@@ -180,57 +180,24 @@ def sequence_log_prob(
                 f"{len(predictor_out)} of the predictor"
             )
         encoder_rows = torch.arange(len(encoder_out), device=device)
-    check_targets(
-        targets,
-        labels,
-        joint.blank_index,
-        joint.vocab_size,
-        predictor_out.shape[1] - 1,
+    longest = predictor_out.shape[1] - 1
+    check_targets(targets, labels, joint.blank_index, joint.vocab_size, longest)
+    targets = targets[:, :longest]
+    frames = frames.to(device)[encoder_rows]
+    encoder = joint.project_encoder(encoder_out)
+    predictor = joint.project_predictor(
+        predictor_out[:, : targets.shape[1] + 1]
     )
-    targets = targets[:, : predictor_out.shape[1] - 1]
-    predictor_out = predictor_out[:, : targets.shape[1] + 1]
+    shape = (len(predictor), encoder.shape[1], predictor.shape[1])
+    usable, _ = usable_transitions(shape, frames, labels)
     following = next_labels(targets, labels, joint.blank_index)
-    frames = frames[encoder_rows]
-    blank, label = _chunked_transitions(
-        joint,
-        joint.project_encoder(encoder_out),
-        joint.project_predictor(predictor_out),
-        encoder_rows,
-        following,
-        frames,
-        labels,
-        memory_budget,
-    )
+    plan = _Plan(joint, usable, encoder_rows, following, memory_budget)
+    parameters = [p for p in joint.parameters() if p.requires_grad]
+    blank, label = _Chunked.apply(plan, encoder, predictor, *parameters)
     log_prob = lattice_log_prob(
         blank, label[:, :, :-1], frames, labels, windows, fastemit_lambda
     )
     return log_prob.to(accumulate_type(encoder_out.dtype))
-
-
-def _chunked_transitions(
-    joint,
-    encoder,
-    predictor,
-    encoder_rows,
-    following,
-    frames,
-    labels,
-    memory_budget,
-):
-    """Return blank and label transitions [H, T, U + 1]; 0 where unused.
-
-    Of projected `encoder` [B, T, J] and `predictor` [H, U + 1, J];
-    `encoder_rows` [H] is the row of `encoder` of each sequence.
-    """
-    _refuse_dropout(joint)
-    if memory_budget <= 0:
-        raise ValueError(f"memory_budget {memory_budget}: expected bytes, > 0")
-    shape = (len(predictor), encoder.shape[1], predictor.shape[1])
-    usable, _ = usable_transitions(shape, frames, labels)
-    nodes = usable.nonzero().unbind(1)
-    parameters = [p for p in joint.parameters() if p.requires_grad]
-    plan = _Plan(joint, nodes, shape, encoder_rows, following, memory_budget)
-    return _Chunked.apply(plan, encoder, predictor, *parameters)
 
 
 def _refuse_dropout(joint):
@@ -247,13 +214,11 @@ def _refuse_dropout(joint):
 class _Plan:
     """Which projected rows a node's scores are made from, and the pieces."""
 
-    def __init__(
-        self, joint, nodes, shape, encoder_rows, following, memory_budget
-    ):
-        h, t, u = nodes
-        self.joint, self.nodes, self.shape = joint, nodes, shape
-        self.encoder_row = encoder_rows[h] * shape[1] + t
-        self.predictor_row = h * shape[2] + u
+    def __init__(self, joint, usable, encoder_rows, following, memory_budget):
+        self.joint, self.shape = joint, usable.shape
+        self.nodes = h, t, u = usable.nonzero().unbind(1)
+        self.encoder_row = encoder_rows[h] * usable.shape[1] + t
+        self.predictor_row = h * usable.shape[2] + u
         self.following = following[h, u]
         self.memory_budget = memory_budget
 
@@ -272,7 +237,11 @@ class _Plan:
 
 
 class _Chunked(torch.autograd.Function):
-    """The transitions; parameters are inputs so that gradients reach them."""
+    """Blank and label transitions [H, T, U + 1]; 0 where unused.
+
+    Of projected encoder [B, T, J] and predictor [H, U + 1, J]. The parameters
+    are inputs so that gradients reach them.
+    """
 
     @staticmethod
     def forward(ctx, plan, encoder, predictor, *parameters):
@@ -298,7 +267,12 @@ class _Chunked(torch.autograd.Function):
             )
         ctx.plan, ctx.vocab_size = plan, vocab_size
         ctx.parameters = parameters
-        ctx.autocast = _autocast_state(encoder.device.type)
+        device_type = encoder.device.type
+        ctx.autocast = {
+            "device_type": device_type,
+            "dtype": torch.get_autocast_dtype(device_type),
+            "enabled": torch.is_autocast_enabled(device_type),
+        }
         ctx.save_for_backward(encoder, predictor, norm)
         return blank, label
 
@@ -337,16 +311,11 @@ class _Chunked(torch.autograd.Function):
 def _piece_gradients(ctx, encoder, predictor, norm, by_node, piece):
     """Return a piece's gradients by its rows and by the parameters."""
     plan, joint = ctx.plan, ctx.plan.joint
-    device_type, enabled, dtype = ctx.autocast
-    with (
-        torch.enable_grad(),
-        torch.autocast(device_type, dtype=dtype, enabled=enabled),
-    ):
+    with torch.enable_grad(), torch.autocast(**ctx.autocast):
         leaves = [
             rows.detach().requires_grad_(needed)
             for rows, needed in zip(
-                plan.rows(encoder, predictor, piece),
-                ctx.needs_input_grad[1:3],
+                plan.rows(encoder, predictor, piece), ctx.needs_input_grad[1:3]
             )
         ]
         scores = joint.scores(*leaves)
@@ -373,11 +342,3 @@ def _active(by_blank, by_label, nodes):
     # NaN compares as False: written so that it stays in.
     dropped = size <= floor * size.amax((1, 2), keepdim=True)
     return (~dropped)[nodes].nonzero().squeeze(1)
-
-
-def _autocast_state(device_type):
-    return (
-        device_type,
-        torch.is_autocast_enabled(device_type),
-        torch.get_autocast_dtype(device_type),
-    )

@@ -8,11 +8,9 @@ subtracted when an outer language model is added.
 import torch
 from torch.nn.functional import logsigmoid
 
-from speechbrain_taskarith.transducer.joints.joint import (
-    RNNTJoint,
-    blank_mask,
-)
+from speechbrain_taskarith.transducer.joints.joint import RNNTJoint, blank_mask
 from speechbrain_taskarith.transducer.loss.input_checks import check_vocabulary
+from speechbrain_taskarith.transducer.loss.transitions import accumulate_type
 
 
 def hat_log_probs(scores, blank_index):
@@ -20,17 +18,8 @@ def hat_log_probs(scores, blank_index):
 
     `P(blank) = sigmoid(z_blank)`, `P(y) = (1 - P(blank)) softmax(z)_y` with
     the softmax over labels only. float32 for lower precisions.
-
-    >>> scores = torch.tensor([30.0, 1.0, 2.0], requires_grad=True)
-    >>> log_probs = hat_log_probs(scores, blank_index=0)
-    >>> bool(log_probs.exp().sum().isclose(torch.ones(())))
-    True
-    >>> log_probs[1].backward()
-    >>> round(scores.grad[0].item(), 6)  # not lost where the blank is sure
-    -1.0
     """
-    if scores.dtype in (torch.float16, torch.bfloat16):
-        scores = scores.float()
+    scores = scores.to(accumulate_type(scores.dtype))
     blank = blank_mask(scores, blank_index)
     z = scores[..., blank_index : blank_index + 1]
     labels = scores.masked_fill(blank, float("-inf")).log_softmax(-1)
@@ -42,12 +31,8 @@ class HATJoint(RNNTJoint):
 
     Arguments
     ---------
-    encoder_dim, predictor_dim, joint_dim, vocab_size : int
-        As `RNNTJoint`.
-    blank_index : int
-        Index of the blank.
-    activation : type
-        Class of the non-linearity.
+    encoder_dim, predictor_dim, joint_dim, vocab_size, blank_index, activation
+        As of `RNNTJoint`.
 
     Example
     -------
@@ -97,10 +82,8 @@ class HATOutput(torch.nn.Module):
     ---------
     input_size : int
         Width of the joint.
-    vocab_size : int
-        Number of scores: labels and blank.
-    blank_index : int
-        Index of the blank.
+    vocab_size, blank_index : int
+        Number of scores, of labels and blank; the index of the blank.
 
     Example
     -------
@@ -118,16 +101,5 @@ class HATOutput(torch.nn.Module):
         self.blank_index = blank_index
 
     def forward(self, x):
-        """Return log-probabilities.
-
-        Arguments
-        ---------
-        x : torch.Tensor
-            [..., input_size].
-
-        Returns
-        -------
-        torch.Tensor
-            [..., vocab_size], log-probabilities.
-        """
+        """Turn [..., input_size] to [..., V], as `HATJoint.log_probs` does."""
         return hat_log_probs(self.linear(x), self.blank_index)

@@ -10,7 +10,8 @@ class Joint(torch.nn.Module):
     """A joint network whose parts searches and chunked losses call.
 
     A subclass has `blank_index` and `scores`. Encoder and predictor outputs
-    are projected once a frame and once a label, then combined by `scores`.
+    are projected to [..., joint_dim], once a frame and once a label, then
+    combined by `scores`.
     """
 
     # What the scores become: "softmax" or "hat", see `transitions`.
@@ -22,64 +23,22 @@ class Joint(torch.nn.Module):
     vocab_size = None
 
     def project_encoder(self, encoder_out):
-        """Bring the encoder's output to the joint's width, once a frame.
-
-        Arguments
-        ---------
-        encoder_out : torch.Tensor
-            [..., encoder_dim].
-
-        Returns
-        -------
-        torch.Tensor
-            [..., joint_dim].
-        """
+        """Project an encoder's output [..., encoder_dim]."""
         return encoder_out
 
     def project_predictor(self, predictor_out):
-        """Bring the predictor's output to the joint's width, once a label.
-
-        Arguments
-        ---------
-        predictor_out : torch.Tensor
-            [..., predictor_dim].
-
-        Returns
-        -------
-        torch.Tensor
-            [..., joint_dim].
-        """
+        """Project a predictor's output [..., predictor_dim]."""
         return predictor_out
 
     def scores(self, encoder, predictor):
-        """Combine projected outputs.
+        """Combine projected outputs to raw scores [..., V].
 
-        Arguments
-        ---------
-        encoder, predictor : torch.Tensor
-            [..., joint_dim], of shapes that broadcast (of SpeechBrain's
-            joints: of the same dimensions in front).
-
-        Returns
-        -------
-        torch.Tensor
-            [..., V], raw scores.
+        Their shapes broadcast (SpeechBrain's joints need the same in front).
         """
         raise NotImplementedError
 
     def log_probs(self, encoder, predictor):
-        """As `scores`, normalised; what searches use.
-
-        Arguments
-        ---------
-        encoder, predictor : torch.Tensor
-            As of `scores`.
-
-        Returns
-        -------
-        torch.Tensor
-            [..., V], log-probabilities of blank and labels.
-        """
+        """As `scores`, but log-probabilities; what searches use."""
         scores = self.scores(encoder, predictor)
         return scores.log_softmax(-1, dtype=accumulate_type(scores.dtype))
 
@@ -89,21 +48,9 @@ class Joint(torch.nn.Module):
         The encoder's part of the joint is set to 0, the blank is left out
         (Variani 2020, arXiv 2003.07705, section 4; for an RNN-T this is an
         estimate, Meng 2021, arXiv 2011.01991). `SpeechBrainJoint` needs
-        encoder and predictor of the same width.
+        encoder and predictor of the same width. Of [..., predictor_dim],
+        returns log-probabilities [..., V], minus infinity at the blank.
 
-        Arguments
-        ---------
-        predictor_out : torch.Tensor
-            [..., predictor_dim].
-
-        Returns
-        -------
-        torch.Tensor
-            [..., V], log-probabilities of labels; minus infinity at the
-            blank.
-
-        Example
-        -------
         >>> lm = RNNTJoint(8, 6, 16, 10).internal_lm(torch.rand(2, 3, 6))
         >>> bool(torch.allclose(lm.exp().sum(-1), torch.ones(2, 3)))
         True
@@ -118,16 +65,10 @@ class RNNTJoint(Joint):
 
     Arguments
     ---------
-    encoder_dim : int
-        Width of the encoder's output.
-    predictor_dim : int
-        Width of the predictor's output.
-    joint_dim : int
-        Width inside.
-    vocab_size : int
-        Number of scores V: labels and blank.
-    blank_index : int
-        Index of the blank among them.
+    encoder_dim, predictor_dim, joint_dim : int
+        Width of the encoder's and the predictor's output, and inside.
+    vocab_size, blank_index : int
+        Number of scores V, of labels and blank; the index of the blank.
     activation : type
         Class of the non-linearity.
 
@@ -196,9 +137,7 @@ class RNNTJoint(Joint):
 
 def blank_mask(scores, blank_index):
     """Return [V], True at the blank, on the device of `scores` [..., V]."""
-    mask = torch.zeros(scores.shape[-1], dtype=torch.bool)
-    mask[blank_index] = True
-    return mask.to(scores.device)
+    return torch.arange(scores.shape[-1], device=scores.device) == blank_index
 
 
 def labels_only(scores, blank_index):

@@ -17,7 +17,7 @@ def checked_lengths(lens, size, what, least=1):
             f"{what} lengths: expected one relative length per utterance, "
             f"shape [batch], found {tuple(lens.shape)}"
         )
-    # In float64: 0.3 in float32 times a long tensor may round elsewhere.
+    # As `absolute_lengths`, but NaN stays NaN, and so is refused anywhere.
     steps = (lens.double() * size).round()
     good = (steps >= least) & (steps <= size)
     if not bool(good.all()):
@@ -37,8 +37,7 @@ def check_targets(targets, labels, blank_index, vocab_size, max_labels=None):
     `vocab_size` may be None: not known. `max_labels` is the longest target for
     which there are scores.
     """
-    if vocab_size is None:
-        vocab_size = 2**31
+    vocab_size = 2**31 if vocab_size is None else vocab_size
     if not 0 <= blank_index < vocab_size:
         raise ValueError(
             f"blank_index {blank_index} is outside of the {vocab_size} scores "
@@ -53,17 +52,15 @@ def check_targets(targets, labels, blank_index, vocab_size, max_labels=None):
         raise ValueError(
             f"{len(targets)} rows of targets but {len(labels)} lengths"
         )
-    longest = int(labels.max()) if len(labels) else 0
-    if max_labels is not None and longest > max_labels:
+    if max_labels is not None and bool((labels > max_labels).any()):
         row = int(labels.argmax())
         raise ValueError(
-            f"targets of row {row} hold {longest} labels, but the scores have "
-            f"room for {max_labels} (their third dimension must be the longest "
-            "target + 1: feed the predictor a blank and then the targets)"
+            f"targets of row {row} hold {int(labels[row])} labels, but the "
+            f"scores have room for {max_labels} (their third dimension must be "
+            "the longest target + 1: feed the predictor a blank, then targets)"
         )
-    used = ~padding_mask(labels.to(targets.device), targets.shape[1])
     bad = (targets == blank_index) | (targets < 0) | (targets >= vocab_size)
-    bad = bad & used
+    bad &= ~padding_mask(labels.to(targets.device), targets.shape[1])
     if bool(bad.any()):
         row, column = bad.nonzero()[0].tolist()
         value = int(targets[row, column])
@@ -71,8 +68,8 @@ def check_targets(targets, labels, blank_index, vocab_size, max_labels=None):
             "is the blank, which is never a target (are padded labels "
             "counted, or blank and padding mixed up?)"
             if value == blank_index
-            else f"is outside of the vocabulary of {vocab_size}; output layer "
-            "and tokenizer do not belong together"
+            else f"is outside of the vocabulary of {vocab_size}; do output "
+            "layer and tokenizer belong together?"
         )
         raise ValueError(f"targets: row {row}, label {column}: {value} {why}")
 
@@ -82,8 +79,7 @@ def check_vocabulary(vocab_size, blank_index):
     if vocab_size < 2 or not 0 <= blank_index < vocab_size:
         raise ValueError(
             f"vocab_size {vocab_size}, blank_index {blank_index}: expected "
-            "at least one label beside the blank, and the blank's index "
-            "below vocab_size"
+            "one label beside the blank or more, and blank_index below that"
         )
 
 

@@ -33,10 +33,8 @@ def lattice_log_prob(
         float64. What lies beyond `frames` and `labels` is not read.
     label : torch.Tensor
         [B, T, U], log-probability of label u + 1 at node (t, u).
-    frames : torch.Tensor
-        [B], number of frames, 1 to T.
-    labels : torch.Tensor
-        [B], number of labels, 0 to U.
+    frames, labels : torch.Tensor
+        [B], number of frames, 1 to T, and of labels, 0 to U.
     windows : torch.Tensor or None
         [B, U, 2], first and last frame (counted from 0, both included) at
         which a label may be emitted: alignment-restricted RNN-T (Mahadeokar
@@ -77,21 +75,8 @@ def lattice_log_prob(
 def usable_transitions(shape, frames, labels, windows=None):
     """Mark the transitions that an alignment can take.
 
-    Arguments
-    ---------
-    shape : tuple of int
-        (B, T, U + 1).
-    frames, labels : torch.Tensor
-        [B], absolute lengths.
-    windows : torch.Tensor or None
-        [B, U, 2], see `lattice_log_prob`.
-
-    Returns
-    -------
-    blank : torch.Tensor
-        [B, T, U + 1], bool.
-    label : torch.Tensor
-        [B, T, U], bool.
+    Of a `shape` (B, T, U + 1); returns bool, blanks [B, T, U + 1] and labels
+    [B, T, U].
     """
     t = torch.arange(shape[1], device=frames.device)[None, :, None]
     u = torch.arange(shape[2], device=frames.device)[None, None, :]
@@ -113,10 +98,8 @@ def alignment_windows(label_frames, left, right):
     label_frames : torch.Tensor
         [B, U], the frame (counted from 0, after subsampling) at which a
         reference alignment ends each label.
-    left : int
-        How many frames earlier it may be emitted.
-    right : int
-        How many frames later.
+    left, right : int
+        How many frames earlier and later it may be emitted.
 
     Returns
     -------

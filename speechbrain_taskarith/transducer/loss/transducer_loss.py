@@ -16,7 +16,6 @@ from speechbrain_taskarith.transducer.loss.transitions import (
     dense_transitions,
     next_labels,
 )
-from speechbrain_taskarith.utils.lengths import padding_mask
 
 
 def transducer_loss(
@@ -113,36 +112,28 @@ def transducer_loss(
     )
     # Longer targets than scores can only be padding now.
     targets = targets[:, : logits.shape[2] - 1]
-    if backend in ("auto", "torch"):
-        losses = _torch_loss(
-            logits,
-            targets,
-            frames,
-            labels,
-            blank_index,
-            windows,
-            fastemit_lambda,
-        )
-    elif backend in BACKENDS:
+    if backend not in ("auto", "torch"):
         if windows is not None or fastemit_lambda:
             raise ValueError(
                 f"backend {backend!r} has neither windows nor FastEmit; "
                 "choose backend='torch'"
             )
-        losses = BACKENDS[backend](logits, targets, frames, labels, blank_index)
-    else:
-        raise ValueError(
-            f"backend {backend!r}: expected 'auto', 'torch' or one of "
-            f"{', '.join(map(repr, BACKENDS))}"
-        )
-    return reduced(losses, reduction)
-
-
-def _torch_loss(
-    logits, targets, frames, labels, blank_index, windows, fastemit
-):
-    if targets.shape[1] < logits.shape[2] - 1:
-        logits = logits[:, :, : targets.shape[1] + 1]
+        if backend not in BACKENDS:
+            raise ValueError(
+                f"backend {backend!r}: expected 'auto', 'torch' or one of "
+                f"{', '.join(map(repr, BACKENDS))}"
+            )
+        given = (logits, targets, frames, labels, blank_index)
+        try:
+            losses = BACKENDS[backend](*given)
+        except ImportError as error:
+            raise ImportError(
+                f"backend {backend!r} needs a package of that name (numba for "
+                "CUDA: pip install numba-cuda; k2: one built for this version "
+                "of torch); or choose backend='torch'"
+            ) from error
+        return reduced(losses, reduction)
+    logits = logits[:, :, : targets.shape[1] + 1]
     usable, _ = usable_transitions(logits.shape[:3], frames, labels)
     following = next_labels(targets, labels, blank_index)
     blank, label = dense_transitions(
@@ -151,9 +142,9 @@ def _torch_loss(
     if windows is not None:
         windows = windows[:, : targets.shape[1]]
     log_prob = lattice_log_prob(
-        blank, label[:, :, :-1], frames, labels, windows, fastemit
+        blank, label[:, :, :-1], frames, labels, windows, fastemit_lambda
     )
-    return -log_prob.to(accumulate_type(logits.dtype))
+    return reduced(-log_prob.to(accumulate_type(logits.dtype)), reduction)
 
 
 # Losses of other packages under one signature: options where installed, and
@@ -189,18 +180,12 @@ def _torchaudio_loss(logits, targets, frames, labels, blank_index):
 
 
 def _numba_loss(logits, targets, frames, labels, blank_index):
-    """Run SpeechBrain's kernels."""
     if not logits.is_cuda:
         raise ValueError(
             "backend 'numba' runs on CUDA only; choose backend='torch'"
         )
-    try:
-        from speechbrain.integrations.numba.transducer_loss import Transducer
-    except ImportError as error:
-        raise ImportError(
-            "backend 'numba' needs the package 'numba' with CUDA: pip install "
-            "numba-cuda; or choose backend='torch'"
-        ) from error
+    from speechbrain.integrations.numba.transducer_loss import Transducer
+
     value = Transducer.apply(
         logits.float().log_softmax(-1),
         targets.int().contiguous(),
@@ -214,22 +199,14 @@ def _numba_loss(logits, targets, frames, labels, blank_index):
 
 
 def _k2_loss(logits, targets, frames, labels, blank_index):
-    try:
-        import k2
-    except ImportError as error:
-        raise ImportError(
-            "backend 'k2' needs the package 'k2', built for this version of "
-            "torch; or choose backend='torch'"
-        ) from error
-    boundary = torch.zeros(len(logits), 4, dtype=torch.long)
-    boundary[:, 2], boundary[:, 3] = labels.cpu(), frames.cpu()
-    other = 1 if blank_index == 0 else 0
-    used = ~padding_mask(labels, targets.shape[1])
+    import k2
+
+    none = torch.zeros_like(labels)
     return k2.rnnt_loss(
         logits=logits.float(),
-        symbols=torch.where(used, targets.long(), other),
+        symbols=next_labels(targets, labels, blank_index)[:, :-1],
         termination_symbol=blank_index,
-        boundary=boundary.to(logits.device),
+        boundary=torch.stack((none, none, labels, frames), 1),
         reduction="none",
     )
 

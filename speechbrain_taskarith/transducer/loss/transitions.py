@@ -11,7 +11,9 @@ the output are here, on rows of scores, and their derivatives:
 """
 
 import torch
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, pad
+
+from speechbrain_taskarith.utils.lengths import padding_mask
 
 
 def accumulate_type(dtype):
@@ -24,13 +26,9 @@ def next_labels(targets, labels, blank_index):
 
     Where none does, any label but the blank: safe to index with.
     """
-    batch, length = targets.shape
     other = 1 if blank_index == 0 else 0
-    following = targets.new_full((batch, length + 1), other, dtype=torch.long)
-    columns = torch.arange(length, device=targets.device)
-    used = columns < labels.to(targets.device)[:, None]
-    following[:, :length] = torch.where(used, targets.long(), other)
-    return following
+    padding = padding_mask(labels.to(targets.device), targets.shape[1])
+    return pad(targets.long().masked_fill(padding, other), (0, 1), value=other)
 
 
 def transitions(scores, following, blank_index, normalization="softmax"):
@@ -40,15 +38,6 @@ def transitions(scores, following, blank_index, normalization="softmax"):
     type already; `following` [R] is the label that may come next. Returns
     `blank, label, norm`, [R] each; `scores_gradient_` needs `norm`, the
     logarithm of the (labels') normaliser.
-
-    >>> scores = torch.tensor([[2.0, 1.0, 1.0]])
-    >>> one = torch.tensor([1])
-    >>> blank, label, _ = transitions(scores.clone(), one, 0)
-    >>> bool((blank.exp() + 2 * label.exp()).isclose(torch.ones(1)))
-    True
-    >>> blank, label, _ = transitions(scores.clone(), one, 0, "hat")
-    >>> bool((blank.exp() + 2 * label.exp()).isclose(torch.ones(1)))
-    True
     """
     scores = scores.to(accumulate_type(scores.dtype))
     blank = scores[:, blank_index].clone()
@@ -77,9 +66,8 @@ def scores_gradient_(
         z = scores[:, blank_index].clone()
         # The blank takes no part in the labels' softmax.
         scores.sub_(norm[:, None]).exp_().mul_(-by_label[:, None])
-        scores[:, blank_index] = by_blank * torch.sigmoid(
-            -z
-        ) - by_label * torch.sigmoid(z)
+        blank = by_blank * torch.sigmoid(-z) - by_label * torch.sigmoid(z)
+        scores[:, blank_index] = blank
     else:
         scores.sub_(norm[:, None]).exp_().mul_(-(by_blank + by_label)[:, None])
         scores[:, blank_index] += by_blank
@@ -91,18 +79,13 @@ def scores_gradient_(
 _PIECE = 2**22
 
 
-def dense_transitions(logits, following, blank_index, normalization, usable):
+class _DenseTransitions(torch.autograd.Function):
     """`transitions` of a whole [B, T, U + 1, V], a piece at a time.
 
     Only `usable` nodes [B, T, U + 1] are read; elsewhere transitions and
     gradient are 0, also where padding holds NaN. `logits` stay as they are.
     """
-    return _DenseTransitions.apply(
-        logits, following, blank_index, normalization, usable
-    )
 
-
-class _DenseTransitions(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, following, blank_index, normalization, usable):
         shape, size = logits.shape[:3], logits.shape[-1]
@@ -140,6 +123,9 @@ class _DenseTransitions(torch.autograd.Function):
                 *ctx.options,
             )
         return grad, None, None, None, None
+
+
+dense_transitions = _DenseTransitions.apply
 
 
 def _pieces(usable, vocab_size):

@@ -49,18 +49,15 @@ class TransducerBeamSearch(TransducerSearcher):
         As of `joint_transducer_loss`.
     blank_index : int
         Index of the blank.
-    beam_size : int
-        Size K of the beam: hypotheses that go on to the next frame.
-    n_best : int
-        Hypotheses returned, up to K.
+    beam_size, n_best : int
+        Size K of the beam: hypotheses that go on to the next frame; of these
+        `n_best` are returned.
     lm : torch.nn.Module or None
         `lm(tokens[R, 1], state) -> (scores[R, 1, V], state)`, e.g.
         SpeechBrain's `RNNLM` with `return_hidden: True`, over the same
         vocabulary.
-    ilm_weight : float
-        Weight of the internal language model.
-    lm_weight : float
-        Weight of `lm`.
+    ilm_weight, lm_weight : float
+        Weights of the internal language model and of `lm`.
     max_symbols : int
         Maximum number of labels at one frame.
     lm_bos_index : int or None
@@ -125,19 +122,9 @@ class TransducerBeamSearch(TransducerSearcher):
 
     @torch.no_grad()
     def start(self, batch, device="cpu"):
-        """Return the state before the first frame.
+        """Return the state of `batch` utterances before the first frame.
 
-        Arguments
-        ---------
-        batch : int
-            Number of utterances.
-        device : str or torch.device
-            Where the models are.
-
-        Returns
-        -------
-        BeamState
-            For `advance`.
+        On `device`, where the models are; see `advance`.
         """
         prefixes = Prefixes.empty(self, batch * self.beam_size, device)
         scores = prefixes.predictor.new_full(
@@ -181,20 +168,7 @@ class TransducerBeamSearch(TransducerSearcher):
         return BeamState(scores, prefixes, state.frame + encoder.shape[1])
 
     def results(self, state, n_best=None):
-        """Return the hypotheses of the frames so far.
-
-        Arguments
-        ---------
-        state : BeamState
-            From `advance`.
-        n_best : int or None
-            Instead of the search's own.
-
-        Returns
-        -------
-        list of list of Hypothesis
-            Up to `n_best` of every utterance, the best first.
-        """
+        """Return the hypotheses of the frames so far; see `decode`."""
         ordered, order = state.scores.sort(dim=1, descending=True, stable=True)
         batch, beam = ordered.shape
         first = beam * torch.arange(batch, device=order.device)[:, None]
@@ -207,11 +181,9 @@ class TransducerBeamSearch(TransducerSearcher):
         )
         found = [[] for _ in range(batch)]
         for i, (score, length, tokens, frames) in enumerate(columns):
-            hypotheses = found[i // beam]
-            if score != LOG_ZERO and len(hypotheses) < (n_best or self.n_best):
-                hypotheses.append(
-                    Hypothesis(tokens[:length], score, frames[:length])
-                )
+            hypothesis = Hypothesis(tokens[:length], score, frames[:length])
+            if score != LOG_ZERO and i % beam < (n_best or self.n_best):
+                found[i // beam].append(hypothesis)
         return found
 
     def _frame(self, encoder, scores, prefixes, frame, active):
@@ -241,7 +213,7 @@ class TransducerBeamSearch(TransducerSearcher):
         # Of the newest generation: its prefixes, the scores of their paths
         # before this frame's blank, and the utterance of each.
         generations, newest, path_scores = [prefixes], prefixes, scores
-        utterance = before.flatten().div(beam, rounding_mode="floor")
+        utterance = before.flatten() // beam
         rows = batch * beam
         for _ in range(self.max_symbols):
             extended, parents, labels = self._best_extensions(
@@ -262,17 +234,12 @@ class TransducerBeamSearch(TransducerSearcher):
             log_probs = self.joint.log_probs(
                 encoder[utterance], newest.predictor
             )
-            new_rows = torch.arange(
-                rows, rows + len(utterance), device=scores.device
-            )
+            after_label = path_scores + log_probs[:, self.blank_index]
+            first, rows = rows, rows + len(utterance)
+            new_rows = torch.arange(first, rows, device=scores.device)
             candidates.add(
-                utterance,
-                column,
-                path_scores + log_probs[:, self.blank_index],
-                newest.keys,
-                new_rows,
+                utterance, column, after_label, newest.keys, new_rows
             )
-            rows += len(utterance)
         if len(generations) == 1:
             # No label in any utterance: the prefixes stay as they are.
             if active is not None:
@@ -340,18 +307,13 @@ class _LabelScores(torch.nn.Module):
         """
         extra = None
         if self.ilm_weight:
-            internal = self.joint.internal_lm(predictor_out)
-            extra = -self.ilm_weight * internal
+            extra = -self.ilm_weight * self.joint.internal_lm(predictor_out)
         if self.lm_weight:
             if labels is None:
-                labels = torch.full(
-                    (len(predictor_out),),
-                    self.bos_index,
-                    dtype=torch.long,
-                    device=predictor_out.device,
+                labels = predictor_out.new_full(
+                    predictor_out.shape[:1], self.bos_index, dtype=torch.long
                 )
             outer, lm_state = self._outer(labels, lm_state)
-            outer = self.lm_weight * outer
             if extra is not None and extra.shape != outer.shape:
                 raise ValueError(
                     f"the language model scores {outer.shape[-1]} labels, the "
@@ -369,9 +331,8 @@ class _LabelScores(torch.nn.Module):
                 f"{type(self.lm).__name__} returned no state beside its "
                 "scores; a search needs both (RNNLM: return_hidden=True)"
             )
-        scores, lm_state = result
-        scores = scores.reshape(len(labels), -1)
-        return labels_only(scores, self.blank_index), lm_state
+        log_probs = labels_only(result[0].flatten(1), self.blank_index)
+        return self.lm_weight * log_probs, result[1]
 
 
 def _only_valid(encoder_out, frames):

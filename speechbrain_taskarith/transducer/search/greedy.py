@@ -5,10 +5,7 @@ from typing import Any
 
 import torch
 
-from speechbrain_taskarith.transducer.predictor import (
-    join_states,
-    select_state,
-)
+from speechbrain_taskarith.transducer.predictor import join_states, select_state
 from speechbrain_taskarith.transducer.search.searcher import (
     Hypothesis,
     TransducerSearcher,
@@ -30,12 +27,8 @@ class TransducerGreedySearch(TransducerSearcher):
 
     Arguments
     ---------
-    predictor, joint : torch.nn.Module
+    predictor, joint, blank_index, max_symbols
         As of `TransducerBeamSearch`.
-    blank_index : int
-        Index of the blank.
-    max_symbols : int
-        Maximum number of labels at one frame.
 
     Example
     -------
@@ -81,9 +74,7 @@ class TransducerGreedySearch(TransducerSearcher):
         for t in range(time):
             rows = [b for b in range(batch) if t < frames[b]]
             for count in range(self.max_symbols + 1):
-                index = torch.tensor(
-                    rows, dtype=torch.long, device=scores.device
-                )
+                index = torch.tensor(rows, device=scores.device).long()
                 log_probs = self.joint.log_probs(
                     encoder[index, t], predictor[index]
                 )
@@ -143,15 +134,11 @@ class TransducerSampler(TransducerGreedySearch):
 
     Arguments
     ---------
-    predictor, joint : torch.nn.Module
+    predictor, joint, blank_index, max_symbols
         As of `TransducerBeamSearch`.
-    blank_index : int
-        Index of the blank.
     n_best : int
         Alignments sampled of every utterance; of those with equal labels one is
         returned.
-    max_symbols : int
-        Maximum number of labels at one frame.
     temperature : float
         Above 1: more varied; towards 0: greedy.
 
@@ -186,23 +173,7 @@ class TransducerSampler(TransducerGreedySearch):
 
     @torch.no_grad()
     def decode(self, encoder_out, lens=None, n_best=None):
-        """Sample hypotheses.
-
-        Arguments
-        ---------
-        encoder_out : torch.Tensor
-            [B, T, E].
-        lens : torch.Tensor or None
-            [B], relative lengths.
-        n_best : int or None
-            Instead of the sampler's own.
-
-        Returns
-        -------
-        list of list of Hypothesis
-            Up to `n_best` of every utterance, with different labels, the most
-            likely alignment first.
-        """
+        """See `TransducerBeamSearch.decode`; the likeliest alignment first."""
         draws = n_best or self.n_best
         samples = super().decode(
             encoder_out.repeat_interleave(draws, 0),

@@ -6,10 +6,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from speechbrain_taskarith.transducer.predictor import (
-    join_states,
-    select_state,
-)
+from speechbrain_taskarith.transducer.predictor import join_states, select_state
 
 LOG_ZERO = float("-inf")
 
@@ -132,19 +129,16 @@ class Candidates:
 
         One whose prefix is there already adds its probability to it.
         """
-        shape = (len(self.scores), int(column.max()) + 1)
+        old, added = self.scores.shape[1], int(column.max()) + 1
 
-        def dense(values, fill, dtype):
-            table = values.new_full(shape, fill, dtype=dtype)
-            table[utterance, column] = values.to(dtype)
+        def widened(table, values, fill):
+            table = pad(table, (0, added), value=fill)
+            table[utterance, old + column] = values
             return table
 
-        old = self.scores.shape[1]
-        new_scores = dense(scores, LOG_ZERO, torch.float64)
-        self.scores = torch.cat((self.scores, new_scores), 1)
-        new_keys = dense(keys, 0, torch.long)
-        self.keys = torch.cat((self.keys, new_keys), 1)
-        self.rows = torch.cat((self.rows, dense(rows, 0, torch.long)), 1)
+        self.scores = widened(self.scores, scores, LOG_ZERO)
+        self.keys = widened(self.keys, keys, 0)
+        self.rows = widened(self.rows, rows, 0)
         # A prefix has one parent, so the new ones differ from one another.
         used = self.scores > LOG_ZERO
         same = self.keys[:, old:, None] == self.keys[:, None, :old]

@@ -64,18 +64,7 @@ class SearchResult(NamedTuple):
 
     @classmethod
     def of(cls, hypotheses):
-        """Split hypotheses into labels and scores.
-
-        Arguments
-        ---------
-        hypotheses : list of list of Hypothesis
-            Of every utterance, the best first.
-
-        Returns
-        -------
-        SearchResult
-            Labels and scores of the same hypotheses.
-        """
+        """Split hypotheses, as `TransducerBeamSearch.decode` returns them."""
         return cls(
             [each[0].tokens for each in hypotheses],
             torch.tensor([each[0].score for each in hypotheses]),
@@ -95,20 +84,7 @@ class TransducerSearcher(torch.nn.Module):
         self.max_symbols = max_symbols
 
     def forward(self, encoder_out, lens=None):
-        """Decode a batch.
-
-        Arguments
-        ---------
-        encoder_out : torch.Tensor
-            [B, T, E].
-        lens : torch.Tensor or None
-            [B], relative lengths; None takes all frames.
-
-        Returns
-        -------
-        SearchResult
-            Best label sequences, their scores, n-best lists, their scores.
-        """
+        """As `TransducerBeamSearch.decode`, but return a `SearchResult`."""
         return SearchResult.of(self.decode(encoder_out, lens))
 
     def final_state(self, encoder_out, lens):
@@ -121,8 +97,6 @@ class TransducerSearcher(torch.nn.Module):
 
     def read_blank(self, count, device):
         """Return the predictor's output [count, P] and state at the start."""
-        blank = torch.full(
-            (count, 1), self.blank_index, dtype=torch.long, device=device
-        )
+        blank = torch.full((count, 1), self.blank_index, device=device)
         out, state = self.predictor(blank)
         return out[:, 0], state

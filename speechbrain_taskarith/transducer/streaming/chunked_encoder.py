@@ -22,13 +22,8 @@ class ChunkedEncoder(torch.nn.Module):
     ...     TransformerASR,
     ... )
     >>> transformer = TransformerASR(
-    ...     tgt_vocab=5,
-    ...     input_size=8,
-    ...     d_model=8,
-    ...     nhead=2,
-    ...     num_encoder_layers=1,
-    ...     num_decoder_layers=0,
-    ...     d_ffn=16,
+    ...     tgt_vocab=5, input_size=8, d_model=8, nhead=2, d_ffn=16,
+    ...     num_encoder_layers=1, num_decoder_layers=0,
     ...     attention_type="RelPosMHAXL",
     ...     positional_encoding=None,
     ...     encoder_module="conformer",
@@ -44,9 +39,7 @@ class ChunkedEncoder(torch.nn.Module):
 
     def __init__(self, transformer, chunk_size, left_context=None):
         super().__init__()
-        from speechbrain.utils.dynamic_chunk_training import (
-            DynChunkTrainConfig,
-        )
+        from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
         if chunk_size < 1:
             raise ValueError(f"chunk_size {chunk_size}: expected 1 or more")
@@ -56,37 +49,13 @@ class ChunkedEncoder(torch.nn.Module):
         self.config = DynChunkTrainConfig(chunk_size, left_context)
 
     def forward(self, x, lens=None):
-        """Encode whole utterances as if in chunks.
-
-        Arguments
-        ---------
-        x : torch.Tensor
-            [B, T, features].
-        lens : torch.Tensor or None
-            [B], relative lengths.
-
-        Returns
-        -------
-        torch.Tensor
-            [B, T, d].
-        """
+        """Encode whole utterances as if in chunks; see `Emformer.forward`."""
         return self.transformer.encode(
             x, lens, dynchunktrain_config=self.config
         )
 
     def make_streaming_context(self, batch=1):
-        """Return the state at the beginning of streams.
-
-        Arguments
-        ---------
-        batch : int
-            Not needed here: the first chunk determines it.
-
-        Returns
-        -------
-        object
-            SpeechBrain's context, which `forward_streaming` changes.
-        """
+        """See `Emformer.make_streaming_context`; `batch` has no effect."""
         return self.transformer.make_streaming_context(self.config)
 
     def forward_streaming(self, chunk, context, lens=None):

@@ -31,12 +31,10 @@ class Emformer(torch.nn.Module):
     ---------
     input_dim : int
         Width d of input and output.
-    num_heads : int
-        Attention heads; divides d.
+    num_heads, num_layers : int
+        Number of attention heads, a divisor of d, and of layers.
     ffn_dim : int
         Width inside the feed-forward parts.
-    num_layers : int
-        Number of layers.
     segment_length : int
         Frames C of a segment, e.g. 4 of 40 ms.
     right_context : int
@@ -81,15 +79,11 @@ class Emformer(torch.nn.Module):
             raise ValueError(
                 f"num_heads {num_heads} does not divide input_dim {input_dim}"
             )
-        if (
-            segment_length < 1
-            or min(right_context, left_context, memory_size) < 0
-        ):
+        contexts = (right_context, left_context, memory_size)
+        if segment_length < 1 or min(contexts) < 0:
             raise ValueError(
-                f"segment_length {segment_length}, right_context "
-                f"{right_context}, left_context {left_context}, memory_size "
-                f"{memory_size}: expected a segment of 1 frame or more, and "
-                "no negative number"
+                f"segment_length {segment_length}, right_context, left_context "
+                f"and memory_size {contexts}: expected 1 or more, and 0 or more"
             )
         self.input_dim = input_dim
         self.segment_length = segment_length
@@ -128,33 +122,23 @@ class Emformer(torch.nn.Module):
         missing = segments * size + ahead - time
         blocks = _blocks(pad(x, (0, 0, 0, missing)), size + ahead, size)
         own_mask = _blocks(pad(~padding, (0, missing)), size + ahead, size)
+        inside = own_mask[:, :, :size]
         left_mask = _preceding(~padding, self.left_context, size, segments)
         summaries = blocks[:, :, 0]  # not used without memory
         if self.memory_size:
             # The first layer's memory: means of its input.
-            summaries = _masked_mean(
-                blocks[:, :, :size], own_mask[:, :, :size]
-            ).squeeze(2)
+            summaries = _masked_mean(blocks[:, :, :size], inside).squeeze(2)
         memory = _preceding(summaries, self.memory_size, 1, segments)
-        memory_mask = _preceding(
-            own_mask[:, :, :size].any(-1), self.memory_size, 1, segments
-        )
-        masks = tuple(
-            mask.flatten(0, 1) for mask in (memory_mask, left_mask, own_mask)
-        )
+        memory_mask = _preceding(inside.any(-1), self.memory_size, 1, segments)
+        masks = (memory_mask, left_mask, own_mask)
+        masks = [mask.flatten(0, 1) for mask in masks]
         for layer in self.layers:
             own = layer.keys_values(blocks)
             # Without the copies: all frames in order.
             in_order = own[:, :, :size].flatten(1, 2)
             left = _preceding(in_order, self.left_context, size, segments)
-            out, new_memory = layer.block(
-                blocks.flatten(0, 1),
-                left.flatten(0, 1),
-                own.flatten(0, 1),
-                memory.flatten(0, 1),
-                masks,
-                size,
-            )
+            given = [x.flatten(0, 1) for x in (blocks, left, own, memory)]
+            out, new_memory = layer.block(*given, masks, size)
             blocks = out.unflatten(0, (batch, segments))
             if new_memory is not None:
                 new_memory = new_memory.view(batch, segments, width)
@@ -169,10 +153,8 @@ class Emformer(torch.nn.Module):
         ---------
         batch : int
             Number of streams.
-        device : torch.device or None
-            None takes that of the weights.
-        dtype : torch.dtype or None
-            None takes that of the weights.
+        device, dtype : torch.device or None, torch.dtype or None
+            None takes those of the weights.
 
         Returns
         -------
@@ -311,9 +293,7 @@ class _EmformerLayer(torch.nn.Module):
             summary_mask[..., : memory.shape[1]] = False
             allowed = torch.cat((allowed, summary_mask), 1)
         found = self._attend(
-            torch.cat(asking, 1),
-            torch.cat(keys_values, 1),
-            allowed,
+            torch.cat(asking, 1), torch.cat(keys_values, 1), allowed
         )
         x = queries + self.drop(found[:, : queries.shape[1]])
         x = self.norm_out(x + self.feed_forward(x))

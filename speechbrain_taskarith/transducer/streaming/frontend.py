@@ -39,10 +39,8 @@ class TimeReduction(torch.nn.Module):
 
     Arguments
     ---------
-    input_size : int
-        Width of a frame.
-    output_size : int
-        Width after the projection.
+    input_size, output_size : int
+        Width of a frame before stacking, and after the projection.
     factor : int
         Frames per stack.
 
@@ -85,9 +83,7 @@ class TimeReduction(torch.nn.Module):
             x = x.masked_fill(padding_mask(frames, time)[..., None], 0.0)
         x = torch.nn.functional.pad(x, (0, 0, 0, -time % self.factor))
         x = self.linear(x.reshape(batch, -1, width * self.factor))
-        stacks = torch.div(
-            frames + self.factor - 1, self.factor, rounding_mode="floor"
-        )
+        stacks = (frames + self.factor - 1) // self.factor
         return x, stacks.double() / x.shape[1]
 
 
@@ -131,11 +127,9 @@ class FeatureStream:
             return None
         first = max(0, self.returned - self.edge)
         start = first * self.stride - self.offset
-        stop = len(self.samples)
-        if not last:
-            # Frames after the last certain one would be dropped.
-            stop = (until - 1) * self.stride + self.half - self.offset + 1
-            stop = min(stop, len(self.samples))
+        # Frames after the last certain one would be dropped.
+        stop = (until - 1) * self.stride + self.half - self.offset + 1
+        stop = None if last else stop
         frames = self.features(self.samples[None, start:stop])
         frames = frames[:, self.returned - first : until - first]
         self.returned = until

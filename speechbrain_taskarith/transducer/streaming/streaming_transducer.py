@@ -74,23 +74,15 @@ class StreamingTransducer(torch.nn.Module):
 
     Example
     -------
-    >>> from speechbrain_taskarith.transducer import (
-    ...     Emformer,
-    ...     LocalFbank,
-    ...     LSTMPredictor,
-    ...     RNNTJoint,
-    ...     TimeReduction,
-    ...     TransducerGreedySearch,
-    ... )
-    >>> search = TransducerGreedySearch(
-    ...     LSTMPredictor(5, 4, 6, num_layers=1), RNNTJoint(16, 6, 8, 5), 0
-    ... )
+    >>> from speechbrain_taskarith import transducer
+    >>> predictor = transducer.LSTMPredictor(5, 4, 6, num_layers=1)
+    >>> joint = transducer.RNNTJoint(16, 6, 8, 5)
     >>> model = StreamingTransducer(
-    ...     LocalFbank(n_mels=20),
-    ...     Emformer(16, 4, 32, 2, 4, 1, 8),
-    ...     search,
+    ...     transducer.LocalFbank(n_mels=20),
+    ...     transducer.Emformer(16, 4, 32, 2, 4, 1, 8),
+    ...     transducer.TransducerGreedySearch(predictor, joint, 0),
     ...     detokenize=lambda tokens: " ".join(map(str, tokens)),
-    ...     frontend=TimeReduction(20, 16, factor=4),
+    ...     frontend=transducer.TimeReduction(20, 16, factor=4),
     ... ).eval()
     >>> wave = torch.randn(8000)
     >>> stream = model.stream()
@@ -132,13 +124,7 @@ class StreamingTransducer(torch.nn.Module):
         self.factor = getattr(frontend, "factor", 1)
 
     def get_extra_state(self):
-        """Return the normaliser's statistics, for `state_dict`.
-
-        Returns
-        -------
-        dict
-            Tensors and a count; empty without a normaliser.
-        """
+        """The normaliser's statistics, see `torch.nn.Module.get_extra_state`."""
         # SpeechBrain keeps them as plain attributes. Here they are saved with
         # the weights, so that one file is the recogniser.
         names = ("count", "glob_mean", "glob_std")
@@ -147,30 +133,17 @@ class StreamingTransducer(torch.nn.Module):
         return {name: getattr(self.normalize, name) for name in names}
 
     def set_extra_state(self, state):
-        """Set the normaliser's statistics; called by `load_state_dict`.
-
-        Arguments
-        ---------
-        state : dict
-            From `get_extra_state`.
-        """
+        """See `get_extra_state`."""
         if bool(state) != (self.normalize is not None):
+            there = "with" if state else "without"
             raise ValueError(
-                "the weights are those of a model "
-                f"{'with' if state else 'without'} a normaliser; build this "
-                "one alike"
+                f"weights of a model {there} a normaliser; build this one alike"
             )
         for name, value in state.items():
             setattr(self.normalize, name, value)
 
     def frame_seconds(self):
-        """Return the duration of an encoder frame.
-
-        Returns
-        -------
-        float
-            In seconds.
-        """
+        """Return the seconds of an encoder frame, as `latency` counts them."""
         return self.stride * self.factor / self.sample_rate
 
     def latency(self):
@@ -211,11 +184,10 @@ class StreamingTransducer(torch.nn.Module):
             [B], relative lengths of that.
         """
         x = self.features(waves)
-        samples = torch.full((len(waves),), waves.shape[1]).double()
-        if lens is not None:
-            samples = absolute_lengths(lens.cpu(), waves.shape[1]).double()
+        lens = torch.ones(len(waves)) if lens is None else lens.cpu()
+        samples = absolute_lengths(lens, waves.shape[1])
         # A centred analysis gives one frame more than strides.
-        frames = (samples / self.stride).floor() + 1
+        frames = (samples // self.stride + 1).double()
         lens = (frames / x.shape[1]).clamp(max=1.0).to(x.device)
         if self.normalize is not None:
             x = self.normalize(x, lens)
@@ -275,37 +247,16 @@ class Stream:
         self.ended = False
 
     def feed(self, samples, sample_rate=None):
-        """Process samples.
+        """Process samples [t], t >= 0; return the `PartialResult` so far.
 
-        Arguments
-        ---------
-        samples : torch.Tensor
-            [t], float32 within [-1, 1]; t may be 0.
-        sample_rate : int or None
-            Their rate in Hz, checked against the model's.
-
-        Returns
-        -------
-        PartialResult
-            The result so far.
-
-        Raises
-        ------
-        ValueError
-            Another rate, another shape, NaN.
-        RuntimeError
-            The stream has ended.
+        They are float32 within [-1, 1], at the model's rate: a `sample_rate` in
+        Hz is checked. A ValueError refuses another rate, another shape and NaN,
+        a RuntimeError all samples after the end.
         """
         return self._process(samples, sample_rate, final=False)
 
     def finish(self):
-        """End the stream.
-
-        Returns
-        -------
-        PartialResult
-            The final result.
-        """
+        """End the stream; return its final `PartialResult`."""
         return self._process(torch.zeros(0), None, final=True)
 
     @torch.no_grad()
@@ -314,12 +265,10 @@ class Stream:
             raise RuntimeError("this stream has ended; start another")
         samples = _checked_samples(samples, sample_rate, self.model.sample_rate)
         began = time.perf_counter()
-        parts = [self.source.push(samples.to(self.device))]
+        new = self.source.push(samples.to(self.device))
+        self.frames = _appended(self.frames, new)
         if final:
-            parts.append(self.source.finish())
-        for part in parts:
-            if part is not None:
-                self.frames = _appended(self.frames, part)
+            self.frames = _appended(self.frames, self.source.finish())
         self._reduce(final)
         self._encode(final)
         self.ended = final
@@ -342,13 +291,11 @@ class Stream:
 
     def _reduce(self, final):
         """Turn complete stacks of frames into the encoder's input."""
-        if self.frames is None:
-            return
-        count = self.frames.shape[1]
+        count = 0 if self.frames is None else self.frames.shape[1]
         if not final:
             count -= count % self.model.factor
-        stacks, self.frames = self.frames[:, :count], self.frames[:, count:]
         if count:
+            stacks, self.frames = self.frames[:, :count], self.frames[:, count:]
             if self.model.frontend is not None:
                 stacks, _ = self.model.frontend(stacks)
             self.encoder_in = _appended(self.encoder_in, stacks)
@@ -357,9 +304,10 @@ class Stream:
         """Encode and search complete segments."""
         encoder = self.model.encoder
         size, ahead = encoder.segment_length, encoder.right_context
-        while self.encoder_in is not None and self.encoder_in.shape[1]:
-            if self.encoder_in.shape[1] < size + ahead and not final:
-                break
+        needed = 1 if final else size + ahead
+        while (
+            self.encoder_in is not None and self.encoder_in.shape[1] >= needed
+        ):
             chunk = self.encoder_in[:, : size + ahead]
             out = encoder.forward_streaming(chunk, self.context)
             self.state = self.model.searcher.advance(out, self.state)
@@ -371,16 +319,14 @@ def _checked_samples(samples, sample_rate, expected_rate):
     if sample_rate is not None and sample_rate != expected_rate:
         raise ValueError(
             f"samples at {sample_rate} Hz, the model takes {expected_rate} Hz; "
-            "resample them first (speechbrain_taskarith.data.audio: "
-            "resample_wave)"
+            "resample them (speechbrain_taskarith.data.audio.resample_wave)"
         )
     samples = torch.as_tensor(samples)
     if samples.dim() == 2 and len(samples) == 1:
         samples = samples[0]
     if samples.dim() != 1:
         raise ValueError(
-            f"samples of shape {tuple(samples.shape)}: expected one channel, "
-            "[samples]"
+            f"samples of shape {tuple(samples.shape)}: expected one channel [t]"
         )
     if not samples.is_floating_point():
         raise ValueError(
@@ -393,4 +339,6 @@ def _checked_samples(samples, sample_rate, expected_rate):
 
 
 def _appended(old, new):
-    return new if old is None else torch.cat((old, new), 1)
+    if old is None or new is None:
+        return old if new is None else new
+    return torch.cat((old, new), 1)

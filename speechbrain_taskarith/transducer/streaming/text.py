@@ -28,29 +28,8 @@ class LabelText:
         self.separator = separator
 
     def __call__(self, tokens):
-        """Turn a label sequence into text.
-
-        Arguments
-        ---------
-        tokens : list of int
-            Indices.
-
-        Returns
-        -------
-        str
-            The text.
-
-        Raises
-        ------
-        ValueError
-            An index beyond the list.
-        """
-        for token in tokens:
-            if not 0 <= token < len(self.labels):
-                raise ValueError(
-                    f"label {token}: the list has {len(self.labels)} labels; "
-                    "it does not belong to this model"
-                )
+        """Return the text of a list of indices; a ValueError beyond the labels."""
+        _check(tokens, range(len(self.labels)), "list of labels")
         return self.separator.join(self.labels[token] for token in tokens)
 
 
@@ -82,12 +61,15 @@ class SentencePieceText:
 
     def __call__(self, tokens):
         """See `LabelText.__call__`."""
-        size = self.processor.get_piece_size()
-        pieces = [token - self.offset for token in tokens]
-        for token, piece in zip(tokens, pieces):
-            if not 0 <= piece < size:
-                raise ValueError(
-                    f"label {token}: the SentencePiece model has {size} "
-                    "pieces; it does not belong to this model"
-                )
-        return self.processor.decode(pieces)
+        end = self.offset + self.processor.get_piece_size()
+        _check(tokens, range(self.offset, end), "SentencePiece model")
+        return self.processor.decode([token - self.offset for token in tokens])
+
+
+def _check(tokens, known, what):
+    for token in tokens:
+        if token not in known:
+            raise ValueError(
+                f"label {token}: the {what} has {len(known)}; it does not "
+                "belong to this model"
+            )

@@ -7,6 +7,8 @@ alignments.
 """
 
 import contextlib
+import itertools
+from collections import Counter
 
 import torch
 from rapidfuzz.distance import Levenshtein
@@ -21,6 +23,7 @@ from speechbrain_taskarith.transducer.loss.input_checks import (
 )
 from speechbrain_taskarith.transducer.predictor import predictor_input
 from speechbrain_taskarith.transducer.search.greedy import TransducerSampler
+from speechbrain_taskarith.utils.lengths import padding_mask
 
 
 def min_wer_loss(log_probs, errors, mask=None):
@@ -110,11 +113,8 @@ class MinWERLoss(torch.nn.Module):
 
     Example
     -------
-    >>> from speechbrain_taskarith.transducer import (
-    ...     LSTMPredictor,
-    ...     RNNTJoint,
-    ...     TransducerBeamSearch,
-    ... )
+    >>> from speechbrain_taskarith.transducer import LSTMPredictor, RNNTJoint
+    >>> from speechbrain_taskarith.transducer import TransducerBeamSearch
     >>> predictor = LSTMPredictor(10, 4, 6, num_layers=1)
     >>> joint = RNNTJoint(8, 6, 16, 10)
     >>> search = TransducerBeamSearch(predictor, joint, 0, beam_size=4)
@@ -191,46 +191,30 @@ class MinWERLoss(torch.nn.Module):
             An empty n-best list; lengths and targets as in `transducer_loss`.
         """
         frames = checked_lengths(input_lens, encoder_out.shape[1], "input")
-        labels = checked_lengths(
-            target_lens, targets.shape[1], "target", least=0
-        )
-        device = encoder_out.device
-        check_targets(
-            targets,
-            labels,
-            self.searcher.blank_index,
-            self.searcher.joint.vocab_size,
-        )
-        truth = [
-            row[:count] for row, count in zip(targets.tolist(), labels.tolist())
-        ]
+        labels = checked_lengths(target_lens, targets.shape[1], "target", 0)
+        blank, size = self.searcher.blank_index, self.searcher.joint.vocab_size
+        check_targets(targets, labels, blank, size)
+        truth = [y[:n] for y, n in zip(targets.tolist(), labels.tolist())]
         n_best = self._hypotheses(encoder_out, input_lens, hypotheses)
         errors = self._errors(truth, n_best, references)
         # Whether an utterance has a gradient: its errors differ.
         scored = [len(set(counts)) > 1 for counts in errors]
-        sequences, rows = [], []
-        for row, n_best_list in enumerate(n_best):
-            if scored[row]:
-                sequences += n_best_list
-                rows += [row] * len(n_best_list)
-        if self.rnnt_weight:
-            sequences = truth + sequences
-            rows = list(range(len(truth))) + rows
-        if not sequences:
-            self._count(errors, scored, None)
+        pairs = [*enumerate(truth)] if self.rnnt_weight else []
+        for row, differ in enumerate(scored):
+            pairs += [(row, one) for one in n_best[row] if differ]
+        if not pairs:
+            self._count(errors, scored)
             return encoder_out.sum() * 0.0
-        log_probs = self._log_probs(encoder_out, frames, sequences, rows)
+        log_probs = self._log_probs(encoder_out, frames, pairs)
         loss = encoder_out.new_zeros(())
         if self.rnnt_weight:
             loss = loss - self.rnnt_weight * log_probs[: len(truth)].mean()
             log_probs = log_probs[len(truth) :]
-        tables = _tables(log_probs, errors, scored)
-        self._count(errors, scored, tables)
-        if tables is not None:
+        tables = _tables(log_probs, errors, scored) if any(scored) else ()
+        self._count(errors, scored, *tables)
+        if tables:
             share = sum(scored) / len(scored)
-            loss = loss + share * min_wer_loss(
-                *(table.to(device) for table in tables)
-            )
+            loss = loss + share * min_wer_loss(*tables)
         return loss
 
     def _hypotheses(self, encoder_out, input_lens, given):
@@ -239,47 +223,45 @@ class MinWERLoss(torch.nn.Module):
             if given is None or len(given) != len(encoder_out):
                 raise ValueError(
                     "source 'offline': expected `hypotheses`, one list of "
-                    f"label sequences for each of {len(encoder_out)} "
-                    "utterances"
+                    f"label sequences for each of {len(encoder_out)} utterances"
                 )
-            n_best = [[list(tokens) for tokens in lists] for lists in given]
         else:
+            search = self.searcher
+            if self.source == "sample":
+                search = TransducerSampler(
+                    search.predictor,
+                    search.joint,
+                    search.blank_index,
+                    self.n_best,
+                    self.max_symbols,
+                )
             with _evaluation_mode(self.searcher), torch.no_grad():
-                search = self.searcher
-                if self.source == "sample":
-                    search = TransducerSampler(
-                        search.predictor,
-                        search.joint,
-                        search.blank_index,
-                        self.n_best,
-                        self.max_symbols,
-                    )
                 decoded = search.decode(
                     encoder_out.detach(), input_lens, n_best=self.n_best
                 )
-            n_best = [[one.tokens for one in each] for each in decoded]
-        for row, lists in enumerate(n_best):
+            given = [[one.tokens for one in each] for each in decoded]
+        n_best = []
+        for row, lists in enumerate(given):
             if not lists:
                 raise ValueError(
                     f"row {row}: an empty n-best list; give at least one "
                     "hypothesis ([] is the empty one)"
                 )
-        return [
-            [list(t) for t in dict.fromkeys(map(tuple, lists))][: self.n_best]
-            for lists in n_best
-        ]
+            unique = dict.fromkeys(map(tuple, lists))
+            n_best.append([list(one) for one in unique][: self.n_best])
+        return n_best
 
     def _errors(self, truth, n_best, references):
         """Count errors, in words where there is a detokenizer."""
         if references is None:
             references = [self._words(tokens) for tokens in truth]
+        elif len(references) != len(truth):
+            raise ValueError(
+                f"{len(references)} references for {len(truth)} utterances"
+            )
         else:
-            if len(references) != len(truth):
-                raise ValueError(
-                    f"{len(references)} references for {len(truth)} utterances"
-                )
             references = [text.split() for text in references]
-        self._reference_words += sum(map(len, references))
+        self._totals["words"] += sum(map(len, references))
         return [
             [Levenshtein.distance(words, self._words(one)) for one in lists]
             for words, lists in zip(references, n_best)
@@ -290,15 +272,13 @@ class MinWERLoss(torch.nn.Module):
             return tokens
         return self.detokenize(tokens).split()
 
-    def _log_probs(self, encoder_out, frames, sequences, rows):
-        """Return log P of label sequences, with gradient."""
+    def _log_probs(self, encoder_out, frames, pairs):
+        """Return log P of pairs (utterance, label sequence), with gradient."""
         search, device = self.searcher, encoder_out.device
+        rows, sequences = zip(*pairs)
         lengths = torch.tensor([len(one) for one in sequences], device=device)
-        tokens = pad_sequence(
-            [torch.tensor(one, dtype=torch.long) for one in sequences],
-            batch_first=True,
-            padding_value=search.blank_index,
-        ).to(device)
+        tokens = [torch.tensor(one, dtype=torch.long) for one in sequences]
+        tokens = pad_sequence(tokens, True, search.blank_index).to(device)
         inputs = predictor_input(tokens, lengths, search.blank_index)
         predictor_out, _ = search.predictor(inputs)
         return sequence_log_prob(
@@ -314,24 +294,24 @@ class MinWERLoss(torch.nn.Module):
 
     def reset(self):
         """Reset the statistics, e.g. at the end of an epoch."""
-        self._utterances = self._scored = self._hypothesis_count = 0
-        self._reference_words = self._oracle_errors = 0
-        self._expected_errors = 0.0
+        self._totals = Counter()
 
-    def _count(self, errors, scored, tables):
-        self._utterances += len(errors)
-        self._scored += sum(scored)
-        self._hypothesis_count += sum(map(len, errors))
-        self._oracle_errors += sum(map(min, errors))
+    def _count(self, errors, scored, log_probs=None, counts=None, mask=None):
         # Where all are equal, that is the expected number too.
-        self._expected_errors += sum(
+        expected = sum(
             row[0] for row, differ in zip(errors, scored) if not differ
         )
-        if tables is not None:
-            log_probs, counts, mask = tables
-            log_probs = log_probs.detach().cpu().float()
+        if log_probs is not None:
+            log_probs = log_probs.detach().float()
             probs = log_probs.masked_fill(~mask, float("-inf")).softmax(1)
-            self._expected_errors += float((probs * counts).sum())
+            expected += float((probs * counts).sum())
+        self._totals.update(
+            utterances=len(errors),
+            scored=sum(scored),
+            hypotheses=sum(map(len, errors)),
+            oracle=sum(map(min, errors)),
+            expected=expected,
+        )
 
     def statistics(self):
         """Describe the n-best lists since the last `reset`.
@@ -344,28 +324,25 @@ class MinWERLoss(torch.nn.Module):
             hypothesis and expected over the list, in % of reference words;
             `hypotheses`: mean number of different ones per utterance.
         """
-        utterances = max(1, self._utterances)
-        words = max(1, self._reference_words)
+        totals = self._totals
+        utterances = max(1, totals["utterances"])
+        words = max(1, totals["words"])
         return {
-            "with_gradient": 100.0 * self._scored / utterances,
-            "oracle_wer": 100.0 * self._oracle_errors / words,
-            "expected_wer": 100.0 * self._expected_errors / words,
-            "hypotheses": self._hypothesis_count / utterances,
+            "with_gradient": 100.0 * totals["scored"] / utterances,
+            "oracle_wer": 100.0 * totals["oracle"] / words,
+            "expected_wer": 100.0 * totals["expected"] / words,
+            "hypotheses": totals["hypotheses"] / utterances,
         }
 
 
 def _tables(log_probs, errors, scored):
     """Arrange scored hypotheses as [utterances, N]: log P, errors, mask."""
-    errors = [counts for counts, differ in zip(errors, scored) if differ]
-    if not errors:
-        return None
-    lengths = torch.tensor([len(row) for row in errors])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    padded = torch.zeros(mask.shape)
-    padded[mask] = torch.tensor([float(e) for row in errors for e in row])
-    table = log_probs.new_zeros(mask.shape)
-    table = table.masked_scatter(mask.to(log_probs.device), log_probs)
-    return table, padded, mask
+    errors = [torch.tensor(row) for row in itertools.compress(errors, scored)]
+    lengths = [len(row) for row in errors]
+    mask = ~padding_mask(torch.tensor(lengths), max(lengths))
+    errors = pad_sequence(errors, batch_first=True)
+    log_probs = pad_sequence(log_probs.split(lengths), batch_first=True)
+    return log_probs, errors.to(log_probs.device), mask.to(log_probs.device)
 
 
 @contextlib.contextmanager

@@ -23,10 +23,8 @@ class TransferReport:
     ---------
     checkpoint : str
         Where the weights came from.
-    loaded : tuple of str
-        Loaded.
-    missing : tuple of str
-        Selected, but not in the checkpoint.
+    loaded, missing : tuple of str
+        Loaded; selected, but not in the checkpoint.
     unexpected : tuple of str
         In the checkpoint under the prefix, but not in the encoder.
     mismatched : tuple of str
@@ -120,7 +118,7 @@ def transfer_encoder(
     """
     state, source = _read_checkpoint(checkpoint, recoverable)
     found = {
-        name[len(prefix) :]: tensor
+        name.removeprefix(prefix): tensor
         for name, tensor in state.items()
         if name.startswith(prefix)
     }
@@ -133,24 +131,19 @@ def transfer_encoder(
     selected = select(own, include, exclude)
     if layers is not None:
         selected = _in_layers(selected, layers)
-    loaded, missing, mismatched = {}, [], []
-    for name in selected:
-        if name not in found:
-            missing.append(name)
-        elif found[name].shape != own[name].shape:
-            mismatched.append(
-                f"{name}: {tuple(found[name].shape)} there, "
-                f"{tuple(own[name].shape)} here"
-            )
-        else:
-            loaded[name] = found[name]
+    both = {name: found[name] for name in selected if name in found}
+    loaded = {k: v for k, v in both.items() if v.shape == own[k].shape}
     report = TransferReport(
         source,
         tuple(loaded),
-        tuple(missing),
-        tuple(name for name in found if name not in own),
-        tuple(mismatched),
-        tuple(name for name in own if name not in set(selected)),
+        missing=tuple(name for name in selected if name not in found),
+        unexpected=tuple(name for name in found if name not in own),
+        mismatched=tuple(
+            f"{k}: {tuple(v.shape)} there, {tuple(own[k].shape)} here"
+            for k, v in both.items()
+            if k not in loaded
+        ),
+        left=tuple(name for name in own if name not in set(selected)),
     )
     if strict:
         _raise_faults(report, prefix)
@@ -161,18 +154,14 @@ def transfer_encoder(
 def _in_layers(names, layers):
     """Select names of some layers: the first number in a name."""
     layers = set(layers)
-    numbers = {}
-    for name in names:
-        found = re.search(r"\.\[?(\d+)\]?\.", f".{name}")
-        if found:
-            numbers.setdefault(int(found[1]), []).append(name)
-    if absent := layers - set(numbers):
+    found = {name: re.search(r"\.\[?(\d+)\]?\.", f".{name}") for name in names}
+    numbers = {name: int(match[1]) for name, match in found.items() if match}
+    if absent := layers - set(numbers.values()):
         raise ValueError(
             f"layers {sorted(absent)}: the encoder has "
-            f"{sorted(numbers) or 'none'}"
+            f"{sorted(set(numbers.values())) or 'none'}"
         )
-    chosen = {name for number in layers for name in numbers[number]}
-    return [name for name in names if name in chosen]
+    return [name for name, number in numbers.items() if number in layers]
 
 
 def _raise_faults(report, prefix):
@@ -188,14 +177,9 @@ def _raise_faults(report, prefix):
     if faults:
         raise ValueError(
             f"{report.checkpoint} (prefix {prefix!r}) does not fit the "
-            f"encoder; {'; '.join(faults)}. Nothing was loaded. Build both "
-            "encoders alike, choose names by include, exclude or layers, or "
-            "give strict=False to load what fits"
+            f"encoder; {'; '.join(faults)}. Nothing was loaded. Choose names "
+            "by include, exclude or layers, or load what fits: strict=False"
         )
-
-
-# Keys under which training frameworks save a state dict.
-_NESTED = ("state_dict", "model_state_dict", "model", "module")
 
 
 def _read_checkpoint(source, recoverable):
@@ -213,8 +197,8 @@ def _checkpoint_file(path, recoverable):
         return path
     if not path.is_dir():
         raise FileNotFoundError(
-            f"{path}: no such checkpoint. Give a file, a CKPT+... folder, or "
-            "the save folder that holds them"
+            f"{path}: no such checkpoint; give a file, a CKPT+... folder or a "
+            "save folder"
         )
     for folder in (path, *_newest_first(path)):
         for suffix in (".ckpt", ".safetensors"):
@@ -232,18 +216,14 @@ def _newest_first(folder):
 
     SpeechBrain writes a folder's `CKPT.yaml` last; the time in it counts.
     """
-    found = []
-    for inside in folder.glob("CKPT+*"):
-        meta = inside / "CKPT.yaml"
-        if meta.is_file():
-            found.append((_unixtime(meta), inside.name, inside))
-    return [inside for _, _, inside in sorted(found, reverse=True)]
 
+    def saved(meta):
+        text = meta.read_text(encoding="utf-8")
+        found = re.search(r"^\s*unixtime\s*:\s*([\d.]+)\s*$", text, re.M)
+        return float(found[1]) if found else meta.stat().st_mtime, meta
 
-def _unixtime(meta):
-    text = meta.read_text(encoding="utf-8")
-    found = re.search(r"^\s*unixtime\s*:\s*([\d.]+)\s*$", text, re.M)
-    return float(found[1]) if found else meta.stat().st_mtime
+    metas = folder.glob("CKPT+*/CKPT.yaml")
+    return [meta.parent for meta in sorted(metas, key=saved, reverse=True)]
 
 
 def _safetensors(path):
@@ -267,17 +247,14 @@ def _pickled(path):
             "or it holds code, which is refused): "
             f"{str(error).splitlines()[0] if str(error) else error!r}"
         ) from error
-    for key in _NESTED:
+    # Training frameworks save a state dict under one of these.
+    for key in ("state_dict", "model_state_dict", "model", "module"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    tensors = isinstance(state, Mapping) and {
-        name: value
-        for name, value in state.items()
-        if isinstance(value, torch.Tensor)
-    }
+    items = state.items() if isinstance(state, Mapping) else ()
+    tensors = {k: v for k, v in items if isinstance(v, torch.Tensor)}
     if not tensors:
         raise ValueError(
-            f"{path}: holds no state dict (names and tensors); give the "
-            "model's file"
+            f"{path}: holds no state dict; give the file of the model's weights"
         )
     return tensors
