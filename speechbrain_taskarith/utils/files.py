@@ -7,6 +7,7 @@ old content or the new one under the final name.
 
 import contextlib
 import ctypes
+import datetime
 import hashlib
 import json
 import os
@@ -171,6 +172,12 @@ def read_json(path):
             "is damaged or was not written by this plugin; restore it, or "
             "delete it and make it again."
         ) from None
+
+
+def now():
+    """Return the time as our files state it: UTC, ISO 8601, to the second."""
+    moment = datetime.datetime.now(datetime.timezone.utc)
+    return moment.isoformat(timespec="seconds")
 
 
 def sha256_of(path, block=1 << 22):

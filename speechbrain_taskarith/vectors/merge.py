@@ -18,12 +18,12 @@ import types
 from pathlib import Path
 
 from speechbrain_taskarith.utils.files import temporary_file
-from speechbrain_taskarith.vectors.application import add_scaled
 from speechbrain_taskarith.vectors.engine.inputs import MergeInputs
 from speechbrain_taskarith.vectors.engine.streaming import Passes, Stream
 from speechbrain_taskarith.vectors.engine.workspace import (
     CHUNK,
     Place,
+    add_scaled,
     places,
     to_stored,
 )

@@ -153,9 +153,6 @@ class MergeInputs:
             work.place = place
         return work.base
 
-    def require_base(self):
-        """There always is a base."""
-
     def not_finite_error(self, index, place):
         """Return the error for NaN or infinity in a vector."""
         return not_finite_error(

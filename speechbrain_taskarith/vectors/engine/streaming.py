@@ -71,14 +71,6 @@ class MemoryVectors:
         """Return a chunk of the base, as float32."""
         return work.read(self.base, place, "base")
 
-    def require_base(self):
-        """Raise unless the base is known."""
-        if self.base is None:
-            raise ValueError(
-                "this rule looks at the models' weights: pass the base too, "
-                "as in rule(base, vectors) or combine(vectors, base=base)"
-            )
-
     def not_finite_error(self, index, place):
         """Return the error for NaN or infinity in a vector."""
         return ValueError(

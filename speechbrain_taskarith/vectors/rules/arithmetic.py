@@ -1,7 +1,7 @@
 """Task arithmetic and the model soup: weighted sums of the vectors."""
 
 from speechbrain_taskarith.vectors import checks
-from speechbrain_taskarith.vectors.engine.kernels import weighted_sum
+from speechbrain_taskarith.vectors.engine.workspace import weighted_sum
 from speechbrain_taskarith.vectors.rules.base import Rule, check_weights
 
 

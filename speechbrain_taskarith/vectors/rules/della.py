@@ -5,8 +5,10 @@ import math
 import numpy as np
 
 from speechbrain_taskarith.vectors import checks
-from speechbrain_taskarith.vectors.engine.kernels import magnitude_bits
-from speechbrain_taskarith.vectors.engine.workspace import to_numpy
+from speechbrain_taskarith.vectors.engine.workspace import (
+    magnitude_bits,
+    to_numpy,
+)
 from speechbrain_taskarith.vectors.rules.base import Stage
 from speechbrain_taskarith.vectors.rules.dare import random_numbers
 from speechbrain_taskarith.vectors.rules.ties import Merge

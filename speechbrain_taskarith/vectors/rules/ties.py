@@ -9,11 +9,11 @@ settings of it.
 import copy
 
 from speechbrain_taskarith.vectors import checks
-from speechbrain_taskarith.vectors.engine.kernels import (
+from speechbrain_taskarith.vectors.engine.thresholds import find_cuts
+from speechbrain_taskarith.vectors.engine.workspace import (
     magnitude_bits,
     weighted_sum,
 )
-from speechbrain_taskarith.vectors.engine.thresholds import find_cuts
 from speechbrain_taskarith.vectors.rules.base import Rule, Stage
 
 ELECT = ("none", "mass", "count")

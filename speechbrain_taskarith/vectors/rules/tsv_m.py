@@ -7,7 +7,7 @@ all else as columns. What is no matrix (biases, norms) is averaged.
 import math
 
 from speechbrain_taskarith.vectors import checks
-from speechbrain_taskarith.vectors.engine.kernels import weighted_sum
+from speechbrain_taskarith.vectors.engine.workspace import weighted_sum
 from speechbrain_taskarith.vectors.rules.base import Rule
 
 
