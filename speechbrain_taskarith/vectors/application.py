@@ -20,13 +20,6 @@ def edit_into(tensor, base, delta, scale):
 
     `base` has the tensor's dtype, shape and device and may be the tensor
     itself; `delta` is float32. A scale of 0 copies the base's bytes.
-
-    Example
-    -------
-    >>> weight = torch.ones(2)
-    >>> edit_into(weight, weight, torch.tensor([2.0, 0.0]), 0.5)
-    >>> weight
-    tensor([2., 1.])
     """
     with torch.no_grad():
         if scale == 0:
@@ -40,12 +33,9 @@ def edit_into(tensor, base, delta, scale):
         chunk = _CHUNK.get(tensor.device.type, _CHUNK["cuda"])
         target, source = tensor.view(-1), base.reshape(-1)
         step = delta.reshape(-1)
-        # Not torch's default type, which a program may have changed.
-        scratch = torch.empty(
-            (2, min(chunk, len(step))),
-            dtype=torch.float32,
-            device=tensor.device,
-        )
+        # float32: a program may have changed torch's default type.
+        kind = {"dtype": torch.float32, "device": tensor.device}
+        scratch = torch.empty((2, min(chunk, len(step))), **kind)
         for start in range(0, len(step), chunk):
             part = slice(start, start + chunk)
             product, before = scratch[:, : len(step[part])]
@@ -54,9 +44,8 @@ def edit_into(tensor, base, delta, scale):
                 add_scaled(torch, before, step[part], scale, product, out)
             else:
                 before.copy_(source[part])
-                target[part] = add_scaled(
-                    torch, before, step[part], scale, product, product
-                )
+                add_scaled(torch, before, step[part], scale, product, product)
+                target[part] = product
 
 
 def edited(tau, base, scales):

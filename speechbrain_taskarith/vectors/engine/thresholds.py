@@ -20,6 +20,7 @@ cut is one number and the position of the last survivor that equals it: from
 these a chunk can be trimmed alone.
 """
 
+import collections
 import math
 from typing import NamedTuple
 
@@ -163,10 +164,7 @@ class _Search:
             kept = need - int(np.count_nonzero(values[at:] > bits))
         else:
             weights = np.concatenate(
-                [
-                    np.ones(len(v), np.int64) if c is None else c
-                    for _, _, v, c in seen
-                ]
+                [np.ones(len(v), int) if c is None else c for *_, v, c in seen]
             )
             if not 0 < need <= weights.sum():
                 return
@@ -178,8 +176,7 @@ class _Search:
         self.settle(bits, kept, equal)
 
     def settle(self, value, kept, equal):
-        """Note the threshold, how many of its equals survive, and how many
-        there are in each place."""
+        """Note the threshold, how many equals survive, and where they are."""
         self.seen = {}
         self.value, self.kept = value, kept
         self.equal = [(place, count) for place, count in equal if count]
@@ -198,13 +195,10 @@ class _Search:
             equal = to_numpy(magnitude_bits(tau, work) == self.value)
             last = place.start + int(np.flatnonzero(equal)[left - 1])
         # Of its equals, those in earlier tensors survive, later ones do not.
-        number = self.domain.index(place.name)
-        cuts = {
-            n: Cut(self.value, stream.numel[n]) for n in self.domain[:number]
-        }
+        cuts = dict.fromkeys(self.domain, Cut(self.value))
+        for name in self.domain[: self.domain.index(place.name)]:
+            cuts[name] = Cut(self.value, stream.numel[name])
         cuts[place.name] = Cut(self.value, last)
-        for name in self.domain[number + 1 :]:
-            cuts[name] = Cut(self.value)
         return cuts
 
     # -- the sure way: histograms of the upper, then of the lower bits
@@ -261,9 +255,9 @@ def _compact(values, size):
 
 def _equal_count(values, counts, bits):
     equal = values == bits
-    if counts is None:
-        return int(np.count_nonzero(equal))
-    return int(counts[equal].sum())
+    return int(
+        np.count_nonzero(equal) if counts is None else counts[equal].sum()
+    )
 
 
 def _sample(searches, stream):
@@ -301,26 +295,20 @@ def _bracket(strata, share):
     values = np.sort(np.concatenate([run for _, r in strata for run in r]))
     size, total = len(values), sum(numel for numel, _ in strata)
     guess = values[min(int((1 - share) * size), size - 1)]
-    variances, parts = [], []
-    for numel, runs in strata:
+    variances = {}
+    for number, (_, runs) in enumerate(strata):
         above = np.array([np.mean(run > guess) for run in runs])
         # Runs that lie side by side resemble one another, and the sample
         # is spread evenly: differences of neighbours tell its error.
         if len(runs) > 1:
-            variances.append(np.mean(np.diff(above) ** 2) / 2)
-            parts.append((numel, len(runs), variances[-1]))
-        else:
-            parts.append((numel, 1, None))
-    typical = np.mean(variances) if variances else share * (1 - share)
-    error = math.sqrt(
-        sum(
-            (numel / total) ** 2
-            * (typical if variance is None else variance)
-            / count
-            for numel, count, variance in parts
-        )
+            variances[number] = np.mean(np.diff(above) ** 2) / 2
+    known = list(variances.values())
+    typical = np.mean(known) if known else share * (1 - share)
+    variance = sum(
+        (numel / total) ** 2 * variances.get(number, typical) / len(runs)
+        for number, (numel, runs) in enumerate(strata)
     )
-    error = max(error, math.sqrt(share * (1 - share) / size))
+    error = math.sqrt(max(variance, share * (1 - share) / size))
     width = _ERRORS * error + 2 / size
     low = math.floor((1 - share - width) * size)
     high = math.ceil((1 - share + width) * size)
@@ -364,17 +352,14 @@ def _between(stream, names, start, stop):
 
 def _sweep(stream, searches, look, decide):
     """Show every chunk's magnitudes to the searches that want them."""
-    wanted, left, number = {}, {}, stream.source.number
+    wanted, number = {}, stream.source.number
     # One vector after another, so that its magnitudes are taken once.
     for search in sorted(searches, key=lambda search: search.index):
         for name in search.domain:
             wanted.setdefault(name, []).append(search)
     places = [p for p in stream.places() if p.name in wanted]
-    chunks = {}
-    for place in places:
-        chunks[place.name] = chunks.get(place.name, 0) + 1
-    for search in searches:
-        left[id(search)] = sum(chunks.get(name, 0) for name in search.domain)
+    chunks = collections.Counter(place.name for place in places)
+    left = {s: sum(chunks[name] for name in s.domain) for s in searches}
 
     # NaN and infinity show in the magnitudes too, at less cost, unless a
     # stage has hidden them.
@@ -394,8 +379,8 @@ def _sweep(stream, searches, look, decide):
         done = []
         with stream.passes.lock:
             for search in wanted[place.name]:
-                left[id(search)] -= 1
-                if not left[id(search)]:
+                left[search] -= 1
+                if not left[search]:
                     done.append(search)
         for search in done:
             # Early, so that what a tensor collected is freed with it.

@@ -75,22 +75,19 @@ class Workspace:
         # Which place the base's buffer holds, and bytes read from files.
         self.place, self.bytes_read = None, 0
 
-    def array(self, key, size, dtype="float32"):
+    def array(self, key, size, dtype="float32", xp=None):
         """Return a buffer; `dtype` is a name that NumPy and torch know."""
         buffer = self._buffers.get((key, dtype))
         if buffer is None or len(buffer) < size:
-            where = {} if self.xp is np else {"device": self.device}
-            kind = getattr(self.xp, dtype)
-            buffer = self.xp.empty(size, dtype=kind, **where)
+            xp = xp or self.xp
+            where = {} if xp is np else {"device": self.device}
+            buffer = xp.empty(size, dtype=getattr(xp, dtype), **where)
             self._buffers[key, dtype] = buffer
         return buffer[:size]
 
     def bytes(self, key, size):
         """Return a NumPy buffer of bytes."""
-        buffer = self._buffers.get((key, "bytes"))
-        if buffer is None or len(buffer) < size:
-            buffer = self._buffers[key, "bytes"] = np.empty(size, np.uint8)
-        return buffer[:size]
+        return self.array(key, size, "uint8", np)
 
     def zeros(self, key, size, dtype="float32"):
         """Return a buffer filled with zeros."""

@@ -21,8 +21,6 @@ SAME = 1e-7
 class Angular(Rule):
     """A weighted sum with weights from the table of dot products.
 
-    Subclasses give `coefficients(table)`.
-
     Arguments
     ---------
     scope : str
@@ -48,18 +46,7 @@ class Angular(Rule):
         return 96 + 12 * number
 
     def coefficients(self, table):
-        """Return the weight of each vector.
-
-        Arguments
-        ---------
-        table : numpy.ndarray
-            float64 `[N, N]`, the dot products.
-
-        Returns
-        -------
-        sequence of float
-            `N` weights.
-        """
+        """Return the `N` vectors' weights for dot products `[N, N]`."""
         raise NotImplementedError
 
     def prepare(self, stream):
@@ -67,8 +54,7 @@ class Angular(Rule):
         number, weights = stream.source.number, {}
         tables = _dot_products(stream, self.of == "weights")
         if self.scope == "global":
-            total = sum(tables.values())
-            tables = dict.fromkeys(tables, total)
+            tables = dict.fromkeys(tables, sum(tables.values()))
         for name, table in tables.items():
             if self.of == "weights":
                 # Of base + vector, from the products of both.

@@ -13,8 +13,6 @@ from speechbrain_taskarith.vectors.rules.base import Stage
 from speechbrain_taskarith.vectors.rules.dare import random_numbers
 from speechbrain_taskarith.vectors.rules.ties import Merge
 
-_TOP = 0x7FFFFFFF
-
 
 class DropByRank(Stage):
     """Drop at random, large magnitudes less often than small ones (MagPrune).
@@ -34,7 +32,7 @@ class DropByRank(Stage):
 
     def granularity(self, shape):
         """See `Stage.granularity`: a row."""
-        return math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
+        return math.prod(shape[1:] if len(shape) > 1 else shape)
 
     def apply(self, index, tau, place, work, out):
         """Multiply by `1 / (1 - p)` or 0."""
@@ -44,12 +42,12 @@ class DropByRank(Stage):
         numbers = random_numbers(self.seed, index, place)
         bits = to_numpy(magnitude_bits(tau, work)).reshape(-1, row)
         # One integer that sorts by magnitude and then by position.
-        order = np.subtract(_TOP, bits, dtype=np.int64) << 32
+        order = np.subtract(0x7FFFFFFF, bits, dtype=np.int64) << 32
         order |= np.arange(row)
         order.sort(axis=1)
         order &= 0xFFFFFFFF
-        by_rank = self.drop - self.epsilon / 2
-        by_rank = by_rank + self.epsilon / row * np.arange(row)
+        least = self.drop - self.epsilon / 2
+        by_rank = least + self.epsilon / row * np.arange(row)
         chance = np.empty(bits.shape)
         np.put_along_axis(chance, order, by_rank[None], axis=1)
         chance = chance.reshape(-1)

@@ -116,7 +116,7 @@ def relative_depths(names, layers=LAYERS):
     for name in names:
         match = re.search(layers, name)
         if match:
-            stack, layer = name[: match.start(1)], int(match.group(1))
+            stack, layer = name[: match.start(1)], int(match[1])
             found[name] = stack, layer
             highest[stack] = max(highest.get(stack, 0), layer)
     if not found:
@@ -124,9 +124,7 @@ def relative_depths(names, layers=LAYERS):
             f"LiNeS: no parameter name has a layer in the sense of {layers!r}; "
             f"names look like: {', '.join(list(names)[:3])}. Pass layers="
         )
-    return {
-        name: found[name][1] / max(highest[found[name][0]], 1)
-        if name in found
-        else 0.0
-        for name in names
-    }
+    depths = dict.fromkeys(names, 0.0)
+    for name, (stack, layer) in found.items():
+        depths[name] = layer / max(highest[stack], 1)
+    return depths
