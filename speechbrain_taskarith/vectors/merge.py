@@ -262,9 +262,7 @@ def merge_checkpoints(
     return MergeReport(
         output=str(output),
         fingerprint=found,
-        base=provenance["base"],
-        parents=provenance["parents"],
-        rule=provenance["rule"],
+        **provenance,
         edited=len(inputs.names),
         copied=len(inputs.copied),
         parameters=sum(math.prod(s) for s in inputs.shapes.values()),

@@ -65,7 +65,7 @@ class TaskVector(Mapping):
         for name, delta in deltas.items():
             if not torch.is_floating_point(delta):
                 raise TypeError(
-                    f"{name}: expected a floating point tensor, got {delta.dtype}"
+                    f"{name}: expected floating point, got {delta.dtype}"
                 )
         # Tied parameters come as one tensor and stay one.
         own = {id(d): d.detach().float() for d in deltas.values()}
@@ -258,13 +258,12 @@ class TaskVector(Mapping):
             The sum of the products of all entries.
         """
         check_alike([self, other])
-        return math.fsum(
-            torch.dot(
-                delta.reshape(-1).double(),
-                other[name].to(delta.device).reshape(-1).double(),
-            ).item()
-            for name, delta in self._deltas.items()
-        )
+
+        def dot(one, two):
+            two = two.to(one.device).reshape(-1).double()
+            return torch.dot(one.reshape(-1).double(), two).item()
+
+        return math.fsum(dot(self[name], other[name]) for name in self)
 
     def cosine(self, other):
         """Return the cosine of the angle to another vector (see `dot`).

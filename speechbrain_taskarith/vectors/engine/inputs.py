@@ -122,8 +122,8 @@ class MergeInputs:
             if parent.kind == "task vector":
                 if not fingerprints:
                     raise ValueError(
-                        "fingerprint=False: the base of the task vectors cannot "
-                        "be checked; say any_base=True if that is meant"
+                        "fingerprint=False: the task vectors' base cannot be "
+                        "checked; say any_base=True if that is meant"
                     )
                 label = f"the task vector {parent.label}"
                 check_ancestry(self.base, parent.base_fingerprint, label)

@@ -74,7 +74,6 @@ class LinearAverage(TaskArithmetic):
         weights = super().prepare(stream)
         total = sum(weights)
         if total == 0:
-            raise ValueError(
-                f"weights={self.weights}: expected a sum other than zero"
-            )
+            what = "expected a sum other than zero"
+            raise ValueError(f"weights={self.weights}: {what}")
         return [weight / total for weight in weights]

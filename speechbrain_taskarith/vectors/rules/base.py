@@ -122,7 +122,7 @@ class Rule:
         )
 
     def granularity(self, shape):
-        """Return how many elements `merge` needs at once, 1: any (see `Rule`)."""
+        """Return how many elements `merge` must see at once (see `Rule`)."""
         return math.prod(shape) if self.whole_tensors else 1
 
     def bytes_per_element(self, number):

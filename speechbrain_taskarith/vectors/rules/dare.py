@@ -11,12 +11,10 @@ from speechbrain_taskarith.vectors.rules.lines import Wrapper
 
 
 class RandomDrop(Stage):
-    """Drop entries with probability `drop`, divide the others by `1 - drop`.
+    """What `DARE` does to each vector; the expectation stays.
 
-    So the expectation stays (DARE, equation 3). The random numbers are
-    Philox4x64-10 in counter mode: the key is a hash of seed, vector and
-    tensor name, the counter is the element's index. An element's mask depends
-    on nothing else: not on order, chunks, threads or machine.
+    The random numbers are Philox4x64-10 in counter mode: the key is a hash of
+    seed, vector and tensor name, the counter is the element's index.
     """
 
     def __init__(self, drop, seed=0):
@@ -52,7 +50,8 @@ class DARE(Wrapper):
     Yu et al. 2023 (arXiv 2311.03099, equation 3): each entry of each vector
     is dropped with probability `drop`, the others are divided by `1 - drop`.
     Which ones depends on the seed, the vector's number, the tensor's name and
-    the entry's index, and on nothing else. Reference: `reference.dare`.
+    the entry's index, and on nothing else: not on order, chunks, threads or
+    machine. Reference: `reference.dare`.
 
     Arguments
     ---------

@@ -15,14 +15,7 @@ from speechbrain_taskarith.vectors.rules.ties import Merge
 
 
 class DropByRank(Stage):
-    """Drop at random, large magnitudes less often than small ones (MagPrune).
-
-    Within each row (the weights that lead to one output; a vector is one
-    row) the magnitudes are ranked, `r = 0` for the largest of `n`; entry
-    `i` is dropped with probability `p_i = drop - epsilon / 2 +
-    (epsilon / n) r_i`, and otherwise divided by `1 - p_i`. Equal magnitudes
-    are ranked by position. The random numbers are those of DARE.
-    """
+    """What `DELLA` does to each vector (MagPrune), by DARE's random numbers."""
 
     def __init__(self, drop, epsilon, seed=0):
         self.drop = checks.in_range("drop", drop, 0, 1, open_high=True)
@@ -61,9 +54,11 @@ class DELLA(Merge):
 
     Deep et al. 2024 (arXiv 2406.11617, section 3): entries are dropped at
     random, the smaller the likelier, and the others enlarged; then sign
-    election and the mean over the elected. Of the `n` magnitudes of a row,
-    the one of rank `r` (0: the largest) is dropped with probability `drop -
-    epsilon / 2 + (epsilon / n) r`. Reference: `reference.della`.
+    election and the mean over the elected. Of the `n` magnitudes of a row
+    (the weights that lead to one output; a vector is one row), the one of
+    rank `r` (0: the largest; equal ones by position) is dropped with
+    probability `p = drop - epsilon / 2 + (epsilon / n) r`, and otherwise
+    divided by `1 - p`. Reference: `reference.della`.
 
     Arguments
     ---------

@@ -28,7 +28,7 @@ class Fisher(Rule):
     >>> import torch
     >>> a = {"w": torch.tensor([3.0, 0.0])}
     >>> b = {"w": torch.tensor([0.0, 3.0])}
-    >>> fishers = [{"w": torch.tensor([1.0, 1.0])}, {"w": torch.tensor([3.0, 0.0])}]
+    >>> fishers = [{"w": torch.tensor(f)} for f in ([1.0, 1.0], [3.0, 0.0])]
     >>> Fisher(fishers).combine([a, b])["w"]
     tensor([0.7500, 0.0000])
     """
@@ -54,9 +54,8 @@ class Fisher(Rule):
         for state, (name, shape) in itertools.product(states, shapes.items()):
             found = state.info(name).shape
             if found != shape:
-                raise ValueError(
-                    f"{state.label}: {name!r} has shape {found}, expected {shape}"
-                )
+                what = f"{name!r} has shape {found}, expected {shape}"
+                raise ValueError(f"{state.label}: {what}")
         return states
 
     def merge(self, vectors, place, work, states):

@@ -59,8 +59,8 @@ class MultiSLERP(Karcher):
 
     One step of the Karcher mean: the directions are averaged in the tangent
     space at their normalised weighted sum, and the average is carried back
-    to the sphere (barycentric interpolation, Buss and Fillmore 2001). Reference:
-    `reference.multi_slerp`.
+    to the sphere (barycentric interpolation, Buss and Fillmore 2001).
+    Reference: `reference.multi_slerp`.
 
     Arguments
     ---------

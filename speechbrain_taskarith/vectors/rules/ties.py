@@ -18,12 +18,7 @@ _COMBINE = ("sum", "mean", "disjoint_mean")
 
 
 class Magnitude(Stage):
-    """Keep the largest magnitudes; the rest becomes zero.
-
-    Exactly `round(density * numel)` entries survive; of equal magnitudes
-    those that come first (TIES, Yadav et al. 2023, arXiv 2306.01708,
-    section 4.1). `scope`: `"global"` (of the whole vector) or `"tensor"`.
-    """
+    """Keep the largest magnitudes only, as `TIES` does (`scope`: `trim`)."""
 
     def __init__(self, density, scope="global"):
         self.density = checks.in_range("density", density, 0, 1)

@@ -121,8 +121,8 @@ def check_alike(vectors, labels=None):
         different = sorted(set(first.keys()) ^ set(vector.keys()))
         if different:
             raise KeyError(
-                f"{labels[0]} and {label} edit different parameters: only "
-                f"one of them has {some(different)}. Bring them to the same with "
+                f"{labels[0]} and {label} edit different parameters: only one "
+                f"of them has {some(different)}. Bring them to the same with "
                 "restrict(), include or exclude"
             )
         for name in first.keys():

@@ -1,8 +1,6 @@
 """Opening weights, whatever they are stored in or held by.
 
-`open_state` reads SpeechBrain checkpoint folders, `.ckpt/.pt/.pth/.bin`,
-safetensors, and (sharded) Hugging Face folders; `as_state` also takes what is
-in memory. Nothing here executes code found in a file.
+Nothing here executes code found in a file.
 """
 
 import os

@@ -202,7 +202,7 @@ def _check_rows(state, name, count):
     shape = state.info(name).shape
     if not shape or shape[0] != count:
         raise ValueError(
-            f"{state.label}: {name!r} has shape {shape}, but the vocabulary "
-            f"has {count} tokens; the pattern matches a tensor that is not a table "
+            f"{state.label}: {name!r} has shape {shape}, its vocabulary has "
+            f"{count} tokens; the pattern matches a tensor that is not a table "
             "of tokens, or the vocabulary is another model's"
         )

@@ -1,7 +1,4 @@
-"""Writing weights: safetensors, torch files, Hugging Face and SpeechBrain.
-
-All writing is atomic.
-"""
+"""Writing weights atomically: safetensors, torch files, folders."""
 
 import json
 import shutil
