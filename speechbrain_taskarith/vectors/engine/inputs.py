@@ -118,15 +118,15 @@ class MergeInputs:
 
     def check_ancestry(self, fingerprints=True):
         """Raise for a task vector that was taken from another base."""
-        for parent in self.parents:
-            if parent.kind == "task vector":
-                if not fingerprints:
-                    raise ValueError(
-                        "fingerprint=False: the task vectors' base cannot be "
-                        "checked; say any_base=True if that is meant"
-                    )
-                label = f"the task vector {parent.label}"
-                check_ancestry(self.base, parent.base_fingerprint, label)
+        vectors = [p for p in self.parents if p.kind == "task vector"]
+        if vectors and not fingerprints:
+            raise ValueError(
+                "fingerprint=False: the task vectors' base cannot be checked; "
+                "say any_base=True if that is meant"
+            )
+        for parent in vectors:
+            label = f"the task vector {parent.label}"
+            check_ancestry(self.base, parent.base_fingerprint, label)
 
     def vector(self, index, place, work):
         """Return a chunk of one vector, in a buffer of its own."""

@@ -13,7 +13,7 @@ always:
    (`_Search.locate`).
 
 Where the sample misled, two histograms over the bits find the value as surely,
-in three more passes (`count_high`, `count_low`, `count_equal`).
+in three more passes (`_Search.count` twice, `_Search.count_equal`).
 
 Equal magnitudes are told apart by position, so that exactly k survive. The
 cut is one number and the position of the last survivor that equals it: from
@@ -102,9 +102,9 @@ def find_cuts(stream, shares, scope):
         _sample(large, stream)
     for look, decide in (
         (_Search.collect, _Search.select),
-        (_Search.count_high, _Search.decide_high),
-        (_Search.count_low, _Search.decide_low),
-        (_Search.count_equal, _Search.decide_equal),
+        (_Search.count, _Search.narrow),
+        (_Search.count, _Search.narrow),
+        (_Search.count_equal, _Search.settle_counted),
     ):
         missed = [search for search in searches if search.value is None]
         _sweep(stream, missed, look, decide)
@@ -121,7 +121,9 @@ class _Search:
         self.low, self.high = 0, _TOP
         # By chunk: what the pass found; how much it is; whether too much.
         self.seen, self.held, self.full = {}, 0, False
-        self.histogram, self.value = 0, None
+        self.value = None
+        # Without a bracket: bits found so far, and the rank among the rest.
+        self.upper, self.need, self.histogram = None, k, 0
 
     # -- the usual way: a bracket from a sample
 
@@ -203,45 +205,36 @@ class _Search:
 
     # -- the sure way: histograms of the upper, then of the lower bits
 
-    def count_high(self, bits, place, work, lock):
-        """Count by the upper sixteen bits."""
-        self._count(to_numpy(bits) >> 15, lock)
-
-    def decide_high(self):
-        """Find the upper bits of the cut."""
-        self.upper, self.need = self._rank(self.k)
-
-    def count_low(self, bits, place, work, lock):
-        """Count by the lower fifteen bits, where the upper ones fit."""
+    def count(self, bits, place, work, lock):
+        """Count by the upper sixteen bits; once they are found, by the rest."""
         bits = to_numpy(bits)
-        self._count(bits[bits >> 15 == self.upper] & 0x7FFF, lock)
+        digits = bits >> 15
+        if self.upper is not None:
+            digits = bits[digits == self.upper] & 0x7FFF
+        counts = np.bincount(digits, minlength=1 << 16)
+        with lock:
+            self.histogram = self.histogram + counts
 
-    def decide_low(self):
-        """Find the lower bits."""
-        lower, self.need = self._rank(self.need)
-        self.candidate = self.upper << 15 | lower
+    def narrow(self):
+        """Find the digit in which the rank falls, and the rank within it."""
+        above = np.cumsum(self.histogram[::-1])[::-1]
+        digit = int(np.flatnonzero(above >= self.need)[-1])
+        self.need -= int(above[digit] - self.histogram[digit])
+        self.histogram = 0
+        if self.upper is None:
+            self.upper = digit
+        else:
+            self.candidate = self.upper << 15 | digit
 
     def count_equal(self, bits, place, work, lock):
         """Count what equals the cut."""
         count = int(np.count_nonzero(to_numpy(bits) == self.candidate))
         self.seen[place.index] = (place, count)
 
-    def decide_equal(self):
+    def settle_counted(self):
         """Settle the cut."""
         equal = [self.seen[key] for key in sorted(self.seen)]
         self.settle(self.candidate, self.need, equal)
-
-    def _count(self, digits, lock):
-        counts = np.bincount(digits, minlength=1 << 16)
-        with lock:
-            self.histogram = self.histogram + counts
-
-    def _rank(self, need):
-        """Return the digit in which the rank falls, and what is left."""
-        total, self.histogram = self.histogram, 0
-        above = np.cumsum(total[::-1])[::-1]
-        digit = int(np.flatnonzero(above >= need)[-1])
-        return digit, need - int(above[digit] - total[digit])
 
 
 def _compact(values, size):

@@ -1,6 +1,7 @@
 """LiNeS: a scale that grows with depth, around any other rule."""
 
 import re
+from operator import attrgetter
 
 from speechbrain_taskarith.utils.patterns import matches, require_match
 from speechbrain_taskarith.vectors import checks
@@ -15,27 +16,15 @@ class Wrapper(Rule):
 
     inner = None
 
-    stages = property(lambda self: self.inner.stages)
-    min_vectors = property(lambda self: self.inner.min_vectors)
-    max_vectors = property(lambda self: self.inner.max_vectors)
-    whole_tensors = property(lambda self: self.inner.whole_tensors)
-    carries_nan = property(lambda self: self.inner.carries_nan)
-
-    def bytes_per_element(self, number):
-        """See `Rule.bytes_per_element`."""
-        return self.inner.bytes_per_element(number)
-
-    def granularity(self, shape):
-        """See `Rule.granularity`."""
-        return self.inner.granularity(shape)
-
-    def prepare(self, stream):
-        """See `Rule.prepare`."""
-        return self.inner.prepare(stream)
-
-    def merge(self, vectors, place, work, prepared):
-        """See `Rule.merge`."""
-        return self.inner.merge(vectors, place, work, prepared)
+    stages = property(attrgetter("inner.stages"))
+    min_vectors = property(attrgetter("inner.min_vectors"))
+    max_vectors = property(attrgetter("inner.max_vectors"))
+    whole_tensors = property(attrgetter("inner.whole_tensors"))
+    carries_nan = property(attrgetter("inner.carries_nan"))
+    bytes_per_element = property(attrgetter("inner.bytes_per_element"))
+    granularity = property(attrgetter("inner.granularity"))
+    prepare = property(attrgetter("inner.prepare"))
+    merge = property(attrgetter("inner.merge"))
 
 
 class LiNeS(Wrapper):

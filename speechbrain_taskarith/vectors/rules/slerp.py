@@ -64,10 +64,8 @@ class MultiSLERP(Karcher):
 
     Arguments
     ---------
-    weights : sequence of float or None
-        One for each vector, not negative; None: all equal.
-    scope, of, scale
-        See `Angular`.
+    weights, scope, of, scale
+        See `Karcher`.
 
     Example
     -------

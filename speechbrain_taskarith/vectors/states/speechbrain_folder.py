@@ -3,6 +3,7 @@
 They are found as `Checkpointer` finds them, less what a killed process left.
 """
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -138,11 +139,10 @@ def open_checkpoint(folder, recoverable=None):
         return open_torch_file(path, folder, metadata)
     found = {}
     for name in recoverables(folder):
-        try:
+        # Others are no state dict: a counter, an optimizer.
+        with contextlib.suppress(ValueError):
             path = folder / f"{name}.ckpt"
             found[name] = open_torch_file(path, folder, metadata)
-        except ValueError:
-            continue  # No state dict: a counter, an optimizer.
     if len(found) != 1:
         raise ValueError(
             f"{folder}: expected a recoverable called 'model' or exactly one "
