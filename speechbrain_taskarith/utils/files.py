@@ -7,6 +7,7 @@ old content or the new one under the final name.
 
 import contextlib
 import ctypes
+import datetime
 import hashlib
 import json
 import os
@@ -33,12 +34,9 @@ def temporary_file(path):
 
 def write_error(error, path):
     """Return an OSError that names the final path, not the temporary one."""
-    return OSError(
-        error.errno,
-        f"could not write ({error.strerror}); nothing under this name was "
-        "changed",
-        str(path),
-    )
+    reason = f"could not write ({error.strerror})"
+    what = f"{reason}; nothing under this name was changed"
+    return OSError(error.errno, what, str(path))
 
 
 def fsync_directory(folder):
@@ -88,16 +86,7 @@ def atomic_write(path, mode="wb"):
 
 @contextlib.contextmanager
 def atomic_folder(path):
-    """Yield a temporary folder that replaces `path` if the block succeeds.
-
-    Example
-    -------
-    >>> folder = getfixture("tmpdir")
-    >>> with atomic_folder(str(folder / "corpus")) as inside:
-    ...     _ = (inside / "a.txt").write_text("a")
-    >>> sorted(p.name for p in Path(str(folder / "corpus")).iterdir())
-    ['a.txt']
-    """
+    """Yield a temporary folder that replaces `path` if the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
@@ -149,10 +138,9 @@ def _exchange(one, other):
 
 
 def write_json(path, content):
-    """Write plain Python content as JSON, atomically.
+    """Write plain content as JSON, atomically.
 
-    NaN and infinity are refused, since other readers of JSON stumble over
-    them.
+    NaN and infinity are refused: other readers of JSON stumble over them.
     """
     text = json.dumps(content, indent=2, allow_nan=False)
     with atomic_write(path, "w") as stream:
@@ -161,16 +149,20 @@ def write_json(path, content):
 
 def read_json(path):
     """Read a JSON file; an unreadable one is a ValueError that names it."""
-    with open(path, encoding="utf-8") as stream:
-        text = stream.read()
     try:
-        return json.loads(text)
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
             f"{path}: expected JSON, found something else ({error}). The file "
             "is damaged or was not written by this plugin; restore it, or "
             "delete it and make it again."
         ) from None
+
+
+def now():
+    """Return the time as our files state it: UTC, ISO 8601, to the second."""
+    moment = datetime.datetime.now(datetime.timezone.utc)
+    return moment.isoformat(timespec="seconds")
 
 
 def sha256_of(path, block=1 << 22):
@@ -187,11 +179,10 @@ def remove_leftovers(folder):
 
     Only for a folder that nobody else writes to.
     """
-    removed = []
-    for path in Path(folder).glob(TEMPORARY_PREFIX + "*"):
+    found = sorted(Path(folder).glob(TEMPORARY_PREFIX + "*"))
+    for path in found:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-        removed.append(path.name)
-    return sorted(removed)
+    return [path.name for path in found]

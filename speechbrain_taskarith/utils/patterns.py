@@ -10,8 +10,6 @@ import difflib
 # one of these; the whole name, and case counts.
 from fnmatch import fnmatchcase as matches
 
-__all__ = ["as_tuple", "first_match", "matches", "require_match", "select"]
-
 
 def select(names, include=("*",), exclude=(), what="parameter"):
     """Return the names that are included and not excluded, in order.
@@ -46,19 +44,16 @@ def first_match(name, table, default=None):
     >>> first_match("enc.0.bias", {"enc.*": 0.3, "*": 0.1})
     0.3
     """
-    for pattern, value in table.items():
-        if matches(name, pattern):
-            return value
-    return default
+    hits = (value for pattern, value in table.items() if matches(name, pattern))
+    return next(hits, default)
 
 
 def require_match(names, pattern, what="parameter"):
     """Raise ValueError, with the nearest names, if a pattern fits none."""
     if any(matches(name, pattern) for name in names):
         return
-    near = difflib.get_close_matches(
-        pattern.replace("*", ""), list(names), n=3, cutoff=0.0
-    )
+    plain = pattern.replace("*", "")
+    near = difflib.get_close_matches(plain, list(names), n=3, cutoff=0.0)
     raise ValueError(
         f"pattern {pattern!r} matches no {what} name. Patterns are anchored "
         "shell patterns on the whole name (add a '*' in front or behind to "

@@ -1,9 +1,8 @@
-"""`base + scale * delta` with the cast back to the stored type.
+"""`base + scale * delta` with the cast back to the stored type."""
 
-In memory, in place and streamed by the merge engine: all give the same bytes,
-since all come through `add_scaled`. Nothing here imports torch for the engine.
-"""
+import torch
 
+from speechbrain_taskarith.vectors.engine.workspace import add_scaled
 from speechbrain_taskarith.vectors.states.names import (
     check_tied_values,
     check_ties,
@@ -16,53 +15,27 @@ from speechbrain_taskarith.vectors.states.readers import as_state
 _CHUNK = {"cpu": 1 << 19, "cuda": 1 << 22}
 
 
-def add_scaled(xp, base, delta, scale, product, out):
-    """Write `base + scale * delta` (float32) into `out`, and return it.
-
-    By NumPy or torch (`xp`). The product is rounded before it is added: a
-    fused multiply-add would give other last bits on other machines. Both
-    buffers may be the same.
-    """
-    xp.multiply(delta, scale, out=product)
-    return xp.add(base, product, out=out)
-
-
 def edit_into(tensor, base, delta, scale):
     """Write `base + scale * delta` into a tensor, in its own type.
 
     `base` has the tensor's dtype, shape and device and may be the tensor
     itself; `delta` is float32. A scale of 0 copies the base's bytes.
-
-    Example
-    -------
-    >>> import torch
-    >>> weight = torch.ones(2)
-    >>> edit_into(weight, weight, torch.tensor([2.0, 0.0]), 0.5)
-    >>> weight
-    tensor([2., 1.])
     """
-    import torch
-
     with torch.no_grad():
         if scale == 0:
             tensor.copy_(base)
             return
         if not tensor.is_contiguous():
-            product = torch.empty_like(delta)
-            result = add_scaled(
-                torch, base.float(), delta, scale, product, product
-            )
-            tensor.copy_(result)
+            out = torch.empty_like(delta)
+            base = base.float()
+            tensor.copy_(add_scaled(torch, base, delta, scale, out, out))
             return
         chunk = _CHUNK.get(tensor.device.type, _CHUNK["cuda"])
         target, source = tensor.view(-1), base.reshape(-1)
         step = delta.reshape(-1)
-        # Not torch's default type, which a program may have changed.
-        scratch = torch.empty(
-            (2, min(chunk, len(step))),
-            dtype=torch.float32,
-            device=tensor.device,
-        )
+        # float32: a program may have changed torch's default type.
+        kind = {"dtype": torch.float32, "device": tensor.device}
+        scratch = torch.empty((2, min(chunk, len(step))), **kind)
         for start in range(0, len(step), chunk):
             part = slice(start, start + chunk)
             product, before = scratch[:, : len(step[part])]
@@ -71,9 +44,8 @@ def edit_into(tensor, base, delta, scale):
                 add_scaled(torch, before, step[part], scale, product, out)
             else:
                 before.copy_(source[part])
-                target[part] = add_scaled(
-                    torch, before, step[part], scale, product, product
-                )
+                add_scaled(torch, before, step[part], scale, product, product)
+                target[part] = product
 
 
 def edited(tau, base, scales):
@@ -82,8 +54,6 @@ def edited(tau, base, scales):
     In the base's types; tied names share a tensor. `scales` is
     `{name: float}` for the names of the vector, which fits the base.
     """
-    import torch
-
     check_tied_edits(tau, base, scales)
     result = {}
     for name in base:

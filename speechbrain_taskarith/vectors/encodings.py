@@ -6,6 +6,7 @@ file can be understood without this plugin.
 """
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +21,8 @@ from speechbrain_taskarith.vectors.states.writers import save_state
 # Behind a parameter's name; never part of one, since modules join by dots.
 _MASK, _VALUES, _SCALE = "::mask", "::values", "::scale"
 
-ENCODINGS = (
-    "lossless",
-    "bf16",
-    "int8",
-    "sparse",
-    "sparse-bf16",
-    "sparse-int8",
-)
+ENCODINGS = ("lossless", "bf16", "int8")
+ENCODINGS += ("sparse", "sparse-bf16", "sparse-int8")
 
 
 def encode(deltas, encoding="lossless"):
@@ -48,10 +43,8 @@ def encode(deltas, encoding="lossless"):
     (['w::mask', 'w::values'], tensor([0., 2.]))
     """
     if encoding not in ENCODINGS:
-        raise ValueError(
-            f"unknown encoding {encoding!r}; expected one of "
-            f"{', '.join(ENCODINGS)}"
-        )
+        known = ", ".join(ENCODINGS)
+        raise ValueError(f"unknown encoding {encoding!r}; expected {known}")
     tensors, layout = {}, {}
     for name, delta in deltas.items():
         delta = delta.detach().to("cpu", torch.float32).contiguous()
@@ -128,16 +121,14 @@ def read_vector(path):
     try:
         header = json.loads(text)
         deltas = decode(stored, header["layout"])
-        base_fingerprint = header["base_fingerprint"]
-        metadata = header["metadata"]
+        found = deltas, header["base_fingerprint"], header["metadata"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise damaged(
-            path, f"is not a complete task vector ({error})"
-        ) from None
+        what = f"is not a complete task vector ({error})"
+        raise damaged(path, what) from None
     for name, delta in deltas.items():
         if not all_finite(delta):
             raise damaged(path, f"{name!r} holds NaN or infinity")
-    return deltas, base_fingerprint, metadata
+    return found
 
 
 def _to_int8(rows):
@@ -157,21 +148,17 @@ def _to_sparse(name, delta, encoding):
     # By bit pattern: -0.0 is kept, so that "sparse" is exact to the bit.
     mask = flat.view(torch.int32) != 0
     values = flat[mask]
-    packed = torch.from_numpy(np.packbits(mask.numpy()))
-    stored = {name + _MASK: packed}
+    stored = {name + _MASK: torch.from_numpy(np.packbits(mask.numpy()))}
     if encoding == "sparse-int8":
-        quantised, scale = _to_int8(values.reshape(1, -1))
-        stored[name + _VALUES] = quantised.reshape(-1)
-        stored[name + _SCALE] = scale
+        values, stored[name + _SCALE] = _to_int8(values.reshape(1, -1))
     elif encoding == "sparse-bf16":
-        stored[name + _VALUES] = values.to(torch.bfloat16)
-    else:
-        stored[name + _VALUES] = values
+        values = values.to(torch.bfloat16)
+    stored[name + _VALUES] = values.reshape(-1)
     return stored
 
 
 def _from_sparse(name, tensors, form, shape):
-    count = int(np.prod(shape, dtype=np.int64))
+    count = math.prod(shape)
     packed = tensors[name + _MASK].numpy()
     if packed.size != (count + 7) // 8:
         raise ValueError(f"mask has {packed.size} bytes")

@@ -4,7 +4,6 @@ The checkpoints are read piece by piece, by several threads, into buffers that
 are used again; a rule turns the pieces into a piece of the result, which is
 written at once. What is in memory does not depend on the size of the models,
 and hardly on their number; for safetensors files torch is not even imported.
-Threads and chunk size do not change a bit of the result.
 """
 
 import contextlib
@@ -18,12 +17,12 @@ import types
 from pathlib import Path
 
 from speechbrain_taskarith.utils.files import temporary_file
-from speechbrain_taskarith.vectors.application import add_scaled
 from speechbrain_taskarith.vectors.engine.inputs import MergeInputs
 from speechbrain_taskarith.vectors.engine.streaming import Passes, Stream
 from speechbrain_taskarith.vectors.engine.workspace import (
     CHUNK,
     Place,
+    add_scaled,
     places,
     to_stored,
 )
@@ -91,13 +90,7 @@ class MergeReport:
     peak_anonymous: int | None
 
     def to_dict(self):
-        """Return it as plain types, for JSON.
-
-        Returns
-        -------
-        dict
-            Every field by its name.
-        """
+        """As `dataclasses.asdict`: plain types, for JSON."""
         return dataclasses.asdict(self)
 
 
@@ -124,8 +117,7 @@ def merge_checkpoints(
 
     Floating point tensors are edited in float32 and stored in the base's
     type; integer tensors and running statistics are copied from the base;
-    tied tensors are edited once. The result has the same bytes whatever the
-    number of threads and the chunk size.
+    tied tensors are edited once. Threads and chunk size change no byte.
 
     Arguments
     ---------
@@ -270,9 +262,7 @@ def merge_checkpoints(
     return MergeReport(
         output=str(output),
         fingerprint=found,
-        base=provenance["base"],
-        parents=provenance["parents"],
-        rule=provenance["rule"],
+        **provenance,
         edited=len(inputs.names),
         copied=len(inputs.copied),
         parameters=sum(math.prod(s) for s in inputs.shapes.values()),
@@ -294,20 +284,17 @@ def _plan(inputs, rule, threads, chunk, memory_limit):
             cores = len(os.sched_getaffinity(0))
         alone = rule.whole_tensors or not on_cpu
         threads = 1 if alone else min(cores, _MOST_THREADS)
-    if threads < 1:
-        raise ValueError(f"threads={threads}: expected at least 1")
     if chunk is None:
         chunk = CHUNK if on_cpu else _DEVICE_CHUNK
-    if chunk < 1:
-        raise ValueError(f"chunk={chunk}: expected at least 1")
+    for name, value in {"threads": threads, "chunk": chunk}.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}: expected at least 1")
     if memory_limit is None:
         return threads, chunk
 
     def need(workers, elements):
-        largest = max(
-            place.size
-            for place in places(inputs.shapes, elements, rule.granularity)
-        )
+        chunks = places(inputs.shapes, elements, rule.granularity)
+        largest = max(place.size for place in chunks)
         return workers * largest * rule.bytes_per_element(inputs.number)
 
     while need(threads, chunk) > memory_limit and threads > 1:
@@ -388,13 +375,10 @@ def _convert(merged, output, inputs, metadata, recoverable):
     tensors = {name: state[name] for name in state}
     content = {name: tensors[aliases.get(name, name)] for name in state}
     like = inputs.base.path
-    save_state(
-        content,
-        output,
-        metadata=metadata,
-        like=like if like is not None and like.is_dir() else None,
-        recoverable=recoverable,
-    )
+    if like is not None and not like.is_dir():
+        like = None
+    how = {"metadata": metadata, "like": like, "recoverable": recoverable}
+    save_state(content, output, **how)
 
 
 @contextlib.contextmanager

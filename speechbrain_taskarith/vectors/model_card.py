@@ -12,10 +12,10 @@ from pathlib import Path
 
 from speechbrain_taskarith.utils.files import (
     atomic_write,
+    now,
     read_json,
     write_json,
 )
-from speechbrain_taskarith.vectors.editing.log import now
 from speechbrain_taskarith.vectors.rules.base import check_rule
 from speechbrain_taskarith.vectors.states.readers import TORCH_SUFFIXES
 

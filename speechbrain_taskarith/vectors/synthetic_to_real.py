@@ -20,9 +20,8 @@ def syn2real(
 
         theta = theta_syn^T + scale * mean_i(theta_real^i - theta_syn^i)
 
-    All models are fine-tuned from one pre-trained model; that they are
-    relatives cannot be seen from the weights, so it is the caller's word.
-    One pair is the plain method, several pairs are its ensemble.
+    All models are fine-tuned from one pre-trained model: the caller's word,
+    since the weights do not show it. Several pairs are the paper's ensemble.
 
     Integer buffers (counters) and running statistics (BatchNorm) are the
     target's; `reestimate_statistics` renews the latter from data.
@@ -32,8 +31,8 @@ def syn2real(
     target_synthetic : path, torch.nn.Module, or mapping of tensors
         The target domain's model, tuned on synthetic speech.
     pairs : sequence of (real, synthetic)
-        The source domains' models, in this order; anything that weights are
-        taken from. A lone pair need not be put into a list.
+        The source domains' models, in this order, each as the target's. A
+        lone pair need not be put into a list.
     scale : float or dict
         Share of the vector that is added; `{pattern: scale}` gives each
         parameter the scale of the first pattern that its name fits. The
@@ -94,10 +93,8 @@ def syn2real(
 
 def _as_pairs(pairs):
     """Check the pairs' form: a swapped or flat list would run and be wrong."""
-    pairs = list(pairs)
-    if len(pairs) == 2 and not any(
-        isinstance(pair, (tuple, list)) for pair in pairs
-    ):
+    pairs, kinds = list(pairs), (tuple, list)
+    if len(pairs) == 2 and not any(isinstance(pair, kinds) for pair in pairs):
         pairs = [tuple(pairs)]
     if not pairs:
         raise ValueError(
@@ -105,8 +102,7 @@ def _as_pairs(pairs):
             "of a source domain, got none"
         )
     for number, pair in enumerate(pairs):
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise ValueError(
-                f"pairs[{number}]: expected (real, synthetic), two models"
-            )
+        if not isinstance(pair, kinds) or len(pair) != 2:
+            what = "expected (real, synthetic), two models"
+            raise ValueError(f"pairs[{number}]: {what}")
     return pairs

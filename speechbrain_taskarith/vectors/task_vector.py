@@ -5,7 +5,9 @@ section 2), keyed by the checkpoint's own parameter names, with the
 fingerprint of the base it was taken from.
 """
 
+import functools
 import math
+import operator
 from collections.abc import Mapping
 
 import torch
@@ -63,8 +65,7 @@ class TaskVector(Mapping):
         for name, delta in deltas.items():
             if not torch.is_floating_point(delta):
                 raise TypeError(
-                    f"{name}: a task vector holds floating point tensors, "
-                    f"got {delta.dtype}"
+                    f"{name}: expected floating point, got {delta.dtype}"
                 )
         # Tied parameters come as one tensor and stay one.
         own = {id(d): d.detach().float() for d in deltas.values()}
@@ -168,9 +169,8 @@ class TaskVector(Mapping):
         base = as_state(base)
         deltas = lora_deltas(base, adapted, alpha=alpha)
         label = str(adapted) if not hasattr(adapted, "modules") else "LoRA"
-        return cls(
-            deltas, base.fingerprint, {"base": base.label, "lora": label}
-        )
+        metadata = {"base": base.label, "lora": label}
+        return cls(deltas, base.fingerprint, metadata)
 
     @classmethod
     def mean(cls, vectors):
@@ -189,10 +189,7 @@ class TaskVector(Mapping):
         vectors = list(vectors)
         if not vectors:
             raise ValueError("the mean of no task vectors is not defined")
-        total = vectors[0]
-        for vector in vectors[1:]:
-            total = total + vector
-        result = total / len(vectors)
+        result = functools.reduce(operator.add, vectors) / len(vectors)
         result.metadata = {
             "operation": "mean",
             "parents": [vector.metadata for vector in vectors],
@@ -231,9 +228,8 @@ class TaskVector(Mapping):
 
     def __mul__(self, factor):
         factor = float(finite("factor", factor))
-        return self._map(
-            lambda d: d * factor, {"operation": "product", "factor": factor}
-        )
+        operation = {"operation": "product", "factor": factor}
+        return self._map(lambda d: d * factor, operation)
 
     __rmul__ = __mul__
 
@@ -241,19 +237,11 @@ class TaskVector(Mapping):
         divisor = float(finite("divisor", divisor))
         if divisor == 0:
             raise ZeroDivisionError("a task vector cannot be divided by zero")
-        return self._map(
-            lambda d: d / divisor,
-            {"operation": "quotient", "divisor": divisor},
-        )
+        operation = {"operation": "quotient", "divisor": divisor}
+        return self._map(lambda d: d / divisor, operation)
 
     def norm(self):
-        """Return the Euclidean norm over all entries, summed in float64.
-
-        Returns
-        -------
-        float
-            At least 0.
-        """
+        """Return the Euclidean norm, a float (in float64, as `dot`)."""
         return math.sqrt(self.dot(self))
 
     def dot(self, other):
@@ -270,26 +258,17 @@ class TaskVector(Mapping):
             The sum of the products of all entries.
         """
         check_alike([self, other])
-        return math.fsum(
-            torch.dot(
-                delta.reshape(-1).double(),
-                other[name].to(delta.device).reshape(-1).double(),
-            ).item()
-            for name, delta in self._deltas.items()
-        )
+
+        def dot(one, two):
+            two = two.to(one.device).reshape(-1).double()
+            return torch.dot(one.reshape(-1).double(), two).item()
+
+        return math.fsum(dot(self[name], other[name]) for name in self)
 
     def cosine(self, other):
-        """Return the cosine of the angle between two vectors.
+        """Return the cosine of the angle to another vector (see `dot`).
 
-        Arguments
-        ---------
-        other : TaskVector
-            Over the same parameters.
-
-        Returns
-        -------
-        float
-            In [-1, 1]; 0 where one of them is zero.
+        In [-1, 1]; 0 where one of them is zero.
         """
         length = self.norm() * other.norm()
         if not length:
@@ -297,56 +276,27 @@ class TaskVector(Mapping):
         return max(-1.0, min(1.0, self.dot(other) / length))
 
     def to(self, device):
-        """Return the vector on a device.
+        """Return the vector on a device, as `torch.Tensor.to` does.
 
-        Arguments
-        ---------
-        device : str or torch.device
-            Where to.
-
-        Returns
-        -------
-        TaskVector
-            Shares memory with this one where nothing had to move.
+        It shares memory with this one where nothing had to move.
         """
         return self._map(lambda d: d.to(device), None)
 
     def restrict(self, include=("*",), exclude=()):
         """Return the vector over some of its parameters.
 
-        Arguments
-        ---------
-        include, exclude : sequence of str
-            Anchored shell patterns on parameter names.
-
-        Returns
-        -------
-        TaskVector
-            Applying it leaves the other parameters as they are.
+        Patterns as `between` takes them; applying the vector leaves the other
+        parameters as they are.
         """
         chosen = select(self, include, exclude)
         deltas = {name: self._deltas[name] for name in chosen}
         return TaskVector(deltas, self.base_fingerprint, self.metadata)
 
     def scales(self, scale):
-        """Return the scale of every parameter.
+        """Return the scale of every parameter, `{name: float}`.
 
-        Arguments
-        ---------
-        scale : float or dict
-            One number, or `{pattern: number}` of which the first match
-            wins; parameters without a match get 0, that is, stay as they
-            are.
-
-        Returns
-        -------
-        dict
-            `{name: float}`.
-
-        Raises
-        ------
-        ValueError
-            A scale that is not finite, or a pattern that matches nothing.
+        For a scale as `apply` takes it. ValueError for one that is not finite,
+        or for a pattern that matches nothing.
         """
         return scale_by_name(scale, self)
 
@@ -362,7 +312,8 @@ class TaskVector(Mapping):
         base : path, torch.nn.Module, mapping or State
             The weights to edit; they stay as they are.
         scale : float or dict
-            One number, or `{pattern: number}`, see `scales`.
+            One number, or `{pattern: number}` of which the first match
+            wins; parameters without a match stay as they are.
         any_base : bool
             False: the base must be the one that the vector was taken from.
             True: any weights of the same names and shapes (SYN2REAL applies
@@ -402,20 +353,14 @@ class TaskVector(Mapping):
         module : torch.nn.Module
             The module; also one wrapped for data-parallel training.
         scale : float or dict
-            See `scales`.
+            See `apply`.
         """
         state = as_state(module)
         self.check_fits(state)
         edit_in_place(self, state, self.scales(scale))
 
     def check_fits(self, base):
-        """Raise unless weights hold all parameters in the right shape.
-
-        Arguments
-        ---------
-        base : State
-            The weights to be edited.
-        """
+        """Raise as `apply` unless a `State` holds all parameters, in shape."""
         if len(self):
             vector = as_state(self)
             vector.label = "the task vector"
@@ -442,53 +387,41 @@ class TaskVector(Mapping):
 
     @classmethod
     def load(cls, path):
-        """Load a stored vector; a damaged file is refused.
+        """Load, onto the CPU, what `save` wrote to a path (see `save`).
 
-        Arguments
-        ---------
-        path : str or pathlib.Path
-            What `save` wrote.
-
-        Returns
-        -------
-        TaskVector
-            On the CPU.
-
-        Raises
-        ------
-        ValueError
-            Damaged, or weights that are not a task vector.
+        ValueError for a damaged file, and for weights that are no vector.
         """
         return cls(*read_vector(path))
 
     def _map(self, function, operation):
-        done, deltas = {}, {}
-        for name, delta in self._deltas.items():
-            # Tied parameters share one tensor here, and go on sharing it.
-            if id(delta) not in done:
-                done[id(delta)] = function(delta)
-            deltas[name] = done[id(delta)]
         metadata = self.metadata
         if operation is not None:
             metadata = {**operation, "parents": [self.metadata]}
+        deltas = _each(function, self)
         return TaskVector(deltas, self.base_fingerprint, metadata)
 
     def _pair(self, other, function, operation):
         if not isinstance(other, TaskVector):
             return NotImplemented
         check_alike([self, other])
-        done, deltas = {}, {}
-        for name, delta in self._deltas.items():
-            key = (id(delta), id(other[name]))
-            if key not in done:
-                done[key] = function(delta, other[name].to(delta.device))
-            deltas[name] = done[key]
+        deltas = _each(lambda a, b: function(a, b.to(a.device)), self, other)
         shared = self.base_fingerprint == other.base_fingerprint
-        return TaskVector(
-            deltas,
-            self.base_fingerprint if shared else None,
-            {
-                "operation": operation,
-                "parents": [self.metadata, other.metadata],
-            },
-        )
+        base_fingerprint = self.base_fingerprint if shared else None
+        parents = [self.metadata, other.metadata]
+        metadata = {"operation": operation, "parents": parents}
+        return TaskVector(deltas, base_fingerprint, metadata)
+
+
+def _each(function, first, *others):
+    """Return `{name: function(entries)}`.
+
+    Tied parameters share one tensor in a vector, and go on sharing it.
+    """
+    done, results = {}, {}
+    for name in first:
+        entries = [vector[name] for vector in (first, *others)]
+        key = tuple(map(id, entries))
+        if key not in done:
+            done[key] = function(*entries)
+        results[name] = done[key]
+    return results

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
+from speechbrain_taskarith.utils.files import now
 from speechbrain_taskarith.utils.patterns import as_tuple
 from speechbrain_taskarith.vectors.editing.folder import EditFolder
-from speechbrain_taskarith.vectors.editing.log import LOG_NAME, Edit, now
+from speechbrain_taskarith.vectors.editing.log import LOG_NAME, Edit
 from speechbrain_taskarith.vectors.editing.schedules import (
     checked_scale,
     plain_schedule,

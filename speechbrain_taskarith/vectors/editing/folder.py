@@ -3,12 +3,15 @@
 from dataclasses import replace
 from pathlib import Path
 
-from speechbrain_taskarith.utils.files import remove_leftovers, sha256_of
+from speechbrain_taskarith.utils.files import (
+    now,
+    remove_leftovers,
+    sha256_of,
+)
 from speechbrain_taskarith.vectors.editing.log import (
     LOG_NAME,
     EditLog,
     FolderLock,
-    now,
     slug,
 )
 from speechbrain_taskarith.vectors.states.readers import as_state, open_state

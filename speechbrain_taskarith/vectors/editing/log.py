@@ -5,7 +5,6 @@ does not name never happened: a process killed between writing a vector and
 replacing the log has lost nothing that was reported done.
 """
 
-import datetime
 import errno
 import fcntl
 import os
@@ -79,12 +78,6 @@ class Edit:
             One entry per field.
         """
         return asdict(self)
-
-
-def now():
-    """Return the time as the log writes it: UTC, ISO 8601, to the second."""
-    moment = datetime.datetime.now(datetime.timezone.utc)
-    return moment.isoformat(timespec="seconds")
 
 
 def slug(name):

@@ -86,23 +86,15 @@ class MergeInputs:
         if isinstance(finetuned, (str, os.PathLike, Mapping)):
             finetuned = [finetuned]
         self.base = as_state(base, recoverable=recoverable)
-        self.parents = [
-            open_parent(source, recoverable) for source in finetuned
-        ]
+        self.parents = [open_parent(s, recoverable) for s in finetuned]
         self.number = len(self.parents)
         if not self.parents:
             raise ValueError("nothing to merge: no fine-tuned model was given")
-        layouts = []
-        for parent in self.parents:
-            names = editable_names(
-                self.base,
-                parent.state,
-                include,
-                exclude,
-                buffers,
-                partial=parent.kind == "task vector",
-            )
-            layouts.append({name: parent.state.info(name) for name in names})
+        layouts, chosen = [], (include, exclude, buffers)
+        for state, _, kind, _ in self.parents:
+            partial = kind == "task vector"
+            names = editable_names(self.base, state, *chosen, partial=partial)
+            layouts.append({name: state.info(name) for name in names})
         check_alike(layouts, [parent.label for parent in self.parents])
         self.names = list(layouts[0])
         self.copied = [n for n in self.base if n not in layouts[0]]
@@ -126,16 +118,15 @@ class MergeInputs:
 
     def check_ancestry(self, fingerprints=True):
         """Raise for a task vector that was taken from another base."""
-        for parent in self.parents:
-            if parent.kind == "task vector":
-                if not fingerprints:
-                    raise ValueError(
-                        "fingerprint=False: the base of the task vectors "
-                        "cannot be checked; say any_base=True if that is "
-                        "meant"
-                    )
-                label = f"the task vector {parent.label}"
-                check_ancestry(self.base, parent.base_fingerprint, label)
+        vectors = [p for p in self.parents if p.kind == "task vector"]
+        if vectors and not fingerprints:
+            raise ValueError(
+                "fingerprint=False: the task vectors' base cannot be checked; "
+                "say any_base=True if that is meant"
+            )
+        for parent in vectors:
+            label = f"the task vector {parent.label}"
+            check_ancestry(self.base, parent.base_fingerprint, label)
 
     def vector(self, index, place, work):
         """Return a chunk of one vector, in a buffer of its own."""
@@ -153,11 +144,7 @@ class MergeInputs:
             work.place = place
         return work.base
 
-    def require_base(self):
-        """There always is a base."""
-
     def not_finite_error(self, index, place):
         """Return the error for NaN or infinity in a vector."""
-        return not_finite_error(
-            self.base, self.parents[index].state, place.name
-        )
+        state = self.parents[index].state
+        return not_finite_error(self.base, state, place.name)

@@ -1,12 +1,9 @@
 """Passing vectors through a rule, chunk by chunk.
 
-What a rule computes is written once, against the operators that NumPy and
-torch share; this file feeds it. Vectors may be tensors in memory or files
-that are read piece by piece (`inputs`), the chunks may be worked on by several
-threads, and the result is the same to the last bit: every chunk is computed
-alone, and what is gathered over chunks is gathered in their order.
-
-Nothing here imports torch, unless tensors of a GPU are passed in.
+Vectors may be tensors in memory or files that are read piece by piece
+(`inputs`), the chunks may be worked on by several threads, and the result is
+the same to the last bit: every chunk is computed alone, and what is gathered
+over chunks is gathered in their order. Files need no torch.
 """
 
 import contextlib
@@ -30,8 +27,7 @@ class MemoryVectors:
     """Vectors that are tensors in memory, as a source of a `Stream`.
 
     All are over the same names and shapes; `base` is a State, for rules that
-    look at it. `shapes` holds what is to be merged, of tied tensors only the
-    first; `twins` are the others, by the first one's name.
+    look at it. `shapes` and `twins` are those of `MergeInputs`.
     """
 
     def __init__(self, vectors, base=None):
@@ -60,8 +56,8 @@ class MemoryVectors:
         on_cpu = device.type == "cpu"
         self.xp, self.device = (np, None) if on_cpu else (torch, device)
         if on_cpu:
-            for name, tensors in self._flat.items():
-                self._flat[name] = [tensor.numpy() for tensor in tensors]
+            for tensors in self._flat.values():
+                tensors[:] = [tensor.numpy() for tensor in tensors]
 
     def vector(self, index, place, work):
         """Return a chunk of one vector; not to be written to."""
@@ -70,14 +66,6 @@ class MemoryVectors:
     def base_chunk(self, place, work):
         """Return a chunk of the base, as float32."""
         return work.read(self.base, place, "base")
-
-    def require_base(self):
-        """Raise unless the base is known."""
-        if self.base is None:
-            raise ValueError(
-                "this rule looks at the models' weights: pass the base too, "
-                "as in rule(base, vectors) or combine(vectors, base=base)"
-            )
 
     def not_finite_error(self, index, place):
         """Return the error for NaN or infinity in a vector."""
@@ -90,7 +78,7 @@ class MemoryVectors:
 
 def _device_of(vectors):
     """Return where to compute: on the first accelerator that holds any."""
-    found = [vectors[0][name].device for name in vectors[0].keys()]
+    found = [tensor.device for tensor in vectors[0].values()]
     found += [next(iter(v.values())).device for v in vectors[1:] if len(v)]
     on_device = [device for device in found if device.type != "cpu"]
     return next(iter(on_device or found), None)
@@ -172,19 +160,15 @@ class Stream:
 
     def granularity(self, shape):
         """Return the smallest run that all stages so far can work on."""
-        return max(
-            (stage.granularity(shape) for stage in self.ready), default=1
-        )
+        return max([1, *(stage.granularity(shape) for stage in self.ready)])
 
-    def places(self, granularity=None):
+    def places(self, granularity=lambda shape: 1):
         """Return the chunks that all stages so far, and a rule, can work on."""
-        return places(
-            self.source.shapes,
-            self.chunk,
-            self.granularity
-            if granularity is None
-            else lambda shape: max(granularity(shape), self.granularity(shape)),
-        )
+
+        def unit(shape):
+            return max(granularity(shape), self.granularity(shape))
+
+        return places(self.source.shapes, self.chunk, unit)
 
     def vector(self, index, place, work, look=True):
         """Return a chunk of one vector after all stages so far, as float32.
@@ -211,8 +195,7 @@ class Stream:
         `emit(place, merged, workspace)` is called from any thread; the array
         is valid until it returns.
         """
-        prepared = rule.prepare(self)
-        number, passes = self.source.number, self.passes
+        prepared, passes = rule.prepare(self), self.passes
         chunks = self.places(rule.granularity)
         # One look at the result is cheaper than one at every vector.
         carried = rule.carries_nan and not self.ready and not self.finite
@@ -220,8 +203,7 @@ class Stream:
 
         def visit(place, work):
             work.unresolved, work.tally = False, 0
-            # Each is valid until the next is taken.
-            vectors = (self.vector(i, place, work) for i in range(number))
+            vectors = self.vectors(place, work)
             merged = rule.merge(vectors, place, work, prepared)
             if carried and not all_finite(merged):
                 self._look_for_nan(place, work)
@@ -240,8 +222,7 @@ class Stream:
             passes.run(visit, unresolved)
 
     def _look_for_nan(self, place, work):
-        """Raise for the vector that holds NaN or infinity, if any does:
-        large finite numbers may also overflow by being added."""
+        # None need hold any: large numbers may also overflow by being added.
         for index in range(self.source.number):
             if not all_finite(self.source.vector(index, place, work)):
                 raise self.source.not_finite_error(index, place)

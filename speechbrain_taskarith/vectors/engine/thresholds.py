@@ -13,24 +13,25 @@ always:
    (`_Search.locate`).
 
 Where the sample misled, two histograms over the bits find the value as surely,
-in three more passes (`count_high`, `count_low`, `count_equal`).
+in three more passes (`_Search.count` twice, `_Search.count_equal`).
 
 Equal magnitudes are told apart by position, so that exactly k survive. The
 cut is one number and the position of the last survivor that equals it: from
 these a chunk can be trimmed alone.
 """
 
+import collections
 import math
 from typing import NamedTuple
 
 import numpy as np
 
-from speechbrain_taskarith.vectors.engine.kernels import (
-    finite_bits,
+from speechbrain_taskarith.vectors.engine.workspace import (
+    INFINITE,
+    Place,
     magnitude_bits,
-    pick,
+    to_numpy,
 )
-from speechbrain_taskarith.vectors.engine.workspace import Place, to_numpy
 
 # Below so many elements the sample would not be smaller than the whole.
 _SMALL = 1 << 17
@@ -101,9 +102,9 @@ def find_cuts(stream, shares, scope):
         _sample(large, stream)
     for look, decide in (
         (_Search.collect, _Search.select),
-        (_Search.count_high, _Search.decide_high),
-        (_Search.count_low, _Search.decide_low),
-        (_Search.count_equal, _Search.decide_equal),
+        (_Search.count, _Search.narrow),
+        (_Search.count, _Search.narrow),
+        (_Search.count_equal, _Search.settle_counted),
     ):
         missed = [search for search in searches if search.value is None]
         _sweep(stream, missed, look, decide)
@@ -120,7 +121,9 @@ class _Search:
         self.low, self.high = 0, _TOP
         # By chunk: what the pass found; how much it is; whether too much.
         self.seen, self.held, self.full = {}, 0, False
-        self.histogram, self.value = 0, None
+        self.value = None
+        # Without a bracket: bits found so far, and the rank among the rest.
+        self.upper, self.need, self.histogram = None, k, 0
 
     # -- the usual way: a bracket from a sample
 
@@ -133,7 +136,10 @@ class _Search:
         xp.greater(bits, self.low - 1, out=inside)
         over = int(xp.count_nonzero(above))
         xp.not_equal(inside, above, out=inside)
-        values = _compact(pick(bits, inside), size)
+        # On the CPU faster than indexing where few are true.
+        on_cpu = isinstance(bits, np.ndarray)
+        picked = bits.compress(inside) if on_cpu else bits[inside]
+        values = _compact(to_numpy(picked), size)
         self.held += len(values[0])
         if self.full or self.held > max(_SMALL, _LARGEST_SHARE * self.numel):
             # The sample misled: what is held would grow without bound.
@@ -160,10 +166,7 @@ class _Search:
             kept = need - int(np.count_nonzero(values[at:] > bits))
         else:
             weights = np.concatenate(
-                [
-                    np.ones(len(v), np.int64) if c is None else c
-                    for _, _, v, c in seen
-                ]
+                [np.ones(len(v), int) if c is None else c for *_, v, c in seen]
             )
             if not 0 < need <= weights.sum():
                 return
@@ -175,8 +178,7 @@ class _Search:
         self.settle(bits, kept, equal)
 
     def settle(self, value, kept, equal):
-        """Note the threshold, how many of its equals survive, and how many
-        there are in each place."""
+        """Note the threshold, how many equals survive, and where they are."""
         self.seen = {}
         self.value, self.kept = value, kept
         self.equal = [(place, count) for place, count in equal if count]
@@ -195,56 +197,44 @@ class _Search:
             equal = to_numpy(magnitude_bits(tau, work) == self.value)
             last = place.start + int(np.flatnonzero(equal)[left - 1])
         # Of its equals, those in earlier tensors survive, later ones do not.
-        number = self.domain.index(place.name)
-        cuts = {
-            n: Cut(self.value, stream.numel[n]) for n in self.domain[:number]
-        }
+        cuts = dict.fromkeys(self.domain, Cut(self.value))
+        for name in self.domain[: self.domain.index(place.name)]:
+            cuts[name] = Cut(self.value, stream.numel[name])
         cuts[place.name] = Cut(self.value, last)
-        for name in self.domain[number + 1 :]:
-            cuts[name] = Cut(self.value)
         return cuts
 
     # -- the sure way: histograms of the upper, then of the lower bits
 
-    def count_high(self, bits, place, work, lock):
-        """Count by the upper sixteen bits."""
-        self._count(to_numpy(bits) >> 15, lock)
-
-    def decide_high(self):
-        """Find the upper bits of the cut."""
-        self.upper, self.need = self._rank(self.k)
-
-    def count_low(self, bits, place, work, lock):
-        """Count by the lower fifteen bits, where the upper ones fit."""
+    def count(self, bits, place, work, lock):
+        """Count by the upper sixteen bits; once they are found, by the rest."""
         bits = to_numpy(bits)
-        self._count(bits[bits >> 15 == self.upper] & 0x7FFF, lock)
+        digits = bits >> 15
+        if self.upper is not None:
+            digits = bits[digits == self.upper] & 0x7FFF
+        counts = np.bincount(digits, minlength=1 << 16)
+        with lock:
+            self.histogram = self.histogram + counts
 
-    def decide_low(self):
-        """Find the lower bits."""
-        lower, self.need = self._rank(self.need)
-        self.candidate = self.upper << 15 | lower
+    def narrow(self):
+        """Find the digit in which the rank falls, and the rank within it."""
+        above = np.cumsum(self.histogram[::-1])[::-1]
+        digit = int(np.flatnonzero(above >= self.need)[-1])
+        self.need -= int(above[digit] - self.histogram[digit])
+        self.histogram = 0
+        if self.upper is None:
+            self.upper = digit
+        else:
+            self.candidate = self.upper << 15 | digit
 
     def count_equal(self, bits, place, work, lock):
         """Count what equals the cut."""
         count = int(np.count_nonzero(to_numpy(bits) == self.candidate))
         self.seen[place.index] = (place, count)
 
-    def decide_equal(self):
+    def settle_counted(self):
         """Settle the cut."""
         equal = [self.seen[key] for key in sorted(self.seen)]
         self.settle(self.candidate, self.need, equal)
-
-    def _count(self, digits, lock):
-        counts = np.bincount(digits, minlength=1 << 16)
-        with lock:
-            self.histogram = self.histogram + counts
-
-    def _rank(self, need):
-        """Return the digit in which the rank falls, and what is left."""
-        total, self.histogram = self.histogram, 0
-        above = np.cumsum(total[::-1])[::-1]
-        digit = int(np.flatnonzero(above >= need)[-1])
-        return digit, need - int(above[digit] - total[digit])
 
 
 def _compact(values, size):
@@ -258,9 +248,9 @@ def _compact(values, size):
 
 def _equal_count(values, counts, bits):
     equal = values == bits
-    if counts is None:
-        return int(np.count_nonzero(equal))
-    return int(counts[equal].sum())
+    return int(
+        np.count_nonzero(equal) if counts is None else counts[equal].sum()
+    )
 
 
 def _sample(searches, stream):
@@ -298,26 +288,20 @@ def _bracket(strata, share):
     values = np.sort(np.concatenate([run for _, r in strata for run in r]))
     size, total = len(values), sum(numel for numel, _ in strata)
     guess = values[min(int((1 - share) * size), size - 1)]
-    variances, parts = [], []
-    for numel, runs in strata:
+    variances = {}
+    for number, (_, runs) in enumerate(strata):
         above = np.array([np.mean(run > guess) for run in runs])
         # Runs that lie side by side resemble one another, and the sample
         # is spread evenly: differences of neighbours tell its error.
         if len(runs) > 1:
-            variances.append(np.mean(np.diff(above) ** 2) / 2)
-            parts.append((numel, len(runs), variances[-1]))
-        else:
-            parts.append((numel, 1, None))
-    typical = np.mean(variances) if variances else share * (1 - share)
-    error = math.sqrt(
-        sum(
-            (numel / total) ** 2
-            * (typical if variance is None else variance)
-            / count
-            for numel, count, variance in parts
-        )
+            variances[number] = np.mean(np.diff(above) ** 2) / 2
+    known = list(variances.values())
+    typical = np.mean(known) if known else share * (1 - share)
+    variance = sum(
+        (numel / total) ** 2 * variances.get(number, typical) / len(runs)
+        for number, (numel, runs) in enumerate(strata)
     )
-    error = max(error, math.sqrt(share * (1 - share) / size))
+    error = math.sqrt(max(variance, share * (1 - share) / size))
     width = _ERRORS * error + 2 / size
     low = math.floor((1 - share - width) * size)
     high = math.ceil((1 - share + width) * size)
@@ -361,17 +345,14 @@ def _between(stream, names, start, stop):
 
 def _sweep(stream, searches, look, decide):
     """Show every chunk's magnitudes to the searches that want them."""
-    wanted, left, number = {}, {}, stream.source.number
+    wanted, number = {}, stream.source.number
     # One vector after another, so that its magnitudes are taken once.
     for search in sorted(searches, key=lambda search: search.index):
         for name in search.domain:
             wanted.setdefault(name, []).append(search)
     places = [p for p in stream.places() if p.name in wanted]
-    chunks = {}
-    for place in places:
-        chunks[place.name] = chunks.get(place.name, 0) + 1
-    for search in searches:
-        left[id(search)] = sum(chunks.get(name, 0) for name in search.domain)
+    chunks = collections.Counter(place.name for place in places)
+    left = {s: sum(chunks[name] for name in s.domain) for s in searches}
 
     # NaN and infinity show in the magnitudes too, at less cost, unless a
     # stage has hidden them.
@@ -384,14 +365,15 @@ def _sweep(stream, searches, look, decide):
                 index = search.index
                 tau = stream.vector(index, place, work, look=staged)
                 bits = magnitude_bits(tau, work)
-                if not (staged or stream.finite or finite_bits(bits)):
+                known = staged or stream.finite
+                if not known and int(bits.max()) >= INFINITE:
                     raise stream.source.not_finite_error(index, place)
             look(search, bits, place, work, stream.passes.lock)
         done = []
         with stream.passes.lock:
             for search in wanted[place.name]:
-                left[id(search)] -= 1
-                if not left[id(search)]:
+                left[search] -= 1
+                if not left[search]:
                     done.append(search)
         for search in done:
             # Early, so that what a tensor collected is freed with it.

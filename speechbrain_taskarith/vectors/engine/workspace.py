@@ -1,4 +1,8 @@
-"""Chunks of tensors, the buffers to work on them, and their stored bytes."""
+"""Chunks of tensors, the buffers to work on them, and arithmetic on chunks.
+
+Written against the operators that NumPy and torch share (`xp`), into buffers,
+so that a chunk's numbers stay in the cache from one operation to the next.
+"""
 
 import math
 from typing import NamedTuple
@@ -11,6 +15,9 @@ from speechbrain_taskarith.vectors.states.safetensors import ITEM_SIZE
 # size stay in a core's second-level cache, which is what makes a pass cost
 # little more than reading the files; much smaller, Python's calls would show.
 CHUNK = 1 << 16
+
+# Bits of a float32 that is infinite; those of NaN are more, all others less.
+INFINITE = 0x7F800000
 
 # Sums over many elements (dot products) are taken over runs of this many and
 # then added in order, so that they do not depend on the chunk size.
@@ -68,36 +75,24 @@ class Workspace:
         # Which place the base's buffer holds, and bytes read from files.
         self.place, self.bytes_read = None, 0
 
-    def array(self, key, size, dtype="float32"):
+    def array(self, key, size, dtype="float32", xp=None):
         """Return a buffer; `dtype` is a name that NumPy and torch know."""
         buffer = self._buffers.get((key, dtype))
         if buffer is None or len(buffer) < size:
-            where = {} if self.xp is np else {"device": self.device}
-            kind = getattr(self.xp, dtype)
-            buffer = self.xp.empty(size, dtype=kind, **where)
+            xp = xp or self.xp
+            where = {} if xp is np else {"device": self.device}
+            buffer = xp.empty(size, dtype=getattr(xp, dtype), **where)
             self._buffers[key, dtype] = buffer
         return buffer[:size]
 
     def bytes(self, key, size):
         """Return a NumPy buffer of bytes."""
-        buffer = self._buffers.get((key, "bytes"))
-        if buffer is None or len(buffer) < size:
-            buffer = self._buffers[key, "bytes"] = np.empty(size, np.uint8)
-        return buffer[:size]
+        return self.array(key, size, "uint8", np)
 
     def zeros(self, key, size, dtype="float32"):
         """Return a buffer filled with zeros."""
         buffer = self.array(key, size, dtype)
         buffer[:] = 0
-        return buffer
-
-    def number(self, value):
-        """Return a float32 scalar array, for `maximum` and `minimum`."""
-        buffer = self._buffers.get(("number", value))
-        if buffer is None:
-            buffer = self.array(f"number {value}", 1)
-            buffer[:] = value
-            buffer = self._buffers["number", value] = buffer.reshape(())
         return buffer
 
     def from_numpy(self, array):
@@ -130,6 +125,47 @@ class Workspace:
             else:
                 out[:] = raw.view({"F16": "<f2", "F64": "<f8"}[dtype])
         return out if on_cpu else self.from_numpy(out)
+
+
+def magnitude_bits(values, work):
+    """Return the bits of `|values|` (float32) as int32.
+
+    For finite numbers their order is that of the magnitudes, and integers
+    compare, count and sort faster; NaN and infinity are `INFINITE` or more.
+    """
+    xp = work.xp
+    bits = work.array("bits", len(values), "int32")
+    return xp.bitwise_and(values.view(xp.int32), 0x7FFFFFFF, out=bits)
+
+
+def weighted_sum(vectors, weights, place, work):
+    """Return `sum_i w_i tau_i` of a chunk, in the buffer `sum`.
+
+    Each of the float32 vectors need be valid only until the next is taken.
+    """
+    xp = work.xp
+    total = work.array("sum", place.size)
+    for number, (weight, tau) in enumerate(zip(weights, vectors)):
+        if number == 0:
+            xp.multiply(tau, float(weight), out=total)
+        elif weight == 1:
+            xp.add(total, tau, out=total)
+        else:
+            part = work.array("part", place.size)
+            xp.multiply(tau, float(weight), out=part)
+            xp.add(total, part, out=total)
+    return total
+
+
+def add_scaled(xp, base, delta, scale, product, out):
+    """Write `base + scale * delta` (float32) into `out`, and return it.
+
+    All edits come through here: in memory, in place and streamed. The product
+    is rounded before it is added: a fused multiply-add would give other last
+    bits on other machines. Both buffers may be the same.
+    """
+    xp.multiply(delta, scale, out=product)
+    return xp.add(base, product, out=out)
 
 
 def to_numpy(array):

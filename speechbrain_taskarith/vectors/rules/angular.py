@@ -8,8 +8,10 @@ must be known beforehand, and the tensors themselves only stream by.
 import numpy as np
 
 from speechbrain_taskarith.vectors import checks
-from speechbrain_taskarith.vectors.engine.kernels import dot_table, weighted_sum
-from speechbrain_taskarith.vectors.engine.workspace import RUN
+from speechbrain_taskarith.vectors.engine.workspace import (
+    RUN,
+    weighted_sum,
+)
 from speechbrain_taskarith.vectors.rules.base import Rule
 
 # Below this angle (radians) two directions are taken as one: sin(x)/x is 1.
@@ -18,8 +20,6 @@ SAME = 1e-7
 
 class Angular(Rule):
     """A weighted sum with weights from the table of dot products.
-
-    Subclasses give `coefficients(table)`.
 
     Arguments
     ---------
@@ -46,18 +46,7 @@ class Angular(Rule):
         return 96 + 12 * number
 
     def coefficients(self, table):
-        """Return the weight of each vector.
-
-        Arguments
-        ---------
-        table : numpy.ndarray
-            float64 `[N, N]`, the dot products.
-
-        Returns
-        -------
-        sequence of float
-            `N` weights.
-        """
+        """Return the `N` vectors' weights for dot products `[N, N]`."""
         raise NotImplementedError
 
     def prepare(self, stream):
@@ -65,8 +54,7 @@ class Angular(Rule):
         number, weights = stream.source.number, {}
         tables = _dot_products(stream, self.of == "weights")
         if self.scope == "global":
-            total = sum(tables.values())
-            tables = dict.fromkeys(tables, total)
+            tables = dict.fromkeys(tables, sum(tables.values()))
         for name, table in tables.items():
             if self.of == "weights":
                 # Of base + vector, from the products of both.
@@ -94,8 +82,11 @@ class Angular(Rule):
 def _dot_products(stream, with_base):
     """Return `{name: table}` of all dot products, the base's last."""
     source = stream.source
-    if with_base:
-        source.require_base()
+    if with_base and source.base is None:
+        raise ValueError(
+            "this rule looks at the models' weights: pass the base too, as in "
+            "rule(base, vectors) or combine(vectors, base=base)"
+        )
 
     def visit(place, work):
         rows = []
@@ -105,7 +96,7 @@ def _dot_products(stream, with_base):
             rows.append(row)
         if with_base:
             rows.append(source.base_chunk(place, work))
-        return dot_table(rows, place, work, RUN)
+        return list(_dot_tables(rows, place, work))
 
     places = stream.places(lambda shape: RUN)
     found = stream.passes.run(visit, places, "angles")
@@ -116,6 +107,24 @@ def _dot_products(stream, with_base):
         for part in parts:
             tables[place.name] += part
     return tables
+
+
+def _dot_tables(vectors, place, work):
+    """Yield a float64 table of dot products for every run of a chunk."""
+    xp, number = work.xp, len(vectors)
+    for begin in range(0, place.size, RUN):
+        end = min(begin + RUN, place.size)
+        wide = work.array("wide", number * (end - begin), "float64")
+        wide = wide.reshape(number, end - begin)
+        for row, tau in zip(wide, vectors):
+            row[:] = tau[begin:end]
+        product = work.array("product", end - begin, "float64")
+        table = np.zeros((number, number))
+        for i in range(number):
+            for j in range(i + 1):
+                xp.multiply(wide[i], wide[j], out=product)
+                table[i, j] = table[j, i] = float(product.sum())
+        yield table
 
 
 def lengths_and_cosines(table):

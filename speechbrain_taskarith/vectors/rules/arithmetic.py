@@ -1,7 +1,7 @@
 """Task arithmetic and the model soup: weighted sums of the vectors."""
 
 from speechbrain_taskarith.vectors import checks
-from speechbrain_taskarith.vectors.engine.kernels import weighted_sum
+from speechbrain_taskarith.vectors.engine.workspace import weighted_sum
 from speechbrain_taskarith.vectors.rules.base import Rule, check_weights
 
 
@@ -74,7 +74,6 @@ class LinearAverage(TaskArithmetic):
         weights = super().prepare(stream)
         total = sum(weights)
         if total == 0:
-            raise ValueError(
-                f"weights={self.weights}: expected a sum other than zero"
-            )
+            what = "expected a sum other than zero"
+            raise ValueError(f"weights={self.weights}: {what}")
         return [weight / total for weight in weights]

@@ -3,9 +3,8 @@
 A rule of your own is a subclass of `Rule` with one method, `merge_tensor`;
 docs/write_your_own_rule.md shows it. The rules of this package override the
 hooks below it too, so that they work on pieces that fit a core's cache, from
-several threads: `stages` (what is done to each vector alone), `prepare` (what
-must be known of the whole vectors) and `merge` (a run of elements). The engine
-feeds a rule, from memory or from files; the rule does not know which.
+several threads. The engine feeds a rule, from memory or from files; the rule
+does not know which.
 """
 
 import glob
@@ -30,8 +29,7 @@ class Stage:
     """What a rule does to each vector alone, e.g. trimming."""
 
     def prepare(self, stream):
-        """Return the stage to use for the chunks, after a look at the vectors
-        as the stages before this one leave them."""
+        """Return the stage to use, after a look at the vectors so far."""
         return self
 
     def granularity(self, shape):
@@ -56,7 +54,9 @@ class Rule:
     A subclass of your own gives `merge_tensor` and keeps each argument of its
     `__init__` as an attribute of the same name. All else is optional, for
     speed: `stages`, `whole_tensors`, `granularity`, `bytes_per_element`, and
-    `prepare` with `merge`.
+    `prepare` with `merge`. The engine gives these a tensor's `shape`, the
+    `number` of vectors, the `names` of the parameters, or the vectors
+    themselves as a `Stream`.
 
     Arguments
     ---------
@@ -122,48 +122,18 @@ class Rule:
         )
 
     def granularity(self, shape):
-        """Return how many elements `merge` must see at once.
-
-        Arguments
-        ---------
-        shape : tuple of int
-            A tensor's shape.
-
-        Returns
-        -------
-        int
-            1: any run will do.
-        """
+        """Return how many elements `merge` must see at once (see `Rule`)."""
         return math.prod(shape) if self.whole_tensors else 1
 
     def bytes_per_element(self, number):
-        """Return how much memory a thread uses for an element of a chunk.
-
-        Arguments
-        ---------
-        number : int
-            How many vectors are merged.
-
-        Returns
-        -------
-        int
-            Bytes, over all buffers, rounded up.
-        """
+        """Return a thread's bytes of buffers for an element (see `Rule`)."""
         # Whole tensors: copies of the vectors, and what is made of them.
         return 32 + 16 * number if self.whole_tensors else 96
 
     def prepare(self, stream):
-        """Look at the whole vectors, after the stages. Comes with `merge`.
+        """Look at the whole vectors, after the stages (see `Rule`).
 
-        Arguments
-        ---------
-        stream : Stream
-            The vectors.
-
-        Returns
-        -------
-        object
-            Passed to `merge` as `prepared`.
+        What it returns is passed to `merge` as `prepared`.
         """
         return stream.source
 
@@ -198,81 +168,41 @@ class Rule:
             base = tensor(prepared.base_chunk(place, work))
         with torch.no_grad():
             merged = self.merge_tensor(place.name, deltas, base)
+        what = f"{type(self).__name__}.merge_tensor: {place.name!r} became"
         shape = getattr(merged, "shape", type(merged).__name__)
         if shape != deltas[0].shape:
-            raise ValueError(
-                f"{type(self).__name__}.merge_tensor: {place.name!r} became "
-                f"{shape}; expected a tensor of shape {place.shape}"
-            )
+            expected = f"expected a tensor of shape {place.shape}"
+            raise ValueError(f"{what} {shape}; {expected}")
         merged = merged.to(deltas[0]).reshape(-1)
         if not checks.all_finite(merged):
-            raise ValueError(
-                f"{type(self).__name__}.merge_tensor: {place.name!r} became "
-                "NaN or infinity, and no vector holds any"
-            )
+            raise ValueError(f"{what} NaN or infinity, and no vector holds any")
         return merged.numpy() if work.xp is np else merged
 
     def check_number(self, number):
-        """Raise unless the rule takes so many vectors.
-
-        Arguments
-        ---------
-        number : int
-            How many there are.
-        """
+        """Raise unless the rule takes so many vectors (see `Rule`)."""
         low, high = self.min_vectors, self.max_vectors
         if number < low or (high and number > high):
             expected = f"{low} to {high}" if high else f"at least {low}"
             if low == high:
                 expected = f"exactly {low}"
+            rule = type(self).__name__
             raise ValueError(
-                f"{type(self).__name__} takes {expected} task vectors, "
-                f"got {number}"
+                f"{rule} takes {expected} task vectors, got {number}"
             )
 
     def scales(self, names):
-        """Return the scale of every parameter.
+        """Return `{name: scale}`, a float for every parameter (see `Rule`).
 
-        Arguments
-        ---------
-        names : sequence of str
-            The parameters of the merged vector.
-
-        Returns
-        -------
-        dict
-            `{name: float}`.
-
-        Raises
-        ------
-        ValueError
-            A pattern that matches nothing.
+        ValueError for a pattern that matches nothing.
         """
         return checks.scale_by_name(self.scale, names)
 
     def scales_by_parameter(self):
-        """Tell whether the scale follows from a parameter's name.
-
-        Returns
-        -------
-        bool
-            True for rules with their own `scales`, such as `LiNeS`.
-        """
+        """Tell whether the rule has its own `scales`, as `LiNeS` has."""
         return type(self).scales is not Rule.scales
 
     def scale_for(self, vector):
-        """Return the scale in the form that `TaskVector.apply` takes.
-
-        Arguments
-        ---------
-        vector : TaskVector
-            The merged vector.
-
-        Returns
-        -------
-        float or dict
-            One number, or `{pattern: number}`.
-        """
+        """Return a merged vector's scale, as `TaskVector.apply` takes it."""
         if not self.scales_by_parameter():
             return self.scale
         scales = self.scales(list(vector))
@@ -309,8 +239,7 @@ class Rule:
         self.check_number(len(vectors))
         check_alike(vectors)
         source = MemoryVectors(vectors, base)
-        # A GPU is filled by whole tensors, a cache by little; and linear
-        # algebra has threads of its own.
+        # A GPU is filled by whole tensors, a cache by little.
         on_cpu = source.device is None
         chunk = CHUNK if on_cpu else 1 << 26
         alone = self.whole_tensors or not on_cpu
@@ -327,15 +256,12 @@ class Rule:
             target.copy_(torch.as_tensor(values))
 
         Stream(source, self.stages, chunk, threads).merge(self, emit)
-        deltas = {
-            name: merged[source.twins.get(name, name)] for name in vectors[0]
-        }
+        twins = source.twins
+        deltas = {name: merged[twins.get(name, name)] for name in vectors[0]}
         fingerprints = {getattr(v, "base_fingerprint", None) for v in vectors}
-        metadata = {
-            "rule": self.describe(),
-            "parents": [getattr(v, "metadata", {}) for v in vectors],
-        }
         shared = fingerprints.pop() if len(fingerprints) == 1 else None
+        parents = [getattr(v, "metadata", {}) for v in vectors]
+        metadata = {"rule": self.describe(), "parents": parents}
         return TaskVector(deltas, shared, metadata)
 
     def __call__(self, base, vectors, *, any_base=False):
@@ -346,8 +272,7 @@ class Rule:
         base : path, torch.nn.Module, mapping or State
             The model.
         vectors : sequence of TaskVector
-            What to merge; a mapping from name to tensor will do, without a
-            check of its ancestry.
+            What to merge; the ancestry of plain mappings is not checked.
         any_base : bool
             True: the vectors may come from another base than this one.
 
@@ -396,7 +321,7 @@ class Rule:
 
 
 def check_rule(rule, argument="rule"):
-    """Return the rule, or raise the one error of all that take one."""
+    """Return the rule, or raise the error of all that take one."""
     if not isinstance(rule, Rule):
         got = rule.__name__ if isinstance(rule, type) else type(rule).__name__
         raise TypeError(

@@ -11,13 +11,10 @@ from speechbrain_taskarith.vectors.rules.lines import Wrapper
 
 
 class RandomDrop(Stage):
-    """Drop entries with probability `drop`, divide the others by `1 - drop`.
+    """What `DARE` does to each vector; the expectation stays.
 
-    So the expectation stays (DARE, equation 3). The random numbers are
-    Philox4x64-10 in counter mode: the key is a hash of seed, vector and
-    tensor name, the counter is the element's index. So the mask of an element
-    depends on nothing else, whatever the order, the chunks, the threads or
-    the machine.
+    The random numbers are Philox4x64-10 in counter mode: the key is a hash of
+    seed, vector and tensor name, the counter is the element's index.
     """
 
     def __init__(self, drop, seed=0):
@@ -35,16 +32,7 @@ class RandomDrop(Stage):
 
 
 def random_numbers(seed, index, place):
-    """Return the uint32 random numbers of a chunk's elements.
-
-    Example
-    -------
-    >>> from speechbrain_taskarith.vectors.engine.workspace import Place
-    >>> whole = random_numbers(0, 0, Place(0, "w", (9,), 0, 9))
-    >>> part = random_numbers(0, 0, Place(0, "w", (9,), 3, 7))
-    >>> bool((whole[3:7] == part).all())
-    True
-    """
+    """Return the uint32 random numbers of a chunk's elements."""
     text = f"{seed}\0{index}\0{place.name}".encode()
     key = int.from_bytes(hashlib.sha256(text).digest()[:16], "little")
     # A step of the counter makes four 64-bit words, that is, eight numbers.
@@ -62,7 +50,8 @@ class DARE(Wrapper):
     Yu et al. 2023 (arXiv 2311.03099, equation 3): each entry of each vector
     is dropped with probability `drop`, the others are divided by `1 - drop`.
     Which ones depends on the seed, the vector's number, the tensor's name and
-    the entry's index, and on nothing else. Reference: `reference.dare`.
+    the entry's index, and on nothing else: not on order, chunks, threads or
+    machine. Reference: `reference.dare`.
 
     Arguments
     ---------
@@ -102,7 +91,5 @@ class DARE(Wrapper):
             )
         self._drop = RandomDrop(drop, seed)
 
-    @property
-    def stages(self):
-        """Dropping comes before what the other rule does to each vector."""
-        return (self._drop, *self.then.stages)
+    # Dropping comes before what the other rule does to each vector.
+    stages = property(lambda self: (self._drop, *self.then.stages))

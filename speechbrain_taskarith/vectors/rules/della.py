@@ -5,24 +5,17 @@ import math
 import numpy as np
 
 from speechbrain_taskarith.vectors import checks
-from speechbrain_taskarith.vectors.engine.kernels import magnitude_bits
-from speechbrain_taskarith.vectors.engine.workspace import to_numpy
+from speechbrain_taskarith.vectors.engine.workspace import (
+    magnitude_bits,
+    to_numpy,
+)
 from speechbrain_taskarith.vectors.rules.base import Stage
 from speechbrain_taskarith.vectors.rules.dare import random_numbers
 from speechbrain_taskarith.vectors.rules.ties import Merge
 
-_TOP = 0x7FFFFFFF
-
 
 class DropByRank(Stage):
-    """Drop at random, large magnitudes less often than small ones (MagPrune).
-
-    Within each row (the weights that lead to one output; a vector is one
-    row) the magnitudes are ranked, `r = 0` for the largest of `n`; entry
-    `i` is dropped with probability `p_i = drop - epsilon / 2 +
-    (epsilon / n) r_i`, and otherwise divided by `1 - p_i`. Equal magnitudes
-    are ranked by position. The random numbers are those of DARE.
-    """
+    """What `DELLA` does to each vector (MagPrune), by DARE's random numbers."""
 
     def __init__(self, drop, epsilon, seed=0):
         self.drop = checks.in_range("drop", drop, 0, 1, open_high=True)
@@ -32,7 +25,7 @@ class DropByRank(Stage):
 
     def granularity(self, shape):
         """See `Stage.granularity`: a row."""
-        return math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
+        return math.prod(shape[1:] if len(shape) > 1 else shape)
 
     def apply(self, index, tau, place, work, out):
         """Multiply by `1 / (1 - p)` or 0."""
@@ -42,12 +35,12 @@ class DropByRank(Stage):
         numbers = random_numbers(self.seed, index, place)
         bits = to_numpy(magnitude_bits(tau, work)).reshape(-1, row)
         # One integer that sorts by magnitude and then by position.
-        order = np.subtract(_TOP, bits, dtype=np.int64) << 32
+        order = np.subtract(0x7FFFFFFF, bits, dtype=np.int64) << 32
         order |= np.arange(row)
         order.sort(axis=1)
         order &= 0xFFFFFFFF
-        by_rank = self.drop - self.epsilon / 2
-        by_rank = by_rank + self.epsilon / row * np.arange(row)
+        least = self.drop - self.epsilon / 2
+        by_rank = least + self.epsilon / row * np.arange(row)
         chance = np.empty(bits.shape)
         np.put_along_axis(chance, order, by_rank[None], axis=1)
         chance = chance.reshape(-1)
@@ -61,9 +54,11 @@ class DELLA(Merge):
 
     Deep et al. 2024 (arXiv 2406.11617, section 3): entries are dropped at
     random, the smaller the likelier, and the others enlarged; then sign
-    election and the mean over the elected. Of the `n` magnitudes of a row,
-    the one of rank `r` (0: the largest) is dropped with probability `drop -
-    epsilon / 2 + (epsilon / n) r`. Reference: `reference.della`.
+    election and the mean over the elected. Of the `n` magnitudes of a row
+    (the weights that lead to one output; a vector is one row), the one of
+    rank `r` (0: the largest; equal ones by position) is dropped with
+    probability `p = drop - epsilon / 2 + (epsilon / n) r`, and otherwise
+    divided by `1 - p`. Reference: `reference.della`.
 
     Arguments
     ---------

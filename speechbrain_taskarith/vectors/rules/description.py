@@ -37,6 +37,7 @@ _PARTS = {
     "RandomDrop": "dare",
     "DropByRank": "della",
 }
+_OWN = "make the object yourself and pass it"
 
 
 def rule_class(name):
@@ -46,23 +47,10 @@ def rule_class(name):
 
 
 def from_description(description):
-    """Make a rule again from what `Rule.describe` wrote.
+    """Make the rule again of a description (see `Rule.describe`).
 
-    Arguments
-    ---------
-    description : dict
-        `{"rule": class name, argument: value, ...}`.
-
-    Returns
-    -------
-    Rule
-        The same rule.
-
-    Raises
-    ------
-    ValueError
-        A rule that this plugin does not have, arguments that it does not
-        take, or values that no text can hold.
+    ValueError for a rule that this plugin does not have, arguments that it
+    does not take, or values that no text can hold.
 
     Example
     -------
@@ -73,10 +61,7 @@ def from_description(description):
     arguments = dict(description)
     name = arguments.pop(key, None)
     if "module" in arguments or name not in RULES | _PARTS:
-        raise ValueError(
-            f"there is no {key} {name!r} in this package; make the object "
-            "yourself and pass it"
-        )
+        raise ValueError(f"there is no {key} {name!r} in this package; {_OWN}")
     return _make(name, {n: _again(name, v) for n, v in arguments.items()})
 
 
@@ -87,8 +72,7 @@ def _again(name, value):
         return [_again(name, item) for item in value]
     if value == IN_MEMORY:
         raise ValueError(
-            f"{name} was given weights that were in memory; make the object "
-            "yourself and pass it"
+            f"{name} was given weights that were in memory; {_OWN}"
         )
     return value
 
@@ -108,15 +92,14 @@ def from_plain(description, scale=None):
     """
     if isinstance(description, str):
         description = {"name": description}
-    if not isinstance(description, Mapping) or not isinstance(
-        description.get("name"), str
-    ):
+    arguments = dict(description) if isinstance(description, Mapping) else {}
+    name = arguments.pop("name", None)
+    if not isinstance(name, str):
         raise ValueError(
             f"rule: expected a name, or a mapping with 'name' and the rule's "
             f"arguments, e.g. {{name: TIES, density: 0.2}}; got {description!r}"
         )
-    arguments = dict(description)
-    name = known_name(arguments.pop("name"))
+    name = known_name(name)
     if scale is not None:
         arguments["scale"] = scale
     for part in ("then", "inner_rule"):

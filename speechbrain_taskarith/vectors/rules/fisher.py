@@ -1,5 +1,7 @@
 """Averaging by Fisher information, which is read along with the vectors."""
 
+import itertools
+
 from speechbrain_taskarith.vectors.checks import all_finite
 from speechbrain_taskarith.vectors.rules.base import Rule
 from speechbrain_taskarith.vectors.states.readers import as_state
@@ -26,7 +28,7 @@ class Fisher(Rule):
     >>> import torch
     >>> a = {"w": torch.tensor([3.0, 0.0])}
     >>> b = {"w": torch.tensor([0.0, 3.0])}
-    >>> fishers = [{"w": torch.tensor([1.0, 1.0])}, {"w": torch.tensor([3.0, 0.0])}]
+    >>> fishers = [{"w": torch.tensor(f)} for f in ([1.0, 1.0], [3.0, 0.0])]
     >>> Fisher(fishers).combine([a, b])["w"]
     tensor([0.7500, 0.0000])
     """
@@ -35,9 +37,8 @@ class Fisher(Rule):
 
     def __init__(self, fishers, scale=1.0):
         super().__init__(scale)
-        if isinstance(fishers, (str, bytes)) or not hasattr(
-            fishers, "__iter__"
-        ):
+        text = isinstance(fishers, (str, bytes))
+        if text or not hasattr(fishers, "__iter__"):
             raise ValueError("fishers: expected a list, one for each vector")
         self.fishers = list(fishers)
 
@@ -50,15 +51,11 @@ class Fisher(Rule):
                 "task vectors; expected one for each"
             )
         states = [as_state(fisher) for fisher in self.fishers]
-        for state in states:
-            for name, shape in shapes.items():
-                if name not in state:
-                    raise KeyError(f"{state.label} lacks {name!r}")
-                if state.info(name).shape != shape:
-                    raise ValueError(
-                        f"{state.label}: {name!r} has shape "
-                        f"{state.info(name).shape}, expected {shape}"
-                    )
+        for state, (name, shape) in itertools.product(states, shapes.items()):
+            found = state.info(name).shape
+            if found != shape:
+                what = f"{name!r} has shape {found}, expected {shape}"
+                raise ValueError(f"{state.label}: {what}")
         return states
 
     def merge(self, vectors, place, work, states):

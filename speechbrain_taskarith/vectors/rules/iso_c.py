@@ -31,9 +31,7 @@ class IsoC(Spectral):
 
     def merge_matrices(self, matrices, xp):
         """See `Spectral.merge_matrices`."""
-        total = matrices[0]
-        for matrix in matrices[1:]:
-            total = total + matrix
+        total = sum(matrices[1:], start=matrices[0])
         left, values, right = svd(total, xp)
         rank = rank_of(values, total.shape, xp)
         if not rank:

@@ -87,10 +87,8 @@ def _karcher_mean(cosines, shares, iterations, tolerance):
         sines = np.sqrt(1 - along**2)
         # The logarithm: of each direction what is orthogonal to the mean,
         # made as long as the angle.
-        stretch = np.where(
-            sines > SAME, angles / np.where(sines > 0, sines, 1), 1
-        )
-        step = shares * stretch
+        safe = np.where(sines > 0, sines, 1)
+        step = shares * np.where(sines > SAME, angles / safe, 1)
         step = step - (step @ along) * mean
         size = math.sqrt(max(step @ cosines @ step, 0))
         if size <= tolerance:

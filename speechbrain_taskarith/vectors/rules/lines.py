@@ -1,6 +1,7 @@
 """LiNeS: a scale that grows with depth, around any other rule."""
 
 import re
+from operator import attrgetter
 
 from speechbrain_taskarith.utils.patterns import matches, require_match
 from speechbrain_taskarith.vectors import checks
@@ -15,27 +16,15 @@ class Wrapper(Rule):
 
     inner = None
 
-    stages = property(lambda self: self.inner.stages)
-    min_vectors = property(lambda self: self.inner.min_vectors)
-    max_vectors = property(lambda self: self.inner.max_vectors)
-    whole_tensors = property(lambda self: self.inner.whole_tensors)
-    carries_nan = property(lambda self: self.inner.carries_nan)
-
-    def bytes_per_element(self, number):
-        """See `Rule.bytes_per_element`."""
-        return self.inner.bytes_per_element(number)
-
-    def granularity(self, shape):
-        """See `Rule.granularity`."""
-        return self.inner.granularity(shape)
-
-    def prepare(self, stream):
-        """See `Rule.prepare`."""
-        return self.inner.prepare(stream)
-
-    def merge(self, vectors, place, work, prepared):
-        """See `Rule.merge`."""
-        return self.inner.merge(vectors, place, work, prepared)
+    stages = property(attrgetter("inner.stages"))
+    min_vectors = property(attrgetter("inner.min_vectors"))
+    max_vectors = property(attrgetter("inner.max_vectors"))
+    whole_tensors = property(attrgetter("inner.whole_tensors"))
+    carries_nan = property(attrgetter("inner.carries_nan"))
+    bytes_per_element = property(attrgetter("inner.bytes_per_element"))
+    granularity = property(attrgetter("inner.granularity"))
+    prepare = property(attrgetter("inner.prepare"))
+    merge = property(attrgetter("inner.merge"))
 
 
 class LiNeS(Wrapper):
@@ -116,7 +105,7 @@ def relative_depths(names, layers=LAYERS):
     for name in names:
         match = re.search(layers, name)
         if match:
-            stack, layer = name[: match.start(1)], int(match.group(1))
+            stack, layer = name[: match.start(1)], int(match[1])
             found[name] = stack, layer
             highest[stack] = max(highest.get(stack, 0), layer)
     if not found:
@@ -124,9 +113,7 @@ def relative_depths(names, layers=LAYERS):
             f"LiNeS: no parameter name has a layer in the sense of {layers!r}; "
             f"names look like: {', '.join(list(names)[:3])}. Pass layers="
         )
-    return {
-        name: found[name][1] / max(highest[found[name][0]], 1)
-        if name in found
-        else 0.0
-        for name in names
-    }
+    depths = dict.fromkeys(names, 0.0)
+    for name, (stack, layer) in found.items():
+        depths[name] = layer / max(highest[stack], 1)
+    return depths

@@ -59,15 +59,13 @@ class MultiSLERP(Karcher):
 
     One step of the Karcher mean: the directions are averaged in the tangent
     space at their normalised weighted sum, and the average is carried back
-    to the sphere (barycentric interpolation, Buss and Fillmore 2001). Reference:
-    `reference.multi_slerp`.
+    to the sphere (barycentric interpolation, Buss and Fillmore 2001).
+    Reference: `reference.multi_slerp`.
 
     Arguments
     ---------
-    weights : sequence of float or None
-        One for each vector, not negative; None: all equal.
-    scope, of, scale
-        See `Angular`.
+    weights, scope, of, scale
+        See `Karcher`.
 
     Example
     -------

@@ -1,37 +1,28 @@
 """TIES: trim each vector, elect a sign for each entry, merge what agrees.
 
-Most published rules are settings of these three steps: which entries of each
-vector are dropped (a `Stage`), which sign an entry takes, and how the entries
-become one. `Merge` is the general form; TIES, Breadcrumbs and DELLA are
-settings of it.
+Most published rules are settings of these three steps. `Merge` is the general
+form; TIES, Breadcrumbs and DELLA are settings of it.
 """
 
 import copy
 
 from speechbrain_taskarith.vectors import checks
-from speechbrain_taskarith.vectors.engine.kernels import (
+from speechbrain_taskarith.vectors.engine.thresholds import find_cuts
+from speechbrain_taskarith.vectors.engine.workspace import (
     magnitude_bits,
     weighted_sum,
 )
-from speechbrain_taskarith.vectors.engine.thresholds import find_cuts
 from speechbrain_taskarith.vectors.rules.base import Rule, Stage
 
-ELECT = ("none", "mass", "count")
-COMBINE = ("sum", "mean", "disjoint_mean")
-SCOPES = ("global", "tensor")
+_COMBINE = ("sum", "mean", "disjoint_mean")
 
 
 class Magnitude(Stage):
-    """Keep the largest magnitudes; the rest becomes zero.
-
-    Exactly `round(density * numel)` entries survive; of equal magnitudes
-    those that come first (TIES, Yadav et al. 2023, arXiv 2306.01708,
-    section 4.1). `scope`: `"global"` (of the whole vector) or `"tensor"`.
-    """
+    """Keep the largest magnitudes only, as `TIES` does (`scope`: `trim`)."""
 
     def __init__(self, density, scope="global"):
         self.density = checks.in_range("density", density, 0, 1)
-        self.scope = checks.one_of("trim", scope, SCOPES)
+        self.scope = checks.one_of("trim", scope, ("global", "tensor"))
 
     # Where each vector is cut, `{name: Cut}`; what is above the second cuts
     # does not survive either.
@@ -92,8 +83,8 @@ class Merge(Rule):
     def __init__(self, sparsify=(), elect="none", combination="sum", scale=1.0):
         super().__init__(scale)
         self.stages = self.sparsify = tuple(sparsify)
-        self.elect = checks.one_of("elect", elect, ELECT)
-        self.combination = checks.one_of("combination", combination, COMBINE)
+        self.elect = checks.one_of("elect", elect, ("none", "mass", "count"))
+        self.combination = checks.one_of("combination", combination, _COMBINE)
 
     def merge(self, vectors, place, work, source):
         """See `Rule.merge`."""

@@ -7,14 +7,12 @@ all else as columns. What is no matrix (biases, norms) is averaged.
 import math
 
 from speechbrain_taskarith.vectors import checks
-from speechbrain_taskarith.vectors.engine.kernels import weighted_sum
+from speechbrain_taskarith.vectors.engine.workspace import weighted_sum
 from speechbrain_taskarith.vectors.rules.base import Rule
 
 
 class Spectral(Rule):
     """A rule on whole matrices.
-
-    Subclasses give `merge_matrices(matrices, xp)`.
 
     Arguments
     ---------
@@ -68,7 +66,7 @@ def _as(array, dtype, xp):
 
 
 def svd(matrix, xp):
-    """Return the singular value decomposition, without empty directions."""
+    """Return the thin singular value decomposition."""
     return xp.linalg.svd(matrix, full_matrices=False)
 
 
@@ -112,10 +110,8 @@ class TSVM(Spectral):
 
     def __init__(self, scale=1.0, share=None, precision="float32"):
         super().__init__(scale, precision)
-        if share is not None:
-            checks.in_range("share", share, 0, 1)
-            if share == 0:
-                raise ValueError("share=0: expected a number in (0, 1]")
+        if share is not None and not checks.in_range("share", share, 0, 1):
+            raise ValueError("share=0: expected a number in (0, 1]")
         self.share = share
 
     def merge_matrices(self, matrices, xp):

@@ -58,14 +58,14 @@ def match_names(
 
 def _misfit(base, other, only_base, only_other, unlike, advice):
     problems, remedies = [], []
-    for lacks, holds, names in (
-        (other, base, only_base),
-        (base, other, only_other),
-    ):
-        if names:
-            problems.append(
-                f"{lacks.label} lacks {some(names)} of {holds.label}"
-            )
+    if only_base:
+        problems.append(
+            f"{other.label} lacks {some(only_base)} of {base.label}"
+        )
+    if only_other:
+        problems.append(
+            f"{base.label} lacks {some(only_other)} of {other.label}"
+        )
     if problems:
         remedies.append(
             "take models of one architecture, without wrappers (names with "
@@ -105,9 +105,8 @@ def editable_names(base, other, include, exclude, buffers, **options):
     if buffers == "base" and not options.get("partial"):
         names = [n for n in names if not n.endswith(RUNNING_STATISTICS)]
     if not names:
-        raise ValueError(
-            f"{base.label}: no floating point parameter is left to edit"
-        )
+        what = "no floating point parameter is left to edit"
+        raise ValueError(f"{base.label}: {what}")
     return names
 
 
@@ -122,17 +121,15 @@ def check_alike(vectors, labels=None):
         different = sorted(set(first.keys()) ^ set(vector.keys()))
         if different:
             raise KeyError(
-                f"{labels[0]} and {label} edit different parameters: only "
-                f"one of them has {some(different)}. Bring them to the same with "
+                f"{labels[0]} and {label} edit different parameters: only one "
+                f"of them has {some(different)}. Bring them to the same with "
                 "restrict(), include or exclude"
             )
         for name in first.keys():
             one, other = tuple(first[name].shape), tuple(vector[name].shape)
             if one != other:
-                raise ValueError(
-                    f"{name!r} has shape {one} in {labels[0]} and {other} in "
-                    f"{label}"
-                )
+                two = f"{one} in {labels[0]} and {other} in {label}"
+                raise ValueError(f"{name!r} has shape {two}")
 
 
 def check_ancestry(base, fingerprint, label="this task vector", origin=None):

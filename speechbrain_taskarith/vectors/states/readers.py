@@ -1,11 +1,8 @@
 """Opening weights, whatever they are stored in or held by.
 
-`open_state` reads SpeechBrain checkpoint folders, `.ckpt/.pt/.pth/.bin`,
-safetensors, and (sharded) Hugging Face folders; `as_state` also takes what is
-in memory. Nothing here executes code found in a file.
+Nothing here executes code found in a file.
 """
 
-import functools
 import os
 import weakref
 from collections.abc import Mapping
@@ -156,32 +153,29 @@ def _open_safetensors(path, shown_as=None):
         name: StoredTensor(path, descriptor, info, offset)
         for name, (info, offset) in tensors.items()
     }
-    check = None
-    if "fingerprint" in metadata:
-        check = functools.partial(_check_fingerprint, path)
+    written = metadata.get("fingerprint")
+
+    def check(state):
+        if written is not None and written != state.fingerprint:
+            raise damaged(path, "its tensors are not those it was written with")
+
     state = State(entries, shown_as or path, metadata, check)
     # Tensors taken out of the state are mapped and need no open file.
     weakref.finalize(state, os.close, descriptor)
     return state
 
 
-def _check_fingerprint(path, state):
-    if state.metadata["fingerprint"] != state.fingerprint:
-        raise damaged(path, "its tensors are not those it was written with")
-
-
 def _open_folder(folder, recoverable):
-    if (folder / META_FILE).exists():
-        return open_checkpoint(folder, recoverable)
-    newest = newest_checkpoint(folder)
-    if newest is not None:
-        return open_checkpoint(newest, recoverable)
+    whole = (folder / META_FILE).exists()
+    checkpoint = folder if whole else newest_checkpoint(folder)
+    if checkpoint is not None:
+        return open_checkpoint(checkpoint, recoverable)
     for file, opener in (
         ("model.safetensors", _open_safetensors),
         ("pytorch_model.bin", open_torch_file),
     ):
-        if (folder / f"{file}.index.json").exists():
-            return _open_shards(folder, folder / f"{file}.index.json")
+        if (index := folder / f"{file}.index.json").exists():
+            return _open_shards(folder, index)
         if (folder / file).exists():
             return opener(folder / file, folder)
     raise ValueError(

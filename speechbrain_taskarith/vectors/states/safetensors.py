@@ -46,6 +46,8 @@ TORCH_NAME = {name: torch_name for name, (_, torch_name) in _DTYPES.items()}
 # The dtypes that are edited.
 FLOATING = ("F64", "F32", "F16", "BF16")
 
+# What a header that is not ours may raise on the way.
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 # The package refuses longer headers too: a length read from a damaged file
 # must not make us allocate the machine's memory.
 _LONGEST_HEADER = 100_000_000
@@ -84,10 +86,8 @@ def read_header(path):
             raise damaged(path, f"has {size} bytes, too few for a header")
         length = int.from_bytes(start, "little")
         if length > min(size - 8, _LONGEST_HEADER):
-            raise damaged(
-                path,
-                f"its header claims {length} bytes, {size - 8} are there",
-            )
+            what = f"its header claims {length} bytes, {size - 8} are there"
+            raise damaged(path, what)
         text = stream.read(length)
     try:
         header = json.loads(text)
@@ -105,32 +105,21 @@ def read_header(path):
                 if type(number) is not int or number < 0:
                     raise ValueError(f"{number!r} is not a size")
             entries[name] = (TensorInfo(dtype, shape), begin, end)
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:
+    except _UNREADABLE as error:
         raise damaged(path, f"its header cannot be read ({error})") from None
     # Tensors lie one behind the other, without gaps, up to the end.
     tensors, expected = {}, 0
-    for name, (info, begin, end) in sorted(
-        entries.items(), key=lambda item: item[1][1:]
-    ):
+    for name in sorted(entries, key=lambda name: entries[name][1:]):
+        info, begin, end = entries[name]
         if info.dtype not in ITEM_SIZE:
             raise damaged(path, f"tensor {name!r} has dtype {info.dtype!r}")
         if begin != expected or end - begin != info.nbytes:
-            raise damaged(
-                path, f"tensor {name!r} does not lie where its shape says"
-            )
+            what = f"tensor {name!r} does not lie where its shape says"
+            raise damaged(path, what)
         expected = end
         tensors[name] = (info, 8 + length + begin)
-    if 8 + length + expected != size:
-        raise damaged(
-            path,
-            f"has {size} bytes, its header says {8 + length + expected}",
-        )
+    if (said := 8 + length + expected) != size:
+        raise damaged(path, f"has {size} bytes, its header says {said}")
     return tensors, metadata
 
 
@@ -145,14 +134,6 @@ class SafetensorsWriter:
     the `metadata` may be replaced at `close` by others of the same length (a
     hash known only at the end). `temporary` is where the file lies until
     then; what was written so far can be read there.
-
-    Example
-    -------
-    >>> path = str(getfixture("tmpdir") / "one.safetensors")
-    >>> with SafetensorsWriter(path, {"w": TensorInfo("F32", (2,))}) as out:
-    ...     out.write("w", 0, bytes(8))
-    >>> read_header(path)[0]["w"][0]
-    TensorInfo(dtype='F32', shape=(2,))
     """
 
     def __init__(self, path, tensors, metadata=None):
@@ -195,9 +176,7 @@ class SafetensorsWriter:
                 self.metadata.update(metadata)
                 header = self._header()
                 if len(header) != self._data_start:
-                    raise ValueError(
-                        "metadata given at close must keep its length"
-                    )
+                    raise ValueError("metadata at close must keep its length")
                 _write_at(self._file, header, 0)
             os.fsync(self._file)
             os.replace(self.temporary, self.path)

@@ -3,6 +3,7 @@
 They are found as `Checkpointer` finds them, less what a killed process left.
 """
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -52,10 +53,10 @@ def find_checkpoint_folder(path, *, min_key=None, max_key=None):
     >>> find_checkpoint_folder(folder, min_key="WER").name
     'CKPT+4.0'
     """
-    path = Path(path)
+    path, key = Path(path), min_key or max_key
     if (path / META_FILE).is_file():
         return path
-    found, key = whole_checkpoints(path), min_key or max_key
+    found = whole_checkpoints(path)
     if key:
         found = [(meta, folder) for meta, folder in found if key in meta]
     if not found:
@@ -84,13 +85,10 @@ def _recency(found):
 
 def whole_checkpoints(folder):
     """Return `[(CKPT.yaml's content, folder)]` of the whole checkpoints."""
-    found = []
-    for inside in sorted(folder.glob(f"{PREFIX}*")):
-        if (inside / META_FILE).is_file():
-            meta = read_checkpoint_meta(inside)
-            if is_whole(inside, meta):
-                found.append((meta, inside))
-    return found
+    folders = sorted(folder.glob(f"{PREFIX}*"))
+    folders = [inside for inside in folders if (inside / META_FILE).is_file()]
+    found = [(read_checkpoint_meta(inside), inside) for inside in folders]
+    return [(meta, inside) for meta, inside in found if is_whole(inside, meta)]
 
 
 def is_whole(folder, meta=None):
@@ -120,18 +118,15 @@ def read_checkpoint_meta(folder):
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise damaged(path, f"is not plain YAML ({error})") from None
     if not isinstance(meta or {}, dict):
-        raise damaged(
-            path, f"holds a {type(meta).__name__}, expected a mapping"
-        )
+        what = f"holds a {type(meta).__name__}, expected a mapping"
+        raise damaged(path, what)
     return meta or {}
 
 
 def open_checkpoint(folder, recoverable=None):
     """Open one recoverable's weights; see `readers.open_state`."""
-    metadata = {
-        str(key): str(value)
-        for key, value in read_checkpoint_meta(folder).items()
-    }
+    content = read_checkpoint_meta(folder)
+    metadata = {str(key): str(value) for key, value in content.items()}
     if recoverable is None and (folder / "model.ckpt").exists():
         recoverable = "model"
     if recoverable is not None:
@@ -144,11 +139,10 @@ def open_checkpoint(folder, recoverable=None):
         return open_torch_file(path, folder, metadata)
     found = {}
     for name in recoverables(folder):
-        try:
+        # Others are no state dict: a counter, an optimizer.
+        with contextlib.suppress(ValueError):
             path = folder / f"{name}.ckpt"
             found[name] = open_torch_file(path, folder, metadata)
-        except ValueError:
-            continue  # No state dict: a counter, an optimizer.
     if len(found) != 1:
         raise ValueError(
             f"{folder}: expected a recoverable called 'model' or exactly one "
@@ -168,11 +162,9 @@ def write_meta(folder, content):
     """Write `CKPT.yaml` last: it lists the files that are there by then."""
     import yaml
 
-    files = sorted(
-        p.name for p in Path(folder).iterdir() if p.suffix == ".ckpt"
-    )
-    content = dict(content)
-    content[META_KEY] = {**content.get(META_KEY, {}), "files": files}
+    files = [f"{name}.ckpt" for name in recoverables(Path(folder))]
+    ours = {**content.get(META_KEY, {}), "files": files}
+    content = {**content, META_KEY: ours}
     with atomic_write(Path(folder) / META_FILE, "w") as stream:
         stream.write("# yamllint disable\n")
         yaml.safe_dump(content, stream, sort_keys=True)
@@ -199,10 +191,9 @@ def plain(value, label):
         return [plain(entry, label) for entry in value]
     if hasattr(value, "item") and math.prod(getattr(value, "shape", ())) == 1:
         return plain(value.item(), label)
-    if isinstance(value, (str, Path)):
-        return str(value)
-    for kind in (bool, int, float):
-        if isinstance(value, kind):
+    # Subclasses of plain types, which YAML would write by their own name.
+    for kind, base in ((str, (str, Path)), (int, int), (float, float)):
+        if isinstance(value, base):
             return kind(value)
     raise ValueError(
         f"{label}: a {type(value).__name__} cannot stand in {META_FILE}; "

@@ -72,10 +72,8 @@ class StoredTensor(NamedTuple):
             access=mmap.ACCESS_COPY,
             offset=self.offset - slack,
         )
-        flat = torch.frombuffer(
-            mapped, dtype=dtype, count=info.numel, offset=slack
-        )
-        return flat.reshape(info.shape)
+        run = {"count": info.numel, "offset": slack}
+        return torch.frombuffer(mapped, dtype=dtype, **run).reshape(info.shape)
 
 
 class LoadedTensor:
@@ -177,17 +175,9 @@ class State(Mapping):
         return f"State({self.label}, {len(self)} tensors)"
 
     def info(self, name):
-        """Return dtype and shape of a tensor without reading it.
+        """Return a tensor's dtype and shape, without reading it.
 
-        Arguments
-        ---------
-        name : str
-            The parameter's name.
-
-        Returns
-        -------
-        TensorInfo
-            Also `.numel`, `.nbytes`, `.floating`.
+        See `TensorInfo`: also `.numel`, `.nbytes`, `.floating`.
         """
         try:
             return self.entries[name].info
@@ -225,12 +215,10 @@ class State(Mapping):
         """Tied tensors: `{name: first name of its group}`, ties only."""
         first, tied = {}, {}
         for name, entry in self.entries.items():
-            if (identity := entry.identity) is None:
-                continue
-            origin = first.setdefault(identity, name)
-            if origin != name:
-                tied[name] = origin
-                tied[origin] = origin
+            if (identity := entry.identity) is not None:
+                origin = first.setdefault(identity, name)
+                if origin != name:
+                    tied[name] = tied[origin] = origin
         return tied
 
     @cached_property
@@ -242,17 +230,9 @@ class State(Mapping):
         return fingerprint_of(dict(zip(self.entries, digests)))
 
     def digest(self, name):
-        """Return a tensor's hash, a leaf of the fingerprint; thread-safe.
+        """Return a tensor's hash, a leaf (see `fingerprint`); thread-safe.
 
-        Arguments
-        ---------
-        name : str
-            The parameter's name.
-
-        Returns
-        -------
-        bytes
-            SHA-256 over name, dtype, shape and bytes.
+        SHA-256 over name, dtype, shape and bytes, as bytes.
         """
         info, entry = self.info(name), self.entries[name]
         dtype, shape = info
@@ -271,12 +251,7 @@ class State(Mapping):
         """Check the bytes against the checksums that the file carries.
 
         Opening checks structure only (so that it stays lazy); what edits or
-        merges weights calls this first.
-
-        Raises
-        ------
-        ValueError
-            The file was altered after it was written.
+        merges weights calls this first. ValueError for an altered file.
         """
         if self._check is not None:
             self._check(self)
@@ -285,8 +260,7 @@ class State(Mapping):
 def fingerprint_of(digests):
     """Make a fingerprint out of `{name: State.digest}`, in any order.
 
-    A hash over one hash a tensor: threads may hash tensors side by side, and
-    the same weights have the same fingerprint in every file format.
+    A hash over one hash a tensor: threads may hash tensors side by side.
     """
     root = hashlib.sha256()
     for name in sorted(digests):
@@ -311,11 +285,8 @@ def from_mapping(content, label, path=None, metadata=None, check=None):
     entries = {}
     for name, value in content.items():
         if not isinstance(value, torch.Tensor):
-            hint = (
-                " (an optimizer's state)"
-                if {"state", "param_groups"} <= set(content)
-                else ""
-            )
+            optimizer = {"state", "param_groups"} <= set(content)
+            hint = " (an optimizer's state)" if optimizer else ""
             raise ValueError(
                 f"{label}: entry {name!r} is a {type(value).__name__}, "
                 f"expected a tensor{hint}. Pass a state dict, or a mapping "

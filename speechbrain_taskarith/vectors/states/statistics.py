@@ -62,11 +62,8 @@ def reestimate_statistics(model, batches, forward=None):
     if not layers:
         return 0
     sums = {name: _Moments() for name in layers}
-    before = [
-        (buffer, buffer.clone())
-        for layer in layers.values()
-        for buffer in layer.buffers()
-    ]
+    buffers = [b for layer in layers.values() for b in layer.buffers()]
+    before = [(buffer, buffer.clone()) for buffer in buffers]
     modes = [(module, module.training) for module in model.modules()]
     hooks, count = [], 0
     try:
@@ -185,11 +182,11 @@ def pool_normalizers(statistics, base=None):
         raise ValueError("statistics: expected at least one normaliser")
     sums = [_sums(entry, number) for number, entry in enumerate(given)]
     shapes = {tuple(mean.shape) for count, mean, _ in sums if count}
-    if len(shapes) != 1:
+    if not shapes:
+        raise ValueError("no normaliser has seen any data (all counts are 0)")
+    if len(shapes) > 1:
         raise ValueError(
             f"normalisers of different sizes {sorted(shapes)} cannot be pooled"
-            if shapes
-            else "no normaliser has seen any data (all counts are 0)"
         )
     # Relative to the first mean, so that large means do not eat the digits
     # of small variances.
@@ -219,13 +216,10 @@ def pool_normalizers(statistics, base=None):
             "the normalisers cannot have continued from this base (a variance "
             "would be negative); pool them without base"
         )
-    like = given[0]
-    dtype = torch.as_tensor(like["glob_mean"]).dtype
-    pooled = dict(like)
-    pooled["count"] = n
-    pooled["glob_mean"] = (origin + mean).to(dtype)
-    pooled["glob_std"] = variance.clamp(min=0).sqrt().to(dtype)
-    return pooled
+    dtype = torch.as_tensor(given[0]["glob_mean"]).dtype
+    std = variance.clamp(min=0).sqrt().to(dtype)
+    pooled = {"count": n, "glob_mean": (origin + mean).to(dtype)}
+    return {**given[0], **pooled, "glob_std": std}
 
 
 def _sums(entry, number):

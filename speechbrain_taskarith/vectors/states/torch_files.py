@@ -29,9 +29,8 @@ def open_torch_file(path, shown_as=None, metadata=None):
             with zipfile.ZipFile(path) as archive:
                 bad = archive.testzip()
         except (zipfile.BadZipFile, EOFError) as error:
-            raise damaged(
-                path, f"is not a complete archive ({error})"
-            ) from None
+            what = f"is not a complete archive ({error})"
+            raise damaged(path, what) from None
         if bad is not None:
             raise damaged(path, f"the checksum of {bad!r} does not fit")
 
@@ -52,12 +51,9 @@ def load_torch_file(path):
             path, map_location="cpu", mmap=mapped, weights_only=True
         )
     except pickle.UnpicklingError as error:
-        called = re.search(r"GLOBAL (\S+)", str(error))
-        reason = (
-            f"loading it would call {called[1]}, code stored in the file"
-            if called
-            else "it holds more than tensors and plain values, or is damaged"
-        )
+        reason = "it holds more than tensors and plain values, or is damaged"
+        if called := re.search(r"GLOBAL (\S+)", str(error)):
+            reason = f"loading it would call {called[1]}, code in the file"
         raise ValueError(
             f"{path}: refused: {reason}. Save the plain state dict (tensors "
             "only) with torch.save and use that file."

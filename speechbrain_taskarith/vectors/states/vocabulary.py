@@ -76,11 +76,11 @@ def align_vocabulary(states, vocabularies, rows):
         {token: row for row, token in enumerate(tokens)}
         for tokens in vocabularies
     ]
-    aligned = [{name: state[name] for name in state} for state in states]
+    aligned = [dict(state) for state in states]
     for state, tokens in zip(states, vocabularies):
-        for name in select(list(state), rows):
+        for name in select(state, rows):
             _check_rows(state, name, len(tokens))
-    for name in select(list(states[0]), rows):
+    for name in select(states[0], rows):
         base = _base_rows(name, states, places, union)
         done = [base]
         for state, place in zip(states[1:], places[1:]):
@@ -99,7 +99,9 @@ def align_vocabulary(states, vocabularies, rows):
         for content, tensor in zip(aligned, done):
             content[name] = tensor
     for content, state in zip(aligned, states):
-        _keep_ties(content, state)
+        for name, origin in state.aliases.items():
+            if name != origin and torch.equal(content[name], content[origin]):
+                content[name] = content[origin]
     return aligned, union
 
 
@@ -133,20 +135,18 @@ def read_vocabulary(path):
     path = Path(path)
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
-        rows = {int(row): token for token, row in json.loads(text).items()}
-        return _in_order(rows, len(json.loads(text)), path)
+        pairs = [(row, token) for token, row in json.loads(text).items()]
+        return _in_order(pairs, path)
     # Not splitlines(): tokens may hold what that takes for an end of line.
     lines = text.replace("\r\n", "\n").split("\n")
-    found = {}
-    count = 0
+    pairs = []
     for line in lines:
         if line.startswith("====="):
             break  # SpeechBrain's extras follow
         if match := re.fullmatch(r"((['\"]).*\2) => (\d+)", line):
-            found[int(match[3])] = _token(match[1], path)
-            count += 1
-    if found:
-        return _in_order(found, count, path)
+            pairs.append((match[3], _token(match[1], path)))
+    if pairs:
+        return _in_order(pairs, path)
     return [line.split("\t")[0] for line in lines if line]
 
 
@@ -162,13 +162,15 @@ def _token(literal, path):
         ) from None
 
 
-def _in_order(rows, count, path):
-    if sorted(rows) != list(range(count)):
+def _in_order(pairs, path):
+    """Return the tokens of `(row, token)` by row."""
+    rows = {int(row): token for row, token in pairs}
+    if sorted(rows) != list(range(len(pairs))):
         raise ValueError(
-            f"{path}: rows are not 0 to {count - 1}, each once; is this the "
-            "vocabulary of a model's output?"
+            f"{path}: rows are not 0 to {len(pairs) - 1}, each once; is this "
+            "the vocabulary of a model's output?"
         )
-    return [rows[row] for row in range(count)]
+    return [rows[row] for row in range(len(pairs))]
 
 
 def _base_rows(name, states, places, union):
@@ -200,13 +202,7 @@ def _check_rows(state, name, count):
     shape = state.info(name).shape
     if not shape or shape[0] != count:
         raise ValueError(
-            f"{state.label}: {name!r} has shape {shape}, but the vocabulary "
-            f"has {count} tokens; the pattern matches a tensor that is not a table "
+            f"{state.label}: {name!r} has shape {shape}, its vocabulary has "
+            f"{count} tokens; the pattern matches a tensor that is not a table "
             "of tokens, or the vocabulary is another model's"
         )
-
-
-def _keep_ties(content, state):
-    for name, origin in state.aliases.items():
-        if name != origin and torch.equal(content[name], content[origin]):
-            content[name] = content[origin]

@@ -1,7 +1,4 @@
-"""Writing weights: safetensors, torch files, Hugging Face and SpeechBrain.
-
-All writing is atomic.
-"""
+"""Writing weights atomically: safetensors, torch files, folders."""
 
 import json
 import shutil
@@ -138,9 +135,8 @@ def _save_safetensors(state, path, metadata, names=None):
     names = list(state) if names is None else names
     header = {"format": "pt"}
     for key, value in (metadata or {}).items():
-        header[str(key)] = (
-            value if isinstance(value, str) else json.dumps(value)
-        )
+        text = value if isinstance(value, str) else json.dumps(value)
+        header[str(key)] = text
     # The fingerprint in the header is what `State.verify` checks.
     if len(names) == len(state):
         header["fingerprint"] = state.fingerprint
@@ -157,7 +153,7 @@ def _save_safetensors(state, path, metadata, names=None):
 
 
 def _save_hugging_face(state, path, metadata, shard_size, like):
-    shards, filled = [[]], 0
+    shards, filled, total = [[]], 0, 0
     for name in state:
         size = state.info(name).nbytes
         if shards[-1] and filled + size > shard_size:
@@ -165,12 +161,12 @@ def _save_hugging_face(state, path, metadata, shard_size, like):
             filled = 0
         shards[-1].append(name)
         filled += size
-    files = ["model.safetensors"]
-    if len(shards) > 1:
-        files = [
-            f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            for i in range(len(shards))
-        ]
+        total += size
+    count = len(shards)
+    files = [f"model-{i + 1:05d}-of-{count:05d}" for i in range(count)]
+    files = [f"{file}.safetensors" for file in files]
+    if count == 1:
+        files = ["model.safetensors"]
     with atomic_folder(path) as folder:
         for file in Path(like).iterdir() if like is not None else ():
             weights = any(file.match(pattern) for pattern in _WEIGHT_FILES)
@@ -178,16 +174,10 @@ def _save_hugging_face(state, path, metadata, shard_size, like):
                 shutil.copy2(file, folder / file.name)
         for file, names in zip(files, shards):
             _save_safetensors(state, folder / file, metadata, names)
-        if len(shards) > 1:
-            total = sum(state.info(name).nbytes for name in state)
-            index = {
-                "metadata": {"total_size": total},
-                "weight_map": {
-                    name: file
-                    for file, names in zip(files, shards)
-                    for name in names
-                },
-            }
+        if count > 1:
+            pairs = zip(files, shards)
+            file_of = {name: file for file, names in pairs for name in names}
+            index = {"metadata": {"total_size": total}, "weight_map": file_of}
             write_json(folder / "model.safetensors.index.json", index)
 
 
@@ -271,10 +261,7 @@ def save_checkpoint(
     source = None if like is None else find_checkpoint_folder(like)
     actions = _actions(states, source, policy)
     if "pool" in actions.values() and not pool:
-        raise ValueError(
-            "policy 'pool' needs pool=[checkpoint, ...], the checkpoints to "
-            "pool with"
-        )
+        raise ValueError("policy 'pool' needs pool=[checkpoint, ...]")
     parents = [find_checkpoint_folder(folder) for folder in pool]
     content = {"unixtime": time.time(), "end-of-epoch": True}
     content |= plain(meta or {}, "meta")
@@ -310,9 +297,7 @@ def _actions(states, source, policy):
             )
     if source is None:
         if policy:
-            raise ValueError(
-                "policy: there is nothing to take along; give like="
-            )
+            raise ValueError("policy: nothing to take along; give like=")
         return {}
     names = recoverables(source)
     for pattern in policy:
@@ -326,11 +311,6 @@ def _actions(states, source, policy):
 
 
 def _check_same_model(name, state, source):
-    if not (source / f"{name}.ckpt").exists():
-        raise FileNotFoundError(
-            f"{source}: holds no {name}.ckpt for the edited recoverable "
-            f"{name!r}; it holds {', '.join(recoverables(source))}"
-        )
     base = open_state(source, recoverable=name)
     try:
         match_names(base, state, same_types=True)
@@ -344,22 +324,19 @@ def _check_same_model(name, state, source):
 def _pool(file, folders, target):
     import torch
 
-    from speechbrain_taskarith.vectors.states.statistics import (
-        pool_normalizers,
-    )
+    from speechbrain_taskarith.vectors.states import statistics as normalizers
 
     statistics = []
     for folder in folders:
-        if not (folder / file).exists():
-            raise FileNotFoundError(
-                f"{folder / file}: to be pooled, is missing"
-            )
-        content = load_torch_file(folder / file)
+        path = folder / file
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: to be pooled, is missing")
+        content = load_torch_file(path)
         if not isinstance(content, dict) or "glob_mean" not in content:
             raise ValueError(
-                f"{folder / file}: is not an input normaliser; only those can "
-                "be pooled (copy or drop it)"
+                f"{path}: is not an input normaliser; only those can be pooled "
+                "(copy or drop it)"
             )
         statistics.append(content)
     with atomic_write(target / file) as stream:
-        torch.save(pool_normalizers(statistics), stream)
+        torch.save(normalizers.pool_normalizers(statistics), stream)
