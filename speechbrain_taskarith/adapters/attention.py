@@ -19,12 +19,12 @@ def mean_weights(combinations, lens):
                 f"layer {layer!r} has combined no batch yet: run the encoder "
                 "with handle.use('combined') first"
             )
-        weights = weights.float()
         if lens is None:
-            rows.append(weights.flatten(0, -2).mean(0))
-            continue
-        _require_batch(weights, lens, "lengths")
-        rows.append(weights[_valid_frames(weights, lens)].mean(0))
+            weights = weights.flatten(0, -2)
+        else:
+            _require_batch(weights, lens, "lengths")
+            weights = weights[_valid_frames(weights, lens)]
+        rows.append(weights.float().mean(0))
     return torch.stack(rows)
 
 
@@ -82,9 +82,9 @@ def attention_stats(attention, names):
     Arguments
     ---------
     attention : torch.Tensor
-        [layers, N], from `handle.attention()`.
+        [layers, N], from `handle.attention()`, or a mean of such.
     names : sequence of str
-        N names, e.g. `handle.combined_names`.
+        N names, e.g. `handle.combined_names`; `ValueError` for fewer or more.
 
     Returns
     -------
@@ -108,10 +108,8 @@ def plot_attention(
 
     Arguments
     ---------
-    attention : torch.Tensor
-        [layers, N], from `handle.attention()`, or a mean of such.
-    names : sequence of str
-        N names, the rows.
+    attention, names
+        As of `attention_stats`.
     path : str or pathlib.Path
         `.png`, `.pdf` or `.svg`.
     layers : sequence of str or None
@@ -123,11 +121,6 @@ def plot_attention(
     -------
     pathlib.Path
         The file.
-
-    Raises
-    ------
-    ValueError
-        Names that do not fit the numbers.
 
     Example
     -------

@@ -22,7 +22,8 @@ class BottleneckAdapter(torch.nn.Module):
         a(x) = W_up act(W_down LN(x) + c) + beta
 
     `W_up` and `beta` start at zero, so that a fresh adapter changes nothing.
-    It has `2 d b + b + d + 2 d` parameters.
+    It takes a layer's output x [..., d] and gives a(x) of that shape, without
+    the residual, and has `2 d b + b + d + 2 d` parameters.
 
     Arguments
     ---------
@@ -83,28 +84,11 @@ class BottleneckAdapter(torch.nn.Module):
         torch.nn.init.zeros_(self.up.bias)
 
     def is_untrained(self):
-        """Tell whether the adapter still adds nothing.
-
-        Returns
-        -------
-        bool
-            True while the up-projection is all zero.
-        """
+        """Tell whether `W_up` and `beta` still are 0, see `BottleneckAdapter`."""
         return not (self.up.weight.any() or self.up.bias.any())
 
     def forward(self, x):
-        """Return what the adapter adds to x.
-
-        Arguments
-        ---------
-        x : torch.Tensor
-            [..., d_model], a layer's output.
-
-        Returns
-        -------
-        torch.Tensor
-            [..., d_model], without the residual.
-        """
+        """Return a(x), see `BottleneckAdapter`."""
         normed = x if self.norm is None else self.norm(x)
         return self.up(self.activation(self.down(normed)))
 
@@ -115,22 +99,6 @@ class DerivedWeights(dict):
     A frozen bank's weights are stacked once, not at every batch. Whether
     the parameters are the same is read off their addresses and version
     counters, which every in-place operation of torch moves.
-
-    Example
-    -------
-    >>> weight, calls = torch.nn.Parameter(torch.ones(2)), []
-    >>> derived = DerivedWeights()
-    >>> def double():
-    ...     calls.append(1)
-    ...     return weight * 2
-    >>> with torch.no_grad():
-    ...     _ = derived.derive("w", [weight], double)
-    ...     _ = derived.derive("w", [weight], double)
-    ...     weight.add_(1)
-    ...     derived.derive("w", [weight], double), len(calls)
-    Parameter containing:
-    tensor([2., 2.], requires_grad=True)
-    (tensor([4., 4.]), 2)
     """
 
     def derive(self, key, parameters, compute):
@@ -190,11 +158,7 @@ class AdapterBank(torch.nn.Module):
     ---------
     names : sequence of str
         N different names of tasks, at least one.
-    d_model : int
-        Width d of the layer's output.
-    bottleneck : int
-        Width b of each adapter.
-    activation, layer_norm, eps
+    d_model, bottleneck, activation, layer_norm, eps
         See `BottleneckAdapter`; the same for all.
 
     Raises
@@ -281,8 +245,7 @@ class AdapterBank(torch.nn.Module):
             self.eps,
         )
         if self.names:
-            like = self[self.names[0]].down.weight
-            adapter.to(like.device, like.dtype)
+            adapter.to(self[self.names[0]].down.weight)
         self._modules[_key(name)] = adapter.train(self.training)
         if name not in self.names:
             self.names.append(name)
@@ -290,13 +253,7 @@ class AdapterBank(torch.nn.Module):
         return adapter
 
     def remove(self, name):
-        """Remove an adapter.
-
-        Arguments
-        ---------
-        name : str
-            A name of the bank, not the last one.
-        """
+        """Remove an adapter, not the last; as `AdapterHandle.remove_adapter`."""
         self.require(name)
         if len(self.names) == 1:
             raise ValueError(
