@@ -47,11 +47,8 @@ def guidance_loss(combinations, tasks, lens):
                 "handle.use('combined') first"
             )
         _require_batch(weights, tasks, "tasks")
-        index = torch.tensor(
-            [names.index(task) for task in tasks], device=weights.device
-        )
-        index = index[:, None, None].expand(-1, weights.shape[1], 1)
-        own = weights.gather(-1, index).squeeze(-1)
+        index = [names.index(task) for task in tasks]
+        own = weights[list(range(len(tasks))), :, index]
         # Not log(0): a softmax may underflow in single precision.
         costs = -own.clamp_min(torch.finfo(own.dtype).tiny).log()
         if lens is not None:

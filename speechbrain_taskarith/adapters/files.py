@@ -131,13 +131,7 @@ class AdapterFiles(torch.nn.Module):
         self.unfold()
 
     def save_combination(self, path):
-        """Write the combination with the names that it combines.
-
-        Arguments
-        ---------
-        path : str or pathlib.Path
-            `.safetensors`
-        """
+        """Write the combination and the names it combines, as `save_adapter`."""
         members = list(self._combinations().values())
         header = {
             "kind": "combination",
@@ -148,20 +142,10 @@ class AdapterFiles(torch.nn.Module):
         self._write(path, members, header)
 
     def load_combination(self, path, *, any_base=False):
-        """Load a combination from a file; its adapters must be loaded already.
+        """Load a combination from a file, as `load_adapter` loads an adapter.
 
-        Arguments
-        ---------
-        path : str or pathlib.Path
-            From `save_combination`.
-        any_base : bool
-            True accepts one that was trained on another base.
-
-        Raises
-        ------
-        ValueError
-            A damaged file, another base or width, or missing adapters.
-            Nothing has changed then.
+        Its adapters must be loaded already: `ValueError` where one is missing,
+        or for a damaged file, another base or width. Nothing has changed then.
         """
         tensors, header = _read(path)
         self._check(path, tensors, header, "combination", any_base)

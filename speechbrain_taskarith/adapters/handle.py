@@ -98,17 +98,10 @@ class AdapterHandle(AdapterFiles):
         return None if made is None else list(made.names)
 
     def add_adapter(self, name, bottleneck=None):
-        """Add a fresh adapter behind every layer.
+        """Add a fresh adapter behind every layer, as `AdapterBank.add`.
 
         Other adapters do not change, nor does a combination, which keeps
         the adapters that it has.
-
-        Arguments
-        ---------
-        name : str
-            A new name.
-        bottleneck : int or None
-            Its width; None for that of the first ones.
         """
         for layer in self.layers:
             layer.bank.add(name, bottleneck).requires_grad_(False)
@@ -361,9 +354,9 @@ class AdapterHandle(AdapterFiles):
     def attention_loss(self, tasks, lens=None):
         """Return how far attention is from the utterances' own adapters.
 
-        `- mean_layers mean_t log s_task(t)` of the last batch. Add it to the
-        training loss with a small weight; only training needs the tasks.
-        Works with fusions made with `guided=True`.
+        `- mean_layers mean_t log s_task(t)` of the last batch, a scalar with
+        a gradient. Add it to the training loss with a small weight; only
+        training needs the tasks. Works with fusions made with `guided=True`.
 
         Arguments
         ---------
@@ -371,11 +364,6 @@ class AdapterHandle(AdapterFiles):
             B names of combined adapters.
         lens
             See `attention`.
-
-        Returns
-        -------
-        torch.Tensor
-            A scalar with a gradient.
 
         Raises
         ------

@@ -40,7 +40,7 @@ class InputGuard:
     ---------
     skip_bad : bool
         False: a bad utterance is an error that names it. True: it is left
-        out of the batch, counted, and named in the log.
+        out of the batch, counted in `counts`, and named in the log.
 
     Example
     -------
@@ -86,11 +86,9 @@ class InputGuard:
             in the batch of a process (use larger batches).
         """
         reasons = {} if x is None else self._bad_features(x, lens)
-        for what, texts in (
-            ("transcript", transcripts),
-            ("translation", translations),
-        ):
-            for row, text in enumerate(texts if texts is not None else ()):
+        given = {"transcript": transcripts, "translation": translations}
+        for what, texts in given.items():
+            for row, text in enumerate(() if texts is None else texts):
                 if text is None or len(text) == 0:
                     reasons.setdefault(row, f"it has no {what}")
         if not reasons:
@@ -129,12 +127,7 @@ class InputGuard:
             logger.warning("utterance %r is left out: %s", ids[row], reason)
 
     def summary(self):
-        """Say what was left out, for the log at the end of an epoch.
-
-        Returns
-        -------
-        str
-            One line.
+        """Say in a line what was left out in an epoch, see `counts`.
 
         Example
         -------

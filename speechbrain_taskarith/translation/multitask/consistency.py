@@ -1,7 +1,6 @@
 """Gradient consistency: do two tasks agree about a layer?"""
 
 import csv
-import io
 import itertools
 import logging
 
@@ -61,12 +60,11 @@ def gradient_consistency(losses, module, *, by="layer", across_processes=True):
         raise ValueError(
             f"losses of {sorted(losses)}: expected two tasks or more"
         )
-    part_of = _naming(by)
-    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    parts = {}
-    for i, (name, _) in enumerate(named):
-        parts.setdefault(part_of(name), []).append(i)
-    parameters = [parameter for _, parameter in named]
+    part_of, parts, parameters = _naming(by), {}, []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            parts.setdefault(part_of(name), []).append(len(parameters))
+            parameters.append(parameter)
     grads = {
         task: isolated_gradients(loss, parameters, across_processes)
         for task, loss in losses.items()
@@ -157,10 +155,8 @@ class ConsistencyProbe(JSONRecoverable):
 
         Arguments
         ---------
-        losses : dict of str: torch.Tensor
-            A scalar for each task; fewer than two are not measured.
-        module : torch.nn.Module
-            Whose parameters are compared.
+        losses, module
+            As of `gradient_consistency`; fewer than two are not measured.
 
         Returns
         -------
@@ -183,12 +179,10 @@ class ConsistencyProbe(JSONRecoverable):
         return table
 
     def _write(self):
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["update", "part", "task", "other", "cosine"])
-        writer.writerows([*row[:4], f"{row[4]:.4f}"] for row in self.rows)
         with atomic_write(self.path, "w") as stream:
-            stream.write(text.getvalue())
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow(["update", "part", "task", "other", "cosine"])
+            writer.writerows([*row[:4], f"{row[4]:.4f}"] for row in self.rows)
 
     def plot(self, path, pair):
         """Draw the cosines of a pair of tasks: parts by updates.
@@ -198,17 +192,12 @@ class ConsistencyProbe(JSONRecoverable):
         path : str or pathlib.Path
             `.png`, `.pdf` or `.svg`.
         pair : tuple of str
-            The two tasks.
+            The two tasks; `ValueError` if they were never measured.
 
         Returns
         -------
         pathlib.Path
             The file.
-
-        Raises
-        ------
-        ValueError
-            The pair was never measured.
         """
         cells = {
             (part, update): cosine

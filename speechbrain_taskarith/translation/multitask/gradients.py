@@ -35,8 +35,7 @@ def trained_parameters(source):
     """Return what gets gradients of a module or some parameters, each once."""
     if isinstance(source, torch.nn.Module):
         source = source.parameters()
-    unique = {id(p): p for p in source if p.requires_grad}
-    return list(unique.values())
+    return list(dict.fromkeys(p for p in source if p.requires_grad))
 
 
 class GradientAggregator:
