@@ -28,22 +28,17 @@ class BottleneckAdapter(torch.nn.Module):
     Arguments
     ---------
     d_model : int
-        Width d of the layer's output, at least 1.
+        Width d of the layer's output, at least 1 or a `ValueError`.
     bottleneck : int
-        Width b in between, at least 1. 256 makes four adapters a layer 17 %
-        of a 12 to 17 layer Conformer of width 512.
+        Width b in between, likewise. 256 makes four adapters a layer 17 % of
+        a 12 to 17 layer Conformer of width 512.
     activation : callable
         Makes the activation, e.g. the class `torch.nn.SiLU`; one that works
-        entry by entry and has no parameters.
+        entry by entry and has no parameters (`ValueError`).
     layer_norm : bool
         False leaves LN out, for adapters from other libraries without it.
     eps : float
         Of the LN.
-
-    Raises
-    ------
-    ValueError
-        A width below 1, or an activation with parameters.
 
     Example
     -------
@@ -157,14 +152,9 @@ class AdapterBank(torch.nn.Module):
     Arguments
     ---------
     names : sequence of str
-        N different names of tasks, at least one.
+        N names of tasks, see `add`; at least one, or a `ValueError`.
     d_model, bottleneck, activation, layer_norm, eps
         See `BottleneckAdapter`; the same for all.
-
-    Raises
-    ------
-    ValueError
-        No name, a name twice, an empty one, `"combined"`.
 
     Example
     -------
@@ -211,7 +201,8 @@ class AdapterBank(torch.nn.Module):
         Arguments
         ---------
         name : str
-            A new name.
+            A new name; `ValueError` if it is taken, empty, no text, or
+            `"combined"`.
         bottleneck : int or None
             Its width, None for the bank's.
         replace : bool
@@ -221,11 +212,6 @@ class AdapterBank(torch.nn.Module):
         -------
         BottleneckAdapter
             The adapter, on the device and in the type of the others.
-
-        Raises
-        ------
-        ValueError
-            The name is taken, empty, no text, or `"combined"`.
         """
         if not isinstance(name, str) or not name or name == COMBINED:
             raise ValueError(
@@ -378,8 +364,7 @@ class AdapterBank(torch.nn.Module):
         shift = select(stack.shift)
         normed = self.normalise(x)
         hidden = torch.matmul(normed, down.mT) + shift.unsqueeze(1)
-        beta = stack.beta.index_select(0, index)
-        return torch.matmul(self.activation(hidden), up) + beta.unsqueeze(1)
+        return torch.matmul(self.activation(hidden), up) + select(stack.beta)
 
     def forward(self, x):
         """As `each`."""

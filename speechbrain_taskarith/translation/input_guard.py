@@ -40,7 +40,8 @@ class InputGuard:
     ---------
     skip_bad : bool
         False: a bad utterance is an error that names it. True: it is left
-        out of the batch, counted in `counts`, and named in the log.
+        out of the batch, counted in `counts`, and named in the log; an error
+        if no good one is left in the batch of a process (use larger batches).
 
     Example
     -------
@@ -78,12 +79,6 @@ class InputGuard:
         -------
         torch.Tensor or None
             Positions of the good utterances; None if all are good.
-
-        Raises
-        ------
-        ValueError
-            A bad utterance, unless they are skipped; or no good one is left
-            in the batch of a process (use larger batches).
         """
         reasons = {} if x is None else self._bad_features(x, lens)
         given = {"transcript": transcripts, "translation": translations}

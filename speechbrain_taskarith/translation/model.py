@@ -157,7 +157,8 @@ class SpeechTranslationModel(torch.nn.Module):
         Arguments
         ---------
         tasks : sequence of str
-            Of `"st"`, `"asr"`, `"mt"`.
+            Of `"st"`, `"asr"`, `"mt"`; `ValueError` for others, and where an
+            input that one needs is missing.
         x, lens : torch.Tensor, optional
             Features [B, T', F] or waveforms [B, T'], and their relative
             lengths [B]; needed by "st" and "asr".
@@ -175,11 +176,6 @@ class SpeechTranslationModel(torch.nn.Module):
         TranslationOutput
             `.speech`, `.text` (see `encode_speech` and `encode_text`), logits
             `.st` and `.mt` [B, W, V], `.tasks`; None where not needed.
-
-        Raises
-        ------
-        ValueError
-            An unknown task, or an input that is missing.
         """
         self._check(tasks, x, source, target_bos)
         speech = text = st = mt = None

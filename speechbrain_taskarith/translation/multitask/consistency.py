@@ -27,7 +27,7 @@ def gradient_consistency(losses, module, *, by="layer", across_processes=True):
     Arguments
     ---------
     losses : dict of str: torch.Tensor
-        A scalar for each task, two or more.
+        A scalar for each task; `ValueError` for fewer than two.
     module : torch.nn.Module
         Its parameters are compared.
     by : str or callable
@@ -43,11 +43,6 @@ def gradient_consistency(losses, module, *, by="layer", across_processes=True):
     dict of str: dict of tuple: float
         `{part: {(task, other task): cosine}}`. A pair is left out where one of
         the two has no gradient or one that is not finite.
-
-    Raises
-    ------
-    ValueError
-        Fewer than two losses, or another word for `by`.
 
     Example
     -------

@@ -91,15 +91,10 @@ class GradientAggregator:
         Arguments
         ---------
         losses : dict of str: torch.Tensor
-            A scalar for each task.
+            A scalar for each task; `ValueError` without any.
         parameters : torch.nn.Module or iterable of torch.nn.Parameter
             What is trained. Parameters of one task alone take part, too: the
             other rows are 0 there.
-
-        Raises
-        ------
-        ValueError
-            No loss at all.
         """
         if not losses:
             raise ValueError("no losses: expected one for each task")

@@ -137,17 +137,13 @@ class TaskNormWeights(JSONRecoverable):
         Arguments
         ---------
         losses : dict of str: torch.Tensor
-            A scalar for each task; a batch need not have all of them.
+            A scalar for each task; a batch need not have all of them. An
+            unknown task is a `ValueError`, and no task with any weight.
 
         Returns
         -------
         torch.Tensor
             A scalar.
-
-        Raises
-        ------
-        ValueError
-            An unknown task, or no task that has any weight.
         """
         for task in losses:
             self._check_task(task)

@@ -117,7 +117,8 @@ def ctc_segments(
     labels : torch.Tensor
         [B, T], integers: the best CTC label of every frame.
     lengths : torch.Tensor
-        [B], absolute numbers of frames, 1 to T.
+        [B], absolute numbers of frames, 1 to T; else a `ValueError` names
+        the row.
     drop_blank : bool
         True: frames of blanks belong to no segment. An utterance of blanks
         alone keeps its one run.
@@ -130,11 +131,6 @@ def ctc_segments(
     Returns
     -------
     Segments
-
-    Raises
-    ------
-    ValueError
-        Shapes that do not fit, a length of 0 or beyond T (naming the row).
 
     Example
     -------
