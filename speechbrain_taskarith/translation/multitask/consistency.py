@@ -151,7 +151,7 @@ class ConsistencyProbe(JSONRecoverable):
         Arguments
         ---------
         losses, module
-            As of `gradient_consistency`; fewer than two are not measured.
+            As of `gradient_consistency`; fewer than two losses are skipped.
 
         Returns
         -------
