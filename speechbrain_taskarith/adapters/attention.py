@@ -19,12 +19,12 @@ def mean_weights(combinations, lens):
                 f"layer {layer!r} has combined no batch yet: run the encoder "
                 "with handle.use('combined') first"
             )
-        weights = weights.float()
         if lens is None:
-            rows.append(weights.flatten(0, -2).mean(0))
-            continue
-        _require_batch(weights, lens, "lengths")
-        rows.append(weights[_valid_frames(weights, lens)].mean(0))
+            weights = weights.flatten(0, -2)
+        else:
+            _require_batch(weights, lens, "lengths")
+            weights = weights[_valid_frames(weights, lens)]
+        rows.append(weights.float().mean(0))
     return torch.stack(rows)
 
 
@@ -47,11 +47,8 @@ def guidance_loss(combinations, tasks, lens):
                 "handle.use('combined') first"
             )
         _require_batch(weights, tasks, "tasks")
-        index = torch.tensor(
-            [names.index(task) for task in tasks], device=weights.device
-        )
-        index = index[:, None, None].expand(-1, weights.shape[1], 1)
-        own = weights.gather(-1, index).squeeze(-1)
+        index = [names.index(task) for task in tasks]
+        own = weights[list(range(len(tasks))), :, index]
         # Not log(0): a softmax may underflow in single precision.
         costs = -own.clamp_min(torch.finfo(own.dtype).tiny).log()
         if lens is not None:
@@ -82,9 +79,9 @@ def attention_stats(attention, names):
     Arguments
     ---------
     attention : torch.Tensor
-        [layers, N], from `handle.attention()`.
+        [layers, N], from `handle.attention()`, or a mean of such.
     names : sequence of str
-        N names, e.g. `handle.combined_names`.
+        N names, e.g. `handle.combined_names`; `ValueError` for fewer or more.
 
     Returns
     -------
@@ -108,10 +105,8 @@ def plot_attention(
 
     Arguments
     ---------
-    attention : torch.Tensor
-        [layers, N], from `handle.attention()`, or a mean of such.
-    names : sequence of str
-        N names, the rows.
+    attention, names
+        As of `attention_stats`.
     path : str or pathlib.Path
         `.png`, `.pdf` or `.svg`.
     layers : sequence of str or None
@@ -123,11 +118,6 @@ def plot_attention(
     -------
     pathlib.Path
         The file.
-
-    Raises
-    ------
-    ValueError
-        Names that do not fit the numbers.
 
     Example
     -------

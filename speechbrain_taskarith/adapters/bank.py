@@ -22,27 +22,23 @@ class BottleneckAdapter(torch.nn.Module):
         a(x) = W_up act(W_down LN(x) + c) + beta
 
     `W_up` and `beta` start at zero, so that a fresh adapter changes nothing.
-    It has `2 d b + b + d + 2 d` parameters.
+    It takes a layer's output x [..., d] and gives a(x) of that shape, without
+    the residual, and has `2 d b + b + d + 2 d` parameters.
 
     Arguments
     ---------
     d_model : int
-        Width d of the layer's output, at least 1.
+        Width d of the layer's output, at least 1 or a `ValueError`.
     bottleneck : int
-        Width b in between, at least 1. 256 makes four adapters a layer 17 %
-        of a 12 to 17 layer Conformer of width 512.
+        Width b in between, likewise. 256 makes four adapters a layer 17 % of
+        a 12 to 17 layer Conformer of width 512.
     activation : callable
         Makes the activation, e.g. the class `torch.nn.SiLU`; one that works
-        entry by entry and has no parameters.
+        entry by entry and has no parameters (`ValueError`).
     layer_norm : bool
         False leaves LN out, for adapters from other libraries without it.
     eps : float
         Of the LN.
-
-    Raises
-    ------
-    ValueError
-        A width below 1, or an activation with parameters.
 
     Example
     -------
@@ -83,28 +79,11 @@ class BottleneckAdapter(torch.nn.Module):
         torch.nn.init.zeros_(self.up.bias)
 
     def is_untrained(self):
-        """Tell whether the adapter still adds nothing.
-
-        Returns
-        -------
-        bool
-            True while the up-projection is all zero.
-        """
+        """Tell whether `W_up` and `beta` still are 0, see `BottleneckAdapter`."""
         return not (self.up.weight.any() or self.up.bias.any())
 
     def forward(self, x):
-        """Return what the adapter adds to x.
-
-        Arguments
-        ---------
-        x : torch.Tensor
-            [..., d_model], a layer's output.
-
-        Returns
-        -------
-        torch.Tensor
-            [..., d_model], without the residual.
-        """
+        """Return a(x), see `BottleneckAdapter`."""
         normed = x if self.norm is None else self.norm(x)
         return self.up(self.activation(self.down(normed)))
 
@@ -115,22 +94,6 @@ class DerivedWeights(dict):
     A frozen bank's weights are stacked once, not at every batch. Whether
     the parameters are the same is read off their addresses and version
     counters, which every in-place operation of torch moves.
-
-    Example
-    -------
-    >>> weight, calls = torch.nn.Parameter(torch.ones(2)), []
-    >>> derived = DerivedWeights()
-    >>> def double():
-    ...     calls.append(1)
-    ...     return weight * 2
-    >>> with torch.no_grad():
-    ...     _ = derived.derive("w", [weight], double)
-    ...     _ = derived.derive("w", [weight], double)
-    ...     weight.add_(1)
-    ...     derived.derive("w", [weight], double), len(calls)
-    Parameter containing:
-    tensor([2., 2.], requires_grad=True)
-    (tensor([4., 4.]), 2)
     """
 
     def derive(self, key, parameters, compute):
@@ -189,18 +152,9 @@ class AdapterBank(torch.nn.Module):
     Arguments
     ---------
     names : sequence of str
-        N different names of tasks, at least one.
-    d_model : int
-        Width d of the layer's output.
-    bottleneck : int
-        Width b of each adapter.
-    activation, layer_norm, eps
+        N names of tasks, see `add`; at least one, or a `ValueError`.
+    d_model, bottleneck, activation, layer_norm, eps
         See `BottleneckAdapter`; the same for all.
-
-    Raises
-    ------
-    ValueError
-        No name, a name twice, an empty one, `"combined"`.
 
     Example
     -------
@@ -247,7 +201,8 @@ class AdapterBank(torch.nn.Module):
         Arguments
         ---------
         name : str
-            A new name.
+            A new name; `ValueError` if it is taken, empty, no text, or
+            `"combined"`.
         bottleneck : int or None
             Its width, None for the bank's.
         replace : bool
@@ -257,11 +212,6 @@ class AdapterBank(torch.nn.Module):
         -------
         BottleneckAdapter
             The adapter, on the device and in the type of the others.
-
-        Raises
-        ------
-        ValueError
-            The name is taken, empty, no text, or `"combined"`.
         """
         if not isinstance(name, str) or not name or name == COMBINED:
             raise ValueError(
@@ -281,8 +231,7 @@ class AdapterBank(torch.nn.Module):
             self.eps,
         )
         if self.names:
-            like = self[self.names[0]].down.weight
-            adapter.to(like.device, like.dtype)
+            adapter.to(self[self.names[0]].down.weight)
         self._modules[_key(name)] = adapter.train(self.training)
         if name not in self.names:
             self.names.append(name)
@@ -290,13 +239,7 @@ class AdapterBank(torch.nn.Module):
         return adapter
 
     def remove(self, name):
-        """Remove an adapter.
-
-        Arguments
-        ---------
-        name : str
-            A name of the bank, not the last one.
-        """
+        """Remove an adapter, not the last; as `AdapterHandle.remove_adapter`."""
         self.require(name)
         if len(self.names) == 1:
             raise ValueError(
@@ -421,8 +364,7 @@ class AdapterBank(torch.nn.Module):
         shift = select(stack.shift)
         normed = self.normalise(x)
         hidden = torch.matmul(normed, down.mT) + shift.unsqueeze(1)
-        beta = stack.beta.index_select(0, index)
-        return torch.matmul(self.activation(hidden), up) + beta.unsqueeze(1)
+        return torch.matmul(self.activation(hidden), up) + select(stack.beta)
 
     def forward(self, x):
         """As `each`."""

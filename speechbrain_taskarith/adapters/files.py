@@ -15,7 +15,11 @@ import safetensors.torch
 import torch
 
 from speechbrain_taskarith.adapters.bank import BottleneckAdapter
-from speechbrain_taskarith.adapters.layer import KINDS, make_combination
+from speechbrain_taskarith.adapters.layer import (
+    CHILD,
+    KINDS,
+    make_combination,
+)
 from speechbrain_taskarith.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -31,23 +35,213 @@ _NEUTRAL = {
 }
 
 
-def fingerprint(module, without=None):
-    """Return the SHA-256 over a module's state, or a mapping of tensors.
+class AdapterFiles(torch.nn.Module):
+    """The part of `AdapterHandle` that writes and reads files."""
 
-    64 hexadecimal digits, the same on every device. Names that start with
-    `without` do not count.
+    encoder: torch.nn.Module
 
-    Example
-    -------
-    >>> fingerprint({"w": torch.zeros(2)})[:8]
-    '46e37e83'
-    """
-    state = module if isinstance(module, dict) else module.state_dict()
+    def base_fingerprint(self):
+        """Return the SHA-256 of the encoder's state without the adapters.
+
+        Returns
+        -------
+        str
+            64 hexadecimal digits, over names, types, shapes and bytes: the
+            same on every device.
+        """
+        state = self.encoder.state_dict()
+        return _fingerprint(
+            {n: t for n, t in state.items() if not n.startswith(f"{CHILD}.")}
+        )
+
+    def save_adapter(self, name, path):
+        """Write one adapter to a file of its own, atomically.
+
+        Arguments
+        ---------
+        name : str
+            Which one. `ValueError` if unknown, or if it holds NaN.
+        path : str or pathlib.Path
+            `.safetensors`
+        """
+        members = [layer.bank[name] for layer in self.layers]
+        header = {
+            "kind": "adapter",
+            "name": name,
+            "bottleneck": members[0].bottleneck,
+            **_settings(self.layers[0].bank),
+        }
+        self._write(path, members, header)
+
+    def load_adapter(self, path, name=None, *, name_map=None, any_base=False):
+        """Load an adapter from a file; a new name adds one.
+
+        Arguments
+        ---------
+        path : str or pathlib.Path
+            `.safetensors`
+        name : str or None
+            Name to load it under; None for the file's. An adapter of that
+            name is replaced.
+        name_map : dict or None
+            For files from other libraries: `{our name: theirs}` for
+            `down.weight`, `down.bias`, `up.weight`, `up.bias`,
+            `norm.weight`, `norm.bias`; `{layer}` in theirs stands for the
+            number of the layer. None in place of theirs gives the value of
+            a fresh adapter.
+        any_base : bool
+            True accepts an adapter that was trained on another base.
+
+        Raises
+        ------
+        ValueError
+            A damaged file, another base, other widths or layers, names that
+            the file lacks, NaN. Nothing has changed then.
+        """
+        tensors, header = _read(path)
+        if name_map is None:
+            self._check(path, tensors, header, "adapter", any_base)
+            for what, value in _settings(self.layers[0].bank).items():
+                if header[what] != value:
+                    raise ValueError(
+                        f"{path}: its {what} is {header[what]}, that of the "
+                        f"adapters here is {value}; adapters of a bank share "
+                        f"it, insert them with the {what} of the file"
+                    )
+            name = header["name"] if name is None else name
+        elif name is None:
+            raise ValueError(f"{path}: give the adapter a name")
+        else:
+            logger.warning(
+                "%s: an adapter from another library; whether it was trained "
+                "on this base cannot be checked",
+                path,
+            )
+        states = [
+            _layer_state(path, tensors, name_map, layer, i)
+            for i, layer in enumerate(self.layers)
+        ]
+        for layer, state in zip(self.layers, states):
+            width = state["down.weight"].shape[0]
+            bank = layer.bank
+            if name not in bank or bank[name].bottleneck != width:
+                # A name that cannot be one is refused here, at the first layer.
+                bank.add(name, width, replace=True).requires_grad_(False)
+            bank[name].load_state_dict(state)
+        self.unfold()
+
+    def save_combination(self, path):
+        """Write the combination and the names it combines, as `save_adapter`."""
+        members = list(self._combinations().values())
+        header = {
+            "kind": "combination",
+            "class": type(members[0]).__name__,
+            "settings": members[0].settings(),
+            "names": members[0].names,
+        }
+        self._write(path, members, header)
+
+    def load_combination(self, path, *, any_base=False):
+        """Load a combination from a file, as `load_adapter` loads an adapter.
+
+        Its adapters must be loaded already: `ValueError` where one is missing,
+        or for a damaged file, another base or width. Nothing has changed then.
+        """
+        tensors, header = _read(path)
+        self._check(path, tensors, header, "combination", any_base)
+        classes = {kind.__name__: kind for kind in KINDS.values()}
+        if header["class"] not in classes:
+            raise ValueError(
+                f"{path}: a combination of the class {header['class']}, which "
+                f"is not one of {', '.join(classes)}"
+            )
+        missing = [n for n in header["names"] if n not in self.names]
+        if missing:
+            raise ValueError(
+                f"{path}: combines {', '.join(map(repr, missing))}, which are "
+                "not here; load these adapters first (handle.load_adapter)"
+            )
+        template = classes[header["class"]](**header["settings"])
+        made = [
+            make_combination(template, layer.bank, header["names"])
+            for layer in self.layers
+        ]
+        for i, new in enumerate(made):
+            start = f"layers.{i}."
+            state = {
+                name.removeprefix(start): tensor
+                for name, tensor in tensors.items()
+                if name.startswith(start)
+            }
+            try:
+                new.load_state_dict(state)
+            except RuntimeError as error:
+                raise ValueError(f"{path}: {error}") from None
+        for layer, new in zip(self.layers, made):
+            layer.combination = new
+
+    def _write(self, path, members, header):
+        if Path(path).suffix != ".safetensors":
+            raise ValueError(
+                f"{path}: expected a name that ends in .safetensors"
+            )
+        tensors = {
+            f"layers.{i}.{name}": tensor.detach().cpu().contiguous()
+            for i, member in enumerate(members)
+            for name, tensor in member.state_dict().items()
+        }
+        _require_finite(tensors, path)
+        header = {
+            "version": _VERSION,
+            **header,
+            "layers": self.layer_names,
+            "d_model": [layer.bank.d_model for layer in self.layers],
+            "base": self.base_fingerprint(),
+            "checksum": _fingerprint(tensors),
+        }
+        content = safetensors.torch.save(tensors, {_KEY: json.dumps(header)})
+        with atomic_write(path) as stream:
+            stream.write(content)
+
+    def _check(self, path, tensors, header, kind, any_base):
+        """Raise where a file of ours does not belong to this encoder."""
+        found = (header or {"kind": "another library's file"}).get("kind")
+        if found != kind:
+            raise ValueError(
+                f"{path}: expected {kind}, found {found}"
+                + ("; give a name_map to read it" if kind == "adapter" else "")
+            )
+        if header["version"] > _VERSION:
+            raise ValueError(
+                f"{path}: written by a later version (format "
+                f"{header['version']}, known is {_VERSION}); update this "
+                "package"
+            )
+        if _fingerprint(tensors) != header["checksum"]:
+            raise ValueError(
+                f"{path}: its checksum does not match its content; it is "
+                "damaged, fetch or save it again"
+            )
+        widths = [layer.bank.d_model for layer in self.layers]
+        if header["d_model"] != widths:
+            raise ValueError(
+                f"{path}: made for {len(header['d_model'])} layers of width "
+                f"{_short(header['d_model'])}, but this encoder has adapters "
+                f"behind {len(widths)} of width {_short(widths)}"
+            )
+        base = self.base_fingerprint()
+        if header["base"] != base and not any_base:
+            raise ValueError(
+                f"{path}: trained on another base (fingerprint "
+                f"{header['base'][:12]}, this encoder has {base[:12]}); load "
+                "that base's weights first, or pass any_base=True"
+            )
+
+
+def _fingerprint(state):
+    """Return the SHA-256 over tensors, whatever their order and device."""
     root = hashlib.sha256()
-    for name in sorted(state):
-        if without is not None and name.startswith(without):
-            continue
-        tensor = state[name]
+    for name, tensor in sorted(state.items()):
         if not isinstance(tensor, torch.Tensor):
             continue
         shape = ",".join(map(str, tensor.shape))
@@ -59,21 +253,6 @@ def fingerprint(module, without=None):
     return root.hexdigest()
 
 
-# ----------------------------------------------------------------- writing
-
-
-def save_adapter(handle, name, path):
-    """See `AdapterHandle.save_adapter`."""
-    members = [layer.bank[name] for layer in handle.layers]
-    header = {
-        "kind": "adapter",
-        "name": name,
-        "bottleneck": members[0].bottleneck,
-        **_settings(handle.layers[0].bank),
-    }
-    _write(handle, path, members, header)
-
-
 def _settings(bank):
     """Return what all adapters of a bank share."""
     return {
@@ -83,39 +262,6 @@ def _settings(bank):
     }
 
 
-def save_combination(handle, members, path):
-    """See `AdapterHandle.save_combination`."""
-    header = {
-        "kind": "combination",
-        "class": type(members[0]).__name__,
-        "settings": members[0].settings(),
-        "names": members[0].names,
-    }
-    _write(handle, path, members, header)
-
-
-def _write(handle, path, members, header):
-    if Path(path).suffix != ".safetensors":
-        raise ValueError(f"{path}: expected a name that ends in .safetensors")
-    tensors = {
-        f"layers.{i}.{name}": tensor.detach().cpu().contiguous()
-        for i, member in enumerate(members)
-        for name, tensor in member.state_dict().items()
-    }
-    _require_finite(tensors, path)
-    header = {
-        "version": _VERSION,
-        **header,
-        "layers": handle.layer_names,
-        "d_model": [layer.bank.d_model for layer in handle.layers],
-        "base": handle.base_fingerprint(),
-        "checksum": fingerprint(tensors),
-    }
-    content = safetensors.torch.save(tensors, {_KEY: json.dumps(header)})
-    with atomic_write(path) as stream:
-        stream.write(content)
-
-
 def _require_finite(tensors, path):
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
@@ -123,9 +269,6 @@ def _require_finite(tensors, path):
                 f"{path}: {name!r} holds NaN or infinity; the training run "
                 "it comes from diverged, take an earlier checkpoint"
             )
-
-
-# ----------------------------------------------------------------- reading
 
 
 def _read(path):
@@ -145,96 +288,17 @@ def _read(path):
     return tensors, None if text is None else json.loads(text)
 
 
-def _check(path, tensors, header, handle, kind, any_base):
-    """Raise where a file of ours does not belong to this encoder."""
-    if header is None or header.get("kind") != kind:
-        found = (
-            "another library's file" if header is None else header.get("kind")
-        )
-        raise ValueError(
-            f"{path}: expected {kind}, found {found}"
-            + ("; give a name_map to read it" if kind == "adapter" else "")
-        )
-    if header["version"] > _VERSION:
-        raise ValueError(
-            f"{path}: written by a later version (format {header['version']}, "
-            f"known is {_VERSION}); update this package"
-        )
-    if fingerprint(tensors) != header["checksum"]:
-        raise ValueError(
-            f"{path}: its checksum does not match its content; it is damaged, "
-            "fetch or save it again"
-        )
-    width = [layer.bank.d_model for layer in handle.layers]
-    if header["d_model"] != width:
-        raise ValueError(
-            f"{path}: made for {len(header['d_model'])} layers of width "
-            f"{_short(header['d_model'])}, but this encoder has adapters "
-            f"behind {len(width)} of width {_short(width)}"
-        )
-    base = handle.base_fingerprint()
-    if header["base"] != base and not any_base:
-        raise ValueError(
-            f"{path}: trained on another base (fingerprint "
-            f"{header['base'][:12]}, this encoder has {base[:12]}); load that "
-            "base's weights first, or pass any_base=True"
-        )
-
-
 def _short(widths):
     return ", ".join(map(str, sorted(set(widths))))
 
 
-def load_adapter(handle, path, name, name_map, any_base):
-    """See `AdapterHandle.load_adapter`."""
-    tensors, header = _read(path)
-    if name_map is None:
-        _check(path, tensors, header, handle, "adapter", any_base)
-        _check_bank(path, header, handle.layers[0].bank)
-        name = header["name"] if name is None else name
-        keys = {n: f"layers.{{layer}}.{n}" for n in _parts(handle)}
-    else:
-        keys = dict(name_map)
-        if name is None:
-            raise ValueError(f"{path}: give the adapter a name")
-        logger.warning(
-            "%s: an adapter from another library; whether it was trained "
-            "on this base cannot be checked",
-            path,
-        )
-    states = [
-        _layer_state(path, tensors, keys, handle, i)
-        for i in range(len(handle.layers))
-    ]
-    for layer, state in zip(handle.layers, states):
-        width = state["down.weight"].shape[0]
-        bank = layer.bank
-        if name not in bank or bank[name].bottleneck != width:
-            # A name that cannot be one is refused here, at the first layer.
-            bank.add(name, width, replace=True).requires_grad_(False)
-        bank[name].load_state_dict(state)
-    handle.unfold()
-
-
-def _check_bank(path, header, bank):
-    for what, value in _settings(bank).items():
-        if header[what] != value:
-            raise ValueError(
-                f"{path}: its {what} is {header[what]}, that of the adapters "
-                f"here is {value}; adapters of a bank share it, insert them "
-                f"with the {what} of the file"
-            )
-
-
-def _parts(handle):
-    """Return the names of an adapter's tensors."""
-    bank = handle.layers[0].bank
-    return list(bank[bank.names[0]].state_dict())
-
-
-def _layer_state(path, tensors, keys, handle, number):
+def _layer_state(path, tensors, name_map, layer, number):
     """Return one layer's state dict, checked for names and shapes."""
-    bank, expected = handle.layers[number].bank, _parts(handle)
+    width, layer_norm = layer.bank.d_model, layer.bank.layer_norm
+    expected = list(layer.bank[layer.bank.names[0]].state_dict())
+    keys = name_map
+    if name_map is None:
+        keys = {name: f"layers.{{layer}}.{name}" for name in expected}
     if set(keys) != set(expected):
         raise ValueError(
             f"{path}: name_map has {', '.join(sorted(keys))}, expected "
@@ -248,58 +312,20 @@ def _layer_state(path, tensors, keys, handle, number):
         if source not in tensors:
             raise ValueError(
                 f"{path}: no tensor {source!r} for {name!r} of layer "
-                f"{handle.layer_names[number]!r}; it has "
-                f"{', '.join(sorted(tensors)[:5])}, ..."
+                f"{layer.name!r}; it has {', '.join(sorted(tensors)[:5])}, ..."
             )
         found[name] = tensors[source]
     rows = found["down.weight"].shape[0] if found["down.weight"].dim() else 1
     like = BottleneckAdapter(
-        bank.d_model, max(rows, 1), torch.nn.Identity, bank.layer_norm
+        width, max(rows, 1), torch.nn.Identity, layer_norm
     ).state_dict()
-    for name, tensor in found.items():
-        if tensor.shape != like[name].shape:
-            raise ValueError(
-                f"{path}: {name!r} of layer {handle.layer_names[number]!r} "
-                f"has the shape {tuple(tensor.shape)}, expected "
-                f"{tuple(like[name].shape)} for a width of {bank.d_model}"
-            )
     for name in expected:
         if name not in found:
             found[name] = _NEUTRAL[name](like[name])
+        elif found[name].shape != like[name].shape:
+            raise ValueError(
+                f"{path}: {name!r} of layer {layer.name!r} has the shape "
+                f"{tuple(found[name].shape)}, expected "
+                f"{tuple(like[name].shape)} for a width of {width}"
+            )
     return found
-
-
-def load_combination(handle, path, any_base):
-    """See `AdapterHandle.load_combination`."""
-    tensors, header = _read(path)
-    _check(path, tensors, header, handle, "combination", any_base)
-    classes = {kind.__name__: kind for kind in KINDS.values()}
-    if header["class"] not in classes:
-        raise ValueError(
-            f"{path}: a combination of the class {header['class']}, which is "
-            f"not one of {', '.join(classes)}"
-        )
-    missing = [n for n in header["names"] if n not in handle.names]
-    if missing:
-        raise ValueError(
-            f"{path}: combines {', '.join(map(repr, missing))}, which are "
-            "not here; load these adapters first (handle.load_adapter)"
-        )
-    template = classes[header["class"]](**header["settings"])
-    made = [
-        make_combination(template, layer.bank, header["names"])
-        for layer in handle.layers
-    ]
-    for i, new in enumerate(made):
-        start = f"layers.{i}."
-        state = {
-            name[len(start) :]: tensor
-            for name, tensor in tensors.items()
-            if name.startswith(start)
-        }
-        try:
-            new.load_state_dict(state)
-        except RuntimeError as error:
-            raise ValueError(f"{path}: {error}") from None
-    for layer, new in zip(handle.layers, made):
-        layer.combination = new

@@ -1,13 +1,15 @@
-"""All adapters of an encoder: choose, train, fold, save and remove them."""
+"""All adapters of an encoder: choose, train, fold and remove them."""
 
 import contextlib
 import logging
 
 import torch
 
-from speechbrain_taskarith.adapters import attention, files
+from speechbrain_taskarith.adapters import attention
 from speechbrain_taskarith.adapters.bank import COMBINED
+from speechbrain_taskarith.adapters.files import AdapterFiles
 from speechbrain_taskarith.adapters.layer import (
+    CHILD,
     LayerAdapters,
     Route,
     StatisticsGuard,
@@ -17,17 +19,10 @@ from speechbrain_taskarith.adapters.layer import (
 
 logger = logging.getLogger(__name__)
 
-#: The name of the handle among the encoder's children.
-CHILD = "task_adapters"
-
 _GUARD = "task_adapters_stay_frozen"
-_NO_COMBINATION = (
-    "there is no combination: give one to insert_adapters or "
-    "handle.set_combination('fusion')"
-)
 
 
-class AdapterHandle(torch.nn.Module):
+class AdapterHandle(AdapterFiles):
     """All adapters of an encoder, and which of them are in use.
 
     Made by `insert_adapters`. It is a child of the encoder, so an optimizer,
@@ -60,8 +55,6 @@ class AdapterHandle(torch.nn.Module):
     ...     _ = encoder(x)                 # the base, bit for bit
     """
 
-    encoder: torch.nn.Module
-
     def __init__(self, encoder, layers, banks, combination=None):
         super().__init__()
         made = [make_combination(combination, bank) for bank in banks]
@@ -85,7 +78,7 @@ class AdapterHandle(torch.nn.Module):
         self.train(encoder.training)
 
     def forward(self, x, *others, **named):
-        """Return x, as `StatisticsGuard.forward`; hooks do the work."""
+        """As `StatisticsGuard.forward`: hooks do the work."""
         return x
 
     @property
@@ -105,17 +98,10 @@ class AdapterHandle(torch.nn.Module):
         return None if made is None else list(made.names)
 
     def add_adapter(self, name, bottleneck=None):
-        """Add a fresh adapter behind every layer.
+        """Add a fresh adapter behind every layer, as `AdapterBank.add`.
 
         Other adapters do not change, nor does a combination, which keeps
         the adapters that it has.
-
-        Arguments
-        ---------
-        name : str
-            A new name.
-        bottleneck : int or None
-            Its width; None for that of the first ones.
         """
         for layer in self.layers:
             layer.bank.add(name, bottleneck).requires_grad_(False)
@@ -162,7 +148,10 @@ class AdapterHandle(torch.nn.Module):
     def _combinations(self):
         """Return `{layer name: combination}`; without one, an error."""
         if self.layers[0].combination is None:
-            raise ValueError(_NO_COMBINATION)
+            raise ValueError(
+                "there is no combination: give one to insert_adapters or "
+                "handle.set_combination('fusion')"
+            )
         return {layer.name: layer.combination for layer in self.layers}
 
     def use(self, choice):
@@ -188,8 +177,7 @@ class AdapterHandle(torch.nn.Module):
         """
         bank = self.layers[0].bank
         if isinstance(choice, str) and choice == COMBINED:
-            if self.layers[0].combination is None:
-                raise ValueError(_NO_COMBINATION)
+            self._combinations()
         elif isinstance(choice, str):
             bank.require(choice)
         elif choice is not None:
@@ -290,13 +278,7 @@ class AdapterHandle(torch.nn.Module):
             module.requires_grad_(True)
 
     def trained_parameters(self):
-        """Return the parameters that are trained now.
-
-        Returns
-        -------
-        list of torch.nn.Parameter
-            For an optimizer, or for clipping.
-        """
+        """Return the parameters that are trained now, see `train_extraction`."""
         return [p for p in self.parameters() if p.requires_grad]
 
     def count_parameters(self):
@@ -372,21 +354,16 @@ class AdapterHandle(torch.nn.Module):
     def attention_loss(self, tasks, lens=None):
         """Return how far attention is from the utterances' own adapters.
 
-        `- mean_layers mean_t log s_task(t)` of the last batch. Add it to the
-        training loss with a small weight; only training needs the tasks.
-        Works with fusions made with `guided=True`.
+        `- mean_layers mean_t log s_task(t)` of the last batch, a scalar with
+        a gradient. Add it to the training loss with a small weight; only
+        training needs the tasks. Works with fusions made with `guided=True`.
 
         Arguments
         ---------
         tasks : sequence of str
             B names of combined adapters.
-        lens : torch.Tensor or None
-            [B], see `attention`.
-
-        Returns
-        -------
-        torch.Tensor
-            A scalar with a gradient.
+        lens
+            See `attention`.
 
         Raises
         ------
@@ -395,83 +372,6 @@ class AdapterHandle(torch.nn.Module):
             or not one task for each utterance.
         """
         return attention.guidance_loss(self._combinations(), tasks, lens)
-
-    def base_fingerprint(self):
-        """Return the SHA-256 of the encoder's state without the adapters.
-
-        Returns
-        -------
-        str
-            64 hexadecimal digits, over names, types, shapes and bytes.
-        """
-        return files.fingerprint(self.encoder, CHILD + ".")
-
-    def save_adapter(self, name, path):
-        """Write one adapter to a file of its own, atomically.
-
-        Arguments
-        ---------
-        name : str
-            Which one. `ValueError` if unknown, or if it holds NaN.
-        path : str or pathlib.Path
-            `.safetensors`
-        """
-        files.save_adapter(self, name, path)
-
-    def load_adapter(self, path, name=None, *, name_map=None, any_base=False):
-        """Load an adapter from a file; a new name adds one.
-
-        Arguments
-        ---------
-        path : str or pathlib.Path
-            `.safetensors`
-        name : str or None
-            Name to load it under; None for the file's. An adapter of that
-            name is replaced.
-        name_map : dict or None
-            For files from other libraries: `{our name: theirs}` for
-            `down.weight`, `down.bias`, `up.weight`, `up.bias`,
-            `norm.weight`, `norm.bias`; `{layer}` in theirs stands for the
-            number of the layer. None in place of theirs gives the value of
-            a fresh adapter.
-        any_base : bool
-            True accepts an adapter that was trained on another base.
-
-        Raises
-        ------
-        ValueError
-            A damaged file, another base, other widths or layers, names that
-            the file lacks, NaN. Nothing has changed then.
-        """
-        files.load_adapter(self, path, name, name_map, any_base)
-
-    def save_combination(self, path):
-        """Write the combination with the names that it combines.
-
-        Arguments
-        ---------
-        path : str or pathlib.Path
-            `.safetensors`
-        """
-        files.save_combination(self, list(self._combinations().values()), path)
-
-    def load_combination(self, path, *, any_base=False):
-        """Load a combination from a file; its adapters must be loaded already.
-
-        Arguments
-        ---------
-        path : str or pathlib.Path
-            From `save_combination`.
-        any_base : bool
-            True accepts one that was trained on another base.
-
-        Raises
-        ------
-        ValueError
-            A damaged file, another base or width, or missing adapters.
-            Nothing has changed then.
-        """
-        files.load_combination(self, path, any_base)
 
     def remove(self):
         """Restore the encoder as it was before `insert_adapters`.

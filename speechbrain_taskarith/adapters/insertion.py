@@ -1,8 +1,7 @@
 """Putting adapters into an encoder by layer name.
 
 The encoder's code does not change: forward hooks on its layers add the
-adapters' output. The adapters become a child of the encoder, so that `.to()`,
-optimizers and DDP find them there.
+adapters' output.
 """
 
 import collections
@@ -11,7 +10,8 @@ import logging
 import torch
 
 from speechbrain_taskarith.adapters.bank import AdapterBank
-from speechbrain_taskarith.adapters.handle import CHILD, AdapterHandle
+from speechbrain_taskarith.adapters.handle import AdapterHandle
+from speechbrain_taskarith.adapters.layer import CHILD
 from speechbrain_taskarith.utils.patterns import (
     as_tuple,
     matches,
@@ -72,9 +72,7 @@ def insert_adapters(
         in YAML).
     exclude : str or sequence of str
         Patterns of module names that are no layers.
-    activation : callable
-        See `BottleneckAdapter`.
-    layer_norm : bool
+    activation, layer_norm
         See `BottleneckAdapter`.
 
     Returns
@@ -116,7 +114,7 @@ def insert_adapters(
             (p for p in layer.parameters() if p.is_floating_point()), None
         )
         if like is not None:
-            bank.to(like.device, like.dtype)
+            bank.to(like)
         banks.append(bank)
     handle = AdapterHandle(encoder, found, banks, combination)
     logger.info(

@@ -17,6 +17,9 @@ from speechbrain_taskarith.adapters.combination.fusion import AudioAdapterFusion
 
 logger = logging.getLogger(__name__)
 
+#: The name of the handle among the encoder's children.
+CHILD = "task_adapters"
+
 #: The combinations that have a short name.
 KINDS = {
     "mean": AdapterMean,
@@ -49,8 +52,7 @@ def make_combination(combination, bank, names=None):
         )
     if made is not None:
         like = next(bank.parameters())
-        made.to(like.device, like.dtype)
-        made.requires_grad_(False).train(bank.training)
+        made.to(like).requires_grad_(False).train(bank.training)
     return made
 
 
@@ -101,10 +103,7 @@ def utterance_positions(choice, bank):
 
 
 class LayerAdapters(torch.nn.Module):
-    """One layer's bank and combination, and the hook that adds them to it.
-
-    The layer's own code does not change. `name` is the layer's, for messages.
-    """
+    """One layer's bank and combination, and the hook that adds them to it."""
 
     def __init__(self, name, layer, bank, combination, route):
         super().__init__()
@@ -114,8 +113,7 @@ class LayerAdapters(torch.nn.Module):
         self.__dict__["_layer"] = layer
         self._hook_handle = layer.register_forward_hook(self._forward_hook)
         # SpeechBrain's streaming calls this method and no hook.
-        self._streams = hasattr(layer, "forward_streaming")
-        if self._streams:
+        if hasattr(layer, "forward_streaming"):
             method = layer.forward_streaming
             # A partial, which copies can copy, unlike a closure.
             stream = functools.partial(self._forward_streaming, method)
@@ -125,9 +123,7 @@ class LayerAdapters(torch.nn.Module):
     def detach(self):
         """Restore the layer as it was."""
         self._hook_handle.remove()
-        if self._streams:
-            del self._layer.forward_streaming
-            self._streams = False
+        vars(self._layer).pop("forward_streaming", None)
 
     def _forward_streaming(self, method, *args, **kwargs):
         return self._forward_hook(self._layer, args, method(*args, **kwargs))
@@ -137,7 +133,7 @@ class LayerAdapters(torch.nn.Module):
         if self._route.choice is None:
             return output  # the very object that the base returned
         x = output
-        if isinstance(output, (tuple, list)) and len(output):
+        if isinstance(output, (tuple, list)) and output:
             x = output[0]
         width = self.bank.d_model
         if not isinstance(x, torch.Tensor) or x.shape[-1] != width:

@@ -6,6 +6,9 @@ import torch
 class AcousticEncoder(torch.nn.Module):
     """Any SpeechBrain encoder of features or of waveforms.
 
+    Called with features [B, T', F] or waveforms [B, T'] and their relative
+    lengths [B], it returns [B, T, d].
+
     Arguments
     ---------
     encoder : torch.nn.Module
@@ -16,7 +19,8 @@ class AcousticEncoder(torch.nn.Module):
     d_model : int
         Width d of the output.
     d_encoder : int, optional
-        Width D; where it differs from `d_model` a linear layer is added.
+        Width D; where it differs from `d_model` a linear layer is added. If
+        the output then has another width, `forward` raises `ValueError`.
     frontend : torch.nn.Module, optional
         `frontend(x) -> x` before the encoder, e.g. strided convolutions.
 
@@ -41,23 +45,7 @@ class AcousticEncoder(torch.nn.Module):
         self.d_model = d_model
 
     def forward(self, x, lens):
-        """Encode a batch.
-
-        Arguments
-        ---------
-        x, lens : torch.Tensor
-            Features [B, T', F] or waveforms [B, T'], relative lengths [B].
-
-        Returns
-        -------
-        torch.Tensor
-            [B, T, d].
-
-        Raises
-        ------
-        ValueError
-            The encoder's output has another width than `d_encoder`.
-        """
+        """Encode a batch, see `AcousticEncoder`."""
         if self.frontend is not None:
             x = self.frontend(x)
         x = self.encoder(x, lens)

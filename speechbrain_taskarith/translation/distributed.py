@@ -24,10 +24,15 @@ def gather_rows(x):
     """
     if process_count() == 1:
         return x, 0
+    from torch.distributed.nn.functional import all_gather
+
     sizes = [None] * process_count()
     torch.distributed.all_gather_object(sizes, len(x))
-    first = sum(sizes[: process_rank()])
-    return _Gather.apply(x, sizes, first), first
+    # Collectives want equal shapes.
+    padded = x.new_zeros(max(sizes), *x.shape[1:])
+    padded[: len(x)] = x
+    rows = [part[:n] for part, n in zip(all_gather(padded), sizes)]
+    return torch.cat(rows), sum(sizes[: process_rank()])
 
 
 def average_(tensors):
@@ -40,21 +45,3 @@ def average_(tensors):
     parts = flat.split([tensor.numel() for tensor in tensors])
     for tensor, part in zip(tensors, parts):
         tensor.copy_(part.view_as(tensor))
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, sizes, first):
-        ctx.rows = slice(first, first + len(x))
-        # Collectives want equal shapes.
-        padded = x.new_zeros(max(sizes), *x.shape[1:])
-        padded[: len(x)] = x
-        gathered = [torch.empty_like(padded) for _ in sizes]
-        torch.distributed.all_gather(gathered, padded)
-        return torch.cat([part[:n] for part, n in zip(gathered, sizes)])
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous()
-        torch.distributed.all_reduce(grad)
-        return grad[ctx.rows], None, None

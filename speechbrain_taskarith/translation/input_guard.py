@@ -40,7 +40,8 @@ class InputGuard:
     ---------
     skip_bad : bool
         False: a bad utterance is an error that names it. True: it is left
-        out of the batch, counted, and named in the log.
+        out of the batch, counted in `counts`, and named in the log; an error
+        if no good one is left in the batch of a process (use larger batches).
 
     Example
     -------
@@ -78,19 +79,11 @@ class InputGuard:
         -------
         torch.Tensor or None
             Positions of the good utterances; None if all are good.
-
-        Raises
-        ------
-        ValueError
-            A bad utterance, unless they are skipped; or no good one is left
-            in the batch of a process (use larger batches).
         """
         reasons = {} if x is None else self._bad_features(x, lens)
-        for what, texts in (
-            ("transcript", transcripts),
-            ("translation", translations),
-        ):
-            for row, text in enumerate(texts if texts is not None else ()):
+        given = {"transcript": transcripts, "translation": translations}
+        for what, texts in given.items():
+            for row, text in enumerate(() if texts is None else texts):
                 if text is None or len(text) == 0:
                     reasons.setdefault(row, f"it has no {what}")
         if not reasons:
@@ -129,12 +122,7 @@ class InputGuard:
             logger.warning("utterance %r is left out: %s", ids[row], reason)
 
     def summary(self):
-        """Say what was left out, for the log at the end of an epoch.
-
-        Returns
-        -------
-        str
-            One line.
+        """Say in a line what was left out in an epoch, see `counts`.
 
         Example
         -------

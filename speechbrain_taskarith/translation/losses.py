@@ -13,6 +13,10 @@ from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
 class CrossModalContrastiveLoss(torch.nn.Module):
     """InfoNCE between speech and text, over the batches of all processes.
 
+    Called with speech [B, S, d], relative lengths [B], text [B, U, d] and its
+    lengths [B], it returns a scalar in nats, the mean over utterances. Padding
+    is ignored, even NaN; other numbers or widths of text are a `ValueError`.
+
     `-log exp(cos(s_i, t_i) / tau) / sum_j exp(cos(s_i, t_j) / tau)`, with
     the means s and t over the valid frames and tokens (arXiv 2311.03810,
     after Ye et al. 2022, arXiv 2205.02444).
@@ -53,25 +57,7 @@ class CrossModalContrastiveLoss(torch.nn.Module):
         self.gather = gather
 
     def forward(self, speech, speech_lens, text, text_lens):
-        """Compare a batch of speech with its transcripts.
-
-        Arguments
-        ---------
-        speech, text : torch.Tensor
-            [B, S, d] and [B, U, d]; padding is ignored, even NaN.
-        speech_lens, text_lens : torch.Tensor
-            [B], relative lengths.
-
-        Returns
-        -------
-        torch.Tensor
-            A scalar in nats, the mean over utterances.
-
-        Raises
-        ------
-        ValueError
-            Another number of texts, or another width.
-        """
+        """Return the loss of a batch, see `CrossModalContrastiveLoss`."""
         if len(speech) != len(text) or speech.shape[-1] != text.shape[-1]:
             raise ValueError(
                 f"{tuple(speech.shape)} of speech, {tuple(text.shape)} of "
@@ -115,7 +101,7 @@ def distillation_loss(student, teacher, lens, temperature=1.0):
     ---------
     student, teacher : torch.Tensor
         [B, U, V], logits or log-probabilities of speech translation and of
-        text translation, for the same prefixes.
+        text translation, for the same prefixes; else a `ValueError`.
     lens : torch.Tensor
         [B], relative lengths on the axis U.
     temperature : float
@@ -125,11 +111,6 @@ def distillation_loss(student, teacher, lens, temperature=1.0):
     -------
     torch.Tensor
         A scalar in nats.
-
-    Raises
-    ------
-    ValueError
-        Shapes that differ.
 
     Example
     -------
@@ -227,7 +208,7 @@ class TranslationObjective:
         output : TranslationOutput
             Of `SpeechTranslationModel`.
         source, source_lens : torch.Tensor, optional
-            [B, U], transcripts, and their relative lengths [B], for "asr".
+            As for the model, for "asr".
         target_eos, target_lens : torch.Tensor, optional
             [B, W], translations with the end token, and their relative
             lengths [B], for "st" and "mt".

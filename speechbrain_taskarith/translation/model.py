@@ -58,9 +58,9 @@ class SpeechTranslationModel(torch.nn.Module):
     acoustic : torch.nn.Module
         `acoustic(x, lens) -> [B, T, d]`, e.g. `AcousticEncoder`.
     textual : TextEncoder
-        Shared by speech and text, as the decoder is.
+        Shared by speech and text.
     decoder : TranslationDecoder
-        Writes the translations.
+        Shared as well.
     source_vocab : int
         Labels of the CTC head and of the transcript, blank among them.
     shrink : CTCShrink, optional
@@ -138,18 +138,9 @@ class SpeechTranslationModel(torch.nn.Module):
             )
 
     def parts(self):
-        """Return what tasks share, as `TaskNormWeights.observe` takes it.
-
-        Returns
-        -------
-        dict of str: torch.nn.Module
-            `acoustic`, `textual` and `decoder`.
-        """
-        return {
-            "acoustic": self.acoustic,
-            "textual": self.textual,
-            "decoder": self.decoder,
-        }
+        """Return `{part: module}`, as `TaskNormWeights.observe` takes it."""
+        shared = ("acoustic", "textual", "decoder")
+        return {part: getattr(self, part) for part in shared}
 
     def forward(
         self,
@@ -166,7 +157,8 @@ class SpeechTranslationModel(torch.nn.Module):
         Arguments
         ---------
         tasks : sequence of str
-            Of `"st"`, `"asr"`, `"mt"`.
+            Of `"st"`, `"asr"`, `"mt"`; `ValueError` for others, and where an
+            input that one needs is missing.
         x, lens : torch.Tensor, optional
             Features [B, T', F] or waveforms [B, T'], and their relative
             lengths [B]; needed by "st" and "asr".
@@ -182,13 +174,8 @@ class SpeechTranslationModel(torch.nn.Module):
         Returns
         -------
         TranslationOutput
-            `.speech`, `.text`, `.st` [B, W, V], `.mt` [B, W, V], `.tasks`; None
-            where no task needs one.
-
-        Raises
-        ------
-        ValueError
-            An unknown task, or an input that is missing.
+            `.speech`, `.text` (see `encode_speech` and `encode_text`), logits
+            `.st` and `.mt` [B, W, V], `.tasks`; None where not needed.
         """
         self._check(tasks, x, source, target_bos)
         speech = text = st = mt = None
@@ -225,20 +212,10 @@ class SpeechTranslationModel(torch.nn.Module):
                     )
 
     def encode_speech(self, x, lens, ids=None):
-        """Encode speech.
+        """Encode speech, given as `forward` takes it.
 
-        Arguments
-        ---------
-        x, lens : torch.Tensor
-            Features [B, T', F] or waveforms [B, T'], relative lengths [B].
-        ids : sequence of str, optional
-            The utterances' names, for errors.
-
-        Returns
-        -------
-        SpeechEncoding
-            `.logits` [B, T, V], `.frame_lens` [B], `.embedded` [B, S, d],
-            `.encoded` [B, S, d], `.lens` [B], `.segments`.
+        Returns `.logits` [B, T, V], `.frame_lens` [B], `.embedded` [B, S, d],
+        `.encoded` [B, S, d], `.lens` [B] and `.segments`.
         """
         frames = self.acoustic(x, lens)
         # Rounded once, for everything on this axis.
@@ -262,17 +239,10 @@ class SpeechTranslationModel(torch.nn.Module):
         )
 
     def encode_text(self, tokens, lens):
-        """Encode transcripts.
+        """Encode `source` and `source_lens`, as `forward` takes them.
 
-        Arguments
-        ---------
-        tokens, lens : torch.Tensor
-            [B, U], and their relative lengths [B].
-
-        Returns
-        -------
-        TextEncoding
-            `.embedded` [B, U, d], `.encoded` [B, U, d], `.lens` [B].
+        Returns `.embedded` and `.encoded` [B, U, d], and `.lens` [B]: noise
+        makes text longer.
         """
         if self.noise is not None:
             tokens, lens = self.noise(tokens, lens)

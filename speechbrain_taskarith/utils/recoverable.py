@@ -15,24 +15,6 @@ class JSONRecoverable:
 
     A subclass implements `state` and `restore`; SpeechBrain's `Checkpointer`
     finds the hooks of this class.
-
-    Example
-    -------
-    >>> class Steps(JSONRecoverable):
-    ...     count = 0
-    ...
-    ...     def state(self):
-    ...         return {"count": self.count}
-    ...
-    ...     def restore(self, state):
-    ...         self.count = state["count"]
-    >>> path = getfixture("tmpdir").join("steps.ckpt")
-    >>> steps, resumed = Steps(), Steps()
-    >>> steps.count = 3
-    >>> steps.save(path)
-    >>> resumed.load(path)
-    >>> resumed.count
-    3
     """
 
     def state(self):

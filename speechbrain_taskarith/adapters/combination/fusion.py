@@ -105,18 +105,7 @@ class AudioAdapterFusion(Combination):
         }
 
     def penalty(self, weight=0.01):
-        """Return `weight * ||I - W_V||^2`, to be added to a training loss.
-
-        Arguments
-        ---------
-        weight : float
-            0.01 is the published value.
-
-        Returns
-        -------
-        torch.Tensor
-            A scalar.
-        """
+        """As `Combination.penalty`: `weight ||I - W_V||^2`, published: 0.01."""
         matrix = self.value.weight
         identity = torch.eye(
             len(matrix), dtype=matrix.dtype, device=matrix.device

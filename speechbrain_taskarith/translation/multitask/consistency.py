@@ -1,7 +1,6 @@
 """Gradient consistency: do two tasks agree about a layer?"""
 
 import csv
-import io
 import itertools
 import logging
 
@@ -28,7 +27,7 @@ def gradient_consistency(losses, module, *, by="layer", across_processes=True):
     Arguments
     ---------
     losses : dict of str: torch.Tensor
-        A scalar for each task, two or more.
+        A scalar for each task; `ValueError` for fewer than two.
     module : torch.nn.Module
         Its parameters are compared.
     by : str or callable
@@ -45,11 +44,6 @@ def gradient_consistency(losses, module, *, by="layer", across_processes=True):
         `{part: {(task, other task): cosine}}`. A pair is left out where one of
         the two has no gradient or one that is not finite.
 
-    Raises
-    ------
-    ValueError
-        Fewer than two losses, or another word for `by`.
-
     Example
     -------
     >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
@@ -61,12 +55,11 @@ def gradient_consistency(losses, module, *, by="layer", across_processes=True):
         raise ValueError(
             f"losses of {sorted(losses)}: expected two tasks or more"
         )
-    part_of = _naming(by)
-    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    parts = {}
-    for i, (name, _) in enumerate(named):
-        parts.setdefault(part_of(name), []).append(i)
-    parameters = [parameter for _, parameter in named]
+    part_of, parts, parameters = _naming(by), {}, []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            parts.setdefault(part_of(name), []).append(len(parameters))
+            parameters.append(parameter)
     grads = {
         task: isolated_gradients(loss, parameters, across_processes)
         for task, loss in losses.items()
@@ -157,10 +150,8 @@ class ConsistencyProbe(JSONRecoverable):
 
         Arguments
         ---------
-        losses : dict of str: torch.Tensor
-            A scalar for each task; fewer than two are not measured.
-        module : torch.nn.Module
-            Whose parameters are compared.
+        losses, module
+            As of `gradient_consistency`; fewer than two losses are skipped.
 
         Returns
         -------
@@ -183,12 +174,10 @@ class ConsistencyProbe(JSONRecoverable):
         return table
 
     def _write(self):
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["update", "part", "task", "other", "cosine"])
-        writer.writerows([*row[:4], f"{row[4]:.4f}"] for row in self.rows)
         with atomic_write(self.path, "w") as stream:
-            stream.write(text.getvalue())
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow(["update", "part", "task", "other", "cosine"])
+            writer.writerows([*row[:4], f"{row[4]:.4f}"] for row in self.rows)
 
     def plot(self, path, pair):
         """Draw the cosines of a pair of tasks: parts by updates.
@@ -198,17 +187,12 @@ class ConsistencyProbe(JSONRecoverable):
         path : str or pathlib.Path
             `.png`, `.pdf` or `.svg`.
         pair : tuple of str
-            The two tasks.
+            The two tasks; `ValueError` if they were never measured.
 
         Returns
         -------
         pathlib.Path
             The file.
-
-        Raises
-        ------
-        ValueError
-            The pair was never measured.
         """
         cells = {
             (part, update): cosine

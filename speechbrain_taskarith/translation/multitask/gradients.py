@@ -35,8 +35,7 @@ def trained_parameters(source):
     """Return what gets gradients of a module or some parameters, each once."""
     if isinstance(source, torch.nn.Module):
         source = source.parameters()
-    unique = {id(p): p for p in source if p.requires_grad}
-    return list(unique.values())
+    return list(dict.fromkeys(p for p in source if p.requires_grad))
 
 
 class GradientAggregator:
@@ -92,15 +91,10 @@ class GradientAggregator:
         Arguments
         ---------
         losses : dict of str: torch.Tensor
-            A scalar for each task.
+            A scalar for each task; `ValueError` without any.
         parameters : torch.nn.Module or iterable of torch.nn.Parameter
             What is trained. Parameters of one task alone take part, too: the
             other rows are 0 there.
-
-        Raises
-        ------
-        ValueError
-            No loss at all.
         """
         if not losses:
             raise ValueError("no losses: expected one for each task")

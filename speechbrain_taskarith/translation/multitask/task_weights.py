@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections import Counter
 
 import torch
 
@@ -136,33 +137,29 @@ class TaskNormWeights(JSONRecoverable):
         Arguments
         ---------
         losses : dict of str: torch.Tensor
-            A scalar for each task; a batch need not have all of them.
+            A scalar for each task; a batch need not have all of them. An
+            unknown task is a `ValueError`, and no task with any weight.
 
         Returns
         -------
         torch.Tensor
             A scalar.
-
-        Raises
-        ------
-        ValueError
-            An unknown task, or no task that has any weight.
         """
-        total = None
-        # Sorted: rounding must not depend on the order of `tasks`.
-        for task in (self.main, *sorted(self.tasks)):
-            if task in losses and self[task] > 0:
-                part = self[task] * losses[task]
-                total = part if total is None else total + part
         for task in losses:
             self._check_task(task)
-        if total is None:
+        # Sorted: rounding must not depend on the order of `tasks`.
+        weighted = [
+            self[task] * losses[task]
+            for task in (self.main, *sorted(self.tasks))
+            if task in losses and self[task] > 0
+        ]
+        if not weighted:
             raise ValueError(
                 f"losses of {sorted(losses) or 'no task'}, but only "
                 f"{', '.join(self.active)} are active: leave out batches of "
                 "tasks that have stopped"
             )
-        return total
+        return sum(weighted)
 
     def observe(self, losses, modules, share=1.0):
         """Take the gradients of a batch, in an update that measures.
@@ -174,14 +171,9 @@ class TaskNormWeights(JSONRecoverable):
         losses : dict of str: torch.Tensor
             A scalar for each task, not weighted.
         modules : dict of str: torch.nn.Module or parameters
-            `{part: module}`.
+            `{part: module}`; `ValueError` where one is missing.
         share : float
             Of this batch in the update: 1 / grad_accumulation_factor.
-
-        Raises
-        ------
-        ValueError
-            An unknown task, or a part that is missing.
         """
         for task in losses:
             self._check_task(task)
@@ -221,10 +213,7 @@ class TaskNormWeights(JSONRecoverable):
         for task in self.active[1:]:
             parts = self.parts[task]
             ratios = [
-                _ratio(
-                    norms.get((task, p), 0.0), norms.get((self.main, p), 0.0)
-                )
-                for p in parts
+                _ratio(norms[task, p], norms[self.main, p]) for p in parts
             ]
             # Asked first: Python's max may or may not return a NaN.
             if any(map(math.isnan, ratios)):
@@ -252,8 +241,8 @@ class TaskNormWeights(JSONRecoverable):
         )
 
     def _norms(self):
-        """Return `{(task, part): norm}` over all processes."""
-        norms = {}
+        """Return `{(task, part): norm}` over all processes, 0 elsewhere."""
+        norms = Counter()
         for key in sorted(self._grad_sums):
             grads = self._grad_sums[key]
             average_(grads)

@@ -28,6 +28,12 @@ class LookingBack(torch.nn.Module):
     exact form where the window holds all segments. Short batches are computed
     by a masked dense product, which is faster there and gives the same.
 
+    Called with X [B, S, d] or a `Shrunk`, H [B, T, d], whose padding is
+    ignored, even NaN, and its relative lengths [B], it returns [B, S, d], 0
+    behind the last segment. A window needs the segments: those of a `Shrunk`,
+    or as a fourth argument. `ValueError`: batches or widths that differ, or a
+    window without segments.
+
     Arguments
     ---------
     d_model, nhead : int
@@ -82,28 +88,7 @@ class LookingBack(torch.nn.Module):
             torch.nn.init.zeros_(layer.bias)
 
     def forward(self, shrunk, frames, frame_lens, segments=None):
-        """Look back.
-
-        Arguments
-        ---------
-        shrunk : torch.Tensor or Shrunk
-            [B, S, d]; a `Shrunk` brings its segments.
-        frames, frame_lens : torch.Tensor
-            [B, T, d], whose padding is ignored, even NaN, and its relative
-            lengths [B].
-        segments : Segments, optional
-            Needed by a window.
-
-        Returns
-        -------
-        torch.Tensor
-            [B, S, d]; 0 behind the last segment where segments are known.
-
-        Raises
-        ------
-        ValueError
-            Batches or widths that differ; a window without segments.
-        """
+        """Look back, see `LookingBack`."""
         if isinstance(shrunk, Shrunk):
             segments = shrunk.segments if segments is None else segments
             shrunk = shrunk.x
@@ -144,24 +129,20 @@ class LookingBack(torch.nn.Module):
             )
 
     def _attend(self, shrunk, frames, outside, segments):
+        projected = self.query(shrunk), self.key(frames), self.value(frames)
         q, k, v = (
-            layer(x).unflatten(-1, (self.nhead, -1)).transpose(1, 2)
-            for layer, x in (
-                (self.query, shrunk),
-                (self.key, frames),
-                (self.value, frames),
-            )
+            x.unflatten(-1, (self.nhead, -1)).transpose(1, 2) for x in projected
         )
         dropout = self.dropout if self.training else 0.0
         window, size = self.window, frames.shape[1]
-        if window is None or window >= shrunk.shape[1] - 1:
-            mask = ~outside[:, None, None]
-        elif size < DENSE_BELOW * (2 * window + 1):
-            mask = window_mask(segments, window)[:, None]
+        sees_all = window is None or window >= shrunk.shape[1] - 1
+        if sees_all or size < DENSE_BELOW * (2 * window + 1):
+            near = (
+                ~outside[:, None] if sees_all else window_mask(segments, window)
+            )
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=near[:, None], dropout_p=dropout
+            )
         else:
             out = windowed_attention(q, k, v, segments, window, dropout)
-            return out.transpose(1, 2).flatten(2)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout
-        )
         return out.transpose(1, 2).flatten(2)

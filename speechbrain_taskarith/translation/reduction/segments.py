@@ -65,13 +65,9 @@ class Segments(NamedTuple):
         return cuts.masked_fill(first, 0)
 
     def owners(self):
-        """Give every frame a segment, dropped blanks too.
+        """Give every frame a segment, [B, T], as `ids`, dropped blanks too.
 
-        Returns
-        -------
-        torch.Tensor
-            [B, T], as `ids`; a dropped blank belongs to the segment before it
-            (at the beginning: the first one), padding to -1.
+        These belong to the segment before (at the beginning: the first one).
 
         Example
         -------
@@ -85,17 +81,9 @@ class Segments(NamedTuple):
         return owner.masked_fill(outside, -1)
 
     def expand(self, values):
-        """Bring values of segments back to their frames.
+        """Bring values [B, S, d] back to frames, [B, T, d], as `ids` says.
 
-        Arguments
-        ---------
-        values : torch.Tensor
-            [B, S, d].
-
-        Returns
-        -------
-        torch.Tensor
-            [B, T, d], 0 for frames of no segment.
+        Frames of no segment get 0.
 
         Example
         -------
@@ -107,17 +95,9 @@ class Segments(NamedTuple):
         return out.masked_fill((self.ids < 0)[..., None], 0.0)
 
     def seconds(self, frame_shift):
-        """Return when segments begin and end.
+        """Return when segments begin and end, [B, S, 2], see `Segments`.
 
-        Arguments
-        ---------
-        frame_shift : float
-            Seconds from frame to frame.
-
-        Returns
-        -------
-        torch.Tensor
-            [B, S, 2], in seconds.
+        In seconds; `frame_shift` are those from frame to frame.
         """
         ends = self.starts + self.counts
         return torch.stack([self.starts, ends], -1) * frame_shift
@@ -129,35 +109,28 @@ def ctc_segments(
     """Find the runs of equal labels, for all utterances at once.
 
     A new segment begins where the label changes. Runs of blanks are segments,
-    too: a frame that was taken for a blank is not lost. There is no loop, and
-    one synchronisation with the device, for the number of segments; with
-    `capacity` none.
+    too: a frame that was taken for a blank is not lost. One synchronisation
+    with the device, for the number of segments; with `capacity` none.
 
     Arguments
     ---------
     labels : torch.Tensor
         [B, T], integers: the best CTC label of every frame.
     lengths : torch.Tensor
-        [B], absolute numbers of frames, 1 to T.
+        [B], absolute numbers of frames, 1 to T; else a `ValueError` names
+        the row.
     drop_blank : bool
         True: frames of blanks belong to no segment. An utterance of blanks
         alone keeps its one run.
     blank_index : int
         The blank.
     capacity : int, optional
-        Fixed number S of segments. What an utterance has beyond it is put
-        into its last segment. Lengths are then not checked (that would need a
-        synchronisation).
+        Fixed number S of segments. What an utterance has beyond it goes into
+        its last segment. Lengths are then not checked.
 
     Returns
     -------
     Segments
-        See there.
-
-    Raises
-    ------
-    ValueError
-        Shapes that do not fit, a length of 0 or beyond T (naming the row).
 
     Example
     -------

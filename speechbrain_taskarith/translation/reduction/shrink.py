@@ -80,20 +80,16 @@ class CTCShrink(torch.nn.Module):
 
     Arguments
     ---------
-    blank_index : int
-        The blank.
+    blank_index, drop_blank
+        See `ctc_segments`.
     pooling : str
         See above.
-    drop_blank : bool
-        True: frames of blanks are left out.
     train_weights : bool
         True: weights pass gradient on to the CTC head (`"weighted"` and
         `"softmax"` only).
     capacity : int, optional
-        Fixed number S of segments: no synchronisation with the device, and
-        `torch.compile(..., fullgraph=True)` works. What an utterance has
-        beyond it goes into its last segment. Lengths and NaN are then not
-        checked and collapse is not reported (see `watch`).
+        See `ctc_segments`; `torch.compile(..., fullgraph=True)` works then,
+        NaN is not checked either, and collapse not reported (see `watch`).
     max_ratio, min_ratio : float
         More than `max_ratio` frames a segment, over an utterance, is a
         collapse into blanks; fewer than `min_ratio`, over a batch, a
@@ -154,11 +150,10 @@ class CTCShrink(torch.nn.Module):
 
         Arguments
         ---------
-        x : torch.Tensor
-            [B, T, d], encoder output; padding is ignored, even NaN.
-        logits : torch.Tensor
-            [B, T, V], scores of the CTC head on the same frames (logits or
-            log-probabilities); padding is ignored, even NaN.
+        x, logits : torch.Tensor
+            [B, T, d], encoder output, and [B, T, V], scores of the CTC head
+            on the same frames (logits or log-probabilities); padding is
+            ignored, even NaN.
         lens : torch.Tensor
             [B], relative lengths.
         ids : sequence of str, optional
@@ -167,7 +162,6 @@ class CTCShrink(torch.nn.Module):
         Returns
         -------
         Shrunk
-            `x` [B, S, d], `lens` and `segments`.
 
         Raises
         ------

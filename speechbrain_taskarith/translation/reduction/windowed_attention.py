@@ -60,14 +60,11 @@ def window_mask(segments, window):
     return torch.where(segments.mask[..., None], near, first)
 
 
-def _shifted(values, shift):
-    """Return `out[:, s] = values[:, s + shift]`, 0 outside."""
-    if shift == 0:
-        return values
-    other_axes = (0, 0) * (values.dim() - 2)
-    if shift > 0:
-        return F.pad(values[:, shift:], (*other_axes, 0, shift))
-    return F.pad(values[:, :shift], (*other_axes, -shift, 0))
+def _shifted(values, shift, outside=0.0):
+    """Return `out[:, s] = values[:, s + shift]`, `outside` beyond the ends."""
+    # A negative number crops.
+    padding = (0, 0) * (values.dim() - 2) + (-shift, shift)
+    return F.pad(values, padding, value=outside) if shift else values
 
 
 class _Windowed(torch.autograd.Function):
@@ -175,12 +172,7 @@ class _Runs:
         for score, shift in zip(scores, shifts):
             best = torch.full_like(top, float("-inf"))
             best.scatter_reduce_(1, self.index, score, "amax")
-            if shift > 0:
-                top[:, shift:] = torch.maximum(top[:, shift:], best[:, :-shift])
-            elif shift < 0:
-                top[:, :shift] = torch.maximum(top[:, :shift], best[:, -shift:])
-            else:
-                top = torch.maximum(top, best)
+            top = top.maximum(_shifted(best, -shift, float("-inf")))
         return top.masked_fill(self.beyond, 0.0)
 
     def at_frames(self, values):

@@ -95,18 +95,14 @@ class TranslationBeamSearch(S2STransformerBeamSearcher):
 def greedy_translation(
     decoder, memory, lens, bos_index, eos_index, max_tokens=100
 ):
-    """Take the best token at every step, for all utterances at once.
-
-    For development sets during training: a beam costs several times as much.
+    """Take the best token at every step; a beam costs several times as much.
 
     Arguments
     ---------
-    decoder : TranslationDecoder
-        In evaluation mode.
+    decoder, bos_index, eos_index
+        See `TranslationBeamSearch`.
     memory, lens : torch.Tensor
         [B, S, d], from the textual encoder, and its relative lengths [B].
-    bos_index, eos_index : int
-        Beginning and end token.
     max_tokens : int
         Longest translation.
 

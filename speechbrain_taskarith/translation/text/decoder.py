@@ -17,22 +17,20 @@ from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
 class TranslationDecoder(torch.nn.Module):
     """Writes a translation, token after token.
 
+    Called with tokens [B, U], translations behind their beginning token,
+    memory [B, S, d], from the textual encoder, and its relative lengths [B],
+    it returns logits [B, U, V]. Padding of tokens does not matter: no token
+    sees what comes after it.
+
     The tokens carry sinusoidal positions (those of SpeechBrain's
-    `TransformerST.forward_asr` do not). `decode` is what SpeechBrain's
-    searchers call.
+    `TransformerST.forward_asr` do not).
 
     Arguments
     ---------
     vocab_size : int
         Target tokens, beginning and end among them.
-    d_model, nhead, num_layers : int
-        Width, attention heads and layers.
-    d_ffn : int, optional
-        Width inside a layer; four times `d_model` by default.
-    dropout : float
-        In layers and after the embedding.
-    max_length : int
-        Longest translation.
+    d_model, nhead, num_layers, d_ffn, dropout, max_length
+        See `TextEncoder`.
 
     Example
     -------
@@ -70,44 +68,15 @@ class TranslationDecoder(torch.nn.Module):
         draw_matrices(self)
 
     def forward(self, tokens, memory, memory_lens):
-        """Score every next token.
-
-        Arguments
-        ---------
-        tokens : torch.Tensor
-            [B, U], the translation behind its beginning token. Its padding
-            does not matter: no token sees what comes after it.
-        memory : torch.Tensor
-            [B, S, d], from the textual encoder.
-        memory_lens : torch.Tensor
-            [B], relative lengths.
-
-        Returns
-        -------
-        torch.Tensor
-            [B, U, V], logits.
-        """
+        """Return the logits of every next token, see `TranslationDecoder`."""
         lengths = absolute_lengths(memory_lens, memory.shape[1])
         return self.seq_lin(self.decode(tokens, memory, lengths)[0])
 
     def decode(self, tokens, memory, lengths):
-        """Decode prefixes; SpeechBrain's searchers call this.
+        """Decode prefixes, as `forward`, with absolute `lengths` of `memory`.
 
-        Arguments
-        ---------
-        tokens : torch.Tensor
-            [B, U], prefixes.
-        memory : torch.Tensor
-            [B, S, d].
-        lengths : torch.Tensor
-            [B], absolute lengths of `memory`.
-
-        Returns
-        -------
-        torch.Tensor
-            [B, U, d], before the output layer.
-        torch.Tensor
-            [B, U, S], attention of the last layer, mean over heads.
+        Returns [B, U, d], before the output layer, and [B, U, S], attention
+        of the last layer, mean over heads. SpeechBrain's searchers call it.
         """
         size = tokens.shape[1]
         check_positions(self.positions, size)

@@ -14,7 +14,9 @@ class TextEncoder(torch.nn.Module):
     """Positions, then Transformer layers with a convolution before each.
 
     Speech (after shrinking and looking back) and text (after its embedding)
-    go through the same layers, the local-to-global convolutions among them.
+    go through the same layers, the local-to-global convolutions among them:
+    x [B, S, d] without positions, whose padding is ignored, even NaN, and
+    relative lengths [B] to [B, S, d], 0 in the padding.
 
     Arguments
     ---------
@@ -29,7 +31,7 @@ class TextEncoder(torch.nn.Module):
     kernel, stride : int
         As of `LocalToGlobal`.
     max_length : int
-        Longest sequence.
+        Longest sequence; `ValueError` beyond it.
 
     Example
     -------
@@ -72,25 +74,7 @@ class TextEncoder(torch.nn.Module):
         draw_matrices(self.layers)
 
     def forward(self, x, lens):
-        """Encode a batch of speech or text.
-
-        Arguments
-        ---------
-        x : torch.Tensor
-            [B, S, d], without positions; padding is ignored, even NaN.
-        lens : torch.Tensor
-            [B], relative lengths.
-
-        Returns
-        -------
-        torch.Tensor
-            [B, S, d], 0 in the padding.
-
-        Raises
-        ------
-        ValueError
-            A sequence beyond `max_length`.
-        """
+        """Encode a batch of speech or text, see `TextEncoder`."""
         size = x.shape[1]
         check_positions(self.positions, size)
         outside = padding_mask(absolute_lengths(lens, size), size)

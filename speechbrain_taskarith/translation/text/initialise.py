@@ -4,6 +4,7 @@ import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
 PARTS = ("source_embedding", "textual", "decoder")
@@ -94,20 +95,18 @@ def _read(source):
             f"{path}: no such checkpoint; give the file of a state dict, or a "
             "CKPT+... folder that holds model.ckpt"
         )
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        unreadable, read = SafetensorError, load_file
-    else:
-        unreadable = (pickle.UnpicklingError, RuntimeError, EOFError, OSError)
-
-        def read(file):
-            return torch.load(file, map_location="cpu", weights_only=True)
-
     try:
-        state = read(path)
-    except unreadable as error:
+        if path.suffix == ".safetensors":
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        safetensors.SafetensorError,
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        OSError,
+    ) as error:
         raise ValueError(
             f"{path}: not readable as tensors alone (truncated, no checkpoint, "
             "or it holds code, which is refused)"

@@ -53,7 +53,8 @@ class LocalToGlobal(torch.nn.Module):
     """Convolution modules in front of the layers of the textual encoder.
 
     Layer i sees `kernel + stride * i` vectors, made odd: 5, 9, 11, 15, 17, 21
-    (arXiv 2311.03810, section 4.2). Speech and text go through the same ones.
+    (arXiv 2311.03810, section 4.2). Called with x [B, S, d], relative lengths
+    [B] and a layer's position, it returns [B, S, d].
 
     Arguments
     ---------
@@ -91,20 +92,5 @@ class LocalToGlobal(torch.nn.Module):
         return [layer.kernel_size for layer in self.layers]
 
     def forward(self, x, lens, layer):
-        """Run the module in front of a layer.
-
-        Arguments
-        ---------
-        x : torch.Tensor
-            [B, S, d].
-        lens : torch.Tensor
-            [B], relative lengths.
-        layer : int
-            Position of the layer.
-
-        Returns
-        -------
-        torch.Tensor
-            [B, S, d].
-        """
+        """Run the module before layer number `layer`, see `LocalToGlobal`."""
         return self.layers[layer](x, lens)

@@ -17,7 +17,9 @@ class BlankNoise(torch.nn.Module):
 
     In a sentence chosen at random all punctuation becomes blank, and blanks
     are inserted in front of up to a share of its words (arXiv 2311.03810,
-    section 4.2).
+    section 4.2). Called with tokens [B, U] and their relative lengths [B], it
+    returns noisy tokens [B, U'], U' >= U, and theirs; outside training, the
+    tokens and lengths themselves.
 
     Arguments
     ---------
@@ -97,7 +99,6 @@ class BlankNoise(torch.nn.Module):
         Returns
         -------
         BlankNoise
-            Ready to use.
 
         Example
         -------
@@ -122,22 +123,7 @@ class BlankNoise(torch.nn.Module):
         return cls(blank_token, **settings)
 
     def forward(self, tokens, lens):
-        """Return a noisy copy of a batch.
-
-        Arguments
-        ---------
-        tokens : torch.Tensor
-            [B, U], text.
-        lens : torch.Tensor
-            [B], relative lengths.
-
-        Returns
-        -------
-        tokens : torch.Tensor
-            [B, U'], at least as long; the input itself outside training.
-        lens : torch.Tensor
-            [B], their relative lengths.
-        """
+        """Return a noisy copy of a batch, see `BlankNoise`."""
         if not self.training or self.probability == 0:
             return tokens, lens
         size = tokens.shape[1]
