@@ -8,6 +8,7 @@ relative reduction over a baseline.
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 
 from speechbrain_taskarith.metrics import lifelong_files
 from speechbrain_taskarith.utils.files import atomic_write
@@ -38,7 +39,7 @@ class LifelongMatrix:
     Every measure takes `at`: the name of the domain learned last (default:
     the last of the sequence), or `"mean"`: average WER over all steps; the
     others over all steps but the first, where nothing had been learned in
-    sequence yet.
+    sequence yet. A WER that it needs and nobody recorded is a KeyError.
 
     Arguments
     ---------
@@ -69,8 +70,7 @@ class LifelongMatrix:
     def record(self, after, on, wer):
         """Note the WER on one domain after another was learned.
 
-        A cell that is recorded again takes the new value, as a resumed run
-        that evaluates once more needs it.
+        A second value replaces the first, as a resumed run needs it.
 
         Arguments
         ---------
@@ -125,47 +125,19 @@ class LifelongMatrix:
         )
 
     def average_wer(self, at=None):
-        """Average WER over the domains learned so far, in %.
-
-        Arguments
-        ---------
-        at : str or None
-            See the class.
-
-        Returns
-        -------
-        float
-            Mean of `R[k][j]` over j <= k.
-
-        Raises
-        ------
-        KeyError
-            A WER that has not been recorded.
-        """
+        """Average WER so far, in %; see `LifelongMatrix`."""
         return self._at(at, 0, self._average_wer)
 
     def bwt(self, at=None):
-        """Backward transfer in percentage points; negative = forgetting.
+        """Backward transfer in percentage points; see `LifelongMatrix`.
 
-        Arguments
-        ---------
-        at : str or None
-            See the class; not the first domain.
-
-        Returns
-        -------
-        float
-            Mean of `R[j][j] - R[k][j]` over j < k.
-
-        Raises
-        ------
-        ValueError
-            Asked for at the first domain, where there is nothing behind.
+        Not at the first domain, where it is a ValueError: nothing lies
+        behind it.
         """
         return self._at(at, 1, self._bwt)
 
     def fwt(self, single, at=None):
-        """Forward transfer in percentage points; positive = it helped.
+        """Forward transfer in percentage points.
 
         Arguments
         ---------
@@ -181,27 +153,16 @@ class LifelongMatrix:
             `single_k - R[k][k]`.
         """
         return self._at(
-            at, 1, lambda k: self._reference(single, k, at) - self._diagonal(k)
+            at, 1, lambda k: self._reference(single, k, at) - self._cell(k, k)
         )
 
     def im(self, joint, at=None):
-        """Intransigence in percentage points; positive = learned less well.
+        """Intransigence in percentage points.
 
-        Arguments
-        ---------
-        joint : dict of str: float, or float
-            WER in % of joint training, by domain; a plain number for one
-            step.
-        at : str or None
-            See the class.
-
-        Returns
-        -------
-        float
-            `R[k][k] - joint_k`.
+        `joint` holds the WER of joint training; arguments as `fwt`.
         """
         return self._at(
-            at, 1, lambda k: self._diagonal(k) - self._reference(joint, k, at)
+            at, 1, lambda k: self._cell(k, k) - self._reference(joint, k, at)
         )
 
     def werr(self, baseline, at=None):
@@ -282,20 +243,17 @@ class LifelongMatrix:
         matrices = list(matrices)
         if not matrices:
             raise ValueError("no matrices to average")
-        first = matrices[0]
-        for other in matrices[1:]:
-            if (
-                other.domains != first.domains
-                or other._wer.keys() != first._wer.keys()
-            ):
+        first, *others = matrices
+        for other in others:
+            cells = other._wer.keys()
+            if other.domains != first.domains or cells != first._wer.keys():
                 raise ValueError(
                     f"{first} and {other} have other domains or other cells "
                     "recorded; average finished runs of one sequence"
                 )
         result = cls(first.domains)
-        for after, on in first._wer:
-            values = [matrix[after, on] for matrix in matrices]
-            result.record(after, on, math.fsum(values) / len(values))
+        for cell in first._wer:
+            result.record(*cell, fmean(matrix[cell] for matrix in matrices))
         return result
 
     def to_frame(self):
@@ -304,8 +262,8 @@ class LifelongMatrix:
         Returns
         -------
         pandas.DataFrame
-            Rows: the domain learned last (index name `after`); columns: the
-            domain tested; NaN where nothing was recorded.
+            As `rows`; the index is called `after`, the columns are the
+            domains tested.
         """
         pandas = require("pandas", "tables", "LifelongMatrix.to_frame")
         return pandas.DataFrame(
@@ -328,20 +286,7 @@ class LifelongMatrix:
         ]
 
     def plot(self, path, title="WER (%) on each domain after each step"):
-        """Draw the matrix as an annotated heat map.
-
-        Arguments
-        ---------
-        path : str or pathlib.Path
-            Where to; `.png`, `.pdf` or `.svg`.
-        title : str
-            Above the plot.
-
-        Returns
-        -------
-        pathlib.Path
-            The file.
-        """
+        """Draw the matrix as a heat map; see `plot_wer_matrix`."""
         from speechbrain_taskarith.metrics.plots import plot_wer_matrix
 
         return plot_wer_matrix(self.rows(), self.domains, path, title=title)
@@ -373,36 +318,22 @@ class LifelongMatrix:
         >>> LifelongMatrix.load(matrix.save(folder / "wer.csv")) == matrix
         True
         """
-        path = Path(path)
-        text = lifelong_files.codec(path).encode(self.domains, self._wer)
+        encode, _ = lifelong_files.codec(path)
         with atomic_write(path, "w") as stream:
-            stream.write(text)
-        return path
+            stream.write(encode(self.domains, self._wer))
+        return Path(path)
 
     @classmethod
     def load(cls, path):
-        """Read a matrix that `save` wrote.
+        """Read a matrix from a file
+        (see `save`).
 
-        Arguments
-        ---------
-        path : str or pathlib.Path
-            A `.csv` or `.json` file.
-
-        Returns
-        -------
-        LifelongMatrix
-            The matrix.
-
-        Raises
-        ------
-        ValueError
-            Another suffix, or a file that holds no such matrix.
+               A ValueError names a file of another suffix or content.
         """
-        path = Path(path)
-        codec = lifelong_files.codec(path)
-        text = path.read_text(encoding="utf-8")
+        _, decode = lifelong_files.codec(path)
+        text = Path(path).read_text(encoding="utf-8")
         try:
-            domains, cells = codec.decode(text)
+            domains, cells = decode(text)
             matrix = cls(domains)
             for (after, on), value in cells.items():
                 matrix.record(after, on, value)
@@ -432,12 +363,11 @@ class LifelongMatrix:
                     "the mean over steps after the first needs two domains or "
                     "more"
                 )
-            values = [measure(k) for k in range(first, last + 1)]
-            return math.fsum(values) / len(values)
+            return fmean(measure(k) for k in range(first, last + 1))
         return measure(last if at is None else self._index(at))
 
     def _average_wer(self, k):
-        return self._mean_over(k + 1, lambda j: self._cell(k, j))
+        return fmean(self._cell(k, j) for j in range(k + 1))
 
     def _bwt(self, k):
         if k == 0:
@@ -445,12 +375,7 @@ class LifelongMatrix:
                 f"backward transfer after the first domain "
                 f"({self.domains[0]!r}) is not defined: nothing lies behind it"
             )
-        return self._mean_over(
-            k, lambda j: self._diagonal(j) - self._cell(k, j)
-        )
-
-    def _diagonal(self, k):
-        return self._cell(k, k)
+        return fmean(self._cell(j, j) - self._cell(k, j) for j in range(k))
 
     def _cell(self, k, j):
         return self[self.domains[k], self.domains[j]]
@@ -470,10 +395,6 @@ class LifelongMatrix:
                 f"{', '.join(map(str, reference)) or 'none'}"
             )
         return float(getattr(reference[domain], "wer", reference[domain]))
-
-    @staticmethod
-    def _mean_over(count, value):
-        return math.fsum(value(j) for j in range(count)) / count
 
 
 def _check_domains(domains):
