@@ -325,10 +325,9 @@ class LifelongMatrix:
 
     @classmethod
     def load(cls, path):
-        """Read a matrix from a file
-        (see `save`).
+        """Read a matrix from a file (see `save`).
 
-               A ValueError names a file of another suffix or content.
+        A ValueError names a file of another suffix or content.
         """
         _, decode = lifelong_files.codec(path)
         text = Path(path).read_text(encoding="utf-8")

@@ -12,16 +12,6 @@ import logging
 from pathlib import Path
 
 from speechbrain_taskarith.metrics import tables
-from speechbrain_taskarith.metrics.tables import (
-    AGGREGATES,
-    KEYS,
-    aggregated,
-    by_seed,
-    described,
-    difference,
-    make_row,
-    result_of,
-)
 from speechbrain_taskarith.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -89,8 +79,7 @@ class Summary:
         value : float
             A finite number (a tensor or NumPy scalar will do).
         unit : str or None
-            Unit of the value; None takes the usual one
-            (`result_rows.UNITS`).
+            Unit of the value; None takes the usual one (`tables.UNITS`).
         split : str
             What was measured on: `"test"`, `"valid"`, `"train"`, ...
         seed : int or None
@@ -108,27 +97,30 @@ class Summary:
             for a result that is there already.
         """
         self._insert(
-            make_row(table, row, metric, value, unit, split, seed, selected_on)
+            tables.make_row(
+                table, row, metric, value, unit, split, seed, selected_on
+            )
         )
 
     def _insert(self, entry):
-        key = result_of(entry) + (entry["seed"],)
-        known = self._rows.get(key)
-        if known is not None and known != entry:
+        key = tables.result_of(entry) + (entry["seed"],)
+        known = self._rows.get(key, entry)
+        if known != entry:
             raise ValueError(
-                f"{described(entry)} is there already with "
-                f"{difference(known, entry)}; a result is added once"
+                f"{tables.described(entry)} is there already with "
+                f"{tables.difference(known, entry)}; a result is added once"
             )
+        column = entry["table"], entry["metric"]
         for other in self._rows.values():
-            same = (other["table"], other["metric"])
-            if same == (entry["table"], entry["metric"]):
-                if other["unit"] != entry["unit"]:
-                    raise ValueError(
-                        f"{described(entry)} is in {entry['unit']!r}, the "
-                        f"same metric of row {other['row']!r} in "
-                        f"{other['unit']!r}; use one unit in a table"
-                    )
-                break
+            if (other["table"], other["metric"]) != column:
+                continue
+            if other["unit"] != entry["unit"]:
+                raise ValueError(
+                    f"{tables.described(entry)} is in {entry['unit']!r}, the "
+                    f"same metric of row {other['row']!r} in "
+                    f"{other['unit']!r}; use one unit in a table"
+                )
+            break
         self._rows[key] = entry
 
     def note(self, text):
@@ -159,33 +151,25 @@ class Summary:
         results = {}
         for entry in self._rows.values():
             if table in (None, entry["table"]):
-                results.setdefault(result_of(entry), []).append(entry)
+                results.setdefault(tables.result_of(entry), []).append(entry)
         rows = []
         for entries in results.values():
-            entries = sorted(entries, key=by_seed)
+            entries.sort(key=tables.by_seed)
             rows += [dict(entry) for entry in entries]
-            rows += aggregated(entries)
+            rows += tables.aggregated(entries)
         return rows
 
     @property
     def tables(self):
         """Names of the tables, in order of first appearance."""
-        return list(
-            dict.fromkeys(entry["table"] for entry in self._rows.values())
-        )
+        return list(dict.fromkeys(row["table"] for row in self._rows.values()))
 
     def value(self, table, row, metric, split="test", seed="mean"):
         """Look up one value.
 
         Arguments
         ---------
-        table : str
-            As added.
-        row : str
-            As added.
-        metric : str
-            As added.
-        split : str
+        table, row, metric, split : str
             As added.
         seed : int, str or None
             A seed, `"mean"` (of a single run: its value) or `"std"`.
@@ -234,12 +218,10 @@ class Summary:
         contents["summary.json"] = (
             json.dumps(self.rows(), indent=1, allow_nan=False) + "\n"
         )
-        written = []
         for name, text in contents.items():
             with atomic_write(self.folder / name, "w") as stream:
                 stream.write(text)
-            written.append(self.folder / name)
-        return written
+        return [self.folder / name for name in contents]
 
     def markdown(self):
         """Return the tables as Markdown, as `results.md` holds them.
@@ -277,30 +259,25 @@ class Summary:
 
     def _csv(self, table):
         text = io.StringIO()
-        writer = csv.DictWriter(text, KEYS, lineterminator="\n")
+        writer = csv.DictWriter(text, tables.KEYS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows(table))
         return text.getvalue()
 
     def _warn_about_missing_seeds(self):
         """Point out means of one table that are over different seeds."""
-        for table in self.tables:
-            seeds = {}
-            for entry in self._rows.values():
-                if entry["table"] == table:
-                    seeds.setdefault(result_of(entry), set()).add(entry["seed"])
-            everything = set().union(*seeds.values())
-            for (_, row, metric, split), have in seeds.items():
-                if have != everything:
-                    logger.warning(
-                        "table %s: %s / %s on %s is missing for seeds %s; "
-                        "its mean is over other seeds than its neighbours'",
-                        table,
-                        row,
-                        metric,
-                        split,
-                        sorted(everything - have, key=str),
-                    )
+        seeds, of_table = {}, {}
+        for entry in self._rows.values():
+            seeds.setdefault(tables.result_of(entry), set()).add(entry["seed"])
+            of_table.setdefault(entry["table"], set()).add(entry["seed"])
+        for result, have in seeds.items():
+            if missing := of_table[result[0]] - have:
+                logger.warning(
+                    "table %s: %s / %s on %s is missing for seeds %s; its "
+                    "mean is over other seeds than its neighbours'",
+                    *result,
+                    sorted(missing, key=str),
+                )
 
     @classmethod
     def load(cls, folder, title="Results"):
@@ -335,7 +312,10 @@ class Summary:
                 "finished"
             )
         summary = cls(path.parent, title)
-        summary._notes = _notes_beside(path)
+        page = path.with_name("results.md")
+        if page.is_file():
+            top = page.read_text(encoding="utf-8").split("\n## ")[0]
+            summary._notes = top.strip().split("\n\n")[1:]
         try:
             rows = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -345,27 +325,18 @@ class Summary:
         if not isinstance(rows, list):
             raise ValueError(f"{path}: expected a list of rows")
         for number, row in enumerate(rows, start=1):
-            if not isinstance(row, dict) or set(row) != set(KEYS):
+            if not isinstance(row, dict) or set(row) != set(tables.KEYS):
                 raise ValueError(
                     f"{path}: row {number} does not have the keys "
-                    f"{', '.join(KEYS)}"
+                    f"{', '.join(tables.KEYS)}"
                 )
-            if row["seed"] in AGGREGATES:
+            if row["seed"] in tables.AGGREGATES:
                 continue
             try:
                 summary.add(**row)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{path}: row {number}: {error}") from error
         return summary
-
-
-def _notes_beside(path):
-    """Return the notes in the `results.md` beside a `summary.json`."""
-    page = path.with_name("results.md")
-    if not page.is_file():
-        return []
-    title_and_notes = page.read_text(encoding="utf-8").split("\n## ")[0]
-    return title_and_notes.strip().split("\n\n")[1:]
 
 
 def merge_summaries(folders, output, title="Results"):
