@@ -85,8 +85,7 @@ def translation_scores(
     0.75
     """
     sacrebleu = require("sacrebleu", "translation", "BLEU")
-    hypotheses = list(hypotheses)
-    references = list(references)
+    hypotheses, references = list(hypotheses), list(references)
     sets = [references]
     if references and not isinstance(references[0], str):
         sets = [list(one) for one in references]
@@ -97,13 +96,11 @@ def translation_scores(
         )
     bleu = sacrebleu.BLEU(lowercase=lowercase, tokenize=tokenize)
     chrf = sacrebleu.CHRF(lowercase=lowercase)
-    by_bleu = bleu.corpus_score(hypotheses, sets)
-    by_chrf = chrf.corpus_score(hypotheses, sets)
     words = sum(len(line.split()) for one in sets for line in one) / len(sets)
     written = sum(len(line.split()) for line in hypotheses)
     return TranslationReport(
-        bleu=by_bleu.score,
-        chrf=by_chrf.score,
+        bleu=bleu.corpus_score(hypotheses, sets).score,
+        chrf=chrf.corpus_score(hypotheses, sets).score,
         length_ratio=written / words if words else float(written > 0),
         sentences=len(hypotheses),
         bleu_signature=str(bleu.get_signature()),
