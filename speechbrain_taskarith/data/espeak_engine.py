@@ -75,12 +75,8 @@ def speak(voice, text, *, rate, pitch, pitch_range, word_gap):
     other values are as in `EspeakVoice`. Returns int16 samples [T] at
     `ENGINE_RATE`.
     """
-    parameters = {
-        _RATE: rate,
-        _PITCH: pitch,
-        _RANGE: pitch_range,
-        _WORDGAP: word_gap,
-    }
+    values = rate, pitch, pitch_range, word_gap
+    parameters = dict(zip((_RATE, _PITCH, _RANGE, _WORDGAP), values))
     with _lock:
         # The engine sets the process's character type to UTF-8 for itself.
         ctype = locale.setlocale(locale.LC_CTYPE)
@@ -124,26 +120,15 @@ def _speak(library, voice, text, parameters):
         try:
             library.espeak_SetSynthCallback(callback)
             with _seeded(library):
-                _check(
-                    library.espeak_SetVoiceByName(voice.encode()),
-                    f"to take the voice {voice!r}",
-                )
+                status = library.espeak_SetVoiceByName(voice.encode())
+                _check(status, f"to take the voice {voice!r}")
                 for parameter, value in parameters.items():
-                    _check(
-                        library.espeak_SetParameter(parameter, value, 0),
-                        f"to set parameter {parameter} to {value}",
-                    )
+                    status = library.espeak_SetParameter(parameter, value, 0)
+                    _check(status, f"to set parameter {parameter} to {value}")
                 data = text.encode("utf-8")
-                status = library.espeak_Synth(
-                    data,
-                    ctypes.c_size_t(len(data) + 1),
-                    0,
-                    _POSITION_CHARACTER,
-                    0,
-                    _CHARS_UTF8,
-                    None,
-                    None,
-                )
+                size = ctypes.c_size_t(len(data) + 1)
+                place = 0, _POSITION_CHARACTER, 0, _CHARS_UTF8
+                status = library.espeak_Synth(data, size, *place, None, None)
                 if faults:
                     raise faults[0]
                 _check(status, f"to say {text!r}")
