@@ -230,17 +230,15 @@ def _parse_voice(text):
     """Return name, [(code, priority)], dictionary of a voice file."""
     name, dictionary, languages = "", None, []
     for line in text.splitlines():
-        words = re.sub(r"//.*", "", line).split()
-        if not words:
-            continue
-        if words[0] == "name":
-            name = " ".join(words[1:])
-        elif words[0] == "language" and len(words) > 1:
+        key, *values = re.sub(r"//.*", "", line).split() or [""]
+        if key == "name":
+            name = " ".join(values)
+        elif key == "language" and values:
             # Lower is better, and 5 where the file does not say.
-            priority = int(words[2]) if len(words) > 2 else 5
-            languages.append((words[1].lower(), priority))
-        elif words[0] == "dictionary" and len(words) > 1:
-            dictionary = words[1]
+            priority = int(values[1]) if len(values) > 1 else 5
+            languages.append((values[0].lower(), priority))
+        elif key == "dictionary" and values:
+            dictionary = values[0]
     if dictionary is None and languages:
         dictionary = languages[0][0].split("-")[0]
     return name, languages, dictionary

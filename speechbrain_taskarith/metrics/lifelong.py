@@ -117,8 +117,6 @@ class LifelongMatrix:
             return NotImplemented
         return self.domains == other.domains and self._wer == other._wer
 
-    __hash__ = None
-
     def __repr__(self):
         return (
             f"LifelongMatrix({list(self.domains)}, {len(self._wer)} recorded)"

@@ -12,7 +12,7 @@ import logging
 from pathlib import Path
 
 from speechbrain_taskarith.metrics import tables
-from speechbrain_taskarith.utils.files import atomic_write
+from speechbrain_taskarith.utils.files import atomic_write, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -316,12 +316,7 @@ class Summary:
         if page.is_file():
             top = page.read_text(encoding="utf-8").split("\n## ")[0]
             summary._notes = top.strip().split("\n\n")[1:]
-        try:
-            rows = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(
-                f"{path}: expected JSON ({error}); run the recipe again"
-            ) from None
+        rows = read_json(path)
         if not isinstance(rows, list):
             raise ValueError(f"{path}: expected a list of rows")
         for number, row in enumerate(rows, start=1):

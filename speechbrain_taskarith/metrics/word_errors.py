@@ -51,6 +51,14 @@ class UtteranceErrors(NamedTuple):
         return self.substitutions + self.deletions + self.insertions
 
 
+def _total(count, doc):
+    """Make a property that sums a count over the utterances."""
+    return property(
+        lambda report: sum(getattr(u, count) for u in report.utterances),
+        doc=doc,
+    )
+
+
 @dataclass(frozen=True)
 class WERReport:
     """Word errors over a set of utterances; reports add up.
@@ -75,38 +83,18 @@ class WERReport:
 
     utterances: tuple
 
-    def _total(self, what):
-        return sum(getattr(utterance, what) for utterance in self.utterances)
-
-    @property
-    def hits(self):
-        """Reference words recognised."""
-        return self._total("hits")
-
-    @property
-    def substitutions(self):
-        """Reference words recognised as another word."""
-        return self._total("substitutions")
-
-    @property
-    def deletions(self):
-        """Reference words missing from the hypotheses."""
-        return self._total("deletions")
-
-    @property
-    def insertions(self):
-        """Hypothesis words that no reference has."""
-        return self._total("insertions")
-
-    @property
-    def words(self):
-        """Number of reference words."""
-        return self._total("words")
-
-    @property
-    def errors(self):
-        """Substitutions, deletions and insertions together."""
-        return self._total("errors")
+    hits = _total("hits", "Reference words recognised.")
+    substitutions = _total(
+        "substitutions", "Reference words recognised as another word."
+    )
+    deletions = _total(
+        "deletions", "Reference words missing from the hypotheses."
+    )
+    insertions = _total("insertions", "Hypothesis words that no reference has.")
+    words = _total("words", "Number of reference words.")
+    errors = _total(
+        "errors", "Substitutions, deletions and insertions together."
+    )
 
     @property
     def sentences(self):
