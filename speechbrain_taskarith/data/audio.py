@@ -161,13 +161,8 @@ def encode_audio(wave, sample_rate, file_format):
     # In memory, since soundfile takes the format from a file's name, and the
     # temporary name of an atomic write is not ours to choose.
     buffer = io.BytesIO()
-    soundfile.write(
-        buffer,
-        pcm.cpu().numpy(),
-        sample_rate,
-        format=file_format.upper(),
-        subtype="PCM_16",
-    )
+    form = {"format": file_format.upper(), "subtype": "PCM_16"}
+    soundfile.write(buffer, pcm.cpu().numpy(), sample_rate, **form)
     return buffer.getvalue()
 
 

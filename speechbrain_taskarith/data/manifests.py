@@ -280,13 +280,7 @@ def _parse(row, data_root):
         )
     for name in REQUIRED:
         if not str(row.get(name, "")).strip():
-            remedy = (
-                "a recording without a transcript cannot be trained on or "
-                "scored: write its words or take the row out"
-                if name == "wrd"
-                else "fill the cell or take the row out"
-            )
-            raise _Fault(f"{name} is empty; {remedy}")
+            raise _Fault(f"{name} is empty; fill the cell or drop the row")
     try:
         duration = float(row.pop("duration"))
     except ValueError:

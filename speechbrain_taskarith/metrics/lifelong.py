@@ -65,7 +65,18 @@ class LifelongMatrix:
             )
         self.domains = tuple(domains)
         self._wer = {}
-        _check_domains(self.domains)
+        for domain in self.domains:
+            named = isinstance(domain, str) and domain.strip()
+            if not named or domain == MEAN:
+                raise ValueError(
+                    f"domain {domain!r}: expected a name other than {MEAN!r}, "
+                    "which asks for the mean over the steps"
+                )
+        if not self.domains or len(set(self.domains)) < len(self.domains):
+            raise ValueError(
+                f"domains are {list(self.domains)}, expected one or more, "
+                "each once, in the order learned"
+            )
 
     def record(self, after, on, wer):
         """Note the WER on one domain after another was learned.
@@ -77,8 +88,8 @@ class LifelongMatrix:
         after : str
             The domain learned last.
         on : str
-            The domain tested; may also be one that comes later in the
-            sequence (kept and shown, but no measure counts it).
+            The domain tested; one that comes later in the sequence is kept
+            and shown, but no measure counts it.
         wer : float or WERReport
             WER in %.
 
@@ -185,23 +196,20 @@ class LifelongMatrix:
             Other domains, or a baseline without errors (the ratio is then
             not defined).
         """
-        if isinstance(baseline, LifelongMatrix):
-            if baseline.domains != self.domains:
-                raise ValueError(
-                    f"the baseline learned {list(baseline.domains)}, this "
-                    f"matrix {list(self.domains)}; compare like with like"
-                )
-        elif at == MEAN:
+        by_step = isinstance(baseline, LifelongMatrix)
+        if by_step and baseline.domains != self.domains:
+            raise ValueError(
+                f"the baseline learned {list(baseline.domains)}, this "
+                f"matrix {list(self.domains)}; compare like with like"
+            )
+        if at == MEAN and not by_step:
             raise TypeError(
                 "a mean over steps needs the baseline's LifelongMatrix, not "
                 "one number"
             )
 
         def reduction(k):
-            if isinstance(baseline, LifelongMatrix):
-                reference = baseline._average_wer(k)
-            else:
-                reference = float(baseline)
+            reference = baseline._average_wer(k) if by_step else float(baseline)
             if not reference > 0:
                 raise ValueError(
                     f"the baseline's average WER after {self.domains[k]!r} is "
@@ -341,8 +349,6 @@ class LifelongMatrix:
             ) from error
         return matrix
 
-    # -- inside --------------------------------------------------------
-
     def _index(self, domain):
         if domain not in self.domains:
             raise ValueError(
@@ -392,18 +398,3 @@ class LifelongMatrix:
                 f"{', '.join(map(str, reference)) or 'none'}"
             )
         return float(getattr(reference[domain], "wer", reference[domain]))
-
-
-def _check_domains(domains):
-    for domain in domains:
-        if not isinstance(domain, str) or not domain.strip():
-            raise ValueError(f"domain {domain!r} is no name; give strings")
-        if domain == MEAN:
-            raise ValueError(
-                f"a domain cannot be called {MEAN!r}: `at={MEAN!r}` asks for "
-                "the mean over the steps"
-            )
-    if not domains:
-        raise ValueError("no domains; give them in the order learned")
-    if len(set(domains)) != len(domains):
-        raise ValueError(f"a domain occurs twice in {list(domains)}")

@@ -82,8 +82,8 @@ def plot_scale_curve(
         `{name: {scale: WER in %}}`; a list of values at a scale (several
         seeds) is drawn as its mean, with a band of one sample standard
         deviation where a scale has two values or more.
-    path : str or pathlib.Path
-        `.png`, `.pdf` or `.svg`.
+    path
+        See `plot_heat_map`, also for what is returned.
     baseline : float or None
         WER without the edit, drawn as a dashed line.
     chosen : float, tuple, list of tuple or None
@@ -95,11 +95,6 @@ def plot_scale_curve(
         is an upper bound that no one may choose.
     title, xlabel, ylabel : str
         Above, under and beside the plot.
-
-    Returns
-    -------
-    pathlib.Path
-        The file.
 
     Raises
     ------
@@ -275,19 +270,12 @@ def plot_by_layer(
     values : dict of str: float, or dict of str: dict of str: float
         `{layer: value}`, or `{name: {layer: value}}`. Layers keep the order
         in which they first appear.
-    path : str or pathlib.Path
-        `.png`, `.pdf` or `.svg`.
+    path, title
+        See `plot_heat_map`, also for what is returned.
     kind : str
         `"bar"` or `"line"` (easier to read from about five names on).
-    title : str
-        Above the plot.
     ylabel, xlabel : str
         What the values and the layers are.
-
-    Returns
-    -------
-    pathlib.Path
-        The file.
 
     Raises
     ------

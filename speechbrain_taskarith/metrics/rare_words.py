@@ -222,7 +222,7 @@ class RareWords:
                 totals[word in self][chunk.type] += 1
         groups = [
             WordGroupErrors(one["equal"], one["substitute"], one["delete"])
-            for one in (totals[True], totals[False])
+            for one in totals.values()
         ]
         return RareWordReport(*groups, insertions)
 

@@ -54,7 +54,7 @@ def confidence_interval(
     resamples : int
         Number of bootstrap samples, at least 1.
     seed : int
-        Seed of the draws; the same seed gives the same interval.
+        Of the draws; the same seed gives the same interval.
     blocks : sequence or None
         A label per utterance, e.g. its speaker: whole blocks are drawn
         instead, for utterances that are not independent of one another.

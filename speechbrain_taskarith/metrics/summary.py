@@ -124,13 +124,7 @@ class Summary:
         self._rows[key] = entry
 
     def note(self, text):
-        """Add a remark that stands above the tables in `results.md`.
-
-        Arguments
-        ---------
-        text : str
-            Markdown, e.g. what is simulated.
-        """
+        """Add a remark in Markdown above the tables; see `markdown`."""
         if text not in self._notes:
             self._notes.append(text)
 
@@ -187,8 +181,7 @@ class Summary:
         found = {
             entry["seed"]: entry["value"]
             for entry in self.rows(table)
-            if (entry["row"], entry["metric"], entry["split"])
-            == (row, metric, split)
+            if tables.result_of(entry) == (table, row, metric, split)
         }
         if seed == "mean" and len(found) == 1:
             return next(iter(found.values()))
@@ -224,12 +217,12 @@ class Summary:
         return [self.folder / name for name in contents]
 
     def markdown(self):
-        """Return the tables as Markdown, as `results.md` holds them.
+        """Return what `results.md` holds.
 
         Returns
         -------
         str
-            Title, notes, tables, images.
+            Title, notes, tables and images in Markdown.
         """
         parts = [f"# {self.title}", *self._notes]
         for table in self.tables:
@@ -341,10 +334,8 @@ def merge_summaries(folders, output, title="Results"):
     ---------
     folders : sequence of str or pathlib.Path
         Output folders of the runs (or their `summary.json` files).
-    output : str or pathlib.Path
-        Folder of the merged summary; `.write()` writes it.
-    title : str
-        Heading of its `results.md`.
+    output, title
+        Folder and heading of the merged summary; `.write()` writes it.
 
     Returns
     -------
@@ -387,21 +378,14 @@ def merge_summaries(folders, output, title="Results"):
 
 
 def merge_seeds(folder, title="Results", only=None):
-    """Make one table of all seeds under a folder, write it and show it.
+    """Merge all seeds under a folder into a `Summary`, write and show it.
 
     Arguments
     ---------
     folder : str or pathlib.Path
         Holds one output folder for each seed; the table goes beside them.
-    title : str
-        Heading of its `results.md`.
-    only : sequence of str or None
-        Names of the tables to show; None shows all. All are written.
-
-    Returns
-    -------
-    Summary
-        The merged one.
+    title, only
+        As `Summary` and its `print` take them; all tables are written.
 
     Raises
     ------

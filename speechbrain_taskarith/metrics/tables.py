@@ -176,15 +176,15 @@ def layout(rows):
 def caption(rows):
     """Say what the figures of a table are."""
     splits = ", ".join(dict.fromkeys(row["split"] for row in rows))
-    seeds = {row["seed"] for row in rows} - {None, *AGGREGATES}
+    seeds = sorted({row["seed"] for row in rows} - {None, *AGGREGATES})
     text = f"Measured on: {splits}."
     if len(seeds) > 1:
         text += (
             " Mean ± sample standard deviation (divisor n - 1) over seeds "
-            f"{', '.join(str(seed) for seed in sorted(seeds))}."
+            f"{', '.join(map(str, seeds))}."
         )
     elif seeds:
-        text += f" One run, seed {seeds.pop()}."
+        text += f" One run, seed {seeds[0]}."
     return text
 
 
