@@ -89,13 +89,7 @@ class Recording:
     extra: dict = dataclasses.field(default_factory=dict, compare=False)
 
     def row(self):
-        """Return the row as a manifest holds it.
-
-        Returns
-        -------
-        dict
-            `{column: value}`, further columns last.
-        """
+        """Return `{column: value}`, `extra` last; see `write_manifest`."""
         row = dataclasses.asdict(self)
         extra = row.pop("extra")
         return row | extra

@@ -263,13 +263,9 @@ class LifelongMatrix:
         return result
 
     def to_frame(self):
-        """Return the matrix as a pandas table.
+        """Return the matrix as a `pandas.DataFrame` (see `rows`).
 
-        Returns
-        -------
-        pandas.DataFrame
-            As `rows`; the index is called `after`, the columns are the
-            domains tested.
+        The index is called `after`, the columns are the domains tested.
         """
         pandas = require("pandas", "tables", "LifelongMatrix.to_frame")
         return pandas.DataFrame(

@@ -156,10 +156,8 @@ def plot_heat_map(
     ---------
     values : list of list of float, or array [R, C]
         NaN cells stay empty.
-    rows : sequence of str
-        R names.
-    columns : sequence of str
-        C names.
+    rows, columns : sequence of str
+        R and C names.
     path : str or pathlib.Path
         `.png`, `.pdf` or `.svg`.
     title : str

@@ -17,10 +17,8 @@ class PairedBootstrap:
     difference : float
         WER of the first system minus that of the second, in percentage
         points: positive where the second is better.
-    low : float
-        Lower end of the confidence interval of the difference.
-    high : float
-        Upper end.
+    low, high : float
+        Ends of the confidence interval of the difference.
     probability_of_improvement : float
         Share of resamples in which the second system is strictly better.
     p_value : float
@@ -94,10 +92,9 @@ def paired_bootstrap(
 
     Arguments
     ---------
-    first : WERReport
-        The baseline.
-    second : WERReport
-        The other system, on the same utterances in the same order.
+    first, second : WERReport
+        Of the baseline and of the other system, on the same utterances in
+        the same order.
     level, resamples, seed, blocks
         See `confidence_interval`.
 

@@ -11,18 +11,14 @@ class TranslationReport:
 
     Arguments
     ---------
-    bleu : float
-        BLEU, 0 to 100.
-    chrf : float
-        chrF2, 0 to 100.
+    bleu, chrf : float
+        BLEU and chrF2, 0 to 100.
     length_ratio : float
         Words written over words of the references.
     sentences : int
         How many.
-    bleu_signature : str
-        sacrebleu's, to be quoted with the figure.
-    chrf_signature : str
-        sacrebleu's.
+    bleu_signature, chrf_signature : str
+        sacrebleu's, to be quoted with the figures.
 
     Example
     -------
