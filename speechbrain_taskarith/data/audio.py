@@ -73,7 +73,7 @@ def read_audio(path, sample_rate, resample=False):
             "its row out of the manifest."
         )
     wave = wave.mean(0) if wave.shape[0] > 1 else wave[0].contiguous()
-    if not bool(torch.isfinite(wave).all()):
+    if not torch.isfinite(wave).all():
         raise ValueError(
             f"{path}: the recording holds NaN or infinite samples. Write it "
             "again, as 16-bit PCM for instance."
@@ -96,10 +96,8 @@ def write_audio(path, wave, sample_rate):
     ---------
     path : str or pathlib.Path
         Final name, ending in `.wav` or `.flac`.
-    wave : torch.Tensor
-        Shape [T], within [-1, 1]; beyond that it is clipped.
-    sample_rate : int
-        In Hz.
+    wave, sample_rate
+        See `encode_audio`.
 
     Example
     -------
@@ -157,19 +155,14 @@ def encode_audio(wave, sample_rate, file_format):
             "expected a waveform of shape [T] with samples, found "
             f"{tuple(wave.shape)}"
         )
-    if not bool(torch.isfinite(wave).all()):
+    if not torch.isfinite(wave).all():
         raise ValueError("the waveform holds NaN or infinite samples")
     pcm = (to_pcm16(wave) * _FULL_SCALE).to(torch.int16)
     # In memory, since soundfile takes the format from a file's name, and the
     # temporary name of an atomic write is not ours to choose.
     buffer = io.BytesIO()
-    soundfile.write(
-        buffer,
-        pcm.cpu().numpy(),
-        sample_rate,
-        format=file_format.upper(),
-        subtype="PCM_16",
-    )
+    form = {"format": file_format.upper(), "subtype": "PCM_16"}
+    soundfile.write(buffer, pcm.cpu().numpy(), sample_rate, **form)
     return buffer.getvalue()
 
 

@@ -10,6 +10,7 @@ import difflib
 import functools
 import os
 import re
+from pathlib import Path
 
 import torch
 
@@ -86,16 +87,13 @@ class EspeakVoice:
             object.__setattr__(self, "variant", variant)
         identifier = _identifier(voice)
         if variant is not None:
-            _require_known(variant, list_variants(), "variant")
+            if variant not in list_variants():
+                raise _unknown(variant, list_variants(), "variant")
             identifier = f"{identifier}+{variant}"
         object.__setattr__(self, "_identifier", identifier)
         for name, (least, most) in _LIMITS.items():
             value = getattr(self, name)
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int)
-                or not least <= value <= most
-            ):
+            if type(value) is not int or not least <= value <= most:
                 raise ValueError(
                     f"{name}={value!r}: expected a whole number from "
                     f"{least} to {most}"
@@ -142,16 +140,13 @@ class EspeakVoice:
                 "say in it. Write words in the script of its language."
             )
         wave = torch.from_numpy(samples.astype("float32") / 32768.0)
-        return to_pcm16(
-            resample_wave(wave, espeak_engine.ENGINE_RATE, sample_rate)
-        )
+        wave = resample_wave(wave, espeak_engine.ENGINE_RATE, sample_rate)
+        return to_pcm16(wave)
 
     @property
     def name(self):
         """The voice with its variant, as espeak-ng writes it."""
-        return (
-            self.voice if not self.variant else f"{self.voice}+{self.variant}"
-        )
+        return "+".join(filter(None, (self.voice, self.variant)))
 
 
 def list_voices():
@@ -169,7 +164,7 @@ def list_voices():
     >>> list_voices()["en-gb-scotland"]
     'English (Scotland)'
     """
-    table = _voice_table()
+    table = _voices(espeak_engine.data_folder())
     return {code: table[code][1] for code in sorted(table) if "/" not in code}
 
 
@@ -191,29 +186,22 @@ def list_variants():
 
 def _identifier(voice):
     """Return espeak-ng's file identifier of a voice given by any name."""
-    table = _voice_table()
+    table = _voices(espeak_engine.data_folder())
     wanted = str(voice).lower()
     by_name = {name.lower(): code for code, (_, name) in table.items()}
     wanted = by_name.get(wanted, wanted)
-    _require_known(
-        wanted, [code for code in table if "/" not in code], "voice", table
-    )
+    if wanted not in table:
+        raise _unknown(wanted, list(list_voices()), "voice")
     return table[wanted][0]
 
 
-def _require_known(name, known, what, table=None):
-    if name in (known if table is None else table):
-        return
+def _unknown(name, known, what):
     near = difflib.get_close_matches(str(name), known, n=5, cutoff=0.5)
-    raise ValueError(
+    return ValueError(
         f"unknown espeak-ng {what} {name!r}; nearest: "
         f"{', '.join(near) or 'none'}. speechbrain_taskarith.data."
         f"list_{what}s() has all {len(known)}."
     )
-
-
-def _voice_table():
-    return _voices(espeak_engine.data_folder())
 
 
 @functools.lru_cache(maxsize=4)
@@ -224,42 +212,33 @@ def _voices(folder):
     and it takes voices whose dictionary is missing.
     """
     claims = {}
-    root = os.path.join(folder, "lang")
-    for parent, _, files in sorted(os.walk(root)):
-        for file in sorted(files):
-            path = os.path.join(parent, file)
-            identifier = os.path.relpath(path, root).replace(os.sep, "/")
-            with open(path, encoding="utf-8", errors="replace") as stream:
-                text = stream.read()
-            name, languages, dictionary = _parse_voice(text)
-            if not languages or not os.path.isfile(
-                os.path.join(folder, f"{dictionary}_dict")
-            ):
-                continue
-            for code, priority in [*languages, (identifier.lower(), 0)]:
-                claim = (priority, identifier, name)
-                claims[code] = min(claims.get(code, claim), claim)
-    return {
-        code: (identifier, name)
-        for code, (_, identifier, name) in claims.items()
-    }
+    folder = Path(folder)
+    root = folder / "lang"
+    for path in sorted(filter(Path.is_file, root.rglob("*"))):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        name, languages, dictionary = _parse_voice(text)
+        if not languages or not (folder / f"{dictionary}_dict").is_file():
+            continue
+        identifier = path.relative_to(root).as_posix()
+        for code, priority in [*languages, (identifier.lower(), 0)]:
+            claim = (priority, identifier, name)
+            claims[code] = min(claims.get(code, claim), claim)
+    return {code: claim[1:] for code, claim in claims.items()}
 
 
 def _parse_voice(text):
     """Return name, [(code, priority)], dictionary of a voice file."""
     name, dictionary, languages = "", None, []
     for line in text.splitlines():
-        words = re.sub(r"//.*", "", line).split()
-        if not words:
-            continue
-        if words[0] == "name":
-            name = " ".join(words[1:])
-        elif words[0] == "language" and len(words) > 1:
+        key, *values = re.sub(r"//.*", "", line).split() or [""]
+        if key == "name":
+            name = " ".join(values)
+        elif key == "language" and values:
             # Lower is better, and 5 where the file does not say.
-            priority = int(words[2]) if len(words) > 2 else 5
-            languages.append((words[1].lower(), priority))
-        elif words[0] == "dictionary" and len(words) > 1:
-            dictionary = words[1]
+            priority = int(values[1]) if len(values) > 1 else 5
+            languages.append((values[0].lower(), priority))
+        elif key == "dictionary" and values:
+            dictionary = values[0]
     if dictionary is None and languages:
         dictionary = languages[0][0].split("-")[0]
     return name, languages, dictionary

@@ -12,6 +12,7 @@ million utterances are better written to disk than spoken anew each epoch.
 """
 
 import _ctypes
+import contextlib
 import ctypes
 import locale
 import os
@@ -75,12 +76,8 @@ def speak(voice, text, *, rate, pitch, pitch_range, word_gap):
     other values are as in `EspeakVoice`. Returns int16 samples [T] at
     `ENGINE_RATE`.
     """
-    parameters = {
-        _RATE: rate,
-        _PITCH: pitch,
-        _RANGE: pitch_range,
-        _WORDGAP: word_gap,
-    }
+    values = rate, pitch, pitch_range, word_gap
+    parameters = dict(zip((_RATE, _PITCH, _RANGE, _WORDGAP), values))
     with _lock:
         # The engine sets the process's character type to UTF-8 for itself.
         ctype = locale.setlocale(locale.LC_CTYPE)
@@ -124,26 +121,15 @@ def _speak(library, voice, text, parameters):
         try:
             library.espeak_SetSynthCallback(callback)
             with _seeded(library):
-                _check(
-                    library.espeak_SetVoiceByName(voice.encode()),
-                    f"to take the voice {voice!r}",
-                )
+                status = library.espeak_SetVoiceByName(voice.encode())
+                _check(status, f"to take the voice {voice!r}")
                 for parameter, value in parameters.items():
-                    _check(
-                        library.espeak_SetParameter(parameter, value, 0),
-                        f"to set parameter {parameter} to {value}",
-                    )
+                    status = library.espeak_SetParameter(parameter, value, 0)
+                    _check(status, f"to set parameter {parameter} to {value}")
                 data = text.encode("utf-8")
-                status = library.espeak_Synth(
-                    data,
-                    ctypes.c_size_t(len(data) + 1),
-                    0,
-                    _POSITION_CHARACTER,
-                    0,
-                    _CHARS_UTF8,
-                    None,
-                    None,
-                )
+                size = ctypes.c_size_t(len(data) + 1)
+                place = 0, _POSITION_CHARACTER, 0, _CHARS_UTF8
+                status = library.espeak_Synth(data, size, *place, None, None)
                 if faults:
                     raise faults[0]
                 _check(status, f"to say {text!r}")
@@ -160,7 +146,8 @@ def _check(status, what):
         raise RuntimeError(f"espeak-ng refused {what} (status {status})")
 
 
-class _seeded:
+@contextlib.contextmanager
+def _seeded(library):
     """Fix the random numbers behind breath, whisper and creak.
 
     Most voices draw from the library's own generator; a few (those that use
@@ -168,26 +155,21 @@ class _seeded:
     afterwards where the C library can do so.
     """
 
-    def __init__(self, library):
-        library.espeak_ng_SetRandSeed(ctypes.c_long(_SEED))
-        self.libc, self.state = None, None
-
-    def __enter__(self):
-        if sys.platform == "win32":
-            return
-        self.libc = ctypes.CDLL(None)
-        if not sys.platform.startswith("linux"):
-            self.libc.srand(_SEED)
-            return
-        # In glibc rand() is random(), and its state can be exchanged.
-        self.buffer = ctypes.create_string_buffer(128)
-        self.libc.initstate.restype = ctypes.c_void_p
-        self.libc.setstate.restype = ctypes.c_void_p
-        self.state = self.libc.initstate(_SEED, self.buffer, 128)
-
-    def __exit__(self, *exception):
-        if self.state:
-            self.libc.setstate(ctypes.c_void_p(self.state))
+    library.espeak_ng_SetRandSeed(ctypes.c_long(_SEED))
+    libc = None if sys.platform == "win32" else ctypes.CDLL(None)
+    if not sys.platform.startswith("linux"):
+        if libc is not None:
+            libc.srand(_SEED)
+        yield
+        return
+    # In glibc rand() is random(), and its state can be exchanged.
+    libc.initstate.restype = libc.setstate.restype = ctypes.c_void_p
+    buffer = ctypes.create_string_buffer(128)
+    state = libc.initstate(_SEED, buffer, 128)
+    try:
+        yield
+    finally:
+        libc.setstate(ctypes.c_void_p(state))
 
 
 def _load():
@@ -209,12 +191,10 @@ def _load():
             # No /proc, or a policy against running from memory, or somebody
             # closed all descriptors: an ordinary file will do.
             _image_descriptor = None
-    with open(path, "rb") as stream:
-        image = stream.read()
     descriptor, copy = tempfile.mkstemp(suffix=os.path.splitext(path)[1])
+    os.close(descriptor)
     try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(image)
+        shutil.copyfile(path, copy)
         return ctypes.CDLL(copy)
     finally:
         if sys.platform != "win32":

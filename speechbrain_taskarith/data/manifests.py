@@ -89,25 +89,14 @@ class Recording:
     extra: dict = dataclasses.field(default_factory=dict, compare=False)
 
     def row(self):
-        """Return the row as a manifest holds it.
-
-        Returns
-        -------
-        dict
-            `{column: value}`, further columns last.
-        """
-        known = dataclasses.asdict(self)
-        extra = known.pop("extra")
-        return {**known, **extra}
+        """Return `{column: value}`, `extra` last; see `write_manifest`."""
+        row = dataclasses.asdict(self)
+        extra = row.pop("extra")
+        return row | extra
 
 
 def read_manifest(
-    path,
-    data_root=None,
-    *,
-    sample_rate=None,
-    check="headers",
-    splits=None,
+    path, data_root=None, *, sample_rate=None, check="headers", splits=None
 ):
     """Read a manifest and check every row.
 
@@ -145,12 +134,12 @@ def read_manifest(
     -------
     >>> import torch
     >>> from speechbrain_taskarith.data.audio import write_audio
-    >>> folder = getfixture("tmpdir")
-    >>> write_audio(str(folder / "a.wav"), torch.zeros(8000), 16000)
-    >>> with open(str(folder / "manifest.csv"), "w") as out:
-    ...     _ = out.write("ID,duration,wav,spk_id,wrd\\n")
-    ...     _ = out.write("a,0.5,$data_root/a.wav,theo,SEVEN\\n")
-    >>> [row.wrd for row in read_manifest(str(folder / "manifest.csv"))]
+    >>> folder = getfixture("tmp_path")
+    >>> write_audio(folder / "a.wav", torch.zeros(8000), 16000)
+    >>> _ = (folder / "m.csv").write_text(
+    ...     "ID,duration,wav,spk_id,wrd\\na,0.5,$data_root/a.wav,theo,SEVEN\\n"
+    ... )
+    >>> [row.wrd for row in read_manifest(folder / "m.csv")]
     ['SEVEN']
     """
     if check not in _CHECKS:
@@ -163,7 +152,6 @@ def read_manifest(
     for place, row in rows:
         try:
             recording = _parse(row, os.fspath(data_root))
-            where = f"{place} (ID {recording.ID})"
             if recording.ID in seen:
                 raise _Fault(
                     f"duplicate ID, first in {seen[recording.ID]}; expected "
@@ -171,11 +159,9 @@ def read_manifest(
                 )
             seen[recording.ID] = place
             _check_audio(recording, sample_rate, check)
+            recordings.append(recording)
         except _Fault as fault:
-            where = f"{place} (ID {row.get('ID') or 'missing'})"
-            faults.append(f"{where}: {fault}")
-            continue
-        recordings.append(recording)
+            faults.append(f"{place} (ID {row.get('ID') or 'missing'}): {fault}")
     if faults:
         raise ManifestError(path, faults)
     if splits is not None:
@@ -247,21 +233,17 @@ def _read_csv(path):
             columns = reader.fieldnames or []
             missing = [name for name in REQUIRED if name not in columns]
             if missing:
-                raise ManifestError(
-                    path,
-                    [
-                        f"missing column{'s' * (len(missing) > 1)} "
-                        f"{', '.join(missing)}; found {', '.join(columns)}; "
-                        f"expected at least {','.join(REQUIRED)}. Is it the "
-                        "right file?"
-                    ],
+                fault = (
+                    f"missing column{'s' * (len(missing) > 1)} "
+                    f"{', '.join(missing)}; found {', '.join(columns)}; "
+                    f"expected at least {','.join(REQUIRED)}. Is it the right "
+                    "file?"
                 )
+                raise ManifestError(path, [fault])
             return [(f"row {reader.line_num}", row) for row in reader]
         except (UnicodeDecodeError, csv.Error) as error:
-            raise ManifestError(
-                path,
-                [f"not a CSV file in UTF-8 ({error}). Save it as such"],
-            ) from error
+            fault = f"not a CSV file in UTF-8 ({error}). Save it as such"
+            raise ManifestError(path, [fault]) from error
 
 
 def _read_json(path):
@@ -269,15 +251,13 @@ def _read_json(path):
         try:
             content = json.load(stream)
         except ValueError as error:
-            raise ManifestError(
-                path, [f"not JSON ({error}). Make the manifest again"]
-            ) from error
+            fault = f"not JSON ({error}). Make the manifest again"
+            raise ManifestError(path, [fault]) from error
     if not isinstance(content, dict) or not all(
         isinstance(row, dict) for row in content.values()
     ):
-        raise ManifestError(
-            path, ["expected an object of objects, one for each ID"]
-        )
+        fault = "expected an object of objects, one for each ID"
+        raise ManifestError(path, [fault])
     return [
         (f"entry {number}", {"ID": key, **row})
         for number, (key, row) in enumerate(content.items(), start=1)
@@ -294,13 +274,7 @@ def _parse(row, data_root):
         )
     for name in REQUIRED:
         if not str(row.get(name, "")).strip():
-            remedy = (
-                "a recording without a transcript cannot be trained on or "
-                "scored: write its words or take the row out"
-                if name == "wrd"
-                else "fill the cell or take the row out"
-            )
-            raise _Fault(f"{name} is empty; {remedy}")
+            raise _Fault(f"{name} is empty; fill the cell or drop the row")
     try:
         duration = float(row.pop("duration"))
     except ValueError:
@@ -376,13 +350,11 @@ def _only_splits(path, recordings, splits):
     absent = set(splits) - {row.split for row in kept}
     if absent:
         found = sorted({row.split for row in recordings})
-        raise ManifestError(
-            path,
-            [
-                f"no row of split {', '.join(sorted(absent))}; the splits "
-                f"found are {', '.join(map(repr, found)) or 'none'}"
-            ],
+        fault = (
+            f"no row of split {', '.join(sorted(absent))}; the splits found "
+            f"are {', '.join(map(repr, found)) or 'none'}"
         )
+        raise ManifestError(path, [fault])
     return kept
 
 
@@ -395,13 +367,11 @@ def _check_row_to_write(path, number, row, seen, as_json):
     seen.add(row["ID"])
     lists = [k for k, v in row.items() if isinstance(v, (list, tuple, dict))]
     if lists and not as_json:
-        raise ManifestError(
-            path,
-            [
-                f"row {number} (ID {row['ID']}): {', '.join(lists)} is not "
-                "a single value; write such a manifest as .json"
-            ],
+        fault = (
+            f"row {number} (ID {row['ID']}): {', '.join(lists)} is not a "
+            "single value; write such a manifest as .json"
         )
+        raise ManifestError(path, [fault])
 
 
 def _relative(value, data_root, mark):
@@ -409,7 +379,6 @@ def _relative(value, data_root, mark):
     if isinstance(value, (list, tuple)):
         return [_relative(part, data_root, mark) for part in value]
     root = os.path.join(os.path.abspath(data_root), "")
-    if isinstance(value, str) and os.path.isabs(value):
-        if value.startswith(root):
-            return f"{mark}/{value[len(root) :]}"
+    if isinstance(value, str) and value.startswith(root):
+        return f"{mark}/{value.removeprefix(root)}"
     return value

@@ -8,6 +8,7 @@ relative reduction over a baseline.
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 
 from speechbrain_taskarith.metrics import lifelong_files
 from speechbrain_taskarith.utils.files import atomic_write
@@ -38,7 +39,7 @@ class LifelongMatrix:
     Every measure takes `at`: the name of the domain learned last (default:
     the last of the sequence), or `"mean"`: average WER over all steps; the
     others over all steps but the first, where nothing had been learned in
-    sequence yet.
+    sequence yet. A WER that it needs and nobody recorded is a KeyError.
 
     Arguments
     ---------
@@ -64,21 +65,31 @@ class LifelongMatrix:
             )
         self.domains = tuple(domains)
         self._wer = {}
-        _check_domains(self.domains)
+        for domain in self.domains:
+            named = isinstance(domain, str) and domain.strip()
+            if not named or domain == MEAN:
+                raise ValueError(
+                    f"domain {domain!r}: expected a name other than {MEAN!r}, "
+                    "which asks for the mean over the steps"
+                )
+        if not self.domains or len(set(self.domains)) < len(self.domains):
+            raise ValueError(
+                f"domains are {list(self.domains)}, expected one or more, "
+                "each once, in the order learned"
+            )
 
     def record(self, after, on, wer):
         """Note the WER on one domain after another was learned.
 
-        A cell that is recorded again takes the new value, as a resumed run
-        that evaluates once more needs it.
+        A second value replaces the first, as a resumed run needs it.
 
         Arguments
         ---------
         after : str
             The domain learned last.
         on : str
-            The domain tested; may also be one that comes later in the
-            sequence (kept and shown, but no measure counts it).
+            The domain tested; one that comes later in the sequence is kept
+            and shown, but no measure counts it.
         wer : float or WERReport
             WER in %.
 
@@ -117,55 +128,25 @@ class LifelongMatrix:
             return NotImplemented
         return self.domains == other.domains and self._wer == other._wer
 
-    __hash__ = None
-
     def __repr__(self):
         return (
             f"LifelongMatrix({list(self.domains)}, {len(self._wer)} recorded)"
         )
 
     def average_wer(self, at=None):
-        """Average WER over the domains learned so far, in %.
-
-        Arguments
-        ---------
-        at : str or None
-            See the class.
-
-        Returns
-        -------
-        float
-            Mean of `R[k][j]` over j <= k.
-
-        Raises
-        ------
-        KeyError
-            A WER that has not been recorded.
-        """
+        """Average WER so far, in %; see `LifelongMatrix`."""
         return self._at(at, 0, self._average_wer)
 
     def bwt(self, at=None):
-        """Backward transfer in percentage points; negative = forgetting.
+        """Backward transfer in percentage points; see `LifelongMatrix`.
 
-        Arguments
-        ---------
-        at : str or None
-            See the class; not the first domain.
-
-        Returns
-        -------
-        float
-            Mean of `R[j][j] - R[k][j]` over j < k.
-
-        Raises
-        ------
-        ValueError
-            Asked for at the first domain, where there is nothing behind.
+        Not at the first domain, where it is a ValueError: nothing lies
+        behind it.
         """
         return self._at(at, 1, self._bwt)
 
     def fwt(self, single, at=None):
-        """Forward transfer in percentage points; positive = it helped.
+        """Forward transfer in percentage points.
 
         Arguments
         ---------
@@ -181,27 +162,16 @@ class LifelongMatrix:
             `single_k - R[k][k]`.
         """
         return self._at(
-            at, 1, lambda k: self._reference(single, k, at) - self._diagonal(k)
+            at, 1, lambda k: self._reference(single, k, at) - self._cell(k, k)
         )
 
     def im(self, joint, at=None):
-        """Intransigence in percentage points; positive = learned less well.
+        """Intransigence in percentage points.
 
-        Arguments
-        ---------
-        joint : dict of str: float, or float
-            WER in % of joint training, by domain; a plain number for one
-            step.
-        at : str or None
-            See the class.
-
-        Returns
-        -------
-        float
-            `R[k][k] - joint_k`.
+        `joint` holds the WER of joint training; arguments as `fwt`.
         """
         return self._at(
-            at, 1, lambda k: self._diagonal(k) - self._reference(joint, k, at)
+            at, 1, lambda k: self._cell(k, k) - self._reference(joint, k, at)
         )
 
     def werr(self, baseline, at=None):
@@ -226,23 +196,20 @@ class LifelongMatrix:
             Other domains, or a baseline without errors (the ratio is then
             not defined).
         """
-        if isinstance(baseline, LifelongMatrix):
-            if baseline.domains != self.domains:
-                raise ValueError(
-                    f"the baseline learned {list(baseline.domains)}, this "
-                    f"matrix {list(self.domains)}; compare like with like"
-                )
-        elif at == MEAN:
+        by_step = isinstance(baseline, LifelongMatrix)
+        if by_step and baseline.domains != self.domains:
+            raise ValueError(
+                f"the baseline learned {list(baseline.domains)}, this "
+                f"matrix {list(self.domains)}; compare like with like"
+            )
+        if at == MEAN and not by_step:
             raise TypeError(
                 "a mean over steps needs the baseline's LifelongMatrix, not "
                 "one number"
             )
 
         def reduction(k):
-            if isinstance(baseline, LifelongMatrix):
-                reference = baseline._average_wer(k)
-            else:
-                reference = float(baseline)
+            reference = baseline._average_wer(k) if by_step else float(baseline)
             if not reference > 0:
                 raise ValueError(
                     f"the baseline's average WER after {self.domains[k]!r} is "
@@ -282,30 +249,23 @@ class LifelongMatrix:
         matrices = list(matrices)
         if not matrices:
             raise ValueError("no matrices to average")
-        first = matrices[0]
-        for other in matrices[1:]:
-            if (
-                other.domains != first.domains
-                or other._wer.keys() != first._wer.keys()
-            ):
+        first, *others = matrices
+        for other in others:
+            cells = other._wer.keys()
+            if other.domains != first.domains or cells != first._wer.keys():
                 raise ValueError(
                     f"{first} and {other} have other domains or other cells "
                     "recorded; average finished runs of one sequence"
                 )
         result = cls(first.domains)
-        for after, on in first._wer:
-            values = [matrix[after, on] for matrix in matrices]
-            result.record(after, on, math.fsum(values) / len(values))
+        for cell in first._wer:
+            result.record(*cell, fmean(matrix[cell] for matrix in matrices))
         return result
 
     def to_frame(self):
-        """Return the matrix as a pandas table.
+        """Return the matrix as a `pandas.DataFrame` (see `rows`).
 
-        Returns
-        -------
-        pandas.DataFrame
-            Rows: the domain learned last (index name `after`); columns: the
-            domain tested; NaN where nothing was recorded.
+        The index is called `after`, the columns are the domains tested.
         """
         pandas = require("pandas", "tables", "LifelongMatrix.to_frame")
         return pandas.DataFrame(
@@ -328,20 +288,7 @@ class LifelongMatrix:
         ]
 
     def plot(self, path, title="WER (%) on each domain after each step"):
-        """Draw the matrix as an annotated heat map.
-
-        Arguments
-        ---------
-        path : str or pathlib.Path
-            Where to; `.png`, `.pdf` or `.svg`.
-        title : str
-            Above the plot.
-
-        Returns
-        -------
-        pathlib.Path
-            The file.
-        """
+        """Draw the matrix as a heat map; see `plot_wer_matrix`."""
         from speechbrain_taskarith.metrics.plots import plot_wer_matrix
 
         return plot_wer_matrix(self.rows(), self.domains, path, title=title)
@@ -373,36 +320,21 @@ class LifelongMatrix:
         >>> LifelongMatrix.load(matrix.save(folder / "wer.csv")) == matrix
         True
         """
-        path = Path(path)
-        text = lifelong_files.codec(path).encode(self.domains, self._wer)
+        encode, _ = lifelong_files.codec(path)
         with atomic_write(path, "w") as stream:
-            stream.write(text)
-        return path
+            stream.write(encode(self.domains, self._wer))
+        return Path(path)
 
     @classmethod
     def load(cls, path):
-        """Read a matrix that `save` wrote.
+        """Read a matrix from a file (see `save`).
 
-        Arguments
-        ---------
-        path : str or pathlib.Path
-            A `.csv` or `.json` file.
-
-        Returns
-        -------
-        LifelongMatrix
-            The matrix.
-
-        Raises
-        ------
-        ValueError
-            Another suffix, or a file that holds no such matrix.
+        A ValueError names a file of another suffix or content.
         """
-        path = Path(path)
-        codec = lifelong_files.codec(path)
-        text = path.read_text(encoding="utf-8")
+        _, decode = lifelong_files.codec(path)
+        text = Path(path).read_text(encoding="utf-8")
         try:
-            domains, cells = codec.decode(text)
+            domains, cells = decode(text)
             matrix = cls(domains)
             for (after, on), value in cells.items():
                 matrix.record(after, on, value)
@@ -412,8 +344,6 @@ class LifelongMatrix:
                 f"({error}); restore the file or make it again"
             ) from error
         return matrix
-
-    # -- inside --------------------------------------------------------
 
     def _index(self, domain):
         if domain not in self.domains:
@@ -432,12 +362,11 @@ class LifelongMatrix:
                     "the mean over steps after the first needs two domains or "
                     "more"
                 )
-            values = [measure(k) for k in range(first, last + 1)]
-            return math.fsum(values) / len(values)
+            return fmean(measure(k) for k in range(first, last + 1))
         return measure(last if at is None else self._index(at))
 
     def _average_wer(self, k):
-        return self._mean_over(k + 1, lambda j: self._cell(k, j))
+        return fmean(self._cell(k, j) for j in range(k + 1))
 
     def _bwt(self, k):
         if k == 0:
@@ -445,12 +374,7 @@ class LifelongMatrix:
                 f"backward transfer after the first domain "
                 f"({self.domains[0]!r}) is not defined: nothing lies behind it"
             )
-        return self._mean_over(
-            k, lambda j: self._diagonal(j) - self._cell(k, j)
-        )
-
-    def _diagonal(self, k):
-        return self._cell(k, k)
+        return fmean(self._cell(j, j) - self._cell(k, j) for j in range(k))
 
     def _cell(self, k, j):
         return self[self.domains[k], self.domains[j]]
@@ -470,22 +394,3 @@ class LifelongMatrix:
                 f"{', '.join(map(str, reference)) or 'none'}"
             )
         return float(getattr(reference[domain], "wer", reference[domain]))
-
-    @staticmethod
-    def _mean_over(count, value):
-        return math.fsum(value(j) for j in range(count)) / count
-
-
-def _check_domains(domains):
-    for domain in domains:
-        if not isinstance(domain, str) or not domain.strip():
-            raise ValueError(f"domain {domain!r} is no name; give strings")
-        if domain == MEAN:
-            raise ValueError(
-                f"a domain cannot be called {MEAN!r}: `at={MEAN!r}` asks for "
-                "the mean over the steps"
-            )
-    if not domains:
-        raise ValueError("no domains; give them in the order learned")
-    if len(set(domains)) != len(domains):
-        raise ValueError(f"a domain occurs twice in {list(domains)}")

@@ -9,22 +9,13 @@ can be put beside its logs and analysed by its script.
 import csv
 import io
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from speechbrain_taskarith.utils.files import atomic_write
 
 
-class Codec(NamedTuple):
-    """How a matrix becomes text and comes back."""
-
-    encode: Callable
-    decode: Callable
-
-
 def codec(path):
-    """Choose the form by a file's suffix."""
+    """Choose encoder and decoder by a file's suffix."""
     suffix = Path(path).suffix
     if suffix not in _CODECS:
         raise ValueError(
@@ -81,10 +72,7 @@ def _from_json(text):
     return content["domains"], cells
 
 
-_CODECS = {
-    ".csv": Codec(_to_csv, _from_csv),
-    ".json": Codec(_to_json, _from_json),
-}
+_CODECS = {".csv": (_to_csv, _from_csv), ".json": (_to_json, _from_json)}
 
 # Characters by which the benchmark's script splits file names and lines.
 _SEPARATORS = (",", ": ", " - ", "/", "\\", "\n", "_base=", "_new=", ".txt")

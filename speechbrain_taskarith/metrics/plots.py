@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean, stdev
 
 from speechbrain_taskarith.utils.files import atomic_write
 from speechbrain_taskarith.utils.optional import require
@@ -51,12 +52,8 @@ def figure(path, width=6.4, height=4.2):
         # Without a date the same results give the same bytes.
         dated = {".pdf": "CreationDate", ".svg": "Date"}.get(suffix)
         with atomic_write(path, "wb") as stream:
-            drawn.savefig(
-                stream,
-                format=suffix[1:],
-                dpi=150,
-                metadata={dated: None} if dated else None,
-            )
+            metadata = {dated: None} if dated else None
+            drawn.savefig(stream, format=suffix[1:], dpi=150, metadata=metadata)
 
 
 def legend_beside(axes):
@@ -85,8 +82,8 @@ def plot_scale_curve(
         `{name: {scale: WER in %}}`; a list of values at a scale (several
         seeds) is drawn as its mean, with a band of one sample standard
         deviation where a scale has two values or more.
-    path : str or pathlib.Path
-        `.png`, `.pdf` or `.svg`.
+    path
+        See `plot_heat_map`, also for what is returned.
     baseline : float or None
         WER without the edit, drawn as a dashed line.
     chosen : float, tuple, list of tuple or None
@@ -96,17 +93,8 @@ def plot_scale_curve(
     oracle : float, tuple, list of tuple or None
         The best scale on the test data in the same form, drawn apart: it
         is an upper bound that no one may choose.
-    title : str
-        Above the plot.
-    xlabel : str
-        Under it.
-    ylabel : str
-        Beside it.
-
-    Returns
-    -------
-    pathlib.Path
-        The file.
+    title, xlabel, ylabel : str
+        Above, under and beside the plot.
 
     Raises
     ------
@@ -127,38 +115,23 @@ def plot_scale_curve(
         for i, (name, curve) in enumerate(curves.items()):
             scales = sorted(curve)
             means, deviations = zip(*(_spread(curve[s]) for s in scales))
-            colour = COLOURS[i % len(COLOURS)]
-            axes.plot(
-                scales,
-                means,
-                color=colour,
-                marker=MARKERS[i % len(MARKERS)],
-                markersize=4,
-                label=name,
-            )
+            _line(axes, scales, means, i, name)
             if any(deviations):
                 axes.fill_between(
                     scales,
                     [m - s for m, s in zip(means, deviations)],
                     [m + s for m, s in zip(means, deviations)],
-                    color=colour,
+                    color=COLOURS[i % len(COLOURS)],
                     alpha=0.15,
                     linewidth=0,
                 )
         if baseline is not None:
-            axes.axhline(
-                baseline,
-                color="0.35",
-                linestyle="--",
-                linewidth=1,
-                zorder=0,
-                label=f"baseline: {baseline:.2f}",
-            )
+            dashes = {"color": "0.35", "linestyle": "--", "linewidth": 1}
+            label = f"baseline: {baseline:.2f}"
+            axes.axhline(baseline, zorder=0, label=label, **dashes)
         _mark(axes, chosen, "chosen", "#000000", "*", "-")
         _mark(axes, oracle, "oracle", "#CC79A7", "X", ":")
-        axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
-        axes.yaxis.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+        _label(axes, xlabel, ylabel, title)
         legend_beside(axes)
     return Path(path)
 
@@ -183,18 +156,14 @@ def plot_heat_map(
     ---------
     values : list of list of float, or array [R, C]
         NaN cells stay empty.
-    rows : sequence of str
-        R names.
-    columns : sequence of str
-        C names.
+    rows, columns : sequence of str
+        R and C names.
     path : str or pathlib.Path
         `.png`, `.pdf` or `.svg`.
     title : str
         Above the plot.
-    xlabel : str
-        What the columns are.
-    ylabel : str
-        What the rows are.
+    xlabel, ylabel : str
+        What the columns and the rows are.
     colours : str
         A matplotlib colour map.
     limits : tuple of float or None
@@ -235,6 +204,8 @@ def plot_heat_map(
         image = axes.imshow(
             values, cmap=colour_map, vmin=low, vmax=high, aspect="auto"
         )
+        size = 9 if len(columns) <= 10 else 7
+        centred = {"ha": "center", "va": "center", "fontsize": size}
         for r, row in enumerate(values):
             for c, value in enumerate(row):
                 if not math.isfinite(value):
@@ -243,24 +214,11 @@ def plot_heat_map(
                 # Luminance (ITU-R BT.601) decides whether black or white
                 # text can be read on the cell.
                 light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
-                axes.text(
-                    c,
-                    r,
-                    form.format(value),
-                    ha="center",
-                    va="center",
-                    color="black" if light else "white",
-                    fontsize=9 if len(columns) <= 10 else 7,
-                )
+                colour = "black" if light else "white"
+                axes.text(c, r, form.format(value), color=colour, **centred)
         # About eight characters fit under a cell.
         turned = max(len(str(name)) for name in columns) > 8
-        axes.set_xticks(
-            range(len(columns)),
-            [str(name) for name in columns],
-            rotation=40 if turned else 0,
-            ha="right" if turned else "center",
-            rotation_mode="anchor" if turned else "default",
-        )
+        _name_steps(axes, columns, 40 if turned else 0)
         axes.set_yticks(range(len(rows)), [str(name) for name in rows])
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
@@ -275,21 +233,9 @@ def plot_wer_matrix(
 ):
     """Draw the WER on every domain after every step of a sequence.
 
-    Arguments
-    ---------
-    matrix : list of list of float, or array [N, N]
-        `[k][j]` in %, NaN where not measured (`LifelongMatrix.rows()`).
-    domains : sequence of str
-        N names in the order learned.
-    path : str or pathlib.Path
-        `.png`, `.pdf` or `.svg`.
-    title : str
-        Above the plot.
-
-    Returns
-    -------
-    pathlib.Path
-        The file.
+    `matrix` [N, N] holds WER in % as `LifelongMatrix.rows()` gives them,
+    NaN where not measured; `domains` the N names in the order learned. The
+    rest is as `plot_heat_map`.
 
     Example
     -------
@@ -322,21 +268,12 @@ def plot_by_layer(
     values : dict of str: float, or dict of str: dict of str: float
         `{layer: value}`, or `{name: {layer: value}}`. Layers keep the order
         in which they first appear.
-    path : str or pathlib.Path
-        `.png`, `.pdf` or `.svg`.
+    path, title
+        See `plot_heat_map`, also for what is returned.
     kind : str
         `"bar"` or `"line"` (easier to read from about five names on).
-    title : str
-        Above the plot.
-    ylabel : str
-        What the values are.
-    xlabel : str
-        What the layers are.
-
-    Returns
-    -------
-    pathlib.Path
-        The file.
+    ylabel, xlabel : str
+        What the values and the layers are.
 
     Raises
     ------
@@ -361,45 +298,45 @@ def plot_by_layer(
     with figure(path, width, 3.4 + min(0.06 * longest, 2)) as axes:
         for i, (name, group) in enumerate(groups.items()):
             heights = [float(group.get(layer, math.nan)) for layer in layers]
-            colour = COLOURS[i % len(COLOURS)]
             if kind == "bar":
                 left = [x + (i + 0.5) * share - 0.4 for x in range(len(layers))]
+                colour = COLOURS[i % len(COLOURS)]
                 axes.bar(left, heights, share, color=colour, label=name)
             else:
-                axes.plot(
-                    range(len(layers)),
-                    heights,
-                    color=colour,
-                    marker=MARKERS[i % len(MARKERS)],
-                    markersize=4,
-                    label=name,
-                )
-        turned = longest * len(layers) > 70
-        axes.set_xticks(
-            range(len(layers)),
-            [str(layer) for layer in layers],
-            rotation=50 if turned else 0,
-            ha="right" if turned else "center",
-            rotation_mode="anchor" if turned else "default",
-        )
-        axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
-        axes.yaxis.grid(True, color="0.9")
-        axes.set_axisbelow(True)
+                _line(axes, range(len(layers)), heights, i, name)
+        _name_steps(axes, layers, 50 if longest * len(layers) > 70 else 0)
+        _label(axes, xlabel, ylabel, title)
         if not single:
             legend_beside(axes)
     return Path(path)
 
 
+def _line(axes, x, y, i, name):
+    """Draw the i-th curve in its own colour, with its own marker."""
+    colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+    axes.plot(x, y, color=colour, marker=marker, markersize=4, label=name)
+
+
+def _name_steps(axes, names, angle):
+    axes.set_xticks(
+        range(len(names)),
+        [str(name) for name in names],
+        rotation=angle,
+        ha="right" if angle else "center",
+        rotation_mode="anchor" if angle else "default",
+    )
+
+
+def _label(axes, xlabel, ylabel, title):
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.yaxis.grid(True, color="0.9")
+    axes.set_axisbelow(True)
+
+
 def _spread(value):
     """Return mean and sample standard deviation of one or more values."""
-    if not _several(value):
-        return float(value), 0.0
-    values = [float(v) for v in value]
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return mean, 0.0
-    squares = math.fsum((v - mean) ** 2 for v in values)
-    return mean, math.sqrt(squares / (len(values) - 1))
+    values = [float(v) for v in (value if _several(value) else [value])]
+    return fmean(values), stdev(values) if len(values) > 1 else 0.0
 
 
 def _several(value):
@@ -417,34 +354,20 @@ def _mark(axes, where, what, colour, marker, line):
     scale, wer = where if _several(where) else (where, None)
     label = f"{what}: {scale:g}"
     if wer is not None:
+        star = {"markersize": 11, "markeredgecolor": "white", "zorder": 5}
         label += f" ({wer:.2f})"
-        axes.plot(
-            [scale],
-            [wer],
-            marker,
-            color=colour,
-            markersize=11,
-            markeredgecolor="white",
-            zorder=5,
-            label=label,
-        )
-    axes.axvline(
-        scale,
-        color=colour,
-        linestyle=line,
-        linewidth=0.8,
-        alpha=0.6,
-        zorder=1,
-        label=None if wer is not None else label,
-    )
+        axes.plot([scale], [wer], marker, color=colour, label=label, **star)
+        label = None
+    thin = {"linestyle": line, "linewidth": 0.8, "alpha": 0.6, "zorder": 1}
+    axes.axvline(scale, color=colour, label=label, **thin)
 
 
 def _require_curves(curves):
     empty = [name for name, curve in curves.items() if not curve]
     if not curves or empty:
+        which = f" for {', '.join(map(str, empty))}" if empty else ""
         raise ValueError(
-            f"nothing to draw{' for ' + ', '.join(map(str, empty)) if empty else ''}"
-            "; give at least one point per curve"
+            f"nothing to draw{which}; give at least one point per curve"
         )
 
 

@@ -5,13 +5,12 @@ alignment. Insertions belong to no reference word and are counted apart.
 """
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from speechbrain_taskarith.metrics.word_errors import (
     aligned,
     error_rate,
-    matched,
+    one_each,
 )
 
 
@@ -51,10 +50,7 @@ class WordGroupErrors:
 
     @property
     def wer(self):
-        """Substitutions and deletions in % of the group's words.
-
-        0 where the group has no word: see `words`.
-        """
+        """Errors in % of the group's words; 0 where it has no word."""
         return error_rate(self.errors, self.words)
 
     def __add__(self, other):
@@ -210,32 +206,13 @@ class RareWords:
     def report(self, references, hypotheses, ids=None):
         """Count errors on rare words and others.
 
-        Arguments
-        ---------
-        references, hypotheses, ids
-            As in `metrics.wer`.
-
-        Returns
-        -------
-        RareWordReport
-            The counts; totals equal those of `metrics.wer`.
-
-        Raises
-        ------
-        ValueError
-            As `metrics.wer`.
+        Arguments and errors are as `wer`; the result is a `RareWordReport`
+        whose totals equal those of `wer`.
         """
-        return sum(self._reports(references, hypotheses, ids))
-
-    def _reports(self, references, hypotheses, ids):
-        """Return one `RareWordReport` an utterance, in order."""
         words, _, alignments = aligned(references, hypotheses, ids)
-        return [
-            self._utterance(reference, chunks)
-            for reference, chunks in zip(words, alignments)
-        ]
+        return sum(map(self._count, words, alignments))
 
-    def _utterance(self, reference, chunks):
+    def _count(self, reference, chunks):
         totals = {True: Counter(), False: Counter()}
         insertions = 0
         for chunk in chunks:
@@ -245,7 +222,7 @@ class RareWords:
                 totals[word in self][chunk.type] += 1
         groups = [
             WordGroupErrors(one["equal"], one["substitute"], one["delete"])
-            for one in (totals[True], totals[False])
+            for one in totals.values()
         ]
         return RareWordReport(*groups, insertions)
 
@@ -259,12 +236,10 @@ def rare_words_by_language(
     ---------
     definitions : mapping of str to RareWords
         By language.
-    references, hypotheses : sequence or dict
-        As in `metrics.wer`.
+    references, hypotheses, ids
+        See `wer`.
     languages : sequence or dict
         The language of every utterance, in the same order or by ID.
-    ids : sequence of str or None
-        As in `metrics.wer`.
 
     Returns
     -------
@@ -289,29 +264,17 @@ def rare_words_by_language(
     >>> {language: report.rare.wer for language, report in found.items()}
     {'it': 0.0, 'en': 100.0}
     """
-    _, _, names = matched(references, hypotheses, ids)
-    if isinstance(languages, Mapping):
-        by_name = {str(name): spoken for name, spoken in languages.items()}
-        languages = [by_name.get(name) for name in names]
-    languages = list(languages)
-    if len(languages) != len(names):
-        raise ValueError(
-            f"{len(names)} utterances but {len(languages)} languages; give "
-            "one per utterance, in the same order"
-        )
+    words, ids, alignments = aligned(references, hypotheses, ids)
+    languages = one_each(languages, ids, "language")
     found = {}
-    for language in dict.fromkeys(languages):
+    for language, reference, chunks in zip(languages, words, alignments):
         if language not in definitions:
             raise ValueError(
                 f"language {language!r}: no definition of its rare words; "
                 f"there are {', '.join(map(repr, definitions))}"
             )
-        reports = definitions[language]._reports(references, hypotheses, ids)
-        found[language] = sum(
-            report
-            for report, spoken in zip(reports, languages)
-            if spoken == language
-        )
+        errors = definitions[language]._count(reference, chunks)
+        found[language] = found.get(language, 0) + errors
     return found
 
 

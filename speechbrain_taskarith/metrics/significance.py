@@ -17,10 +17,8 @@ class PairedBootstrap:
     difference : float
         WER of the first system minus that of the second, in percentage
         points: positive where the second is better.
-    low : float
-        Lower end of the confidence interval of the difference.
-    high : float
-        Upper end.
+    low, high : float
+        Ends of the confidence interval of the difference.
     probability_of_improvement : float
         Share of resamples in which the second system is strictly better.
     p_value : float
@@ -54,7 +52,7 @@ def confidence_interval(
     resamples : int
         Number of bootstrap samples, at least 1.
     seed : int
-        Seed of the draws; the same seed gives the same interval.
+        Of the draws; the same seed gives the same interval.
     blocks : sequence or None
         A label per utterance, e.g. its speaker: whole blocks are drawn
         instead, for utterances that are not independent of one another.
@@ -78,11 +76,10 @@ def confidence_interval(
     >>> low < report.wer < high
     True
     """
-    _check(level, resamples)
-    counts = _block_counts([report], blocks)
-    rates = _resampled_rates(counts, resamples, seed)[:, 0]
-    low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    quantiles = _quantiles(level)
+    rates = _resampled_rates([report], blocks, resamples, seed)
+    low, high = np.quantile(rates, quantiles).tolist()
+    return low, high
 
 
 def paired_bootstrap(
@@ -95,18 +92,11 @@ def paired_bootstrap(
 
     Arguments
     ---------
-    first : WERReport
-        The baseline.
-    second : WERReport
-        The other system, on the same utterances in the same order.
-    level : float
-        Coverage of the interval, in (0, 1).
-    resamples : int
-        Number of bootstrap samples, at least 1.
-    seed : int
-        Seed of the draws.
-    blocks : sequence or None
-        As in `confidence_interval`.
+    first, second : WERReport
+        Of the baseline and of the other system, on the same utterances in
+        the same order.
+    level, resamples, seed, blocks
+        See `confidence_interval`.
 
     Returns
     -------
@@ -128,7 +118,7 @@ def paired_bootstrap(
     >>> test.difference, test.low > 0, test.p_value < 0.01
     (15.0, True, True)
     """
-    _check(level, resamples)
+    quantiles = _quantiles(level)
     if first.ids != second.ids:
         raise ValueError(
             "the two reports name different utterances or another order; "
@@ -141,28 +131,26 @@ def paired_bootstrap(
                 f"first report and {b.words} in the second; use the same "
                 "references"
             )
-    counts = _block_counts([first, second], blocks)
-    rates = _resampled_rates(counts, resamples, seed)
+    rates = _resampled_rates([first, second], blocks, resamples, seed)
     differences = rates[:, 0] - rates[:, 1]
     observed = first.wer - second.wer
-    low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(differences, quantiles).tolist()
     # Add-one keeps the p-value honest: it can never be below 1 / resamples.
     # The margin keeps rounding from turning an exact tie into a difference.
     as_far = np.abs(differences - observed) >= abs(observed) - 1e-9
     return PairedBootstrap(
-        difference=float(observed),
-        low=float(low),
-        high=float(high),
+        difference=observed,
+        low=low,
+        high=high,
         probability_of_improvement=float((differences > 0).mean()),
         p_value=float((1 + as_far.sum()) / (1 + resamples)),
     )
 
 
-def _check(level, resamples):
+def _quantiles(level):
     if not 0 < level < 1:
         raise ValueError(f"level is {level}, expected a number in (0, 1)")
-    if resamples < 1:
-        raise ValueError(f"resamples is {resamples}, expected at least 1")
+    return (1 - level) / 2, (1 + level) / 2
 
 
 def _block_counts(reports, blocks):
@@ -186,16 +174,19 @@ def _block_counts(reports, blocks):
     return summed
 
 
-def _resampled_rates(counts, resamples, seed):
+def _resampled_rates(reports, blocks, resamples, seed):
     """Return the rates of every bootstrap sample in %, [resamples, R]."""
+    if resamples < 1:
+        raise ValueError(f"resamples is {resamples}, expected at least 1")
+    counts = _block_counts(reports, blocks)
     generator = np.random.default_rng(seed)
-    blocks = len(counts)
-    step = max(1, _CHUNK_ENTRIES // blocks)
+    total = len(counts)
+    step = max(1, _CHUNK_ENTRIES // total)
     rates = []
     for start in range(0, resamples, step):
         rows = min(step, resamples - start)
         # How often each block is drawn: one matrix product scores them all.
-        drawn = generator.multinomial(blocks, [1 / blocks] * blocks, size=rows)
+        drawn = generator.multinomial(total, [1 / total] * total, size=rows)
         sums = drawn @ counts
         # A sample of only empty references has no rate; count it as error
         # free unless something was inserted.

@@ -12,17 +12,7 @@ import logging
 from pathlib import Path
 
 from speechbrain_taskarith.metrics import tables
-from speechbrain_taskarith.metrics.tables import (
-    AGGREGATES,
-    KEYS,
-    aggregated,
-    by_seed,
-    described,
-    difference,
-    make_row,
-    result_of,
-)
-from speechbrain_taskarith.utils.files import atomic_write
+from speechbrain_taskarith.utils.files import atomic_write, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +79,7 @@ class Summary:
         value : float
             A finite number (a tensor or NumPy scalar will do).
         unit : str or None
-            Unit of the value; None takes the usual one
-            (`result_rows.UNITS`).
+            Unit of the value; None takes the usual one (`tables.UNITS`).
         split : str
             What was measured on: `"test"`, `"valid"`, `"train"`, ...
         seed : int or None
@@ -108,37 +97,34 @@ class Summary:
             for a result that is there already.
         """
         self._insert(
-            make_row(table, row, metric, value, unit, split, seed, selected_on)
+            tables.make_row(
+                table, row, metric, value, unit, split, seed, selected_on
+            )
         )
 
     def _insert(self, entry):
-        key = result_of(entry) + (entry["seed"],)
-        known = self._rows.get(key)
-        if known is not None and known != entry:
+        key = tables.result_of(entry) + (entry["seed"],)
+        known = self._rows.get(key, entry)
+        if known != entry:
             raise ValueError(
-                f"{described(entry)} is there already with "
-                f"{difference(known, entry)}; a result is added once"
+                f"{tables.described(entry)} is there already with "
+                f"{tables.difference(known, entry)}; a result is added once"
             )
+        column = entry["table"], entry["metric"]
         for other in self._rows.values():
-            same = (other["table"], other["metric"])
-            if same == (entry["table"], entry["metric"]):
-                if other["unit"] != entry["unit"]:
-                    raise ValueError(
-                        f"{described(entry)} is in {entry['unit']!r}, the "
-                        f"same metric of row {other['row']!r} in "
-                        f"{other['unit']!r}; use one unit in a table"
-                    )
-                break
+            if (other["table"], other["metric"]) != column:
+                continue
+            if other["unit"] != entry["unit"]:
+                raise ValueError(
+                    f"{tables.described(entry)} is in {entry['unit']!r}, the "
+                    f"same metric of row {other['row']!r} in "
+                    f"{other['unit']!r}; use one unit in a table"
+                )
+            break
         self._rows[key] = entry
 
     def note(self, text):
-        """Add a remark that stands above the tables in `results.md`.
-
-        Arguments
-        ---------
-        text : str
-            Markdown, e.g. what is simulated.
-        """
+        """Add a remark in Markdown above the tables; see `markdown`."""
         if text not in self._notes:
             self._notes.append(text)
 
@@ -159,33 +145,25 @@ class Summary:
         results = {}
         for entry in self._rows.values():
             if table in (None, entry["table"]):
-                results.setdefault(result_of(entry), []).append(entry)
+                results.setdefault(tables.result_of(entry), []).append(entry)
         rows = []
         for entries in results.values():
-            entries = sorted(entries, key=by_seed)
+            entries.sort(key=tables.by_seed)
             rows += [dict(entry) for entry in entries]
-            rows += aggregated(entries)
+            rows += tables.aggregated(entries)
         return rows
 
     @property
     def tables(self):
         """Names of the tables, in order of first appearance."""
-        return list(
-            dict.fromkeys(entry["table"] for entry in self._rows.values())
-        )
+        return list(dict.fromkeys(row["table"] for row in self._rows.values()))
 
     def value(self, table, row, metric, split="test", seed="mean"):
         """Look up one value.
 
         Arguments
         ---------
-        table : str
-            As added.
-        row : str
-            As added.
-        metric : str
-            As added.
-        split : str
+        table, row, metric, split : str
             As added.
         seed : int, str or None
             A seed, `"mean"` (of a single run: its value) or `"std"`.
@@ -203,8 +181,7 @@ class Summary:
         found = {
             entry["seed"]: entry["value"]
             for entry in self.rows(table)
-            if (entry["row"], entry["metric"], entry["split"])
-            == (row, metric, split)
+            if tables.result_of(entry) == (table, row, metric, split)
         }
         if seed == "mean" and len(found) == 1:
             return next(iter(found.values()))
@@ -234,20 +211,18 @@ class Summary:
         contents["summary.json"] = (
             json.dumps(self.rows(), indent=1, allow_nan=False) + "\n"
         )
-        written = []
         for name, text in contents.items():
             with atomic_write(self.folder / name, "w") as stream:
                 stream.write(text)
-            written.append(self.folder / name)
-        return written
+        return [self.folder / name for name in contents]
 
     def markdown(self):
-        """Return the tables as Markdown, as `results.md` holds them.
+        """Return what `results.md` holds.
 
         Returns
         -------
         str
-            Title, notes, tables, images.
+            Title, notes, tables and images in Markdown.
         """
         parts = [f"# {self.title}", *self._notes]
         for table in self.tables:
@@ -277,30 +252,25 @@ class Summary:
 
     def _csv(self, table):
         text = io.StringIO()
-        writer = csv.DictWriter(text, KEYS, lineterminator="\n")
+        writer = csv.DictWriter(text, tables.KEYS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows(table))
         return text.getvalue()
 
     def _warn_about_missing_seeds(self):
         """Point out means of one table that are over different seeds."""
-        for table in self.tables:
-            seeds = {}
-            for entry in self._rows.values():
-                if entry["table"] == table:
-                    seeds.setdefault(result_of(entry), set()).add(entry["seed"])
-            everything = set().union(*seeds.values())
-            for (_, row, metric, split), have in seeds.items():
-                if have != everything:
-                    logger.warning(
-                        "table %s: %s / %s on %s is missing for seeds %s; "
-                        "its mean is over other seeds than its neighbours'",
-                        table,
-                        row,
-                        metric,
-                        split,
-                        sorted(everything - have, key=str),
-                    )
+        seeds, of_table = {}, {}
+        for entry in self._rows.values():
+            seeds.setdefault(tables.result_of(entry), set()).add(entry["seed"])
+            of_table.setdefault(entry["table"], set()).add(entry["seed"])
+        for result, have in seeds.items():
+            if missing := of_table[result[0]] - have:
+                logger.warning(
+                    "table %s: %s / %s on %s is missing for seeds %s; its "
+                    "mean is over other seeds than its neighbours'",
+                    *result,
+                    sorted(missing, key=str),
+                )
 
     @classmethod
     def load(cls, folder, title="Results"):
@@ -335,37 +305,26 @@ class Summary:
                 "finished"
             )
         summary = cls(path.parent, title)
-        summary._notes = _notes_beside(path)
-        try:
-            rows = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(
-                f"{path}: expected JSON ({error}); run the recipe again"
-            ) from None
+        page = path.with_name("results.md")
+        if page.is_file():
+            top = page.read_text(encoding="utf-8").split("\n## ")[0]
+            summary._notes = top.strip().split("\n\n")[1:]
+        rows = read_json(path)
         if not isinstance(rows, list):
             raise ValueError(f"{path}: expected a list of rows")
         for number, row in enumerate(rows, start=1):
-            if not isinstance(row, dict) or set(row) != set(KEYS):
+            if not isinstance(row, dict) or set(row) != set(tables.KEYS):
                 raise ValueError(
                     f"{path}: row {number} does not have the keys "
-                    f"{', '.join(KEYS)}"
+                    f"{', '.join(tables.KEYS)}"
                 )
-            if row["seed"] in AGGREGATES:
+            if row["seed"] in tables.AGGREGATES:
                 continue
             try:
                 summary.add(**row)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{path}: row {number}: {error}") from error
         return summary
-
-
-def _notes_beside(path):
-    """Return the notes in the `results.md` beside a `summary.json`."""
-    page = path.with_name("results.md")
-    if not page.is_file():
-        return []
-    title_and_notes = page.read_text(encoding="utf-8").split("\n## ")[0]
-    return title_and_notes.strip().split("\n\n")[1:]
 
 
 def merge_summaries(folders, output, title="Results"):
@@ -375,10 +334,8 @@ def merge_summaries(folders, output, title="Results"):
     ---------
     folders : sequence of str or pathlib.Path
         Output folders of the runs (or their `summary.json` files).
-    output : str or pathlib.Path
-        Folder of the merged summary; `.write()` writes it.
-    title : str
-        Heading of its `results.md`.
+    output, title
+        Folder and heading of the merged summary; `.write()` writes it.
 
     Returns
     -------
@@ -421,21 +378,14 @@ def merge_summaries(folders, output, title="Results"):
 
 
 def merge_seeds(folder, title="Results", only=None):
-    """Make one table of all seeds under a folder, write it and show it.
+    """Merge all seeds under a folder into a `Summary`, write and show it.
 
     Arguments
     ---------
     folder : str or pathlib.Path
         Holds one output folder for each seed; the table goes beside them.
-    title : str
-        Heading of its `results.md`.
-    only : sequence of str or None
-        Names of the tables to show; None shows all. All are written.
-
-    Returns
-    -------
-    Summary
-        The merged one.
+    title, only
+        As `Summary` and its `print` take them; all tables are written.
 
     Raises
     ------

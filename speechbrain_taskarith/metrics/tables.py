@@ -37,19 +37,13 @@ UNITS = {
 #: What stands in `seed` of the rows that are computed from several seeds.
 AGGREGATES = ("mean", "std")
 
+#: Choosing on these is choosing on what is reported: an upper bound only.
+ORACLES = ("real_target", "test")
+
 _TABLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
-def make_row(
-    table,
-    row,
-    metric,
-    value,
-    unit=None,
-    split="test",
-    seed=None,
-    selected_on=None,
-):
+def make_row(table, row, metric, value, unit, split, seed, selected_on):
     """Build one row and check it."""
     value = _finite(value, f"{table} / {row} / {metric}")
     if seed is not None and (isinstance(seed, bool) or seed != int(seed)):
@@ -97,7 +91,7 @@ def aggregated(entries):
     chosen = sorted({name for name in chosen if name is not None})
     common = {**entries[0], "selected_on": "; ".join(chosen) or None}
     return [
-        {**common, "value": math.fsum(values) / len(values), "seed": "mean"},
+        {**common, "value": statistics.fmean(values), "seed": "mean"},
         {**common, "value": statistics.stdev(values), "seed": "std"},
     ]
 
@@ -140,12 +134,6 @@ def _name(name, what):
     return name
 
 
-#: Choosing on these is choosing on what is reported: an upper bound only.
-ORACLES = ("real_target", "test")
-
-_TWO_DECIMALS = ("%", "points")
-
-
 def layout(rows):
     """Arrange the rows of one table as a grid of text."""
     metrics, cells, chosen = {}, {}, {}
@@ -166,14 +154,15 @@ def layout(rows):
     header += [_heading(metric, unit) for metric, unit in metrics.items()]
     grid = [header + (["chosen on"] if chosen else [])]
     for (name, split), by_metric in cells.items():
-        if _is_twin(name, cells, split):
-            continue
         sources = list(chosen.get((name, split), {}))
-        oracle = any(source in ORACLES for source in sources)
-        for twin in _TWINS:
-            if _TWINS[twin] == name and _is_twin(twin, cells, split):
-                name += f" ({twin})"
-        if oracle and "oracle" not in name:
+        # What is edited with several sources' vectors is their ensemble:
+        # summary.json has both rows, a table shows them once.
+        twins = cells.get(("edited", split)) == cells.get(("ensemble", split))
+        if twins and name == "ensemble":
+            continue
+        if twins and name == "edited":
+            name += " (ensemble)"
+        if not set(ORACLES).isdisjoint(sources) and "oracle" not in name:
             name += " (oracle)"
         line = [name, *([split] if with_split else [])]
         line += [
@@ -187,15 +176,15 @@ def layout(rows):
 def caption(rows):
     """Say what the figures of a table are."""
     splits = ", ".join(dict.fromkeys(row["split"] for row in rows))
-    seeds = {row["seed"] for row in rows} - {None, "mean", "std"}
+    seeds = sorted({row["seed"] for row in rows} - {None, *AGGREGATES})
     text = f"Measured on: {splits}."
     if len(seeds) > 1:
         text += (
             " Mean ± sample standard deviation (divisor n - 1) over seeds "
-            f"{', '.join(str(seed) for seed in sorted(seeds))}."
+            f"{', '.join(map(str, seeds))}."
         )
     elif seeds:
-        text += f" One run, seed {seeds.pop()}."
+        text += f" One run, seed {seeds[0]}."
     return text
 
 
@@ -221,8 +210,11 @@ def print_table(title, rows, console=None):
         for name in ("box", "console", "table", "text")
     }
     Text = rich["text"].Text
-    # A cell may wrap at its spaces; no word is ever broken.
-    grid = [[c.replace("+", " + ") for c in line] for line in layout(rows)]
+    grid = layout(rows)
+    if grid[0][-1] == "chosen on":
+        # A cell may wrap at its spaces; no word is ever broken.
+        for line in grid:
+            line[-1] = line[-1].replace("+", " + ")
     # Names come from users: as Text, brackets in them are no markup.
     table = rich["table"].Table(
         title=Text(title),
@@ -247,23 +239,11 @@ def print_table(title, rows, console=None):
 
 def number(value, unit):
     """Write a number as the tables show it."""
-    if unit in _TWO_DECIMALS:
+    if unit in ("%", "points"):
         return f"{value:.2f}"
-    if value == int(value):
-        return f"{value:,.0f}"
-    if abs(value) >= 1000:
+    if value == int(value) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}"
-
-
-# What is edited with several sources' vectors is their ensemble: summary.json
-# has both rows, a table shows them once.
-_TWINS = {"ensemble": "edited"}
-
-
-def _is_twin(name, cells, split):
-    twin = cells.get((_TWINS.get(name), split))
-    return twin is not None and twin == cells.get((name, split))
 
 
 def _heading(metric, unit):
@@ -275,7 +255,7 @@ def _heading(metric, unit):
 
 
 def _runs(by_seed):
-    return sum(seed not in ("mean", "std") for seed in by_seed)
+    return len(by_seed.keys() - AGGREGATES)
 
 
 def _cell(by_seed, unit, most):
@@ -284,7 +264,7 @@ def _cell(by_seed, unit, most):
     if "mean" not in by_seed:
         text = number(next(iter(by_seed.values())), unit)
     else:
-        text = f"{number(by_seed['mean'], unit)} ± "
-        text += number(by_seed["std"], unit)
+        mean, std = (number(by_seed[key], unit) for key in AGGREGATES)
+        text = f"{mean} ± {std}"
     runs = _runs(by_seed)
     return text if runs in (0, most) else f"{text} (n={runs})"

@@ -11,18 +11,14 @@ class TranslationReport:
 
     Arguments
     ---------
-    bleu : float
-        BLEU, 0 to 100.
-    chrf : float
-        chrF2, 0 to 100.
+    bleu, chrf : float
+        BLEU and chrF2, 0 to 100.
     length_ratio : float
         Words written over words of the references.
     sentences : int
         How many.
-    bleu_signature : str
-        sacrebleu's, to be quoted with the figure.
-    chrf_signature : str
-        sacrebleu's.
+    bleu_signature, chrf_signature : str
+        sacrebleu's, to be quoted with the figures.
 
     Example
     -------
@@ -85,8 +81,7 @@ def translation_scores(
     0.75
     """
     sacrebleu = require("sacrebleu", "translation", "BLEU")
-    hypotheses = list(hypotheses)
-    references = list(references)
+    hypotheses, references = list(hypotheses), list(references)
     sets = [references]
     if references and not isinstance(references[0], str):
         sets = [list(one) for one in references]
@@ -97,13 +92,11 @@ def translation_scores(
         )
     bleu = sacrebleu.BLEU(lowercase=lowercase, tokenize=tokenize)
     chrf = sacrebleu.CHRF(lowercase=lowercase)
-    by_bleu = bleu.corpus_score(hypotheses, sets)
-    by_chrf = chrf.corpus_score(hypotheses, sets)
     words = sum(len(line.split()) for one in sets for line in one) / len(sets)
     written = sum(len(line.split()) for line in hypotheses)
     return TranslationReport(
-        bleu=by_bleu.score,
-        chrf=by_chrf.score,
+        bleu=bleu.corpus_score(hypotheses, sets).score,
+        chrf=chrf.corpus_score(hypotheses, sets).score,
         length_ratio=written / words if words else float(written > 0),
         sentences=len(hypotheses),
         bleu_signature=str(bleu.get_signature()),

@@ -51,6 +51,14 @@ class UtteranceErrors(NamedTuple):
         return self.substitutions + self.deletions + self.insertions
 
 
+def _total(count, doc):
+    """Make a property that sums a count over the utterances."""
+    return property(
+        lambda report: sum(getattr(u, count) for u in report.utterances),
+        doc=doc,
+    )
+
+
 @dataclass(frozen=True)
 class WERReport:
     """Word errors over a set of utterances; reports add up.
@@ -75,38 +83,18 @@ class WERReport:
 
     utterances: tuple
 
-    def _total(self, what):
-        return sum(getattr(utterance, what) for utterance in self.utterances)
-
-    @property
-    def hits(self):
-        """Reference words recognised."""
-        return self._total("hits")
-
-    @property
-    def substitutions(self):
-        """Reference words recognised as another word."""
-        return self._total("substitutions")
-
-    @property
-    def deletions(self):
-        """Reference words missing from the hypotheses."""
-        return self._total("deletions")
-
-    @property
-    def insertions(self):
-        """Hypothesis words that no reference has."""
-        return self._total("insertions")
-
-    @property
-    def words(self):
-        """Number of reference words."""
-        return self._total("words")
-
-    @property
-    def errors(self):
-        """Substitutions, deletions and insertions together."""
-        return self._total("errors")
+    hits = _total("hits", "Reference words recognised.")
+    substitutions = _total(
+        "substitutions", "Reference words recognised as another word."
+    )
+    deletions = _total(
+        "deletions", "Reference words missing from the hypotheses."
+    )
+    insertions = _total("insertions", "Hypothesis words that no reference has.")
+    words = _total("words", "Number of reference words.")
+    errors = _total(
+        "errors", "Substitutions, deletions and insertions together."
+    )
 
     @property
     def sentences(self):
@@ -201,8 +189,7 @@ def wer(references, hypotheses, ids=None):
     ('a', 'b')
     """
     _, ids, alignments = aligned(references, hypotheses, ids)
-    counted = map(_counts, ids, alignments)
-    return WERReport(tuple(counted))
+    return WERReport(tuple(map(_counts, ids, alignments)))
 
 
 def by_domain(references, hypotheses, domains, ids=None):
@@ -210,15 +197,11 @@ def by_domain(references, hypotheses, domains, ids=None):
 
     Arguments
     ---------
-    references : sequence or dict
-        As in `wer`.
-    hypotheses : sequence or dict
-        As in `wer`.
+    references, hypotheses, ids
+        See `wer`.
     domains : sequence or dict
-        The domain of every utterance (any hashable, e.g. an accent): as
-        many and in the same order, or by utterance ID.
-    ids : sequence of str or None
-        As in `wer`.
+        The domain of every utterance (any hashable, e.g. an accent), in the
+        same order or by utterance ID.
 
     Returns
     -------
@@ -241,20 +224,7 @@ def by_domain(references, hypotheses, domains, ids=None):
     3
     """
     report = wer(references, hypotheses, ids)
-    if isinstance(domains, Mapping):
-        missing = [id_ for id_ in report.ids if id_ not in domains]
-        if missing:
-            raise ValueError(
-                f"{some_utterances(missing)}: no domain given; add it to "
-                "`domains`"
-            )
-        domains = [domains[id_] for id_ in report.ids]
-    domains = list(domains)
-    if len(domains) != report.sentences:
-        raise ValueError(
-            f"{report.sentences} utterances but {len(domains)} domains; give "
-            "one domain per utterance, in the same order"
-        )
+    domains = one_each(domains, report.ids, "domain")
     groups = {}
     for domain, utterance in zip(domains, report.utterances):
         groups.setdefault(domain, []).append(utterance)
@@ -288,8 +258,8 @@ def aligned(references, hypotheses, ids=None):
         hypotheses,
         # The words are split already; jiwer's default would join and split
         # them again, and break words that hold a space.
-        reference_transform=_unchanged,
-        hypothesis_transform=_unchanged,
+        reference_transform=list,
+        hypothesis_transform=list,
     )
     return references, ids, output.alignments
 
@@ -307,12 +277,9 @@ def matched(references, hypotheses, ids=None):
             "or both sequences in the same order"
         )
     if isinstance(references, Mapping):
-        if ids is None:
-            ids = list(references)
-        for side, name in (
-            (references, "reference"),
-            (hypotheses, "hypothesis"),
-        ):
+        ids = list(references if ids is None else ids)
+        sides = {"reference": references, "hypothesis": hypotheses}
+        for name, side in sides.items():
             missing = [id_ for id_ in ids if id_ not in side]
             extra = set(side) - set(ids)
             if missing or extra:
@@ -344,6 +311,26 @@ def matched(references, hypotheses, ids=None):
     return references, hypotheses, ids
 
 
+def one_each(labels, ids, what):
+    """Return a label for each utterance, given in order or by ID."""
+    if isinstance(labels, Mapping):
+        labels = {str(id_): label for id_, label in labels.items()}
+        missing = [id_ for id_ in ids if id_ not in labels]
+        if missing:
+            raise ValueError(
+                f"{some_utterances(missing)}: no {what} given; add it to "
+                f"`{what}s`"
+            )
+        return [labels[id_] for id_ in ids]
+    labels = list(labels)
+    if len(labels) != len(ids):
+        raise ValueError(
+            f"{len(ids)} utterances but {len(labels)} {what}s; give one per "
+            "utterance, in the same order"
+        )
+    return labels
+
+
 def some_utterances(ids, show=5):
     """Name a few utterances, and how many more there are."""
     more = f" and {len(ids) - show} more" if len(ids) > show else ""
@@ -351,24 +338,18 @@ def some_utterances(ids, show=5):
     return f"utterance{plural} {', '.join(map(repr, ids[:show]))}{more}"
 
 
-def _unchanged(sentences):
-    return sentences
-
-
 def _tokenised(transcripts, ids, what):
     result = []
-    for id_, transcript in zip(ids, transcripts):
-        if isinstance(transcript, str):
-            words = transcript.split()
-        elif isinstance(transcript, list | tuple) and all(
-            isinstance(word, str) for word in transcript
+    for id_, words in zip(ids, transcripts):
+        if isinstance(words, str):
+            words = words.split()
+        if not isinstance(words, list | tuple) or not all(
+            isinstance(word, str) for word in words
         ):
-            words = list(transcript)
-        else:
             raise TypeError(
-                f"utterance {id_!r}: the {what} is {transcript!r}, expected "
-                "a string or a list of words; a missing transcript must be "
+                f"utterance {id_!r}: the {what} is {words!r}, expected a "
+                "string or a list of words; a missing transcript must be "
                 "filled in or its utterance left out"
             )
-        result.append(words)
+        result.append(list(words))
     return result

@@ -4,26 +4,10 @@ import importlib
 
 
 def require(module, extra, purpose):
-    """Import an optional package or say how to get it.
+    """Import an optional package, or raise an ImportError with the remedy.
 
-    Arguments
-    ---------
-    module : str
-        What to import, e.g. `"matplotlib.pyplot"`.
-    extra : str
-        The extra of this plugin that installs it, e.g. `"plots"`.
-    purpose : str
-        What needs it, for the message.
-
-    Returns
-    -------
-    module
-        The imported module.
-
-    Raises
-    ------
-    ImportError
-        Naming the pip command that installs what is missing.
+    `extra` is the extra of this plugin that installs it, e.g. `"plots"`;
+    `purpose` is what needs it.
 
     Example
     -------

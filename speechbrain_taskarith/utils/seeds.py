@@ -13,17 +13,9 @@ def seed_random_numbers(*key):
     step, it has a resumed run draw what it would have drawn if it had never
     been killed. NumPy's random numbers are left alone.
 
-    Arguments
-    ---------
-    *key : object
-        What tells this draw from others, e.g. the seed of the run, the name
-        of a training, numbers of epoch and step, the rank of the process.
-        What counts is their text.
-
-    Returns
-    -------
-    int
-        The seed, in [0, 2**32); the same in every process and run.
+    `key` tells this draw from others: the seed of the run, the name of a
+    training, epoch and step, the rank of the process; their text counts.
+    Returns the seed, in [0, 2**32), the same in every process and run.
 
     Example
     -------
