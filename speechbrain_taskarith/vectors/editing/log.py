@@ -71,13 +71,7 @@ class Edit:
     note: str = ""
 
     def to_dict(self):
-        """Return plain types, as they stand in the log.
-
-        Returns
-        -------
-        dict
-            One entry per field.
-        """
+        """Return the fields as plain types, see `Edit`."""
         return asdict(self)
 
 
@@ -112,10 +106,7 @@ class EditLog:
 
     def write(self, folder):
         """Replace the log of a folder, atomically."""
-        content = {"format": _FORMAT, "version": _VERSION}
-        for field in fields(self):
-            content[field.name] = getattr(self, field.name)
-        content["edits"] = [edit.to_dict() for edit in self.edits]
+        content = {"format": _FORMAT, "version": _VERSION, **asdict(self)}
         write_json(Path(folder) / LOG_NAME, content)
 
     @classmethod
@@ -125,8 +116,7 @@ class EditLog:
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path}: there is no edit log. Start one with "
-                "SequentialEditor(base, rule, folder), or give the folder "
-                "of an editor that was started"
+                "SequentialEditor(base, rule, folder), or give its folder"
             )
         content = read_json(path)
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
@@ -156,6 +146,8 @@ class FolderLock:
     A POSIX record lock: it ends with the process, however that ends, and
     data-loading workers forked from the process do not inherit it.
     """
+
+    _descriptor = None
 
     def __init__(self, folder):
         self._path = (Path(folder) / LOCK_NAME).resolve()
@@ -191,8 +183,7 @@ class FolderLock:
         )
 
     def check(self):
-        """Raise after `release`, and in a forked child: the lock is its
-        parent's."""
+        """Raise after `release`, and in a child (the lock is its parent's)."""
         if self._descriptor is None or os.getpid() != self._process:
             raise RuntimeError(
                 f"{self._path.parent}: this editor was opened in process "
@@ -208,5 +199,4 @@ class FolderLock:
             self._descriptor = None
 
     def __del__(self):
-        if getattr(self, "_descriptor", None) is not None:
-            self.release()
+        self.release()

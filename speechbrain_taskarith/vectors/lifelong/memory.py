@@ -1,6 +1,7 @@
 """Lifelong methods that store recordings: experience replay, joint training."""
 
 import random
+from itertools import cycle, islice
 
 from speechbrain_taskarith.vectors.lifelong.methods import FineTuning
 
@@ -52,22 +53,17 @@ class Replay(FineTuning):
         # process to process.
         chance = random.Random(f"replay {self.seed} {draw}")
         start = chance.randrange(len(domains))
-        return [
-            chance.choice(domains[(start + n) % len(domains)])
-            for n in range(round(self.share * count))
-        ]
+        turns = islice(cycle(domains), start, start + round(self.share * count))
+        return [chance.choice(domain) for domain in turns]
 
     def consolidate(self, model, items, loss):
         """Take in the new domain and shrink the share of the others."""
-        del model, loss
-        number = len(self.memory_by_domain)
-        order = list(items)
+        number, order = len(self.memory_by_domain), list(items)
         random.Random(f"memory {self.seed} {number}").shuffle(order)
-        self.memory_by_domain.append(order)
         share, rest = divmod(self.memory, number + 1)
         self.memory_by_domain = [
             domain[: share + (n < rest)]
-            for n, domain in enumerate(self.memory_by_domain)
+            for n, domain in enumerate([*self.memory_by_domain, order])
         ]
 
     def state_dict(self):

@@ -89,10 +89,8 @@ class EWC(FineTuning):
         }
         # Every parameter counts, also one that the next task will freeze.
         frozen = [p for p in parameters.values() if not p.requires_grad]
-        for parameter in frozen:
-            parameter.requires_grad_(True)
         training = model.training
-        model.eval()
+        model.eval().requires_grad_(True)
         try:
             for item in chosen:
                 gradients = torch.autograd.grad(
@@ -122,13 +120,15 @@ class EWC(FineTuning):
     def state_dict(self):
         """Return Fisher, anchor and the number of tasks."""
         state = {f"fisher.{n}": v for n, v in self.fisher.items()}
-        state.update({f"anchor.{n}": v for n, v in self.anchor.items()})
+        state |= {f"anchor.{n}": v for n, v in self.anchor.items()}
         return {**state, "tasks": self.tasks}
 
     def load_state_dict(self, state):
         """Take them back."""
-        self.fisher = _part(state, "fisher.")
-        self.anchor = _part(state, "anchor.")
+        self.fisher, self.anchor = (
+            {k.removeprefix(p): v for k, v in state.items() if k.startswith(p)}
+            for p in ("fisher.", "anchor.")
+        )
         self.tasks = int(state["tasks"])
 
 
@@ -172,8 +172,7 @@ class LwF(FineTuning):
             raise ValueError(f"strength is {strength}, expected at least 0")
         if temperature <= 0:
             raise ValueError(f"temperature is {temperature}, expected above 0")
-        self.strength = float(strength)
-        self.temperature = float(temperature)
+        self.strength, self.temperature = float(strength), float(temperature)
         self.teacher = None
 
     def before_task(self, model, task):
@@ -195,15 +194,7 @@ class LwF(FineTuning):
         steps = frames.shape[1]
         absolute = absolute_lengths(lens.to(frames.device), steps)
         valid = ~padding_mask(absolute, steps)
-        # where(), not a product: a padded frame may hold anything.
-        total = torch.where(valid, frames, torch.zeros_like(frames)).sum(1)
+        # Not a product: a padded frame may hold anything.
+        total = frames.masked_fill(~valid, 0).sum(1)
         weight = self.strength * self.temperature**2
         return weight * (total / valid.sum(1).clamp_min(1)).mean()
-
-
-def _part(state, prefix):
-    return {
-        name[len(prefix) :]: value
-        for name, value in state.items()
-        if name.startswith(prefix)
-    }
