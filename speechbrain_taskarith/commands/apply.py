@@ -91,9 +91,8 @@ def _rule(options):
                 "vectors leave --rule out"
             )
         return shared.rule_of(options.rule, scale)
-    weights, number = None, len(options.vectors)
-    if options.mean:
-        weights = [1 / number] * number
+    number = len(options.vectors)
+    weights = [1 / number] * number if options.mean else None
     return TaskArithmetic(1.0 if scale is None else scale, weights)
 
 
@@ -116,8 +115,5 @@ def _card(base, vectors, rule, options):
     for tau, path in zip(vectors, options.vectors):
         parents.append({**ModelCard.parent("vector", tau), "file": str(path)})
     return ModelCard(
-        "Edited model",
-        parents=parents,
-        rule=rule.describe(),
-        scale=rule.scale,
+        "Edited model", parents=parents, rule=rule, scale=rule.scale
     )

@@ -1,5 +1,6 @@
 """`taskarith edit`: a folder of edits, learned one after another."""
 
+from functools import partial
 from pathlib import Path
 
 from speechbrain_taskarith.commands import arguments as shared
@@ -7,6 +8,7 @@ from speechbrain_taskarith.commands.output import (
     Result,
     size,
     steps,
+    stored_size,
     table,
     write_weights,
     written,
@@ -32,7 +34,6 @@ _REMEDIES = {
     "Close it there (editor.close()), or open it for reading with "
     "SequentialEditor.resume(folder, read_only=True)": "Wait until it is done",
     "undo it first": "undo it first (`edit undo`)",
-    "use undo(name)": "use `edit undo`",
 }
 
 
@@ -50,19 +51,16 @@ def add_parser(verbs, summary):
     actions = parser.add_subparsers(
         metavar="ACTION", required=True, dest="action"
     )
+    action = partial(_action, actions)
     dry_run = shared.writing(dry_run_only=True)
-    _add_learn(actions, dry_run)
-    undo = _action(actions, "undo", "take an edit back", undo_edit, [dry_run])
+    _add_learn(action, dry_run)
+    undo = action("undo", "take an edit back", undo_edit, dry_run)
     undo.add_argument("name", metavar="NAME")
-    reorder = _action(
-        actions,
-        "reorder",
-        "apply the edits in another order",
-        reorder_edits,
-        [dry_run],
+    reorder = action(
+        "reorder", "apply the edits in another order", reorder_edits, dry_run
     )
     reorder.add_argument("names", nargs="+", metavar="NAME")
-    log = _action(actions, "log", "show the edits in force", show_log)
+    log = action("log", "show the edits in force", show_log)
     log.add_argument(
         "--history", action="store_true", help="also what was undone"
     )
@@ -71,12 +69,12 @@ def add_parser(verbs, summary):
         action="store_true",
         help="read everything and compare it with the log",
     )
-    export = _action(
-        actions,
+    export = action(
         "export",
         "write the present model",
         export_model,
-        [shared.reading("recoverable"), shared.writing()],
+        shared.reading("recoverable"),
+        shared.writing(),
     )
     export.add_argument(
         "--like",
@@ -86,27 +84,27 @@ def add_parser(verbs, summary):
     )
 
 
-def _action(actions, name, summary, run, parents=()):
+def _action(actions, name, summary, run, *parents):
     parser = shared.add_verb(
         actions, name, summary, _EXAMPLES[name], run, parents
     )
-    remedies = {**parser.get_default("remedies"), **_REMEDIES}
-    parser.set_defaults(remedies=remedies)
+    parser.get_default("remedies").update(_REMEDIES)
     parser.add_argument("folder", metavar="FOLDER", help="the edits' folder")
     return parser
 
 
-def _add_learn(actions, dry_run):
+def _add_learn(action, dry_run):
     rule = shared.rule_and_scale(
         "first edit: required, and --scale may be the schedule 1/t; later "
         "edits follow the first unless they say otherwise"
     )
-    learn = _action(
-        actions,
+    learn = action(
         "learn",
         "add a share of what fine-tuning on a domain changed",
         learn_domain,
-        [shared.reading(), rule, dry_run],
+        shared.reading(),
+        rule,
+        dry_run,
     )
     learn.add_argument("name", metavar="NAME", help="name of the domain")
     learn.add_argument(
@@ -252,7 +250,6 @@ def _would_learn(options, finetuned, scale):
     """Compute the edit in memory, and write nothing."""
     from speechbrain_taskarith.vectors import TaskVector, as_state
     from speechbrain_taskarith.vectors.editing.schedules import scheduled_scale
-    from speechbrain_taskarith.vectors.encodings import encode
     from speechbrain_taskarith.vectors.rules import from_description
 
     patterns = shared.patterns(options)
@@ -278,9 +275,7 @@ def _would_learn(options, finetuned, scale):
     vector = rule.combine([vector], base=base)
     scale = scheduled_scale(scale, number, rule, vector)
     vector.scales(scale)
-    stored = as_state(encode(dict(vector), encoding)[0])
-    count = sum(stored.info(name).nbytes for name in stored)
-    norm = vector.norm()
+    count, norm = stored_size(vector, encoding), vector.norm()
     line = (
         f"would learn {options.name!r} with scale {scale}: a vector of norm "
         f"{norm:.4g}, {size(count)} {encoding}"
@@ -306,13 +301,9 @@ def undo_edit(options):
             f"{options.folder}: no edit {options.name!r}; there are: "
             f"{', '.join(names) or 'none'}"
         )
-    return _change(
-        options,
-        names,
-        [name for name in names if name != options.name],
-        f"undone {options.name!r}",
-        lambda editor: editor.undo(options.name),
-    )
+    left = [name for name in names if name != options.name]
+    what = f"undone {options.name!r}"
+    return _change(options, names, left, what, options.name)
 
 
 def reorder_edits(options):
@@ -324,40 +315,31 @@ def reorder_edits(options):
             f"once, got {', '.join(options.names)}; to leave one out use "
             "`edit undo`"
         )
-    return _change(
-        options,
-        names,
-        list(options.names),
-        "reordered",
-        lambda editor: editor.reorder(options.names),
-    )
+    return _change(options, names, options.names, "reordered", options.names)
 
 
-def _change(options, before, names, what, act):
+def _change(options, before, names, what, argument):
     """Undo or re-order, or say what would be left."""
     data = {"verb": f"edit {options.action}", "dry_run": options.dry_run}
     if options.dry_run:
-        approximate = [
-            name
-            for i, name in enumerate(names)
-            if before[: i + 1] != names[: i + 1]
-        ]
+        # What stands behind the first difference.
+        same = [b == n for b, n in zip(before, names)]
+        approximate = names[[*same, False].index(False) :]
         lines = [f"would leave: {', '.join(names) or 'the base'}"]
         if approximate:
             lines.append(
                 "  approximate, since learned on another state: "
                 f"{', '.join(approximate)}"
             )
-        return Result(
-            lines, {**data, "edits": names, "approximate": approximate}
-        )
+        data |= {"edits": names, "approximate": approximate}
+        return Result(lines, data)
     from speechbrain_taskarith.vectors import SequentialEditor
 
     with steps(2, not options.no_progress) as step:
         step("opening")
         with SequentialEditor.resume(options.folder) as editor:
             step(options.action)
-            act(editor)
+            getattr(editor, options.action)(argument)
     described = describe_log(options.folder)
     return Result([what, *shown_log(described)], {**data, **described})
 
@@ -365,21 +347,19 @@ def _change(options, before, names, what, act):
 def show_log(options):
     """Show the edits in force, and the history if asked for."""
     described = describe_log(options.folder)
-    lines = shown_log(described)
+    lines, history = shown_log(described), described.pop("history")
     if options.verify:
         from speechbrain_taskarith.vectors import SequentialEditor
 
         SequentialEditor.resume(options.folder, read_only=True)
         lines.append("verified: base, vectors and every state are as logged")
+    data = {"verb": "edit log", "verified": options.verify, **described}
     if options.history:
-        for entry in described["history"]:
+        data["history"] = history
+        for entry in history:
             named = f" {entry['name']}" if "name" in entry else ""
             lines.append(f"  {entry['when']}  {entry['action']}{named}")
-    else:
-        del described["history"]
-    return Result(
-        lines, {"verb": "edit log", "verified": options.verify, **described}
-    )
+    return Result(lines, data)
 
 
 def export_model(options):
