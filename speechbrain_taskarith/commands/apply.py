@@ -25,23 +25,16 @@ _EXAMPLES = """\
 
 def add_parser(verbs, summary):
     """Add the verb's parser."""
-    parser = shared.add_verb(
-        verbs,
-        "apply",
-        summary,
-        _EXAMPLES,
-        run,
-        [
-            shared.reading(),
-            shared.rule_and_scale("the vectors are added"),
-            shared.writing(),
-        ],
-    )
-    parser.add_argument("base", metavar="BASE", help="the weights to edit")
-    parser.add_argument(
-        "vectors", nargs="+", metavar="TAU", help="stored task vectors"
-    )
-    parser.add_argument(
+    parents = [
+        shared.reading(),
+        shared.rule_and_scale("the vectors are added"),
+        shared.writing(),
+    ]
+    parser = shared.add_verb(verbs, "apply", summary, _EXAMPLES, run, parents)
+    add = parser.add_argument
+    add("base", metavar="BASE", help="the weights to edit")
+    add("vectors", nargs="+", metavar="TAU", help="stored task vectors")
+    add(
         "--mean",
         action="store_true",
         help="take the mean of the vectors, not their sum (without --rule)",

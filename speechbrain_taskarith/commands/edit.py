@@ -106,22 +106,21 @@ def _add_learn(action, dry_run):
         rule,
         dry_run,
     )
-    learn.add_argument("name", metavar="NAME", help="name of the domain")
-    learn.add_argument(
+    add = learn.add_argument
+    add("name", metavar="NAME", help="name of the domain")
+    add(
         "finetuned",
         metavar="FINETUNED",
         help="the model, fine-tuned from the present one (edit export)",
     )
-    learn.add_argument(
-        "--base", metavar="BASE", help="first edit: what to start from"
-    )
-    learn.add_argument(
+    add("--base", metavar="BASE", help="first edit: what to start from")
+    add(
         "--encoding",
         help="first edit: how vectors are stored (lossless), see "
         "`taskarith vector --help`",
     )
-    learn.add_argument("--selected-on", help="what the scale was chosen on")
-    learn.add_argument("--note", default="", help="free text for the log")
+    add("--selected-on", help="what the scale was chosen on")
+    add("--note", default="", help="free text for the log")
 
 
 def learn_domain(options):
@@ -132,30 +131,27 @@ def learn_domain(options):
         with shared.threads(options):
             return _would_learn(options, finetuned, scale)
     starting, existed = _is_new(options), folder.exists()
-    editor = None
     progress = steps(2, not options.no_progress)
-    try:
-        with shared.threads(options), progress as step:
-            step("opening")
-            editor = _open(options, starting, scale)
+    with shared.threads(options), progress as step:
+        step("opening")
+        with _open(options, starting, scale) as editor:
             step("learning")
-            editor.learn(
-                options.name,
-                finetuned,
-                scale=None if starting else scale,
-                selected_on=options.selected_on,
-                note=options.note,
-            )
-        edit = editor.log[-1]
-        stored = (folder / edit.vector).stat().st_size
-    except BaseException:
-        # Only what this process has started: another may have been faster.
-        if starting and editor is not None:
-            _remove_start(folder, existed)
-        raise
-    finally:
-        if editor is not None:
-            editor.close()
+            try:
+                editor.learn(
+                    options.name,
+                    finetuned,
+                    scale=None if starting else scale,
+                    selected_on=options.selected_on,
+                    note=options.note,
+                )
+            except BaseException:
+                # Only what this process has started: another may have been
+                # faster.
+                if starting:
+                    _remove_start(folder, existed)
+                raise
+    edit = editor.log[-1]
+    stored = (folder / edit.vector).stat().st_size
     line = (
         f"learned {edit.name!r} with scale {edit.scale}; its vector takes "
         f"{size(stored)}; the model is now {edit.state[:12]}"
@@ -182,14 +178,14 @@ def _is_new(options):
 
 def _scale(options):
     """Return `--scale`, which for a new sequence may be a schedule."""
-    if options.scale == ["1/t"]:
-        if not _is_new(options):
-            raise ValueError(
-                f"{options.folder}: --scale 1/t is chosen at the first edit; "
-                "leave it out to follow the sequence's, or give a number"
-            )
-        return "1/t"
-    return shared.scale_of(options.scale)
+    if options.scale != ["1/t"]:
+        return shared.scale_of(options.scale)
+    if not _is_new(options):
+        raise ValueError(
+            f"{options.folder}: --scale 1/t is chosen at the first edit; "
+            "leave it out to follow the sequence's, or give a number"
+        )
+    return "1/t"
 
 
 def _open(options, starting, scale=None, read_only=False):
@@ -207,12 +203,9 @@ def _open(options, starting, scale=None, read_only=False):
             encoding=options.encoding or "lossless",
             **shared.patterns(options),
         )
+    chosen = {"include": options.include, "exclude": options.exclude}
     editor = SequentialEditor.resume(
-        options.folder,
-        rule,
-        include=options.include,
-        exclude=options.exclude,
-        read_only=read_only,
+        options.folder, rule, read_only=read_only, **chosen
     )
     if options.base and not options.any_base:
         base = shared.open_weights(options.base, options)
@@ -405,11 +398,10 @@ def _names(options):
 def describe_log(folder):
     """Return a folder's log in plain types; needs no torch."""
     log = _read_log(folder)
-    edits = []
-    for edit in log.edits:
-        file = Path(folder) / edit.vector
-        count = file.stat().st_size if file.is_file() else None
-        edits.append({**edit.to_dict(), "bytes": count})
+    edits = [edit.to_dict() for edit in log.edits]
+    for edit in edits:
+        file = Path(folder) / edit["vector"]
+        edit["bytes"] = file.stat().st_size if file.is_file() else None
     return {
         "base": log.base,
         "rule": log.rule,

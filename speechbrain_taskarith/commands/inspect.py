@@ -1,5 +1,6 @@
 """`taskarith inspect` and `taskarith plot`: what files and vectors hold."""
 
+import contextlib
 import json
 import math
 from collections import Counter, defaultdict
@@ -33,15 +34,13 @@ _PLOT_EXAMPLES = """\
 
 def add_parser(verbs, summary):
     """Add the parser of `inspect`."""
+    about = (
+        "Show form, tensors, fingerprint and provenance; for task vectors also "
+        "norm, density and norms by layer."
+    )
+    parents = [shared.reading("recoverable")]
     parser = shared.add_verb(
-        verbs,
-        "inspect",
-        summary,
-        _EXAMPLES,
-        run,
-        [shared.reading("recoverable")],
-        about="Show form, tensors, fingerprint and provenance; for task "
-        "vectors also norm, density and norms by layer.",
+        verbs, "inspect", summary, _EXAMPLES, run, parents, about
     )
     parser.add_argument("files", nargs="+", metavar="FILE")
     parser.add_argument(
@@ -60,13 +59,11 @@ def add_parser(verbs, summary):
 def run(options):
     """Look at every file."""
     lines, entries = [], []
-    for path in progress(
-        options.files, desc="inspecting", enable=not options.no_progress
-    ):
-        entry = _look(Path(path), options)
-        entries.append(entry)
-        lines += [*([""] if lines else []), *_shown(entry)]
-    return Result(lines, {"verb": "inspect", "files": entries})
+    enable = not options.no_progress
+    for path in progress(options.files, desc="inspecting", enable=enable):
+        entries.append(_look(Path(path), options))
+        lines += ["", *_shown(entries[-1])]
+    return Result(lines[1:], {"verb": "inspect", "files": entries})
 
 
 def _look(path, options):
@@ -128,19 +125,14 @@ def _metadata(path, state):
             for key, value in read_json(beside).items()
             if key != "fingerprint" and value not in (None, "", [])
         }
-    hidden = ("task_vector", "fingerprint", "format")
-    return {
-        key: _parsed(value)
-        for key, value in state.metadata.items()
-        if key not in hidden
-    }
-
-
-def _parsed(text):
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+    found = dict(state.metadata)
+    for key, text in state.metadata.items():
+        if key in ("task_vector", "fingerprint", "format"):
+            del found[key]
+        else:
+            with contextlib.suppress(ValueError):
+                found[key] = json.loads(text)
+    return found
 
 
 def _vector(path, state, options):
@@ -206,15 +198,13 @@ def _shown(entry):
 
 def add_plot(verbs, summary):
     """Add the parser of `plot`."""
+    about = (
+        "Draw how alike vectors are (cosine), or where they are large "
+        "(layers). PNG, PDF or SVG."
+    )
+    parents = [shared.reading("include", "exclude"), shared.writing()]
     parser = shared.add_verb(
-        verbs,
-        "plot",
-        summary,
-        _PLOT_EXAMPLES,
-        draw,
-        [shared.reading("include", "exclude"), shared.writing()],
-        about="Draw how alike vectors are (cosine), or where they are large "
-        "(layers). PNG, PDF or SVG.",
+        verbs, "plot", summary, _PLOT_EXAMPLES, draw, parents, about
     )
     parser.add_argument("what", choices=("cosine", "layers"))
     parser.add_argument("vectors", nargs="+", metavar="TAU")

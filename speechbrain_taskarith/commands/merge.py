@@ -62,41 +62,36 @@ _PLACEHOLDER = "!PLACEHOLDER"
 
 def add_parser(verbs, summary):
     """Add the verb's parser."""
+    about = (
+        "Merge checkpoints and vectors, streamed in bounded memory. Options "
+        "replace the values of the merge file; a dot leads into the rule: "
+        "--rule.density 0.3."
+    )
+    parents = [
+        shared.reading(),
+        shared.rule_and_scale("replaces the file's"),
+        shared.writing(required=False),
+    ]
     parser = shared.add_verb(
-        verbs,
-        "merge",
-        summary,
-        _EXAMPLES,
-        run,
-        [
-            shared.reading(),
-            shared.rule_and_scale("replaces the file's"),
-            shared.writing(required=False),
-        ],
-        about="Merge checkpoints and vectors, streamed in bounded memory. "
-        "Options replace the values of the merge file; a dot leads into the "
-        "rule: --rule.density 0.3.",
+        verbs, "merge", summary, _EXAMPLES, run, parents, about
     )
-    parser.add_argument(
-        "file", nargs="?", metavar="merge.yaml", help="what to merge, and how"
-    )
-    parser.add_argument("--base", help="the common ancestor")
-    parser.add_argument(
-        "--finetuned", nargs="+", metavar="PATH", help="what to merge"
-    )
-    parser.add_argument("--device", help="where to compute, e.g. cuda:0 (cpu)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("file", nargs="?", metavar="merge.yaml", help="what to merge, and how")
+    add("--base", help="the common ancestor")
+    add("--finetuned", nargs="+", metavar="PATH", help="what to merge")
+    add("--device", help="where to compute, e.g. cuda:0 (cpu)")
+    add(
         "--memory-limit",
         "--memory_limit",
         metavar="BYTES",
         help="most memory for buffers, e.g. 300MB",
     )
-    parser.add_argument(
+    add(
         "--buffers",
         metavar="base|edit",
         help="running statistics: keep the base's (base), or edit them too",
     )
-    parser.add_argument(
+    add(
         "--fingerprint",
         action=argparse.BooleanOptionalAction,
         help="check and note fingerprints, which reads all bytes once more",
@@ -322,15 +317,10 @@ def _overrides(options):
     if options.rule is not None:
         given["rule"] = shared.rule_words(options.rule)
     for key in _LISTS:
-        if given[key] is not None:
+        if words := given[key]:
             # A word may be a YAML list, as in SpeechBrain.
-            given[key] = [
-                entry
-                for word in given[key]
-                for entry in (
-                    _yaml(word) if word[:1] + word[-1:] == "[]" else [word]
-                )
-            ]
+            lists = [_yaml(w) if w[:1] + w[-1:] == "[]" else [w] for w in words]
+            given[key] = list(itertools.chain(*lists))
     found = [(key, value) for key, value in given.items() if value is not None]
     for word in options.overrides:
         key, _, text = word.removeprefix("--").partition("=")

@@ -21,14 +21,8 @@ _EXAMPLES = """\
 
 def add_parser(verbs, summary):
     """Add the verb's parser."""
-    parser = shared.add_verb(
-        verbs,
-        "vector",
-        summary,
-        _EXAMPLES,
-        run,
-        [shared.reading(), shared.writing()],
-    )
+    parents = [shared.reading(), shared.writing()]
+    parser = shared.add_verb(verbs, "vector", summary, _EXAMPLES, run, parents)
     parser.add_argument("base", metavar="BASE", help="weights before")
     parser.add_argument("finetuned", metavar="FINETUNED", help="weights after")
     parser.add_argument(
