@@ -1,11 +1,7 @@
 """`taskarith apply`: base plus scaled vectors."""
 
 from speechbrain_taskarith.commands import arguments as shared
-from speechbrain_taskarith.commands.output import (
-    matched,
-    write_weights,
-    written,
-)
+from speechbrain_taskarith.commands.output import matched, write_weights
 from speechbrain_taskarith.utils.progress import progress
 
 _EXAMPLES = """\
@@ -46,7 +42,9 @@ def run(options):
     inputs = [options.base, *options.vectors]
     output = shared.check_output(options.output, inputs, options.overwrite)
     rule = _rule(options)
-    from speechbrain_taskarith.vectors import TaskVector, as_state
+    import torch
+
+    from speechbrain_taskarith.vectors import TaskVector
 
     with shared.threads(options):
         base = shared.open_weights(options.base, options)
@@ -57,19 +55,26 @@ def run(options):
         chosen = shared.patterns(options)
         vectors = [TaskVector.load(path).restrict(**chosen) for path in files]
         edited = rule(base, vectors, any_base=bool(options.any_base))
+    result = write_weights(
+        edited,
+        output,
+        _card(base, vectors, rule, options),
+        like=options.base,
+        recoverable=options.recoverable,
+        dry_run=options.dry_run,
+    )
+    data = {"verb": "apply", "rule": rule.describe(), "scale": rule.scale}
+    result.data = {**data, **result.data}
     if options.dry_run:
-        result = written(output, as_state(edited), dry_run=True)
-        _describe(result, edited, base, vectors[0], rule)
-    else:
-        result = write_weights(
-            edited,
-            output,
-            _card(base, vectors, rule, options),
-            like=options.base,
-            recoverable=options.recoverable,
+        if isinstance(rule.scale, dict):
+            lines, found = matched(vectors[0], rule.scale, "scale")
+            result.lines += lines
+            result.data["patterns"] = found
+        changed = sum(not torch.equal(edited[n], base[n]) for n in vectors[0])
+        result.lines.append(
+            f"  {rule!r} changes {changed} of {len(base)} tensors"
         )
-    facts = {"verb": "apply", "rule": rule.describe(), "scale": rule.scale}
-    result.data = {**facts, **result.data}
+        result.data["changed"] = changed
     return result
 
 
@@ -87,18 +92,6 @@ def _rule(options):
     number = len(options.vectors)
     weights = [1 / number] * number if options.mean else None
     return TaskArithmetic(1.0 if scale is None else scale, weights)
-
-
-def _describe(result, edited, base, vector, rule):
-    """Add to a dry run's result what would change."""
-    import torch
-
-    if isinstance(rule.scale, dict):
-        lines, result.data["patterns"] = matched(vector, rule.scale, "scale")
-        result.lines += lines
-    changed = sum(not torch.equal(edited[name], base[name]) for name in vector)
-    result.lines.append(f"  {rule!r} changes {changed} of {len(base)} tensors")
-    result.data["changed"] = changed
 
 
 def _card(base, vectors, rule, options):

@@ -11,7 +11,6 @@ from speechbrain_taskarith.commands.output import (
     stored_size,
     table,
     write_weights,
-    written,
 )
 
 _EXAMPLES = {
@@ -360,26 +359,20 @@ def export_model(options):
     output = shared.check_output(
         options.output, [options.folder], options.overwrite
     )
-    from speechbrain_taskarith.vectors import (
-        ModelCard,
-        SequentialEditor,
-        as_state,
-    )
+    from speechbrain_taskarith.vectors import ModelCard, SequentialEditor
 
     with steps(1, not options.no_progress) as step:
         step("rebuilding")
         editor = SequentialEditor.resume(options.folder, read_only=True)
         state = editor.state()
-    if options.dry_run:
-        result = written(output, as_state(state), dry_run=True)
-    else:
-        result = write_weights(
-            state,
-            output,
-            ModelCard.of_edits(editor),
-            like=options.like,
-            recoverable=options.recoverable,
-        )
+    result = write_weights(
+        state,
+        output,
+        ModelCard.of_edits(editor),
+        like=options.like,
+        recoverable=options.recoverable,
+        dry_run=options.dry_run,
+    )
     edits = [edit.name for edit in editor.log]
     result.data = {"verb": "edit export", **result.data, "edits": edits}
     return result

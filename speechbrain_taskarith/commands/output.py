@@ -151,8 +151,10 @@ def checkpoint_of(path):
     return newest_checkpoint(path)
 
 
-def write_weights(weights, output, card, *, like=None, recoverable=None):
-    """Write edited weights and the card beside them.
+def write_weights(
+    weights, output, card, *, like=None, recoverable=None, dry_run=False
+):
+    """Write edited weights and the card beside them, unless in a dry run.
 
     `CKPT+...` becomes a SpeechBrain checkpoint; for other names see
     `save_state`. The other files of `like`, the base, are taken along: a
@@ -165,6 +167,8 @@ def write_weights(weights, output, card, *, like=None, recoverable=None):
     )
 
     state = as_state(weights)
+    if dry_run:
+        return written(output, state, dry_run=True)
     card.fingerprint, metadata = state.fingerprint, card.provenance()
     if output.name.startswith("CKPT+"):
         save_checkpoint(

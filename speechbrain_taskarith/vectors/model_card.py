@@ -31,8 +31,7 @@ class ModelCard:
     title : str
         First line of the card.
     parents : list of dict
-        What it was made from: `{"role", "path", "fingerprint"}`, see
-        `parent`.
+        What it was made from, see `parent`.
     rule : object or dict
         The rule, or its description.
     scale : float, dict or list
@@ -91,7 +90,7 @@ class ModelCard:
 
     @staticmethod
     def parent(role, source):
-        """Describe one parent.
+        """Describe a parent.
 
         Arguments
         ---------
@@ -103,7 +102,7 @@ class ModelCard:
         Returns
         -------
         dict
-            Role, path (as given), and fingerprint.
+            `{"role", "path", "fingerprint"}`; the path as given.
         """
         if hasattr(source, "fingerprint"):
             return {
@@ -124,17 +123,8 @@ class ModelCard:
     def of_edits(cls, editor, **fields):
         """Make the card of a `SequentialEditor`'s present state.
 
-        Arguments
-        ---------
-        editor : SequentialEditor
-            The editor.
-        **fields : object
-            Further fields of the card.
-
-        Returns
-        -------
-        ModelCard
-            One parent for the base, one for every edit in force.
+        One parent is the base, one every edit in force. Further `**fields`
+        are as `ModelCard` takes them.
         """
         edits = editor.log
         parents = [{"role": "base", "fingerprint": editor.base_fingerprint}]
@@ -166,36 +156,24 @@ class ModelCard:
         return cls(**{**given, **fields})
 
     def to_dict(self):
-        """Return plain types.
+        """Return the fields (see `ModelCard`) in plain types.
 
-        Returns
-        -------
-        dict
-            One entry a field; numbers that are not finite become None.
+        Numbers that are not finite become None.
         """
         text = json.dumps(dataclasses.asdict(self), default=_plain)
         return json.loads(text, parse_constant=lambda _: None)
 
     def provenance(self):
-        """Return the part of the card for a weights file's own metadata.
+        """Return what a weights file's own metadata holds, as `to_dict` does.
 
-        Returns
-        -------
-        dict
-            Parents, rule, scale, selection, date and versions.
+        Parents, rule, scale, selection, date and versions.
         """
         keys = ("parents", "rule", "scale", "selected_on", "date", "versions")
         content = self.to_dict()
         return {key: content[key] for key in keys if content[key]}
 
     def to_markdown(self):
-        """Return the card as Markdown.
-
-        Returns
-        -------
-        str
-            A heading, facts, tables.
-        """
+        """Return the card as text: a heading, facts, tables; see `ModelCard`."""
         card = self.to_dict()
         lines = [f"# {_text(card['title'])}", ""]
         for label, key in (

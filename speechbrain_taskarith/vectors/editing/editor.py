@@ -227,12 +227,9 @@ class SequentialEditor:
         return self.log[-1].state if self.log else self.base_fingerprint
 
     def state(self):
-        """Return the present weights.
+        """Return the present weights as `TaskVector.apply` does.
 
-        Returns
-        -------
-        dict
-            `{name: tensor}`; a copy, tied tensors tied.
+        A copy, tied tensors tied.
         """
         state = self._state()
         origins = {name: state.aliases.get(name, name) for name in state}
@@ -240,17 +237,9 @@ class SequentialEditor:
         return {name: copies[origin] for name, origin in origins.items()}
 
     def vector(self, name):
-        """Return a stored vector, as it is applied (before its scale).
+        """Return an edit's `TaskVector` before its scale, see `Edit`.
 
-        Arguments
-        ---------
-        name : str
-            The edit's name.
-
-        Returns
-        -------
-        TaskVector
-            Read from the folder and checked against the log.
+        It is read from the folder and checked against the log.
         """
         return self._files.vector(self._edit(name))
 
@@ -330,22 +319,12 @@ class SequentialEditor:
         return self.state()
 
     def undo(self, name):
-        """Take an edit back.
+        """Take an edit back and return it, see `Edit`.
 
         Undoing the last edit gives the state before it bit for bit, since
         nothing is subtracted: the state is built from the base forward.
         Undoing an earlier one applies the later vectors to another state than
         they were learned on; the log marks them `exact=False`.
-
-        Arguments
-        ---------
-        name : str
-            The edit's name.
-
-        Returns
-        -------
-        Edit
-            The edit that was taken back.
         """
         self._files.check_writable()
         removed = self._edit(name)
@@ -371,31 +350,21 @@ class SequentialEditor:
             The new log.
         """
         self._files.check_writable()
-        names = list(names)
-        by_name = {edit.name: edit for edit in self.log}
-        if sorted(names) != sorted(by_name):
+        names, learned = list(names), [edit.name for edit in self.log]
+        if sorted(names) != sorted(learned):
             raise ValueError(
-                f"names: expected each of {list(by_name)} once, got {names}. "
-                "To leave one out use undo(name)"
+                f"names: expected each of {learned} once, got {names}. To "
+                "leave one out use undo(name)"
             )
-        edits = [by_name[name] for name in names]
+        edits = [self._edit(name) for name in names]
         self._replace(edits, action="reorder", order=names)
         return self.log
 
     def save(self, path, **arguments):
-        """Write the present weights, with a model card beside them.
+        """Write the present weights as `save_state` does, and return the path.
 
-        Arguments
-        ---------
-        path : str or pathlib.Path
-            Where to, as for `save_state`.
-        **arguments : object
-            For the `ModelCard`: `wer`, `selected_on`, `notes`, ...
-
-        Returns
-        -------
-        pathlib.Path
-            The path written.
+        A model card comes beside them; `**arguments` are for it: `wer`,
+        `selected_on`, `notes`, ... (see `ModelCard`).
         """
         card = ModelCard.of_edits(self, **arguments)
         path = save_state(self._state(), path, metadata=card.provenance())

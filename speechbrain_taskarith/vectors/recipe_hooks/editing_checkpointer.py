@@ -169,19 +169,11 @@ class EditingCheckpointer(AtomicCheckpointer):
         ckpt_predicate=None,
         weights=None,
     ):
-        """Pick a checkpoint and recover from it.
+        """As `Checkpointer.recover_if_possible`.
 
-        Arguments
-        ---------
-        importance_key, max_key, min_key, ckpt_predicate : object
-            As for `Checkpointer`.
-        weights : str or None
-            `"finetuned"`, `"edited"`; None decides as the class says.
-
-        Returns
-        -------
-        Checkpoint or None
-            What was loaded; with None, to fit, the base was.
+        `weights` is `"finetuned"`, `"edited"`, or None: as the class says.
+        Returns None when there was no checkpoint: to fit, the base was
+        loaded then.
         """
         if weights is None:
             weights = "finetuned" if self._fitting else "edited"
