@@ -235,12 +235,10 @@ def plot_layer_norms(
     ---------
     norms : dict of str: float, or dict of str: dict of str: float
         From `layer_norms`; or `{name: layer_norms(...)}`.
-    path : str or pathlib.Path
-        `.png`, `.pdf` or `.svg`.
     relative : bool
         True labels the axis as relative to the base.
-    title : str
-        Above the plot.
+    path, title
+        As in `plot_cosine_matrix`.
 
     Returns
     -------

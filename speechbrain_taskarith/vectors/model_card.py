@@ -39,10 +39,9 @@ class ModelCard:
     wer : list of dict
         Rows of a table of word error rates, e.g. `{"row": "edited", "wer":
         4.2, "split": "test"}`; or `{name: number}`.
-    selected_on : str or None
-        What the scale was chosen on.
-    fingerprint : str or None
-        Of the weights that the card lies beside.
+    selected_on, fingerprint : str or None
+        What the scale was chosen on; fingerprint of the weights that the
+        card lies beside.
     notes : list of str
         What a user should know.
     date : str

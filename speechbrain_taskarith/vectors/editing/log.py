@@ -34,27 +34,22 @@ class Edit:
         What was learned, unique in the sequence.
     vector : str
         The stored vector's file, relative to the editor's folder.
-    sha256 : str
-        Hash of that file.
-    encoding : str
-        How the vector is stored.
+    sha256, encoding : str
+        Hash of that file, and how the vector is stored in it.
     scale : float or dict
         What the stored vector is multiplied by.
     rule : dict
         The rule that made the stored vector, in plain types.
-    learned_on : str
-        Fingerprint of the state that the model was fine-tuned from.
-    state : str
-        Fingerprint of the state after this edit.
+    learned_on, state : str
+        Fingerprints: of the state that the model was fine-tuned from, and of
+        the state after this edit.
     exact : bool
         True where the vector was applied to the state it was learned on.
         False marks an approximation: an earlier edit was dropped or moved.
-    when : str
-        Time of learning, UTC, ISO 8601.
+    when, note : str
+        Time of learning, UTC, ISO 8601; and free text.
     selected_on : str or None
         What the scale was chosen on, where it was chosen.
-    note : str
-        Free text.
     """
 
     name: str

@@ -1,11 +1,13 @@
 """Lifelong methods that add a term to the loss: EWC and LwF."""
 
 import copy
+import math
 import random
 
 import torch
 
 from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
+from speechbrain_taskarith.vectors import checks
 from speechbrain_taskarith.vectors.lifelong.methods import FineTuning
 
 
@@ -31,10 +33,9 @@ class EWC(FineTuning):
         Weight of the penalty, at least 0.
     decay : float
         What stays of the older Fisher at each task, 0 to 1.
-    samples : int
-        Utterances that the Fisher is measured on.
-    seed : int
-        Of the choice of these utterances.
+    samples, seed : int
+        How many utterances the Fisher is measured on, and the seed of their
+        choice.
 
     Example
     -------
@@ -53,12 +54,9 @@ class EWC(FineTuning):
     changes_training = True
 
     def __init__(self, strength=1.0, decay=1.0, samples=200, seed=0):
-        if strength < 0:
-            raise ValueError(f"strength is {strength}, expected at least 0")
-        if not 0.0 <= decay <= 1.0:
-            raise ValueError(f"decay is {decay}, expected 0 to 1")
-        if samples < 1:
-            raise ValueError(f"samples is {samples}, expected at least 1")
+        checks.in_range("strength", strength, 0, math.inf)
+        checks.in_range("decay", decay, 0, 1)
+        checks.in_range("samples", samples, 1, math.inf)
         self.strength, self.decay = float(strength), float(decay)
         self.samples, self.seed = int(samples), seed
         self.fisher, self.anchor, self.tasks = {}, {}, 0
@@ -168,8 +166,7 @@ class LwF(FineTuning):
     changes_training = True
 
     def __init__(self, strength=1.0, temperature=2.0):
-        if strength < 0:
-            raise ValueError(f"strength is {strength}, expected at least 0")
+        checks.in_range("strength", strength, 0, math.inf)
         if temperature <= 0:
             raise ValueError(f"temperature is {temperature}, expected above 0")
         self.strength, self.temperature = float(strength), float(temperature)

@@ -69,9 +69,7 @@ class EditingCheckpointer(AtomicCheckpointer):
 
     Arguments
     ---------
-    checkpoints_dir : str or pathlib.Path
-        Where to keep checkpoints.
-    recoverables : dict or None
+    checkpoints_dir, recoverables, **arguments : object
         As for `Checkpointer`.
     edited : str or list of str
         The recoverables that are edited; plain modules.
@@ -92,8 +90,6 @@ class EditingCheckpointer(AtomicCheckpointer):
         counting from the base's statistics.
     base_min_key, base_max_key : str or None
         Score that chooses among the checkpoints of the base's save folder.
-    **arguments : object
-        `custom_load_hooks`, `custom_save_hooks`, `allow_partial_load`.
 
     Example
     -------

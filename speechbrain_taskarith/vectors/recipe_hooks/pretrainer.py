@@ -34,10 +34,8 @@ class TaskVectorPretrainer(Pretrainer):
 
     Arguments
     ---------
-    collect_in : str, pathlib.Path or None
+    collect_in, loadables, **arguments : object
         As for `Pretrainer`.
-    loadables : dict
-        `{name: object}`.
     paths : dict or None
         `{name: path}`; besides what `Pretrainer` takes, a `CKPT+` folder or
         a save folder (its newest checkpoint, or by `min_key`/`max_key`).
@@ -55,8 +53,6 @@ class TaskVectorPretrainer(Pretrainer):
         False loads modules without vectors as upstream does.
     min_key, max_key : str or None
         Score that chooses among the checkpoints of a save folder.
-    **arguments : object
-        `custom_hooks`, `conditions`.
 
     Example
     -------
@@ -111,8 +107,7 @@ class TaskVectorPretrainer(Pretrainer):
 
     def collect_files(self, default_source=None, **arguments):
         """As `Pretrainer.collect_files`; finds files in checkpoint folders."""
-        for name, path in self.paths.items():
-            self.paths[name] = self._file_of(name, path)
+        self.paths |= {n: self._file_of(n, p) for n, p in self.paths.items()}
         if isinstance(default_source, (str, os.PathLike)):
             if any(Path(default_source).glob("CKPT+*")):
                 found = find_checkpoint_folder(default_source, **self._keys)
@@ -121,8 +116,10 @@ class TaskVectorPretrainer(Pretrainer):
 
     def _file_of(self, name, path):
         """Return the file that a path means; URLs and hub names as given."""
-        if isinstance(path, FetchSource) or not Path(path).is_dir():
-            return path if isinstance(path, FetchSource) else str(path)
+        if isinstance(path, FetchSource):
+            return path
+        if not Path(path).is_dir():
+            return str(path)
         folder = find_checkpoint_folder(path, **self._keys)
         file = folder / f"{name}.ckpt"
         if not file.exists():
