@@ -247,19 +247,18 @@ def _table(rows):
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [columns, ["---"] * len(columns)]
     cells += [[row.get(column) for column in columns] for row in rows]
-    return [f"| {' | '.join(map(_cell, line))} |" for line in cells]
+    texts = [[_text(value, "{:.2f}") for value in line] for line in cells]
+    return [f"| {' | '.join(line)} |" for line in texts]
 
 
-def _cell(value):
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.2f}" if isinstance(value, float) else _text(value)
-
-
-def _text(value):
-    """Return a rule, a scale, or a text as one line."""
+def _text(value, number="{}"):
+    """Return a rule, a scale, or another value as one line."""
     if value in (None, {}):
         return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return number.format(value)
     if isinstance(value, dict) and "rule" in value:
         arguments = ", ".join(
             f"{k}={_text(v) if isinstance(v, dict) and 'rule' in v else v}"
