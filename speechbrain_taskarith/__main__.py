@@ -34,10 +34,10 @@ _EXPECTED = (ValueError, KeyError, OSError, RuntimeError, ImportError)
 
 def build_parser(chosen):
     """Return the parser, complete for the chosen verb only."""
+    listed = "\n".join(f"  {v:<12}{text}" for v, (_, text) in VERBS.items())
     parser = argparse.ArgumentParser(
         "taskarith",
-        description=_DESCRIPTION
-        + "\n".join(f"  {v:<12}{text}" for v, (_, text) in VERBS.items()),
+        description=_DESCRIPTION + listed,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -57,17 +57,7 @@ def build_parser(chosen):
 
 
 def main(words=None):
-    """Run the command line.
-
-    Arguments
-    ---------
-    words : list of str or None
-        None takes those of the process.
-
-    Returns
-    -------
-    int
-        The exit status, see `--help`.
+    """Run the command line; return the exit status, see `--help`.
 
     Example
     -------
@@ -87,8 +77,7 @@ def main(words=None):
     with _messages_of_one_line():
         try:
             output.show(options.run(options), options.json)
-        except BrokenPipeError:
-            # `taskarith inspect ... | head`: nobody reads on.
+        except BrokenPipeError:  # `taskarith inspect ... | head`
             with contextlib.suppress(OSError):
                 sys.stdout.close()
             return 1
@@ -104,10 +93,6 @@ def main(words=None):
 @contextlib.contextmanager
 def _messages_of_one_line():
     """Show warnings and log messages as one line each, like errors."""
-
-    def show(message, *_, **__):
-        output.complain(str(message), "warning")
-
     handler = logging.StreamHandler()
     handler.setFormatter(
         logging.Formatter("taskarith: %(levelname)s: %(message)s")
@@ -117,7 +102,9 @@ def _messages_of_one_line():
     logger.addHandler(handler)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = show
+            warnings.showwarning = lambda message, *_, **__: output.complain(
+                str(message), "warning"
+            )
             yield
     finally:
         logger.removeHandler(handler)

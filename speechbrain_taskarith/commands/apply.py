@@ -1,11 +1,7 @@
 """`taskarith apply`: base plus scaled vectors."""
 
 from speechbrain_taskarith.commands import arguments as shared
-from speechbrain_taskarith.commands.output import (
-    matched,
-    write_weights,
-    written,
-)
+from speechbrain_taskarith.commands.output import matched, write_weights
 from speechbrain_taskarith.utils.progress import progress
 
 _EXAMPLES = """\
@@ -25,23 +21,16 @@ _EXAMPLES = """\
 
 def add_parser(verbs, summary):
     """Add the verb's parser."""
-    parser = shared.add_verb(
-        verbs,
-        "apply",
-        summary,
-        _EXAMPLES,
-        run,
-        [
-            shared.reading(),
-            shared.rule_and_scale("the vectors are added"),
-            shared.writing(),
-        ],
-    )
-    parser.add_argument("base", metavar="BASE", help="the weights to edit")
-    parser.add_argument(
-        "vectors", nargs="+", metavar="TAU", help="stored task vectors"
-    )
-    parser.add_argument(
+    parents = [
+        shared.reading(),
+        shared.rule_and_scale("the vectors are added"),
+        shared.writing(),
+    ]
+    parser = shared.add_verb(verbs, "apply", summary, _EXAMPLES, run, parents)
+    add = parser.add_argument
+    add("base", metavar="BASE", help="the weights to edit")
+    add("vectors", nargs="+", metavar="TAU", help="stored task vectors")
+    add(
         "--mean",
         action="store_true",
         help="take the mean of the vectors, not their sum (without --rule)",
@@ -53,7 +42,9 @@ def run(options):
     inputs = [options.base, *options.vectors]
     output = shared.check_output(options.output, inputs, options.overwrite)
     rule = _rule(options)
-    from speechbrain_taskarith.vectors import TaskVector, as_state
+    import torch
+
+    from speechbrain_taskarith.vectors import TaskVector
 
     with shared.threads(options):
         base = shared.open_weights(options.base, options)
@@ -64,19 +55,26 @@ def run(options):
         chosen = shared.patterns(options)
         vectors = [TaskVector.load(path).restrict(**chosen) for path in files]
         edited = rule(base, vectors, any_base=bool(options.any_base))
+    result = write_weights(
+        edited,
+        output,
+        _card(base, vectors, rule, options),
+        like=options.base,
+        recoverable=options.recoverable,
+        dry_run=options.dry_run,
+    )
+    data = {"verb": "apply", "rule": rule.describe(), "scale": rule.scale}
+    result.data = {**data, **result.data}
     if options.dry_run:
-        result = written(output, as_state(edited), dry_run=True)
-        _describe(result, edited, base, vectors[0], rule)
-    else:
-        result = write_weights(
-            edited,
-            output,
-            _card(base, vectors, rule, options),
-            like=options.base,
-            recoverable=options.recoverable,
+        if isinstance(rule.scale, dict):
+            lines, found = matched(vectors[0], rule.scale, "scale")
+            result.lines += lines
+            result.data["patterns"] = found
+        changed = sum(not torch.equal(edited[n], base[n]) for n in vectors[0])
+        result.lines.append(
+            f"  {rule!r} changes {changed} of {len(base)} tensors"
         )
-    facts = {"verb": "apply", "rule": rule.describe(), "scale": rule.scale}
-    result.data = {**facts, **result.data}
+        result.data["changed"] = changed
     return result
 
 
@@ -91,22 +89,9 @@ def _rule(options):
                 "vectors leave --rule out"
             )
         return shared.rule_of(options.rule, scale)
-    weights, number = None, len(options.vectors)
-    if options.mean:
-        weights = [1 / number] * number
+    number = len(options.vectors)
+    weights = [1 / number] * number if options.mean else None
     return TaskArithmetic(1.0 if scale is None else scale, weights)
-
-
-def _describe(result, edited, base, vector, rule):
-    """Add to a dry run's result what would change."""
-    import torch
-
-    if isinstance(rule.scale, dict):
-        lines, result.data["patterns"] = matched(vector, rule.scale, "scale")
-        result.lines += lines
-    changed = sum(not torch.equal(edited[name], base[name]) for name in vector)
-    result.lines.append(f"  {rule!r} changes {changed} of {len(base)} tensors")
-    result.data["changed"] = changed
 
 
 def _card(base, vectors, rule, options):
@@ -116,8 +101,5 @@ def _card(base, vectors, rule, options):
     for tau, path in zip(vectors, options.vectors):
         parents.append({**ModelCard.parent("vector", tau), "file": str(path)})
     return ModelCard(
-        "Edited model",
-        parents=parents,
-        rule=rule.describe(),
-        scale=rule.scale,
+        "Edited model", parents=parents, rule=rule, scale=rule.scale
     )

@@ -75,15 +75,11 @@ def add_verb(verbs, name, summary, examples, run, parents=(), about=None):
 
 
 def reading(*chosen):
-    """Return the options for what is read and edited, as a parent parser.
-
-    All of them, or those that are chosen.
-    """
+    """Return the options of verbs that read (or some), as a parent parser."""
     parent = argparse.ArgumentParser(add_help=False)
     group = parent.add_argument_group("what to read and edit")
-    for name, how in _READING.items():
-        if not chosen or name in chosen:
-            group.add_argument(f"--{name}", **how)
+    for name in chosen or _READING:
+        group.add_argument(f"--{name}", **_READING[name])
     return parent
 
 
@@ -216,27 +212,22 @@ def scale_of(texts):
     >>> scale_of(["0.4"]), scale_of(["encoder.*=0.4", "*=0.1"])
     (0.4, {'encoder.*': 0.4, '*': 0.1})
     """
-    if texts is None:
-        return None
-    if len(texts) == 1 and "=" not in texts[0]:
-        return _number(texts[0])
     scale = {}
-    for text in texts:
+    for text in texts or ():
         pattern, equals, value = text.rpartition("=")
-        if not equals or not pattern:
+        if not pattern and (equals or len(texts) > 1):
             raise ValueError(
                 f"--scale {text}: expected one number, or PATTERN=NUMBER "
                 "(in quotes, so that the shell leaves the '*' alone)"
             )
-        scale[pattern] = _number(value)
-    return scale
-
-
-def _number(text):
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"--scale: expected a number, got {text!r}") from None
+        try:
+            scale[pattern] = float(value)
+        except ValueError:
+            raise ValueError(
+                f"--scale: expected a number, got {value!r}"
+            ) from None
+    # Without a pattern it is one number, or none.
+    return scale if any(scale) else scale.get("")
 
 
 def open_weights(path, options):
@@ -278,9 +269,9 @@ def check_output(output, inputs, overwrite, suffixes=None, what=None):
     here = output.resolve()
     for path in inputs:
         given = Path(path).resolve()
-        inside = given.is_dir() and given in here.parents
         # A checkpoint folder may be written beside its siblings.
-        if here == given or (inside and (given / "CKPT.yaml").exists()):
+        inside = given in here.parents and (given / "CKPT.yaml").exists()
+        if here == given or inside:
             raise ValueError(
                 f"{output}: is (or lies in) an input; name another output"
             )

@@ -1,5 +1,6 @@
 """`taskarith edit`: a folder of edits, learned one after another."""
 
+from functools import partial
 from pathlib import Path
 
 from speechbrain_taskarith.commands import arguments as shared
@@ -7,9 +8,9 @@ from speechbrain_taskarith.commands.output import (
     Result,
     size,
     steps,
+    stored_size,
     table,
     write_weights,
-    written,
 )
 
 _EXAMPLES = {
@@ -32,7 +33,6 @@ _REMEDIES = {
     "Close it there (editor.close()), or open it for reading with "
     "SequentialEditor.resume(folder, read_only=True)": "Wait until it is done",
     "undo it first": "undo it first (`edit undo`)",
-    "use undo(name)": "use `edit undo`",
 }
 
 
@@ -50,19 +50,16 @@ def add_parser(verbs, summary):
     actions = parser.add_subparsers(
         metavar="ACTION", required=True, dest="action"
     )
+    action = partial(_action, actions)
     dry_run = shared.writing(dry_run_only=True)
-    _add_learn(actions, dry_run)
-    undo = _action(actions, "undo", "take an edit back", undo_edit, [dry_run])
+    _add_learn(action, dry_run)
+    undo = action("undo", "take an edit back", undo_edit, dry_run)
     undo.add_argument("name", metavar="NAME")
-    reorder = _action(
-        actions,
-        "reorder",
-        "apply the edits in another order",
-        reorder_edits,
-        [dry_run],
+    reorder = action(
+        "reorder", "apply the edits in another order", reorder_edits, dry_run
     )
     reorder.add_argument("names", nargs="+", metavar="NAME")
-    log = _action(actions, "log", "show the edits in force", show_log)
+    log = action("log", "show the edits in force", show_log)
     log.add_argument(
         "--history", action="store_true", help="also what was undone"
     )
@@ -71,12 +68,12 @@ def add_parser(verbs, summary):
         action="store_true",
         help="read everything and compare it with the log",
     )
-    export = _action(
-        actions,
+    export = action(
         "export",
         "write the present model",
         export_model,
-        [shared.reading("recoverable"), shared.writing()],
+        shared.reading("recoverable"),
+        shared.writing(),
     )
     export.add_argument(
         "--like",
@@ -86,44 +83,43 @@ def add_parser(verbs, summary):
     )
 
 
-def _action(actions, name, summary, run, parents=()):
+def _action(actions, name, summary, run, *parents):
     parser = shared.add_verb(
         actions, name, summary, _EXAMPLES[name], run, parents
     )
-    remedies = {**parser.get_default("remedies"), **_REMEDIES}
-    parser.set_defaults(remedies=remedies)
+    parser.get_default("remedies").update(_REMEDIES)
     parser.add_argument("folder", metavar="FOLDER", help="the edits' folder")
     return parser
 
 
-def _add_learn(actions, dry_run):
+def _add_learn(action, dry_run):
     rule = shared.rule_and_scale(
         "first edit: required, and --scale may be the schedule 1/t; later "
         "edits follow the first unless they say otherwise"
     )
-    learn = _action(
-        actions,
+    learn = action(
         "learn",
         "add a share of what fine-tuning on a domain changed",
         learn_domain,
-        [shared.reading(), rule, dry_run],
+        shared.reading(),
+        rule,
+        dry_run,
     )
-    learn.add_argument("name", metavar="NAME", help="name of the domain")
-    learn.add_argument(
+    add = learn.add_argument
+    add("name", metavar="NAME", help="name of the domain")
+    add(
         "finetuned",
         metavar="FINETUNED",
         help="the model, fine-tuned from the present one (edit export)",
     )
-    learn.add_argument(
-        "--base", metavar="BASE", help="first edit: what to start from"
-    )
-    learn.add_argument(
+    add("--base", metavar="BASE", help="first edit: what to start from")
+    add(
         "--encoding",
         help="first edit: how vectors are stored (lossless), see "
         "`taskarith vector --help`",
     )
-    learn.add_argument("--selected-on", help="what the scale was chosen on")
-    learn.add_argument("--note", default="", help="free text for the log")
+    add("--selected-on", help="what the scale was chosen on")
+    add("--note", default="", help="free text for the log")
 
 
 def learn_domain(options):
@@ -134,30 +130,27 @@ def learn_domain(options):
         with shared.threads(options):
             return _would_learn(options, finetuned, scale)
     starting, existed = _is_new(options), folder.exists()
-    editor = None
     progress = steps(2, not options.no_progress)
-    try:
-        with shared.threads(options), progress as step:
-            step("opening")
-            editor = _open(options, starting, scale)
+    with shared.threads(options), progress as step:
+        step("opening")
+        with _open(options, starting, scale) as editor:
             step("learning")
-            editor.learn(
-                options.name,
-                finetuned,
-                scale=None if starting else scale,
-                selected_on=options.selected_on,
-                note=options.note,
-            )
-        edit = editor.log[-1]
-        stored = (folder / edit.vector).stat().st_size
-    except BaseException:
-        # Only what this process has started: another may have been faster.
-        if starting and editor is not None:
-            _remove_start(folder, existed)
-        raise
-    finally:
-        if editor is not None:
-            editor.close()
+            try:
+                editor.learn(
+                    options.name,
+                    finetuned,
+                    scale=None if starting else scale,
+                    selected_on=options.selected_on,
+                    note=options.note,
+                )
+            except BaseException:
+                # Only what this process has started: another may have been
+                # faster.
+                if starting:
+                    _remove_start(folder, existed)
+                raise
+    edit = editor.log[-1]
+    stored = (folder / edit.vector).stat().st_size
     line = (
         f"learned {edit.name!r} with scale {edit.scale}; its vector takes "
         f"{size(stored)}; the model is now {edit.state[:12]}"
@@ -184,14 +177,14 @@ def _is_new(options):
 
 def _scale(options):
     """Return `--scale`, which for a new sequence may be a schedule."""
-    if options.scale == ["1/t"]:
-        if not _is_new(options):
-            raise ValueError(
-                f"{options.folder}: --scale 1/t is chosen at the first edit; "
-                "leave it out to follow the sequence's, or give a number"
-            )
-        return "1/t"
-    return shared.scale_of(options.scale)
+    if options.scale != ["1/t"]:
+        return shared.scale_of(options.scale)
+    if not _is_new(options):
+        raise ValueError(
+            f"{options.folder}: --scale 1/t is chosen at the first edit; "
+            "leave it out to follow the sequence's, or give a number"
+        )
+    return "1/t"
 
 
 def _open(options, starting, scale=None, read_only=False):
@@ -209,12 +202,9 @@ def _open(options, starting, scale=None, read_only=False):
             encoding=options.encoding or "lossless",
             **shared.patterns(options),
         )
+    chosen = {"include": options.include, "exclude": options.exclude}
     editor = SequentialEditor.resume(
-        options.folder,
-        rule,
-        include=options.include,
-        exclude=options.exclude,
-        read_only=read_only,
+        options.folder, rule, read_only=read_only, **chosen
     )
     if options.base and not options.any_base:
         base = shared.open_weights(options.base, options)
@@ -252,7 +242,6 @@ def _would_learn(options, finetuned, scale):
     """Compute the edit in memory, and write nothing."""
     from speechbrain_taskarith.vectors import TaskVector, as_state
     from speechbrain_taskarith.vectors.editing.schedules import scheduled_scale
-    from speechbrain_taskarith.vectors.encodings import encode
     from speechbrain_taskarith.vectors.rules import from_description
 
     patterns = shared.patterns(options)
@@ -278,9 +267,7 @@ def _would_learn(options, finetuned, scale):
     vector = rule.combine([vector], base=base)
     scale = scheduled_scale(scale, number, rule, vector)
     vector.scales(scale)
-    stored = as_state(encode(dict(vector), encoding)[0])
-    count = sum(stored.info(name).nbytes for name in stored)
-    norm = vector.norm()
+    count, norm = stored_size(vector, encoding), vector.norm()
     line = (
         f"would learn {options.name!r} with scale {scale}: a vector of norm "
         f"{norm:.4g}, {size(count)} {encoding}"
@@ -306,13 +293,9 @@ def undo_edit(options):
             f"{options.folder}: no edit {options.name!r}; there are: "
             f"{', '.join(names) or 'none'}"
         )
-    return _change(
-        options,
-        names,
-        [name for name in names if name != options.name],
-        f"undone {options.name!r}",
-        lambda editor: editor.undo(options.name),
-    )
+    left = [name for name in names if name != options.name]
+    what = f"undone {options.name!r}"
+    return _change(options, names, left, what, options.name)
 
 
 def reorder_edits(options):
@@ -324,40 +307,31 @@ def reorder_edits(options):
             f"once, got {', '.join(options.names)}; to leave one out use "
             "`edit undo`"
         )
-    return _change(
-        options,
-        names,
-        list(options.names),
-        "reordered",
-        lambda editor: editor.reorder(options.names),
-    )
+    return _change(options, names, options.names, "reordered", options.names)
 
 
-def _change(options, before, names, what, act):
+def _change(options, before, names, what, argument):
     """Undo or re-order, or say what would be left."""
     data = {"verb": f"edit {options.action}", "dry_run": options.dry_run}
     if options.dry_run:
-        approximate = [
-            name
-            for i, name in enumerate(names)
-            if before[: i + 1] != names[: i + 1]
-        ]
+        # What stands behind the first difference.
+        same = [b == n for b, n in zip(before, names)]
+        approximate = names[[*same, False].index(False) :]
         lines = [f"would leave: {', '.join(names) or 'the base'}"]
         if approximate:
             lines.append(
                 "  approximate, since learned on another state: "
                 f"{', '.join(approximate)}"
             )
-        return Result(
-            lines, {**data, "edits": names, "approximate": approximate}
-        )
+        data |= {"edits": names, "approximate": approximate}
+        return Result(lines, data)
     from speechbrain_taskarith.vectors import SequentialEditor
 
     with steps(2, not options.no_progress) as step:
         step("opening")
         with SequentialEditor.resume(options.folder) as editor:
             step(options.action)
-            act(editor)
+            getattr(editor, options.action)(argument)
     described = describe_log(options.folder)
     return Result([what, *shown_log(described)], {**data, **described})
 
@@ -365,21 +339,19 @@ def _change(options, before, names, what, act):
 def show_log(options):
     """Show the edits in force, and the history if asked for."""
     described = describe_log(options.folder)
-    lines = shown_log(described)
+    lines, history = shown_log(described), described.pop("history")
     if options.verify:
         from speechbrain_taskarith.vectors import SequentialEditor
 
         SequentialEditor.resume(options.folder, read_only=True)
         lines.append("verified: base, vectors and every state are as logged")
+    data = {"verb": "edit log", "verified": options.verify, **described}
     if options.history:
-        for entry in described["history"]:
+        data["history"] = history
+        for entry in history:
             named = f" {entry['name']}" if "name" in entry else ""
             lines.append(f"  {entry['when']}  {entry['action']}{named}")
-    else:
-        del described["history"]
-    return Result(
-        lines, {"verb": "edit log", "verified": options.verify, **described}
-    )
+    return Result(lines, data)
 
 
 def export_model(options):
@@ -387,26 +359,20 @@ def export_model(options):
     output = shared.check_output(
         options.output, [options.folder], options.overwrite
     )
-    from speechbrain_taskarith.vectors import (
-        ModelCard,
-        SequentialEditor,
-        as_state,
-    )
+    from speechbrain_taskarith.vectors import ModelCard, SequentialEditor
 
     with steps(1, not options.no_progress) as step:
         step("rebuilding")
         editor = SequentialEditor.resume(options.folder, read_only=True)
         state = editor.state()
-    if options.dry_run:
-        result = written(output, as_state(state), dry_run=True)
-    else:
-        result = write_weights(
-            state,
-            output,
-            ModelCard.of_edits(editor),
-            like=options.like,
-            recoverable=options.recoverable,
-        )
+    result = write_weights(
+        state,
+        output,
+        ModelCard.of_edits(editor),
+        like=options.like,
+        recoverable=options.recoverable,
+        dry_run=options.dry_run,
+    )
     edits = [edit.name for edit in editor.log]
     result.data = {"verb": "edit export", **result.data, "edits": edits}
     return result
@@ -425,11 +391,10 @@ def _names(options):
 def describe_log(folder):
     """Return a folder's log in plain types; needs no torch."""
     log = _read_log(folder)
-    edits = []
-    for edit in log.edits:
-        file = Path(folder) / edit.vector
-        count = file.stat().st_size if file.is_file() else None
-        edits.append({**edit.to_dict(), "bytes": count})
+    edits = [edit.to_dict() for edit in log.edits]
+    for edit in edits:
+        file = Path(folder) / edit["vector"]
+        edit["bytes"] = file.stat().st_size if file.is_file() else None
     return {
         "base": log.base,
         "rule": log.rule,

@@ -1,7 +1,9 @@
 """`taskarith inspect` and `taskarith plot`: what files and vectors hold."""
 
+import contextlib
 import json
 import math
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from speechbrain_taskarith.commands import arguments as shared
@@ -32,15 +34,13 @@ _PLOT_EXAMPLES = """\
 
 def add_parser(verbs, summary):
     """Add the parser of `inspect`."""
+    about = (
+        "Show form, tensors, fingerprint and provenance; for task vectors also "
+        "norm, density and norms by layer."
+    )
+    parents = [shared.reading("recoverable")]
     parser = shared.add_verb(
-        verbs,
-        "inspect",
-        summary,
-        _EXAMPLES,
-        run,
-        [shared.reading("recoverable")],
-        about="Show form, tensors, fingerprint and provenance; for task "
-        "vectors also norm, density and norms by layer.",
+        verbs, "inspect", summary, _EXAMPLES, run, parents, about
     )
     parser.add_argument("files", nargs="+", metavar="FILE")
     parser.add_argument(
@@ -59,13 +59,11 @@ def add_parser(verbs, summary):
 def run(options):
     """Look at every file."""
     lines, entries = [], []
-    for path in progress(
-        options.files, desc="inspecting", enable=not options.no_progress
-    ):
-        entry = _look(Path(path), options)
-        entries.append(entry)
-        lines += [*([""] if lines else []), *_shown(entry)]
-    return Result(lines, {"verb": "inspect", "files": entries})
+    enable = not options.no_progress
+    for path in progress(options.files, desc="inspecting", enable=enable):
+        entries.append(_look(Path(path), options))
+        lines += ["", *_shown(entries[-1])]
+    return Result(lines[1:], {"verb": "inspect", "files": entries})
 
 
 def _look(path, options):
@@ -78,12 +76,12 @@ def _look(path, options):
         return {"path": str(path), "form": "edits", **describe_log(path)}
     state = open_state(path, recoverable=options.recoverable)
     entry = {"path": str(path), "form": _form(path, state), **numbers(state)}
-    dtypes = {}
-    for name in state:
-        info = state.info(name)
-        dtypes[info.dtype] = dtypes.get(info.dtype, 0) + info.numel
-    entry["dtypes"] = dtypes
-    entry["tied"] = _tied(state)
+    dtypes, tied = Counter(), defaultdict(list)
+    for info in map(state.info, state):
+        dtypes[info.dtype] += info.numel
+    for name, first in sorted(state.aliases.items()):
+        tied[first].append(name)
+    entry |= {"dtypes": dtypes, "tied": sorted(tied.values())}
     if not options.no_fingerprint:
         state.verify()
         entry["fingerprint"] = state.fingerprint
@@ -92,9 +90,9 @@ def _look(path, options):
         entry.update(_vector(path, state, options))
     if options.tensors is not None:
         names = select(state, options.tensors or ["*"])
+        infos = {name: state.info(name) for name in names}
         entry["contents"] = {
-            name: [state.info(name).dtype, list(state.info(name).shape)]
-            for name in names
+            name: [info.dtype, list(info.shape)] for name, info in infos.items()
         }
     return entry
 
@@ -102,18 +100,11 @@ def _look(path, options):
 def _form(path, state):
     if "task_vector" in state.metadata:
         return "task vector"
+    if checkpoint_of(path):
+        return "SpeechBrain checkpoint"
     if path.is_dir():
-        if checkpoint_of(path):
-            return "SpeechBrain checkpoint"
         return "Hugging Face folder"
     return "safetensors" if path.suffix == ".safetensors" else "torch file"
-
-
-def _tied(state):
-    groups = {}
-    for name, first in state.aliases.items():
-        groups.setdefault(first, []).append(name)
-    return sorted(sorted(group) for group in groups.values())
 
 
 def _metadata(path, state):
@@ -134,19 +125,14 @@ def _metadata(path, state):
             for key, value in read_json(beside).items()
             if key != "fingerprint" and value not in (None, "", [])
         }
-    hidden = ("task_vector", "fingerprint", "format")
-    return {
-        key: _parsed(value)
-        for key, value in state.metadata.items()
-        if key not in hidden
-    }
-
-
-def _parsed(text):
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+    found = dict(state.metadata)
+    for key, text in state.metadata.items():
+        if key in ("task_vector", "fingerprint", "format"):
+            del found[key]
+        else:
+            with contextlib.suppress(ValueError):
+                found[key] = json.loads(text)
+    return found
 
 
 def _vector(path, state, options):
@@ -178,11 +164,11 @@ def _shown(entry):
         from speechbrain_taskarith.commands.edit import shown_log
 
         return [f"{entry['path']}: a sequence of edits", *shown_log(entry)]
-    lines = [f"{entry['path']}: {entry['form']}"]
-    lines.append(
+    lines = [
+        f"{entry['path']}: {entry['form']}",
         f"  {counted(entry['tensors'], 'tensor')}, "
-        f"{counted(entry['parameters'], 'parameter')}, {size(entry['bytes'])}"
-    )
+        f"{counted(entry['parameters'], 'parameter')}, {size(entry['bytes'])}",
+    ]
     if entry["form"] != "task vector":
         shares = ", ".join(f"{d}: {n:,}" for d, n in entry["dtypes"].items())
         lines.append(f"  dtypes       {shares}")
@@ -193,39 +179,32 @@ def _shown(entry):
     if "encoding" in entry:
         lines.append(f"  taken from   {entry['base_fingerprint']}")
         lines.append(f"  encoding     {', '.join(entry['encoding'])}")
-    for key, value in entry.get("provenance", {}).items():
-        lines.append(f"  {key}: {_short(value)}")
-    for key, value in entry["metadata"].items():
-        lines.append(f"  {key}: {_short(value)}")
+    for facts in (entry.get("provenance", {}), entry["metadata"]):
+        for key, value in facts.items():
+            text = value if isinstance(value, str) else json.dumps(value)
+            text = text if len(text) <= 160 else text[:157] + "..."
+            lines.append(f"  {key}: {text}")
     if "norm" in entry:
         lines.append(f"  norm         {entry['norm']:.6g}")
         lines.append(f"  density      {entry['density']:.4f}")
         rows = [(k, f"{v:.4g}") for k, v in entry["layer_norms"].items()]
         lines += [f"  {line}" for line in table(rows, ("layer", "norm"))]
     if "contents" in entry:
-        rows = [(n, d, s) for n, (d, s) in entry["contents"].items()]
-        lines += [
-            f"  {line}" for line in table(rows, ("tensor", "dtype", "shape"))
-        ]
+        rows = [(name, *facts) for name, facts in entry["contents"].items()]
+        header = ("tensor", "dtype", "shape")
+        lines += [f"  {line}" for line in table(rows, header)]
     return lines
-
-
-def _short(value):
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 160 else text[:157] + "..."
 
 
 def add_plot(verbs, summary):
     """Add the parser of `plot`."""
+    about = (
+        "Draw how alike vectors are (cosine), or where they are large "
+        "(layers). PNG, PDF or SVG."
+    )
+    parents = [shared.reading("include", "exclude"), shared.writing()]
     parser = shared.add_verb(
-        verbs,
-        "plot",
-        summary,
-        _PLOT_EXAMPLES,
-        draw,
-        [shared.reading("include", "exclude"), shared.writing()],
-        about="Draw how alike vectors are (cosine), or where they are large "
-        "(layers). PNG, PDF or SVG.",
+        verbs, "plot", summary, _PLOT_EXAMPLES, draw, parents, about
     )
     parser.add_argument("what", choices=("cosine", "layers"))
     parser.add_argument("vectors", nargs="+", metavar="TAU")
@@ -308,9 +287,7 @@ def _layers(vectors, output, options):
         plot_layer_norms,
     )
 
-    base = None
-    if options.relative_to:
-        base = open_state(options.relative_to)
+    base = open_state(options.relative_to) if options.relative_to else None
     norms = {
         name: layer_norms(tau, base=base, **shared.patterns(options))
         for name, tau in vectors.items()

@@ -1,6 +1,7 @@
 """`taskarith merge`: many checkpoints into one, as a merge file says."""
 
 import argparse
+import itertools
 import re
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -61,41 +62,36 @@ _PLACEHOLDER = "!PLACEHOLDER"
 
 def add_parser(verbs, summary):
     """Add the verb's parser."""
+    about = (
+        "Merge checkpoints and vectors, streamed in bounded memory. Options "
+        "replace the values of the merge file; a dot leads into the rule: "
+        "--rule.density 0.3."
+    )
+    parents = [
+        shared.reading(),
+        shared.rule_and_scale("replaces the file's"),
+        shared.writing(required=False),
+    ]
     parser = shared.add_verb(
-        verbs,
-        "merge",
-        summary,
-        _EXAMPLES,
-        run,
-        [
-            shared.reading(),
-            shared.rule_and_scale("replaces the file's"),
-            shared.writing(required=False),
-        ],
-        about="Merge checkpoints and vectors, streamed in bounded memory. "
-        "Options replace the values of the merge file; a dot leads into the "
-        "rule: --rule.density 0.3.",
+        verbs, "merge", summary, _EXAMPLES, run, parents, about
     )
-    parser.add_argument(
-        "file", nargs="?", metavar="merge.yaml", help="what to merge, and how"
-    )
-    parser.add_argument("--base", help="the common ancestor")
-    parser.add_argument(
-        "--finetuned", nargs="+", metavar="PATH", help="what to merge"
-    )
-    parser.add_argument("--device", help="where to compute, e.g. cuda:0 (cpu)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("file", nargs="?", metavar="merge.yaml", help="what to merge, and how")
+    add("--base", help="the common ancestor")
+    add("--finetuned", nargs="+", metavar="PATH", help="what to merge")
+    add("--device", help="where to compute, e.g. cuda:0 (cpu)")
+    add(
         "--memory-limit",
         "--memory_limit",
         metavar="BYTES",
         help="most memory for buffers, e.g. 300MB",
     )
-    parser.add_argument(
+    add(
         "--buffers",
         metavar="base|edit",
         help="running statistics: keep the base's (base), or edit them too",
     )
-    parser.add_argument(
+    add(
         "--fingerprint",
         action=argparse.BooleanOptionalAction,
         help="check and note fingerprints, which reads all bytes once more",
@@ -119,8 +115,7 @@ def run(options):
     if options.dry_run:
         return _would_merge(plan, base, states, rule, output)
     report = _merge(plan, base, states, rule, output, not options.no_progress)
-    facts = report.to_dict() | {"output": str(output)}
-    data = {"verb": "merge", "dry_run": False, **facts}
+    data = {"verb": "merge", "dry_run": False, **report.to_dict()}
     memory = report.peak_anonymous
     lines = [
         f"wrote {output}",
@@ -132,12 +127,12 @@ def run(options):
         + (f", at most {size(memory)} of anonymous memory" if memory else ""),
         f"  fingerprint {report.fingerprint}",
     ]
-    return Result(lines, data)
+    return Result(lines, {**data, "output": str(output)})
 
 
 def _merge(plan, base, states, rule, output, progress):
     """Merge into the output, and write its card."""
-    from speechbrain_taskarith.vectors import merge_checkpoints
+    from speechbrain_taskarith.vectors import merge_checkpoints, open_state
 
     # A checkpoint folder holds more than the engine knows of: that writes
     # beside it.
@@ -145,58 +140,42 @@ def _merge(plan, base, states, rule, output, progress):
     if folder:
         name = f"{TEMPORARY_PREFIX}{output.name}.safetensors"
         target = output.with_name(name)
-    how = ("device", "memory_limit", "threads", "include", "exclude")
-    how += ("buffers", "any_base", "fingerprint")
+    keys = ("device", "memory_limit", "threads", "include", "exclude")
+    keys += ("buffers", "any_base", "fingerprint")
+    how = {"progress": progress, **{key: getattr(plan, key) for key in keys}}
     try:
-        report = merge_checkpoints(
-            base,
-            states,
-            rule,
-            target,
-            progress=progress,
-            **{key: getattr(plan, key) for key in how},
-        )
+        report = merge_checkpoints(base, states, rule, target, **how)
         card = _card(report)
-        if folder:
-            _write_checkpoint(target, output, base, card, plan)
-        else:
+        if not folder:
             card.save(output)
+            return report
+        merged = dict(open_state(target))
+        # Tied tensors stay tied.
+        weights = {n: merged[base.aliases.get(n, n)] for n in merged}
+        write_weights(
+            weights, output, card, like=plan.base, recoverable=plan.recoverable
+        )
+        return report
     finally:
         if folder:
             target.unlink(missing_ok=True)
-    return report
-
-
-def _write_checkpoint(merged, output, base, card, plan):
-    """Turn merged weights into a checkpoint with the base's other files."""
-    from speechbrain_taskarith.vectors import open_state
-
-    state = open_state(merged)
-    tensors = {name: state[name] for name in state}
-    # Tied tensors stay tied.
-    weights = {n: tensors[base.aliases.get(n, n)] for n in tensors}
-    write_weights(
-        weights, output, card, like=plan.base, recoverable=plan.recoverable
-    )
 
 
 def _card(report):
     from speechbrain_taskarith.vectors import ModelCard
 
     roles = {"checkpoint": "fine-tuned", "task vector": "vector"}
-    parents = [{"role": "base", **report.base}]
-    for parent in report.parents:
-        kind = parent["kind"]
-        parents.append(
-            {
-                "role": roles.get(kind, kind),
-                "path": parent["path"],
-                "fingerprint": parent["fingerprint"],
-            }
-        )
+    parents = [
+        {
+            "role": roles[parent["kind"]],
+            "path": parent["path"],
+            "fingerprint": parent["fingerprint"],
+        }
+        for parent in report.parents
+    ]
     return ModelCard(
         "Merged model",
-        parents=parents,
+        parents=[{"role": "base", **report.base}, *parents],
         rule=report.rule,
         scale=report.rule.get("scale"),
         fingerprint=report.fingerprint,
@@ -256,8 +235,7 @@ def read_plan(path=None, overrides=()):
     content = {} if path is None else _load(path)
     for key, value in overrides:
         _set(content, key, value)
-    unknown = [key for key in content if key not in _KEYS]
-    if unknown:
+    if unknown := [key for key in content if key not in _KEYS]:
         raise ValueError(
             f"{label}: unknown {', '.join(map(repr, unknown))}; a merge file "
             f"holds: {', '.join(_KEYS)}"
@@ -265,27 +243,28 @@ def read_plan(path=None, overrides=()):
     for key in _KEYS:
         if content.get(key) == _PLACEHOLDER:
             raise ValueError(f"{label}: {key} is to be given: --{key} VALUE")
-    missing = [key for key in _REQUIRED if content.get(key) in (None, "", [])]
-    if missing:
+    if missing := [k for k in _REQUIRED if content.get(k) in (None, "", [])]:
         raise ValueError(
             f"{label}: lacks {', '.join(missing)}; write it into the file or "
             f"give --{missing[0]} VALUE"
         )
-    for key, value in content.items():
-        if key in _LISTS and isinstance(value, str):
-            content[key] = value = [value]
-        if not isinstance(value, _KEYS[key][0]):
+    plan = SimpleNamespace()
+    for key, (kinds, default) in _KEYS.items():
+        value = content.get(key, default)
+        if kinds is list and isinstance(value, str):
+            value = [value]
+        if not isinstance(value, kinds):
             raise ValueError(
                 f"{label}: {key} is a {type(value).__name__} ({value!r}), "
                 "which it cannot be"
             )
-        for entry in value if key in _LISTS else ():
+        for entry in value if kinds is list else ():
             if not isinstance(entry, str):
                 raise ValueError(
                     f"{label}: {key}: expected a list of texts, got {entry!r}"
                 )
-    defaults = {key: default for key, (_, default) in _KEYS.items()}
-    return SimpleNamespace(**{**defaults, **content})
+        setattr(plan, key, value)
+    return plan
 
 
 def _load(path):
@@ -333,28 +312,20 @@ def _set(content, key, value):
 
 def _overrides(options):
     """Return what the command line says of the plan, as `(key, value)`."""
-    found, given = [], dict(vars(options))
-    if options.scale is not None:
-        given["scale"] = shared.scale_of(options.scale)
+    given = {key: getattr(options, key) for key in _KEYS}
+    given["scale"] = shared.scale_of(options.scale)
     if options.rule is not None:
         given["rule"] = shared.rule_words(options.rule)
-    for key in _KEYS:
-        if given[key] is not None:
-            value = given[key]
-            found.append((key, _spread(value) if key in _LISTS else value))
+    for key in _LISTS:
+        if words := given[key]:
+            # A word may be a YAML list, as in SpeechBrain.
+            lists = [_yaml(w) if w[:1] + w[-1:] == "[]" else [w] for w in words]
+            given[key] = list(itertools.chain(*lists))
+    found = [(key, value) for key, value in given.items() if value is not None]
     for word in options.overrides:
         key, _, text = word.removeprefix("--").partition("=")
         found.append((key, _yaml(text)))
     return found
-
-
-def _spread(words):
-    """Return words as a list; one may be a YAML list, as in SpeechBrain."""
-    entries = []
-    for word in words:
-        is_list = word.startswith("[") and word.endswith("]")
-        entries += _yaml(word) if is_list else [word]
-    return entries
 
 
 def _yaml(text):

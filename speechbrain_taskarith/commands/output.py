@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,24 +21,12 @@ class Result:
 def show(result, as_json):
     """Print a result on standard output, as JSON or as lines."""
     if as_json:
-        print(json.dumps(_finite(result.data), indent=2, allow_nan=False))
+        text = json.dumps(result.data, default=str)
+        # JSON holds no NaN and no infinity.
+        finite = json.loads(text, parse_constant=lambda _: None)
+        print(json.dumps(finite, indent=2), flush=True)
     else:
-        for line in result.lines:
-            print(line)
-    sys.stdout.flush()
-
-
-def _finite(value):
-    """Return plain data that JSON can hold: NaN and infinity as None."""
-    if isinstance(value, dict):
-        return {str(key): _finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, (str, bool, int, float)):
-        return value
-    return str(value)
+        print(*result.lines, sep="\n", flush=True)
 
 
 @contextlib.contextmanager
@@ -89,12 +76,9 @@ def size(count):
     >>> size(900), size(1536), size(3 * 2**30)
     ('900 B', '1.5 KiB', '3.0 GiB')
     """
-    units = ["B", "KiB", "MiB", "GiB", "TiB"]
-    power = 0
-    while count >= 1024 and power < len(units) - 1:
-        count /= 1024
-        power += 1
-    return f"{count:.1f} {units[power]}" if power else f"{count} B"
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = min((max(count, 1).bit_length() - 1) // 10, len(units) - 1)
+    return f"{count / 1024**power:.{min(power, 1)}f} {units[power]}"
 
 
 def counted(number, what):
@@ -112,13 +96,8 @@ def listed(names, at_most=5):
 def table(rows, header):
     """Return rows as lines of aligned text, the header first."""
     cells = [list(map(str, row)) for row in [header, *rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    return [
-        "  ".join(
-            cell.ljust(width) for cell, width in zip(row, widths)
-        ).rstrip()
-        for row in cells
-    ]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
 
 
 def matched(names, patterns, what):
@@ -133,14 +112,12 @@ def matched(names, patterns, what):
     {'a.*': ['a.w'], '*': ['b.w']}
     """
     names, data, lines = list(names), {}, []
-    first = {pattern: pattern for pattern in patterns}
+    first, value = {pattern: pattern for pattern in patterns}, ""
     for pattern in patterns:
-        value = ""
+        hits = [name for name in names if matches(name, pattern)]
         if isinstance(patterns, dict):
-            hits = [n for n in names if first_match(n, first) == pattern]
+            hits = [n for n in hits if first_match(n, first) == pattern]
             value = f" = {patterns[pattern]}"
-        else:
-            hits = [n for n in names if matches(n, pattern)]
         data[pattern] = hits
         some = ", ".join(hits[:3]) + (", ..." if len(hits) > 3 else "")
         lines.append(
@@ -167,15 +144,17 @@ def checkpoint_of(path):
         newest_checkpoint,
     )
 
-    if path is None or not Path(path).is_dir():
+    if path is None:
         return None
     if (Path(path) / "CKPT.yaml").exists():
         return Path(path)
     return newest_checkpoint(path)
 
 
-def write_weights(weights, output, card, *, like=None, recoverable=None):
-    """Write edited weights and the card beside them.
+def write_weights(
+    weights, output, card, *, like=None, recoverable=None, dry_run=False
+):
+    """Write edited weights and the card beside them, unless in a dry run.
 
     `CKPT+...` becomes a SpeechBrain checkpoint; for other names see
     `save_state`. The other files of `like`, the base, are taken along: a
@@ -188,21 +167,32 @@ def write_weights(weights, output, card, *, like=None, recoverable=None):
     )
 
     state = as_state(weights)
-    card.fingerprint = state.fingerprint
+    if dry_run:
+        return written(output, state, dry_run=True)
+    card.fingerprint, metadata = state.fingerprint, card.provenance()
     if output.name.startswith("CKPT+"):
         save_checkpoint(
             {recoverable or "model": state},
             output,
             like=checkpoint_of(like),
-            metadata=card.provenance(),
+            metadata=metadata,
             card=card,
         )
     else:
         folder = output.suffix == "" and like is not None
         files_of = Path(like) if folder and Path(like).is_dir() else None
-        save_state(state, output, metadata=card.provenance(), like=files_of)
+        save_state(state, output, metadata=metadata, like=files_of)
         card.save(output)
     return written(output, state, fingerprint=card.fingerprint)
+
+
+def stored_size(vector, encoding):
+    """Return how many bytes of tensors a stored vector takes."""
+    from speechbrain_taskarith.vectors import as_state
+    from speechbrain_taskarith.vectors.encodings import encode
+
+    stored = as_state(encode(dict(vector), encoding)[0])
+    return sum(stored.info(name).nbytes for name in stored)
 
 
 def written(output, state, dry_run=False, **more):

@@ -36,41 +36,40 @@ _FOLDER_KEY = "model_folder"
 
 def add_parser(verbs, summary):
     """Add the verb's parser."""
-    parser = shared.add_verb(
-        verbs,
-        "transcribe",
-        summary,
-        _EXAMPLES,
-        run,
-        about="Recognise recordings with a streaming transducer; with "
-        "--stream as if they were spoken now, with partial text and latency.",
+    about = (
+        "Recognise recordings with a streaming transducer; with --stream as if "
+        "they were spoken now, with partial text and latency."
     )
-    parser.add_argument("files", nargs="+", metavar="AUDIO")
-    parser.add_argument(
+    parser = shared.add_verb(
+        verbs, "transcribe", summary, _EXAMPLES, run, about=about
+    )
+    add = parser.add_argument
+    add("files", nargs="+", metavar="AUDIO")
+    add(
         "--model",
         required=True,
         metavar="FOLDER",
         help="folder with hyperparams.yaml (its key `transcriber`) and "
         "transcriber.ckpt",
     )
-    parser.add_argument(
+    add(
         "--stream",
         action="store_true",
         help="feed chunks, show partial text on standard error",
     )
-    parser.add_argument(
+    add(
         "--chunk",
         type=float,
         default=0.16,
         metavar="SECONDS",
         help="length of a chunk of samples (0.16)",
     )
-    parser.add_argument(
+    add(
         "--resample",
         action="store_true",
         help="convert recordings of another sample rate",
     )
-    parser.add_argument("--device", default="cpu", help="e.g. cuda:0 (cpu)")
+    add("--device", default="cpu", help="e.g. cuda:0 (cpu)")
 
 
 def run(options):
@@ -82,7 +81,7 @@ def run(options):
     from speechbrain_taskarith.data import read_audio
 
     model = load_transcriber(options.model, options.device)
-    lines, data = [], []
+    lines, data, spent, seconds = [], [], 0.0, 0.0
     for path in options.files:
         wave = read_audio(path, model.sample_rate, options.resample)
         began = time.perf_counter()
@@ -91,15 +90,21 @@ def run(options):
             found.update(_streamed(model, wave, options))
         else:
             found["text"] = model.transcribe(wave.to(options.device))
-        spent = time.perf_counter() - began
-        found["real_time_factor"] = spent / found["seconds"]
+        took = time.perf_counter() - began
+        found["real_time_factor"] = took / found["seconds"]
+        spent, seconds = spent + took, seconds + found["seconds"]
         data.append(found)
         name = f"{path}: " if len(options.files) > 1 else ""
         lines.append(f"{name}{found['text']}")
     result = {"verb": "transcribe", "model": options.model, "files": data}
     if options.stream:
         result["latency"] = model.latency()
-        lines.append(_figures(model.latency(), data))
+        ms = {part: 1000 * s for part, s in result["latency"].items()}
+        lines.append(
+            f"latency {ms['algorithmic']:.0f} ms by construction (segment "
+            f"{ms['segment']:.0f}, look-ahead {ms['look_ahead']:.0f}, features "
+            f"{ms['features']:.0f}); real-time factor {spent / seconds:.3f}"
+        )
     return Result(lines, result)
 
 
@@ -114,18 +119,6 @@ def _streamed(model, wave, options):
                 print(f"{now.seconds:7.2f} s  {now.text}", file=sys.stderr)
     final = stream.finish()
     return {"text": final.text, "partial": partial}
-
-
-def _figures(latency, data):
-    seconds = sum(found["seconds"] for found in data)
-    spent = sum(found["real_time_factor"] * found["seconds"] for found in data)
-    return (
-        f"latency {1000 * latency['algorithmic']:.0f} ms by construction "
-        f"(segment {1000 * latency['segment']:.0f}, look-ahead "
-        f"{1000 * latency['look_ahead']:.0f}, features "
-        f"{1000 * latency['features']:.0f}); real-time factor "
-        f"{spent / seconds:.3f}"
-    )
 
 
 def load_transcriber(folder, device="cpu"):
@@ -195,23 +188,20 @@ def check_description(text, path):
 
 
 def _check_tag(node, path):
-    if node.tag in _HARMLESS:
+    if node.tag in _HARMLESS or node.tag.removeprefix(_PLAIN) in _PLAIN_KINDS:
         return
-    if node.tag.removeprefix(_PLAIN) in _PLAIN_KINDS:
-        return
+    where = f"{path}, line {node.start_mark.line + 1}"
     kind, _, name = node.tag.partition(":")
     if kind == "!new" and _within(name):
         # What the name leads to may come from elsewhere, by way of imports.
         found = pydoc.locate(name)
         if found is None:
-            line = node.start_mark.line + 1
-            raise ValueError(f"{path}, line {line}: there is no {name}")
+            raise ValueError(f"{where}: there is no {name}")
         if inspect.isclass(found) and _within(found.__module__):
             return
     raise ValueError(
-        f"{path}, line {node.start_mark.line + 1}: {node.tag!r} is refused: "
-        "a model's description makes objects (!new:) of classes in "
-        f"{', '.join(_MODULES)}, and nothing else"
+        f"{where}: {node.tag!r} is refused: a model's description makes "
+        f"objects (!new:) of classes in {', '.join(_MODULES)}, and nothing else"
     )
 
 
@@ -222,14 +212,13 @@ def _within(name):
 def _load_weights(transcriber, folder):
     import torch
 
-    path = next(
-        (folder / name for name in WEIGHTS if (folder / name).is_file()), None
-    )
-    if path is None:
+    found = [folder / name for name in WEIGHTS if (folder / name).is_file()]
+    if not found:
         raise FileNotFoundError(
             f"{folder / WEIGHTS[0]}: no such file; save the recogniser's "
             "weights there: torch.save(transcriber.state_dict(), ...)"
         )
+    path = found[0]
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -8,6 +8,7 @@ from speechbrain_taskarith.commands.output import (
     matched,
     size,
     steps,
+    stored_size,
 )
 
 _EXAMPLES = """\
@@ -20,14 +21,8 @@ _EXAMPLES = """\
 
 def add_parser(verbs, summary):
     """Add the verb's parser."""
-    parser = shared.add_verb(
-        verbs,
-        "vector",
-        summary,
-        _EXAMPLES,
-        run,
-        [shared.reading(), shared.writing()],
-    )
+    parents = [shared.reading(), shared.writing()]
+    parser = shared.add_verb(verbs, "vector", summary, _EXAMPLES, run, parents)
     parser.add_argument("base", metavar="BASE", help="weights before")
     parser.add_argument("finetuned", metavar="FINETUNED", help="weights after")
     parser.add_argument(
@@ -70,17 +65,24 @@ def run(options):
         tau = _subtract(base, options)
         norm = tau.norm()
         step("storing")
-        store = _size_if_stored if options.dry_run else _store
-        count = store(tau, output, base, options)
+        if options.dry_run:
+            count = stored_size(tau, options.encoding)
+        else:
+            count = _store(tau, output, base, options)
     parameters = sum(delta.numel() for delta in tau.values())
-    lines, patterns = _patterns(base, tau, options)
     verb = "would write" if options.dry_run else "wrote"
-    lines.insert(
-        0,
+    line = (
         f"{verb} {output}: {counted(len(tau), 'tensor')}, "
         f"{counted(parameters, 'parameter')}, {size(count)} "
-        f"{options.encoding}, norm {norm:.4g}",
+        f"{options.encoding}, norm {norm:.4g}"
     )
+    lines, patterns = [line], {}
+    if options.dry_run:
+        for what, chosen in shared.patterns(options).items():
+            more, patterns[what] = matched(base, chosen, what)
+            lines += more
+        patterns["left"] = [name for name in base if name not in tau]
+        lines.append(f"  left as they are: {listed(patterns['left'])}")
     data = {
         "verb": "vector",
         "output": str(output),
@@ -126,25 +128,3 @@ def _store(tau, output, base, options):
         notes=[f"stored {options.encoding}; norm {tau.norm():.6g}"],
     ).save(output)
     return output.stat().st_size
-
-
-def _size_if_stored(tau, output, base, options):
-    """Return how many bytes of tensors would be written."""
-    from speechbrain_taskarith.vectors import as_state
-    from speechbrain_taskarith.vectors.encodings import encode
-
-    stored = as_state(encode(dict(tau), options.encoding)[0])
-    return sum(stored.info(name).nbytes for name in stored)
-
-
-def _patterns(base, tau, options):
-    """Say what each pattern matches, for a dry run."""
-    if not options.dry_run:
-        return [], {}
-    lines, found = [], {}
-    for what, patterns in shared.patterns(options).items():
-        more, found[what] = matched(base, patterns, what)
-        lines += more
-    found["left"] = [name for name in base if name not in tau]
-    lines.append(f"  left as they are: {listed(found['left'])}")
-    return lines, found

@@ -7,6 +7,8 @@ tensor will do.
 
 import logging
 import math
+from collections import defaultdict
+from itertools import accumulate
 
 import torch
 
@@ -61,11 +63,10 @@ def cosine_matrix(vectors, *, include=("*",), exclude=()):
     norms = gram.diagonal().sqrt()
     for i in (norms == 0).nonzero().flatten().tolist():
         logger.warning(
-            "vector %d is zero and has no direction: its cosine with every "
-            "vector is set to 0",
-            i,
+            f"vector {i} is zero and has no direction: its cosine with every "
+            "vector is set to 0"
         )
-    scale = torch.where(norms > 0, norms, torch.ones_like(norms))
+    scale = norms.masked_fill(norms == 0, 1.0)
     cosine = (gram / scale / scale[:, None]).clamp(-1, 1)
     # Rounding must not make a vector differ from itself.
     cosine.diagonal().copy_((norms > 0).to(torch.float64))
@@ -81,9 +82,7 @@ def sign_agreement(vectors, *, include=("*",), exclude=()):
 
     Arguments
     ---------
-    vectors : sequence of TaskVector
-        N vectors (or mappings name -> tensor) with the same parameters.
-    include, exclude : str or sequence of str
+    vectors, include, exclude
         As in `cosine_matrix`.
 
     Returns
@@ -93,11 +92,6 @@ def sign_agreement(vectors, *, include=("*",), exclude=()):
         two vectors share no non-zero entry: 0 would read as "always
         opposite".
 
-    Raises
-    ------
-    ValueError
-        As `cosine_matrix`.
-
     Example
     -------
     >>> a = {"weight": torch.tensor([1.0, -2.0, 3.0, 0.0])}
@@ -106,23 +100,19 @@ def sign_agreement(vectors, *, include=("*",), exclude=()):
     0.6666666666666666
     """
     vectors = list(vectors)
-    shape = (len(vectors), len(vectors))
-    difference = torch.zeros(shape, dtype=torch.float64)
-    shared = torch.zeros(shape, dtype=torch.float64)
+    shape = (2, len(vectors), len(vectors))
+    difference, shared = torch.zeros(shape, dtype=torch.float64)
     for block in _blocks(vectors, include, exclude):
         sign = block.sign()
         # Of s shared entries, a agree and s - a do not: the product of the
         # signs sums to a - (s - a).
         difference += sign @ sign.T
         shared += sign.abs() @ sign.abs().T
-    for i, j in (shared == 0).nonzero().tolist():
-        if i <= j:
-            logger.warning(
-                "vectors %d and %d share no non-zero entry: their sign "
-                "agreement is not defined (NaN)",
-                i,
-                j,
-            )
+    for i, j in (shared == 0).triu().nonzero().tolist():
+        logger.warning(
+            f"vectors {i} and {j} share no non-zero entry: their sign "
+            "agreement is not defined (NaN)"
+        )
     return (difference / shared + 1) / 2
 
 
@@ -167,33 +157,31 @@ def layer_norms(vector, depth=None, *, base=None, include=("*",), exclude=()):
     """
     if depth is not None and depth < 1:
         raise ValueError(f"depth is {depth}, expected a whole number >= 1")
-    names = select(vector.keys(), include, exclude)
-    squares, base_squares = {}, {}
-    for name in names:
-        tensor = vector[name]
-        layer = _layer(name, depth)
-        squares[layer] = squares.get(layer, 0.0) + _square(tensor, name)
-        if base is not None:
-            if name not in base.keys():
-                raise ValueError(
-                    f"the base has no parameter {name!r}; give the base this "
-                    "vector was taken from"
-                )
-            reference = base[name]
-            if reference.shape != tensor.shape:
-                raise ValueError(
-                    f"{name!r} has shape {tuple(tensor.shape)} in the vector "
-                    f"and {tuple(reference.shape)} in the base; give the "
-                    "base this vector was taken from"
-                )
-            base_squares[layer] = base_squares.get(layer, 0.0) + _square(
-                reference, name
+    squares, base_squares = defaultdict(float), defaultdict(float)
+    for name in select(vector.keys(), include, exclude):
+        tensor, layer = vector[name], _layer(name, depth)
+        squares[layer] += _square(tensor, name)
+        if base is None:
+            continue
+        if name not in base.keys():
+            raise ValueError(
+                f"the base has no parameter {name!r}; give the base this "
+                "vector was taken from"
             )
-    norms = {}
-    for layer in _in_order(squares):
-        norms[layer] = math.sqrt(squares[layer])
-        if base is not None:
-            norms[layer] = _ratio(norms[layer], base_squares[layer])
+        reference = base[name]
+        if reference.shape != tensor.shape:
+            raise ValueError(
+                f"{name!r} has shape {tuple(tensor.shape)} in the vector and "
+                f"{tuple(reference.shape)} in the base; give the base this "
+                "vector was taken from"
+            )
+        base_squares[layer] += _square(reference, name)
+    norms = {layer: math.sqrt(squares[layer]) for layer in _in_order(squares)}
+    if base is not None:
+        for layer, norm in norms.items():
+            reference = math.sqrt(base_squares[layer])
+            if norm > 0:  # 0 / 0 is 0
+                norms[layer] = norm / reference if reference else math.inf
     return norms
 
 
@@ -247,12 +235,10 @@ def plot_layer_norms(
     ---------
     norms : dict of str: float, or dict of str: dict of str: float
         From `layer_norms`; or `{name: layer_norms(...)}`.
-    path : str or pathlib.Path
-        `.png`, `.pdf` or `.svg`.
     relative : bool
         True labels the axis as relative to the base.
-    title : str
-        Above the plot.
+    path, title
+        As in `plot_cosine_matrix`.
 
     Returns
     -------
@@ -281,13 +267,11 @@ def _blocks(vectors, include, exclude):
     if not vectors:
         raise ValueError("no task vectors; give one or more")
     names = select(vectors[0].keys(), include, exclude)
-    expected = set(vectors[0].keys())
     for i, vector in enumerate(vectors):
-        odd = expected.symmetric_difference(vector.keys())
-        if odd:
+        if odd := sorted(set(vectors[0].keys()) ^ set(vector.keys())):
             raise ValueError(
                 f"vectors 0 and {i} do not have the same parameters: "
-                f"{', '.join(sorted(odd)[:5])}"
+                f"{', '.join(odd[:5])}"
                 f"{f' and {len(odd) - 5} more' if len(odd) > 5 else ''} are "
                 "in one only; compare vectors of one architecture"
             )
@@ -302,7 +286,7 @@ def _blocks(vectors, include, exclude):
             )
         parts = [flat.split(_BLOCK) for flat, _ in tensors]
         for blocks in zip(*parts):
-            yield torch.stack([block.to(torch.float64) for block in blocks])
+            yield torch.stack([block.double() for block in blocks])
 
 
 def _flat(vector, name, i):
@@ -329,12 +313,6 @@ def _diverged(what):
     )
 
 
-def _ratio(norm, base_square):
-    if norm == 0.0:
-        return 0.0
-    return norm / math.sqrt(base_square) if base_square > 0 else math.inf
-
-
 def _layer(name, depth):
     parts = name.split(".")
     if depth is None:
@@ -351,19 +329,13 @@ def _in_order(layers):
     The order of the file is the order of the model, except that safetensors
     sorts names as text, which puts layer 10 before layer 2.
     """
-    rank = {}
-
-    def key(layer):
-        parts = layer.split(".")
-        return [
-            (0, int(part))
-            if part.isdigit()
-            else (1, rank[".".join(parts[: i + 1])])
-            for i, part in enumerate(parts)
-        ]
-
+    rank, keys = {}, {}
     for layer in layers:
         parts = layer.split(".")
-        for i in range(len(parts)):
-            rank.setdefault(".".join(parts[: i + 1]), len(rank))
-    return sorted(layers, key=key)
+        starts = accumulate(parts, "{}.{}".format)
+        ranks = [rank.setdefault(start, len(rank)) for start in starts]
+        keys[layer] = [
+            (0, int(part)) if part.isdigit() else (1, at)
+            for part, at in zip(parts, ranks)
+        ]
+    return sorted(layers, key=keys.get)

@@ -101,7 +101,7 @@ def _from_speechbrain(base, adapted):
     from speechbrain.nnet.adapters import LoRA
 
     model = dict(adapted.named_children()).get("adapted_model", adapted)
-    products, values, others = {}, {}, dict(model.state_dict())
+    products, tensors = {}, model.state_dict(keep_vars=True)
     for name, module in model.named_modules():
         if not isinstance(module, LoRA):
             if hasattr(module, "adapter_down_proj"):
@@ -117,16 +117,17 @@ def _from_speechbrain(base, adapted):
             module.scaling,
         )
         inner = f"{prefix}pretrained_module."
-        for key in list(others):
+        for key in list(tensors):
             if key.startswith(inner):
-                values[prefix + key.removeprefix(inner)] = others.pop(key)
+                # Where the LoRA stands, the base has this module.
+                tensors[prefix + key.removeprefix(inner)] = tensors.pop(key)
             elif key.startswith(f"{prefix}adapter_"):
-                del others[key]
+                del tensors[key]
     if not products:
         raise ValueError("the adapted model holds no LoRA layer")
     trained = {}
-    for key, value in {**values, **others}.items():
-        if key not in products and _is_trained(model, key):
+    for key, value in tensors.items():
+        if key not in products and value.requires_grad:
             trained[key] = value
             continue
         expected = _weight_of(base, key)
@@ -138,16 +139,6 @@ def _from_speechbrain(base, adapted):
                 f"({base.label}); give the base that it was trained on"
             )
     return _add_products(base, _differences(base, trained), products)
-
-
-def _is_trained(model, key):
-    """True where a weight outside the adapters was trained itself."""
-    owner, _, leaf = key.rpartition(".")
-    module = model.get_submodule(owner)
-    if not hasattr(module, leaf):
-        # A LoRA layer stands where the base has this weight's owner.
-        module = module.pretrained_module
-    return bool(getattr(getattr(module, leaf), "requires_grad", False))
 
 
 def _from_saved(base, state, alpha, label):

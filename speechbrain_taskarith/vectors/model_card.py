@@ -3,13 +3,15 @@
 Markdown for people and JSON for programs, with the same content.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
-import math
+import json
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import speechbrain_taskarith
 from speechbrain_taskarith.utils.files import (
     atomic_write,
     now,
@@ -18,8 +20,6 @@ from speechbrain_taskarith.utils.files import (
 )
 from speechbrain_taskarith.vectors.rules.base import check_rule
 from speechbrain_taskarith.vectors.states.readers import TORCH_SUFFIXES
-
-_PACKAGES = ("speechbrain_taskarith", "speechbrain", "torch", "numpy")
 
 
 @dataclass
@@ -31,8 +31,7 @@ class ModelCard:
     title : str
         First line of the card.
     parents : list of dict
-        What it was made from: `{"role", "path", "fingerprint"}`, see
-        `parent`.
+        What it was made from, see `parent`.
     rule : object or dict
         The rule, or its description.
     scale : float, dict or list
@@ -40,10 +39,9 @@ class ModelCard:
     wer : list of dict
         Rows of a table of word error rates, e.g. `{"row": "edited", "wer":
         4.2, "split": "test"}`; or `{name: number}`.
-    selected_on : str or None
-        What the scale was chosen on.
-    fingerprint : str or None
-        Of the weights that the card lies beside.
+    selected_on, fingerprint : str or None
+        What the scale was chosen on; fingerprint of the weights that the
+        card lies beside.
     notes : list of str
         What a user should know.
     date : str
@@ -91,7 +89,7 @@ class ModelCard:
 
     @staticmethod
     def parent(role, source):
-        """Describe one parent.
+        """Describe a parent.
 
         Arguments
         ---------
@@ -103,37 +101,29 @@ class ModelCard:
         Returns
         -------
         dict
-            Role, path (as given), and fingerprint.
+            `{"role", "path", "fingerprint"}`; the path as given.
         """
-        described = {"role": role}
         if hasattr(source, "fingerprint"):
-            described["path"] = source.label
-            described["fingerprint"] = source.fingerprint
-            return described
-        described["base_fingerprint"] = source.base_fingerprint
+            return {
+                "role": role,
+                "path": source.label,
+                "fingerprint": source.fingerprint,
+            }
+        found = {"role": role, "base_fingerprint": source.base_fingerprint}
         for key, name in (
             ("finetuned", "path"),
             ("finetuned_fingerprint", "fingerprint"),
         ):
             if key in source.metadata:
-                described[name] = source.metadata[key]
-        return described
+                found[name] = source.metadata[key]
+        return found
 
     @classmethod
     def of_edits(cls, editor, **fields):
         """Make the card of a `SequentialEditor`'s present state.
 
-        Arguments
-        ---------
-        editor : SequentialEditor
-            The editor.
-        **fields : object
-            Further fields of the card.
-
-        Returns
-        -------
-        ModelCard
-            One parent for the base, one for every edit in force.
+        One parent is the base, one every edit in force. Further `**fields`
+        are as `ModelCard` takes them.
         """
         edits = editor.log
         parents = [{"role": "base", "fingerprint": editor.base_fingerprint}]
@@ -165,46 +155,35 @@ class ModelCard:
         return cls(**{**given, **fields})
 
     def to_dict(self):
-        """Return plain types.
+        """Return the fields (see `ModelCard`) in plain types.
 
-        Returns
-        -------
-        dict
-            One entry a field; numbers that are not finite become None.
+        Numbers that are not finite become None.
         """
-        return _plain(dataclasses.asdict(self))
+        text = json.dumps(dataclasses.asdict(self), default=_plain)
+        return json.loads(text, parse_constant=lambda _: None)
 
     def provenance(self):
-        """Return the part of the card for a weights file's own metadata.
+        """Return what a weights file's own metadata holds, as `to_dict` does.
 
-        Returns
-        -------
-        dict
-            Parents, rule, scale, selection, date and versions.
+        Parents, rule, scale, selection, date and versions.
         """
         keys = ("parents", "rule", "scale", "selected_on", "date", "versions")
         content = self.to_dict()
         return {key: content[key] for key in keys if content[key]}
 
     def to_markdown(self):
-        """Return the card as Markdown.
-
-        Returns
-        -------
-        str
-            A heading, facts, tables.
-        """
+        """Return the card as text: a heading, facts, tables; see `ModelCard`."""
         card = self.to_dict()
-        lines = [f"# {_cell(card['title'])}", ""]
-        for label, value in (
-            ("Made", card["date"]),
-            ("Rule", _rule_text(card["rule"])),
-            ("Scale", _scale_text(card["scale"])),
-            ("Chosen on", card["selected_on"]),
-            ("Fingerprint", card["fingerprint"]),
+        lines = [f"# {_text(card['title'])}", ""]
+        for label, key in (
+            ("Made", "date"),
+            ("Rule", "rule"),
+            ("Scale", "scale"),
+            ("Chosen on", "selected_on"),
+            ("Fingerprint", "fingerprint"),
         ):
-            if value not in (None, "", []):
-                lines.append(f"- {label}: {value}")
+            if text := _text(card[key]):
+                lines.append(f"- {label}: {text}")
         versions = [
             {"package": k, "version": v} for k, v in card["versions"].items()
         ]
@@ -250,73 +229,45 @@ class ModelCard:
 
 def _versions():
     found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
+    found["speechbrain_taskarith"] = speechbrain_taskarith.__version__
+    for package in ("speechbrain", "torch", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if "speechbrain_taskarith" not in found:
-        from speechbrain_taskarith import __version__
-
-        found["speechbrain_taskarith"] = __version__
     return found
 
 
 def _plain(value):
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, (str, bool, int, float)):
-        return value
-    return str(value)
+    is_number = hasattr(value, "item") and getattr(value, "ndim", 0) == 0
+    return value.item() if is_number else str(value)
 
 
 def _table(rows):
     if not rows:
         return []
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [
-        f"| {' | '.join(map(_cell, columns))} |",
-        f"| {' | '.join('---' for _ in columns)} |",
-    ]
-    lines += [
-        f"| {' | '.join(_cell(row.get(column)) for column in columns)} |"
-        for row in rows
-    ]
-    return lines
+    cells = [columns, ["---"] * len(columns)]
+    cells += [[row.get(column) for column in columns] for row in rows]
+    texts = [[_text(value, "{:.2f}") for value in line] for line in cells]
+    return [f"| {' | '.join(line)} |" for line in texts]
 
 
-def _cell(value):
-    if value is None:
+def _text(value, number="{}"):
+    """Return a rule, a scale, or another value as one line."""
+    if value in (None, {}):
         return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.2f}"
-    if isinstance(value, dict):
-        value = _rule_text(value) if "rule" in value else _scale_text(value)
+        return number.format(value)
+    if isinstance(value, dict) and "rule" in value:
+        arguments = ", ".join(
+            f"{k}={_text(v) if isinstance(v, dict) and 'rule' in v else v}"
+            for k, v in value.items()
+            if k not in ("rule", "module")
+        )
+        value = f"{value['rule']}({arguments})"
+    elif isinstance(value, dict):
+        value = ", ".join(f"`{key}`: {entry}" for key, entry in value.items())
+    elif isinstance(value, list):
+        return ", ".join(map(_text, value))
     return str(value).replace("|", "\\|").replace("\n", " ")
-
-
-def _rule_text(rule):
-    if not rule:
-        return None
-    arguments = ", ".join(
-        f"{key}={_rule_text(v) if isinstance(v, dict) and 'rule' in v else v}"
-        for key, v in rule.items()
-        if key not in ("rule", "module")
-    )
-    return f"{rule.get('rule')}({arguments})"
-
-
-def _scale_text(scale):
-    if isinstance(scale, dict):
-        return ", ".join(f"`{key}`: {value}" for key, value in scale.items())
-    if isinstance(scale, list):
-        return ", ".join(str(_scale_text(entry)) for entry in scale)
-    return scale

@@ -11,6 +11,7 @@ import torch
 
 from speechbrain_taskarith.utils.files import now
 from speechbrain_taskarith.utils.patterns import as_tuple
+from speechbrain_taskarith.vectors import checks
 from speechbrain_taskarith.vectors.editing.folder import EditFolder
 from speechbrain_taskarith.vectors.editing.log import LOG_NAME, Edit
 from speechbrain_taskarith.vectors.editing.schedules import (
@@ -98,14 +99,8 @@ class SequentialEditor:
         exclude=(),
         keep_base="copy",
     ):
-        if keep_base not in ("copy", "reference"):
-            raise ValueError(
-                f"keep_base={keep_base!r}: expected 'copy' or 'reference'"
-            )
-        if encoding not in ENCODINGS:
-            raise ValueError(
-                f"encoding={encoding!r}: expected one of {', '.join(ENCODINGS)}"
-            )
+        checks.one_of("keep_base", keep_base, ("copy", "reference"))
+        checks.one_of("encoding", encoding, ENCODINGS)
         base = as_state(base)
         base.verify()
         _check_finite(base, base.label)
@@ -140,8 +135,8 @@ class SequentialEditor:
         folder : str or pathlib.Path
             The folder.
         rule : Rule or None
-            For further edits. None builds it from the log, which works for
-            the rules of this package.
+            For further edits; None builds it from the log (not for rules
+            from outside this package).
         scale, include, exclude : object or None
             For further edits, as for the constructor; None takes the log's.
         read_only : bool
@@ -187,34 +182,23 @@ class SequentialEditor:
     def open(cls, base, rule, folder, **arguments):
         """Resume where the folder holds a sequence, else start one.
 
-        For a recipe that may be killed and started again. A folder whose
-        sequence starts from another base is a ValueError.
-
-        Arguments
-        ---------
-        base, rule, folder, **arguments : object
-            As for the constructor.
-
-        Returns
-        -------
-        SequentialEditor
-            The editor.
+        For a recipe that may be killed and started again. Arguments as for
+        the class (see `SequentialEditor`). A folder whose sequence starts
+        from another base is a ValueError.
         """
         if not (Path(folder) / LOG_NAME).exists():
             return cls(base, rule, folder, **arguments)
-        resumable = ("scale", "include", "exclude")
+        resumable = {"scale", "include", "exclude"} & arguments.keys()
         editor = cls.resume(
-            folder,
-            rule,
-            **{k: v for k, v in arguments.items() if k in resumable},
+            folder, rule, **{k: arguments[k] for k in resumable}
         )
-        found, expected = editor.base_fingerprint, as_state(base)
-        if found != expected.fingerprint:
+        found, base = editor.base_fingerprint, as_state(base)
+        if found != base.fingerprint:
             editor.close()
             raise ValueError(
-                f"{folder}: its sequence starts from base {short(found)}, "
-                f"not from {expected.label} "
-                f"({short(expected.fingerprint)}); use another folder"
+                f"{folder}: its sequence starts from base {short(found)}, not "
+                f"from {base.label} ({short(base.fingerprint)}); use another "
+                "folder"
             )
         return editor
 
@@ -244,34 +228,21 @@ class SequentialEditor:
         return self.log[-1].state if self.log else self.base_fingerprint
 
     def state(self):
-        """Return the present weights.
+        """Return the present weights as `TaskVector.apply` does.
 
-        Returns
-        -------
-        dict
-            `{name: tensor}`; a copy, tied tensors tied.
+        A copy, tied tensors tied.
         """
-        state, copies = self._state(), {}
-        for name in state:
-            origin = state.aliases.get(name, name)
-            if origin not in copies:
-                copies[origin] = state[origin].clone()
-        return {name: copies[state.aliases.get(name, name)] for name in state}
+        state = self._state()
+        origins = {name: state.aliases.get(name, name) for name in state}
+        copies = {name: state[name].clone() for name in set(origins.values())}
+        return {name: copies[origin] for name, origin in origins.items()}
 
     def vector(self, name):
-        """Return a stored vector, as it is applied (before its scale).
+        """Return an edit's `TaskVector` before its scale, see `Edit`.
 
-        Arguments
-        ---------
-        name : str
-            The edit's name.
-
-        Returns
-        -------
-        TaskVector
-            Read from the folder and checked against the log.
+        It is read from the folder and checked against the log.
         """
-        return self._files.vector(self.log[self._index(name)])
+        return self._files.vector(self._edit(name))
 
     def learn(self, name, finetuned, *, scale=None, selected_on=None, note=""):
         """Edit: add a share of what fine-tuning on a domain has changed.
@@ -285,10 +256,8 @@ class SequentialEditor:
         scale : float, dict or None
             This edit's scale, e.g. from `search_scale`; None follows the
             editor's.
-        selected_on : str or None
-            What the scale was chosen on, for the log.
-        note : str
-            Free text for the log.
+        selected_on, note : str
+            For the log: what the scale was chosen on, and free text.
 
         Returns
         -------
@@ -311,6 +280,7 @@ class SequentialEditor:
                 "or choose another name"
             )
         before, rule = self._state(), self._get_rule()
+        encoding = self._files.log.encoding
         vector = TaskVector.between(
             before, finetuned, include=self._include, exclude=self._exclude
         )
@@ -324,16 +294,14 @@ class SequentialEditor:
         try:
             # What is applied is what can be read back, also where the
             # encoding rounds: the log and the weights never disagree.
-            file, digest, vector = self._files.store(
-                name, vector, self._files.log.encoding
-            )
+            file, digest, vector = self._files.store(name, vector, encoding)
             after = as_state(vector.apply(before, scale))
             _check_finite(after, f"{name!r} with scale {scale}")
             edit = Edit(
                 name=name,
                 vector=file,
                 sha256=digest,
-                encoding=self._files.log.encoding,
+                encoding=encoding,
                 scale=scale,
                 rule=rule.describe(),
                 learned_on=before.fingerprint,
@@ -352,26 +320,16 @@ class SequentialEditor:
         return self.state()
 
     def undo(self, name):
-        """Take an edit back.
+        """Take an edit back and return it, see `Edit`.
 
         Undoing the last edit gives the state before it bit for bit, since
         nothing is subtracted: the state is built from the base forward.
         Undoing an earlier one applies the later vectors to another state than
         they were learned on; the log marks them `exact=False`.
-
-        Arguments
-        ---------
-        name : str
-            The edit's name.
-
-        Returns
-        -------
-        Edit
-            The edit that was taken back.
         """
         self._files.check_writable()
-        removed = self.log[self._index(name)]
-        others = [edit for edit in self.log if edit.name != name]
+        removed = self._edit(name)
+        others = [edit for edit in self.log if edit is not removed]
         self._replace(others, action="undo", name=name)
         return removed
 
@@ -393,35 +351,24 @@ class SequentialEditor:
             The new log.
         """
         self._files.check_writable()
-        names = list(names)
-        by_name = {edit.name: edit for edit in self.log}
-        if sorted(names) != sorted(by_name):
+        names, learned = list(names), [edit.name for edit in self.log]
+        if sorted(names) != sorted(learned):
             raise ValueError(
-                f"names: expected each of {list(by_name)} once, got {names}. "
-                "To leave one out use undo(name)"
+                f"names: expected each of {learned} once, got {names}. To "
+                "leave one out use undo(name)"
             )
-        edits = [by_name[name] for name in names]
+        edits = [self._edit(name) for name in names]
         self._replace(edits, action="reorder", order=names)
         return self.log
 
     def save(self, path, **arguments):
-        """Write the present weights, with a model card beside them.
+        """Write the present weights as `save_state` does, and return the path.
 
-        Arguments
-        ---------
-        path : str or pathlib.Path
-            Where to, see `save_state`.
-        **arguments : object
-            For the `ModelCard`: `wer`, `selected_on`, `notes`, ...
-
-        Returns
-        -------
-        pathlib.Path
-            The path written.
+        A model card comes beside them; `**arguments` are for it: `wer`,
+        `selected_on`, `notes`, ... (see `ModelCard`).
         """
-        state = self._state()
         card = ModelCard.of_edits(self, **arguments)
-        path = save_state(state, path, metadata=card.provenance())
+        path = save_state(self._state(), path, metadata=card.provenance())
         card.save(path)
         return path
 
@@ -466,14 +413,14 @@ class SequentialEditor:
         self._current = state
         self._files.sweep()
 
-    def _index(self, name):
-        names = [edit.name for edit in self.log]
-        if name not in names:
+    def _edit(self, name):
+        edits = {edit.name: edit for edit in self.log}
+        if name not in edits:
             raise KeyError(
                 f"{self.folder}: no edit {name!r}; there are: "
-                f"{', '.join(names) or 'none'}"
+                f"{', '.join(edits) or 'none'}"
             )
-        return names.index(name)
+        return edits[name]
 
 
 def _check_finite(state, label):

@@ -90,7 +90,7 @@ class EditFolder:
         if not Path(path).exists():
             raise FileNotFoundError(
                 f"{path}: the base of the sequence in {self.path} is gone; "
-                "bring it back from where it was copied to"
+                "restore it from a copy"
             )
         base = open_state(path)
         if base.fingerprint != entry["fingerprint"]:
@@ -109,9 +109,9 @@ class EditFolder:
         """
         number = len(self.log.history)
         file = f"{_VECTORS}/{number:04d}-{slug(name)}.safetensors"
-        vector.save(self.path / file, encoding=encoding)
-        digest = sha256_of(self.path / file)
-        return file, digest, TaskVector.load(self.path / file)
+        path = self.path / file
+        vector.save(path, encoding=encoding)
+        return file, sha256_of(path), TaskVector.load(path)
 
     def vector(self, edit):
         """Read the vector of an edit and check its hash."""
@@ -158,18 +158,15 @@ class EditFolder:
         self.log = log
 
     def back_to_disk(self):
-        """After a failure: go back to what is on the disk, sweep the rest."""
-        # An interrupt may come right after the log was replaced: what
-        # stands on the disk decides.
+        """After a failure: take the log from the disk, and sweep the rest."""
+        # An interrupt may come right after the log was replaced.
         self.log = EditLog.read(self.path)
         self.sweep()
 
     def sweep(self):
         """Remove what the log does not name: left-overs, undone vectors."""
-        remove_leftovers(self.path)
         vectors = self.path / _VECTORS
-        if not vectors.is_dir():
-            return
+        remove_leftovers(self.path)
         remove_leftovers(vectors)
         named = {Path(edit.vector).name for edit in self.log.edits}
         for file in vectors.glob("[0-9]*.safetensors"):

@@ -33,27 +33,22 @@ class Edit:
         What was learned, unique in the sequence.
     vector : str
         The stored vector's file, relative to the editor's folder.
-    sha256 : str
-        Hash of that file.
-    encoding : str
-        How the vector is stored.
+    sha256, encoding : str
+        Hash of that file, and how the vector is stored in it.
     scale : float or dict
         What the stored vector is multiplied by.
     rule : dict
         The rule that made the stored vector, in plain types.
-    learned_on : str
-        Fingerprint of the state that the model was fine-tuned from.
-    state : str
-        Fingerprint of the state after this edit.
+    learned_on, state : str
+        Fingerprints: of the state that the model was fine-tuned from, and of
+        the state after this edit.
     exact : bool
         True where the vector was applied to the state it was learned on.
         False marks an approximation: an earlier edit was dropped or moved.
-    when : str
-        Time of learning, UTC, ISO 8601.
+    when, note : str
+        Time of learning, UTC, ISO 8601; and free text.
     selected_on : str or None
         What the scale was chosen on, where it was chosen.
-    note : str
-        Free text.
     """
 
     name: str
@@ -70,13 +65,7 @@ class Edit:
     note: str = ""
 
     def to_dict(self):
-        """Return plain types, as they stand in the log.
-
-        Returns
-        -------
-        dict
-            One entry per field.
-        """
+        """Return the fields as plain types, see `Edit`."""
         return asdict(self)
 
 
@@ -105,10 +94,7 @@ class EditLog:
 
     def write(self, folder):
         """Replace the log of a folder, atomically."""
-        content = {"format": _FORMAT, "version": _VERSION}
-        for field in fields(self):
-            content[field.name] = getattr(self, field.name)
-        content["edits"] = [edit.to_dict() for edit in self.edits]
+        content = {"format": _FORMAT, "version": _VERSION, **asdict(self)}
         write_json(Path(folder) / LOG_NAME, content)
 
     @classmethod
@@ -118,8 +104,7 @@ class EditLog:
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path}: there is no edit log. Start one with "
-                "SequentialEditor(base, rule, folder), or give the folder "
-                "of an editor that was started"
+                "SequentialEditor(base, rule, folder), or give its folder"
             )
         content = read_json(path)
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
@@ -149,6 +134,8 @@ class FolderLock:
     A POSIX record lock: it ends with the process, however that ends, and
     data-loading workers forked from the process do not inherit it.
     """
+
+    _descriptor = None
 
     def __init__(self, folder):
         self._path = (Path(folder) / LOCK_NAME).resolve()
@@ -184,8 +171,7 @@ class FolderLock:
         )
 
     def check(self):
-        """Raise after `release`, and in a forked child: the lock is its
-        parent's."""
+        """Raise after `release`, and in a child (the lock is its parent's)."""
         if self._descriptor is None or os.getpid() != self._process:
             raise RuntimeError(
                 f"{self._path.parent}: this editor was opened in process "
@@ -201,5 +187,4 @@ class FolderLock:
             self._descriptor = None
 
     def __del__(self):
-        if getattr(self, "_descriptor", None) is not None:
-            self.release()
+        self.release()

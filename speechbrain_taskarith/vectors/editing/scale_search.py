@@ -4,15 +4,21 @@ The model is loaded once, edited in place on its own device, evaluated, and
 edited again: only the evaluation takes time.
 """
 
+import itertools
 import math
 import re
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 from speechbrain_taskarith.utils.messages import some
-from speechbrain_taskarith.utils.patterns import matches, require_match
+from speechbrain_taskarith.utils.patterns import (
+    as_tuple,
+    matches,
+    require_match,
+)
 from speechbrain_taskarith.utils.progress import progress
 from speechbrain_taskarith.vectors import checks
 from speechbrain_taskarith.vectors.application import (
@@ -80,9 +86,9 @@ def search_scale(
 
     `base + scale * tau` is written into the model in place, with the bytes
     that `TaskVector.apply` gives. Without groups this is a line search over
-    `scales`. With groups it goes on from the best common scale: one group at
-    a time tries all scales while the others stay (coordinate search), until
-    a whole round changes nothing.
+    `scales`. With groups it goes on from the best common scale: one group
+    after another tries all scales while the others stay (coordinate search),
+    until a whole round changes nothing.
 
     Arguments
     ---------
@@ -154,19 +160,15 @@ def search_scale(
     >>> search.best, [row["wer"] for row in search.table]
     (0.3, [2.0, 0.0, 2.0])
     """
-    if leave not in ("initial", "best"):
-        raise ValueError(f"leave={leave!r}: expected 'initial' or 'best'")
+    checks.one_of("leave", leave, ("initial", "best"))
     oracle = select_on == ORACLE
     if not oracle:
-        refuse_test_split(split)
-        refuse_test_split(select_on or split)
-        refuse_test_split(getattr(wer, "split", split))
-    if hopeless is not None and not hopeless >= 1:
-        raise ValueError(f"hopeless={hopeless}: expected at least 1")
-    if max_degradation is not None and not max_degradation >= 0:
-        raise ValueError(
-            f"max_degradation={max_degradation}: expected at least 0"
-        )
+        for name in (split, select_on or split, getattr(wer, "split", split)):
+            refuse_test_split(name)
+    if hopeless is not None:
+        checks.in_range("hopeless", hopeless, 1, math.inf)
+    if max_degradation is not None:
+        checks.in_range("max_degradation", max_degradation, 0, math.inf)
     patterns = _group_patterns(tau, groups)
     candidates = _candidates(scales, patterns)
     search = ScaleSearch(split, select_on or split, oracle, patterns)
@@ -175,32 +177,30 @@ def search_scale(
         _InPlaceEdits(model, base, tau, patterns) as edits,
         progress(total=total, desc="scales", enable=enable_progress) as bar,
     ):
-
-        def measure(setting):
-            return wer(edits.write(setting))
-
         evaluations = _Evaluations(
-            search, measure, bar, hopeless, max_degradation, domains
+            search,
+            lambda setting: wer(edits.write(setting)),
+            bar,
+            math.inf if hopeless is None else hopeless,
+            max_degradation,
+            domains,
         )
         if max_degradation is not None:
             # The reference comes first, and may always be chosen.
             candidates[REST] = [0.0, *candidates[REST]]
         best = _line(
-            evaluations,
-            candidates[REST],
-            lambda s: dict.fromkeys(patterns, s),
+            evaluations, candidates[REST], lambda s: dict.fromkeys(patterns, s)
         )
         for _ in range(rounds if groups and best else 0):
             before = best
-            for group in patterns:
-                if group != REST:
-                    best = _line(
-                        evaluations,
-                        candidates[group],
-                        lambda s, group=group, at=best: {**at, group: s},
-                        start=best,
-                        origin=best[group],
-                    )
+            for group in [g for g in patterns if g != REST]:
+                best = _line(
+                    evaluations,
+                    candidates[group],
+                    lambda s, group=group, at=best: {**at, group: s},
+                    start=best,
+                    origin=best[group],
+                )
             if best == before:
                 break
         if best is None:
@@ -215,25 +215,28 @@ def search_scale(
     return search
 
 
+@dataclass
 class _Evaluations:
     """Evaluates each setting once and enters it into the table."""
 
-    def __init__(
-        self, search, measure, bar, hopeless, max_degradation, domains
-    ):
-        self._search, self._measure, self._bar = search, measure, bar
-        self._hopeless = math.inf if hopeless is None else hopeless
-        self._max_degradation, self._domains = max_degradation, domains
-        self._rows, self._least, self._reference = {}, math.inf, None
+    search: ScaleSearch
+    measure: object
+    bar: object
+    hopeless: float
+    max_degradation: float | None
+    domains: list | None
+    rows: dict = field(default_factory=dict)
+    least: float = math.inf
+    limits: dict = field(default_factory=dict)  # by protected domain
 
     def __call__(self, setting):
         """Return the setting's row of the table."""
-        self._bar.update(1)
+        self.bar.update(1)
         key = tuple(sorted(setting.items()))
-        if key in self._rows:
-            return self._rows[key]
+        if key in self.rows:
+            return self.rows[key]
         start = time.perf_counter()
-        value = self._measure(setting)
+        value = self.measure(setting)
         seconds = time.perf_counter() - start
         domains = None
         if isinstance(value, Mapping):
@@ -242,57 +245,47 @@ class _Evaluations:
                 raise ValueError("wer(model) returned no domains")
             value = math.fsum(domains.values()) / len(domains)
         value = float(value)
-        if self._max_degradation is not None and self._reference is None:
-            self._reference = self._check_domains(domains)
+        if self.max_degradation is not None and not self.limits:
+            self._set_limits(domains)
         state = "ok"
         # `hopeless=None` times 0 is NaN, and nothing is greater than that.
-        if not math.isfinite(value) or value > self._hopeless * self._least:
+        if not math.isfinite(value) or value > self.hopeless * self.least:
             state = "hopeless"
-        elif self._worse_domain(domains):
+        elif any(domains[name] > most for name, most in self.limits.items()):
             state = "forbidden"
         else:
-            self._least = min(self._least, value)
-        row = self._search.add(
+            self.least = min(self.least, value)
+        row = self.search.add(
             setting,
             wer=value if math.isfinite(value) else None,
             domains=domains,
             seconds=round(seconds, 4),
             state=state,
         )
-        self._rows[key] = row
+        self.rows[key] = row
         return row
 
     def skip(self, setting):
         """Enter a setting that is not worth trying."""
-        key = tuple(sorted(setting.items()))
-        if key not in self._rows:
-            self._search.add(
+        if tuple(sorted(setting.items())) not in self.rows:
+            self.search.add(
                 setting, wer=None, domains=None, seconds=0.0, state="skipped"
             )
 
-    def _check_domains(self, domains):
+    def _set_limits(self, domains):
         if domains is None:
             raise ValueError(
                 "max_degradation needs a wer(model) that returns "
                 "{domain: WER}; it returned a number"
             )
-        protected = self._domains if self._domains is not None else domains
-        missing = [name for name in protected if name not in domains]
-        if missing:
+        protected = domains if self.domains is None else self.domains
+        if missing := [name for name in protected if name not in domains]:
             raise ValueError(
                 f"domains: wer(model) returns none called {missing}; it "
                 f"returns {list(domains)}"
             )
-        return {name: domains[name] for name in protected}
-
-    def _worse_domain(self, domains):
-        if self._reference is None:
-            return False
-        share = 1 + self._max_degradation
-        return any(
-            domains[name] > share * reference
-            for name, reference in self._reference.items()
-        )
+        share = 1 + self.max_degradation
+        self.limits = {name: share * domains[name] for name in protected}
 
 
 class _InPlaceEdits:
@@ -309,8 +302,7 @@ class _InPlaceEdits:
         base.verify()
         for state in (base, live):
             tau.check_fits(state)
-        lacking = [name for name in live if name not in base]
-        if lacking:
+        if lacking := [name for name in live if name not in base]:
             raise ValueError(
                 f"{base.label} lacks {some(lacking)} of the model; the base "
                 "must be a state of this model"
@@ -318,32 +310,24 @@ class _InPlaceEdits:
         parameters = {name for name, _ in model.named_parameters()}
         self._group = {name: _group_of(name, patterns) for name in tau}
         check_tied_edits(tau, live, self._group)
-        self._edited, self._buffers, outside, seen = {}, [], [], set()
-        for name in live:
-            origin, tensor = live.aliases.get(name, name), live[name]
-            if origin in seen:
-                continue
+        origins = {name: live.aliases.get(name, name) for name in live}
+        # Of a tied tensor the name that the vector edits, or else the last.
+        names = {origin: name for name, origin in origins.items()}
+        names |= {origins[name]: name for name in reversed(list(tau))}
+        self._edited, self._buffers, outside = {}, [], []
+        for name in names.values():
+            tensor = live[name]
+            pair = (tensor, _copy(base[name], tensor))
             if name in tau:
-                seen.add(origin)
-                self._edited[name] = (
-                    tensor,
-                    _copy(base[name], tensor),
-                    tau[name].to(tensor.device),
-                )
-            elif not any(
-                name in tau for name, o in live.aliases.items() if o == origin
-            ):
-                pair = (tensor, _copy(base[name], tensor))
+                self._edited[name] = (*pair, tau[name].to(tensor.device))
+            else:
                 # An evaluation may change buffers, never parameters.
                 (outside if name in parameters else self._buffers).append(pair)
         self._outside = [p for p in outside if not torch.equal(*p)]
+        edited = [e for e in self._edited.values() if not torch.equal(*e[:2])]
         self._initial = [
             (tensor, tensor.clone())
-            for tensor, *_ in (
-                *self._outside,
-                *self._buffers,
-                *(e for e in self._edited.values() if not torch.equal(*e[:2])),
-            )
+            for tensor, *_ in (*self._outside, *self._buffers, *edited)
         ]
         self._modes = [(m, m.training) for m in model.modules()]
         self._stay = False
@@ -395,13 +379,10 @@ def _group_patterns(tau, groups):
         return {REST: [REST]}
     if not isinstance(groups, Mapping):
         groups = {pattern: pattern for pattern in groups}
-    patterns, names = {}, list(tau)
-    for group, given in groups.items():
-        patterns[group] = [given] if isinstance(given, str) else list(given)
-        for pattern in patterns[group]:
-            require_match(names, pattern)
-    left = [name for name in names if _group_of(name, patterns) is None]
-    if left:
+    patterns = {group: list(as_tuple(p)) for group, p in groups.items()}
+    for pattern in itertools.chain(*patterns.values()):
+        require_match(tau, pattern)
+    if any(_group_of(name, patterns) is None for name in tau):
         # Last, so that the first match wins in `best` too.
         patterns[REST] = patterns.pop(REST, []) + [REST]
     return patterns
@@ -419,12 +400,11 @@ def _candidates(scales, patterns):
         given = {g: scales.get(g, common) for g in (*patterns, REST)}
     else:
         given = dict.fromkeys((*patterns, REST), scales)
-    result = {}
     for group, values in given.items():
-        result[group] = [float(checks.finite("scales", v)) for v in values]
-        if not result[group]:
+        given[group] = [float(checks.finite("scales", v)) for v in values]
+        if not given[group]:
             raise ValueError("scales: expected at least one")
-    return result
+    return given
 
 
 def _group_of(name, patterns):

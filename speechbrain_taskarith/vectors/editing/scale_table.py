@@ -1,8 +1,6 @@
 """What a scale search found: best setting, table, CSV and plot."""
 
 import csv
-import io
-import math
 
 from speechbrain_taskarith.metrics.plots import plot_scale_curve
 from speechbrain_taskarith.utils.files import atomic_write
@@ -16,10 +14,8 @@ class ScaleSearch:
 
     Arguments
     ---------
-    split : str
-        The split that was evaluated.
-    select_on : str
-        What the choice is called in tables.
+    split, select_on : str
+        The split that was evaluated, and what the choice is called.
     oracle : bool
         True where the choice used the target's real speech.
     patterns : dict
@@ -64,28 +60,20 @@ class ScaleSearch:
         path : str or pathlib.Path
             Written atomically. Domains get a column each.
         """
-        rows, columns = [], []
+        rows = []
         for row in self.table:
-            flat = {k: v for k, v in row.items() if k != "domains"}
-            for name, value in (row["domains"] or {}).items():
-                flat[f"wer {name}"] = value
+            domains = row["domains"] or {}
+            flat = row | {f"wer {name}": v for name, v in domains.items()}
+            del flat["domains"]
             rows.append(flat)
-            columns += [key for key in flat if key not in columns]
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        columns = list(dict.fromkeys(key for row in rows for key in row))
         with atomic_write(path, "w") as stream:
-            stream.write(text.getvalue())
+            writer = csv.DictWriter(stream, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
 
     def to_dict(self):
-        """Return plain types, for a card or a summary.
-
-        Returns
-        -------
-        dict
-            Best setting, its WER, and the table.
-        """
+        """Return plain types: best setting, its WER, table; see `ScaleSearch`."""
         return {
             "best": self.best,
             "best_wer": self.best_wer,
@@ -118,48 +106,34 @@ class ScaleSearch:
 
     def _lines(self):
         """Return `{label: {scale: WER}}` of what was evaluated."""
-        rows = [row for row in self.table if _is_finite(row["wer"])]
+        rows = [row for row in self.table if row["wer"] is not None]
         lines = {"all parameters": {}}
         for row in rows:
-            scales = {row[self._column(group)] for group in self._patterns}
+            scales = {row[column] for column in self._columns(self._setting)}
             if len(scales) == 1:
                 lines["all parameters"][scales.pop()] = row["wer"]
-        for group in self._patterns if len(self._patterns) > 1 else ():
-            others = {
-                self._column(g): scale
-                for g, scale in self._setting.items()
-                if g != group
-            }
+        for group in self._setting if len(self._setting) > 1 else ():
+            others = self._columns(self._setting)
+            del others[f"scale {group}"]
             line = {
-                row[self._column(group)]: row["wer"]
+                row[f"scale {group}"]: row["wer"]
                 for row in rows
-                if all(row[column] == s for column, s in others.items())
+                if others.items() <= row.items()
             }
             if len(line) > 1:
                 lines[f"{group} (others at their best)"] = line
         return lines
 
-    def _column(self, group):
-        return "scale" if list(self._patterns) == [REST] else f"scale {group}"
+    def _columns(self, setting):
+        if list(self._patterns) == [REST]:
+            return {"scale": setting[REST]}
+        return {f"scale {group}": scale for group, scale in setting.items()}
 
     def add(self, setting, **values):
-        """Enter what was found at a setting; for `search_scale`.
-
-        Arguments
-        ---------
-        setting : dict
-            `{group: scale}`.
-        **values : object
-            Further columns.
-
-        Returns
-        -------
-        dict
-            The row.
-        """
-        row = {self._column(group): s for group, s in setting.items()}
-        row |= values
-        row |= {
+        """Enter what was found at a setting; as `search_scale` does."""
+        row = {
+            **self._columns(setting),
+            **values,
             "best": False,
             "split": self.split,
             "select_on": self.select_on,
@@ -169,20 +143,9 @@ class ScaleSearch:
         return row
 
     def choose(self, setting):
-        """Mark a setting as the best; for `search_scale`.
-
-        Arguments
-        ---------
-        setting : dict
-            `{group: scale}`.
-        """
+        """Mark a setting as the best; as `search_scale` does."""
         self._setting = setting
-        columns = {self._column(g): s for g, s in setting.items()}
+        columns = self._columns(setting)
         for row in self.table:
-            row["best"] = row["state"] == "ok" and all(
-                row[column] == scale for column, scale in columns.items()
-            )
-
-
-def _is_finite(value):
-    return value is not None and math.isfinite(value)
+            is_best = all(row[column] == s for column, s in columns.items())
+            row["best"] = row["state"] == "ok" and is_best

@@ -1,7 +1,10 @@
 """Lifelong methods that store recordings: experience replay, joint training."""
 
+import math
 import random
+from itertools import cycle, islice
 
+from speechbrain_taskarith.vectors.checks import in_range
 from speechbrain_taskarith.vectors.lifelong.methods import FineTuning
 
 
@@ -36,10 +39,8 @@ class Replay(FineTuning):
     changes_training = True
 
     def __init__(self, memory=100, share=0.5, seed=0):
-        if memory < 1:
-            raise ValueError(f"memory is {memory}, expected at least 1")
-        if not 0.0 <= share < 1.0:
-            raise ValueError(f"share is {share}, expected 0 <= share < 1")
+        in_range("memory", memory, 1, math.inf)
+        in_range("share", share, 0, 1, open_high=True)
         self.memory, self.share, self.seed = int(memory), float(share), seed
         self.memory_by_domain = []
 
@@ -52,22 +53,17 @@ class Replay(FineTuning):
         # process to process.
         chance = random.Random(f"replay {self.seed} {draw}")
         start = chance.randrange(len(domains))
-        return [
-            chance.choice(domains[(start + n) % len(domains)])
-            for n in range(round(self.share * count))
-        ]
+        turns = islice(cycle(domains), start, start + round(self.share * count))
+        return [chance.choice(domain) for domain in turns]
 
     def consolidate(self, model, items, loss):
         """Take in the new domain and shrink the share of the others."""
-        del model, loss
-        number = len(self.memory_by_domain)
-        order = list(items)
+        number, order = len(self.memory_by_domain), list(items)
         random.Random(f"memory {self.seed} {number}").shuffle(order)
-        self.memory_by_domain.append(order)
         share, rest = divmod(self.memory, number + 1)
         self.memory_by_domain = [
             domain[: share + (n < rest)]
-            for n, domain in enumerate(self.memory_by_domain)
+            for n, domain in enumerate([*self.memory_by_domain, order])
         ]
 
     def state_dict(self):
@@ -75,7 +71,7 @@ class Replay(FineTuning):
         return {"memory": self.memory_by_domain}
 
     def load_state_dict(self, state):
-        """Take the memory back."""
+        """As `FineTuning.load_state_dict`."""
         self.memory_by_domain = [list(domain) for domain in state["memory"]]
 
 

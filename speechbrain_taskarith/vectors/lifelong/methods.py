@@ -20,6 +20,7 @@ from speechbrain.utils.checkpoints import (
 )
 
 from speechbrain_taskarith.utils.files import atomic_write
+from speechbrain_taskarith.utils.messages import some
 from speechbrain_taskarith.utils.patterns import (
     as_tuple,
     matches,
@@ -85,17 +86,15 @@ class FineTuning:
 
     def freeze(self, model):
         """Set `requires_grad`; return the trainable names, at least one."""
-        names = []
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self.trainable(name))
-            if parameter.requires_grad:
-                names.append(name)
+        parameters = dict(model.named_parameters())
+        names = [name for name in parameters if self.trainable(name)]
         if not names:
             raise ValueError(
                 f"{type(self).__name__} leaves no parameter to train; the "
-                f"model's names look like "
-                f"{next((n for n, _ in model.named_parameters()), 'nothing')}"
+                f"model's names look like {next(iter(parameters), 'nothing')}"
             )
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(self.trainable(name))
         return names
 
     def items(self, new, task):
@@ -132,13 +131,12 @@ class FineTuning:
     @mark_as_saver
     def save(self, path):
         """Write the state (safetensors, atomically); SpeechBrain calls this."""
-        state = self.state_dict()
+        plain = self.state_dict()
         tensors = {
-            name: value.detach().cpu().contiguous()
-            for name, value in state.items()
+            name: plain.pop(name).detach().cpu().contiguous()
+            for name, value in list(plain.items())
             if isinstance(value, torch.Tensor)
         }
-        plain = {k: v for k, v in state.items() if k not in tensors}
         metadata = {"method": type(self).__name__, "plain": json.dumps(plain)}
         with atomic_write(path) as stream:
             stream.write(to_safetensors(tensors, metadata))
@@ -150,8 +148,7 @@ class FineTuning:
         try:
             with safe_open(str(path), "pt") as stream:
                 metadata = stream.metadata() or {}
-                names = list(stream.keys())
-                state = {name: stream.get_tensor(name) for name in names}
+                state = {n: stream.get_tensor(n) for n in list(stream.keys())}
         except FileNotFoundError:
             raise
         except Exception as error:
@@ -172,8 +169,7 @@ class Averaging(FineTuning):
     """Average the weights before and after each task.
 
     `theta_t = (1 - w_t) theta_{t-1} + w_t theta_hat_t`: task arithmetic with
-    a scale that the method fixes: one half, or `1 / t`, the plain mean of all
-    fine-tuned models.
+    a fixed scale, or with `1 / t`: the plain mean of all fine-tuned models.
 
     Arguments
     ---------
@@ -191,22 +187,29 @@ class Averaging(FineTuning):
     """
 
     def __init__(self, weight=0.5):
-        if weight != "1/t":
-            weight = float(weight)
-            if not 0.0 <= weight <= 1.0:
-                raise ValueError(
-                    f"weight is {weight}, expected 0 to 1 or the text '1/t'"
-                )
-        self.weight = weight
+        self.weight = weight if weight == "1/t" else float(weight)
+        if weight != "1/t" and not 0.0 <= self.weight <= 1.0:
+            raise ValueError(
+                f"weight is {weight}, expected 0 to 1 or the text '1/t'"
+            )
 
     def after_task(self, before, finetuned, task):
         """As `FineTuning.after_task`; integers and booleans stay."""
-        _same_names(before, finetuned)
+        if odd := before.keys() ^ finetuned.keys():
+            raise ValueError(
+                f"{some(sorted(odd))} on one side only; both must be states "
+                "of one model"
+            )
         weight = 1.0 / task if self.weight == "1/t" else self.weight
-        return {
-            name: _average(old, finetuned[name], weight)
-            for name, old in before.items()
-        }
+        result = {}
+        for name, old in before.items():
+            if torch.is_floating_point(old):
+                wide = torch.promote_types(old.dtype, torch.float32)
+                new = finetuned[name].to(wide)
+                result[name] = old.to(wide).lerp(new, weight).to(old.dtype)
+            else:
+                result[name] = old.clone()
+        return result
 
 
 class PartialUpdate(FineTuning):
@@ -244,20 +247,3 @@ class PartialUpdate(FineTuning):
         for pattern in self.patterns:
             require_match(names, pattern)
         return super().freeze(model)
-
-
-def _average(old, new, weight):
-    """Average in float32 at least; integers and booleans stay as before."""
-    if not torch.is_floating_point(old):
-        return old.clone()
-    wide = torch.promote_types(old.dtype, torch.float32)
-    return torch.lerp(old.to(wide), new.to(wide), weight).to(old.dtype)
-
-
-def _same_names(before, finetuned):
-    if before.keys() != finetuned.keys():
-        odd = sorted(before.keys() ^ finetuned.keys())
-        raise ValueError(
-            f"{len(odd)} names are on one side only: {', '.join(odd[:5])}; "
-            "both must be states of one model"
-        )

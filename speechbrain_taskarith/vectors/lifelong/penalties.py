@@ -1,11 +1,13 @@
 """Lifelong methods that add a term to the loss: EWC and LwF."""
 
 import copy
+import math
 import random
 
 import torch
 
 from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
+from speechbrain_taskarith.vectors import checks
 from speechbrain_taskarith.vectors.lifelong.methods import FineTuning
 
 
@@ -31,10 +33,9 @@ class EWC(FineTuning):
         Weight of the penalty, at least 0.
     decay : float
         What stays of the older Fisher at each task, 0 to 1.
-    samples : int
-        Utterances that the Fisher is measured on.
-    seed : int
-        Of the choice of these utterances.
+    samples, seed : int
+        How many utterances the Fisher is measured on, and the seed of their
+        choice.
 
     Example
     -------
@@ -53,12 +54,9 @@ class EWC(FineTuning):
     changes_training = True
 
     def __init__(self, strength=1.0, decay=1.0, samples=200, seed=0):
-        if strength < 0:
-            raise ValueError(f"strength is {strength}, expected at least 0")
-        if not 0.0 <= decay <= 1.0:
-            raise ValueError(f"decay is {decay}, expected 0 to 1")
-        if samples < 1:
-            raise ValueError(f"samples is {samples}, expected at least 1")
+        checks.in_range("strength", strength, 0, math.inf)
+        checks.in_range("decay", decay, 0, 1)
+        checks.in_range("samples", samples, 1, math.inf)
         self.strength, self.decay = float(strength), float(decay)
         self.samples, self.seed = int(samples), seed
         self.fisher, self.anchor, self.tasks = {}, {}, 0
@@ -89,10 +87,8 @@ class EWC(FineTuning):
         }
         # Every parameter counts, also one that the next task will freeze.
         frozen = [p for p in parameters.values() if not p.requires_grad]
-        for parameter in frozen:
-            parameter.requires_grad_(True)
         training = model.training
-        model.eval()
+        model.eval().requires_grad_(True)
         try:
             for item in chosen:
                 gradients = torch.autograd.grad(
@@ -122,13 +118,15 @@ class EWC(FineTuning):
     def state_dict(self):
         """Return Fisher, anchor and the number of tasks."""
         state = {f"fisher.{n}": v for n, v in self.fisher.items()}
-        state.update({f"anchor.{n}": v for n, v in self.anchor.items()})
+        state |= {f"anchor.{n}": v for n, v in self.anchor.items()}
         return {**state, "tasks": self.tasks}
 
     def load_state_dict(self, state):
         """Take them back."""
-        self.fisher = _part(state, "fisher.")
-        self.anchor = _part(state, "anchor.")
+        self.fisher, self.anchor = (
+            {k.removeprefix(p): v for k, v in state.items() if k.startswith(p)}
+            for p in ("fisher.", "anchor.")
+        )
         self.tasks = int(state["tasks"])
 
 
@@ -168,12 +166,10 @@ class LwF(FineTuning):
     changes_training = True
 
     def __init__(self, strength=1.0, temperature=2.0):
-        if strength < 0:
-            raise ValueError(f"strength is {strength}, expected at least 0")
+        checks.in_range("strength", strength, 0, math.inf)
         if temperature <= 0:
             raise ValueError(f"temperature is {temperature}, expected above 0")
-        self.strength = float(strength)
-        self.temperature = float(temperature)
+        self.strength, self.temperature = float(strength), float(temperature)
         self.teacher = None
 
     def before_task(self, model, task):
@@ -195,15 +191,7 @@ class LwF(FineTuning):
         steps = frames.shape[1]
         absolute = absolute_lengths(lens.to(frames.device), steps)
         valid = ~padding_mask(absolute, steps)
-        # where(), not a product: a padded frame may hold anything.
-        total = torch.where(valid, frames, torch.zeros_like(frames)).sum(1)
+        # Not a product: a padded frame may hold anything.
+        total = frames.masked_fill(~valid, 0).sum(1)
         weight = self.strength * self.temperature**2
         return weight * (total / valid.sum(1).clamp_min(1)).mean()
-
-
-def _part(state, prefix):
-    return {
-        name[len(prefix) :]: value
-        for name, value in state.items()
-        if name.startswith(prefix)
-    }

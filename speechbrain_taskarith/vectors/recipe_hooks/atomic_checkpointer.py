@@ -70,11 +70,9 @@ class AtomicCheckpointer(Checkpointer):
         self._pending = None
 
     def add_recoverable(self, name, obj, *args, **kwargs):
-        """As `Checkpointer.add_recoverable`.
-
-        An optimizer shows that this process writes: it sweeps left-overs.
-        """
+        """As `Checkpointer.add_recoverable`; before training, sweeps."""
         super().add_recoverable(name, obj, *args, **kwargs)
+        # An optimizer shows that this process writes.
         if isinstance(obj, torch.optim.Optimizer) and if_main_process():
             # No listing shows these, so other processes may be listing.
             remove_leftovers(self.checkpoints_dir)
@@ -125,20 +123,16 @@ class AtomicCheckpointer(Checkpointer):
         keys = [{"min_key": key} for key in min_keys or ()]
         keys += [{"max_key": key} for key in max_keys or ()]
         keys += [{"importance_key": key} for key in importance_keys]
-        candidates, best = set(), set()
+        others, best = set(), set()
         for key in keys:
             # As upstream: a checkpoint without the key is left alone.
             found = self.find_checkpoints(**key, ckpt_predicate=ckpt_predicate)
-            candidates.update(checkpoint.path for checkpoint in found)
-            found = self.find_checkpoints(
-                **key,
-                ckpt_predicate=ckpt_predicate,
-                max_num_checkpoints=num_to_keep,
-            )
-            best.update(checkpoint.path for checkpoint in found)
+            found = [checkpoint.path for checkpoint in found]
+            best.update(found[:num_to_keep])
+            others.update(found[num_to_keep:])
         ddp_barrier()  # all have listed before any is deleted
         if if_main_process():
-            for path in sorted(candidates - best):
+            for path in sorted(others - best):
                 # Without its name it is no checkpoint any more.
                 aside = path.with_name(f"{TEMPORARY_PREFIX}old-{path.name}")
                 shutil.rmtree(aside, ignore_errors=True)
@@ -154,6 +148,7 @@ class AtomicCheckpointer(Checkpointer):
         """For subclasses: add files; return entries for `CKPT.yaml`."""
         return {}
 
+    # Checkpoints are written under a name that no listing shows.
     def _new_checkpoint_dirpath(self):
         return self._aside(super()._new_checkpoint_dirpath())
 
@@ -161,18 +156,14 @@ class AtomicCheckpointer(Checkpointer):
         return self._aside(super()._custom_checkpoint_dirpath(name))
 
     def _aside(self, final):
-        """Have a checkpoint written under a name that no listing shows."""
-        temporary = final.with_name(
-            f"{TEMPORARY_PREFIX}{os.getpid()}-{final.name}"
-        )
-        self._pending = (temporary, final)
-        return temporary
+        name = f"{TEMPORARY_PREFIX}{os.getpid()}-{final.name}"
+        self._pending = (final.with_name(name), final)
+        return self._pending[0]
 
     def _publish(self, saved):
         temporary, final = self._pending
-        content = dict(saved.meta)
-        content[META_KEY] = self._complete(temporary, saved)
-        write_meta(temporary, content)
+        ours = {META_KEY: self._complete(temporary, saved)}
+        write_meta(temporary, {**saved.meta, **ours})
         publish_folder(temporary, final)
         files = {n: final / p.name for n, p in saved.paramfiles.items()}
         return Checkpoint(final, read_checkpoint_meta(final), files)

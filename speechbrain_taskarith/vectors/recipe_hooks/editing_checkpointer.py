@@ -18,6 +18,7 @@ from speechbrain.utils.checkpoints import (
 from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.logger import get_logger
 
+from speechbrain_taskarith.vectors.checks import one_of
 from speechbrain_taskarith.vectors.model_card import ModelCard
 from speechbrain_taskarith.vectors.recipe_hooks.atomic_checkpointer import (
     AtomicCheckpointer,
@@ -68,9 +69,7 @@ class EditingCheckpointer(AtomicCheckpointer):
 
     Arguments
     ---------
-    checkpoints_dir : str or pathlib.Path
-        Where to keep checkpoints.
-    recoverables : dict or None
+    checkpoints_dir, recoverables, **arguments : object
         As for `Checkpointer`.
     edited : str or list of str
         The recoverables that are edited; plain modules.
@@ -91,8 +90,6 @@ class EditingCheckpointer(AtomicCheckpointer):
         counting from the base's statistics.
     base_min_key, base_max_key : str or None
         Score that chooses among the checkpoints of the base's save folder.
-    **arguments : object
-        `custom_load_hooks`, `custom_save_hooks`, `allow_partial_load`.
 
     Example
     -------
@@ -168,27 +165,17 @@ class EditingCheckpointer(AtomicCheckpointer):
         ckpt_predicate=None,
         weights=None,
     ):
-        """Pick a checkpoint and recover from it.
+        """As `Checkpointer.recover_if_possible`.
 
-        Arguments
-        ---------
-        importance_key, max_key, min_key, ckpt_predicate : object
-            As for `Checkpointer`.
-        weights : str or None
-            `"finetuned"`, `"edited"`; None decides as the class says.
-
-        Returns
-        -------
-        Checkpoint or None
-            What was loaded. None when there was none: to fit, the base was
-            loaded then.
+        `weights` is `"finetuned"`, `"edited"`, or None: as the class says.
+        Returns None when there was no checkpoint: to fit, the base was
+        loaded then.
         """
         if weights is None:
             weights = "finetuned" if self._fitting else "edited"
         self._fitting = False
-        chosen = self.find_checkpoint(
-            importance_key, max_key, min_key, ckpt_predicate
-        )
+        keys = (importance_key, max_key, min_key, ckpt_predicate)
+        chosen = self.find_checkpoint(*keys)
         if chosen is not None:
             self.load_checkpoint(chosen, weights=weights)
         elif weights == "finetuned":
@@ -198,20 +185,8 @@ class EditingCheckpointer(AtomicCheckpointer):
         return chosen
 
     def load_checkpoint(self, checkpoint, weights="edited"):
-        """Load a checkpoint.
-
-        Arguments
-        ---------
-        checkpoint : Checkpoint
-            As found.
-        weights : str
-            `"edited"` or `"finetuned"`.
-        """
-        if weights not in ("edited", "finetuned"):
-            raise ValueError(
-                f"weights={weights!r}: expected 'edited' or 'finetuned'"
-            )
-        if weights == "finetuned":
+        """As `Checkpointer`; `weights` is `"edited"` or `"finetuned"`."""
+        if one_of("weights", weights, ("edited", "finetuned")) == "finetuned":
             self._check_same_base(checkpoint)
         self._weights = weights
         super().load_checkpoint(checkpoint)
@@ -223,9 +198,13 @@ class EditingCheckpointer(AtomicCheckpointer):
             self._load_state(self.recoverables[name], self.base(name), name)
         folder = self._base_folder()
         for name, obj in self.recoverables.items():
-            if name in self.edited or not self._is_from_base(name, obj):
+            if self.from_base is None:
+                wanted = isinstance(obj, InputNormalization)
+            else:
+                wanted = name in self.from_base
+            if name in self.edited or not wanted:
                 continue
-            path = None if folder is None else folder / f"{name}.ckpt"
+            path = folder and folder / f"{name}.ckpt"
             if path is None or not path.exists():
                 if self.from_base is not None:
                     raise FileNotFoundError(
@@ -242,27 +221,14 @@ class EditingCheckpointer(AtomicCheckpointer):
             hook(obj, path, True)
 
     def base(self, name):
-        """Return the state that a recoverable is fine-tuned from.
-
-        Arguments
-        ---------
-        name : str
-            An edited recoverable.
-
-        Returns
-        -------
-        State
-            Opened once.
-        """
+        """Return what a recoverable is fine-tuned from, see `open_state`."""
         if name not in self._bases:
             path = self._base_path
-            if isinstance(path, dict):
-                path = path[name]
-            folder = self._checkpoint_of(path)
-            if folder is None:
-                base = as_state(path)
-            else:
+            path = path[name] if isinstance(path, dict) else path
+            if folder := self._checkpoint_of(path):
                 base = open_state(folder, recoverable=name)
+            else:
+                base = open_state(path)
             base.verify()
             self._bases[name] = base
         return self._bases[name]
@@ -273,13 +239,12 @@ class EditingCheckpointer(AtomicCheckpointer):
 
     def _install_hooks(self, name):
         """Put our hooks in place of the recoverable's own."""
-        if name in self.custom_load_hooks or name in self.custom_save_hooks:
-            ours = getattr(self.custom_save_hooks.get(name), "editing", False)
-            if not ours:
-                raise ValueError(
-                    f"edited recoverable {name!r} has custom hooks; an edited "
-                    "one is saved and loaded as a plain state dict"
-                )
+        hooks = {**self.custom_load_hooks, **self.custom_save_hooks}
+        if name in hooks and not hasattr(hooks[name], "editing"):
+            raise ValueError(
+                f"edited recoverable {name!r} has custom hooks; an edited one "
+                "is saved and loaded as a plain state dict"
+            )
         obj = self.recoverables.get(name)
         if obj is None:
             return
@@ -329,8 +294,7 @@ class EditingCheckpointer(AtomicCheckpointer):
             base, finetuned, include=self.include, exclude=self.exclude
         )
         vector = self.rule.combine([vector], base=base)
-        scale = self.scale
-        if scale is None:
+        if (scale := self.scale) is None:
             scale = self.rule.scale_for(vector)
         return vector.apply(base, scale, any_base=True)
 
@@ -356,24 +320,21 @@ class EditingCheckpointer(AtomicCheckpointer):
             # The base is gone, as on another machine: there is nothing else
             # than what was saved.
             return True
-        if recorded is None:
-            return False
         # The base's path may change; its fingerprint is compared.
-        return {**recorded, "base": None} == {**now, "base": None}
+        return recorded is not None and recorded | {"base": now["base"]} == now
 
     def _check_same_base(self, checkpoint):
         for name in self.edited:
             recorded = _editing_of(checkpoint.meta).get(name)
             if recorded is None:
                 continue
-            expected = recorded["base_fingerprint"]
-            found = self.base(name).fingerprint
-            if found != expected:
+            base, expected = self.base(name), recorded["base_fingerprint"]
+            if base.fingerprint != expected:
                 raise ValueError(
                     f"{checkpoint.path}: {name!r} was fine-tuned from "
                     f"{recorded['base']} ({short(expected)}), the base is now "
-                    f"{self.base(name).label} ({short(found)}). Give the "
-                    "first base again, or another checkpoints_dir"
+                    f"{base.label} ({short(base.fingerprint)}). Give the first "
+                    "base again, or another checkpoints_dir"
                 )
 
     @staticmethod
@@ -390,9 +351,7 @@ class EditingCheckpointer(AtomicCheckpointer):
     def _checkpoint_of(self, path):
         """Return the `CKPT+` folder that a path names, or None."""
         path = Path(path)
-        if path.is_dir() and (
-            (path / "CKPT.yaml").exists() or any(path.glob("CKPT+*"))
-        ):
+        if (path / "CKPT.yaml").exists() or any(path.glob("CKPT+*")):
             return find_checkpoint_folder(path, **self._base_keys)
         if not path.exists():
             raise FileNotFoundError(
@@ -410,31 +369,20 @@ class EditingCheckpointer(AtomicCheckpointer):
             return beside
         return folder
 
-    def _is_from_base(self, name, obj):
-        if self.from_base is not None:
-            return name in self.from_base
-        return isinstance(obj, InputNormalization)
-
     def _complete(self, folder, saved):
-        self._card(saved).save(folder)
-        return {"editing": {name: self._settings(name) for name in self.edited}}
-
-    def _card(self, saved):
-        parents, edited = [], []
+        parents = []
         for name in self.edited:
-            finetuned, result = self._saved[name]
             parents += [
                 ModelCard.parent(f"base of {name}", self.base(name)),
                 {
                     "role": f"fine-tuned {name}",
                     "path": f"{name}{FINETUNED}.ckpt",
-                    "fingerprint": finetuned,
+                    "fingerprint": self._saved[name][0],
                 },
             ]
-            edited.append(result)
-        return ModelCard(
+        ModelCard(
             title="Edited checkpoint",
-            fingerprint=", ".join(edited),
+            fingerprint=", ".join(self._saved[n][1] for n in self.edited),
             parents=parents,
             rule=self.rule,
             scale=self.scale,
@@ -447,7 +395,8 @@ class EditingCheckpointer(AtomicCheckpointer):
                 "Scores were measured during fine-tuning, before the edit.",
                 f"Weights before the edit: {FINETUNED.lstrip('.')} files.",
             ],
-        )
+        ).save(folder)
+        return {"editing": {name: self._settings(name) for name in self.edited}}
 
 
 def _finetuned_path(path):

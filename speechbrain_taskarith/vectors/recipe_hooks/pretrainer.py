@@ -34,10 +34,8 @@ class TaskVectorPretrainer(Pretrainer):
 
     Arguments
     ---------
-    collect_in : str, pathlib.Path or None
+    collect_in, loadables, **arguments : object
         As for `Pretrainer`.
-    loadables : dict
-        `{name: object}`.
     paths : dict or None
         `{name: path}`; besides what `Pretrainer` takes, a `CKPT+` folder or
         a save folder (its newest checkpoint, or by `min_key`/`max_key`).
@@ -55,8 +53,6 @@ class TaskVectorPretrainer(Pretrainer):
         False loads modules without vectors as upstream does.
     min_key, max_key : str or None
         Score that chooses among the checkpoints of a save folder.
-    **arguments : object
-        `custom_hooks`, `conditions`.
 
     Example
     -------
@@ -100,8 +96,7 @@ class TaskVectorPretrainer(Pretrainer):
             name: [given] if isinstance(given, (str, os.PathLike)) else given
             for name, given in (vectors or {}).items()
         }
-        unknown = [name for name in self.vectors if name not in self.loadables]
-        if unknown:
+        if unknown := [n for n in self.vectors if n not in self.loadables]:
             raise ValueError(
                 f"vectors: no loadables called {unknown}; there are "
                 f"{list(self.loadables)}"
@@ -112,20 +107,19 @@ class TaskVectorPretrainer(Pretrainer):
 
     def collect_files(self, default_source=None, **arguments):
         """As `Pretrainer.collect_files`; finds files in checkpoint folders."""
-        for name, path in self.paths.items():
-            self.paths[name] = self._file_of(name, path)
+        self.paths |= {n: self._file_of(n, p) for n, p in self.paths.items()}
         if isinstance(default_source, (str, os.PathLike)):
-            folder = Path(default_source)
-            if folder.is_dir() and any(folder.glob("CKPT+*")):
-                default_source = str(
-                    find_checkpoint_folder(folder, **self._keys)
-                )
+            if any(Path(default_source).glob("CKPT+*")):
+                found = find_checkpoint_folder(default_source, **self._keys)
+                default_source = str(found)
         return super().collect_files(default_source, **arguments)
 
     def _file_of(self, name, path):
         """Return the file that a path means; URLs and hub names as given."""
-        if isinstance(path, FetchSource) or not Path(path).is_dir():
-            return path if isinstance(path, FetchSource) else str(path)
+        if isinstance(path, FetchSource):
+            return path
+        if not Path(path).is_dir():
+            return str(path)
         folder = find_checkpoint_folder(path, **self._keys)
         file = folder / f"{name}.ckpt"
         if not file.exists():
@@ -136,7 +130,7 @@ class TaskVectorPretrainer(Pretrainer):
         return str(file)
 
     def _call_load_hooks(self, paramfiles):
-        hooks, own = dict(self.custom_hooks), {}
+        hooks, own = self.custom_hooks, {}
         for name, obj in self.loadables.items():
             if not self.is_loadable(name):
                 continue
@@ -148,7 +142,7 @@ class TaskVectorPretrainer(Pretrainer):
                 continue
             own[name] = _loader(name, obj, state, paramfiles[name])
         # Everything is checked: only now does anything change.
-        self.custom_hooks = {**hooks, **own}
+        self.custom_hooks = hooks | own
         try:
             super()._call_load_hooks(paramfiles)
         finally:
@@ -169,16 +163,14 @@ class TaskVectorPretrainer(Pretrainer):
             )
         if not vectors:
             return base
+        vector, scale = vectors[0], self.scale
         if self.rule is not None:
             vector = self.rule.combine(vectors, base=base)
-        elif len(vectors) == 1:
-            vector = vectors[0]
-        else:
+        elif len(vectors) > 1:
             raise ValueError(
                 f"vectors: {len(vectors)} for {name!r}; say by which rule to "
                 "merge them (rule=...)"
             )
-        scale = self.scale
         if scale is None:
             scale = self.rule.scale_for(vector) if self.rule else 1.0
         logger.info(
@@ -189,17 +181,13 @@ class TaskVectorPretrainer(Pretrainer):
 
 def _is_plain(obj):
     """True for modules that upstream loads non-strictly, from a state dict."""
-    return (
-        isinstance(obj, torch.nn.Module)
-        and get_default_hook(obj, DEFAULT_TRANSFER_HOOKS)
-        is torch_parameter_transfer
-    )
+    hook = get_default_hook(obj, DEFAULT_TRANSFER_HOOKS)
+    return isinstance(obj, torch.nn.Module) and hook is torch_parameter_transfer
 
 
 def _loader(name, obj, state, path):
     """Check a state against a module; return what will load it."""
-    content = {key: state[key] for key in state}
-    content = hook_on_loading_state_dict_checkpoint(content)
+    content = hook_on_loading_state_dict_checkpoint(dict(state))
     own = obj.state_dict()
     problems = [f"{key}: not in the file" for key in own if key not in content]
     problems += [f"{key}: not in {name}" for key in content if key not in own]
