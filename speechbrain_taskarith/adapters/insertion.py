@@ -41,7 +41,7 @@ def insert_adapters(
     exclude=NOT_ENCODER_LAYERS,
     activation=torch.nn.SiLU,
     layer_norm=True,
-):
+) -> "AdapterHandle":
     """Put a bank of adapters behind every layer of an encoder.
 
     The encoder is frozen, its running statistics too. It computes what it

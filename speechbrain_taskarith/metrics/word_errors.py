@@ -146,7 +146,7 @@ class WERReport:
         return f"<WERReport: {self}>"
 
 
-def wer(references, hypotheses, ids=None):
+def wer(references, hypotheses, ids=None) -> "WERReport":
     """Count word errors of hypotheses against references.
 
     Words are compared as written: case and punctuation count, nothing is

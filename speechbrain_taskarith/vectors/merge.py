@@ -112,7 +112,7 @@ def merge_checkpoints(
     chunk=None,
     metadata=None,
     recoverable=None,
-):
+) -> "MergeReport":
     """Merge checkpoints into one: `base + scale * rule(finetuned - base)`.
 
     Floating point tensors are edited in float32 and stored in the base's

@@ -83,7 +83,7 @@ class TaskVector(Mapping):
         exclude=(),
         strict=True,
         buffers="base",
-    ):
+    ) -> "TaskVector":
         """Subtract: `tau = theta_finetuned - theta_base`.
 
         Differences are taken in float32 whatever the weights are stored in.
@@ -147,7 +147,7 @@ class TaskVector(Mapping):
         return cls(deltas, base.fingerprint, metadata)
 
     @classmethod
-    def from_lora(cls, base, adapted, *, alpha=None):
+    def from_lora(cls, base, adapted, *, alpha=None) -> "TaskVector":
         """Turn a LoRA into the vector it stands for: `scaling * B A`.
 
         Arguments
@@ -173,7 +173,7 @@ class TaskVector(Mapping):
         return cls(deltas, base.fingerprint, metadata)
 
     @classmethod
-    def mean(cls, vectors):
+    def mean(cls, vectors) -> "TaskVector":
         """Return the mean of vectors over the same parameters.
 
         Arguments
@@ -217,16 +217,16 @@ class TaskVector(Mapping):
             f"base {short(self.base_fingerprint)})"
         )
 
-    def __neg__(self):
+    def __neg__(self) -> "TaskVector":
         return self._map(lambda d: -d, {"operation": "negative"})
 
-    def __add__(self, other):
+    def __add__(self, other) -> "TaskVector":
         return self._pair(other, torch.add, "sum")
 
-    def __sub__(self, other):
+    def __sub__(self, other) -> "TaskVector":
         return self._pair(other, torch.sub, "difference")
 
-    def __mul__(self, factor):
+    def __mul__(self, factor) -> "TaskVector":
         factor = float(finite("factor", factor))
         operation = {"operation": "product", "factor": factor}
         return self._map(lambda d: d * factor, operation)
@@ -282,7 +282,7 @@ class TaskVector(Mapping):
         """
         return self._map(lambda d: d.to(device), None)
 
-    def restrict(self, include=("*",), exclude=()):
+    def restrict(self, include=("*",), exclude=()) -> "TaskVector":
         """Return the vector over some of its parameters.
 
         Patterns as `between` takes them; applying the vector leaves the other
@@ -386,7 +386,7 @@ class TaskVector(Mapping):
         return write_vector(self, path, encoding)
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path) -> "TaskVector":
         """Load, onto the CPU, what `save` wrote to a path (see `save`).
 
         ValueError for a damaged file, and for weights that are no vector.

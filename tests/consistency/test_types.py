@@ -80,6 +80,21 @@ def test_public_names_are_known_to_a_type_checker(check):
     assert "error:" not in revealed, revealed
 
 
+def test_what_public_functions_return_is_known(check):
+    found = check(
+        {
+            "results.py": "from speechbrain_taskarith.vectors import *\n"
+            "from speechbrain_taskarith.adapters import insert_adapters\n"
+            "tau = TaskVector.between('a', 'b')\n"
+            "(0.5 * tau).aply('a')\n"
+            "reveal_type(open_state('a'))\n"
+            "reveal_type(insert_adapters(None, ['us']))\n"
+        }
+    )
+    assert '"TaskVector" has no attribute "aply"' in found
+    assert "state.State" in found and "handle.AdapterHandle" in found
+
+
 def test_the_documentation_is_well_typed(check):
     pages = [ROOT / "README.md", *files(".md", under=ROOT / "docs")]
     sources = {}

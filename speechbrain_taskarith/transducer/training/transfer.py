@@ -64,7 +64,7 @@ def transfer_encoder(
     include=("*",),
     exclude=(),
     recoverable="model",
-):
+) -> "TransferReport":
     """Load an encoder's weights from a checkpoint, and nothing else.
 
     Stage two of transfer learning: the encoder comes from a multilingual

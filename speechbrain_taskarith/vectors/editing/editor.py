@@ -127,7 +127,7 @@ class SequentialEditor:
         exclude=None,
         read_only=False,
         verify=True,
-    ):
+    ) -> "SequentialEditor":
         """Open a folder that an editor has written.
 
         Arguments
@@ -376,7 +376,7 @@ class SequentialEditor:
         """Let other processes edit the folder."""
         self._files.close()
 
-    def __enter__(self):
+    def __enter__(self) -> "SequentialEditor":
         return self
 
     def __exit__(self, *_):

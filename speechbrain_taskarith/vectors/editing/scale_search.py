@@ -81,7 +81,7 @@ def search_scale(
     rounds=2,
     leave="initial",
     enable_progress=True,
-):
+) -> "ScaleSearch":
     """Find the scale of a task vector with the least word error rate.
 
     `base + scale * tau` is written into the model in place, with the bytes

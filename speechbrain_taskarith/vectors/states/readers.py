@@ -30,7 +30,7 @@ from speechbrain_taskarith.vectors.states.torch_files import (
 )
 
 
-def open_state(path, *, recoverable=None):
+def open_state(path, *, recoverable=None) -> "State":
     """Open stored weights lazily, without executing anything.
 
     Arguments
@@ -101,7 +101,7 @@ def form_of(path):
     )
 
 
-def as_state(source, *, recoverable=None):
+def as_state(source, *, recoverable=None) -> "State":
     """Return a `State` for a path, a module, a mapping or a `State`.
 
     Arguments
