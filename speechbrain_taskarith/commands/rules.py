@@ -41,7 +41,9 @@ def run(options):
         lines.append(f"{rule['rule']}{rule.pop('signature')}")
         if options.name is None:
             text = f"{rule['summary']} {rule['paper']}"
-            lines += textwrap.wrap(text, 75, initial_indent="    ")
+            lines += textwrap.wrap(
+                text, 79, initial_indent="    ", subsequent_indent="    "
+            )
         else:
             lines += ["", *rule["help"].splitlines()]
     if options.name is None:
