@@ -86,12 +86,12 @@ def test_what_public_functions_return_is_known(check):
             "results.py": "from speechbrain_taskarith.vectors import *\n"
             "from speechbrain_taskarith.adapters import insert_adapters\n"
             "tau = TaskVector.between('a', 'b')\n"
-            "(0.5 * tau).aply('a')\n"
+            "(0.5 * tau).scaled('a')\n"
             "reveal_type(open_state('a'))\n"
             "reveal_type(insert_adapters(None, ['us']))\n"
         }
     )
-    assert '"TaskVector" has no attribute "aply"' in found
+    assert '"TaskVector" has no attribute "scaled"' in found
     assert "state.State" in found and "handle.AdapterHandle" in found
 
 
