@@ -99,11 +99,12 @@ def run(options):
     result = {"verb": "transcribe", "model": options.model, "files": data}
     if options.stream:
         result["latency"] = model.latency()
-        ms = {part: 1000 * s for part, s in result["latency"].items()}
+        # Halves go up: sums of floats end above or below them, by version.
+        ms = {k: int(1000 * s + 0.501) for k, s in result["latency"].items()}
         lines.append(
-            f"latency {ms['algorithmic']:.0f} ms by construction (segment "
-            f"{ms['segment']:.0f}, look-ahead {ms['look_ahead']:.0f}, features "
-            f"{ms['features']:.0f}); real-time factor {spent / seconds:.3f}"
+            f"latency {ms['algorithmic']} ms by construction (segment "
+            f"{ms['segment']}, look-ahead {ms['look_ahead']}, features "
+            f"{ms['features']}); real-time factor {spent / seconds:.3f}"
         )
     return Result(lines, result)
 
