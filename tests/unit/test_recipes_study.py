@@ -198,3 +198,27 @@ def test_options_of_the_study_are_not_train_pys():
     with pytest.raises(ValueError, match="expected 1 or more"):
         with workers(options(count=0)):
             pass
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_loss_that_is_not_finite_is_tried_once_more(tmp_path, times):
+    """A second time is a failure, and what happened once is noted."""
+    calls = []
+
+    def train(argv):
+        calls.append(argv)
+        if len(calls) <= times:
+            raise ValueError("Loss is not finite and patience is exhausted.")
+
+    def study():
+        with workers(options("sequential")):
+            run_trainings(train, [Training("a")], ["toy.yaml"], tmp_path)
+
+    if times == 1:
+        study()
+        assert about(tmp_path, "a")["attempts"] == 2
+    else:
+        with pytest.raises(RuntimeError, match="console.txt"):
+            study()
+        assert not is_finished(tmp_path, "a")
+    assert len(calls) == 2

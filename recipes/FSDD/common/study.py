@@ -29,6 +29,8 @@ from hyperpyyaml import load_hyperpyyaml
 from speechbrain_taskarith.utils.files import read_json, write_json
 from speechbrain_taskarith.utils.progress import progress
 
+logger = logging.getLogger(__name__)
+
 FINISHED = "finished.json"
 CONSOLE = "console.txt"
 
@@ -298,9 +300,24 @@ def _run_one(train, training, arguments, folder):
         start = time.monotonic()
         options = {"output_folder": str(output), **training.options}
         argv = [*arguments, *map(_as_option, options.items())]
-        with _console_of_its_own(output / CONSOLE):
-            # Bars and the list of installed packages: the study's are enough.
-            train([*argv, "--noprogressbar", "--save_env_desc=False"])
+        # Bars and the list of installed packages: the study's are enough.
+        argv += ["--noprogressbar", "--save_env_desc=False"]
+        attempts = 1
+        try:
+            with _console_of_its_own(output / CONSOLE):
+                train(argv)
+        except RuntimeError as error:
+            if "Loss is not finite" not in str(error.__cause__):
+                raise
+            # Seen once in many trainings, with bfloat16 on a CPU, and gone
+            # when the same training ran again; we do not know why.
+            logger.warning(
+                "training %s: the loss was not finite; running it once more",
+                training.name,
+            )
+            attempts = 2
+            with _console_of_its_own(output / CONSOLE):
+                train(argv)
         gc.collect()  # loky ends a worker whose memory grows
         # Last, since it says that everything before it is there.
         write_json(
@@ -309,6 +326,7 @@ def _run_one(train, training, arguments, folder):
                 "name": training.name,
                 "parents": list(training.parents),
                 "seconds": round(time.monotonic() - start, 1),
+                "attempts": attempts,
             },
         )
 
