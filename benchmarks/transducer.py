@@ -341,7 +341,7 @@ PARTS = {
 
 
 def main():
-    """Run the parts that are asked for."""
+    """Run the parts named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{[*PARTS]}")
     parser.add_argument("--rounds", type=int, default=7)
