@@ -26,13 +26,14 @@ import time
 import speechbrain as sb
 import torch
 from common.dataio import evaluation_loader, make_dataset
+from common.precision import choose_precision
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.nnet.adapters import AdaptedModel, LoRA
 from speechbrain.utils.distributed import run_on_main
 from tasks import Tasks
 
 from speechbrain_taskarith.adapters import AudioAdapterFusion
-from speechbrain_taskarith.brains import CTCBrain, fast_precision, shard_loader
+from speechbrain_taskarith.brains import CTCBrain, shard_loader
 from speechbrain_taskarith.utils.files import read_json, write_json
 from speechbrain_taskarith.utils.seeds import seed_random_numbers
 from speechbrain_taskarith.vectors import open_state
@@ -274,10 +275,7 @@ def train(argv):
     trainable = any(p.requires_grad for p in hparams["model"].parameters())
     if trainable and row not in hparams["training"]:
         raise ValueError(f"training: no steps and lr for row {row!r}")
-    # What the command line says goes first: --precision fp32
-    hparams["precision"] = hparams["train_precision"]
-    if hparams["precision"] == "auto":
-        hparams["precision"] = fast_precision(run_opts.get("device"))
+    choose_precision(hparams, run_opts)
 
     if train_loader is not None:
         hparams["lr_annealing"] = hparams["make_lr_annealing"](

@@ -24,6 +24,7 @@ import sys
 
 import speechbrain as sb
 from common.dataio import evaluation_loader, make_dataset
+from common.precision import choose_precision
 from common.synthesis import prepare_synthetic_digits
 from fsdd_prepare import prepare_fsdd
 from hyperpyyaml import load_hyperpyyaml
@@ -32,7 +33,6 @@ from strings import TRAININGS, Strings
 
 from speechbrain_taskarith.brains import (
     CTCBrain,
-    fast_precision,
     shard_loader,
 )
 from speechbrain_taskarith.data import read_manifest
@@ -127,14 +127,6 @@ def dataio_prepare(hparams):
         evaluation_loader(strings.held_out(side, "valid", domain), hparams),
         evaluation_loader(strings.held_out("real", "test", domain), hparams),
     )
-
-
-def choose_precision(hparams, run_opts):
-    """Put the precision of training where `sb.Brain` looks for it."""
-    # What the command line says goes first: --precision fp32
-    hparams["precision"] = hparams["train_precision"]
-    if hparams["precision"] == "auto":
-        hparams["precision"] = fast_precision(run_opts.get("device"))
 
 
 def train(argv):
