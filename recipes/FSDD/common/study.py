@@ -42,6 +42,8 @@ warnings.filterwarnings("ignore", "A worker stopped while some jobs")
 logging.getLogger("speechbrain.utils.train_logger").addFilter(
     lambda record: "torchvision" not in record.getMessage()
 )
+# At the level of SpeechBrain's own log it writes hundreds of lines on fonts.
+logging.getLogger("matplotlib").setLevel(logging.INFO)
 
 
 @dataclass(frozen=True)
