@@ -6,6 +6,7 @@ fingerprint of the base it was taken from.
 """
 
 import functools
+import json
 import math
 import operator
 from collections.abc import Mapping
@@ -31,6 +32,9 @@ from speechbrain_taskarith.vectors.states.names import (
 from speechbrain_taskarith.vectors.states.readers import as_state
 from speechbrain_taskarith.vectors.states.state import short
 
+# Vectors that a vector's history names, at most.
+_LONGEST_HISTORY = 64
+
 
 class TaskVector(Mapping):
     """A difference of weights, with an algebra and a memory of its base.
@@ -46,7 +50,8 @@ class TaskVector(Mapping):
         Fingerprint of the weights it was taken from; None when it combines
         vectors of several bases (then `apply` asks for `any_base=True`).
     metadata : dict or None
-        Where it comes from, plain types; stored with it.
+        Where it comes from, plain types; stored with it. A history of more
+        than 64 vectors is shortened to those that it began with.
 
     Example
     -------
@@ -71,7 +76,7 @@ class TaskVector(Mapping):
         own = {id(d): d.detach().float() for d in deltas.values()}
         self._deltas = {name: own[id(d)] for name, d in deltas.items()}
         self.base_fingerprint = base_fingerprint
-        self.metadata = dict(metadata or {})
+        self.metadata = _bounded(metadata or {})
 
     @classmethod
     def between(
@@ -223,6 +228,10 @@ class TaskVector(Mapping):
     def __add__(self, other) -> "TaskVector":
         return self._pair(other, torch.add, "sum")
 
+    def __radd__(self, other) -> "TaskVector":
+        # sum() starts from the number 0.
+        return self if isinstance(other, int) and not other else NotImplemented
+
     def __sub__(self, other) -> "TaskVector":
         return self._pair(other, torch.sub, "difference")
 
@@ -232,6 +241,8 @@ class TaskVector(Mapping):
         return self._map(lambda d: d * factor, operation)
 
     __rmul__ = __mul__
+    # Lets `numpy.float64(0.4) * tau` come here.
+    __array_ufunc__ = None
 
     def __truediv__(self, divisor):
         divisor = float(finite("divisor", divisor))
@@ -410,6 +421,24 @@ class TaskVector(Mapping):
         parents = [self.metadata, other.metadata]
         metadata = {"operation": operation, "parents": parents}
         return TaskVector(deltas, base_fingerprint, metadata)
+
+
+def _bounded(metadata):
+    """Where a history has grown long, keep what it began with alone."""
+
+    def nodes(one):
+        yield one
+        for parent in one.get("parents", ()):
+            yield from nodes(parent)
+
+    if sum(1 for _ in nodes(metadata)) <= _LONGEST_HISTORY:
+        return dict(metadata)
+    origins = {}
+    for one in nodes(metadata):
+        if "parents" not in one:
+            origins.setdefault(json.dumps(one, default=str), one)
+    kept = list(origins.values())[: _LONGEST_HISTORY - 1]
+    return {**metadata, "parents": kept, "shortened": True}
 
 
 def _each(function, first, *others):

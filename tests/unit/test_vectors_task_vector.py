@@ -246,6 +246,37 @@ def test_algebra(a, b, factor):
     np.testing.assert_allclose(mean, (x + y + x) / 3, rtol=1e-5, atol=1e-3)
 
 
+def test_numbers_of_numpy_and_sum():
+    tau = TaskVector({"w": torch.tensor([1.0, -2.0])}, "b")
+    for factor in (np.float64(0.5), np.float32(0.5), np.int64(2)):
+        for product in (factor * tau, tau * factor):
+            assert isinstance(product, TaskVector)
+            assert torch.equal(product["w"], float(factor) * tau["w"])
+    total = sum([tau, 2 * tau])
+    assert torch.equal(total["w"], 3 * tau["w"])
+    assert total.base_fingerprint == "b"
+    with pytest.raises(TypeError):
+        1 + tau
+
+
+def test_a_long_history_is_shortened(tmp_path):
+    # A moving average over many vectors, as of an EMA.
+    taus = [
+        TaskVector({"w": torch.ones(1)}, "b", {"finetuned": f"run {n}"})
+        for n in range(3)
+    ]
+    mean = taus[0]
+    for step in range(500):
+        mean = 0.99 * mean + 0.01 * taus[step % 3]
+    for _ in range(20):
+        mean = (mean + mean) / 2
+    path = mean.save(tmp_path / "mean.safetensors")
+    assert path.stat().st_size < 50_000
+    found = str(TaskVector.load(path).metadata)
+    assert all(f"run {n}" in found for n in range(3))
+    assert torch.allclose(mean["w"], torch.ones(1))
+
+
 def test_different_parameters_do_not_mix():
     a = TaskVector({"w": torch.ones(2)})
     with pytest.raises(KeyError, match="v, w"):
