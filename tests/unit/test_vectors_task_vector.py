@@ -1,5 +1,7 @@
 """Task vectors: algebra, application, ancestry, storage."""
 
+import hashlib
+import json
 import math
 import re
 
@@ -9,8 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from speechbrain_taskarith.vectors import TaskVector, as_state
+from speechbrain_taskarith.vectors import (
+    TaskArithmetic,
+    TaskVector,
+    as_state,
+    merge_checkpoints,
+)
 from speechbrain_taskarith.vectors.encodings import ENCODINGS, decode, encode
 
 
@@ -336,6 +345,75 @@ def test_saved_equals_loaded(tmp_path, encoding):
     )
     if "int8" not in encoding:
         assert all(torch.equal(second[n], again[n]) for n in tau)
+
+
+def altered_header(path, change, checksum=True):
+    """Save a vector's file again with another header."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    header = json.loads(metadata["task_vector"])
+    change(header)
+    metadata["task_vector"] = text = json.dumps(header)
+    if checksum:
+        checksum = hashlib.sha256(text.encode()).hexdigest()
+        metadata["task_vector_checksum"] = checksum
+    else:
+        metadata.pop("task_vector_checksum", None)
+    save_file(tensors, path, metadata)
+
+
+def both_readers(path):
+    """Read a vector as it is loaded, and as a merge streams it."""
+    output = path.with_name("merged.safetensors")
+    yield lambda: TaskVector.load(path)
+    yield lambda: merge_checkpoints(
+        {"w": torch.zeros(2)},
+        [path],
+        TaskArithmetic(),
+        output,
+        any_base=True,
+        progress=False,
+    )
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"version": 99}, "format version 99; known are 1 to 2"),
+        ({"version": "2"}, "format version '2'"),
+        ({"version": True}, "format version True"),
+        ({"layout": {"w": {"as": "int6", "shape": [2]}}}, "encoding 'int6'"),
+        ({"layout": {"w": {"shape": [2]}}}, "not a complete task vector"),
+        ({"layout": None}, "not a complete task vector"),
+    ],
+)
+def test_a_header_that_cannot_be_read(tmp_path, encoding, change, text):
+    tau = TaskVector({"w": torch.tensor([0.01, -2.0])}, "b")
+    path = tau.save(tmp_path / "tau.safetensors", encoding=encoding)
+    altered_header(path, lambda header: header.update(change))
+    for read in both_readers(path):
+        with pytest.raises(ValueError, match=text):
+            read()
+
+
+def test_a_header_without_its_checksum(tmp_path):
+    tau = TaskVector({"w": torch.tensor([0.01, -2.0])}, "b")
+    path = tau.save(tmp_path / "tau.safetensors")
+    altered_header(
+        path, lambda header: header.update(base_fingerprint="c"), checksum=False
+    )
+    for read in both_readers(path):
+        with pytest.raises(ValueError, match="does not match its checksum"):
+            read()
+    # The first format had none.
+    altered_header(
+        path, lambda header: header.update(version=1), checksum=False
+    )
+    again = TaskVector.load(path)
+    assert again.base_fingerprint == "c" and torch.equal(again["w"], tau["w"])
 
 
 def test_small_encodings_are_small(tmp_path):
