@@ -346,7 +346,7 @@ class _InPlaceEdits:
         """Edit by `{group: scale}` and return the model."""
         _overwrite(self._buffers)
         for name, (tensor, base, delta) in self._edited.items():
-            edit_into(tensor, base, delta, setting[self._group[name]])
+            edit_into(tensor, base, delta, setting[self._group[name]], name)
         self._stay = stay
         return self._model
 
