@@ -16,7 +16,7 @@ from speechbrain_taskarith.commands.output import (
     write_weights,
     written,
 )
-from speechbrain_taskarith.utils.files import TEMPORARY_PREFIX
+from speechbrain_taskarith.utils.files import temporary_path
 from speechbrain_taskarith.vectors.rules.description import from_plain
 
 _EXAMPLES = """\
@@ -138,8 +138,7 @@ def _merge(plan, base, states, rule, output, progress):
     # beside it.
     folder, target = output.name.startswith("CKPT+"), output
     if folder:
-        name = f"{TEMPORARY_PREFIX}{output.name}.safetensors"
-        target = output.with_name(name)
+        target = temporary_path(output).with_suffix(".safetensors")
     keys = ("device", "memory_limit", "threads", "include", "exclude")
     keys += ("buffers", "any_base", "fingerprint")
     how = {"progress": progress, **{key: getattr(plan, key) for key in keys}}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from speechbrain_taskarith.utils.files import (
+    destination,
     fsync_directory,
     temporary_file,
     write_error,
@@ -149,7 +150,8 @@ class SafetensorsWriter:
         for name, info in self.tensors.items():
             self._offsets[name] = end
             end += info.nbytes
-        self._file, self.temporary = temporary_file(self.path)
+        self._target = destination(self.path)
+        self._file, self.temporary = temporary_file(self._target)
         try:
             _allocate(self._file, end)
             _write_at(self._file, header, 0)
@@ -179,13 +181,13 @@ class SafetensorsWriter:
                     raise ValueError("metadata at close must keep its length")
                 _write_at(self._file, header, 0)
             os.fsync(self._file)
-            os.replace(self.temporary, self.path)
+            os.replace(self.temporary, self._target)
         except OSError as error:
             self.abort()
             raise write_error(error, self.path) from error
         os.close(self._file)
         self._file = None
-        fsync_directory(self.path.parent)
+        fsync_directory(self._target.parent)
 
     def abort(self):
         """Remove the temporary file; what stood under the name stays."""
