@@ -108,6 +108,14 @@ def fsync_directory(folder):
         os.close(descriptor)
 
 
+def write_at(descriptor, data, offset):
+    """Write bytes at a place of an open file, all of them."""
+    data = memoryview(data)
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
+
+
 @contextlib.contextmanager
 def atomic_write(path, mode="wb"):
     """Open a file that gets its final name only if the block succeeds.

@@ -112,9 +112,11 @@ def floating(dtype):
 
 def overflow_error(name, dtype, scale):
     """Return the error for an edit that the stored type cannot hold."""
+    half = dtype in ("float16", "bfloat16")
+    remedy = ", or write float32 (dtype='float32')" if half else ""
     return ValueError(
         f"{name!r}: base + {scale:g} * vector is too large for {dtype}. Use a "
-        "smaller scale, or write float32 (dtype='float32')"
+        f"smaller scale{remedy}"
     )
 
 

@@ -19,6 +19,7 @@ from speechbrain_taskarith.utils.files import (
     destination,
     fsync_directory,
     temporary_file,
+    write_at,
     write_error,
 )
 
@@ -154,7 +155,7 @@ class SafetensorsWriter:
         self._file, self.temporary = temporary_file(self._target)
         try:
             _allocate(self._file, end)
-            _write_at(self._file, header, 0)
+            write_at(self._file, header, 0)
         except OSError as error:
             self.abort()
             raise write_error(error, self.path) from error
@@ -167,7 +168,7 @@ class SafetensorsWriter:
         if offset + len(data) > info.nbytes:
             raise ValueError(f"{self.path}: too many bytes for {name!r}")
         try:
-            _write_at(self._file, data, self._offsets[name] + offset)
+            write_at(self._file, data, self._offsets[name] + offset)
         except OSError as error:
             raise write_error(error, self.path) from error
 
@@ -179,7 +180,7 @@ class SafetensorsWriter:
                 header = self._header()
                 if len(header) != self._data_start:
                     raise ValueError("metadata at close must keep its length")
-                _write_at(self._file, header, 0)
+                write_at(self._file, header, 0)
             os.fsync(self._file)
             os.replace(self.temporary, self._target)
         except OSError as error:
@@ -233,10 +234,3 @@ def _allocate(descriptor, size):
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
         os.ftruncate(descriptor, size)
-
-
-def _write_at(descriptor, data, offset):
-    data = memoryview(data)
-    while data:
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written
