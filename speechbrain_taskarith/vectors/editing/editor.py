@@ -293,8 +293,8 @@ class SequentialEditor:
             The type in which the fine-tuning got the present state, as for
             `state`; rounding to it is no part of what was learned. None:
             half precision where `finetuned` is stored so; or else, of the
-            types in which the present state was given away, the one that
-            `finetuned` is nearest to. The log holds what was taken.
+            types in which the present state was given away, the one to
+            which most numbers are nearer. The log holds what was taken.
 
         Returns
         -------

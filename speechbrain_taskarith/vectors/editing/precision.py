@@ -1,7 +1,5 @@
 """States in other floating point types: wider inside, as asked for outside."""
 
-import math
-
 import torch
 
 from speechbrain_taskarith.vectors.checks import all_finite, floating
@@ -78,7 +76,8 @@ def origin_of(before, finetuned, types_for, started_from, given):
     The state before, rounded to the type in which the fine-tuning got it (or
     None for its name): as told, or half precision where the fine-tuned state
     is stored so, or, of the types in which the state was given away, the one
-    that is nearest. `types_for` makes types by tensor of a name, as `types_of` does.
+    to which most numbers are nearer. `types_for` makes types by tensor of a
+    name, as `types_of` does.
     """
     if started_from is not None:
         origin = cast(before, types_for(started_from, before))
@@ -87,15 +86,12 @@ def origin_of(before, finetuned, types_for, started_from, given):
     if narrows(before, types):
         names = sorted(map(plain_type, set(types.values())))
         return cast(before, types), ", ".join(names)
-    origins = [
-        before,
-        *(cast(before, types_for(name, before)) for name in given),
-    ]
-    if len(origins) == 1:
-        return before, None
-    distances = [_distance(origin, finetuned) for origin in origins]
-    nearest = distances.index(min(distances))
-    return origins[nearest], (None, *given)[nearest]
+    best, margin = (before, None), 0
+    for name in given:
+        origin = cast(before, types_for(name, before))
+        if (found := _votes(origin, before, finetuned)) > margin:
+            best, margin = (origin, name), found
+    return best
 
 
 def plain_type(dtype):
@@ -103,19 +99,18 @@ def plain_type(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-def _distance(state, other):
-    """Return the sum of the squared differences, in float64."""
-    total = []
-    for name in state:
-        info = state.info(name)
-        if (
-            info.floating
-            and name in other
-            and other.info(name).shape == info.shape
-        ):
-            one = state[name].double()
-            total.append(float((other[name].to(one) - one).square().sum()))
-    return math.fsum(total)
+def _votes(one, other, state):
+    """Return for how many more numbers of a state `one` is nearer."""
+    total = 0
+    for name in one:
+        info = one.info(name)
+        if not (info.floating and name in state):
+            continue
+        if state.info(name).shape == info.shape:
+            value = state[name].to(one[name].device).double()
+            near = (value - one[name]).abs() - (value - other[name]).abs()
+            total += int((near < 0).sum()) - int((near > 0).sum())
+    return total
 
 
 def _types(state):
