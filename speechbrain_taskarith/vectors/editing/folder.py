@@ -106,6 +106,10 @@ class EditFolder:
         Returns its file (relative to the folder), that file's SHA-256, its
         encoding, and the vector as it is read back.
         """
+        # Trimming leaves -0.0, which "sparse" would store as a number.
+        zeros = {id(delta): delta + 0.0 for delta in vector.values()}
+        deltas = {name: zeros[id(delta)] for name, delta in vector.items()}
+        vector = TaskVector(deltas, vector.base_fingerprint, vector.metadata)
         if encoding == "auto":
             encoding = smallest_lossless(vector)
         number = len(self.log.history)
@@ -275,11 +279,7 @@ class EditFolder:
 def smallest_lossless(vector):
     """Return the smaller of the encodings that are exact: sparse or plain."""
     numbers = sum(delta.numel() for delta in vector.values())
-    kept = sum(
-        # By bit pattern: -0.0 is stored.
-        int(torch.count_nonzero(delta.contiguous().view(torch.int32)))
-        for delta in vector.values()
-    )
+    kept = sum(int(torch.count_nonzero(delta)) for delta in vector.values())
     return "sparse" if numbers / 8 + 4 * kept < 4 * numbers else "lossless"
 
 
