@@ -251,9 +251,11 @@ def threads(options):
     if options.threads is None:
         yield
         return
-    if options.threads < 1:
-        raise ValueError(f"--threads {options.threads}: expected at least 1")
     import torch
+
+    from speechbrain_taskarith.vectors import checks
+
+    checks.threads(options.threads, "--threads")
 
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)

@@ -47,6 +47,12 @@ def whole(name, value):
     return number
 
 
+def threads(value, name="threads"):
+    """Return a number of threads; more than 1024 is a slip of the pen."""
+    number = in_range(name, value, 1, 1024)
+    return whole(name, number)
+
+
 def _number(value):
     """Return Python's own number (for JSON and YAML), or None for others.
 
