@@ -102,7 +102,7 @@ def add_parser(verbs, summary):
 def run(options):
     """Merge."""
     plan = read_plan(options.file, _overrides(options))
-    rule = from_plain(plan.rule, plan.scale)
+    rule = rule_of(plan, options.file)
     inputs = [plan.base, *plan.finetuned]
     output = shared.check_output(plan.output, inputs, options.overwrite)
     if isinstance(plan.memory_limit, str):
@@ -128,6 +128,15 @@ def run(options):
         f"  fingerprint {report.fingerprint}",
     ]
     return Result(lines, {**data, "output": str(output)})
+
+
+def rule_of(plan, file=None):
+    """Make the rule of a plan; errors name the file it is from."""
+    try:
+        return from_plain(plan.rule, plan.scale)
+    except ValueError as error:
+        where = f"{file}: " if file else ""
+        raise ValueError(f"{where}{error}") from None
 
 
 def _merge(plan, base, states, rule, output, progress):

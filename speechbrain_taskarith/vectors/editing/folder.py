@@ -1,5 +1,6 @@
 """The folder of a sequence of edits: base, vectors, states, log, lock."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -26,6 +27,8 @@ from speechbrain_taskarith.vectors.states.writers import save_state
 from speechbrain_taskarith.vectors.task_vector import TaskVector
 
 _VECTORS, _STATES = "vectors", "states"
+
+logger = logging.getLogger(__name__)
 
 
 class EditFolder:
@@ -69,6 +72,12 @@ class EditFolder:
         try:
             folder = cls(path, lock)
             folder._check_files()
+            if folder.log.cut_short:
+                logger.warning(
+                    "%s: a process was killed while it wrote the last act, "
+                    "which is not in force",
+                    folder.log.path,
+                )
             if not read_only:
                 folder.log.upgrade(folder.path)
                 folder.log.repair()

@@ -10,7 +10,6 @@ import errno
 import fcntl
 import hashlib
 import json
-import logging
 import os
 import re
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -36,8 +35,6 @@ _CHECK = '{"check": "'
 
 # Locks of this process: POSIX locks do not keep a process from itself.
 _own_locks = set()
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -90,6 +87,11 @@ class Edit:
         return asdict(self)
 
 
+_EDIT_KINDS = dict.fromkeys(("name", "vector", "sha256", "encoding"), str)
+_EDIT_KINDS |= dict.fromkeys(("learned_on", "state", "when", "note"), str)
+_EDIT_KINDS |= {"scale": (int, float, dict), "rule": dict, "exact": bool}
+
+
 def slug(name):
     """Turn an edit's name into a short piece of a file name."""
     return re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")[:40] or "edit"
@@ -133,6 +135,8 @@ class EditLog:
 
     # Of the file: name, bytes that count, check of its last line.
     path, _size, _check = None, 0, ""
+    # A killed process has written a part of an act, which does not count.
+    cut_short = False
 
     def __post_init__(self):
         self._handed_out = {}
@@ -163,12 +167,10 @@ class EditLog:
         self._size, self._check = self._size + len(line), check
 
     def repair(self):
-        """Cut off what a killed process wrote of an act that never counted."""
-        if self.path.stat().st_size > self._size:
-            logger.warning(
-                "%s: the last act was cut short by a kill", self.path
-            )
+        """Remove what a killed process wrote of an act that never counted."""
+        if self.cut_short:
             os.truncate(self.path, self._size)
+            self.cut_short = False
 
     def upgrade(self, folder):
         """Write the log of a sequence in format version 1 as this version."""
@@ -197,9 +199,8 @@ class EditLog:
                 return log
             log, size, check = None, 0, ""
             # What is not ended by a newline was cut short by a kill.
-            for number, line in enumerate(
-                path.read_bytes().split(b"\n")[:-1], 1
-            ):
+            *lines, rest = path.read_bytes().split(b"\n")
+            for number, line in enumerate(lines, 1):
                 start, text = line[: len(_CHECK) + 19], line[len(_CHECK) + 19 :]
                 check = _check_of(check, text)
                 if start.decode(errors="replace") != f'{_CHECK}{check}", ':
@@ -218,6 +219,7 @@ class EditLog:
         if log is None:
             raise ValueError(_altered(path, "its first line is not whole"))
         log.path, log._size, log._check = path, size, check
+        log.cut_short = bool(rest)
         return log
 
     @classmethod
@@ -225,12 +227,19 @@ class EditLog:
         known = {f.name for f in fields(cls)} - {"undone"}
         values = {k: v for k, v in content.items() if k in known}
         values["edits"] = [Edit(**entry) for entry in values["edits"]]
-        for key, inside in (
-            ("fingerprint", values["base"]),
-            ("history", values),
+        for one, kinds in (
+            (values, {"base": dict, "rule": dict, "history": list}),
+            (values, {"include": list, "exclude": list, "encoding": str}),
+            (values["base"], {"fingerprint": str}),
+            (
+                values["base"],
+                {"file" if "file" in values["base"] else "path": str},
+            ),
+            *((asdict(edit), _EDIT_KINDS) for edit in values["edits"]),
         ):
-            if key not in inside:
-                raise KeyError(key)
+            for key, kind in kinds.items():
+                if not isinstance(one[key], kind):
+                    raise TypeError(f"{key} is {one[key]!r}")
         return cls(**values)
 
     def _apply(self, act):

@@ -48,6 +48,9 @@ TORCH_NAME = {name: torch_name for name, (_, torch_name) in _DTYPES.items()}
 # The dtypes that are edited.
 FLOATING = ("F64", "F32", "F16", "BF16")
 
+# Metadata of our files: the hash of all tensors, and that there is one.
+FINGERPRINT, CHECKED = "fingerprint", "checked_by"
+
 # What a header that is not ours may raise on the way.
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 # The package refuses longer headers too: a length read from a damaged file
@@ -209,7 +212,11 @@ class SafetensorsWriter:
     def _header(self):
         header, begin = {}, 0
         if self.metadata:
-            header["__metadata__"] = self.metadata
+            # Says that there is a fingerprint, should its name be damaged.
+            marks = (
+                {CHECKED: FINGERPRINT} if FINGERPRINT in self.metadata else {}
+            )
+            header["__metadata__"] = {**self.metadata, **marks}
         for name, info in self.tensors.items():
             header[name] = {
                 "dtype": info.dtype,
