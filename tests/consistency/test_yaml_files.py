@@ -4,6 +4,7 @@ import ast
 import re
 
 import pytest
+import yaml
 from house import HPARAMS, PACKAGE, RECIPES, files, parse, shown
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.run_opts import RunOptions
@@ -168,6 +169,19 @@ def test_recipe_yaml_starts_as_upstreams_do(path):
     for key in ("output_folder", "save_folder", "train_log", "data_folder"):
         assert key in keys, f"{shown(path)} lacks {key}"
     assert "data_folder" in placeholders(text)
+
+
+@pytest.mark.parametrize("path", RECIPE_FILES, ids=shown)
+def test_includes_change_only_keys_that_are_there(path):
+    """HyperPyYAML takes a misspelt one in silence."""
+    root = yaml.compose(path.read_text(encoding="utf-8"), yaml.BaseLoader)
+    for _, node in root.value:
+        kind, _, name = node.tag.partition(":")
+        if kind == "!include":
+            text = (path.parent / name).read_text(encoding="utf-8")
+            there = yaml.compose(text, yaml.BaseLoader).value
+            given = {key.value for key, _ in node.value}
+            assert given <= {key.value for key, _ in there}, name
 
 
 @pytest.mark.parametrize("path", FRAGMENTS, ids=shown)
