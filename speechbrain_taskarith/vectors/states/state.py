@@ -155,6 +155,8 @@ class State(Mapping):
         self._check = check
         # The stored weights that these are under other names (`renamed`).
         self.source = None
+        # Names of the module they were opened for that they do not cover.
+        self.left_out = ()
 
     def __getitem__(self, name):
         self.info(name)
