@@ -5,8 +5,8 @@ import logging
 
 import torch
 
-from speechbrain_taskarith.adapters import attention
 from speechbrain_taskarith.adapters.bank import COMBINED
+from speechbrain_taskarith.adapters.combination import attention
 from speechbrain_taskarith.adapters.layer import (
     CHILD,
     LayerAdapters,
