@@ -238,7 +238,7 @@ class AdapterBank(torch.nn.Module):
         )
         if self.names:
             adapter.to(self[self.names[0]].down.weight)
-        self._modules[_key(name)] = adapter.train(self.training)
+        self._modules[adapter_key(name)] = adapter.train(self.training)
         if name not in self.names:
             self.names.append(name)
         self._derived.clear()
@@ -252,7 +252,7 @@ class AdapterBank(torch.nn.Module):
                 f"{name!r} is the last adapter of the bank; use "
                 "handle.remove() to remove all adapters"
             )
-        del self._modules[_key(name)]
+        del self._modules[adapter_key(name)]
         self.names.remove(name)
         self._derived.clear()
 
@@ -273,7 +273,7 @@ class AdapterBank(torch.nn.Module):
 
     def __getitem__(self, name):
         self.require(name)
-        return self._modules[_key(name)]
+        return self._modules[adapter_key(name)]
 
     def __contains__(self, name):
         return name in self.names
@@ -377,6 +377,6 @@ class AdapterBank(torch.nn.Module):
         return self.each(x)
 
 
-def _key(name):
+def adapter_key(name):
     """Return a task's key among the modules, where no dot may be."""
     return _PREFIX + name.replace("%", "%25").replace(".", "%2E")

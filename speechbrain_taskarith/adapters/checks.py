@@ -164,7 +164,7 @@ def frozen_state(module):
         for statistic in ("glob_mean", "glob_std"):
             value = getattr(inner, statistic, None)
             if isinstance(value, torch.Tensor):
-                state[f"{name}.{statistic}"] = value
+                state[f"{name}.{statistic}".lstrip(".")] = value
     return state
 
 

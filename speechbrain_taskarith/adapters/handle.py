@@ -73,7 +73,7 @@ class AdapterHandle(AdapterTraining):
         self.add_module(GUARD, StatisticsGuard(encoder))
         encoder.add_module(CHILD, self)
         self._register_load_state_dict_pre_hook(
-            _keep_when_absent, with_module=True
+            _before_loading, with_module=True
         )
         self.requires_grad_(False)
         self.train(encoder.training)
@@ -252,6 +252,20 @@ class AdapterHandle(AdapterTraining):
         """
         return attention.guidance_loss(self._combinations(), tasks, lens)
 
+    @property
+    def tasks(self):
+        """The tasks of the next batch's utterances, None where not said.
+
+        Set it before a forward pass where `insert_adapters(guide=...)`
+        cannot know them. B names, used up by that pass.
+        """
+        watch = self._route.watch
+        return None if watch is None else watch.given
+
+    @tasks.setter
+    def tasks(self, names):
+        self._route.watch.given = None if names is None else list(names)
+
     def remove(self):
         """Restore the encoder as it was before `insert_adapters`.
 
@@ -265,8 +279,21 @@ class AdapterHandle(AdapterTraining):
         self.encoder.train(self.encoder.training)
 
 
-def _keep_when_absent(handle, state, prefix, *others):
-    """Let a checkpoint of the base alone load into the encoder."""
-    if prefix and not any(key.startswith(prefix) for key in state):
+def _before_loading(handle, state, prefix, *others):
+    """Let a checkpoint of the base alone load into the encoder.
+
+    One that holds adapters replaces those that came from files.
+    """
+    errors = others[-1]
+    if any(key.startswith(f"{prefix}layers.") for key in state):
+        if handle._route.watch is not None:
+            handle._route.watch.replaced(state, prefix)
+    elif prefix:
         logger.info("no adapters in this checkpoint: they stay as they are")
         state.update(handle.state_dict(prefix=prefix))
+    elif state:
+        errors.append(
+            "no adapters in this file: expected 'layers.0.bank...', found "
+            f"{next(iter(state))!r}. Give the file that a checkpoint has of "
+            "the handle itself, or load the encoder"
+        )

@@ -26,7 +26,7 @@ class AdapterTraining(AdapterFiles):
 
         Arguments
         ---------
-        *modules : torch.nn.Module, sequence or dict of them
+        *modules : torch.nn.Module, sequence or dict of them, or None
             E.g. an `InputNormalization` in front, the output layer, or all
             of a recipe's `modules` with their names. The encoder, whole or
             inside one of them, is frozen anyway; its adapters are left as
@@ -199,6 +199,8 @@ class AdapterTraining(AdapterFiles):
 def _named(modules):
     """Yield `(name, module)` of what `freeze` takes."""
     for given in modules:
+        if given is None:
+            continue
         if isinstance(given, Mapping):
             for name, module in given.items():
                 yield str(name), _checked(module, f"{name!r}")
