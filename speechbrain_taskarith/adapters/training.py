@@ -197,14 +197,21 @@ class AdapterTraining(AdapterFiles):
 
 
 def _named(modules):
-    """Yield `(name, module)` of what `freeze` takes."""
+    """Yield `(name, module)` of what `freeze` takes.
+
+    Containers are taken apart: a Brain has their members, not them, and
+    its `train()` would not reach a guard in the container.
+    """
     for given in modules:
         if given is None:
             continue
-        if isinstance(given, Mapping):
+        if isinstance(given, (Mapping, torch.nn.ModuleDict)):
             for name, module in given.items():
-                yield str(name), _checked(module, f"{name!r}")
-        elif isinstance(given, (list, tuple)):
+                inside = list(_named([_checked(module, repr(name))]))
+                for inner, part in inside:
+                    whole = part is module
+                    yield str(name) if whole else f"{name}.{inner}", part
+        elif isinstance(given, (list, tuple, torch.nn.ModuleList)):
             yield from _named(given)
         else:
             yield type(given).__name__, _checked(given, repr(given)[:60])
