@@ -118,11 +118,10 @@ def floating(dtype):
 
 def overflow_error(name, dtype, scale):
     """Return the error for an edit that the stored type cannot hold."""
-    half = dtype in ("float16", "bfloat16")
-    remedy = ", or write float32 (dtype='float32')" if half else ""
+    hint = " or write float32 (dtype='float32')" * dtype.endswith("float16")
     return ValueError(
-        f"{name!r}: base + {scale:g} * vector is too large for {dtype}. Use a "
-        f"smaller scale{remedy}"
+        f"{name!r}: base + {scale:g} * vector is too large for {dtype} and "
+        f"became NaN or infinity. Use a smaller scale{hint}"
     )
 
 

@@ -303,7 +303,10 @@ class MergeFile(Target):
         return [folder / "merge.yaml"]
 
     def read(self, folder):
-        from speechbrain_taskarith.commands.merge import read_plan, rule_of
+        from speechbrain_taskarith.commands.weights.merge import (
+            read_plan,
+            rule_of,
+        )
 
         plan = read_plan(folder / "merge.yaml")
         rule = rule_of(plan, folder / "merge.yaml")

@@ -23,7 +23,8 @@ from speechbrain_taskarith.vectors.encodings import ENCODINGS
 from speechbrain_taskarith.vectors.model_card import ModelCard
 from speechbrain_taskarith.vectors.rules.base import check_rule
 from speechbrain_taskarith.vectors.rules.description import from_description
-from speechbrain_taskarith.vectors.states.readers import as_state
+from speechbrain_taskarith.vectors.states.names import under_names_of
+from speechbrain_taskarith.vectors.states.readers import as_model, as_state
 from speechbrain_taskarith.vectors.states.state import short
 from speechbrain_taskarith.vectors.states.writers import save_state
 from speechbrain_taskarith.vectors.task_vector import TaskVector
@@ -112,7 +113,7 @@ class SequentialEditor:
     ):
         checks.one_of("keep_base", keep_base, ("copy", "reference"))
         checks.one_of("encoding", encoding, ("auto", *ENCODINGS))
-        base = as_state(base)
+        base = as_model(base)
         base.verify()
         check_finite(base, base.label)
         self._files = EditFolder.start(
@@ -318,7 +319,7 @@ class SequentialEditor:
             )
         before, rule = self._state(), self._get_rule()
         encoding = self._files.log.encoding
-        finetuned = as_state(finetuned)
+        finetuned = under_names_of(before, as_model(finetuned))
         given = self._files.log.handed_out(before.fingerprint)
         origin, started_from = origin_of(
             before, finetuned, self._files.types, started_from, given
