@@ -1,5 +1,6 @@
 """`base + scale * delta` with the cast back to the stored type."""
 
+import copy
 import math
 
 import torch
@@ -98,7 +99,7 @@ def edited(tau, base, scales, dtype=None):
         result[name] = torch.empty_like(tensor, dtype=kind)
         delta = tau[name].to(tensor.device)
         edit_into(result[name], tensor, delta, scales[name], name)
-    return result
+    return result | copy.deepcopy(base.extra)
 
 
 def rounding_loss(tau, base, result, scales):

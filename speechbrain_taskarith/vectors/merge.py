@@ -46,7 +46,10 @@ from speechbrain_taskarith.vectors.states.safetensors import (
     SafetensorsWriter,
 )
 from speechbrain_taskarith.vectors.states.state import fingerprint_of
-from speechbrain_taskarith.vectors.states.writers import save_state
+from speechbrain_taskarith.vectors.states.writers import (
+    check_extra,
+    save_state,
+)
 
 # Elements at a time on a GPU, which wants much work at once.
 _DEVICE_CHUNK = 1 << 23
@@ -234,6 +237,7 @@ def merge_checkpoints(
             base, finetuned, include, exclude, buffers, recoverable
         )
         scales = inputs.scales(check_rule(rule))
+        check_extra(inputs.base, output, form)
         if str(device) != "cpu":
             import torch
 
@@ -439,6 +443,7 @@ def _convert(merged, output, inputs, metadata, recoverable):
     state, aliases = open_state(merged), inputs.base.aliases
     tensors = {name: state[name] for name in state}
     content = {name: tensors[aliases.get(name, name)] for name in state}
+    content |= inputs.base.extra
     like = inputs.base.path
     if like is not None and not like.is_dir():
         like = None

@@ -85,6 +85,7 @@ def _look(path, options):
     for name, first in sorted(state.aliases.items()):
         tied[first].append(name)
     entry |= {"dtypes": dtypes, "tied": sorted(tied.values())}
+    entry["extra"] = sorted(state.extra)
     if not options.no_fingerprint:
         state.verify()
         entry["fingerprint"] = state.fingerprint
@@ -174,6 +175,8 @@ def _shown(entry):
     if entry["form"] != "task vector":
         shares = ", ".join(f"{d}: {n:,}" for d, n in entry["dtypes"].items())
         lines.append(f"  dtypes       {shares}")
+    if entry["extra"]:
+        lines.append(f"  no tensors   {', '.join(entry['extra'])}")
     for group in entry["tied"]:
         lines.append(f"  tied         {' = '.join(group)}")
     if "fingerprint" in entry:

@@ -1,6 +1,7 @@
 """`taskarith merge`: many checkpoints into one, as a merge file says."""
 
 import argparse
+import copy
 import itertools
 import re
 from collections.abc import Mapping
@@ -146,7 +147,9 @@ def _merge(plan, base, states, rule, output, progress):
     # A checkpoint folder holds more than the engine knows of: that writes
     # beside it.
     folder, target = output.name.startswith("CKPT+"), output
+    extra, base = base.extra, copy.copy(base)
     if folder:
+        base.extra = {}
         target = temporary_path(output).with_suffix(".safetensors")
     keys = ("device", "memory_limit", "threads", "include", "exclude")
     keys += ("buffers", "any_base", "fingerprint")
@@ -160,6 +163,7 @@ def _merge(plan, base, states, rule, output, progress):
         merged = dict(open_state(target))
         # Tied tensors stay tied.
         weights = {n: merged[base.aliases.get(n, n)] for n in merged}
+        weights |= extra
         write_weights(
             weights, output, card, like=plan.base, recoverable=plan.recoverable
         )

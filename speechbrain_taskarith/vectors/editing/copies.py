@@ -50,13 +50,17 @@ class StateCopies:
             if path.suffix in _SUFFIXES and path.name not in names:
                 path.unlink(missing_ok=True)
         for found in wanted:
-            # Only a torch file stores which tensors are tied.
-            tied = found in states and states[found].aliases
-            path = self._folder / _names(found)[1 if tied else 0]
-            if found not in states or path.exists():
+            if found not in states:
+                continue
+            # Only a torch file stores which tensors are tied, and what is
+            # no tensor.
+            state = states[found]
+            more = state.aliases or state.extra
+            path = self._folder / _names(found)[1 if more else 0]
+            if path.exists():
                 continue
             try:
-                save_state(states[found], path)
+                save_state(state, path)
             except OSError as error:
                 logger.warning("%s; the state will be built again", error)
 

@@ -258,10 +258,7 @@ class SequentialEditor:
         dict
             `{name: tensor}`; ValueError where the type cannot hold a tensor.
         """
-        state = self._files.give(self._state(), dtype)
-        origins = {name: state.aliases.get(name, name) for name in state}
-        copies = {name: state[name].clone() for name in set(origins.values())}
-        return {name: copies[origin] for name, origin in origins.items()}
+        return self._files.give(self._state(), dtype).to_dict()
 
     def vector(self, name):
         """Read an edit's `TaskVector`, before its scale (see `Edit`)."""

@@ -311,7 +311,8 @@ def _store_base(folder, base, keep_base):
                 "in memory can only be copied"
             )
         return {"path": str(Path(base.path).resolve()), **entry}
-    # Only a torch file stores which tensors are tied.
-    file = "base.ckpt" if base.aliases else "base.safetensors"
+    # Only a torch file stores which tensors are tied, and what is no tensor.
+    more = base.aliases or base.extra
+    file = "base.ckpt" if more else "base.safetensors"
     save_state(base, folder / file)
     return {"file": file, **entry}

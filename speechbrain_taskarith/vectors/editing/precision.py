@@ -66,7 +66,7 @@ def cast(state, types):
                 )
         result[name] = result[origin]
     found = as_state({name: result[name] for name in state})
-    found.label = state.label
+    found.label, found.extra = state.label, state.extra
     return found
 
 

@@ -15,7 +15,11 @@ import numpy as np
 
 from speechbrain_taskarith.utils.messages import some
 from speechbrain_taskarith.utils.patterns import select
-from speechbrain_taskarith.vectors.states.state import State, short
+from speechbrain_taskarith.vectors.states.state import (
+    State,
+    is_extra,
+    short,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +173,7 @@ def renamed(state, entries):
         entries, state.path, state.metadata, lambda _: state.verify()
     )
     result.label, result.source = state.label, state
+    result.extra = state.extra
     return result
 
 
@@ -218,8 +223,10 @@ def match_names(
     Otherwise it is a KeyError (names) or ValueError that ends with `advice`,
     or a warning where not `strict`.
     """
-    ours = {name: base.info(name) for name in base}
-    theirs = {name: other.info(name) for name in other}
+    ours, theirs = (
+        {name: state.info(name) for name in state if not is_extra(name)}
+        for state in (base, other)
+    )
     chosen = select({**ours, **theirs}, include, exclude)
     common = [name for name in chosen if name in ours and name in theirs]
     only_base = [n for n in chosen if n not in theirs and not partial]

@@ -5,6 +5,7 @@ imports torch until a tensor is asked for, so that tools which only stream
 bytes stay small.
 """
 
+import copy
 import hashlib
 import mmap
 import os
@@ -30,6 +31,11 @@ NESTED = ("state_dict", "model_state_dict", "model", "module")
 
 # The entry of the metadata that makes stored tensors a task vector.
 TASK_VECTOR = "task_vector"
+
+# What torch calls what a module stores besides tensors (`get_extra_state`).
+EXTRA_STATE = "_extra_state"
+# What a module's counters and settings may be.
+PLAIN = (type(None), bool, int, float, complex, str, bytes)
 
 _HASH_BLOCK = 1 << 22
 
@@ -157,6 +163,9 @@ class State(Mapping):
         self.source = None
         # Names of the module they were opened for that they do not cover.
         self.left_out = ()
+        # Entries of the state dict that are no tensors. They are carried
+        # along; they are neither edited nor part of the fingerprint.
+        self.extra = {}
 
     def __getitem__(self, name):
         self.info(name)
@@ -226,6 +235,16 @@ class State(Mapping):
                 tied[name] = tied[origin] = origin
         return tied
 
+    def to_dict(self):
+        """Return a copy as a state dict.
+
+        Tied tensors stay tied; what is no tensor (`extra`) comes along.
+        """
+        origins = {name: self.aliases.get(name, name) for name in self}
+        copies = {name: self[name].clone() for name in set(origins.values())}
+        result = {name: copies[origin] for name, origin in origins.items()}
+        return result | copy.deepcopy(self.extra)
+
     @cached_property
     def fingerprint(self):
         """SHA-256 over names, dtypes, shapes and bytes; equal weights have
@@ -291,8 +310,18 @@ def short(fingerprint):
     return fingerprint[:12] if fingerprint else "none"
 
 
+def is_extra(name):
+    """Tell whether a name is one of a module's extra state, never edited."""
+    return name.rpartition(".")[2] == EXTRA_STATE
+
+
 def from_mapping(content, label, path=None, metadata=None, check=None):
-    """Make a state of a mapping, which may be nested one level (`NESTED`)."""
+    """Make a state of a mapping, which may be nested one level (`NESTED`).
+
+    Entries that are no tensors go to `State.extra`, if they are a module's
+    extra state or plain values; others are refused, since what is meant may
+    be inside.
+    """
     import torch
 
     for key in NESTED:
@@ -300,17 +329,39 @@ def from_mapping(content, label, path=None, metadata=None, check=None):
         if isinstance(inner, Mapping) and inner:
             content = inner
             break
-    entries = {}
+    if {"glob_mean", "glob_std"} <= set(content):
+        raise ValueError(
+            f"{label}: holds the statistics of an input normaliser, no "
+            "weights; pool_normalizers combines those"
+        )
+    optimizer = {"state", "param_groups"} <= set(content)
+    entries, extra = {}, {}
     for name, value in content.items():
-        if not isinstance(value, torch.Tensor):
-            optimizer = {"state", "param_groups"} <= set(content)
+        name = str(name)
+        if isinstance(value, torch.Tensor):
+            entries[name] = LoadedTensor(value)
+        elif is_extra(name) or (_is_plain(value) and not optimizer):
+            extra[name] = value
+        else:
             hint = " (an optimizer's state)" if optimizer else ""
             raise ValueError(
                 f"{label}: entry {name!r} is a {type(value).__name__}, "
                 f"expected a tensor{hint}. Pass a state dict, or a mapping "
                 f"that holds one under {', '.join(NESTED)}"
             )
-        entries[str(name)] = LoadedTensor(value)
     if not entries:
         raise ValueError(f"{label}: holds no tensors")
-    return State(entries, path, metadata, check)
+    state = State(entries, path, metadata, check)
+    state.extra = extra
+    return state
+
+
+def _is_plain(value):
+    """Tell whether a value is plain data, without a tensor anywhere in it."""
+    if isinstance(value, Mapping):
+        optimizer = {"state", "param_groups"} <= set(value)
+        return not optimizer and all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple, set)):
+        return all(map(_is_plain, value))
+    # NumPy's numbers, but no arrays: those may be weights.
+    return isinstance(value, (*PLAIN, np.generic))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from speechbrain_taskarith.utils.files import atomic_write, write_json
 from speechbrain_taskarith.vectors.states.safetensors import damaged
-from speechbrain_taskarith.vectors.states.state import from_mapping
+from speechbrain_taskarith.vectors.states.state import PLAIN, from_mapping
 
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
@@ -85,6 +85,7 @@ def save_torch_file(state, path, metadata=None):
             alone = size == tensor.untyped_storage().nbytes()
             tensors[origin] = tensor.contiguous() if alone else tensor.clone()
     content = {n: tensors[state.aliases.get(n, n)] for n in state}
+    content |= _stored_extra(state, path)
     with atomic_write(path) as stream:
         try:
             torch.save(content, stream)
@@ -98,3 +99,28 @@ def save_torch_file(state, path, metadata=None):
             ) from error
     if metadata:
         write_json(f"{path}.json", dict(metadata))
+
+
+def _stored_extra(state, path):
+    """Return what is no tensor, in types that are read without code."""
+    import numpy as np
+    import torch
+
+    def stored(value, name):
+        if isinstance(value, Mapping):
+            return {stored(k, name): stored(v, name) for k, v in value.items()}
+        if isinstance(value, (list, tuple, set)):
+            kind = next(k for k in (list, tuple, set) if isinstance(value, k))
+            return kind(stored(entry, name) for entry in value)
+        if isinstance(value, np.generic):
+            return value.item()
+        if isinstance(value, (torch.Tensor, *PLAIN)):
+            return value
+        raise ValueError(
+            f"{path}: the entry {name!r} of {state.label} holds a "
+            f"{type(value).__name__}, which cannot be read again without "
+            "executing code. Let get_extra_state return tensors, numbers, "
+            "texts, lists and dicts"
+        )
+
+    return {name: stored(value, name) for name, value in state.extra.items()}

@@ -102,6 +102,7 @@ def align_vocabulary(states, vocabularies, rows):
         for name, origin in state.aliases.items():
             if name != origin and torch.equal(content[name], content[origin]):
                 content[name] = content[origin]
+        content.update(state.extra)
     return aligned, union
 
 

@@ -4,6 +4,7 @@ import collections
 import json
 import shutil
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from speechbrain_taskarith.utils.files import (
     read_json,
     write_json,
 )
+from speechbrain_taskarith.utils.messages import some
 from speechbrain_taskarith.utils.patterns import first_match, require_match
 from speechbrain_taskarith.vectors.states.names import match_names
 from speechbrain_taskarith.vectors.states.readers import (
@@ -35,6 +37,7 @@ from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     recoverables,
     write_meta,
 )
+from speechbrain_taskarith.vectors.states.state import is_extra
 from speechbrain_taskarith.vectors.states.torch_files import (
     load_torch_file,
     save_torch_file,
@@ -130,6 +133,7 @@ def save_state(
     (tensor([1., 1.]), '3')
     """
     path, state, form = Path(path), as_state(state), form_of(path)
+    check_extra(state, path, form)
     if form == "safetensors":
         _save_safetensors(state, path, metadata)
     elif form == "torch":
@@ -140,6 +144,23 @@ def save_state(
     else:
         _save_hugging_face(state, path, metadata, shard_size, like)
     return path
+
+
+def check_extra(state, path, form):
+    """Refuse, or warn of, entries that are no tensors and would be lost.
+
+    safetensors (and so a Hugging Face folder) holds tensors only.
+    """
+    if form in ("torch", "speechbrain") or not state.extra:
+        return
+    message = (
+        f"{path}: safetensors holds tensors only, so {some(state.extra)} of "
+        f"{state.label} would be lost. Write x.ckpt or a CKPT+ folder"
+    )
+    # A module asks for its extra state when it loads, for nothing else.
+    if any(map(is_extra, state.extra)):
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=3)
 
 
 def _save_safetensors(state, path, metadata, names=None):
