@@ -1,4 +1,4 @@
-"""`base + scale * delta` with the cast back to the stored type."""
+"""`finetuned - base`, and `base + scale * delta` with the cast back to the stored type."""
 
 import copy
 import math
@@ -14,6 +14,7 @@ from speechbrain_taskarith.vectors.engine.workspace import add_scaled
 from speechbrain_taskarith.vectors.states.names import (
     check_tied_values,
     check_ties,
+    not_finite_error,
 )
 from speechbrain_taskarith.vectors.states.readers import as_state
 
@@ -22,6 +23,23 @@ from speechbrain_taskarith.vectors.states.readers import as_state
 # wants larger pieces, for fewer launches.
 _HALF = (torch.float16, torch.bfloat16)
 _CHUNK = {"cpu": 1 << 19, "cuda": 1 << 22}
+
+
+def differences(base, finetuned, names):
+    """Return `{name: finetuned - base}` in float32; tied names share one."""
+    deltas = {}
+    for name in names:
+        origin = base.aliases.get(name, name)
+        if origin in deltas:
+            check_tied_values(base, finetuned, name)
+            deltas[name] = deltas[origin]
+            continue
+        before = base[name]
+        delta = finetuned[name].to(before.device).float() - before.float()
+        if not all_finite(delta):
+            raise not_finite_error(base, finetuned, name)
+        deltas[name] = delta
+    return deltas
 
 
 def edit_into(tensor, base, delta, scale, name):

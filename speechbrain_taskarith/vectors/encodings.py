@@ -45,8 +45,16 @@ def encode(deltas, encoding="lossless"):
     if encoding not in ENCODINGS:
         known = ", ".join(ENCODINGS)
         raise ValueError(f"unknown encoding {encoding!r}; expected {known}")
-    tensors, layout = {}, {}
+    tensors, layout, first = {}, {}, {}
     for name, delta in deltas.items():
+        origin = first.setdefault(id(delta), name)
+        if origin != name:
+            # Tied parameters share what is stored.
+            layout[name] = layout[origin]
+            for end in ("", _MASK, _VALUES, _SCALE):
+                if origin + end in tensors:
+                    tensors[name + end] = tensors[origin + end]
+            continue
         delta = delta.detach().to("cpu", torch.float32).contiguous()
         layout[name] = {"as": encoding, "shape": list(delta.shape)}
         if encoding.startswith("sparse"):
@@ -118,6 +126,10 @@ def read_vector(path):
     except (ValueError, KeyError, TypeError) as error:
         what = f"is not a complete task vector ({error})"
         raise damaged(path, what) from None
+    for name in deltas:
+        end = "" if name in stored else _MASK
+        origin = stored.aliases.get(name + end, name + end)
+        deltas[name] = deltas[origin.removesuffix(end)]
     for name, delta in deltas.items():
         if not all_finite(delta):
             raise damaged(path, f"{name!r} holds NaN or infinity")

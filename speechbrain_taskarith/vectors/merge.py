@@ -44,6 +44,7 @@ from speechbrain_taskarith.vectors.states.safetensors import (
     ITEM_SIZE,
     TORCH_NAME,
     SafetensorsWriter,
+    tied_text,
 )
 from speechbrain_taskarith.vectors.states.state import fingerprint_of
 from speechbrain_taskarith.vectors.states.writers import (
@@ -264,6 +265,7 @@ def merge_checkpoints(
             ],
         }
         header = {"format": "pt", **metadata, "merge": json.dumps(provenance)}
+        header |= tied_text(inputs.base.aliases, inputs.base)
         if fingerprint:
             header["fingerprint"] = _UNKNOWN
         infos = _output_infos(inputs.base, dtype)

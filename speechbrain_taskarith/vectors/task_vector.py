@@ -6,7 +6,6 @@ fingerprint of the base it was taken from.
 """
 
 import functools
-import json
 import math
 import operator
 from collections.abc import Mapping
@@ -14,28 +13,29 @@ from collections.abc import Mapping
 import torch
 
 from speechbrain_taskarith.utils.patterns import select
-from speechbrain_taskarith.vectors.application import edit_in_place, edited
-from speechbrain_taskarith.vectors.checks import (
-    all_finite,
-    finite,
-    scale_by_name,
+from speechbrain_taskarith.vectors.application import (
+    differences,
+    edit_in_place,
+    edited,
 )
+from speechbrain_taskarith.vectors.checks import finite, scale_by_name
 from speechbrain_taskarith.vectors.encodings import read_vector, write_vector
+from speechbrain_taskarith.vectors.engine.vector_header import (
+    bounded,
+    parted,
+    parted_in,
+)
 from speechbrain_taskarith.vectors.states.names import (
     check_alike,
     check_ancestry,
-    check_tied_values,
+    check_ties,
     editable_names,
     match_names,
-    not_finite_error,
     renaming,
     under_names_of,
 )
 from speechbrain_taskarith.vectors.states.readers import as_model, as_state
 from speechbrain_taskarith.vectors.states.state import short
-
-# Vectors that a vector's history names, at most.
-_LONGEST_HISTORY = 64
 
 
 class TaskVector(Mapping):
@@ -78,7 +78,7 @@ class TaskVector(Mapping):
         own = {id(d): d.detach().float() for d in deltas.values()}
         self._deltas = {name: own[id(d)] for name, d in deltas.items()}
         self.base_fingerprint = base_fingerprint
-        self.metadata = _bounded(metadata or {})
+        self.metadata = bounded(metadata or {})
 
     @classmethod
     def between(
@@ -138,22 +138,12 @@ class TaskVector(Mapping):
             strict=strict,
             advice=", or say strict=False to leave these out",
         )
-        deltas = {}
-        for name in names:
-            origin = base.aliases.get(name, name)
-            if origin in deltas:
-                check_tied_values(base, finetuned, name)
-                deltas[name] = deltas[origin]
-                continue
-            before = base[name]
-            delta = finetuned[name].to(before.device).float() - before.float()
-            if not all_finite(delta):
-                raise not_finite_error(base, finetuned, name)
-            deltas[name] = delta
+        deltas = differences(base, finetuned, names)
         metadata = {
             "base": base.label,
             "finetuned": finetuned.label,
             "finetuned_fingerprint": fingerprint,
+            **parted(base.aliases, deltas),
         }
         return cls(deltas, base.fingerprint, metadata)
 
@@ -179,6 +169,7 @@ class TaskVector(Mapping):
 
         base = as_model(base)
         deltas = lora_deltas(base, adapted, alpha=alpha)
+        check_ties(base, deltas)
         label = str(adapted) if not hasattr(adapted, "modules") else "LoRA"
         metadata = {"base": base.label, "lora": label}
         return cls(deltas, base.fingerprint, metadata)
@@ -307,7 +298,9 @@ class TaskVector(Mapping):
         """
         chosen = select(self, include, exclude)
         deltas = {name: self._deltas[name] for name in chosen}
-        return TaskVector(deltas, self.base_fingerprint, self.metadata)
+        aliases = as_state(self).aliases if len(self) else {}
+        metadata = {**self.metadata, **parted(aliases, chosen, self.metadata)}
+        return TaskVector(deltas, self.base_fingerprint, metadata)
 
     def scales(self, scale):
         """Return the scale of every parameter, `{name: float}`.
@@ -385,7 +378,10 @@ class TaskVector(Mapping):
         edit_in_place(tau, state, tau.scales(scale))
 
     def named_as(self, base) -> "TaskVector":
-        """Return the vector under a base's names, where wrappers differ.
+        """Return the vector under a base's names, where wrappers or ties differ.
+
+        Of names that are tied in the base or in the vector's own, an edit of
+        one is an edit of all.
 
         Arguments
         ---------
@@ -398,10 +394,17 @@ class TaskVector(Mapping):
             Itself, if only its names fit or none do.
         """
         base = as_model(base)
-        if self.keys() <= base.keys() or not (pairs := renaming(base, self)):
+        ties = base.aliases.items()
+        split = any((one in self) != (two in self) for one, two in ties)
+        if self.keys() <= base.keys() and not split:
+            return self
+        pairs = renaming(base, as_state(self)) if len(self) else None
+        if pairs is None:
             return self
         deltas = {name: self[found] for name, found in pairs.names.items()}
         deltas |= {name: self[name] for name in pairs.unknown}
+        for name in parted_in(self.metadata):
+            deltas.pop(name, None)
         return TaskVector(deltas, self.base_fingerprint, self.metadata)
 
     def check_fits(self, base):
@@ -455,24 +458,6 @@ class TaskVector(Mapping):
         parents = [self.metadata, other.metadata]
         metadata = {"operation": operation, "parents": parents}
         return TaskVector(deltas, base_fingerprint, metadata)
-
-
-def _bounded(metadata):
-    """Where a history has grown long, keep what it began with alone."""
-
-    def nodes(one):
-        yield one
-        for parent in one.get("parents", ()):
-            yield from nodes(parent)
-
-    if sum(1 for _ in nodes(metadata)) <= _LONGEST_HISTORY:
-        return dict(metadata)
-    origins = {}
-    for one in nodes(metadata):
-        if "parents" not in one:
-            origins.setdefault(json.dumps(one, default=str), one)
-    kept = list(origins.values())[: _LONGEST_HISTORY - 1]
-    return {**metadata, "parents": kept, "shortened": True}
 
 
 def _each(function, first, *others):

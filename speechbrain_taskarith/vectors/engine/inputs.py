@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from speechbrain_taskarith.vectors.engine.vector_header import (
+    parted_in,
     read_vector_header,
 )
 from speechbrain_taskarith.vectors.states.names import (
@@ -33,6 +34,7 @@ class Parent(NamedTuple):
     label: str
     kind: str  # "checkpoint" or "task vector"
     base_fingerprint: str | None = None
+    parted: frozenset = frozenset()  # see `vector_header.parted`
 
 
 def open_parent(source, recoverable=None):
@@ -44,12 +46,14 @@ def open_parent(source, recoverable=None):
         if isinstance(source, TaskVector):
             label, state = "task vector in memory", as_state(source)
             state.label = label
-            return Parent(state, label, "task vector", source.base_fingerprint)
+            parted = parted_in(source.metadata)
+            found = source.base_fingerprint
+            return Parent(state, label, "task vector", found, parted)
     state = as_state(source, recoverable=recoverable)
     header = read_vector_header(state)
     if header is None:
         return Parent(state, state.label, "checkpoint")
-    layout, fingerprint, _ = header
+    layout, fingerprint, history = header
     label = state.label
     # Others are no tensors that can be read piece by piece.
     if not {e["as"] for e in layout.values()} <= {"lossless", "bf16"}:
@@ -58,7 +62,7 @@ def open_parent(source, recoverable=None):
         deltas, *_ = read_vector(state.path)
         state = as_state(deltas)
         state.label = label
-    return Parent(state, label, "task vector", fingerprint)
+    return Parent(state, label, "task vector", fingerprint, parted_in(history))
 
 
 class MergeInputs:
@@ -88,14 +92,16 @@ class MergeInputs:
         for source in finetuned:
             parent = open_parent(source, recoverable)
             partial = parent.kind == "task vector"
-            state = under_names_of(self.base, parent.state, partial=partial)
+            state = under_names_of(
+                self.base, parent.state, partial=partial, parted=parent.parted
+            )
             self.parents.append(parent._replace(state=state))
         self.number = len(self.parents)
         if not self.parents:
             raise ValueError("nothing to merge: no fine-tuned model was given")
         layouts, chosen = [], (include, exclude, buffers)
-        for state, _, kind, _ in self.parents:
-            partial = kind == "task vector"
+        for parent in self.parents:
+            state, partial = parent.state, parent.kind == "task vector"
             names = editable_names(self.base, state, *chosen, partial=partial)
             layouts.append({name: state.info(name) for name in names})
         check_alike(layouts, [parent.label for parent in self.parents])

@@ -16,6 +16,10 @@ ENCODINGS += ("sparse", "sparse-bf16", "sparse-int8")
 
 _VERSION = 2
 # Version 1 had no checksum of the header.
+# Vectors that a history names, at most.
+_LONGEST_HISTORY = 64
+# Where it notes names that were left out by choice, see `parted`.
+_PARTED = "parted"
 _CHECKSUM = f"{TASK_VECTOR}_checksum"
 
 
@@ -66,3 +70,40 @@ def read_vector_header(state):
 
 def _checksum(text):
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def bounded(history):
+    """Where a history has grown long, keep what it began with alone."""
+
+    def nodes(one):
+        yield one
+        for parent in one.get("parents", ()):
+            yield from nodes(parent)
+
+    if sum(1 for _ in nodes(history)) <= _LONGEST_HISTORY:
+        return dict(history)
+    origins = {}
+    for one in nodes(history):
+        if "parents" not in one:
+            origins.setdefault(json.dumps(one, default=str), one)
+    kept = list(origins.values())[: _LONGEST_HISTORY - 1]
+    return {**history, "parents": kept, "shortened": True}
+
+
+def parted(aliases, names, history=None):
+    """Return the entry that notes a choice between tied names.
+
+    A vector may lack one of two names that a model ties since its base did:
+    then an edit of one is an edit of both. Or it was left out by a pattern:
+    then it is not. `aliases` is `State.aliases`.
+    """
+    taken = {aliases[name] for name in names if name in aliases}
+    found = {n for n, o in aliases.items() if o in taken and n not in names}
+    found.update((history or {}).get(_PARTED, ()))
+    return {_PARTED: sorted(found)} if found else {}
+
+
+def parted_in(history):
+    """Return what a vector, or those it was made of, are `parted` from."""
+    found = frozenset(history.get(_PARTED, ()))
+    return found.union(*map(parted_in, history.get("parents", ())))

@@ -70,15 +70,18 @@ class Pairs(NamedTuple):
     missing: list  # names that the other lacks
     heads: list  # output layers and constants that only the other has
     unknown: list  # the other's remaining names
+    tied: list = ()  # further names of the other for what is in `names`
 
 
-def pair_names(names, others, ties=None):
+def pair_names(names, others, ties=None, other_ties=None):
     """Pair the names of two models that differ by what they are wrapped in.
 
     A wrapper puts one prefix before all names (`model.`, `wav2vec2.`); the
-    pair of prefixes is taken under which most names agree. `ties` is
-    `State.aliases`: a name that is missing stands for the one it is tied to.
+    pair of prefixes is taken under which most names agree. `ties` are
+    `State.aliases` of each: a name that one lacks stands for the one that it
+    is tied to in the other.
     """
+    other_ties = other_ties or {}
     names, others = list(names), list(others)
     ours, theirs = _unwrapped(names), _unwrapped(others)
     start, other_start = _prefixes(ours, theirs)
@@ -104,9 +107,12 @@ def pair_names(names, others, ties=None):
             missing.append(name)
     used, outer = set(pairs.values()), set(other_start.split("."))
     left = {n: plain for plain, n in theirs.items() if n not in used}
+    groups = {other_ties[name] for name in used if name in other_ties}
+    tied = [name for name in left if other_ties.get(name) in groups]
+    left = {name: plain for name, plain in left.items() if name not in tied}
     heads = [n for n, plain in left.items() if _is_head(plain, outer)]
     unknown = [n for n in left if n not in heads]
-    return Pairs(pairs, missing, heads, unknown)
+    return Pairs(pairs, missing, heads, unknown, tied)
 
 
 def _unwrapped(names):
@@ -155,14 +161,15 @@ def _is_head(name, outer):
 
 
 def renaming(base, other):
-    """Return the `Pairs` if only wrappers tell two models' names apart.
+    """Return the `Pairs` if wrappers or ties tell two models' names apart.
 
     None where the names are the same, or have another reason to differ.
     """
     if set(base) == set(other):
         return None
-    pairs = pair_names(base, other, base.aliases)
+    pairs = pair_names(base, other, base.aliases, other.aliases)
     differ = any(name != found for name, found in pairs.names.items())
+    differ = differ or bool(pairs.tied)
     constants = CONSTANTS & {*pairs.missing, *pairs.heads}
     return pairs if pairs.names and (differ or constants) else None
 
@@ -177,11 +184,12 @@ def renamed(state, entries):
     return result
 
 
-def under_names_of(base, other, *, partial=False):
-    """Return a state under the base's names, if wrappers tell them apart.
+def under_names_of(base, other, *, partial=False, parted=()):
+    """Return a state under the base's names, if wrappers or ties differ.
 
     As the checkpoint of SpeechBrain's wrapper and the Hugging Face folder it
-    started from. Output layers and constants that only one of them has count
+    started from. Names that one of them ties are one parameter, whichever of
+    them the other holds. Output layers and constants that only one of them has count
     as not trained: the base's are taken (`partial`, for vectors: left out).
     Otherwise `other` as it is: where it does not fit, `match_names` says so.
     """
@@ -191,6 +199,7 @@ def under_names_of(base, other, *, partial=False):
     untrained = set(pair_names(other, base).heads).intersection(pairs.missing)
     entries = {n: other.entries[found] for n, found in pairs.names.items()}
     entries |= {name: other.entries[name] for name in pairs.unknown}
+    entries = {n: entries[n] for n in entries if n not in parted}
     if partial:
         untrained = ()
     entries |= {name: base.entries[name] for name in untrained}

@@ -12,8 +12,10 @@ from speechbrain_taskarith.utils.files import read_json
 from speechbrain_taskarith.vectors.states.safetensors import (
     CHECKED,
     FINGERPRINT,
+    TIED,
     damaged,
     read_header,
+    read_tied,
 )
 from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     META_FILE,
@@ -173,13 +175,20 @@ def _open_safetensors(path, shown_as=None):
         name: StoredTensor(path, descriptor, info, offset)
         for name, (info, offset) in tensors.items()
     }
+    tied = read_tied(path, metadata.pop(TIED, None), tensors)
+    twins = State({name: entries[name] for name in tied})
+    entries |= {name: entries[origin] for name, origin in tied.items()}
     written = metadata.get(FINGERPRINT)
     promised = metadata.pop(CHECKED, None)
 
     def check(state):
         if promised is not None and written is None:
             raise damaged(path, "its header has lost its fingerprint")
-        if written is not None and written != state.fingerprint:
+        whole = written in (None, state.fingerprint)
+        # Of tied tensors only the first one's bytes are used.
+        if not (
+            whole and all(twins.digest(n) == state.digest(n) for n in tied)
+        ):
             raise damaged(path, "its tensors are not those it was written with")
 
     state = State(entries, shown_as or path, metadata, check)

@@ -50,6 +50,9 @@ FLOATING = ("F64", "F32", "F16", "BF16")
 
 # Metadata of our files: the hash of all tensors, and that there is one.
 FINGERPRINT, CHECKED = "fingerprint", "checked_by"
+# And which names are one tensor, as JSON: `{name: first name}`. The format
+# holds the bytes of each.
+TIED = "tied_tensors"
 
 # What a header that is not ours may raise on the way.
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -126,6 +129,28 @@ def read_header(path):
     if (said := 8 + length + expected) != size:
         raise damaged(path, f"has {size} bytes, its header says {said}")
     return tensors, metadata
+
+
+def tied_text(aliases, names):
+    """Return the metadata that say which of some names are one tensor."""
+    tied = {
+        name: origin
+        for name, origin in aliases.items()
+        if name != origin and name in names and origin in names
+    }
+    return {TIED: json.dumps(tied)} if tied else {}
+
+
+def read_tied(path, text, tensors):
+    """Return `{name: first name}` of such metadata, checked."""
+    try:
+        tied = json.loads(text or "{}")
+        if any(tensors[n][0] != tensors[o][0] for n, o in tied.items()):
+            raise ValueError("they differ in type or shape")
+    except _UNREADABLE as error:
+        what = f"its {TIED!r} are not names of its tensors ({error})"
+        raise damaged(path, what) from None
+    return tied
 
 
 class SafetensorsWriter:

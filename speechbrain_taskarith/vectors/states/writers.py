@@ -27,6 +27,7 @@ from speechbrain_taskarith.vectors.states.safetensors import (
     ITEM_SIZE,
     TORCH_NAME,
     SafetensorsWriter,
+    tied_text,
 )
 from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     FINETUNED,
@@ -92,8 +93,9 @@ def save_state(
     Arguments
     ---------
     state : mapping, torch.nn.Module, State or path
-        What to write. Tied tensors stay tied in torch files; the other forms
-        hold each name's bytes.
+        What to write. Tied tensors stay tied. What is no tensor
+        (`get_extra_state`, counters) needs a torch file or a SpeechBrain
+        folder.
     path : str or pathlib.Path
         `x.safetensors`; `x.ckpt`, `x.pt`, `x.pth` or `x.bin` (a plain state
         dict by `torch.save`); a name that starts with `CKPT+` (a SpeechBrain
@@ -165,7 +167,7 @@ def check_extra(state, path, form):
 
 def _save_safetensors(state, path, metadata, names=None):
     names = list(state) if names is None else names
-    header = {"format": "pt"}
+    header = {"format": "pt", **tied_text(state.aliases, names)}
     for key, value in (metadata or {}).items():
         text = value if isinstance(value, str) else json.dumps(value)
         header[str(key)] = text
