@@ -12,6 +12,7 @@ from speechbrain_taskarith.vectors.checks import (
 )
 from speechbrain_taskarith.vectors.engine.workspace import add_scaled
 from speechbrain_taskarith.vectors.states.names import (
+    check_readable,
     check_tied_values,
     check_ties,
     not_finite_error,
@@ -97,6 +98,7 @@ def edited(tau, base, scales, dtype=None):
     share a tensor. `scales` is `{name: float}` for the names of the vector,
     which fits the base.
     """
+    check_readable(base)
     check_tied_edits(tau, base, scales)
     dtype = dtype and getattr(torch, floating(dtype))
     result = {}

@@ -85,7 +85,7 @@ def _look(path, options):
     for name, first in sorted(state.aliases.items()):
         tied[first].append(name)
     entry |= {"dtypes": dtypes, "tied": sorted(tied.values())}
-    entry["extra"] = sorted(state.extra)
+    entry |= {"extra": sorted(state.extra), "unreadable": state.unreadable}
     if not options.no_fingerprint:
         state.verify()
         entry["fingerprint"] = state.fingerprint
@@ -177,6 +177,8 @@ def _shown(entry):
         lines.append(f"  dtypes       {shares}")
     if entry["extra"]:
         lines.append(f"  no tensors   {', '.join(entry['extra'])}")
+    for name, why in entry["unreadable"].items():
+        lines.append(f"  not read     {name}: {why}")
     for group in entry["tied"]:
         lines.append(f"  tied         {' = '.join(group)}")
     if "fingerprint" in entry:

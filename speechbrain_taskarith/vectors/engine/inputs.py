@@ -17,6 +17,7 @@ from speechbrain_taskarith.vectors.engine.vector_header import (
 from speechbrain_taskarith.vectors.states.names import (
     check_alike,
     check_ancestry,
+    check_readable,
     check_tied_values,
     check_ties,
     editable_names,
@@ -88,6 +89,7 @@ class MergeInputs:
         if isinstance(finetuned, (str, os.PathLike, Mapping)):
             finetuned = [finetuned]
         self.base = as_model(base, recoverable=recoverable)
+        check_readable(self.base)
         self.parents = []
         for source in finetuned:
             parent = open_parent(source, recoverable)

@@ -19,6 +19,7 @@ from speechbrain_taskarith.vectors.states.state import (
     State,
     is_extra,
     short,
+    unreadable_error,
 )
 
 logger = logging.getLogger(__name__)
@@ -180,7 +181,7 @@ def renamed(state, entries):
         entries, state.path, state.metadata, lambda _: state.verify()
     )
     result.label, result.source = state.label, state
-    result.extra = state.extra
+    result.extra, result.unreadable = state.extra, state.unreadable
     return result
 
 
@@ -236,17 +237,26 @@ def match_names(
         {name: state.info(name) for name in state if not is_extra(name)}
         for state in (base, other)
     )
-    chosen = select({**ours, **theirs}, include, exclude)
+    unread = {**base.unreadable, **other.unreadable}
+    chosen = select({**ours, **theirs, **unread}, include, exclude)
+    unread = [name for name in chosen if name in unread]
+    if partial:
+        unread = [n for n in unread if n in theirs or n in other.unreadable]
+    for state in (base, other):
+        found = [name for name in unread if name in state.unreadable]
+        if found and strict:
+            raise unreadable_error(state, found)
+    chosen = [n for n in chosen if n in {**ours, **theirs} and n not in unread]
     common = [name for name in chosen if name in ours and name in theirs]
     only_base = [n for n in chosen if n not in theirs and not partial]
     only_other = [n for n in chosen if n not in ours]
     kind = tuple if same_types else attrgetter("shape", "floating")
     unlike = [n for n in common if kind(ours[n]) != kind(theirs[n])]
-    if not (only_base or only_other or unlike):
+    if not (only_base or only_other or unlike or unread):
         return common
     if strict:
         raise _misfit(base, other, only_base, only_other, unlike, advice)
-    out = [*only_base, *only_other, *unlike]
+    out = [*only_base, *only_other, *unlike, *unread]
     warnings.warn(f"left out of the task vector: {some(out)}", stacklevel=4)
     return [name for name in common if name not in set(unlike)]
 
@@ -296,6 +306,8 @@ def editable_names(base, other, include, exclude, buffers, **options):
     if buffers not in ("base", "edit"):
         raise ValueError(f"buffers={buffers!r}: expected 'base' or 'edit'")
     names = match_names(base, other, include, exclude, **options)
+    if not options.get("partial"):
+        _check_codes(base, other, names, options.get("strict", True))
     names = [name for name in names if base.info(name).floating]
     if buffers == "base" and not options.get("partial"):
         names = [n for n in names if not n.endswith(RUNNING_STATISTICS)]
@@ -303,6 +315,51 @@ def editable_names(base, other, include, exclude, buffers, **options):
         what = "no floating point parameter is left to edit"
         raise ValueError(f"{base.label}: {what}")
     return names
+
+
+def check_readable(state):
+    """Raise unless all tensors can be copied into a result."""
+    if state.unreadable:
+        raise unreadable_error(
+            state, list(state.unreadable), "take a model without it"
+        )
+
+
+def _check_codes(base, other, names, strict):
+    """Raise for numbers that are no weights by themselves, and differ.
+
+    Integers are not edited, which is right for counters and masks. Of
+    quantised weights it would leave half a model behind.
+    """
+    for name in names:
+        one, two = base.info(name), other.info(name)
+        codes = one.dtype.startswith(("F8", "C")) or (
+            one.dtype in ("I8", "U8") and len(one.shape) > 1
+        )
+        if not codes or (one == two and _same_bytes(base, name, other, name)):
+            continue
+        message = (
+            f"{other.label}: {name!r} is of type {two.dtype} and differs from "
+            f"{base.label}; quantised and complex numbers are not edited. "
+            "Restore the floating point weights of both models, or exclude it"
+        )
+        if strict:
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=5)
+
+
+def _same_bytes(one, name, two, other):
+    """Compare two tensors of one type and shape, piece by piece."""
+    info = one.info(name)
+    for start in range(0, info.numel, _BLOCK):
+        stop = min(start + _BLOCK, info.numel)
+        size = (stop - start) * info.nbytes // info.numel
+        left, right = np.empty((2, size), np.uint8)
+        one.read_into(name, start, stop, left)
+        two.read_into(other, start, stop, right)
+        if not np.array_equal(left, right):
+            return False
+    return True
 
 
 def check_alike(vectors, labels=None):
@@ -364,15 +421,8 @@ def check_tied_values(base, state, name):
         name in aliases and aliases[name] == aliases.get(origin)
     ):
         return
-    info = state.info(name)
-    equal = info == state.info(origin)
-    for start in range(0, info.numel if equal else 0, _BLOCK):
-        stop = min(start + _BLOCK, info.numel)
-        size = (stop - start) * info.nbytes // info.numel
-        one, other = np.empty((2, size), np.uint8)
-        state.read_into(name, start, stop, one)
-        state.read_into(origin, start, stop, other)
-        equal = equal and np.array_equal(one, other)
+    equal = state.info(name) == state.info(origin)
+    equal = equal and _same_bytes(state, name, state, origin)
     if not equal:
         raise ValueError(
             f"{name!r} and {origin!r} are one tensor in {base.label}, but "

@@ -12,6 +12,7 @@ from speechbrain_taskarith.utils.files import read_json
 from speechbrain_taskarith.vectors.states.safetensors import (
     CHECKED,
     FINGERPRINT,
+    ITEM_SIZE,
     TIED,
     damaged,
     read_header,
@@ -174,6 +175,7 @@ def _open_safetensors(path, shown_as=None):
     entries = {
         name: StoredTensor(path, descriptor, info, offset)
         for name, (info, offset) in tensors.items()
+        if info.dtype in ITEM_SIZE
     }
     tied = read_tied(path, metadata.pop(TIED, None), tensors)
     twins = State({name: entries[name] for name in tied})
@@ -192,6 +194,11 @@ def _open_safetensors(path, shown_as=None):
             raise damaged(path, "its tensors are not those it was written with")
 
     state = State(entries, shown_as or path, metadata, check)
+    state.unreadable = {
+        name: f"of type {info.dtype}"
+        for name, (info, _) in tensors.items()
+        if name not in entries
+    }
     # Tensors taken out of the state are mapped and need no open file.
     weakref.finalize(state, os.close, descriptor)
     return state
@@ -232,8 +239,11 @@ def _open_shards(folder, index):
         if not (folder / file).exists():
             raise FileNotFoundError(f"{folder / file}: shard is missing")
         shards[file] = open_state(folder / file)
-    entries = {}
+    entries, unreadable = {}, {}
     for name, file in weight_map.items():
+        if name in shards[file].unreadable:
+            unreadable[name] = shards[file].unreadable[name]
+            continue
         if name not in shards[file]:
             raise damaged(folder / file, f"lacks {name!r}, which is indexed")
         entries[name] = shards[file].entries[name]
@@ -243,4 +253,6 @@ def _open_shards(folder, index):
         for shard in shards.values():
             shard.verify()
 
-    return State(entries, folder, check=check)
+    state = State(entries, folder, check=check)
+    state.unreadable = unreadable
+    return state

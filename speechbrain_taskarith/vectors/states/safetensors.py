@@ -42,6 +42,15 @@ _DTYPES = {
     "C64": (8, "complex64"),
     "F8_E4M3": (1, "float8_e4m3fn"),
     "F8_E5M2": (1, "float8_e5m2"),
+    "F8_E8M0": (1, "float8_e8m0fnu"),
+}
+# Those that torch has no plain tensors of: bits per element.
+_UNREADABLE_BITS = {
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
 }
 ITEM_SIZE = {name: size for name, (size, _) in _DTYPES.items()}
 TORCH_NAME = {name: torch_name for name, (_, torch_name) in _DTYPES.items()}
@@ -85,6 +94,7 @@ def read_header(path):
     """Read and check a header: `{name: (TensorInfo, offset)}`, metadata.
 
     Offsets are in bytes from the start of the file, in the order of the file.
+    Also of dtypes that are not in `ITEM_SIZE`, and cannot be read.
     """
     path = Path(path)
     size = path.stat().st_size
@@ -119,9 +129,13 @@ def read_header(path):
     tensors, expected = {}, 0
     for name in sorted(entries, key=lambda name: entries[name][1:]):
         info, begin, end = entries[name]
-        if info.dtype not in ITEM_SIZE:
+        if info.dtype in ITEM_SIZE:
+            size_said = info.nbytes
+        elif info.dtype in _UNREADABLE_BITS:
+            size_said = info.numel * _UNREADABLE_BITS[info.dtype] // 8
+        else:
             raise damaged(path, f"tensor {name!r} has dtype {info.dtype!r}")
-        if begin != expected or end - begin != info.nbytes:
+        if begin != expected or end - begin != size_said:
             what = f"tensor {name!r} does not lie where its shape says"
             raise damaged(path, what)
         expected = end

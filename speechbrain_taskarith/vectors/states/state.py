@@ -87,11 +87,7 @@ class LoadedTensor:
 
     def __init__(self, tensor):
         plain = str(tensor.dtype).removeprefix("torch.")
-        if plain not in _SAFETENSORS_NAME:
-            raise ValueError(
-                f"tensors of dtype {tensor.dtype} cannot be stored or edited"
-            )
-        self._tensor = tensor.detach()
+        self._tensor = tensor.detach().resolve_conj().resolve_neg()
         self.info = TensorInfo(_SAFETENSORS_NAME[plain], tuple(tensor.shape))
 
     identity = property(lambda self: memory_identity(self._tensor))
@@ -103,6 +99,8 @@ class LoadedTensor:
         flat = self._tensor.to("cpu").contiguous().reshape(-1)
         if not flat.numel():
             return np.empty(0, dtype=np.uint8)
+        # The stride of a single element may be any.
+        flat = flat.as_strided(flat.shape, (1,))
         return flat.view(torch.uint8).numpy()
 
     def read_into(self, start, buffer):
@@ -166,6 +164,8 @@ class State(Mapping):
         # Entries of the state dict that are no tensors. They are carried
         # along; they are neither edited nor part of the fingerprint.
         self.extra = {}
+        # Tensors of types or layouts that are not read, and why.
+        self.unreadable = {}
 
     def __getitem__(self, name):
         self.info(name)
@@ -195,6 +195,8 @@ class State(Mapping):
         try:
             return self.entries[name].info
         except KeyError:
+            if name in self.unreadable:
+                raise unreadable_error(self, [name]) from None
             raise KeyError(f"{self.label} holds no tensor {name!r}") from None
 
     def read_into(self, name, start, stop, buffer):
@@ -310,6 +312,25 @@ def short(fingerprint):
     return fingerprint[:12] if fingerprint else "none"
 
 
+def unreadable_error(state, names, remedy="exclude it"):
+    """Return the error for tensors that cannot be read."""
+    name = names[0]
+    more = f" ({len(names)} such tensors)" if len(names) > 1 else ""
+    return ValueError(
+        f"{state.label}: {name!r} is {state.unreadable[name]}{more}, which is "
+        f"neither read nor edited. Restore floating point weights, or {remedy}"
+    )
+
+
+def _unreadable(tensor):
+    """Return why a tensor cannot be read, or None."""
+    if str(tensor.layout) != "torch.strided":
+        return f"of layout {tensor.layout}"
+    if str(tensor.dtype).removeprefix("torch.") not in _SAFETENSORS_NAME:
+        return f"of type {tensor.dtype}"
+    return None
+
+
 def is_extra(name):
     """Tell whether a name is one of a module's extra state, never edited."""
     return name.rpartition(".")[2] == EXTRA_STATE
@@ -335,11 +356,14 @@ def from_mapping(content, label, path=None, metadata=None, check=None):
             "weights; pool_normalizers combines those"
         )
     optimizer = {"state", "param_groups"} <= set(content)
-    entries, extra = {}, {}
+    entries, extra, unreadable = {}, {}, {}
     for name, value in content.items():
         name = str(name)
         if isinstance(value, torch.Tensor):
-            entries[name] = LoadedTensor(value)
+            if found := _unreadable(value):
+                unreadable[name] = found
+            else:
+                entries[name] = LoadedTensor(value)
         elif is_extra(name) or (_is_plain(value) and not optimizer):
             extra[name] = value
         else:
@@ -349,10 +373,12 @@ def from_mapping(content, label, path=None, metadata=None, check=None):
                 f"expected a tensor{hint}. Pass a state dict, or a mapping "
                 f"that holds one under {', '.join(NESTED)}"
             )
-    if not entries:
-        raise ValueError(f"{label}: holds no tensors")
     state = State(entries, path, metadata, check)
-    state.extra = extra
+    state.extra, state.unreadable = extra, unreadable
+    if not entries:
+        if unreadable:
+            raise unreadable_error(state, list(unreadable), "use others")
+        raise ValueError(f"{label}: holds no tensors")
     return state
 
 

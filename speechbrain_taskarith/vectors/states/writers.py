@@ -17,7 +17,10 @@ from speechbrain_taskarith.utils.files import (
 )
 from speechbrain_taskarith.utils.messages import some
 from speechbrain_taskarith.utils.patterns import first_match, require_match
-from speechbrain_taskarith.vectors.states.names import match_names
+from speechbrain_taskarith.vectors.states.names import (
+    check_readable,
+    match_names,
+)
 from speechbrain_taskarith.vectors.states.readers import (
     as_state,
     form_of,
@@ -135,6 +138,7 @@ def save_state(
     (tensor([1., 1.]), '3')
     """
     path, state, form = Path(path), as_state(state), form_of(path)
+    check_readable(state)
     check_extra(state, path, form)
     if form == "safetensors":
         _save_safetensors(state, path, metadata)
@@ -309,6 +313,8 @@ def save_checkpoint(
             f"with {PREFIX!r}, or Checkpointer does not find it"
         )
     states = {name: as_state(state) for name, state in states.items()}
+    for state in states.values():
+        check_readable(state)
     source = None if like is None else find_checkpoint_folder(like)
     actions = _actions(states, source, policy)
     if "pool" in actions.values() and not pool:
