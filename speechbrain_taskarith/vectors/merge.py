@@ -285,7 +285,7 @@ def merge_checkpoints(
                     with _timed(seconds, "output fingerprint"):
                         # Read back from the page cache: chunks come in any
                         # order, a hash wants them in one.
-                        state = open_state(out.temporary)
+                        state = open_state(out.temporary, as_stored=True)
                         hashed += _fingerprint([state], hashing)
                         found = state.fingerprint
                         out.close(fingerprint=found)
@@ -442,7 +442,7 @@ def _convert(merged, output, inputs, metadata, recoverable):
 
     Its tensors are mapped, so that torch writes them from the page cache.
     """
-    state, aliases = open_state(merged), inputs.base.aliases
+    state, aliases = open_state(merged, as_stored=True), inputs.base.aliases
     tensors = {name: state[name] for name in state}
     content = {name: tensors[aliases.get(name, name)] for name in state}
     content |= inputs.base.extra

@@ -160,7 +160,7 @@ def _merge(plan, base, states, rule, output, progress):
         if not folder:
             card.save(output)
             return report
-        merged = dict(open_state(target))
+        merged = dict(open_state(target, as_stored=True))
         # Tied tensors stay tied.
         weights = {n: merged[base.aliases.get(n, n)] for n in merged}
         weights |= extra

@@ -33,7 +33,7 @@ class StateCopies:
         """Return a state of just these bytes, or None."""
         for path in map(self._folder.joinpath, _names(fingerprint)):
             with contextlib.suppress(OSError, ValueError):
-                state = open_state(path)
+                state = open_state(path, as_stored=True)
                 if state.fingerprint == fingerprint:
                     return state
         return None

@@ -100,7 +100,8 @@ class EditFolder:
     def base(self):
         """Open the base and check that it is the one of the log."""
         path, entry = self._base_path(), self.log.base
-        base = open_state(path)
+        # A copy was written under the names that it is known by.
+        base = open_state(path, as_stored="file" in entry)
         if base.fingerprint != entry["fingerprint"]:
             raise ValueError(
                 f"{path}: is not the base that {self.path} started from "
@@ -193,7 +194,7 @@ class EditFolder:
 
     def types(self, dtype, state):
         """Return `{name: torch type}` for a state, see `types_of`."""
-        base = open_state(self._base_path()) if dtype == "base" else None
+        base = self.base() if dtype == "base" else None
         return types_of(dtype, state, base)
 
     def give(self, state, dtype):

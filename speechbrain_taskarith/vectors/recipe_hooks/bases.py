@@ -18,6 +18,7 @@ from speechbrain_taskarith.utils.messages import some
 from speechbrain_taskarith.vectors.states.names import (
     CONSTANTS,
     HOLDERS,
+    module_names,
     pair_names,
     renamed,
 )
@@ -231,10 +232,12 @@ def fit_to_module(stored, module, name) -> State:
 
 def load_base(module, state):
     """Load what `open_base` gave, or an edit of it; adapters stay."""
-    if type(module).__name__ == "DistributedDataParallel":
-        module = module.module
-    content = {name: state[name] for name in state}
+    own = module_names(module, module.state_dict())
+    # Under the names of what is wrapped; what is no tensor comes along.
+    content = {name: state[plain] for name, plain in own.items() if plain in state}
+    content |= {n: state.extra[p] for n, p in own.items() if p in state.extra}
     missing, unexpected = module.load_state_dict(content, strict=False)
+    unexpected += [n for n in state if n not in own.values()]
     missing = [n for n in missing if _ADAPTERS not in n.split(".")]
     if missing or unexpected:
         raise ValueError(

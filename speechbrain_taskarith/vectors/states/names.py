@@ -29,8 +29,17 @@ logger = logging.getLogger(__name__)
 RUNNING_STATISTICS = ("running_mean", "running_var")
 _BLOCK = 1 << 20
 
-# Names that DistributedDataParallel and torch.compile put in between.
-_WRAPPERS = {"module", "_orig_mod"}
+# Names that wrappers put in between: torch.compile, sharding, checkpointing.
+_HIDDEN = {
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+}
+# And DistributedDataParallel and AveragedModel; a layer may be called so too.
+_MODULE = "module"
+_WRAPPERS = {_MODULE, *_HIDDEN}
+# What AveragedModel counts beside the module.
+_AVERAGED = "n_averaged"
 # Where SpeechBrain's wrappers and Hugging Face's task models hold the encoder.
 HOLDERS = {
     "model",
@@ -114,6 +123,63 @@ def pair_names(names, others, ties=None, other_ties=None):
     heads = [n for n, plain in left.items() if _is_head(plain, outer)]
     unknown = [n for n in left if n not in heads]
     return Pairs(pairs, missing, heads, unknown, tied)
+
+
+def without_wrappers(state):
+    """Return stored weights under the names of the module that was wrapped."""
+    held = (state.entries, state.extra, state.unreadable)
+    names = [name for part in held for name in part]
+    plain = {name: _join(name, _HIDDEN) for name in names}
+    start = f"{_MODULE}."
+    while True:
+        inner = [n for n in plain if plain[n] != _AVERAGED]
+        if not inner or not all(plain[n].startswith(start) for n in inner):
+            break
+        plain = {n: plain[n].removeprefix(start) for n in inner}
+    clash = len(set(plain.values())) < len(plain)
+    if clash or all(plain.get(name) == name for name in names):
+        return state
+    entries, extra, unreadable = (
+        {plain[name]: part[name] for name in part if name in plain}
+        for part in held
+    )
+    result = renamed(state, entries)
+    result.extra, result.unreadable = extra, unreadable
+    return result
+
+
+def module_names(module, names):
+    """Return `{name: name without the wrappers that a live module has}`."""
+    import torch
+
+    wrappers = (
+        torch.nn.parallel.DistributedDataParallel,
+        torch.nn.DataParallel,
+        torch.optim.swa_utils.AveragedModel,
+    )
+    counts, inside = set(), set()
+    for path, part in module.named_modules(remove_duplicate=False):
+        if isinstance(part, wrappers):
+            start = f"{path}." if path else ""
+            inside.add(start + _MODULE)
+            counts.add(start + _AVERAGED)
+    plain = {}
+    for name in names:
+        parts = name.split(".")
+        steps = itertools.accumulate(parts, "{}.{}".format)
+        kept = [
+            part
+            for part, step in zip(parts, steps)
+            if part not in _HIDDEN and step not in inside
+        ]
+        if name not in counts:
+            plain[name] = ".".join(kept)
+    return plain
+
+
+def _join(name, without):
+    """Return a dotted name without some of its parts."""
+    return ".".join(part for part in name.split(".") if part not in without)
 
 
 def _unwrapped(names):

@@ -9,6 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from speechbrain_taskarith.utils.files import read_json
+from speechbrain_taskarith.vectors.states.names import (
+    module_names,
+    without_wrappers,
+)
 from speechbrain_taskarith.vectors.states.safetensors import (
     CHECKED,
     FINGERPRINT,
@@ -36,7 +40,7 @@ from speechbrain_taskarith.vectors.states.torch_files import (
 )
 
 
-def open_state(path, *, recoverable=None) -> "State":
+def open_state(path, *, recoverable=None, as_stored=False) -> "State":
     """Open stored weights lazily, without executing anything.
 
     Arguments
@@ -46,10 +50,13 @@ def open_state(path, *, recoverable=None) -> "State":
         such folders (the newest is taken); a `.ckpt`, `.pt`, `.pth` or
         `.bin` file of `torch.save` (the weights may lie inside under
         `state_dict`, `model_state_dict`, `model` or `module`); a
-        `.safetensors` file; a Hugging Face folder, sharded or not.
+        `.safetensors` file; a Hugging Face folder, sharded or not. Names
+        come without what wrappers put in front (`module.`, `_orig_mod.`).
     recoverable : str or None
         In a SpeechBrain folder, whose weights; by default `model`, or else
         the only recoverable that is a state dict.
+    as_stored : bool
+        True: the names as they are stored, with wrappers' prefixes.
 
     Returns
     -------
@@ -71,7 +78,12 @@ def open_state(path, *, recoverable=None) -> "State":
     >>> open_state(path).info("weight")
     TensorInfo(dtype='F32', shape=(3, 2))
     """
-    path = Path(path)
+    state = _open(Path(path), recoverable)
+    plain = as_stored or TASK_VECTOR in state.metadata
+    return state if plain else without_wrappers(state)
+
+
+def _open(path, recoverable):
     if path.is_dir():
         return _open_folder(path, recoverable)
     if not path.exists():
@@ -113,8 +125,8 @@ def as_state(source, *, recoverable=None) -> "State":
     Arguments
     ---------
     source : str, pathlib.Path, torch.nn.Module, mapping of tensors, State
-        A module wrapped by `DistributedDataParallel` is unwrapped, since
-        vectors are keyed by the checkpoint's own names.
+        What `DistributedDataParallel`, `DataParallel`, `AveragedModel`,
+        `torch.compile`, sharding and checkpointing wrap keeps its own names.
     recoverable : str or None
         Of a path, see `open_state`.
 
@@ -143,9 +155,10 @@ def as_state(source, *, recoverable=None) -> "State":
     if isinstance(source, Mapping):
         return from_mapping(source, "the mapping")
     if hasattr(source, "state_dict") and hasattr(source, "parameters"):
-        if type(source).__name__ == "DistributedDataParallel":
-            source = source.module
-        return from_mapping(source.state_dict(), type(source).__name__)
+        content = source.state_dict()
+        names = module_names(source, content)
+        content = {names[name]: content[name] for name in names}
+        return from_mapping(content, type(source).__name__)
     raise TypeError(
         "expected weights as a path, a torch.nn.Module, a mapping from name "
         f"to tensor or a State, got {type(source).__name__}"
@@ -166,7 +179,8 @@ def as_model(source, *, recoverable=None):
             "weights, or apply the vector to its base first "
             "(TaskVector.apply, taskarith apply)"
         )
-    return state
+    given = isinstance(source, Mapping) and not isinstance(source, State)
+    return without_wrappers(state) if given else state
 
 
 def _open_safetensors(path, shown_as=None):
@@ -238,7 +252,7 @@ def _open_shards(folder, index):
     for file in sorted(set(weight_map.values())):
         if not (folder / file).exists():
             raise FileNotFoundError(f"{folder / file}: shard is missing")
-        shards[file] = open_state(folder / file)
+        shards[file] = _open(folder / file, None)
     entries, unreadable = {}, {}
     for name, file in weight_map.items():
         if name in shards[file].unreadable:

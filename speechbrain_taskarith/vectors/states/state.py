@@ -284,7 +284,7 @@ class State(Mapping):
         """
         yield self.fingerprint
         if self.source is not None:
-            yield self.source.fingerprint
+            yield from self.source.fingerprints()
 
     def verify(self):
         """Check the bytes against the checksums that the file carries.
