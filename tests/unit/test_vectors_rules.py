@@ -33,9 +33,9 @@ from speechbrain_taskarith.vectors.rules import (
     from_description,
     reference,
 )
-from speechbrain_taskarith.vectors.rules.dare import RandomDrop
+from speechbrain_taskarith.vectors.rules.sparsifying.dare import RandomDrop
 from speechbrain_taskarith.vectors.rules.description import RULES, rule_class
-from speechbrain_taskarith.vectors.rules.ties import Magnitude
+from speechbrain_taskarith.vectors.rules.sparsifying.ties import Magnitude
 
 SHAPES = {
     "enc.layers.0.w": (6, 9),

@@ -14,28 +14,28 @@ from speechbrain_taskarith.vectors.rules.base import IN_MEMORY
 # Each rule that has a name, and its file, which is imported when the rule is
 # asked for: a merge by TIES loads no other rule.
 RULES = {
-    "TaskArithmetic": "arithmetic",
-    "LinearAverage": "arithmetic",
-    "TIES": "ties",
-    "DARE": "dare",
-    "DELLA": "della",
-    "Breadcrumbs": "breadcrumbs",
-    "SLERP": "slerp",
-    "MultiSLERP": "slerp",
-    "Karcher": "karcher",
-    "ModelStock": "model_stock",
-    "Fisher": "fisher",
-    "LiNeS": "lines",
-    "TSVM": "tsv_m",
-    "IsoC": "iso_c",
+    "TaskArithmetic": "averaging.arithmetic",
+    "LinearAverage": "averaging.arithmetic",
+    "TIES": "sparsifying.ties",
+    "DARE": "sparsifying.dare",
+    "DELLA": "sparsifying.della",
+    "Breadcrumbs": "sparsifying.breadcrumbs",
+    "SLERP": "geometric.slerp",
+    "MultiSLERP": "geometric.slerp",
+    "Karcher": "geometric.karcher",
+    "ModelStock": "geometric.model_stock",
+    "Fisher": "averaging.fisher",
+    "LiNeS": "by_layer.lines",
+    "TSVM": "spectral.tsv_m",
+    "IsoC": "spectral.iso_c",
 }
 # Parts of rules: they have no name in a merge file.
 _PARTS = {
-    "Merge": "ties",
-    "Magnitude": "ties",
-    "Band": "breadcrumbs",
-    "RandomDrop": "dare",
-    "DropByRank": "della",
+    "Merge": "sparsifying.ties",
+    "Magnitude": "sparsifying.ties",
+    "Band": "sparsifying.breadcrumbs",
+    "RandomDrop": "sparsifying.dare",
+    "DropByRank": "sparsifying.della",
 }
 _OWN = "make the object yourself and pass it"
 
@@ -87,7 +87,7 @@ def from_plain(description, scale=None):
 
     Example
     -------
-    >>> from_plain({"name": "ties", "density": 0.5}, scale=0.6)
+    >>> from_plain({"name": "sparsifying.ties", "density": 0.5}, scale=0.6)
     TIES(density=0.5, scale=0.6, trim='global', elect='mass')
     """
     if isinstance(description, str):

@@ -10,8 +10,8 @@ from speechbrain_taskarith.vectors.engine.workspace import (
     to_numpy,
 )
 from speechbrain_taskarith.vectors.rules.base import Stage
-from speechbrain_taskarith.vectors.rules.dare import random_numbers
-from speechbrain_taskarith.vectors.rules.ties import Merge
+from speechbrain_taskarith.vectors.rules.sparsifying.dare import random_numbers
+from speechbrain_taskarith.vectors.rules.sparsifying.ties import Merge
 
 
 class DropByRank(Stage):

@@ -5,9 +5,11 @@ import hashlib
 import numpy as np
 
 from speechbrain_taskarith.vectors import checks
-from speechbrain_taskarith.vectors.rules.arithmetic import TaskArithmetic
+from speechbrain_taskarith.vectors.rules.averaging.arithmetic import (
+    TaskArithmetic,
+)
 from speechbrain_taskarith.vectors.rules.base import Stage, check_rule
-from speechbrain_taskarith.vectors.rules.lines import Wrapper
+from speechbrain_taskarith.vectors.rules.wrapper import Wrapper
 
 
 class RandomDrop(Stage):

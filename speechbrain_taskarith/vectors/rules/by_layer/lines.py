@@ -1,30 +1,14 @@
 """LiNeS: a scale that grows with depth, around any other rule."""
 
 import re
-from operator import attrgetter
 
 from speechbrain_taskarith.utils.patterns import matches, require_match
 from speechbrain_taskarith.vectors import checks
-from speechbrain_taskarith.vectors.rules.base import Rule, check_rule
+from speechbrain_taskarith.vectors.rules.base import check_rule
+from speechbrain_taskarith.vectors.rules.wrapper import Wrapper
 
 # "layers.3.", "blocks.3.", "conv_layers.3.", GPT's "h.3."
 LAYERS = r"(?:^|\.)(?:\w*layers?|\w*blocks?|h)\.(\d+)(?:\.|$)"
-
-
-class Wrapper(Rule):
-    """A rule that changes something about another one, its `inner`."""
-
-    inner = None
-
-    stages = property(attrgetter("inner.stages"))
-    min_vectors = property(attrgetter("inner.min_vectors"))
-    max_vectors = property(attrgetter("inner.max_vectors"))
-    whole_tensors = property(attrgetter("inner.whole_tensors"))
-    carries_nan = property(attrgetter("inner.carries_nan"))
-    bytes_per_element = property(attrgetter("inner.bytes_per_element"))
-    granularity = property(attrgetter("inner.granularity"))
-    prepare = property(attrgetter("inner.prepare"))
-    merge = property(attrgetter("inner.merge"))
 
 
 class LiNeS(Wrapper):

@@ -1,6 +1,10 @@
 """Iso-C: the summed vectors with a flat spectrum."""
 
-from speechbrain_taskarith.vectors.rules.tsv_m import Spectral, rank_of, svd
+from speechbrain_taskarith.vectors.rules.spectral.tsv_m import (
+    Spectral,
+    rank_of,
+    svd,
+)
 
 
 class IsoC(Spectral):

@@ -4,7 +4,10 @@ import copy
 
 from speechbrain_taskarith.vectors import checks
 from speechbrain_taskarith.vectors.engine.thresholds import find_cuts
-from speechbrain_taskarith.vectors.rules.ties import Magnitude, Merge
+from speechbrain_taskarith.vectors.rules.sparsifying.ties import (
+    Magnitude,
+    Merge,
+)
 
 
 class Band(Magnitude):
