@@ -17,6 +17,7 @@ from speechbrain_taskarith.utils.progress import progress as show_progress
 from speechbrain_taskarith.vectors.checks import all_finite
 from speechbrain_taskarith.vectors.engine.workspace import (
     CHUNK,
+    EPS,
     Workspace,
     places,
 )
@@ -36,6 +37,7 @@ class MemoryVectors:
         self.number, self.base = len(vectors), base
         first = vectors[0]
         self.shapes, self.twins, self._flat = {}, {}, {}
+        self._eps = {}
         seen, alive = {}, []
         device = _device_of(vectors) or torch.device("cpu")
         for name in first.keys():
@@ -49,6 +51,11 @@ class MemoryVectors:
                 continue
             seen[same] = name
             self.shapes[name] = tuple(tensors[0].shape)
+            # As float32: the finer steps of float64 are lost.
+            self._eps[name] = [
+                max(torch.finfo(tensor.dtype).eps, EPS["F32"])
+                for tensor in tensors
+            ]
             self._flat[name] = [
                 tensor.detach().to(device, torch.float32).reshape(-1)
                 for tensor in tensors
@@ -58,6 +65,13 @@ class MemoryVectors:
         if on_cpu:
             for tensors in self._flat.values():
                 tensors[:] = [tensor.numpy() for tensor in tensors]
+
+    def rounding(self, index, name):
+        """See `MergeInputs.rounding`."""
+        of_base = 0.0
+        if self.base is not None and name in self.base:
+            of_base = EPS[self.base.info(name).dtype]
+        return of_base, self._eps[name][index]
 
     def vector(self, index, place, work):
         """Return a chunk of one vector; not to be written to."""

@@ -14,4 +14,6 @@ from .sparsifying.della import DELLA as DELLA
 from .sparsifying.ties import TIES as TIES
 from .sparsifying.ties import Merge as Merge
 from .spectral.iso_c import IsoC as IsoC
+from .spectral.iso_c import IsoCTS as IsoCTS
 from .spectral.tsv_m import TSVM as TSVM
+from .spectral.tsv_m import BoostedTSVM as BoostedTSVM

@@ -27,7 +27,9 @@ RULES = {
     "Fisher": "averaging.fisher",
     "LiNeS": "by_layer.lines",
     "TSVM": "spectral.tsv_m",
+    "BoostedTSVM": "spectral.tsv_m",
     "IsoC": "spectral.iso_c",
+    "IsoCTS": "spectral.iso_c",
 }
 # Parts of rules: they have no name in a merge file.
 _PARTS = {

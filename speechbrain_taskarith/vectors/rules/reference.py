@@ -236,30 +236,75 @@ def by_matrix(rule, vectors):
     return merged
 
 
+def svd(tau, rank=None, of=None):
+    """Singular triples of a matrix that are more than float32's rounding.
+
+    Rounding `of` another matrix, where it was computed from one.
+    """
+    u, s, v = torch.linalg.svd(tau, full_matrices=False)
+    size = (tau if of is None else of).norm() * max(tau.shape) ** 0.5
+    found = int((s > 4 * 2**-23 * size).sum())
+    kept = found if rank is None else min(rank, found)
+    return u[:, :kept], s[:kept], v[:kept]
+
+
 def orthonormal(matrix):
-    """Return the orthonormal matrix nearest to one: `P Q^T` of `P D Q^T`."""
-    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    return left @ right
+    """The orthonormal matrix nearest to one: `P Q^T` of `P D Q^T`.
+
+    Without the directions that the matrix does not span (`D` near 0).
+    """
+    left, size, right = torch.linalg.svd(matrix, full_matrices=False)
+    rank = int((size > 3.5e-4 * size[0]).sum())
+    return left[:, :rank] @ right[:rank]
 
 
-def tsv_m(vectors, share=None):
+def tsv_m(vectors, share=None, boost=lambda s: s):
     """Gargiulo et al. 2025, algorithm 1: top singular triples, decorrelated."""
 
     def merge(taus):
         kept = int(min(taus[0].shape) * (share or 1 / len(taus)) + 1e-9)
-        parts = [torch.linalg.svd(tau, full_matrices=False) for tau in taus]
-        u, s, v = zip(*((u[:, :kept], s[:kept], v[:kept]) for u, s, v in parts))
-        left, right = orthonormal(torch.cat(u, 1)), orthonormal(torch.cat(v))
-        return left * torch.cat(s) @ right
+        u, s, v = zip(*map(svd, taus))
+        left = orthonormal(torch.cat([part[:, :kept] for part in u], 1))
+        right = orthonormal(torch.cat([part[:kept] for part in v]))
+        return left * torch.cat([boost(part)[:kept] for part in s]) @ right
 
     return by_matrix(merge, vectors)
+
+
+def boosted_tsv_m(vectors, beta=0.3, share=None):
+    """Carvalho et al. 2026: singular values raised to the one at which the
+    cumulated ones reach the share `beta`, then TSV-M."""
+
+    def boost(s):
+        reached = s.cumsum(0) / s.sum() >= beta
+        return s.clamp(min=s[reached][0])
+
+    return tsv_m(vectors, share, boost)
 
 
 def iso_c(vectors):
     """Marczak et al. 2025, algorithm 1: the sum, with a flat spectrum."""
 
     def merge(taus):
-        left, values, right = torch.linalg.svd(sum(taus), full_matrices=False)
+        left, values, right = svd(sum(taus))
         return left @ right * values.mean()
+
+    return by_matrix(merge, vectors)
+
+
+def iso_cts(vectors, common=0.8):
+    """Marczak et al. 2025, algorithm 2: common and task-specific subspaces."""
+
+    def merge(taus):
+        full = min(taus[0].shape)
+        each = round((full - int(full * common + 1e-9)) / len(taus))
+        each = min(each, full // len(taus))
+        triples = [svd(sum(taus), full - each * len(taus))]
+        shared = triples[0][0]
+        for tau in taus:
+            triples.append(svd(tau - shared @ shared.T @ tau, each, tau))
+        u, s, v = zip(*triples)
+        left, right = orthonormal(torch.cat(u, 1)), orthonormal(torch.cat(v))
+        return left @ right * torch.cat(s).mean()
 
     return by_matrix(merge, vectors)

@@ -1,81 +1,10 @@
-"""TSV-M: task singular vectors; and what rules on whole matrices share.
-
-A convolution's kernel is a matrix too, with its output channels as rows and
-all else as columns. What is no matrix (biases, norms) is averaged.
-"""
-
-import math
+"""TSV-M: task singular vectors, and its boosted variant."""
 
 from speechbrain_taskarith.vectors import checks
-from speechbrain_taskarith.vectors.engine.workspace import weighted_sum
-from speechbrain_taskarith.vectors.rules.base import Rule
-
-
-class Spectral(Rule):
-    """A rule on whole matrices.
-
-    Arguments
-    ---------
-    scale : float or dict
-        See `Rule`.
-    precision : str
-        Of the decompositions: `"float32"`, or `"float64"`, which takes
-        about twice as long.
-    """
-
-    def __init__(self, scale=1.0, precision="float32"):
-        super().__init__(scale)
-        self.precision = checks.one_of(
-            "precision", precision, ("float32", "float64")
-        )
-
-    def bytes_per_element(self, number):
-        """See `Rule.bytes_per_element`: all matrices and their factors."""
-        return 32 + (number + 8) * (4 if self.precision == "float32" else 8)
-
-    def granularity(self, shape):
-        """See `Rule.granularity`: whole tensors."""
-        return math.prod(shape) if _is_matrix(shape) else 1
-
-    def merge(self, vectors, place, work, source):
-        """See `Rule.merge`."""
-        xp, number = work.xp, source.number
-        if not _is_matrix(place.shape):
-            return weighted_sum(vectors, [1 / number] * number, place, work)
-        dtype = getattr(xp, self.precision)
-        rows = place.shape[0]
-        matrices = [_as(tau, dtype, xp).reshape(rows, -1) for tau in vectors]
-        merged = self.merge_matrices(matrices, xp).reshape(-1)
-        return _as(merged, xp.float32, xp)
-
-    def merge_matrices(self, matrices, xp):
-        """Merge matrices `[rows, columns]`, of NumPy or torch (`xp`)."""
-        raise NotImplementedError
-
-
-def _is_matrix(shape):
-    rows = shape[0] if shape else 1
-    return len(shape) > 1 and rows > 1 and math.prod(shape) > rows
-
-
-def _as(array, dtype, xp):
-    """Return a copy in another type."""
-    if hasattr(array, "astype"):
-        return array.astype(dtype)
-    return array.to(dtype, copy=True)
-
-
-def svd(matrix, xp):
-    """Return the thin singular value decomposition."""
-    return xp.linalg.svd(matrix, full_matrices=False)
-
-
-def rank_of(values, shape, xp):
-    """Return how many singular values are not just rounding."""
-    if not len(values) or not float(values[0]) > 0:
-        return 0
-    smallest = float(values[0]) * max(shape) * float(xp.finfo(values.dtype).eps)
-    return int((values > smallest).sum())
+from speechbrain_taskarith.vectors.rules.spectral.matrices import (
+    Spectral,
+    nearest_orthonormal,
+)
 
 
 class TSVM(Spectral):
@@ -86,7 +15,9 @@ class TSVM(Spectral):
     triples are kept; the `U_i` of all vectors side by side, and the `V_i`,
     are replaced by the orthonormal matrices nearest to them (from the SVD
     `U = P D Q^T` that is `P Q^T`), and the result is `U_w S V_w^T`.
-    Reference: `reference.tsv_m`.
+    Directions that several vectors share count once: of identical vectors
+    comes the kept part of one, of opposite ones nothing, and `D` that is
+    zero up to rounding takes no part. Reference: `reference.tsv_m`.
 
     Arguments
     ---------
@@ -95,7 +26,7 @@ class TSVM(Spectral):
     share : float or None
         Share of each vector's singular triples that is kept, in (0, 1];
         None: `1 / N`, as in the paper.
-    precision : str
+    precision, weights
         See `Spectral`.
 
     Example
@@ -108,11 +39,17 @@ class TSVM(Spectral):
             [0., 2.]])
     """
 
-    def __init__(self, scale=1.0, share=None, precision="float32"):
-        super().__init__(scale, precision)
+    def __init__(
+        self, scale=1.0, share=None, precision="float32", weights=None
+    ):
+        super().__init__(scale, precision, weights)
         if share is not None and not checks.in_range("share", share, 0, 1):
             raise ValueError("share=0: expected a number in (0, 1]")
         self.share = share
+
+    def boost(self, sizes, xp):
+        """Return all singular values of one vector, changed or not."""
+        return sizes
 
     def merge_matrices(self, matrices, xp):
         """See `Spectral.merge_matrices`."""
@@ -121,21 +58,72 @@ class TSVM(Spectral):
         kept = max(1, int(full * share + 1e-9))
         lefts, sizes, rights = [], [], []
         for matrix in matrices:
-            left, values, right = svd(matrix, xp)
-            # Directions without weight would only turn the others.
-            rank = min(kept, rank_of(values, matrix.shape, xp))
-            lefts.append(left[:, :rank])
-            sizes.append(values[:rank])
-            rights.append(right[:rank])
+            left, values, right = matrix.svd()
+            lefts.append(left[:, :kept])
+            sizes.append(self.boost(values, xp)[:kept])
+            rights.append(right[:kept])
         values = xp.concatenate(sizes)
         if not len(values):
-            return matrices[0] * 0
-        left = _nearest_orthonormal(xp.concatenate(lefts, 1), xp)
-        right = _nearest_orthonormal(xp.concatenate(rights, 0), xp)
+            return matrices[0].values * 0
+        left = nearest_orthonormal(xp.concatenate(lefts, 1), xp)
+        right = nearest_orthonormal(xp.concatenate(rights, 0), xp)
         return (left * values) @ right
 
 
-def _nearest_orthonormal(matrix, xp):
-    """Return `P Q^T` of the SVD `P D Q^T`."""
-    left, _, right = svd(matrix, xp)
-    return left @ right
+class BoostedTSVM(TSVM):
+    """TSV-M with the small singular values raised.
+
+    Carvalho et al. 2026 (arXiv 2603.05354, section on BoostedTSV-M): before
+    TSV-M concatenates, each vector's singular values below the one at which
+    the cumulated ones reach the share `beta` of their sum are raised to that
+    one, so that a few directions do not carry everything (rank collapse).
+    Directions that are only rounding are not raised. The study also replaces
+    the SVD `P Q^T` by five Newton-Schulz steps towards it; here it is exact.
+    Reference: `reference.boosted_tsv_m`.
+
+    Arguments
+    ---------
+    scale : float or dict
+        See `Rule`.
+    beta : float
+        Share of the sum, in (0, 1]; the study's best is 0.3. 1 raises
+        nothing.
+    energy : str
+        What is cumulated: `"sum"`, the singular values, as in the code of
+        Subspace Boosting (arXiv 2506.16506), where the idea is from;
+        `"squares"`, their squares.
+    share, precision, weights
+        See `TSVM`.
+
+    Example
+    -------
+    >>> import torch
+    >>> tau = {"w": torch.diag(torch.tensor([5.0, 4.0, 1.0]))}
+    >>> BoostedTSVM(beta=0.6).combine([tau])["w"].diag()
+    tensor([5., 4., 4.])
+    """
+
+    def __init__(
+        self,
+        scale=1.0,
+        beta=0.3,
+        energy="sum",
+        share=None,
+        precision="float32",
+        weights=None,
+    ):
+        super().__init__(scale, share, precision, weights)
+        if not checks.in_range("beta", beta, 0, 1):
+            raise ValueError("beta=0: expected a number in (0, 1]")
+        self.beta = beta
+        self.energy = checks.one_of("energy", energy, ("sum", "squares"))
+
+    def boost(self, sizes, xp):
+        """See `TSVM.boost`."""
+        if not len(sizes) or self.beta == 1:
+            return sizes
+        energy = sizes if self.energy == "sum" else sizes**2
+        reached = xp.cumsum(energy, 0) >= self.beta * energy.sum()
+        # The first that reaches the share.
+        floor = sizes[min(int((~reached).sum()), len(sizes) - 1)]
+        return xp.where(sizes < floor, floor, sizes)
