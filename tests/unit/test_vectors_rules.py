@@ -199,17 +199,32 @@ def test_dare_known_values():
 
 def test_dare_before_another_rule():
     vectors = make(3, seed=4)
-    dropped = [{n: None for n in SHAPES} for _ in vectors]
-    stage = DARE(0.4, seed=7)
-    # What DARE leaves of each vector, found by merging it with zeros.
-    for index in range(3):
-        alone = [
-            {n: v if i == index else torch.zeros_like(v) for n, v in w.items()}
-            for i, w in enumerate(vectors)
-        ]
-        dropped[index] = dict(stage.combine(alone))
+    dropped = reference.drop(vectors, 7, lambda t: torch.full_like(t, 0.4))
     merged = DARE(0.4, seed=7, then=TIES(0.5)).combine(vectors)
     assert_close(merged, reference.ties(dropped, 0.5))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [DARE(0.4), DARE(0.6, then=TIES(0.5)), DELLA(), DELLA(elect="none")],
+    ids=repr,
+)
+def test_the_order_of_the_vectors_changes_nothing(rule):
+    vectors = make(3, seed=6)
+    # Equal vectors are no exception, nor is a zero of the other sign.
+    vectors.append({n: v.clone() for n, v in vectors[0].items()})
+    vectors[0]["norm"][2], vectors[3]["norm"][2] = 0.0, -0.0
+    merged = rule.combine(vectors)
+    for order in ((1, 0, 2, 3), (3, 2, 1, 0), (2, 3, 0, 1)):
+        again = rule.combine([vectors[i] for i in order])
+        # Sums of floats in another order: not more than their rounding.
+        assert_close(again, merged, rtol=1e-6, atol=1e-6)
+
+
+def test_equal_vectors_are_dropped_independently():
+    ones = {"a": torch.ones(1000)}
+    both = DARE(0.5).combine([ones, dict(ones)])["a"]
+    assert both.unique().tolist() == [0.0, 2.0, 4.0]
 
 
 def test_della_probabilities_by_rank():

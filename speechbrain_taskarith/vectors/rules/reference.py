@@ -58,30 +58,37 @@ def trim(tau, density):
 
 def trim_vectors(vectors, density, scope):
     """Trim each vector, as a whole or tensor by tensor."""
+    if not isinstance(density, list):
+        density = [density] * len(vectors)
     return [
-        in_scope(lambda t: trim(t[0], density), [v], scope) for v in vectors
+        in_scope(lambda t, d=d: trim(t[0], d), [vector], scope)
+        for vector, d in zip(vectors, density)
     ]
 
 
-def elect_and_merge(taus, elect="mass"):
+def elect_and_merge(taus, elect="mass", weights=None):
     """Mean of the entries `[N, P]` that have the elected sign.
 
     TIES, algorithm 1, steps 2 and 3. An undecided entry takes the sign that
-    prevails among all others.
+    prevails among all others. With weights, `sum w tau / sum w`.
     """
+    weights = torch.ones(len(taus)) if weights is None else weights
+    weights = torch.as_tensor(weights).double()[:, None]
+    taus = taus * weights
     if elect == "mass":
         elected = taus.sum(0).sign()
     else:
         elected = taus.sign().sum(0).sign()
     elected[elected == 0] = elected.sum().sign()
     agree = (taus != 0) & (taus.sign() == elected)
-    return (taus * agree).sum(0) / agree.sum(0).clamp(min=1)
+    mass = (weights * agree).sum(0)
+    return (taus * agree).sum(0) / mass.where(mass != 0, 1)
 
 
-def ties(vectors, density=0.2, trim="global", elect="mass"):
+def ties(vectors, density=0.2, trim="global", elect="mass", weights=None):
     """Yadav et al. 2023, algorithm 1: trim, elect, disjoint merge."""
     trimmed = stack(trim_vectors(vectors, density, trim))
-    return unstack(elect_and_merge(trimmed, elect), vectors[0])
+    return unstack(elect_and_merge(trimmed, elect, weights), vectors[0])
 
 
 def breadcrumbs(vectors, density=0.14, gamma=0.01, trim="tensor"):
@@ -92,9 +99,19 @@ def breadcrumbs(vectors, density=0.14, gamma=0.01, trim="tensor"):
     return unstack((kept - outliers).sum(0), vectors[0])
 
 
-def uniform(seed, index, name, numel):
-    """Random numbers in [0, 1) of a tensor of vector number `index`."""
-    digest = hashlib.sha256(f"{seed}\0{index}\0{name}".encode()).digest()
+def content(vector):
+    """Numbers that vectors are put in order by: `sum_j (2 j + 1) bits_j`."""
+    sums = []
+    for name in sorted(vector):
+        bits = (vector[name].float().numpy().reshape(-1) + 0).view(np.uint32)
+        odd = 2 * np.arange(len(bits), dtype=np.uint64) + 1
+        sums.append(int((bits * odd).sum(dtype=np.uint64)))
+    return sums
+
+
+def uniform(seed, rank, name, numel):
+    """Random numbers in [0, 1) of a tensor of the vector with this rank."""
+    digest = hashlib.sha256(f"{seed}\0{rank}\0{name}".encode()).digest()
     generator = np.random.Philox(key=int.from_bytes(digest[:16], "little"))
     words = generator.random_raw((numel + 1) // 2).astype("<u8").view("<u4")
     return torch.from_numpy(words[:numel] / 2**32)
@@ -102,12 +119,14 @@ def uniform(seed, index, name, numel):
 
 def drop(vectors, seed, chances):
     """Drop each entry with its chance `p`, divide the others by `1 - p`."""
+    order = sorted(range(len(vectors)), key=lambda i: content(vectors[i]))
     dropped = []
     for index, vector in enumerate(vectors):
         dropped.append({})
         for name, tensor in vector.items():
             p = chances(tensor.double())
-            kept = uniform(seed, index, name, tensor.numel()) >= p.flatten()
+            rank = order.index(index)
+            kept = uniform(seed, rank, name, tensor.numel()) >= p.flatten()
             dropped[-1][name] = tensor * kept.view_as(tensor) / (1 - p)
     return dropped
 
