@@ -65,13 +65,22 @@ from .rules import (
     TSVM as TSVM,
 )
 from .rules import (
+    BoostedTSVM as BoostedTSVM,
+)
+from .rules import (
     Breadcrumbs as Breadcrumbs,
+)
+from .rules import (
+    ByLayer as ByLayer,
 )
 from .rules import (
     Fisher as Fisher,
 )
 from .rules import (
     IsoC as IsoC,
+)
+from .rules import (
+    IsoCTS as IsoCTS,
 )
 from .rules import (
     Karcher as Karcher,

@@ -6,6 +6,7 @@ the same to the last bit: every chunk is computed alone, and what is gathered
 over chunks is gathered in their order. Files need no torch.
 """
 
+import collections
 import contextlib
 import math
 import threading
@@ -90,6 +91,17 @@ class MemoryVectors:
         )
 
 
+class Part:
+    """Some of the parameters of a source, as a source of their own."""
+
+    def __init__(self, source, names):
+        self._source = source
+        self.shapes = {name: source.shapes[name] for name in names}
+
+    def __getattr__(self, name):
+        return getattr(self._source, name)
+
+
 def _device_of(vectors):
     """Return where to compute: on the first accelerator that holds any."""
     found = [tensor.device for tensor in vectors[0].values()]
@@ -161,16 +173,29 @@ class Stream:
     """
 
     def __init__(
-        self, source, stages=(), chunk=CHUNK, threads=1, progress=False
+        self,
+        source,
+        stages=(),
+        chunk=CHUNK,
+        threads=1,
+        progress=False,
+        passes=None,
     ):
         self.source, self.chunk = source, chunk
         self.numel = {n: math.prod(s) for n, s in source.shapes.items()}
-        self.passes = Passes(threads, source.xp, source.device, progress)
+        if passes is None:
+            passes = Passes(threads, source.xp, source.device, progress)
+        self.passes = passes
         # Whether the vectors are known to hold neither NaN nor infinity.
         self.finite = False
         self.ready = []
         for stage in stages:
             self.ready.append(stage.prepare(self))
+
+    def part(self, names, stages):
+        """Return a stream of some of the parameters, with other stages."""
+        source = Part(self.source, names)
+        return Stream(source, stages, self.chunk, passes=self.passes)
 
     def granularity(self, shape):
         """Return the smallest run that all stages so far can work on."""
@@ -215,8 +240,11 @@ class Stream:
         carried = rule.carries_nan and not self.ready and not self.finite
         self.finite = self.finite or carried
 
+        majorities = {}
+
         def visit(place, work):
             work.unresolved, work.tally = False, 0
+            work.majority = majorities.get(rule.group(place.name))
             vectors = self.vectors(place, work)
             merged = rule.merge(vectors, place, work, prepared)
             if carried and not all_finite(merged):
@@ -229,10 +257,12 @@ class Stream:
         unresolved = [p for p, (left, _) in zip(chunks, results) if left]
         if unresolved:
             # Entries that cancel exactly take the sign that prevails in the
-            # whole vector, which is known only now.
-            majority = int(np.sign(sum(tally for _, tally in results)))
-            for work in passes.workspaces:
-                work.majority = majority
+            # whole vector (of their group), which is known only now.
+            tallies = collections.Counter()
+            for place, (_, tally) in zip(chunks, results):
+                tallies[rule.group(place.name)] += tally
+            for group, tally in tallies.items():
+                majorities[group] = int(np.sign(tally))
             passes.run(visit, unresolved)
 
     def _look_for_nan(self, place, work):

@@ -2,6 +2,7 @@ from .averaging.arithmetic import LinearAverage as LinearAverage
 from .averaging.arithmetic import TaskArithmetic as TaskArithmetic
 from .averaging.fisher import Fisher as Fisher
 from .base import Rule as Rule
+from .by_layer.by_layer import ByLayer as ByLayer
 from .by_layer.lines import LiNeS as LiNeS
 from .description import from_description as from_description
 from .geometric.karcher import Karcher as Karcher

@@ -8,6 +8,7 @@ where a rule looks at the whole vectors at once, or `"tensor"`.
 
 import hashlib
 import re
+from fnmatch import fnmatchcase
 
 import numpy as np
 import torch
@@ -239,6 +240,16 @@ def lines(names, alpha, slope):
         else alpha
         for n in names
     }
+
+
+def by_layer(vectors, rules):
+    """Another rule for each group, `{pattern: rule}`; the first match wins."""
+    merged = {}
+    for pattern, rule in rules.items():
+        names = [n for n in vectors[0] if fnmatchcase(n, pattern)]
+        names = [n for n in names if n not in merged]
+        merged.update(rule([{n: v[n] for n in names} for v in vectors]))
+    return {n: merged[n] for n in vectors[0]}
 
 
 def by_matrix(rule, vectors):

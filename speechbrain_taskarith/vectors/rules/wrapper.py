@@ -19,3 +19,4 @@ class Wrapper(Rule):
     granularity = property(attrgetter("inner.granularity"))
     prepare = property(attrgetter("inner.prepare"))
     merge = property(attrgetter("inner.merge"))
+    group = property(attrgetter("inner.group"))
