@@ -56,6 +56,12 @@ from .rules import (
     DELLA as DELLA,
 )
 from .rules import (
+    PCB as PCB,
+)
+from .rules import (
+    SCE as SCE,
+)
+from .rules import (
     SLERP as SLERP,
 )
 from .rules import (
@@ -102,6 +108,9 @@ from .rules import (
 )
 from .rules import (
     Rule as Rule,
+)
+from .rules import (
+    SelectiveAttention as SelectiveAttention,
 )
 from .rules import (
     TaskArithmetic as TaskArithmetic,

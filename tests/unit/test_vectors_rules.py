@@ -16,12 +16,17 @@ from speechbrain_taskarith.vectors import (
 from speechbrain_taskarith.vectors.rules import (
     DARE,
     DELLA,
+    PCB,
+    SCE,
     SLERP,
     TIES,
     TSVM,
+    BoostedTSVM,
     Breadcrumbs,
+    ByLayer,
     Fisher,
     IsoC,
+    IsoCTS,
     Karcher,
     LinearAverage,
     LiNeS,
@@ -33,8 +38,8 @@ from speechbrain_taskarith.vectors.rules import (
     from_description,
     reference,
 )
-from speechbrain_taskarith.vectors.rules.sparsifying.dare import RandomDrop
 from speechbrain_taskarith.vectors.rules.description import RULES, rule_class
+from speechbrain_taskarith.vectors.rules.sparsifying.dare import RandomDrop
 from speechbrain_taskarith.vectors.rules.sparsifying.ties import Magnitude
 
 SHAPES = {
@@ -566,6 +571,32 @@ PAIRS = {
         lambda v: reference.model_stock(v, "global"),
     ),
     "Fisher": (Fisher(FISHERS), lambda v: reference.fisher(v, FISHERS)),
+    "TIES, each its own": (
+        TIES([0.5, 0.2, 0.9], weights=[1, 2, -0.5]),
+        lambda v: reference.ties(v, [0.5, 0.2, 0.9], weights=[1, 2, -0.5]),
+    ),
+    "PCB": (PCB(0.3), lambda v: reference.pcb(v, 0.3)),
+    "SCE": (SCE(0.4), lambda v: reference.sce(v, 0.4)),
+    "SCE of all": (SCE(), reference.sce),
+    "ByLayer": (
+        ByLayer({"*.0.*": TIES(0.4), "enc*": SCE(0.3)}, Karcher()),
+        lambda v: reference.by_layer(
+            v,
+            {
+                "*.0.*": lambda g: reference.ties(g, 0.4),
+                "enc*": lambda g: reference.sce(g, 0.3),
+                "*": reference.karcher,
+            },
+        ),
+    ),
+    "BoostedTSVM": (
+        BoostedTSVM(precision="float64"),
+        reference.boosted_tsv_m,
+    ),
+    "IsoCTS": (
+        IsoCTS(common=0.4, precision="float64"),
+        lambda v: reference.iso_cts(v, 0.4),
+    ),
     "TSVM": (TSVM(precision="float64"), reference.tsv_m),
     "IsoC": (IsoC(precision="float64"), reference.iso_c),
 }
@@ -774,7 +805,8 @@ def test_nan_and_infinity_are_named(rule, bad):
 
 def test_rules_leave_their_inputs_alone():
     rules = [TaskArithmetic(0.3), TIES(), DARE(0.5), Breadcrumbs(), DELLA(),
-             ModelStock(), Karcher(), TSVM(), IsoC()]  # fmt: skip
+             ModelStock(), Karcher(), TSVM(), IsoC(), PCB(), SCE(), IsoCTS(),
+             BoostedTSVM(), ByLayer({"enc*": TIES(weights=[1, 2])})]  # fmt: skip
     vectors = make(2, seed=1)
     before = [{n: v.clone() for n, v in w.items()} for w in vectors]
     for rule in rules:
@@ -843,6 +875,11 @@ def test_looking_at_weights_needs_the_base():
         Karcher(of="weights"),
         Merge([Magnitude(0.3), RandomDrop(0.2)], "count", "mean", 0.4),
         TSVM(precision="float64"),
+        TIES([0.5, 0.2], weights=[1, 2]),
+        ByLayer(
+            {"enc*": DARE(0.2, then=TIES(1)), "norm": SLERP(0.1)},
+            IsoCTS(common=0.5),
+        ),
     ],
 )
 def test_descriptions_make_the_rule_again(rule):

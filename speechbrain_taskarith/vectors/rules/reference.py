@@ -151,6 +151,44 @@ def della(vectors, drop_rate=0.7, epsilon=0.2, seed=0, elect="mass"):
     return unstack(merged, vectors[0])
 
 
+def pcb(vectors, density=0.1):
+    """Du et al. 2024, PCB, with the functions of the authors' code."""
+    taus = stack(vectors)
+    n, d = taus.shape
+
+    def unit(x):
+        low, high = x.min(1, keepdim=True)[0], x.max(1, keepdim=True)[0]
+        return (x - low) / (high - low)
+
+    ordered = taus.abs().sort(1)[0]
+    low, high = int(d * 1e-4), int(d * (1 - 1e-4) - 1)
+    size = taus.abs().clip(ordered[:, [low]], ordered[:, [high]])
+    score = (n * unit(size) ** 2).exp() * (taus * taus.sum(0)).tanh()
+    least = score.sort(1)[0][:, [int(d * (1 - density))]]
+    weights = unit(score.maximum(least))
+    mass = weights.sum(0)
+    merged = (weights * taus.sign() * size).sum(0) / mass.where(mass > 0, 1)
+    return unstack(merged, vectors[0])
+
+
+def sce(vectors, density=1.0):
+    """Wan et al. 2024, SCE: select by variance, weigh, erase."""
+
+    def merge(taus):
+        if density < 1:
+            spread = taus.var(0, unbiased=False)
+            kept = int(spread.count_nonzero() * density)
+            order = spread.argsort(descending=True, stable=True)[:kept]
+            selected = torch.zeros_like(spread).index_fill(0, order, 1)
+            taus = taus * selected
+        agree = taus.sign() == torch.where(taus.sum(0) >= 0, 1, -1)
+        weights = (taus**2).mean(1, keepdim=True) * agree
+        mass = weights.sum(0)
+        return (weights * taus).sum(0) / mass.where(mass > 0, 1)
+
+    return in_scope(merge, vectors, "tensor")
+
+
 def slerp(vectors, t, scope="tensor"):
     """Shoemake 1985: from the first vector to the second along their arc."""
 
@@ -242,6 +280,24 @@ def lines(names, alpha, slope):
     }
 
 
+def selective_attention(vectors, mix, alpha=0.2):
+    """Shankar et al. 2025: `mix^(alpha (i + 1) / L)` of the first vector's
+    queries, keys and values in layer `i` of `L`, the rest of the second's."""
+    pattern = r"(.*?\blayers\.)(\d+)\b.*(q_proj|k_proj|v_proj|in_proj_)"
+    found = {n: re.match(pattern, n) for n in vectors[0]}
+    layers = {n: re.match(r"(.*?\blayers\.)(\d+)\b", n) for n in vectors[0]}
+    merged = {}
+    for name, match in found.items():
+        first, second = (v[name].double() for v in vectors)
+        merged[name] = first
+        if match:
+            same = [m for m in layers.values() if m and m[1] == match[1]]
+            last = max(int(m[2]) for m in same)
+            share = mix ** (alpha * (int(match[2]) + 1) / (last + 1))
+            merged[name] = share * first + (1 - share) * second
+    return merged
+
+
 def by_layer(vectors, rules):
     """Another rule for each group, `{pattern: rule}`; the first match wins."""
     merged = {}
@@ -323,7 +379,7 @@ def iso_c(vectors):
 
 
 def iso_cts(vectors, common=0.8):
-    """Marczak et al. 2025, algorithm 2: common and task-specific subspaces."""
+    """Marczak et al. 2025, Iso-CTS: common and task-specific subspaces."""
 
     def merge(taus):
         full = min(taus[0].shape)

@@ -10,7 +10,7 @@ class ByLayer(Rule):
     Each rule sees the parameters of its group as if they were the whole
     model: TIES trims within the group, and the group has its rule's own
     scale. This is what merging tools call parameters with filters (Goddard
-    et al. 2024, arXiv 2403.13257, section 3). Reference:
+    et al. 2024, arXiv 2403.13257). Reference:
     `reference.by_layer`.
 
     Arguments

@@ -47,7 +47,7 @@ class IsoC(Spectral):
 class IsoCTS(Spectral):
     """Isotropic merging in common and task-specific subspaces.
 
-    Marczak et al. 2025 (arXiv 2502.04959, section 4.3 and algorithm 2), for
+    Marczak et al. 2025 (arXiv 2502.04959), for
     each weight matrix: the top singular triples of the vectors' sum span the
     common subspace; of each vector, what lies outside of it gives equally
     many triples more, so that all together are as many as the matrix has.

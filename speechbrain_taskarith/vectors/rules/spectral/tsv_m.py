@@ -73,7 +73,7 @@ class TSVM(Spectral):
 class BoostedTSVM(TSVM):
     """TSV-M with the small singular values raised.
 
-    Carvalho et al. 2026 (arXiv 2603.05354, section on BoostedTSV-M): before
+    Carvalho et al. 2026 (arXiv 2603.05354): before
     TSV-M concatenates, each vector's singular values below the one at which
     the cumulated ones reach the share `beta` of their sum are raised to that
     one, so that a few directions do not carry everything (rank collapse).

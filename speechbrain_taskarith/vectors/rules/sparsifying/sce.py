@@ -1,0 +1,60 @@
+"""SCE: select where the vectors differ, weigh them, erase what disagrees."""
+
+from speechbrain_taskarith.vectors import checks
+from speechbrain_taskarith.vectors.rules.base import Rule
+
+
+class SCE(Rule):
+    """Select, calculate, erase.
+
+    Wan et al. 2024 (FuseChat, arXiv 2408.07990), tensor by
+    tensor: of the entries that differ, the share `density` with the largest
+    variance over the vectors is selected; each vector's weight is its mean
+    square there; entries whose sign is not that of the sum are erased, and
+    the rest is averaged with the weights. What no vector differs in is
+    dropped. Reference: `reference.sce`.
+
+    Arguments
+    ---------
+    density : float
+        Share of the entries, in [0, 1]; 1 selects all, also equal ones.
+    scale : float or dict
+        See `Rule`.
+
+    Example
+    -------
+    >>> import torch
+    >>> a = {"w": torch.tensor([2.0, 1.0, 0.0])}
+    >>> b = {"w": torch.tensor([-1.0, 1.0, 0.0])}
+    >>> SCE(density=0.5).combine([a, b])["w"]
+    tensor([0., 0., 0.])
+    >>> SCE().combine([a, b])["w"]
+    tensor([2., 1., 0.])
+    """
+
+    min_vectors = 2
+
+    def __init__(self, density=1.0, scale=1.0):
+        super().__init__(scale)
+        self.density = checks.in_range("density", density, 0, 1)
+
+    def bytes_per_element(self, number):
+        """See `Rule.bytes_per_element`: in float64."""
+        return 64 + 48 * number
+
+    def merge_tensor(self, name, deltas, base=None):
+        """See `Rule.merge_tensor`."""
+        import torch
+
+        taus = torch.stack(deltas).double().reshape(len(deltas), -1)
+        if self.density < 1:
+            variance = taus.var(dim=0, unbiased=False)
+            kept = int(variance.count_nonzero() * self.density)
+            order = variance.argsort(descending=True, stable=True)
+            taus[:, order[kept:]] = 0
+        sign = torch.where(taus.sum(dim=0) >= 0, 1, -1)
+        weights = taus.square().mean(dim=1, keepdim=True)
+        weights = weights * (taus.sign() == sign)
+        mass = weights.sum(dim=0)
+        merged = (weights * taus).sum(dim=0) / mass.where(mass > 0, 1)
+        return merged.reshape(deltas[0].shape)
