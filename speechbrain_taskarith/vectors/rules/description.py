@@ -171,7 +171,9 @@ def with_each(rule, *, weights=None, densities=None):
          then={'rule': 'TaskArithmetic', 'scale': 1.0, 'weights': [1, 2]})
     """
     if densities is not None:
-        densities = checks.shares("densities", list(densities))
+        densities = checks.shares("densities", densities)
+        if not isinstance(densities, list):
+            raise ValueError("densities: expected a list, one for each vector")
         drops = [1 - share for share in densities]
         given = {"density": densities, "drop": drops}
         rule = _replaced(rule, given, "densities")

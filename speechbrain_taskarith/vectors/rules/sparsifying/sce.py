@@ -7,7 +7,7 @@ from speechbrain_taskarith.vectors.rules.base import Rule
 class SCE(Rule):
     """Select, calculate, erase.
 
-    Wan et al. 2024 (FuseChat, arXiv 2408.07990), tensor by
+    Wan et al. 2024 (arXiv 2408.07990, FuseChat), tensor by
     tensor: of the entries that differ, the share `density` with the largest
     variance over the vectors is selected; each vector's weight is its mean
     square there; entries whose sign is not that of the sum are erased, and
@@ -50,11 +50,21 @@ class SCE(Rule):
         if self.density < 1:
             variance = taus.var(dim=0, unbiased=False)
             kept = int(variance.count_nonzero() * self.density)
-            order = variance.argsort(descending=True, stable=True)
-            taus[:, order[kept:]] = 0
+            taus *= _largest(variance, kept)
         sign = torch.where(taus.sum(dim=0) >= 0, 1, -1)
         weights = taus.square().mean(dim=1, keepdim=True)
         weights = weights * (taus.sign() == sign)
         mass = weights.sum(dim=0)
         merged = (weights * taus).sum(dim=0) / mass.where(mass > 0, 1)
         return merged.reshape(deltas[0].shape)
+
+
+def _largest(values, number):
+    """Return the mask of the largest values; of equal ones the first."""
+    if not number:
+        return values < 0
+    least = values.kthvalue(len(values) - number + 1).values
+    mask = values > least
+    equal = (values == least).nonzero()[: number - int(mask.sum())]
+    mask[equal] = True
+    return mask

@@ -47,7 +47,7 @@ class TSVM(Spectral):
             raise ValueError("share=0: expected a number in (0, 1]")
         self.share = share
 
-    def boost(self, sizes, xp):
+    def _boost(self, sizes, xp):
         """Return all singular values of one vector, changed or not."""
         return sizes
 
@@ -60,7 +60,7 @@ class TSVM(Spectral):
         for matrix in matrices:
             left, values, right = matrix.svd()
             lefts.append(left[:, :kept])
-            sizes.append(self.boost(values, xp)[:kept])
+            sizes.append(self._boost(values, xp)[:kept])
             rights.append(right[:kept])
         values = xp.concatenate(sizes)
         if not len(values):
@@ -118,8 +118,7 @@ class BoostedTSVM(TSVM):
         self.beta = beta
         self.energy = checks.one_of("energy", energy, ("sum", "squares"))
 
-    def boost(self, sizes, xp):
-        """See `TSVM.boost`."""
+    def _boost(self, sizes, xp):
         if not len(sizes) or self.beta == 1:
             return sizes
         energy = sizes if self.energy == "sum" else sizes**2
