@@ -2,12 +2,14 @@
 
 import hashlib
 import math
+import pickle
 import re
 
 import numpy as np
 import pytest
 import torch
 
+import speechbrain_taskarith.vectors as vectors_room
 from speechbrain_taskarith.vectors import (
     TaskVector,
     merge_checkpoints,
@@ -892,6 +894,23 @@ def test_descriptions_make_the_rule_again(rule):
     base = make(1, seed=8)[0]
     one, other = rule(base, vectors), again(base, vectors)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_are_found_by_name_and_pickled(name):
+    needed = {
+        "DARE": {"drop": 0.5},
+        "SLERP": {"t": 0.3},
+        "Fisher": {"fishers": ["a.ckpt", "b.ckpt"]},
+        "LiNeS": {"inner_rule": TIES(), "slope": 0.1},
+        "ByLayer": {"rules": {"enc*": TIES()}},
+        "SelectiveAttention": {"mix": 0.5},
+    }
+    rule = getattr(vectors_room, name)(**needed.get(name, {}))
+    again = pickle.loads(pickle.dumps(rule))
+    assert again.describe() == rule.describe()
+    assert from_description(rule.describe()).describe() == rule.describe()
+    assert "module" not in rule.describe()
 
 
 def test_descriptions_name_only_our_rules():

@@ -379,6 +379,17 @@ def test_sce_drops_what_no_vector_differs_in():
         SCE().combine([a])
 
 
+@pytest.mark.parametrize("density", [0.1, 0.34, 0.5, 0.99])
+def test_sce_selects_the_first_of_equal_variances(density):
+    generator = torch.Generator().manual_seed(3)
+    vectors = [
+        {"w": torch.randint(-1, 2, (50,), generator=generator) * 0.1}
+        for _ in range(3)
+    ]
+    merged = SCE(density).combine(vectors)
+    assert_close(merged, reference.sce(vectors, density))
+
+
 ATTENTION = {
     **{f"encoder.layers.{i}.self_attn.q_proj.weight": (3, 3) for i in range(4)},
     **{f"decoder.layers.{i}.encoder_attn.v_proj.bias": (3,) for i in range(2)},

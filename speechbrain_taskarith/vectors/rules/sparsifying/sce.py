@@ -48,7 +48,9 @@ class SCE(Rule):
 
         taus = torch.stack(deltas).double().reshape(len(deltas), -1)
         if self.density < 1:
-            variance = taus.var(dim=0, unbiased=False)
+            # Less the first: exactly zero where all are equal.
+            apart = taus - taus[0]
+            variance = (apart - apart.mean(dim=0)).square().mean(dim=0)
             kept = int(variance.count_nonzero() * self.density)
             taus *= _largest(variance, kept)
         sign = torch.where(taus.sum(dim=0) >= 0, 1, -1)
