@@ -92,6 +92,21 @@ def test_loras_of_every_type_merge_as_the_exact_ones(rule, dtype):
         assert relative(merged, oracle) < tolerance
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rule", [TSVM, IsoC])
+def test_half_precision_without_the_base_is_refused(rule, dtype):
+    base, models = tuned(dtype, [1])
+    tau = TaskVector.between(base, models[0])
+    if dtype in (torch.float32, torch.float64):
+        values = values_of(rule().combine([tau])["w"])
+        assert values[RANK] < 1e-3 * values[0]
+        return
+    with pytest.raises(
+        ValueError, match=r"'w' has few.*combine\(vectors, base"
+    ):
+        rule().combine([tau])
+
+
 def test_a_bfloat16_vector_file_has_its_rank(tmp_path):
     base, models = tuned(torch.float32, [1])
     path = tmp_path / "tau.safetensors"

@@ -13,8 +13,14 @@ values up to about `sigma (sqrt(rows) + sqrt(columns))`.
 
 import math
 
+import numpy as np
+
 from speechbrain_taskarith.vectors import checks
-from speechbrain_taskarith.vectors.engine.workspace import EPS, weighted_sum
+from speechbrain_taskarith.vectors.engine.workspace import (
+    EPS,
+    to_numpy,
+    weighted_sum,
+)
 from speechbrain_taskarith.vectors.rules.base import Rule, check_weights
 
 _ERROR = 0.21
@@ -23,6 +29,9 @@ _SAFETY = 3.0
 # Error of a decomposition in float32, as a share of the matrix's norm, for
 # each root of its longer side.
 _COMPUTED = 4 * EPS["F32"]
+# Without the base, matrices of this side or more are looked at for numbers of
+# fewer than 12 bits.
+_LARGE, _SAMPLE = 32, 4096
 # Directions whose singular value in `nearest_orthonormal` is a smaller share
 # than this of the largest (the root of float32's step) lie in the others' span.
 _SUPPORT = 3.5e-4
@@ -70,12 +79,20 @@ class Spectral(Rule):
         dtype = getattr(xp, self.precision)
         rows = place.shape[0]
         # Of the weights that the vectors are differences of, if known.
-        size = 0.0
-        if source.base is not None:
+        known, size = source.base is not None, 0.0
+        if known:
             size = float(xp.linalg.norm(source.base_chunk(place, work)))
         matrices = []
         for index, (tau, weight) in enumerate(zip(vectors, weights)):
             values = _as(tau, dtype, xp).reshape(rows, -1)
+            if not known and min(values.shape) >= _LARGE and _coarse(tau):
+                raise ValueError(
+                    f"{type(self).__name__}: the vectors' {place.name!r} has "
+                    "few significant bits, as differences of half-precision "
+                    "weights have. Which of its singular values are more "
+                    "than rounding depends on the base: give it, as in "
+                    "combine(vectors, base=base) or rule(base, vectors)"
+                )
             of_base, of_vector = source.rounding(index, place.name)
             own = float(xp.linalg.norm(values))
             error = math.hypot(of_base * size, of_vector * own)
@@ -114,6 +131,14 @@ class Matrix:
         found = int((sizes > self.least).sum())
         rank = found if rank is None else min(rank, found)
         return left[:, :rank], sizes[:rank], right[:rank]
+
+
+def _coarse(tau):
+    """Tell whether most numbers have fewer than 12 significant bits."""
+    bits = to_numpy(tau[tau != 0][:_SAMPLE]).view(np.int32)
+    mantissas = bits & 0x7FFFFF | 0x800000
+    lowest = mantissas & -mantissas
+    return len(bits) > 0 and np.median(lowest) > 1 << 12
 
 
 def _is_matrix(shape):
