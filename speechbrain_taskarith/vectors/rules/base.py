@@ -19,7 +19,7 @@ from speechbrain_taskarith.vectors import checks
 from speechbrain_taskarith.vectors.engine.streaming import MemoryVectors, Stream
 from speechbrain_taskarith.vectors.engine.workspace import CHUNK
 from speechbrain_taskarith.vectors.states.names import check_alike
-from speechbrain_taskarith.vectors.states.readers import as_state
+from speechbrain_taskarith.vectors.states.readers import as_model, as_state
 
 # Written into a description in place of what a text cannot hold.
 IN_MEMORY = "weights in memory"
@@ -242,7 +242,12 @@ class Rule:
         from speechbrain_taskarith.vectors.task_vector import TaskVector
 
         vectors = list(vectors)
-        base = None if base is None else as_state(base)
+        if base is not None:
+            base = as_state(base)
+            vectors = [
+                vector.named_as(base) if hasattr(vector, "named_as") else vector
+                for vector in vectors
+            ]
         self.check_number(len(vectors))
         check_alike(vectors)
         source = MemoryVectors(vectors, base)
@@ -295,7 +300,7 @@ class Rule:
         ValueError
             Another base than the vectors', and what `combine` raises.
         """
-        base, vectors = as_state(base), list(vectors)
+        base, vectors = as_model(base), list(vectors)
         merged = self.combine(vectors, base=base)
         traced = [v for v in vectors if hasattr(v, "base_fingerprint")]
         any_base = any_base or not traced

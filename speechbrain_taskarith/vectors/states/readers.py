@@ -20,6 +20,7 @@ from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     open_checkpoint,
 )
 from speechbrain_taskarith.vectors.states.state import (
+    TASK_VECTOR,
     State,
     StoredTensor,
     from_mapping,
@@ -146,6 +147,23 @@ def as_state(source, *, recoverable=None) -> "State":
     )
 
 
+def as_model(source, *, recoverable=None):
+    """Return a `State` as `as_state` does; a task vector is refused.
+
+    Its numbers would pass for weights that are nearly zero.
+    """
+    state = as_state(source, recoverable=recoverable)
+    in_memory = isinstance(source, Mapping) and hasattr(source, "norm")
+    if TASK_VECTOR in state.metadata or in_memory:
+        label = "a TaskVector" if in_memory else f"{state.label}: a task vector"
+        raise ValueError(
+            f"{label} was given where a model is expected. Give the model's "
+            "weights, or apply the vector to its base first "
+            "(TaskVector.apply, taskarith apply)"
+        )
+    return state
+
+
 def _open_safetensors(path, shown_as=None):
     tensors, metadata = read_header(path)
     descriptor = os.open(path, os.O_RDONLY)
@@ -186,14 +204,17 @@ def _open_folder(folder, recoverable):
 
 
 def _open_shards(folder, index):
-    weight_map = read_json(index).get("weight_map")
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else {}
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise damaged(index, "holds no 'weight_map'")
+    for file in weight_map.values():
+        # A name from outside must not lead out of the folder, nor back to it.
+        if not isinstance(file, str) or Path(file).name != file or not file:
+            what = f"names a shard that is no file beside it: {file!r}"
+            raise damaged(index, what)
     shards = {}
     for file in sorted(set(weight_map.values())):
-        # A file name from outside must not lead out of the folder.
-        if Path(file).name != file:
-            raise damaged(index, f"names a shard outside its folder: {file}")
         if not (folder / file).exists():
             raise FileNotFoundError(f"{folder / file}: shard is missing")
         shards[file] = open_state(folder / file)

@@ -153,6 +153,10 @@ class State(Mapping):
         self.label = str(path) if path else "weights in memory"
         self.metadata = dict(metadata or {})
         self._check = check
+        # The stored weights that these are under other names (`renamed`).
+        self.source = None
+        # Names of the module they were opened for that they do not cover.
+        self.left_out = ()
 
     def __getitem__(self, name):
         self.info(name)
@@ -215,10 +219,11 @@ class State(Mapping):
         """Tied tensors: `{name: first name of its group}`, ties only."""
         first, tied = {}, {}
         for name, entry in self.entries.items():
-            if (identity := entry.identity) is not None:
-                origin = first.setdefault(identity, name)
-                if origin != name:
-                    tied[name] = tied[origin] = origin
+            # Of what has no memory of its own: names of one entry.
+            identity = entry.identity or id(entry)
+            origin = first.setdefault(identity, name)
+            if origin != name:
+                tied[name] = tied[origin] = origin
         return tied
 
     @cached_property
@@ -246,6 +251,19 @@ class State(Mapping):
             entry.read_into(start, part)
             digest.update(part)
         return digest.digest()
+
+    def fingerprints(self):
+        """Give the fingerprints that a vector of these weights may carry.
+
+        Returns
+        -------
+        iterator of str
+            The own one, then that under the names they are stored by; each
+            is computed when it is asked for.
+        """
+        yield self.fingerprint
+        if self.source is not None:
+            yield self.source.fingerprint
 
     def verify(self):
         """Check the bytes against the checksums that the file carries.
