@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from speechbrain_taskarith.commands import merge as command
+from speechbrain_taskarith.commands.weights import merge as command
 from speechbrain_taskarith.vectors import (
     TaskVector,
     merge_checkpoints,
