@@ -16,9 +16,11 @@ from speechbrain_taskarith.vectors.rules import (
     SCE,
     TIES,
     TSVM,
+    BoostedTSVM,
     Breadcrumbs,
     ByLayer,
     IsoC,
+    IsoCTS,
     Karcher,
     LiNeS,
     ModelStock,
@@ -241,6 +243,42 @@ def test_streams_the_same_bytes(rule, threads, tmp_path):
     merged = open_state(output)
     for name, value in expected.items():
         assert torch.equal(merged[name], value), name
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        TIES([0.2, 0.5], weights=[1, -0.5]),
+        TIES(elect="count", weights=[1, 2]),
+        DARE([0.1, 0.5], then=TIES(0.5)),
+        DELLA(elect="none"),
+        PCB(0.3),
+        SCE(0.4),
+        TSVM(weights=[1, 2]),
+        BoostedTSVM(),
+        IsoC(),
+        IsoCTS(common=0.4),
+        SelectiveAttention(0.3, attention=["enc*"]),
+        ByLayer({"enc*": TIES(0.4)}, DARE(0.5)),
+    ],
+    ids=repr,
+)
+def test_torch_computes_what_numpy_does(rule, tmp_path):
+    """A device's arrays are torch's; here those of the CPU stand for them."""
+    base, *models = make(3, seed=11)
+    found = []
+    for device in ("cpu", "cpu:0"):
+        path = tmp_path / f"{device[3:]}.safetensors"
+        merge_checkpoints(base, models, rule, path, device=device)
+        found.append(open_state(path))
+    assert_close(dict(found[1]), dict(found[0]), 1e-5)
+
+
+def test_descriptions_from_before_still_make_their_rule():
+    old = {"rule": "TIES", "density": 0.5, "scale": 0.6, "elect": "mass"}
+    assert from_description({**old, "trim": "global"}).describe() == (
+        TIES(0.5, 0.6).describe()
+    )
 
 
 def test_a_merge_file_with_weights_and_groups(tmp_path, monkeypatch, capsys):
