@@ -79,7 +79,8 @@ class Spectral(Rule):
         dtype = getattr(xp, self.precision)
         rows = place.shape[0]
         # Of the weights that the vectors are differences of, if known.
-        known, size = source.base is not None, 0.0
+        size, base = 0.0, source.base
+        known = base is not None and place.name in base
         if known:
             size = float(xp.linalg.norm(source.base_chunk(place, work)))
         matrices = []
