@@ -6,6 +6,7 @@ fingerprint of the base it was taken from.
 """
 
 import functools
+import json
 import math
 import operator
 from collections.abc import Mapping
@@ -27,9 +28,14 @@ from speechbrain_taskarith.vectors.states.names import (
     editable_names,
     match_names,
     not_finite_error,
+    renaming,
+    under_names_of,
 )
 from speechbrain_taskarith.vectors.states.readers import as_state
 from speechbrain_taskarith.vectors.states.state import short
+
+# Vectors that a vector's history names, at most.
+_LONGEST_HISTORY = 64
 
 
 class TaskVector(Mapping):
@@ -46,7 +52,8 @@ class TaskVector(Mapping):
         Fingerprint of the weights it was taken from; None when it combines
         vectors of several bases (then `apply` asks for `any_base=True`).
     metadata : dict or None
-        Where it comes from, plain types; stored with it.
+        Where it comes from, plain types; stored with it. A history of more
+        than 64 vectors is shortened to those that it began with.
 
     Example
     -------
@@ -71,7 +78,7 @@ class TaskVector(Mapping):
         own = {id(d): d.detach().float() for d in deltas.values()}
         self._deltas = {name: own[id(d)] for name, d in deltas.items()}
         self.base_fingerprint = base_fingerprint
-        self.metadata = dict(metadata or {})
+        self.metadata = _bounded(metadata or {})
 
     @classmethod
     def between(
@@ -87,7 +94,9 @@ class TaskVector(Mapping):
         """Subtract: `tau = theta_finetuned - theta_base`.
 
         Differences are taken in float32 whatever the weights are stored in.
-        Integer and boolean tensors are never part of a vector.
+        Integer and boolean tensors are never part of a vector. A Hugging Face
+        folder and the checkpoint of SpeechBrain's wrapper may be mixed: the
+        vector has the base's names.
 
         Arguments
         ---------
@@ -118,6 +127,8 @@ class TaskVector(Mapping):
         base, finetuned = as_state(base), as_state(finetuned)
         base.verify()
         finetuned.verify()
+        fingerprint = finetuned.fingerprint
+        finetuned = under_names_of(base, finetuned)
         names = editable_names(
             base,
             finetuned,
@@ -142,7 +153,7 @@ class TaskVector(Mapping):
         metadata = {
             "base": base.label,
             "finetuned": finetuned.label,
-            "finetuned_fingerprint": finetuned.fingerprint,
+            "finetuned_fingerprint": fingerprint,
         }
         return cls(deltas, base.fingerprint, metadata)
 
@@ -223,6 +234,10 @@ class TaskVector(Mapping):
     def __add__(self, other) -> "TaskVector":
         return self._pair(other, torch.add, "sum")
 
+    def __radd__(self, other) -> "TaskVector":
+        # sum() starts from the number 0.
+        return self if isinstance(other, int) and not other else NotImplemented
+
     def __sub__(self, other) -> "TaskVector":
         return self._pair(other, torch.sub, "difference")
 
@@ -232,6 +247,8 @@ class TaskVector(Mapping):
         return self._map(lambda d: d * factor, operation)
 
     __rmul__ = __mul__
+    # Lets `numpy.float64(0.4) * tau` come here.
+    __array_ufunc__ = None
 
     def __truediv__(self, divisor):
         divisor = float(finite("divisor", divisor))
@@ -300,7 +317,7 @@ class TaskVector(Mapping):
         """
         return scale_by_name(scale, self)
 
-    def apply(self, base, scale=1.0, *, any_base=False):
+    def apply(self, base, scale=1.0, *, any_base=False, dtype=None):
         """Return edited weights: `theta = theta_base + scale * tau`.
 
         Computed in float32 and cast back to the base's dtype. Everything
@@ -318,6 +335,10 @@ class TaskVector(Mapping):
             False: the base must be the one that the vector was taken from.
             True: any weights of the same names and shapes (SYN2REAL applies
             a source domain's vector to the target's model).
+        dtype : str, torch.dtype or None
+            Type of all floating point tensors of the result: `"float32"`,
+            `"float16"`, `"bfloat16"`, `"float64"`; None: the base's. Half
+            precision rounds most of a small edit away.
 
         Returns
         -------
@@ -328,17 +349,19 @@ class TaskVector(Mapping):
         Raises
         ------
         ValueError
-            Another base, other shapes, a scale that is not finite.
+            Another base, other shapes, a scale that is not finite, an edit
+            that the type cannot hold.
         KeyError
             The base lacks parameters of the vector.
         """
         base = as_state(base)
         base.verify()
-        self.check_fits(base)
+        tau = self.named_as(base)
+        tau.check_fits(base)
         if not any_base:
             origin = self.metadata.get("base", "path unknown")
             check_ancestry(base, self.base_fingerprint, origin=origin)
-        return edited(self, base, self.scales(scale))
+        return edited(tau, base, tau.scales(scale), dtype)
 
     def apply_(self, module, scale=1.0):
         """Edit a module in place, on its own device.
@@ -346,7 +369,8 @@ class TaskVector(Mapping):
         Reads two tensors and writes one. `apply_(module, -scale)` undoes it
         up to rounding; for exact undo keep the base and use `apply`. Only
         names and shapes are checked (after an edit the module is no longer
-        the base), and nothing is changed where they do not fit.
+        the base), and nothing is changed where they do not fit, or where half
+        precision cannot hold the result.
 
         Arguments
         ---------
@@ -356,8 +380,29 @@ class TaskVector(Mapping):
             See `apply`.
         """
         state = as_state(module)
-        self.check_fits(state)
-        edit_in_place(self, state, self.scales(scale))
+        tau = self.named_as(state)
+        tau.check_fits(state)
+        edit_in_place(tau, state, tau.scales(scale))
+
+    def named_as(self, base) -> "TaskVector":
+        """Return the vector under a base's names, where wrappers differ.
+
+        Arguments
+        ---------
+        base : path, torch.nn.Module, mapping or State
+            As SpeechBrain's wrapper, for the vector of a Hugging Face model.
+
+        Returns
+        -------
+        TaskVector
+            Itself, if only its names fit or none do.
+        """
+        base = as_state(base)
+        if self.keys() <= base.keys() or not (pairs := renaming(base, self)):
+            return self
+        deltas = {name: self[found] for name, found in pairs.names.items()}
+        deltas |= {name: self[name] for name in pairs.unknown}
+        return TaskVector(deltas, self.base_fingerprint, self.metadata)
 
     def check_fits(self, base):
         """Raise as `apply` unless a `State` holds all parameters, in shape."""
@@ -410,6 +455,24 @@ class TaskVector(Mapping):
         parents = [self.metadata, other.metadata]
         metadata = {"operation": operation, "parents": parents}
         return TaskVector(deltas, base_fingerprint, metadata)
+
+
+def _bounded(metadata):
+    """Where a history has grown long, keep what it began with alone."""
+
+    def nodes(one):
+        yield one
+        for parent in one.get("parents", ()):
+            yield from nodes(parent)
+
+    if sum(1 for _ in nodes(metadata)) <= _LONGEST_HISTORY:
+        return dict(metadata)
+    origins = {}
+    for one in nodes(metadata):
+        if "parents" not in one:
+            origins.setdefault(json.dumps(one, default=str), one)
+    kept = list(origins.values())[: _LONGEST_HISTORY - 1]
+    return {**metadata, "parents": kept, "shortened": True}
 
 
 def _each(function, first, *others):

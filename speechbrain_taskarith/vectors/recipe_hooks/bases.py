@@ -8,6 +8,9 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from speechbrain.utils.checkpoints import (
+    hook_on_loading_state_dict_checkpoint,
+)
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_taskarith.utils.files import read_json
@@ -16,6 +19,7 @@ from speechbrain_taskarith.vectors.states.names import (
     CONSTANTS,
     HOLDERS,
     pair_names,
+    renamed,
 )
 from speechbrain_taskarith.vectors.states.readers import as_state, open_state
 from speechbrain_taskarith.vectors.states.speechbrain_folder import (
@@ -167,18 +171,19 @@ def _download(name, savedir):
 def fit_to_module(stored, module, name) -> State:
     """Return stored weights under a module's names, or raise ValueError."""
     own = as_state(module)
-    left_out = [n for n in own if _ADAPTERS in n.split(".")]
-    wanted = [n for n in own if n not in set(left_out)]
-    ties = {n: to for n, to in own.aliases.items() if n not in set(left_out)}
-    pairs = pair_names(wanted, stored, ties)
+    # SpeechBrain's own table of names that have changed since.
+    stored_names = hook_on_loading_state_dict_checkpoint({n: n for n in stored})
+    pairs = pair_names(own, stored_names, own.aliases)
     _check_settings(stored, module, name)
+    left_out = [n for n in pairs.missing if _ADAPTERS in n.split(".")]
     constants = [n for n in pairs.missing if n in CONSTANTS]
     untrained = [n for n in pairs.missing if n.split(".")[-1] == _UNTRAINED]
-    absent = set(constants) | set(untrained)
+    absent = {*left_out, *constants, *untrained}
     heads, unknown = pairs.heads, pairs.unknown
     if _described(module, "config") is None:
         heads, unknown = [], [*unknown, *heads]
     switched_off = [n for n in unknown if _is_switched_off(n, module)]
+    sources = {n: stored_names[found] for n, found in pairs.names.items()}
     problems = [
         f"{n}: not in the file" for n in pairs.missing if n not in absent
     ]
@@ -187,7 +192,7 @@ def fit_to_module(stored, module, name) -> State:
     ]
     shapes = {
         n: (stored.info(found).shape, own.info(n).shape)
-        for n, found in pairs.names.items()
+        for n, found in sources.items()
     }
     unlike = {n: two for n, two in shapes.items() if two[0] != two[1]}
     problems += [
@@ -197,18 +202,18 @@ def fit_to_module(stored, module, name) -> State:
     if problems:
         raise _misfit(stored, name, problems, unlike)
     entries, cast = {}, {}
-    for n in wanted:
-        if n in constants:
-            entries[n] = LoadedTensor(own[n].clone())
-        elif n in untrained:
-            entries[n] = LoadedTensor(torch.zeros_like(own[n]))
-        else:
-            found = pairs.names[n]
+    for n in own:
+        if n in sources:
+            found = sources[n]
             entries[n] = stored.entries[found]
             if entries[n].info.dtype != own.info(n).dtype:
                 # One for all that is tied.
                 cast.setdefault(found, _Cast(entries[n], own[n].dtype))
                 entries[n] = cast[found]
+        elif n in constants:
+            entries[n] = LoadedTensor(own[n].clone())
+        elif n in untrained:
+            entries[n] = LoadedTensor(torch.zeros_like(own[n]))
     for what, names in (
         ("in the module only, taken from it", constants),
         ("not trained in the base, set to zero", untrained),
@@ -217,13 +222,26 @@ def fit_to_module(stored, module, name) -> State:
     ):
         if names:
             logger.info(f"{name} from {stored.label}: {what}: {some(names)}")
-    state = stored
-    if list(entries) != list(stored) or any(
-        entry is not stored.entries[n] for n, entry in entries.items()
-    ):
-        state = stored.renamed(entries)
+    # Not compared as dicts: an entry that is a tuple would be compared by value.
+    same = list(entries) == list(stored)
+    same = same and all(stored.entries[n] is e for n, e in entries.items())
+    state = stored if same else renamed(stored, entries)
     state.left_out = tuple(left_out)
     return state
+
+
+def load_base(module, state):
+    """Load what `open_base` gave, or an edit of it; adapters stay."""
+    if type(module).__name__ == "DistributedDataParallel":
+        module = module.module
+    content = {name: state[name] for name in state}
+    missing, unexpected = module.load_state_dict(content, strict=False)
+    missing = [n for n in missing if _ADAPTERS not in n.split(".")]
+    if missing or unexpected:
+        raise ValueError(
+            f"the module changed since the base was opened for it: lacks "
+            f"{some(unexpected)}, has {some(missing)} more"
+        )
 
 
 class _Cast:
@@ -276,7 +294,8 @@ def _check_settings(stored, module, name):
         live = _described(module, attribute)
         if live is None or not (folder / file).exists():
             continue
-        for key, value in read_json(folder / file).items():
+        content = read_json(folder / file)
+        for key, value in content.items():
             same = key not in live or _plain(live[key]) == _plain(value)
             if wanted(key) and not same:
                 differ.append(

@@ -15,7 +15,7 @@ import numpy as np
 
 from speechbrain_taskarith.utils.messages import some
 from speechbrain_taskarith.utils.patterns import select
-from speechbrain_taskarith.vectors.states.state import short
+from speechbrain_taskarith.vectors.states.state import State, short
 
 logger = logging.getLogger(__name__)
 
@@ -150,31 +150,60 @@ def _is_head(name, outer):
     return parts[0] in HEADS or parts[0] in CONSTANTS
 
 
-def under_names_of(base, other):
+def renaming(base, other):
+    """Return the `Pairs` if only wrappers tell two models' names apart.
+
+    None where the names are the same, or have another reason to differ.
+    """
+    if set(base) == set(other):
+        return None
+    pairs = pair_names(base, other, base.aliases)
+    differ = any(name != found for name, found in pairs.names.items())
+    constants = CONSTANTS & {*pairs.missing, *pairs.heads}
+    return pairs if pairs.names and (differ or constants) else None
+
+
+def renamed(state, entries):
+    """Return a state's weights as other `entries`; it is their `source`."""
+    result = State(
+        entries, state.path, state.metadata, lambda _: state.verify()
+    )
+    result.label, result.source = state.label, state
+    return result
+
+
+def fingerprints(state):
+    """Yield a state's fingerprint, then that of its `source`; lazily."""
+    yield state.fingerprint
+    if state.source is not None:
+        yield state.source.fingerprint
+
+
+def under_names_of(base, other, *, partial=False):
     """Return a state under the base's names, if wrappers tell them apart.
 
     As the checkpoint of SpeechBrain's wrapper and the Hugging Face folder it
     started from. Output layers and constants that only one of them has count
-    as not trained: the base's are taken. Otherwise `other` as it is: where
-    it does not fit, `match_names` says so.
+    as not trained: the base's are taken (`partial`, for vectors: left out).
+    Otherwise `other` as it is: where it does not fit, `match_names` says so.
     """
-    if base.entries.keys() == other.entries.keys():
+    pairs = renaming(base, other)
+    if pairs is None:
         return other
-    pairs = pair_names(base, other, base.aliases)
-    renamed = any(name != found for name, found in pairs.names.items())
-    constants = CONSTANTS & {*pairs.missing, *pairs.heads}
-    if not (renamed or constants):
-        return other
+    untrained = set(pair_names(other, base).heads).intersection(pairs.missing)
     entries = {n: other.entries[found] for n, found in pairs.names.items()}
     entries |= {name: other.entries[name] for name in pairs.unknown}
-    lost = pair_names(other, base).heads
-    entries |= {n: base.entries[n] for n in pairs.missing if n in lost}
-    logger.info(
-        f"{other.label}: names read as those of {base.label}"
-        + (f"; taken as not trained: {', '.join(lost)}" if lost else "")
-        + (f"; left out: {', '.join(pairs.heads)}" if pairs.heads else "")
-    )
-    return other.renamed(entries)
+    if partial:
+        untrained = ()
+    entries |= {name: base.entries[name] for name in untrained}
+    message = f"{other.label}: read under the names of {base.label}"
+    if untrained:
+        message += f"; not in it, taken as untrained: {some(untrained)}"
+    if pairs.heads:
+        message += f"; left out: {some(pairs.heads)}"
+    heads = {*untrained, *pairs.heads} - CONSTANTS
+    logger.log(logging.WARNING if heads else logging.INFO, message)
+    return renamed(other, entries)
 
 
 def match_names(
@@ -225,8 +254,8 @@ def _misfit(base, other, only_base, only_other, unlike, advice):
         )
     if problems:
         remedies.append(
-            "take models of one architecture, without wrappers (names with "
-            "'module.'), or exclude these names (TaskVector.restrict)"
+            "take models of one architecture, or exclude these names "
+            "(TaskVector.restrict)"
         )
     if unlike:
         name = unlike[0]
@@ -291,7 +320,7 @@ def check_alike(vectors, labels=None):
 
 def check_ancestry(base, fingerprint, label="this task vector", origin=None):
     """Raise unless a vector was taken from just these weights."""
-    if fingerprint in base.fingerprints():
+    if fingerprint in fingerprints(base):
         return
     taken = "combines vectors of several bases"
     if fingerprint:

@@ -3,8 +3,8 @@
 They are found as `Checkpointer` finds them, less what a killed process left.
 """
 
-import contextlib
 import math
+import warnings
 from pathlib import Path
 
 from speechbrain_taskarith.utils.files import atomic_write
@@ -66,6 +66,8 @@ def find_checkpoint_folder(path, *, min_key=None, max_key=None):
             f"folder{score})"
         )
     if key:
+        for meta, folder in found:
+            _check_number(meta, key, folder)
         sign = -1 if min_key else 1
         best = max(sign * meta[key] for meta, _ in found)
         found = [entry for entry in found if sign * entry[0][key] == best]
@@ -120,37 +122,75 @@ def read_checkpoint_meta(folder):
     if not isinstance(meta or {}, dict):
         what = f"holds a {type(meta).__name__}, expected a mapping"
         raise damaged(path, what)
-    return meta or {}
+    meta = meta or {}
+    _check_number(meta, "unixtime", folder)
+    ours = meta.get(META_KEY)
+    files = ours.get("files", []) if isinstance(ours, dict) else []
+    if not (isinstance(files, list) and all(type(f) is str for f in files)):
+        raise damaged(path, f"has no list of names as its 'files': {files!r}")
+    return meta
+
+
+def _check_number(meta, key, folder):
+    """Checkpoints are compared by their time and scores."""
+    if not isinstance(value := meta.get(key, 0), (int, float)):
+        what = f"has {value!r} for {key!r}, expected a number"
+        raise damaged(Path(folder) / META_FILE, what)
 
 
 def open_checkpoint(folder, recoverable=None):
     """Open one recoverable's weights; see `readers.open_state`."""
     content = read_checkpoint_meta(folder)
     metadata = {str(key): str(value) for key, value in content.items()}
-    if recoverable is None and (folder / "model.ckpt").exists():
-        recoverable = "model"
-    if recoverable is not None:
-        path = folder / f"{recoverable}.ckpt"
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{folder}: no recoverable {recoverable!r}; it holds: "
-                f"{', '.join(recoverables(folder)) or 'none'}"
-            )
-        return open_torch_file(path, folder, metadata)
+    if recoverable is None:
+        return _only_network(folder, metadata)
+    path = folder / f"{recoverable}.ckpt"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{folder}: no recoverable {recoverable!r}; it holds: "
+            f"{', '.join(recoverables(folder)) or 'none'}"
+        )
+    return open_torch_file(path, folder, metadata)
+
+
+def _only_network(folder, metadata):
+    """Open `model`, with a warning of what it leaves out, or what is alone."""
     found = {}
     for name in recoverables(folder):
-        # Others are no state dict: a counter, an optimizer.
-        with contextlib.suppress(ValueError):
+        if name.endswith(FINETUNED):
+            continue
+        try:
             path = folder / f"{name}.ckpt"
             found[name] = open_torch_file(path, folder, metadata)
-    if len(found) != 1:
+        except ValueError:
+            # Others are no state dict (a counter, an optimizer); a damaged
+            # model is.
+            if name == "model":
+                raise
+    sizes = {
+        name: sum(state.info(key).numel for key in state)
+        for name, state in found.items()
+    }
+    others = [name for name in found if name != "model"]
+    if "model" not in found and len(others) != 1:
         raise ValueError(
             f"{folder}: expected a recoverable called 'model' or exactly one "
-            f"that is a state dict; these are: {', '.join(found) or 'none'}. "
-            "Name one: open_state(path, recoverable=...), or pass the .ckpt "
-            "file"
+            f"network; there are: {_listed(others, sizes) or 'none'}. Name "
+            "one: --recoverable NAME, open_state(path, recoverable=NAME), or "
+            "the .ckpt file itself"
         )
-    return next(iter(found.values()))
+    if "model" in found and others:
+        warnings.warn(
+            f"{folder}: 'model' ({sizes['model']} parameters) is taken, left "
+            f"out: {_listed(others, sizes)}; for another one say --recoverable "
+            "NAME or recoverable=NAME",
+            stacklevel=4,
+        )
+    return found["model" if "model" in found else others[0]]
+
+
+def _listed(names, sizes):
+    return ", ".join(f"{name} ({sizes[name]} parameters)" for name in names)
 
 
 def recoverables(folder):

@@ -23,12 +23,15 @@ def open_torch_file(path, shown_as=None, metadata=None):
 
     def check(_):
         # The CRC-32 that torch stores with every tensor.
-        if not zipfile.is_zipfile(path):
-            return
         try:
+            if not zipfile.is_zipfile(path):
+                return
             with zipfile.ZipFile(path) as archive:
                 bad = archive.testzip()
-        except (zipfile.BadZipFile, EOFError) as error:
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:
+            # Also what a damaged name or version makes it raise.
             what = f"is not a complete archive ({error})"
             raise damaged(path, what) from None
         if bad is not None:
@@ -58,7 +61,11 @@ def load_torch_file(path):
             f"{path}: refused: {reason}. Save the plain state dict (tensors "
             "only) with torch.save and use that file."
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
+    except (OSError, MemoryError):
+        raise  # the machine's fault, not the file's
+    except Exception as error:
+        # The unpickler raises whatever the bytes make it trip over: an
+        # IndexError for a counter's text.
         reason = str(error).strip().splitlines()[0] if str(error) else error
         raise damaged(path, f"torch cannot read it ({reason})") from None
 
