@@ -196,6 +196,39 @@ def test_mean_of_edits_by_a_rule_that_is_not_linear(us, tmp_path):
         )
 
 
+def test_testing_without_the_base(us, tmp_path):
+    """As on another machine: what was kept is tested and kept."""
+    base = tmp_path / "us.ckpt"
+    base.write_bytes((next(us.glob("CKPT+*")) / "model.ckpt").read_bytes())
+    run(Averages, YAML + EDITING, tmp_path, base=str(base))
+    before = assert_law(tmp_path / "save", base_of(us), 0.4)
+    base.unlink()
+    options = {"base": str(base), "run_opts": {"test_only": True}}
+    run(Averages, YAML + EDITING, tmp_path, **options)
+    after = assert_law(tmp_path / "save", base_of(us), 0.4)
+    for one, other in zip(before.values(), after.values()):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    # Without it, a mean of several edits cannot be made.
+    base.write_bytes((next(us.glob("CKPT+*")) / "model.ckpt").read_bytes())
+    run(Recipe, YAML + EDITING, tmp_path / "several", base=str(base))
+    base.unlink()
+    with pytest.raises(FileNotFoundError, match="us.ckpt"):
+        run(Averages, YAML + EDITING, tmp_path / "several", **options)
+
+
+@pytest.mark.parametrize(
+    "run_opts",
+    [
+        {"ckpt_interval_steps": 1},
+        {"precision": "bf16", "eval_precision": "bf16"},
+        {"grad_accumulation_factor": 3},
+    ],
+)
+def test_options_of_a_training(us, tmp_path, run_opts):
+    run(Averages, YAML + EDITING, tmp_path, base=str(us), run_opts=run_opts)
+    assert_law(tmp_path / "save", base_of(us), 0.4)
+
+
 def test_another_scale_at_the_test_is_kept_with_it(us, tmp_path):
     run(Averages, YAML + EDITING, tmp_path, base=str(us))
     yaml = (YAML + EDITING).replace("scale: 0.4", "scale: 0.9")

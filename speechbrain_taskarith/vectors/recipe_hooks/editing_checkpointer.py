@@ -5,9 +5,7 @@ then evaluates and saves the edited model.
 """
 
 import logging
-import os
 import sys
-import weakref
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +20,6 @@ from speechbrain.utils.checkpoints import (
 from speechbrain.utils.distributed import if_main_process
 
 from speechbrain_taskarith.vectors.checks import one_of
-from speechbrain_taskarith.vectors.editing.log import FolderLock
 from speechbrain_taskarith.vectors.model_card import ModelCard
 from speechbrain_taskarith.vectors.recipe_hooks.atomic_checkpointer import (
     AtomicCheckpointer,
@@ -55,8 +52,6 @@ _STAGES = {
     "evaluate": "edited",
     "on_evaluate_start": "edited",
 }
-# {(process, folder): checkpointer that writes to it}
-_OWNERS = weakref.WeakValueDictionary()
 
 
 class EditingCheckpointer(AtomicCheckpointer):
@@ -192,7 +187,7 @@ class EditingCheckpointer(AtomicCheckpointer):
         self._base = RunBase(
             base, self.edited, from_base, keys, lambda: self.checkpoints_dir
         )
-        self._weights, self._fitting, self._lock = "edited", False, None
+        self._weights, self._fitting = "edited", False
         if normalizers == "scaled":
             self._one_scale()
         super().__init__(checkpoints_dir, recoverables, **arguments)
@@ -404,29 +399,10 @@ class EditingCheckpointer(AtomicCheckpointer):
 
     # -- saving ----------------------------------------------------------------
 
-    def _own_folder(self):
-        """Be the only one that writes here; the latest of this process."""
-        key = (os.getpid(), os.path.realpath(self.checkpoints_dir))
-        owner = _OWNERS.get(key)
-        if owner is self:
-            return
-        if owner is not None:
-            for part in owner._parts.values():
-                if part.contents.kind != "start":
-                    part.watch.forget(
-                        "another EditingCheckpointer of this process writes "
-                        f"to {self.checkpoints_dir} now"
-                    )
-            self._lock, owner._lock = owner._lock, None
-        elif if_main_process():
-            remedy = "Let it end, or give this run another checkpoints_dir"
-            try:
-                self._lock = FolderLock(self.checkpoints_dir, remedy)
-            except OSError as error:
-                logger.warning(
-                    f"{error}. See to it yourself that no two runs write here"
-                )
-        _OWNERS[key] = self
+    def _lose_folder(self, why):
+        for part in self._parts.values():
+            if part.contents.kind != "start":
+                part.watch.forget(why)
 
     def _start_saving(self):
         # A run that saves does not recover any more.

@@ -310,6 +310,8 @@ class EditedRecoverable:
             return False
 
     def _is_up_to_date(self, recorded):
+        if recorded is None:
+            return False
         try:
             now = self.settings()
         except FileNotFoundError:
@@ -317,7 +319,7 @@ class EditedRecoverable:
             # than what was saved.
             return True
         # The base's path may change; its fingerprint is compared.
-        return recorded is not None and all(
+        return all(
             recorded.get(key) == now[key]
             for key in now
             if key not in ("base", "normalizers")

@@ -142,8 +142,9 @@ class Watch:
             self.forget(f"its part {part!r} was loaded from outside")
             return
         self._inside = True
-        found = self._recognise()(state_dict, prefix)
-        if found is not None:
+        recognise = self._recognise()
+        found = recognise and recognise(state_dict, prefix)
+        if found:
             self.contents = found
         else:
             self.forget("they were loaded from outside")
