@@ -14,6 +14,7 @@ from test_kill_resume import Moments, collect, in_child, run_once
 from upstream_habits import (
     EDITING,
     PLAIN,
+    PRETRAINER,
     YAML,
     Averages,
     Recipe,
@@ -174,6 +175,22 @@ def test_a_run_may_start_from_its_own_weights(tmp_path, habit):
     again = weights(tmp_path / "save" / "start" / "model.ckpt")
     assert all(torch.equal(start[k], again[k]) for k in start)
     assert_law(tmp_path / "save", start, 0.4)
+
+
+@pytest.mark.parametrize("habit", [Whisper, Averages])
+def test_pre_trained_weights_are_a_start(us, tmp_path, habit):
+    """Loaded by a Pretrainer, once more when the run goes on."""
+    yaml = YAML + EDITING + PRETRAINER
+    options = {"base": "start", "source": str(us)}
+    run(habit, yaml, tmp_path, number_of_epochs=2, **options)
+    run(habit, yaml, tmp_path, **options)
+    base = base_of(us)
+    found = assert_law(tmp_path / "save", base, 0.4)
+    if habit is Whisper:
+        for tuned, expected in zip(found.values(), by_hand(us, habit)):
+            assert_close(tuned, expected)
+    kept = weights(tmp_path / "save" / "start" / "model.ckpt")
+    assert all(torch.equal(kept[name], base[name]) for name in base)
 
 
 def test_mean_of_edits_by_a_rule_that_is_not_linear(us, tmp_path):
