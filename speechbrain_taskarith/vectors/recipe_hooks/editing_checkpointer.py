@@ -6,6 +6,7 @@ then evaluates and saves the edited model.
 
 import logging
 import sys
+from collections import deque
 from functools import partial
 from pathlib import Path
 
@@ -178,7 +179,8 @@ class EditingCheckpointer(AtomicCheckpointer):
         base_max_key=None,
         **arguments,
     ):
-        self._parts, self._handed_out, self._held = {}, (), {}
+        self._parts, self._held = {}, {}
+        self._handed_out = deque(maxlen=4)
         self.edited = [edited] if isinstance(edited, str) else list(edited)
         self.rule, self.scale = check_rule(rule), scale
         self.include, self.exclude = include, exclude
@@ -290,9 +292,10 @@ class EditingCheckpointer(AtomicCheckpointer):
 
     def find_checkpoints(self, *args, **kwargs):
         """As `Checkpointer.find_checkpoints`."""
+        found = super().find_checkpoints(*args, **kwargs)
         # What a recipe may average and load next.
-        self._handed_out = super().find_checkpoints(*args, **kwargs)
-        return self._handed_out
+        self._handed_out.appendleft(list(found))
+        return found
 
     # -- the recoverables that are edited --------------------------------------
 

@@ -41,7 +41,7 @@ class EditedRecoverable:
     rule, scale, include, exclude : object
         As for `EditingCheckpointer`.
     handed_out : callable
-        Returns the checkpoints that were given to the recipe last.
+        Returns the lists of checkpoints that were given to the recipe.
     may_start : bool
         See `Watch`.
     normalizers : str
