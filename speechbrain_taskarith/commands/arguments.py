@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import re
 import textwrap
 from pathlib import Path
 
@@ -29,6 +30,11 @@ _READING = {
         "action": argparse.BooleanOptionalAction,
         "help": "accept vectors that were taken from other weights than the "
         "base",
+    },
+    "dtype": {
+        "metavar": "TYPE",
+        "help": "type of the floating point tensors written, e.g. float32 "
+        "(the base's; half precision rounds small edits away)",
     },
     "threads": {
         "type": int,
@@ -78,7 +84,7 @@ def reading(*chosen):
     """Return the options of verbs that read (or some), as a parent parser."""
     parent = argparse.ArgumentParser(add_help=False)
     group = parent.add_argument_group("what to read and edit")
-    for name in chosen or _READING:
+    for name in chosen or (n for n in _READING if n != "dtype"):
         group.add_argument(f"--{name}", **_READING[name])
     return parent
 
@@ -189,12 +195,31 @@ def rule_words(words):
                 f"--rule {words[0]} {word}: expected KEY=VALUE after the name"
             )
         try:
-            description[key] = yaml.safe_load(value)
+            description[key] = read_yaml(value)
         except yaml.YAMLError:
             raise ValueError(
                 f"--rule {word}: the value is not valid YAML"
             ) from None
     return description
+
+
+def read_yaml(text, constructors=None):
+    """Read plain YAML, in which `5e-1` is a number as in HyperPyYAML.
+
+    Example
+    -------
+    >>> read_yaml("{density: 5e-1, name: e1}")
+    {'density': 0.5, 'name': 'e1'}
+    """
+    import yaml
+
+    loader = type("Loader", (yaml.SafeLoader,), {})
+    number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    starts = list("-+.0123456789")
+    loader.add_implicit_resolver("tag:yaml.org,2002:float", number, starts)
+    for tag, constructor in (constructors or {}).items():
+        loader.add_constructor(tag, constructor)
+    return yaml.load(text, loader)  # noqa: S506 (a SafeLoader)
 
 
 def rule_of(words, scale=None):

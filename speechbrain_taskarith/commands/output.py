@@ -186,6 +186,17 @@ def write_weights(
     return written(output, state, fingerprint=card.fingerprint)
 
 
+def rounding_lines(loss, estimated=False):
+    """Return the line that says how much of an edit rounding loses, if much."""
+    if loss is None or loss <= 0.01:
+        return []
+    about = "about " if estimated else ""
+    return [
+        f"  rounding to half precision loses {about}{100 * loss:.1f} % of the "
+        "edit; --dtype float32 keeps it"
+    ]
+
+
 def stored_size(vector, encoding):
     """Return how many bytes of tensors a stored vector takes."""
     from speechbrain_taskarith.vectors import as_state

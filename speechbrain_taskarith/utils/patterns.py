@@ -6,9 +6,21 @@
 
 import difflib
 
-# matches(name, pattern): `*` any run of characters, `?` one character, `[abc]`
-# one of these; the whole name, and case counts.
-from fnmatch import fnmatchcase as matches
+from fnmatch import fnmatchcase
+
+
+def matches(name, pattern):
+    """Tell whether a whole name fits a pattern; case counts.
+
+    `*` is any run of characters, `?` one, `[abc]` one of these. A name fits
+    itself, also with brackets in it.
+
+    Example
+    -------
+    >>> matches("layers.3.w", "layers.[34].w"), matches("a.[3].w", "a.[3].w")
+    (True, True)
+    """
+    return name == pattern or fnmatchcase(name, pattern)
 
 
 def select(names, include=("*",), exclude=(), what="parameter"):

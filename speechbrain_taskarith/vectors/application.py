@@ -126,10 +126,12 @@ def rounding_loss(tau, base, result, scales):
     """Return which share of an edit rounding to the stored types lost.
 
     Norm of `result - (base + scale * tau)` over that of `scale * tau`, in
-    [0, about 1]; 0 for an edit that is 0.
+    [0, about 1]; 0 for an edit that is 0, and in float32.
     """
-    lost, moved = 0.0, 0.0
+    lost, moved, tau = 0.0, 0.0, tau.named_as(base)
     for name in tau:
+        if result[name].dtype not in _HALF:
+            continue
         if name not in base.aliases or base.aliases[name] == name:
             step = tau[name].double() * scales[name]
             exact = base[name].double() + step

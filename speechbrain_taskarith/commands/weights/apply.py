@@ -1,7 +1,11 @@
 """`taskarith apply`: base plus scaled vectors."""
 
 from speechbrain_taskarith.commands import arguments as shared
-from speechbrain_taskarith.commands.output import matched, write_weights
+from speechbrain_taskarith.commands.output import (
+    matched,
+    rounding_lines,
+    write_weights,
+)
 from speechbrain_taskarith.utils.progress import progress
 
 _EXAMPLES = """\
@@ -23,6 +27,7 @@ def add_parser(verbs, summary):
     """Add the verb's parser."""
     parents = [
         shared.reading(),
+        shared.reading("dtype"),
         shared.rule_and_scale("the vectors are added"),
         shared.writing(),
     ]
@@ -45,6 +50,7 @@ def run(options):
     import torch
 
     from speechbrain_taskarith.vectors import TaskVector
+    from speechbrain_taskarith.vectors.application import rounding_loss
 
     with shared.threads(options):
         base = shared.open_weights(options.base, options)
@@ -57,7 +63,12 @@ def run(options):
             TaskVector.load(path).named_as(base).restrict(**chosen)
             for path in files
         ]
-        edited = rule(base, vectors, any_base=bool(options.any_base))
+        merged = rule.combine(vectors, base=base)
+        scale, how = rule.scale_for(merged), {"dtype": options.dtype}
+        edited = merged.apply(
+            base, scale, any_base=bool(options.any_base), **how
+        )
+        loss = rounding_loss(merged, base, edited, merged.scales(scale))
     result = write_weights(
         edited,
         output,
@@ -68,6 +79,8 @@ def run(options):
     )
     data = {"verb": "apply", "rule": rule.describe(), "scale": rule.scale}
     result.data = {**data, **result.data}
+    result.data["rounding_loss"] = loss
+    result.lines += rounding_lines(loss)
     if options.dry_run:
         if isinstance(rule.scale, dict):
             lines, found = matched(vectors[0], rule.scale, "scale")

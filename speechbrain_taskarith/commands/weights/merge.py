@@ -13,6 +13,7 @@ from speechbrain_taskarith.commands.output import (
     counted,
     listed,
     matched,
+    rounding_lines,
     size,
     write_weights,
     written,
@@ -40,7 +41,7 @@ merge.yaml:
   densities: [0.2, 0.5]                 # the same, for rules that trim
   output: merged.safetensors            # or x.ckpt, a folder, CKPT+name
   # optional: recoverable, device, memory_limit (300MB), threads, include,
-  # exclude, buffers, any_base, fingerprint
+  # exclude, buffers, any_base, fingerprint, dtype (of the output)
 """
 
 # What a merge file may hold, the types of each value, and its default.
@@ -62,10 +63,13 @@ _KEYS = {
     "buffers": (str, "base"),
     "any_base": (bool, False),
     "fingerprint": (bool, True),
+    "dtype": ((str, type(None)), None),
 }
 _REQUIRED = [key for key, (_, default) in _KEYS.items() if default is _NEEDED]
 _LISTS = [key for key, (kinds, _) in _KEYS.items() if kinds is list]
 _PLACEHOLDER = "!PLACEHOLDER"
+# Elements that a dry run reads to estimate what rounding will lose.
+_SAMPLE = 1 << 22
 
 
 def add_parser(verbs, summary):
@@ -77,6 +81,7 @@ def add_parser(verbs, summary):
     )
     parents = [
         shared.reading(),
+        shared.reading("dtype"),
         shared.rule_and_scale("replaces the file's"),
         shared.writing(required=False),
     ]
@@ -137,6 +142,7 @@ def run(options):
         f"wrote {size(report.bytes_written)}"
         + (f", at most {size(memory)} of anonymous memory" if memory else ""),
         f"  fingerprint {report.fingerprint}",
+        *rounding_lines(report.rounding_loss),
     ]
     return Result(lines, {**data, "output": str(output)})
 
@@ -163,7 +169,7 @@ def _merge(plan, base, states, rule, output, progress):
         base.extra = {}
         target = temporary_path(output).with_suffix(".safetensors")
     keys = ("device", "memory_limit", "threads", "include", "exclude")
-    keys += ("buffers", "any_base", "fingerprint")
+    keys += ("buffers", "any_base", "fingerprint", "dtype")
     how = {"progress": progress, **{key: getattr(plan, key) for key in keys}}
     try:
         report = merge_checkpoints(base, states, rule, target, **how)
@@ -226,8 +232,11 @@ def _would_merge(plan, base, states, rule, output):
         lines, found[what] = matched(names, patterns, what)
         result.lines += lines
     result.lines.append(f"  copied from the base: {listed(inputs.copied)}")
+    loss = _estimated_loss(inputs, rule, plan.dtype)
+    result.lines += rounding_lines(loss, estimated=True)
     result.data = {
         "verb": "merge",
+        "rounding_loss": loss,
         "rule": rule.describe(),
         "patterns": found,
         **result.data,
@@ -235,6 +244,49 @@ def _would_merge(plan, base, states, rule, output):
         "copied": inputs.copied,
     }
     return result
+
+
+def _estimated_loss(inputs, rule, dtype):
+    """Return the share of the edit that rounding will lose, of a sample.
+
+    None where the rule cannot be applied to some of the tensors alone.
+    """
+    from speechbrain_taskarith.vectors import TaskVector, as_state
+    from speechbrain_taskarith.vectors.application import edited, rounding_loss
+    from speechbrain_taskarith.vectors.checks import floating
+
+    base = inputs.base
+    stored = dtype and floating(dtype)
+    if stored in ("float32", "float64"):
+        return 0.0
+    names = [
+        name
+        for name in inputs.shapes
+        if stored or base.info(name).dtype in ("F16", "BF16")
+    ]
+    # Small ones first: many layers for little time.
+    sample, size_left = [], _SAMPLE
+    for name in sorted(names, key=lambda name: base.info(name).numel):
+        size_left -= base.info(name).numel
+        if size_left < 0 and sample:
+            break
+        sample.append(name)
+    if not sample:
+        return 0.0
+    vectors = []
+    for parent in inputs.parents:
+        own = {name: parent.state[name].float() for name in sample}
+        if parent.kind == "checkpoint":
+            own = {name: own[name] - base[name].float() for name in own}
+        vectors.append(TaskVector(own))
+    part = as_state({name: base[name] for name in sample})
+    try:
+        merged = rule.combine(vectors, base=part)
+    except (ValueError, KeyError):
+        return None
+    scales = inputs.scales(rule)
+    result = edited(merged, part, scales, dtype)
+    return rounding_loss(merged, part, result, scales)
 
 
 def read_plan(path=None, overrides=()):
@@ -294,11 +346,10 @@ def _load(path):
     import yaml
 
     # Plain values, and SpeechBrain's mark for what is to be given.
-    loader = type("Loader", (yaml.SafeLoader,), {})
-    loader.add_constructor(_PLACEHOLDER, lambda *_: _PLACEHOLDER)
+    marks = {_PLACEHOLDER: lambda *_: _PLACEHOLDER}
     try:
         with open(path, encoding="utf-8") as stream:
-            content = yaml.load(stream, loader)  # noqa: S506 (a SafeLoader)
+            content = shared.read_yaml(stream, marks)
     except yaml.constructor.ConstructorError as error:
         line = error.problem_mark.line + 1
         raise ValueError(
@@ -355,7 +406,7 @@ def _yaml(text):
     import yaml
 
     try:
-        return yaml.safe_load(text)
+        return shared.read_yaml(text)
     except yaml.YAMLError:
         raise ValueError(f"{text!r} is not a YAML value") from None
 

@@ -234,7 +234,9 @@ def load_base(module, state):
     """Load what `open_base` gave, or an edit of it; adapters stay."""
     own = module_names(module, module.state_dict())
     # Under the names of what is wrapped; what is no tensor comes along.
-    content = {name: state[plain] for name, plain in own.items() if plain in state}
+    content = {
+        name: state[plain] for name, plain in own.items() if plain in state
+    }
     content |= {n: state.extra[p] for n, p in own.items() if p in state.extra}
     missing, unexpected = module.load_state_dict(content, strict=False)
     unexpected += [n for n in state if n not in own.values()]

@@ -288,14 +288,13 @@ def match_names(
     *,
     strict=True,
     partial=False,
-    same_types=False,
     advice="",
 ):
     """Return the names that two states have in common, in the base's order.
 
     Both must hold the same names, with the same shapes, and numbers of a
-    floating point type on both sides or on neither (`same_types`: the same
-    dtype). `partial`: the base may hold more, as when a vector is applied.
+    floating point type on both sides or on neither. `partial`:
+    the base may hold more, as when a vector is applied.
     Otherwise it is a KeyError (names) or ValueError that ends with `advice`,
     or a warning where not `strict`.
     """
@@ -316,7 +315,7 @@ def match_names(
     common = [name for name in chosen if name in ours and name in theirs]
     only_base = [n for n in chosen if n not in theirs and not partial]
     only_other = [n for n in chosen if n not in ours]
-    kind = tuple if same_types else attrgetter("shape", "floating")
+    kind = attrgetter("shape", "floating")
     unlike = [n for n in common if kind(ours[n]) != kind(theirs[n])]
     if not (only_base or only_other or unlike or unread):
         return common

@@ -263,7 +263,8 @@ def save_checkpoint(
     like : str, pathlib.Path or None
         The checkpoint whose other recoverables are taken along: a `CKPT+`
         folder, or a save folder (see `find_checkpoint_folder`). Edited
-        states must have the names, shapes and dtypes found there.
+        states must have the names and shapes found there; their floating
+        point type may be another.
     policy : dict or None
         `{pattern: "copy" | "pool" | "drop"}` on recoverables' names; what
         fits no pattern follows `DEFAULT_POLICY`. `"pool"` is for input
@@ -370,7 +371,7 @@ def _actions(states, source, policy):
 def _check_same_model(name, state, source):
     base = open_state(source, recoverable=name)
     try:
-        match_names(base, state, same_types=True)
+        match_names(base, state)
     except (KeyError, ValueError) as error:
         raise ValueError(
             f"{name!r}: the edited state is not one of the model in {source}: "
