@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 from speechbrain_taskarith.commands import VERBS
+from speechbrain_taskarith.utils.patterns import matches
 
 # What is read and edited, in the same way by all verbs.
 _READING = {
@@ -31,15 +32,32 @@ _READING = {
         "help": "accept vectors that were taken from other weights than the "
         "base",
     },
+    "threads": {
+        "type": int,
+        "metavar": "N",
+        "help": "CPU threads (one a core)",
+    },
+}
+# What some verbs have besides.
+_MORE = {
     "dtype": {
         "metavar": "TYPE",
         "help": "type of the floating point tensors written, e.g. float32 "
         "(the base's; half precision rounds small edits away)",
     },
-    "threads": {
-        "type": int,
-        "metavar": "N",
-        "help": "CPU threads (one a core)",
+    "rename": {
+        "nargs": "+",
+        "metavar": "PATTERN=NEW",
+        "help": "names of what is fine-tuned, as the base has them; '*' in "
+        "NEW stands for what '*' in PATTERN does",
+    },
+    "prefix": {
+        "help": "what stands in front of the names of what is fine-tuned and "
+        "not of the base's; its other names are left out",
+    },
+    "key": {
+        "help": "where the weights lie in a file of torch.save, e.g. ema or "
+        "model.state_dict (of the files that have it)",
     },
 }
 # Flags that SpeechBrain users give a value: `--any_base true`.
@@ -84,8 +102,8 @@ def reading(*chosen):
     """Return the options of verbs that read (or some), as a parent parser."""
     parent = argparse.ArgumentParser(add_help=False)
     group = parent.add_argument_group("what to read and edit")
-    for name in chosen or (n for n in _READING if n != "dtype"):
-        group.add_argument(f"--{name}", **_READING[name])
+    for name in chosen or _READING:
+        group.add_argument(f"--{name}", **{**_READING, **_MORE}[name])
     return parent
 
 
@@ -260,6 +278,71 @@ def open_weights(path, options):
     from speechbrain_taskarith.vectors import open_state
 
     return open_state(path, recoverable=options.recoverable)
+
+
+def open_models(base, others, options):
+    """Open a base and what was fine-tuned from it, as they are to be read.
+
+    `options` may have a `key`, a `prefix`, and a `rename` by pattern. Each
+    must fit one of the files at least, not all.
+    """
+    states, unfit = [], []
+    for path in (base, *others):
+        try:
+            states.append(_open_at(path, options, options.key))
+        except (KeyError, ValueError) as error:
+            if options.key is None:
+                raise
+            unfit.append(error)
+            states.append(_open_at(path, options, None))
+    if len(unfit) == len(states):
+        raise unfit[-1]
+    table = options.rename or {}
+    unused = {**table, **({options.prefix: ""} if options.prefix else {})}
+    for number, state in enumerate(states[1:], 1):
+        prefix = options.prefix
+        if not (prefix and any(name.startswith(prefix) for name in state)):
+            prefix = None
+        unused.pop(prefix, None)
+        if prefix:
+            state = state.rename(prefix=prefix)
+        here = {
+            pattern: new
+            for pattern, new in table.items()
+            if any(matches(name, pattern) for name in state)
+        }
+        for pattern in here:
+            unused.pop(pattern, None)
+        states[number] = state.rename(here) if here else state
+    if unused:
+        raise ValueError(
+            f"{next(iter(unused))!r} fits no name of {', '.join(others)}; "
+            "look at them with `taskarith inspect --tensors`"
+        )
+    return states
+
+
+def _open_at(path, options, key):
+    from speechbrain_taskarith.vectors import open_state
+
+    return open_state(path, recoverable=options.recoverable, key=key)
+
+
+def rename_of(words):
+    """Return what `--rename PATTERN=NEW ...` means, a dict.
+
+    Example
+    -------
+    >>> rename_of(["*.weight_g=*.scale", "enc.*=encoder.*"])
+    {'*.weight_g': '*.scale', 'enc.*': 'encoder.*'}
+    """
+    table = {}
+    for word in words or ():
+        pattern, equals, new = word.partition("=")
+        if not (pattern and equals):
+            raise ValueError(f"--rename {word}: expected PATTERN=NEW")
+        table[pattern] = new
+    return table
 
 
 def patterns(options):

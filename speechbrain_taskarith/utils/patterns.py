@@ -5,8 +5,9 @@
 """
 
 import difflib
-
-from fnmatch import fnmatchcase
+import itertools
+import re
+from fnmatch import fnmatchcase, translate
 
 
 def matches(name, pattern):
@@ -37,9 +38,7 @@ def select(names, include=("*",), exclude=(), what="parameter"):
     names = list(names)
     include, exclude = as_tuple(include), as_tuple(exclude)
     for pattern in include + exclude:
-        # "*" over no names at all is an empty model, not a misspelling.
-        if pattern != "*":
-            require_match(names, pattern, what)
+        require_match(names, pattern, what)
     return [
         name
         for name in names
@@ -60,9 +59,15 @@ def first_match(name, table, default=None):
     return next(hits, default)
 
 
+def fitting(names, pattern):
+    """Tell whether a pattern fits any of some names."""
+    # "*" over no names at all is an empty model, not a misspelling.
+    return pattern == "*" or any(matches(name, pattern) for name in names)
+
+
 def require_match(names, pattern, what="parameter"):
     """Raise ValueError, with the nearest names, if a pattern fits none."""
-    if any(matches(name, pattern) for name in names):
+    if fitting(names, pattern):
         return
     plain = pattern.replace("*", "")
     near = difflib.get_close_matches(plain, list(names), n=3, cutoff=0.0)
@@ -71,6 +76,42 @@ def require_match(names, pattern, what="parameter"):
         "shell patterns on the whole name (add a '*' in front or behind to "
         f"leave an end open); names look like: {', '.join(near) or 'none'}"
     )
+
+
+def replace(names, table):
+    """Return `{name: new name}` by a table `{pattern: replacement}`.
+
+    The first pattern that fits a name wins; names that fit none stay. Each
+    `*` of a replacement stands for what that of the pattern stands for, in
+    order.
+
+    Example
+    -------
+    >>> replace(["a.g", "b.w"], {"*.g": "*.norm.gain", "b.*": "c.*"})
+    {'a.g': 'a.norm.gain', 'b.w': 'c.w'}
+    """
+    compiled = {}
+    for pattern, replacement in table.items():
+        if replacement.count("*") > pattern.count("*"):
+            raise ValueError(
+                f"rename: {replacement!r} has more '*' than {pattern!r}, "
+                "which says what they stand for"
+            )
+        # What `translate` puts around its result is cut off.
+        parts = [translate(part)[4:-3] for part in pattern.split("*")]
+        compiled[pattern] = re.compile("(.*)".join(parts), re.DOTALL)
+    renamed = {}
+    for name in names:
+        renamed[name] = name
+        for pattern, replacement in table.items():
+            if found := compiled[pattern].fullmatch(name):
+                parts = replacement.split("*")
+                filled = itertools.zip_longest(
+                    parts, found.groups()[: len(parts) - 1], fillvalue=""
+                )
+                renamed[name] = "".join(itertools.chain(*filled))
+                break
+    return renamed
 
 
 def as_tuple(patterns):

@@ -28,6 +28,12 @@ from .editing.scale_search import (
 from .editing.scale_table import (
     ScaleSearch as ScaleSearch,
 )
+from .engine.statistics import (
+    pool_normalizers as pool_normalizers,
+)
+from .engine.statistics import (
+    reestimate_statistics as reestimate_statistics,
+)
 from .lora import (
     lora_deltas as lora_deltas,
 )
@@ -126,12 +132,6 @@ from .states.speechbrain_folder import (
 )
 from .states.state import (
     State as State,
-)
-from .states.statistics import (
-    pool_normalizers as pool_normalizers,
-)
-from .states.statistics import (
-    reestimate_statistics as reestimate_statistics,
 )
 from .states.vocabulary import (
     align_vocabulary as align_vocabulary,

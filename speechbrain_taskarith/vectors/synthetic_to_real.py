@@ -7,6 +7,8 @@ Speech Recognition", EMNLP 2024, https://arxiv.org/abs/2406.02925.
 from speechbrain_taskarith.vectors.rules.base import check_rule
 from speechbrain_taskarith.vectors.states.names import (
     match_names,
+)
+from speechbrain_taskarith.vectors.states.pairing import (
     under_names_of,
 )
 from speechbrain_taskarith.vectors.states.readers import as_model

@@ -31,6 +31,8 @@ from speechbrain_taskarith.vectors.states.names import (
     check_ties,
     editable_names,
     match_names,
+)
+from speechbrain_taskarith.vectors.states.pairing import (
     renaming,
     under_names_of,
 )
@@ -90,6 +92,8 @@ class TaskVector(Mapping):
         exclude=(),
         strict=True,
         buffers="base",
+        rename=None,
+        prefix=None,
     ) -> "TaskVector":
         """Subtract: `tau = theta_finetuned - theta_base`.
 
@@ -110,6 +114,12 @@ class TaskVector(Mapping):
         buffers : str
             `"base"` leaves running means and variances out, so that edited
             models keep the base's; `"edit"` takes them in.
+        rename : dict or None
+            `{pattern: replacement}`, from names of `finetuned` to the base's
+            (see `State.rename`). Wrappers and tied names need none.
+        prefix : str or None
+            What stands in front of the names in `finetuned` and not in the
+            base; its other names are left out.
 
         Returns
         -------
@@ -128,6 +138,8 @@ class TaskVector(Mapping):
         base.verify()
         finetuned.verify()
         fingerprint = finetuned.fingerprint
+        if rename or prefix:
+            finetuned = finetuned.rename(rename, prefix)
         finetuned = under_names_of(base, finetuned)
         names = editable_names(
             base,

@@ -18,7 +18,7 @@ from speechbrain_taskarith.vectors.recipe_hooks.bases import (
     load_base,
     open_base,
 )
-from speechbrain_taskarith.vectors.states.names import pair_names
+from speechbrain_taskarith.vectors.states.pairing import pair_names
 from speechbrain_taskarith.vectors.states.state import StoredTensor
 
 

@@ -41,7 +41,9 @@ merge.yaml:
   densities: [0.2, 0.5]                 # the same, for rules that trim
   output: merged.safetensors            # or x.ckpt, a folder, CKPT+name
   # optional: recoverable, device, memory_limit (300MB), threads, include,
-  # exclude, buffers, any_base, fingerprint, dtype (of the output)
+  # exclude, buffers, any_base, fingerprint, dtype (of the output),
+  # key (where weights lie in a file), prefix and rename ({"*.gamma":
+  # "*.weight"}): names of what is fine-tuned, as the base has them
 """
 
 # What a merge file may hold, the types of each value, and its default.
@@ -64,6 +66,9 @@ _KEYS = {
     "any_base": (bool, False),
     "fingerprint": (bool, True),
     "dtype": ((str, type(None)), None),
+    "rename": ((Mapping, type(None)), None),
+    "prefix": ((str, type(None)), None),
+    "key": ((str, type(None)), None),
 }
 _REQUIRED = [key for key, (_, default) in _KEYS.items() if default is _NEEDED]
 _LISTS = [key for key, (kinds, _) in _KEYS.items() if kinds is list]
@@ -81,7 +86,7 @@ def add_parser(verbs, summary):
     )
     parents = [
         shared.reading(),
-        shared.reading("dtype"),
+        shared.reading("dtype", "rename", "prefix", "key"),
         shared.rule_and_scale("replaces the file's"),
         shared.writing(required=False),
     ]
@@ -123,11 +128,7 @@ def run(options):
     output = shared.check_output(plan.output, inputs, options.overwrite)
     if isinstance(plan.memory_limit, str):
         plan.memory_limit = bytes_of(plan.memory_limit)
-    from speechbrain_taskarith.vectors import open_state
-
-    base, *states = (
-        open_state(path, recoverable=plan.recoverable) for path in inputs
-    )
+    base, *states = shared.open_models(plan.base, plan.finetuned, plan)
     if options.dry_run:
         return _would_merge(plan, base, states, rule, output)
     report = _merge(plan, base, states, rule, output, not options.no_progress)
@@ -387,6 +388,7 @@ def _set(content, key, value):
 def _overrides(options):
     """Return what the command line says of the plan, as `(key, value)`."""
     given = {key: getattr(options, key) for key in _KEYS}
+    given["rename"] = shared.rename_of(options.rename) or None
     given["scale"] = shared.scale_of(options.scale)
     if options.rule is not None:
         given["rule"] = shared.rule_words(options.rule)

@@ -15,13 +15,16 @@ _EXAMPLES = """\
   taskarith vector results/base/save results/us/save -o us.safetensors
   taskarith vector base.ckpt us.ckpt -o us.safetensors --encoding bf16
   taskarith vector base us -o us.safetensors --exclude 'ctc_lin.*' --dry-run
+  taskarith vector base ema.pt -o ema.safetensors --key ema --prefix encoder.
+  taskarith vector base old -o old.safetensors --rename '*.gamma=*.weight'
   taskarith vector base.safetensors peft_folder --lora -o us.safetensors
 """
 
 
 def add_parser(verbs, summary):
     """Add the verb's parser."""
-    parents = [shared.reading(), shared.writing()]
+    names = shared.reading("rename", "prefix", "key")
+    parents = [shared.reading(), names, shared.writing()]
     parser = shared.add_verb(verbs, "vector", summary, _EXAMPLES, run, parents)
     parser.add_argument("base", metavar="BASE", help="weights before")
     parser.add_argument("finetuned", metavar="FINETUNED", help="weights after")
@@ -61,8 +64,7 @@ def run(options):
     progress = steps(2, not options.no_progress)
     with shared.threads(options), progress as step:
         step("subtracting")
-        base = shared.open_weights(options.base, options)
-        tau = _subtract(base, options)
+        base, tau = _subtract(options)
         norm = tau.norm()
         step("storing")
         if options.dry_run:
@@ -98,15 +100,22 @@ def run(options):
     return Result(lines, data)
 
 
-def _subtract(base, options):
+def _subtract(options):
+    """Return the base and the vector."""
     from speechbrain_taskarith.vectors import TaskVector
 
     chosen = shared.patterns(options)
     if options.lora:
-        return TaskVector.from_lora(base, options.finetuned).restrict(**chosen)
-    return TaskVector.between(
+        base = shared.open_weights(options.base, options)
+        tau = TaskVector.from_lora(base, options.finetuned)
+        return base, tau.restrict(**chosen)
+    options.rename = shared.rename_of(options.rename)
+    base, finetuned = shared.open_models(
+        options.base, [options.finetuned], options
+    )
+    return base, TaskVector.between(
         base,
-        shared.open_weights(options.finetuned, options),
+        finetuned,
         strict=not options.not_strict,
         buffers=options.buffers,
         **chosen,

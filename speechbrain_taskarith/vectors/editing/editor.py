@@ -23,7 +23,7 @@ from speechbrain_taskarith.vectors.encodings import ENCODINGS
 from speechbrain_taskarith.vectors.model_card import ModelCard
 from speechbrain_taskarith.vectors.rules.base import check_rule
 from speechbrain_taskarith.vectors.rules.description import from_description
-from speechbrain_taskarith.vectors.states.names import under_names_of
+from speechbrain_taskarith.vectors.states.pairing import under_names_of
 from speechbrain_taskarith.vectors.states.readers import as_model, as_state
 from speechbrain_taskarith.vectors.states.state import short
 from speechbrain_taskarith.vectors.states.writers import save_state

@@ -27,7 +27,7 @@ from speechbrain_taskarith.vectors.application import (
     edit_into,
 )
 from speechbrain_taskarith.vectors.editing.scale_table import REST, ScaleSearch
-from speechbrain_taskarith.vectors.states.names import under_names_of
+from speechbrain_taskarith.vectors.states.pairing import under_names_of
 from speechbrain_taskarith.vectors.states.readers import as_model, as_state
 
 ORACLE = "real_target"

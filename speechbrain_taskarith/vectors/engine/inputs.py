@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from speechbrain_taskarith.utils.patterns import as_tuple, fitting, select
 from speechbrain_taskarith.vectors.engine.vector_header import (
     parted_in,
     read_vector_header,
@@ -23,6 +24,8 @@ from speechbrain_taskarith.vectors.states.names import (
     check_ties,
     editable_names,
     not_finite_error,
+)
+from speechbrain_taskarith.vectors.states.pairing import (
     under_names_of,
 )
 from speechbrain_taskarith.vectors.states.readers import as_model, as_state
@@ -102,10 +105,22 @@ class MergeInputs:
         self.number = len(self.parents)
         if not self.parents:
             raise ValueError("nothing to merge: no fine-tuned model was given")
-        layouts, chosen = [], (include, exclude, buffers)
+        everything = {*self.base}.union(
+            *((*p.state, *p.state.unreadable) for p in self.parents)
+        )
+        select(everything, include, exclude)
+        layouts = []
         for parent in self.parents:
             state, partial = parent.state, parent.kind == "task vector"
-            names = editable_names(self.base, state, *chosen, partial=partial)
+            # A pattern may be meant for one of several models.
+            here = {*self.base, *state, *state.unreadable}
+            chosen = (
+                [p for p in as_tuple(patterns) if fitting(here, p)]
+                for patterns in (include, exclude)
+            )
+            names = editable_names(
+                self.base, state, *chosen, buffers, partial=partial
+            )
             layouts.append({name: state.info(name) for name in names})
         check_alike(layouts, [parent.label for parent in self.parents])
         self.names = list(layouts[0])

@@ -15,18 +15,21 @@ from speechbrain.utils.logger import get_logger
 
 from speechbrain_taskarith.utils.files import read_json
 from speechbrain_taskarith.utils.messages import some
-from speechbrain_taskarith.vectors.states.names import (
+from speechbrain_taskarith.vectors.states.pairing import (
     CONSTANTS,
     HOLDERS,
     module_names,
     pair_names,
-    renamed,
 )
 from speechbrain_taskarith.vectors.states.readers import as_state, open_state
 from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     find_checkpoint_folder,
 )
-from speechbrain_taskarith.vectors.states.state import LoadedTensor, State
+from speechbrain_taskarith.vectors.states.state import (
+    LoadedTensor,
+    State,
+    renamed,
+)
 
 logger = get_logger(__name__)
 

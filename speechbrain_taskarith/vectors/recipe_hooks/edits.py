@@ -12,7 +12,6 @@ from speechbrain_taskarith.vectors.recipe_hooks.provenance import (
     mean_state,
     same_tensors,
 )
-from speechbrain_taskarith.vectors.states.names import renamed
 from speechbrain_taskarith.vectors.states.readers import as_state, open_state
 from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     FINETUNED,
@@ -20,7 +19,7 @@ from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     plain,
     read_checkpoint_meta,
 )
-from speechbrain_taskarith.vectors.states.state import State, short
+from speechbrain_taskarith.vectors.states.state import State, renamed, short
 from speechbrain_taskarith.vectors.states.writers import save_state
 from speechbrain_taskarith.vectors.task_vector import TaskVector
 

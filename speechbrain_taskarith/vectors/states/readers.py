@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from speechbrain_taskarith.utils.files import read_json
-from speechbrain_taskarith.vectors.states.names import (
+from speechbrain_taskarith.vectors.states.pairing import (
     module_names,
     without_wrappers,
 )
@@ -40,7 +40,7 @@ from speechbrain_taskarith.vectors.states.torch_files import (
 )
 
 
-def open_state(path, *, recoverable=None, as_stored=False) -> "State":
+def open_state(path, *, recoverable=None, as_stored=False, key=None) -> "State":
     """Open stored weights lazily, without executing anything.
 
     Arguments
@@ -57,6 +57,9 @@ def open_state(path, *, recoverable=None, as_stored=False) -> "State":
         the only recoverable that is a state dict.
     as_stored : bool
         True: the names as they are stored, with wrappers' prefixes.
+    key : str or None
+        In a file of `torch.save`, under which key the weights lie, e.g.
+        `"ema"` or `"model.state_dict"`.
 
     Returns
     -------
@@ -78,7 +81,16 @@ def open_state(path, *, recoverable=None, as_stored=False) -> "State":
     >>> open_state(path).info("weight")
     TensorInfo(dtype='F32', shape=(3, 2))
     """
-    state = _open(Path(path), recoverable)
+    path = Path(path)
+    if key is None:
+        state = _open(path, recoverable)
+    elif path.is_file() and path.suffix in TORCH_SUFFIXES:
+        state = open_torch_file(path, key=key)
+    else:
+        raise ValueError(
+            f"{path}: key={key!r} is for a file of torch.save "
+            f"({', '.join(TORCH_SUFFIXES)}); leave it out"
+        )
     plain = as_stored or TASK_VECTOR in state.metadata
     return state if plain else without_wrappers(state)
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from speechbrain_taskarith.utils.patterns import replace, require_match
 from speechbrain_taskarith.vectors.states.safetensors import (
     ITEM_SIZE,
     TORCH_NAME,
@@ -225,6 +226,59 @@ class State(Mapping):
         if stop > start:
             self.entries[name].read_into(start, buffer)
 
+    def rename(self, rename=None, prefix=None) -> "State":
+        """Return these weights under other names.
+
+        Arguments
+        ---------
+        rename : dict or None
+            `{pattern: replacement}`, after the prefix is gone: the first
+            pattern that fits a name wins, `*` in the replacement stands for
+            what `*` in the pattern does; other names stay.
+        prefix : str or None
+            What stands in front of the names that are wanted, and is taken
+            away; names without it are left out.
+
+        Returns
+        -------
+        State
+            Lazy, of the same tensors. ValueError where a pattern or the
+            prefix fits no name, or two names become one.
+
+        Example
+        -------
+        >>> import torch
+        >>> from speechbrain_taskarith.vectors import as_state
+        >>> state = as_state({"enc.w.g": torch.ones(1), "head": torch.ones(1)})
+        >>> list(state.rename({"*.g": "*.gain"}, prefix="enc."))
+        ['w.gain']
+        """
+        held = (self.entries, self.extra, self.unreadable)
+        names = [name for part in held for name in part]
+        start = prefix or ""
+        plain = {n: n[len(start) :] for n in names if n.startswith(start)}
+        if not plain:
+            require_match(names, f"{prefix}*")
+        table = {str(k): str(v) for k, v in (rename or {}).items()}
+        for pattern in table:
+            require_match(plain.values(), pattern)
+        new = replace(plain.values(), table)
+        first = {}
+        for name, inner in plain.items():
+            other = first.setdefault(new[inner], name)
+            if other != name:
+                raise ValueError(
+                    f"{self.label}: rename makes {new[inner]!r} of both "
+                    f"{other!r} and {name!r}"
+                )
+        entries, extra, unreadable = (
+            {new[plain[name]]: part[name] for name in part if name in plain}
+            for part in held
+        )
+        result = renamed(self, entries)
+        result.extra, result.unreadable = extra, unreadable
+        return result
+
     @cached_property
     def aliases(self):
         """Tied tensors: `{name: first name of its group}`, ties only."""
@@ -312,6 +366,16 @@ def short(fingerprint):
     return fingerprint[:12] if fingerprint else "none"
 
 
+def renamed(state, entries):
+    """Return a state's weights as other `entries`; it is their `source`."""
+    result = State(
+        entries, state.path, state.metadata, lambda _: state.verify()
+    )
+    result.label, result.source = state.label, state
+    result.extra, result.unreadable = state.extra, state.unreadable
+    return result
+
+
 def unreadable_error(state, names, remedy="exclude it"):
     """Return the error for tensors that cannot be read."""
     name = names[0]
@@ -334,6 +398,19 @@ def _unreadable(tensor):
 def is_extra(name):
     """Tell whether a name is one of a module's extra state, never edited."""
     return name.rpartition(".")[2] == EXTRA_STATE
+
+
+def inside(content, key, label):
+    """Return what lies under `model.state_dict` in nested mappings."""
+    if key in content:
+        return content[key]
+    parts = key.split(".")
+    for depth in range(len(parts) - 1, 0, -1):
+        inner = content.get(".".join(parts[:depth]))
+        if isinstance(inner, Mapping):
+            return inside(inner, ".".join(parts[depth:]), label)
+    there = ", ".join(map(str, list(content)[:9]))
+    raise KeyError(f"{label}: holds no {key!r}; there are: {there}")
 
 
 def from_mapping(content, label, path=None, metadata=None, check=None):

@@ -7,17 +7,24 @@ from collections.abc import Mapping
 
 from speechbrain_taskarith.utils.files import atomic_write, write_json
 from speechbrain_taskarith.vectors.states.safetensors import damaged
-from speechbrain_taskarith.vectors.states.state import PLAIN, from_mapping
+from speechbrain_taskarith.vectors.states.state import (
+    PLAIN,
+    from_mapping,
+    inside,
+)
 
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
 
-def open_torch_file(path, shown_as=None, metadata=None):
+def open_torch_file(path, shown_as=None, metadata=None, key=None):
     """Open a state dict, maybe nested; `shown_as` is the folder it is of."""
     content = load_torch_file(path)
+    if key is not None and isinstance(content, Mapping):
+        content = inside(content, key, str(path))
     if not isinstance(content, Mapping):
+        where = f" under {key!r}" if key else ""
         raise ValueError(
-            f"{path}: holds a {type(content).__name__}, expected a state "
+            f"{path}: holds a {type(content).__name__}{where}, expected a state "
             "dict (a mapping from parameter name to tensor)"
         )
 

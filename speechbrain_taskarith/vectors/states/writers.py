@@ -382,7 +382,7 @@ def _check_same_model(name, state, source):
 def _pool(file, folders, target):
     import torch
 
-    from speechbrain_taskarith.vectors.states import statistics as normalizers
+    from speechbrain_taskarith.vectors.engine import statistics as normalizers
 
     statistics = []
     for folder in folders:
