@@ -14,7 +14,8 @@ from speechbrain_taskarith.utils.patterns import matches
 _READING = {
     "recoverable": {
         "metavar": "NAME",
-        "help": "name of the weights in SpeechBrain checkpoints (model)",
+        "help": "name of the weights in SpeechBrain checkpoints (model); "
+        "NAME,NAME or all: several networks at once",
     },
     "include": {
         "nargs": "+",

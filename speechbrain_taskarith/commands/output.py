@@ -165,6 +165,9 @@ def write_weights(
         save_checkpoint,
         save_state,
     )
+    from speechbrain_taskarith.vectors.states.speechbrain_folder import (
+        by_network,
+    )
 
     state = as_state(weights)
     if dry_run:
@@ -172,7 +175,7 @@ def write_weights(
     card.fingerprint, metadata = state.fingerprint, card.provenance()
     if output.name.startswith("CKPT+"):
         save_checkpoint(
-            {recoverable or "model": state},
+            by_network(state, recoverable),
             output,
             like=checkpoint_of(like),
             metadata=metadata,

@@ -50,6 +50,7 @@ from speechbrain_taskarith.vectors.states.safetensors import (
 from speechbrain_taskarith.vectors.states.state import fingerprint_of
 from speechbrain_taskarith.vectors.states.writers import (
     check_extra,
+    check_networks,
     save_state,
 )
 
@@ -192,7 +193,8 @@ def merge_checkpoints(
         Texts to keep with the weights.
     recoverable : str or None
         Of inputs that are SpeechBrain folders, whose weights (see
-        `open_state`); also their name in an output that is one.
+        `open_state`; `"all"`: of all networks); also their name in an
+        output that is one.
     dtype : str, torch.dtype or None
         Type of all floating point tensors of the output: `"float32"`,
         `"float16"`, `"bfloat16"`, `"float64"`; None: the base's. Half
@@ -247,6 +249,7 @@ def merge_checkpoints(
         )
         scales = inputs.scales(rule)
         check_extra(inputs.base, output, form)
+        check_networks(inputs.base, output)
         if str(device) != "cpu":
             import torch
 
@@ -457,6 +460,7 @@ def _convert(merged, output, inputs, metadata, recoverable):
     like = inputs.base.path
     if like is not None and not like.is_dir():
         like = None
+    recoverable = ",".join(inputs.base.networks) or recoverable
     how = {"metadata": metadata, "like": like, "recoverable": recoverable}
     save_state(content, output, **how)
 

@@ -51,9 +51,11 @@ def run(options):
 
     from speechbrain_taskarith.vectors import TaskVector
     from speechbrain_taskarith.vectors.application import rounding_loss
+    from speechbrain_taskarith.vectors.states.writers import check_networks
 
     with shared.threads(options):
         base = shared.open_weights(options.base, options)
+        check_networks(base, output)
         base.verify()
         files = progress(
             options.vectors, desc="reading", enable=not options.no_progress
@@ -74,7 +76,7 @@ def run(options):
         output,
         _card(base, vectors, rule, options),
         like=options.base,
-        recoverable=options.recoverable,
+        recoverable=",".join(base.networks) or options.recoverable,
         dry_run=options.dry_run,
     )
     data = {"verb": "apply", "rule": rule.describe(), "scale": rule.scale}

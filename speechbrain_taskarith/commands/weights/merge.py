@@ -166,8 +166,9 @@ def _merge(plan, base, states, rule, output, progress):
     # beside it.
     folder, target = output.name.startswith("CKPT+"), output
     extra, base = base.extra, copy.copy(base)
+    recoverable = ",".join(base.networks) or plan.recoverable
     if folder:
-        base.extra = {}
+        base.extra, base.networks = {}, ()
         target = temporary_path(output).with_suffix(".safetensors")
     keys = ("device", "memory_limit", "threads", "include", "exclude")
     keys += ("buffers", "any_base", "fingerprint", "dtype")
@@ -183,7 +184,7 @@ def _merge(plan, base, states, rule, output, progress):
         weights = {n: merged[base.aliases.get(n, n)] for n in merged}
         weights |= extra
         write_weights(
-            weights, output, card, like=plan.base, recoverable=plan.recoverable
+            weights, output, card, like=plan.base, recoverable=recoverable
         )
         return report
     finally:

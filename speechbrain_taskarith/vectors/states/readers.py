@@ -54,7 +54,9 @@ def open_state(path, *, recoverable=None, as_stored=False, key=None) -> "State":
         come without what wrappers put in front (`module.`, `_orig_mod.`).
     recoverable : str or None
         In a SpeechBrain folder, whose weights; by default `model`, or else
-        the only recoverable that is a state dict.
+        the only recoverable that is a state dict. Several (`"wav2vec2,model"`,
+        or `"all"`) are opened as one, each behind its name and a dot; a
+        `CKPT+` folder takes them apart again.
     as_stored : bool
         True: the names as they are stored, with wrappers' prefixes.
     key : str or None

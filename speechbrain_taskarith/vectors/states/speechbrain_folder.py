@@ -8,13 +8,17 @@ import warnings
 from pathlib import Path
 
 from speechbrain_taskarith.utils.files import atomic_write
+from speechbrain_taskarith.vectors.states.pairing import without_wrappers
 from speechbrain_taskarith.vectors.states.safetensors import damaged
+from speechbrain_taskarith.vectors.states.state import State
 from speechbrain_taskarith.vectors.states.torch_files import open_torch_file
 
 META_FILE = "CKPT.yaml"
 # Under this key of CKPT.yaml stands what this package knows of a checkpoint.
 META_KEY = "taskarith"
 PREFIX = "CKPT+"
+# Stands for all recoverables that are networks.
+ALL = "all"
 # Behind a recoverable's name: the weights before the edit, for resuming.
 FINETUNED = ".finetuned"
 
@@ -144,6 +148,8 @@ def open_checkpoint(folder, recoverable=None):
     metadata = {str(key): str(value) for key, value in content.items()}
     if recoverable is None:
         return _only_network(folder, metadata)
+    if recoverable == ALL or "," in recoverable:
+        return _several(folder, metadata, recoverable)
     path = folder / f"{recoverable}.ckpt"
     if not path.exists():
         raise FileNotFoundError(
@@ -153,8 +159,44 @@ def open_checkpoint(folder, recoverable=None):
     return open_torch_file(path, folder, metadata)
 
 
-def _only_network(folder, metadata):
-    """Open `model`, with a warning of what it leaves out, or what is alone."""
+def _several(folder, metadata, recoverable):
+    """Open several networks as one, each under its recoverable's name."""
+    if recoverable == ALL:
+        found = _networks(folder, metadata)
+        if not found:
+            raise ValueError(f"{folder}: holds no network")
+    else:
+        names = [name.strip() for name in recoverable.split(",")]
+        found = {name: open_checkpoint(folder, name) for name in names}
+    found = {name: without_wrappers(one) for name, one in found.items()}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    parts = ({}, {}, {})
+    for name, one in found.items():
+        held = (one.entries, one.extra, one.unreadable)
+        for part, own in zip(parts, held):
+            part.update({f"{name}.{inner}": own[inner] for inner in own})
+
+    def check(_):
+        for one in found.values():
+            one.verify()
+
+    state = State(parts[0], folder, metadata, check)
+    state.extra, state.unreadable = parts[1:]
+    state.networks = tuple(found)
+    return state
+
+
+def by_network(state, recoverable=None):
+    """Return `{recoverable: weights}`; several networks are taken apart."""
+    names = state.networks or (recoverable or "model").split(",")
+    if len(names) == 1:
+        return {names[0]: state}
+    return {name: state.rename(prefix=f"{name}.") for name in names}
+
+
+def _networks(folder, metadata):
+    """Open all of a checkpoint's recoverables that are networks."""
     found = {}
     for name in recoverables(folder):
         if name.endswith(FINETUNED):
@@ -167,6 +209,12 @@ def _only_network(folder, metadata):
             # model is.
             if name == "model":
                 raise
+    return found
+
+
+def _only_network(folder, metadata):
+    """Open `model`, with a warning of what it leaves out, or what is alone."""
+    found = _networks(folder, metadata)
     sizes = {
         name: sum(state.info(key).numel for key in state)
         for name, state in found.items()
@@ -176,14 +224,14 @@ def _only_network(folder, metadata):
         raise ValueError(
             f"{folder}: expected a recoverable called 'model' or exactly one "
             f"network; there are: {_listed(others, sizes) or 'none'}. Name "
-            "one: --recoverable NAME, open_state(path, recoverable=NAME), or "
-            "the .ckpt file itself"
+            "one or several: --recoverable NAME,NAME (or all), "
+            "open_state(path, recoverable=...), or the .ckpt file itself"
         )
     if "model" in found and others:
         warnings.warn(
             f"{folder}: 'model' ({sizes['model']} parameters) is taken, left "
-            f"out: {_listed(others, sizes)}; for another one say --recoverable "
-            "NAME or recoverable=NAME",
+            f"out: {_listed(others, sizes)}; for all of them say --recoverable "
+            "all or recoverable='all', for some their names (NAME,NAME)",
             stacklevel=4,
         )
     return found["model" if "model" in found else others[0]]

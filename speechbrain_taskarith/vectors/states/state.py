@@ -165,6 +165,8 @@ class State(Mapping):
         # Entries of the state dict that are no tensors. They are carried
         # along; they are neither edited nor part of the fingerprint.
         self.extra = {}
+        # Recoverables whose weights these are together, each under its name.
+        self.networks = ()
         # Tensors of types or layouts that are not read, and why.
         self.unreadable = {}
 
@@ -277,6 +279,7 @@ class State(Mapping):
         )
         result = renamed(self, entries)
         result.extra, result.unreadable = extra, unreadable
+        result.networks = ()
         return result
 
     @cached_property
@@ -373,6 +376,7 @@ def renamed(state, entries):
     )
     result.label, result.source = state.label, state
     result.extra, result.unreadable = state.extra, state.unreadable
+    result.networks = state.networks
     return result
 
 

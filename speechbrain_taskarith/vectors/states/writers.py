@@ -36,6 +36,7 @@ from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     FINETUNED,
     META_KEY,
     PREFIX,
+    by_network,
     find_checkpoint_folder,
     plain,
     recoverables,
@@ -145,11 +146,21 @@ def save_state(
     elif form == "torch":
         save_torch_file(state, path, metadata)
     elif form == "speechbrain":
-        states = {recoverable or "model": state}
+        states = by_network(state, recoverable)
         save_checkpoint(states, path, like=like, metadata=metadata)
     else:
         _save_hugging_face(state, path, metadata, shard_size, like)
     return path
+
+
+def check_networks(state, path):
+    """Raise unless a path can hold the weights of several recoverables."""
+    if state.networks and not Path(path).name.startswith(PREFIX):
+        raise ValueError(
+            f"{path}: {state.label} gives several networks "
+            f"({', '.join(state.networks)}); only a {PREFIX} folder holds "
+            "them. Name the output so, or name one recoverable"
+        )
 
 
 def check_extra(state, path, form):
