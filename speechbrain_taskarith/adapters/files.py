@@ -5,6 +5,7 @@ fingerprint, layers, widths, activation, a checksum. Everything is checked
 before anything in the model is touched.
 """
 
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -31,6 +32,7 @@ from speechbrain_taskarith.utils.files import atomic_write
 logger = logging.getLogger(__name__)
 
 _KEY = "speechbrain_taskarith"
+_CHECKSUM = f"{_KEY}_checksum"
 # What a name that is None in a name map stands for.
 _NEUTRAL = {
     "norm.weight": torch.ones_like,
@@ -237,7 +239,7 @@ class AdapterFiles(torch.nn.Module):
         }
         if frozen:
             header["frozen"] = frozen
-        content = safetensors.torch.save(tensors, {_KEY: json.dumps(header)})
+        content = safetensors.torch.save(tensors, _metadata(header))
         with atomic_write(path) as stream:
             stream.write(content)
 
@@ -265,7 +267,7 @@ def read_file(path):
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            text = (file.metadata() or {}).get(_KEY)
+            metadata = file.metadata() or {}
     except FileNotFoundError:
         raise
     except (safetensors.SafetensorError, OSError) as error:
@@ -274,7 +276,45 @@ def read_file(path):
             "or half-written, fetch or save it again"
         ) from None
     _require_finite(tensors, path)
-    return tensors, None if text is None else json.loads(text)
+    text = metadata.get(_KEY)
+    if text is None:
+        return tensors, None
+    # Files of earlier versions have no checksum of the header.
+    if metadata.get(_CHECKSUM, _checksum(text)) != _checksum(text):
+        raise ValueError(
+            f"{path}: its header does not match its checksum; it is damaged, "
+            "fetch or save it again"
+        )
+    try:
+        return tensors, _Header(json.loads(text)).of(path)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: its header cannot be read ({error}); it is damaged, "
+            "fetch or save it again"
+        ) from None
+
+
+def _metadata(header):
+    text = json.dumps(header)
+    return {_KEY: text, _CHECKSUM: _checksum(text)}
+
+
+class _Header(dict):
+    """What a file says about itself; a missing entry is a damaged file."""
+
+    def of(self, path):
+        self.path = path
+        return self
+
+    def __missing__(self, key):
+        raise ValueError(
+            f"{self.path}: its header lacks {key!r}; it is damaged, fetch or "
+            "save it again"
+        )
+
+
+def _checksum(text):
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _layer_state(path, tensors, name_map, layer, number):
