@@ -196,7 +196,7 @@ class SequentialEditor:
     def open(cls, base, rule, folder, **arguments):
         """Resume where the folder holds a sequence, else start one.
 
-        For a recipe that may be killed and started again. Arguments as for
+        For a recipe that may be killed and started again. Arguments: see
         `SequentialEditor`. Another base than the folder's is a ValueError.
         """
         if not has_log(folder):
