@@ -551,7 +551,7 @@ def test_the_number_of_copies_is_bounded(tmp_path, applied, number):
     "harm", ["flipped", "truncated", "gone", "of another state", "a folder"]
 )
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_copy_is_checked_and_made_again(tmp_path, harm, tied):
+def test_a_copy_is_checked_and_made_again(tmp_path, applied, harm, tied):
     base = make(0)
     if tied:
         base["tied"] = base["a.weight"]
@@ -583,6 +583,11 @@ def test_a_copy_is_checked_and_made_again(tmp_path, harm, tied):
         assert (
             not tied or state["tied"].data_ptr() == state["a.weight"].data_ptr()
         )
+    # Now it is good again, so that nothing has to be built.
+    applied.clear()
+    with SequentialEditor.resume(tmp_path / "e") as editor:
+        same_bytes(editor.state(), final)
+    assert bool(applied) == (harm == "a folder")
 
 
 def test_a_full_disk_costs_a_copy_only(tmp_path, monkeypatch, caplog):

@@ -53,10 +53,10 @@ class StateCopies:
             # Only a torch file stores which tensors are tied.
             tied = found in states and states[found].aliases
             path = self._folder / _names(found)[1 if tied else 0]
-            if found not in states or path.exists():
-                continue
             try:
-                save_state(states[found], path)
+                # Also over one that is there: it was built since that failed.
+                if found in states:
+                    save_state(states[found], path)
             except OSError as error:
                 logger.warning("%s; the state will be built again", error)
 
