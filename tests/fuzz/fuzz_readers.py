@@ -359,10 +359,10 @@ TARGETS = {
     "speechbrain-yaml": Checkpoint("CKPT.yaml"),
     "speechbrain-model": Checkpoint("model.ckpt"),
     "hugging-face-index": State(
-        "hf", ["hf/model.safetensors.index.json"], False, shard_size=40
+        "hf", ["hf/model.safetensors.index.json"], shard_size=40
     ),
     "hugging-face-shard": State(
-        "hf", ["hf/model-00001-of-00002.safetensors"], False, shard_size=40
+        "hf", ["hf/model-00001-of-00002.safetensors"], shard_size=40
     ),
     "manifest-csv": Manifest("csv"),
     "manifest-json": Manifest("json"),
