@@ -325,6 +325,15 @@ def test_like_a_half_precision_checkpoint_the_types_are_its_own(folder, capsys):
     assert open_state("wide.ckpt")["w"].dtype == torch.float32
 
 
+def test_a_dry_run_tells_the_size_and_the_encoding(folder, capsys):
+    words = ("--base", "us.ckpt", "--rule", "TIES", "density=0.3")
+    would = run(capsys, "learn", "e", "de", "de.ckpt", *words, "--dry-run")
+    found = run(capsys, "learn", "e", "de", "de.ckpt", *words)
+    assert would["encoding"] == found["encoding"] == "sparse"
+    stored = open_state(Path("e") / found["vector"])
+    assert would["bytes"] == sum(stored.info(n).nbytes for n in stored)
+
+
 def test_a_dry_run_finds_what_overflows(folder, capsys):
     torch.save({"w": torch.zeros(2)}, "zero.ckpt")
     torch.save({"w": torch.full((2,), 1e5)}, "far.ckpt")
