@@ -32,7 +32,9 @@ from speechbrain_taskarith.utils.files import atomic_write
 logger = logging.getLogger(__name__)
 
 _KEY = "speechbrain_taskarith"
-_CHECKSUM = f"{_KEY}_checksum"
+# In the header, of all its other entries. Not beside it: safetensors writes
+# several texts in any order.
+_CHECKSUM = "header_checksum"
 # What a name that is None in a name map stands for.
 _NEUTRAL = {
     "norm.weight": torch.ones_like,
@@ -279,24 +281,26 @@ def read_file(path):
     text = metadata.get(_KEY)
     if text is None:
         return tensors, None
-    # Files of earlier versions have no checksum of the header.
-    if metadata.get(_CHECKSUM, _checksum(text)) != _checksum(text):
-        raise ValueError(
-            f"{path}: its header does not match its checksum; it is damaged, "
-            "fetch or save it again"
-        )
     try:
-        return tensors, _Header(json.loads(text)).of(path)
+        header = _Header(json.loads(text)).of(path)
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path}: its header cannot be read ({error}); it is damaged, "
             "fetch or save it again"
         ) from None
+    # Files of earlier versions have none.
+    written = header.pop(_CHECKSUM, None)
+    if written not in (None, _checksum(header)):
+        raise ValueError(
+            f"{path}: its header does not match its checksum; it is damaged, "
+            "fetch or save it again"
+        )
+    return tensors, header
 
 
 def _metadata(header):
-    text = json.dumps(header)
-    return {_KEY: text, _CHECKSUM: _checksum(text)}
+    header = {**header, _CHECKSUM: _checksum(header)}
+    return {_KEY: json.dumps(header)}
 
 
 class _Header(dict):
@@ -313,8 +317,8 @@ class _Header(dict):
         )
 
 
-def _checksum(text):
-    return hashlib.sha256(text.encode()).hexdigest()
+def _checksum(header):
+    return hashlib.sha256(json.dumps(header).encode()).hexdigest()
 
 
 def _layer_state(path, tensors, name_map, layer, number):
