@@ -306,6 +306,12 @@ _REMEDY = (
 )
 
 
+_REMEDY = (
+    "Close it there (editor.close()), or open it for reading with "
+    "SequentialEditor.resume(folder, read_only=True)"
+)
+
+
 class FolderLock:
     """One process at a time may edit a folder.
 
