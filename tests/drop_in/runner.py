@@ -1,0 +1,249 @@
+"""Runs a recipe of a SpeechBrain checkout, its `train.py` untouched.
+
+What a run uses is the recipe's own YAML, changed by a diff that
+`docs/drop_in.md` shows, and sizes given on the command line. The page is the
+only place where the diffs stand.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "drop_in.md"
+EMPTY = "def __getattr__(name):\n    return type(name, (), {})\n"
+STAND_INS = {
+    "flair/__init__": "",
+    "flair/data": EMPTY,
+    "flair/embeddings": EMPTY,
+    "flair/models": EMPTY,
+    "spacy/__init__": "from spacy import language, tokens",
+    "spacy/language": EMPTY,
+    "spacy/tokens": EMPTY,
+    "sacremoses": """class MosesDetokenizer:
+    def __init__(self, lang):
+        pass
+
+    def detokenize(self, words):
+        return " ".join(words)
+""",
+}
+# One for every run: (recipe, YAML, what was done, seconds, exit status).
+RUNS = []
+
+
+def page_diffs(page=PAGE):
+    """Return `{new name: (stock path, hunks)}` of the page's diffs.
+
+    A hunk is a pair of texts: what the stock YAML has, and what the recipe
+    has then.
+    """
+    found = {}
+    text = page.read_text(encoding="utf-8")
+    for block in re.findall(r"^```diff\n(.*?)^```", text, re.M | re.S):
+        old, new, *lines = block.splitlines()
+        stock, name = old.removeprefix("--- "), new.removeprefix("+++ ")
+        assert (old, new) == (f"--- {stock}", f"+++ {name}"), block
+        assert name not in found, f"{name} stands twice on the page"
+        hunks, lines = [], [line for line in lines if line]
+        for line in lines:
+            if line.startswith("@@"):
+                hunks.append(("", ""))
+                continue
+            kind, rest = line[0], line[1:] + "\n"
+            assert kind in " +-", f"{name}: {line!r}"
+            before, after = hunks[-1]
+            hunks[-1] = (
+                before + rest * (kind in " -"),
+                after + rest * (kind in " +"),
+            )
+        found[name] = (stock, hunks)
+    return found
+
+
+def apply_hunks(text, hunks, label):
+    """Return a YAML's text after a diff; each hunk fits at one place."""
+    for before, after in hunks:
+        if not before:
+            text += after
+            continue
+        places = len(re.findall(f"^{re.escape(before)}", text, re.M))
+        if places != 1:
+            raise ValueError(f"{label}: {places} places for:\n{before}")
+        text = re.sub(f"^{re.escape(before)}", lambda _: after, text, flags=re.M)
+    return text
+
+
+def md5(path):
+    """Return the digest of a file's bytes."""
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+class Recipe:
+    """A recipe's folder, copied; its training script is never written to.
+
+    Arguments
+    ---------
+    checkout : pathlib.Path
+        SpeechBrain's repository.
+    script : str
+        The training script, from the checkout's root.
+    folder : pathlib.Path
+        Where the copy and its results go.
+    hparams : str
+        The stock YAML, from the recipe's folder.
+    sizes : dict
+        Overrides that make the recipe small, for every run.
+    """
+
+    def __init__(self, checkout, script, folder, hparams, sizes):
+        self.stock = Path(checkout) / script
+        self.name = str(Path(script).relative_to("recipes"))
+        self.folder = Path(folder) / "recipe"
+        shutil.copytree(self.stock.parent, self.folder)
+        self.results = Path(folder) / "results"
+        self.script = self.folder / self.stock.name
+        self.digest = md5(self.stock)
+        self.hparams, self.sizes = hparams, sizes
+
+    def changed(self, name):
+        """Write the YAML that the page's diff of a name makes; return it."""
+        stock, hunks = page_diffs()[name]
+        here = self.stock.parent / self.hparams
+        assert str(here).endswith(stock), f"{name} is a diff of {stock}"
+        path = self.folder / name
+        text = here.read_text(encoding="utf-8")
+        path.write_text(apply_hunks(text, hunks, name), encoding="utf-8")
+        return name
+
+    def run(self, output, *flags, diff=None, expect=0, sizes=(), **overrides):
+        """Train and evaluate in a process of its own; return a `Run`.
+
+        Arguments
+        ---------
+        output : str
+            Name of the output folder; an existing one is resumed.
+        *flags : str
+            Command-line options, as `--test_only`.
+        diff : str or None
+            A diff of the page; None for the stock YAML.
+        expect : int or None
+            The exit status; None for any but 0.
+        sizes : dict
+            Overrides that replace some of the recipe's.
+        **overrides : object
+            Top-level keys of the YAML; a dictionary changes what it names.
+        """
+        assert md5(self.script) == self.digest
+        hparams = self.hparams if diff is None else self.changed(diff)
+        folder = self.results / output
+        overrides = merged(self.sizes, merged(dict(sizes), overrides))
+        overrides["output_folder"] = str(folder)
+        command = [sys.executable, str(self.script), hparams]
+        command += ["--device=cpu", *flags]
+        command += [f"--{k}={as_yaml(v)}" for k, v in overrides.items()]
+        started = time.monotonic()
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env=environment(self.results.parent),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=600,
+        )
+        seconds = time.monotonic() - started
+        RUNS.append((self.name, hparams, output, seconds, done.returncode))
+        assert md5(self.script) == self.digest, "train.py was changed"
+        run = Run(folder, done.stdout, done.returncode)
+        fine = done.returncode == expect
+        assert fine if expect is not None else done.returncode, (
+            f"{' '.join(command)}: {done.returncode}\n{done.stdout[-6000:]}"
+        )
+        return run
+
+
+class Run:
+    """What a run left behind.
+
+    Arguments
+    ---------
+    folder : pathlib.Path
+        Its output folder.
+    log : str
+        What it printed.
+    status : int
+        Of its process.
+    """
+
+    def __init__(self, folder, log, status):
+        self.folder, self.log, self.status = Path(folder), log, status
+        self.save = self.folder / "save"
+
+    @property
+    def checkpoints(self):
+        """The checkpoint folders, the oldest first."""
+        return sorted(
+            self.save.glob("CKPT+*"), key=lambda p: (p / "CKPT.yaml").stat().st_mtime
+        )
+
+    @property
+    def error(self):
+        """The last line that was printed: what went wrong."""
+        return self.log.strip().splitlines()[-1]
+
+
+def environment(folder):
+    """Return the variables of a run: our package, one thread, no network."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH"), stand_ins(folder)]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "MPLBACKEND": "Agg",
+    }
+
+
+def stand_ins(folder):
+    """Write a stand-in for each package that the BLEU recipes lack.
+
+    SpeechBrain's BLEU stands beside wrappers of flair and spaCy, which are
+    imported with it and never used; sacremoses joins words.
+    """
+    folder = Path(folder) / "stand_ins"
+    for name, text in STAND_INS.items():
+        if importlib.util.find_spec(name.partition("/")[0]) is None:
+            path = folder / f"{name}.py"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    return str(folder)
+
+
+def as_yaml(value):
+    """Return an override as the command line takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def merged(sizes, overrides):
+    """Return overrides over sizes; dictionaries are merged, not replaced."""
+    result = dict(sizes)
+    for key, value in overrides.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def table():
+    """Return the runs so far as lines of text."""
+    yield f"{'recipe':44} {'YAML':34} {'run':18} {'s':>5} rc"
+    for recipe, hparams, output, seconds, status in RUNS:
+        yield f"{recipe:44} {hparams:34} {output:18} {seconds:5.1f} {status:2}"
