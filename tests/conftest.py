@@ -12,6 +12,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "recipes" / "FSDD"))
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="cpu or cuda:0")
+    parser.addoption(
+        "--speechbrain",
+        help="a checkout of SpeechBrain, whose recipes tests/drop_in runs",
+    )
 
 
 @pytest.fixture

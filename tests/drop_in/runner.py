@@ -242,8 +242,10 @@ def merged(sizes, overrides):
     return result
 
 
-def table():
-    """Return the runs so far as lines of text."""
-    yield f"{'recipe':44} {'YAML':34} {'run':18} {'s':>5} rc"
-    for recipe, hparams, output, seconds, status in RUNS:
-        yield f"{recipe:44} {hparams:34} {output:18} {seconds:5.1f} {status:2}"
+def table(rows):
+    """Yield lines of text for some runs."""
+    yield f"{'recipe':50} {'YAML':35} {'run':15} {'s':>5} rc"
+    for recipe, hparams, output, seconds, status in rows:
+        hparams = hparams.removeprefix("hparams/")
+        yield f"{recipe:50} {hparams:35} {output:15} {seconds:5.1f} {status:2}"
+    yield f"{len(rows)} runs, {sum(row[3] for row in rows):.0f} s"

@@ -1,0 +1,105 @@
+"""LibriSpeech/ASR/CTC with wav2vec2: editing, from a public model and a run."""
+
+import shutil
+
+import pytest
+import sizes
+from checks import changed, law, weights
+from runner import Recipe
+
+EDIT = "hparams/edit_wav2vec2.yaml"
+PUBLIC = "hparams/edit_public_wav2vec2.yaml"
+BOTH = ("wav2vec2", "model")
+
+
+@pytest.fixture(scope="module")
+def recipe(checkout, corpus, tmp_path_factory):
+    return Recipe(
+        checkout,
+        "recipes/LibriSpeech/ASR/CTC/train_with_wav2vec.py",
+        tmp_path_factory.mktemp("ctc"),
+        "hparams/train_hf_wav2vec.yaml",
+        sizes.ctc(corpus, "de"),
+    )
+
+
+@pytest.fixture(scope="module")
+def us(recipe, corpus):
+    """The stock recipe on the first domain."""
+    return recipe.run("us", sizes=sizes.ctc(corpus, "us"))
+
+
+@pytest.fixture(scope="module")
+def de(recipe, us):
+    """The second domain, as an edit of the first, with its labels."""
+    save = recipe.results / "de" / "save"
+    save.mkdir(parents=True)
+    shutil.copy(us.save / "label_encoder.txt", save)
+    return recipe.run("de", diff=EDIT, checkpointer={"base": str(us.save)})
+
+
+def test_the_law_holds(us, de):
+    (base,) = us.checkpoints
+    for folder in de.checkpoints:
+        for name in BOTH:
+            law(folder, weights(base / f"{name}.ckpt"), name, 0.4)
+
+
+def test_a_resumed_run_goes_on_from_the_fine_tuned_weights(recipe, us, de):
+    (base,) = us.checkpoints
+    before = {n: weights(de.checkpoints[-1] / f"{n}.finetuned.ckpt") for n in BOTH}
+    # Nothing is learned any more: what is written is what was read.
+    again = recipe.run(
+        "de",
+        diff=EDIT,
+        checkpointer={"base": str(us.save)},
+        number_of_epochs=3,
+        lr=0.0,
+        lr_wav2vec=0.0,
+        model_opt_class={"lr": 0.0},
+        sizes={"lr_annealing_model": {"initial_value": 0.0}},
+    )
+    for name in BOTH:
+        law(again.checkpoints[-1], weights(base / f"{name}.ckpt"), name, 0.4)
+
+
+def test_the_scale_may_change_in_evaluation(recipe, us, de):
+    files = {p: p.read_bytes() for p in de.save.rglob("*.ckpt")}
+    data = {"test_csv": recipe.sizes["test_csv"]}
+    base = recipe.run("us", "--test_only", **data)
+    zero = recipe.run(
+        "de",
+        "--test_only",
+        diff=EDIT,
+        checkpointer={"base": str(us.save), "rule": {"scale": 0.0}},
+    )
+    # At scale 0 the edited model is the base.
+    assert tested(zero) == tested(base)
+    assert {p: p.read_bytes() for p in de.save.rglob("*.ckpt")} == files
+
+
+def tested(run):
+    """Return the last two lines of results: one for each test set."""
+    return (run.folder / "train_log.txt").read_text().splitlines()[-2:]
+
+
+def test_another_alphabet_is_refused(recipe, us):
+    run = recipe.run(
+        "labels", diff=EDIT, checkpointer={"base": str(us.save)}, expect=None
+    )
+    assert "label_encoder.txt" in run.error
+    assert not run.checkpoints
+
+
+def test_a_public_model_is_a_base(recipe, corpus):
+    import safetensors.torch
+
+    run = recipe.run("public", diff=PUBLIC)
+    (folder,) = run.checkpoints
+    file = f"{corpus.wav2vec2()}/model.safetensors"
+    public = safetensors.torch.load_file(file)
+    base = {f"model.{key}": value for key, value in public.items()}
+    law(folder, base, "wav2vec2", 0.4)
+    # What has no base is kept as trained, and has no second file.
+    assert not (folder / "model.finetuned.ckpt").exists()
+    assert changed(weights(folder / "model.ckpt"), {})
