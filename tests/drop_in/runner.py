@@ -195,6 +195,12 @@ class Run:
         )
 
     @property
+    def scores(self):
+        """The results on the last two test sets, as the recipe logs them."""
+        lines = (self.folder / "train_log.txt").read_text().splitlines()
+        return [line.partition(" - ")[2] for line in lines[-2:]]
+
+    @property
     def error(self):
         """The last line that was printed: what went wrong."""
         return self.log.strip().splitlines()[-1]

@@ -65,8 +65,7 @@ def test_a_resumed_run_goes_on_from_the_fine_tuned_weights(recipe, us, de):
 
 def test_the_scale_may_change_in_evaluation(recipe, us, de):
     files = {p: p.read_bytes() for p in de.save.rglob("*.ckpt")}
-    data = {"test_csv": recipe.sizes["test_csv"]}
-    base = recipe.run("us", "--test_only", **data)
+    base = recipe.run("us", "--test_only")
     zero = recipe.run(
         "de",
         "--test_only",
@@ -74,13 +73,8 @@ def test_the_scale_may_change_in_evaluation(recipe, us, de):
         checkpointer={"base": str(us.save), "rule": {"scale": 0.0}},
     )
     # At scale 0 the edited model is the base.
-    assert tested(zero) == tested(base)
+    assert zero.scores == base.scores
     assert {p: p.read_bytes() for p in de.save.rglob("*.ckpt")} == files
-
-
-def tested(run):
-    """Return the last two lines of results: one for each test set."""
-    return (run.folder / "train_log.txt").read_text().splitlines()[-2:]
 
 
 def test_another_alphabet_is_refused(recipe, us):
