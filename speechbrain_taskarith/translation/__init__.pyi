@@ -55,6 +55,9 @@ from .search.searchers import (
 from .search.searchers import (
     greedy_translation as greedy_translation,
 )
+from .shrinking_transformer import (
+    ShrinkingTransformer as ShrinkingTransformer,
+)
 from .text.decoder import (
     TranslationDecoder as TranslationDecoder,
 )
