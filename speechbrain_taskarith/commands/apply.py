@@ -53,7 +53,10 @@ def run(options):
             options.vectors, desc="reading", enable=not options.no_progress
         )
         chosen = shared.patterns(options)
-        vectors = [TaskVector.load(path).restrict(**chosen) for path in files]
+        vectors = [
+            TaskVector.load(path).named_as(base).restrict(**chosen)
+            for path in files
+        ]
         edited = rule(base, vectors, any_base=bool(options.any_base))
     result = write_weights(
         edited,

@@ -209,7 +209,8 @@ def merge_checkpoints(
             inputs.xp, inputs.device = torch, torch.device(device)
         threads, chunk = _plan(inputs, rule, threads, chunk, memory_limit)
         hashing = Passes(threads, progress=progress)
-        states = [inputs.base, *(parent.state for parent in inputs.parents)]
+        parents = [parent.state for parent in inputs.parents]
+        states = [inputs.base, *(state.source or state for state in parents)]
         hashed = 0
         with _timed(seconds, "fingerprints"):
             if fingerprint:

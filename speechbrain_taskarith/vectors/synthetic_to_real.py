@@ -5,7 +5,10 @@ Speech Recognition", EMNLP 2024, https://arxiv.org/abs/2406.02925.
 """
 
 from speechbrain_taskarith.vectors.rules.base import check_rule
-from speechbrain_taskarith.vectors.states.names import match_names
+from speechbrain_taskarith.vectors.states.names import (
+    match_names,
+    under_names_of,
+)
 from speechbrain_taskarith.vectors.states.readers import as_state
 from speechbrain_taskarith.vectors.task_vector import TaskVector
 
@@ -73,7 +76,7 @@ def syn2real(
         synthetic = as_state(synthetic)
         vectors.append(TaskVector.between(synthetic, real, **chosen))
         try:
-            match_names(target, synthetic, **chosen)
+            match_names(target, under_names_of(target, synthetic), **chosen)
         except (KeyError, ValueError) as error:
             raise ValueError(
                 f"pairs[{number}] and the target are not the same model; all "

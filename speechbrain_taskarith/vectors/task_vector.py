@@ -27,6 +27,8 @@ from speechbrain_taskarith.vectors.states.names import (
     editable_names,
     match_names,
     not_finite_error,
+    renaming,
+    under_names_of,
 )
 from speechbrain_taskarith.vectors.states.readers import as_state
 from speechbrain_taskarith.vectors.states.state import short
@@ -87,7 +89,9 @@ class TaskVector(Mapping):
         """Subtract: `tau = theta_finetuned - theta_base`.
 
         Differences are taken in float32 whatever the weights are stored in.
-        Integer and boolean tensors are never part of a vector.
+        Integer and boolean tensors are never part of a vector. A Hugging Face
+        folder and the checkpoint of SpeechBrain's wrapper may be mixed: the
+        vector has the base's names.
 
         Arguments
         ---------
@@ -118,6 +122,8 @@ class TaskVector(Mapping):
         base, finetuned = as_state(base), as_state(finetuned)
         base.verify()
         finetuned.verify()
+        fingerprint = finetuned.fingerprint
+        finetuned = under_names_of(base, finetuned)
         names = editable_names(
             base,
             finetuned,
@@ -142,7 +148,7 @@ class TaskVector(Mapping):
         metadata = {
             "base": base.label,
             "finetuned": finetuned.label,
-            "finetuned_fingerprint": finetuned.fingerprint,
+            "finetuned_fingerprint": fingerprint,
         }
         return cls(deltas, base.fingerprint, metadata)
 
@@ -334,11 +340,12 @@ class TaskVector(Mapping):
         """
         base = as_state(base)
         base.verify()
-        self.check_fits(base)
+        tau = self.named_as(base)
+        tau.check_fits(base)
         if not any_base:
             origin = self.metadata.get("base", "path unknown")
             check_ancestry(base, self.base_fingerprint, origin=origin)
-        return edited(self, base, self.scales(scale))
+        return edited(tau, base, tau.scales(scale))
 
     def apply_(self, module, scale=1.0):
         """Edit a module in place, on its own device.
@@ -356,8 +363,29 @@ class TaskVector(Mapping):
             See `apply`.
         """
         state = as_state(module)
-        self.check_fits(state)
-        edit_in_place(self, state, self.scales(scale))
+        tau = self.named_as(state)
+        tau.check_fits(state)
+        edit_in_place(tau, state, tau.scales(scale))
+
+    def named_as(self, base) -> "TaskVector":
+        """Return the vector under a base's names, where wrappers differ.
+
+        Arguments
+        ---------
+        base : path, torch.nn.Module, mapping or State
+            As SpeechBrain's wrapper, for the vector of a Hugging Face model.
+
+        Returns
+        -------
+        TaskVector
+            Itself, if only its names fit or none do.
+        """
+        base = as_state(base)
+        if self.keys() <= base.keys() or not (pairs := renaming(base, self)):
+            return self
+        deltas = {name: self[found] for name, found in pairs.names.items()}
+        deltas |= {name: self[name] for name in pairs.unknown}
+        return TaskVector(deltas, self.base_fingerprint, self.metadata)
 
     def check_fits(self, base):
         """Raise as `apply` unless a `State` holds all parameters, in shape."""

@@ -26,6 +26,7 @@ from speechbrain_taskarith.vectors.application import (
     edit_into,
 )
 from speechbrain_taskarith.vectors.editing.scale_table import REST, ScaleSearch
+from speechbrain_taskarith.vectors.states.names import under_names_of
 from speechbrain_taskarith.vectors.states.readers import as_state
 
 ORACLE = "real_target"
@@ -298,7 +299,8 @@ class _InPlaceEdits:
 
     def __init__(self, model, base, tau, patterns):
         self._model = model
-        base, live = as_state(base), as_state(model)
+        live = as_state(model)
+        base, tau = under_names_of(live, as_state(base)), tau.named_as(live)
         base.verify()
         for state in (base, live):
             tau.check_fits(state)

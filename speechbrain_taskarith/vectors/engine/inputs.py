@@ -18,6 +18,7 @@ from speechbrain_taskarith.vectors.states.names import (
     check_ties,
     editable_names,
     not_finite_error,
+    under_names_of,
 )
 from speechbrain_taskarith.vectors.states.readers import as_state
 from speechbrain_taskarith.vectors.states.state import TASK_VECTOR, State
@@ -86,7 +87,12 @@ class MergeInputs:
         if isinstance(finetuned, (str, os.PathLike, Mapping)):
             finetuned = [finetuned]
         self.base = as_state(base, recoverable=recoverable)
-        self.parents = [open_parent(s, recoverable) for s in finetuned]
+        self.parents = []
+        for source in finetuned:
+            parent = open_parent(source, recoverable)
+            partial = parent.kind == "task vector"
+            state = under_names_of(self.base, parent.state, partial=partial)
+            self.parents.append(parent._replace(state=state))
         self.number = len(self.parents)
         if not self.parents:
             raise ValueError("nothing to merge: no fine-tuned model was given")

@@ -7,18 +7,23 @@ import torch
 from speechbrain.utils.checkpoints import (
     DEFAULT_TRANSFER_HOOKS,
     get_default_hook,
-    hook_on_loading_state_dict_checkpoint,
     torch_parameter_transfer,
 )
 from speechbrain.utils.fetching import FetchSource
 from speechbrain.utils.logger import get_logger
 from speechbrain.utils.parameter_transfer import Pretrainer
 
+from speechbrain_taskarith.vectors.recipe_hooks.bases import (
+    is_checkpoint,
+    load_base,
+    local_path,
+    open_base,
+)
 from speechbrain_taskarith.vectors.rules.base import check_rule
-from speechbrain_taskarith.vectors.states.readers import open_state
 from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     find_checkpoint_folder,
 )
+from speechbrain_taskarith.vectors.states.torch_files import TORCH_SUFFIXES
 from speechbrain_taskarith.vectors.task_vector import TaskVector
 
 logger = get_logger(__name__)
@@ -29,16 +34,18 @@ class TaskVectorPretrainer(Pretrainer):
 
     Before anything is loaded, it checks that the vectors were taken from this
     base, and that names and shapes are the module's. Upstream's `Pretrainer`
-    only warns of keys that do not fit; here they are an error. Parameters
-    stay on their device.
+    only warns of keys that do not fit; here they are an error. Inserted
+    adapters, which a base lacks, keep their values. Parameters stay on their
+    device.
 
     Arguments
     ---------
     collect_in, loadables, **arguments : object
         As for `Pretrainer`.
     paths : dict or None
-        `{name: path}`; besides what `Pretrainer` takes, a `CKPT+` folder or
-        a save folder (its newest checkpoint, or by `min_key`/`max_key`).
+        `{name: path}`; besides what `Pretrainer` takes, a `CKPT+` folder, a
+        save folder (its newest checkpoint, or by `min_key`/`max_key`), or a
+        Hugging Face folder or hub name for SpeechBrain's wrapper of it.
     vectors : dict or None
         `{name: path or [path, ...]}` of stored task vectors. Loadables
         without vectors are loaded as they are.
@@ -90,6 +97,7 @@ class TaskVectorPretrainer(Pretrainer):
         max_key=None,
         **arguments,
     ):
+        self._local = {}
         self._keys = {"min_key": min_key, "max_key": max_key}
         super().__init__(collect_in, loadables, paths, **arguments)
         self.vectors = {
@@ -106,21 +114,55 @@ class TaskVectorPretrainer(Pretrainer):
         self.any_base, self.strict = any_base, strict
 
     def collect_files(self, default_source=None, **arguments):
-        """As `Pretrainer.collect_files`; finds files in checkpoint folders."""
-        self.paths |= {n: self._file_of(n, p) for n, p in self.paths.items()}
-        if isinstance(default_source, (str, os.PathLike)):
-            if any(Path(default_source).glob("CKPT+*")):
-                found = find_checkpoint_folder(default_source, **self._keys)
-                default_source = str(found)
-        return super().collect_files(default_source, **arguments)
+        """As `Pretrainer.collect_files`; takes every form of a base.
 
-    def _file_of(self, name, path):
-        """Return the file that a path means; URLs and hub names as given."""
+        Folders are read where they lie, and are not linked into
+        `collect_in`.
+        """
+        wanted = [n for n in self.loadables if self.is_loadable(n)]
+        paths = {n: p for n, p in self.paths.items() if n in wanted}
+        found = {n: self._found(n, p) for n, p in paths.items()}
+        self.paths |= {n: path for n, path in found.items() if path is not None}
+        local = {n: Path(self.paths[n]) for n in paths if found[n] is not None}
+        folders = {n: str(p) for n, p in local.items() if p.is_dir()}
+        if isinstance(default_source, (str, os.PathLike)):
+            if is_checkpoint(default_source):
+                chosen = find_checkpoint_folder(default_source, **self._keys)
+                default_source = str(chosen)
+        loadables = self.loadables
+        self.loadables = {
+            n: o for n, o in loadables.items() if n not in folders
+        }
+        try:
+            collected = super().collect_files(default_source, **arguments)
+        finally:
+            self.loadables = loadables
+        self.is_local.extend(folders)
+        # A link in collect_in has lost the suffix that tells the format.
+        self._local = local
+        return collected | {n: Path(p) for n, p in folders.items()}
+
+    def load_collected(self, device=None):
+        """As `Pretrainer.load_collected`; parameters stay on their device.
+
+        Arguments
+        ---------
+        device : object
+            Not used: some recipes of SpeechBrain pass one.
+        """
+        super().load_collected()
+
+    def _found(self, name, path):
+        """Return where a path leads; None for a URL or a file on the hub."""
         if isinstance(path, FetchSource):
-            return path
-        if not Path(path).is_dir():
-            return str(path)
-        folder = find_checkpoint_folder(path, **self._keys)
+            return None
+        # `org/name/file.ckpt` is a file on the hub.
+        if not _exists(path) and (Path(path).suffix or "://" in str(path)):
+            return None
+        place = local_path(path)
+        if not is_checkpoint(place):
+            return str(place)
+        folder = find_checkpoint_folder(place, **self._keys)
         file = folder / f"{name}.ckpt"
         if not file.exists():
             raise FileNotFoundError(
@@ -134,13 +176,17 @@ class TaskVectorPretrainer(Pretrainer):
         for name, obj in self.loadables.items():
             if not self.is_loadable(name):
                 continue
+            path = self._local.get(name, Path(paramfiles[name]))
+            plain = name not in hooks and _is_plain(obj)
             if name in self.vectors:
-                state = self._edited(name, paramfiles[name])
-            elif name not in hooks and self.strict and _is_plain(obj):
-                state = open_state(os.path.realpath(paramfiles[name]))
-            else:
-                continue
-            own[name] = _loader(name, obj, state, paramfiles[name])
+                own[name] = _loader(self._edited(name, obj, path))
+            elif plain and (self.strict or path.is_dir()):
+                own[name] = _loader(self._base(name, obj, path))
+            elif path.is_dir():
+                raise ValueError(
+                    f"paths: {path} is a folder of weights; the loadable "
+                    f"{name!r} is no plain module, so name its own file"
+                )
         # Everything is checked: only now does anything change.
         self.custom_hooks = hooks | own
         try:
@@ -148,13 +194,14 @@ class TaskVectorPretrainer(Pretrainer):
         finally:
             self.custom_hooks = hooks
 
-    def _edited(self, name, path):
-        # `path` is a link with another name; the format follows from the name
-        # of the file it points to.
-        base = open_state(os.path.realpath(path))
+    def _base(self, name, obj, path):
+        return open_base(_with_suffix(path), obj, name=name)
+
+    def _edited(self, name, obj, path):
+        base = self._base(name, obj, path)
         vectors = [TaskVector.load(file) for file in self.vectors[name]]
         for file, vector in zip(self.vectors[name], vectors):
-            if self.any_base or vector.base_fingerprint == base.fingerprint:
+            if self.any_base or vector.base_fingerprint in base.fingerprints():
                 continue
             raise ValueError(
                 f"{file}: was taken from another base "
@@ -163,6 +210,7 @@ class TaskVectorPretrainer(Pretrainer):
             )
         if not vectors:
             return base
+        vectors = [vector.named_as(base) for vector in vectors]
         vector, scale = vectors[0], self.scale
         if self.rule is not None:
             vector = self.rule.combine(vectors, base=base)
@@ -179,33 +227,29 @@ class TaskVectorPretrainer(Pretrainer):
         return vector.apply(base, scale, any_base=True)
 
 
+def _exists(path):
+    return not isinstance(path, FetchSource) and Path(path).exists()
+
+
+def _with_suffix(path):
+    """Follow links while their names tell the format.
+
+    Hugging Face's cache links `model.safetensors` to a file without suffix.
+    """
+    while path.is_symlink():
+        target = path.parent / os.readlink(path)
+        if target.suffix not in (".safetensors", *TORCH_SUFFIXES):
+            break
+        path = target
+    return path
+
+
 def _is_plain(obj):
     """True for modules that upstream loads non-strictly, from a state dict."""
     hook = get_default_hook(obj, DEFAULT_TRANSFER_HOOKS)
     return isinstance(obj, torch.nn.Module) and hook is torch_parameter_transfer
 
 
-def _loader(name, obj, state, path):
-    """Check a state against a module; return what will load it."""
-    content = hook_on_loading_state_dict_checkpoint(dict(state))
-    own = obj.state_dict()
-    problems = [f"{key}: not in the file" for key in own if key not in content]
-    problems += [f"{key}: not in {name}" for key in content if key not in own]
-    problems += [
-        f"{key}: {tuple(content[key].shape)} in the file, "
-        f"{tuple(own[key].shape)} in {name}"
-        for key in own
-        if key in content and own[key].shape != content[key].shape
-    ]
-    if problems:
-        listed = "\n  ".join(problems[:20])
-        more = f"\n  and {len(problems) - 20} more" * (len(problems) > 20)
-        raise ValueError(
-            f"{path} does not fit the loadable {name!r}; nothing was "
-            f"loaded:\n  {listed}{more}"
-        )
-
-    def load(obj, _):
-        obj.load_state_dict(content)
-
-    return load
+def _loader(state):
+    """Return a hook that loads weights which fit."""
+    return lambda obj, _: load_base(obj, state)

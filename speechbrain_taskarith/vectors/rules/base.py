@@ -235,7 +235,12 @@ class Rule:
         from speechbrain_taskarith.vectors.task_vector import TaskVector
 
         vectors = list(vectors)
-        base = None if base is None else as_state(base)
+        if base is not None:
+            base = as_state(base)
+            vectors = [
+                vector.named_as(base) if hasattr(vector, "named_as") else vector
+                for vector in vectors
+            ]
         self.check_number(len(vectors))
         check_alike(vectors)
         source = MemoryVectors(vectors, base)

@@ -5,8 +5,11 @@ models with two heads comparable. Nothing here imports torch unless an error
 has to be explained.
 """
 
+import itertools
+import logging
 import warnings
 from operator import attrgetter
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,10 +17,176 @@ from speechbrain_taskarith.utils.messages import some
 from speechbrain_taskarith.utils.patterns import select
 from speechbrain_taskarith.vectors.states.state import short
 
+logger = logging.getLogger(__name__)
+
 # They stay the base's unless asked for, since adding differences of
 # variances can make a variance negative.
 RUNNING_STATISTICS = ("running_mean", "running_var")
 _BLOCK = 1 << 20
+
+# Names that DistributedDataParallel and torch.compile put in between.
+_WRAPPERS = {"module", "_orig_mod"}
+# Where SpeechBrain's wrappers and Hugging Face's task models hold the encoder.
+HOLDERS = {
+    "model",
+    "wav2vec2",
+    "wav2vec2_bert",
+    "hubert",
+    "wavlm",
+    "data2vec_audio",
+    "unispeech",
+    "unispeech_sat",
+}
+# The names of torch.nn.utils.weight_norm, and of its successor.
+_WEIGHT_NORM = {
+    "weight_g": "parametrizations.weight.original0",
+    "weight_v": "parametrizations.weight.original1",
+}
+# Output layers of Hugging Face's task models (CTC, pre-training, classes,
+# generation), which their encoders go without.
+HEADS = {
+    "lm_head",
+    "proj_out",
+    "quantizer",
+    "project_q",
+    "project_hid",
+    "final_proj",
+    "label_embs_concat",
+    "projector",
+    "classifier",
+}
+# Tables that SpeechBrain's wrappers compute, and no file of weights holds.
+CONSTANTS = {"_mel_filters"}
+
+
+class Pairs(NamedTuple):
+    """Which names of two models mean the same, see `pair_names`."""
+
+    names: dict  # {name: the other's name}
+    missing: list  # names that the other lacks
+    heads: list  # output layers and constants that only the other has
+    unknown: list  # the other's remaining names
+
+
+def pair_names(names, others, ties=None):
+    """Pair the names of two models that differ by what they are wrapped in.
+
+    A wrapper puts one prefix before all names (`model.`, `wav2vec2.`); the
+    pair of prefixes is taken under which most names agree. `ties` is
+    `State.aliases`: a name that is missing stands for the one it is tied to.
+    """
+    names, others = list(names), list(others)
+    ours, theirs = _unwrapped(names), _unwrapped(others)
+    start, other_start = _prefixes(ours, theirs)
+    found = {
+        name.removeprefix(other_start): other
+        for name, other in theirs.items()
+        if name.startswith(other_start)
+    }
+    pairs = {
+        name: found[plain.removeprefix(start)]
+        for plain, name in ours.items()
+        if plain.startswith(start) and plain.removeprefix(start) in found
+    }
+    of_tied = {(ties or {}).get(name): found for name, found in pairs.items()}
+    missing = []
+    for name in names:
+        if name in pairs:
+            continue
+        origin = (ties or {}).get(name)
+        if origin is not None and origin in of_tied:
+            pairs[name] = of_tied[origin]
+        else:
+            missing.append(name)
+    used, outer = set(pairs.values()), set(other_start.split("."))
+    left = {n: plain for plain, n in theirs.items() if n not in used}
+    heads = [n for n, plain in left.items() if _is_head(plain, outer)]
+    unknown = [n for n in left if n not in heads]
+    return Pairs(pairs, missing, heads, unknown)
+
+
+def _unwrapped(names):
+    """Return `{name without wrappers, weight norm in new form: name}`."""
+    plain = {}
+    for name in names:
+        parts = [part for part in name.split(".") if part not in _WRAPPERS]
+        parts[-1:] = [_WEIGHT_NORM.get(part, part) for part in parts[-1:]]
+        plain[".".join(parts)] = name
+    # Where `module` is a layer's own name.
+    return plain if len(plain) == len(names) else {n: n for n in names}
+
+
+def _prefixes(ours, theirs):
+    """Return the two prefixes under which most names agree; short ones win."""
+    best, choice = 0, ("", "")
+    candidates = [
+        (one, two) for one in _starts(ours) for two in _starts(theirs)
+    ]
+    for start, other in sorted(candidates, key=lambda two: sum(map(len, two))):
+        inner = {n[len(start) :] for n in ours if n.startswith(start)}
+        found = sum(
+            n[len(other) :] in inner for n in theirs if n.startswith(other)
+        )
+        if found > best:
+            best, choice = found, (start, other)
+    return choice
+
+
+def _starts(names):
+    """Return the prefixes of names that are wrappers' (`""`, `model.`, ...)."""
+    starts = {""}
+    for name in names:
+        parts = name.split(".")[:-1]
+        outer = list(itertools.takewhile(HOLDERS.__contains__, parts))
+        for depth in range(1, len(outer) + 1):
+            starts.add(".".join(outer[:depth]) + ".")
+    return starts
+
+
+def _is_head(name, outer):
+    parts = name.split(".")
+    while len(parts) > 1 and parts[0] in outer:
+        del parts[0]
+    return parts[0] in HEADS or parts[0] in CONSTANTS
+
+
+def renaming(base, other):
+    """Return the `Pairs` if only wrappers tell two models' names apart.
+
+    None where the names are the same, or have another reason to differ.
+    """
+    if set(base) == set(other):
+        return None
+    pairs = pair_names(base, other, base.aliases)
+    renamed = any(name != found for name, found in pairs.names.items())
+    constants = CONSTANTS & {*pairs.missing, *pairs.heads}
+    return pairs if pairs.names and (renamed or constants) else None
+
+
+def under_names_of(base, other, *, partial=False):
+    """Return a state under the base's names, if wrappers tell them apart.
+
+    As the checkpoint of SpeechBrain's wrapper and the Hugging Face folder it
+    started from. Output layers and constants that only one of them has count
+    as not trained: the base's are taken (`partial`, for vectors: left out).
+    Otherwise `other` as it is: where it does not fit, `match_names` says so.
+    """
+    pairs = renaming(base, other)
+    if pairs is None:
+        return other
+    untrained = set(pair_names(other, base).heads).intersection(pairs.missing)
+    entries = {n: other.entries[found] for n, found in pairs.names.items()}
+    entries |= {name: other.entries[name] for name in pairs.unknown}
+    if partial:
+        untrained = ()
+    entries |= {name: base.entries[name] for name in untrained}
+    message = f"{other.label}: read under the names of {base.label}"
+    if untrained:
+        message += f"; not in it, taken as untrained: {some(untrained)}"
+    if pairs.heads:
+        message += f"; left out: {some(pairs.heads)}"
+    logger.info(message)
+    return other.renamed(entries)
 
 
 def match_names(
@@ -134,7 +303,7 @@ def check_alike(vectors, labels=None):
 
 def check_ancestry(base, fingerprint, label="this task vector", origin=None):
     """Raise unless a vector was taken from just these weights."""
-    if fingerprint == base.fingerprint:
+    if fingerprint in base.fingerprints():
         return
     taken = "combines vectors of several bases"
     if fingerprint:

@@ -3,8 +3,8 @@
 They are found as `Checkpointer` finds them, less what a killed process left.
 """
 
-import contextlib
 import math
+import warnings
 from pathlib import Path
 
 from speechbrain_taskarith.utils.files import atomic_write
@@ -127,30 +127,55 @@ def open_checkpoint(folder, recoverable=None):
     """Open one recoverable's weights; see `readers.open_state`."""
     content = read_checkpoint_meta(folder)
     metadata = {str(key): str(value) for key, value in content.items()}
-    if recoverable is None and (folder / "model.ckpt").exists():
-        recoverable = "model"
-    if recoverable is not None:
-        path = folder / f"{recoverable}.ckpt"
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{folder}: no recoverable {recoverable!r}; it holds: "
-                f"{', '.join(recoverables(folder)) or 'none'}"
-            )
-        return open_torch_file(path, folder, metadata)
+    if recoverable is None:
+        return _only_network(folder, metadata)
+    path = folder / f"{recoverable}.ckpt"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{folder}: no recoverable {recoverable!r}; it holds: "
+            f"{', '.join(recoverables(folder)) or 'none'}"
+        )
+    return open_torch_file(path, folder, metadata)
+
+
+def _only_network(folder, metadata):
+    """Open `model`, with a warning of what it leaves out, or what is alone."""
     found = {}
     for name in recoverables(folder):
-        # Others are no state dict: a counter, an optimizer.
-        with contextlib.suppress(ValueError):
+        if name.endswith(FINETUNED):
+            continue
+        try:
             path = folder / f"{name}.ckpt"
             found[name] = open_torch_file(path, folder, metadata)
-    if len(found) != 1:
+        except ValueError:
+            # Others are no state dict (a counter, an optimizer); a damaged
+            # model is.
+            if name == "model":
+                raise
+    sizes = {
+        name: sum(state.info(key).numel for key in state)
+        for name, state in found.items()
+    }
+    others = [name for name in found if name != "model"]
+    if "model" not in found and len(others) != 1:
         raise ValueError(
             f"{folder}: expected a recoverable called 'model' or exactly one "
-            f"that is a state dict; these are: {', '.join(found) or 'none'}. "
-            "Name one: open_state(path, recoverable=...), or pass the .ckpt "
-            "file"
+            f"network; there are: {_listed(others, sizes) or 'none'}. Name "
+            "one: --recoverable NAME, open_state(path, recoverable=NAME), or "
+            "the .ckpt file itself"
         )
-    return next(iter(found.values()))
+    if "model" in found and others:
+        warnings.warn(
+            f"{folder}: 'model' ({sizes['model']} parameters) is taken, left "
+            f"out: {_listed(others, sizes)}; for another one say --recoverable "
+            "NAME or recoverable=NAME",
+            stacklevel=4,
+        )
+    return found["model" if "model" in found else others[0]]
+
+
+def _listed(names, sizes):
+    return ", ".join(f"{name} ({sizes[name]} parameters)" for name in names)
 
 
 def recoverables(folder):

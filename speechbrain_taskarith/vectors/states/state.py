@@ -153,6 +153,10 @@ class State(Mapping):
         self.label = str(path) if path else "weights in memory"
         self.metadata = dict(metadata or {})
         self._check = check
+        # The stored weights that these are under other names (`renamed`).
+        self.source = None
+        # Names of the module they were opened for that they do not cover.
+        self.left_out = ()
 
     def __getitem__(self, name):
         self.info(name)
@@ -215,10 +219,11 @@ class State(Mapping):
         """Tied tensors: `{name: first name of its group}`, ties only."""
         first, tied = {}, {}
         for name, entry in self.entries.items():
-            if (identity := entry.identity) is not None:
-                origin = first.setdefault(identity, name)
-                if origin != name:
-                    tied[name] = tied[origin] = origin
+            # Of what has no memory of its own: names of one entry.
+            identity = entry.identity or id(entry)
+            origin = first.setdefault(identity, name)
+            if origin != name:
+                tied[name] = tied[origin] = origin
         return tied
 
     @cached_property
@@ -246,6 +251,21 @@ class State(Mapping):
             entry.read_into(start, part)
             digest.update(part)
         return digest.digest()
+
+    def fingerprints(self):
+        """Yield the fingerprint, and that of the `source`, lazily."""
+        yield self.fingerprint
+        if self.source is not None:
+            yield self.source.fingerprint
+
+    def renamed(self, entries):
+        """Return these weights as other `entries`; see `source`."""
+        state = State(entries, self.path, self.metadata, self._verify_source)
+        state.label, state.source = self.label, self
+        return state
+
+    def _verify_source(self, _):
+        self.verify()
 
     def verify(self):
         """Check the bytes against the checksums that the file carries.

@@ -58,7 +58,11 @@ def load_torch_file(path):
             f"{path}: refused: {reason}. Save the plain state dict (tensors "
             "only) with torch.save and use that file."
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
+    except (OSError, MemoryError):
+        raise  # the machine's fault, not the file's
+    except Exception as error:
+        # The unpickler raises whatever the bytes make it trip over: an
+        # IndexError for a counter's text.
         reason = str(error).strip().splitlines()[0] if str(error) else error
         raise damaged(path, f"torch cannot read it ({reason})") from None
 

@@ -1,0 +1,334 @@
+"""What a YAML calls the base, as weights for the module it is loaded into.
+
+One mechanism for `EditingCheckpointer` and `TaskVectorPretrainer`.
+"""
+
+import re
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from speechbrain.utils.checkpoints import (
+    hook_on_loading_state_dict_checkpoint,
+)
+from speechbrain.utils.logger import get_logger
+
+from speechbrain_taskarith.utils.files import read_json
+from speechbrain_taskarith.utils.messages import some
+from speechbrain_taskarith.vectors.states.names import (
+    CONSTANTS,
+    HOLDERS,
+    pair_names,
+)
+from speechbrain_taskarith.vectors.states.readers import as_state, open_state
+from speechbrain_taskarith.vectors.states.speechbrain_folder import (
+    find_checkpoint_folder,
+)
+from speechbrain_taskarith.vectors.states.state import LoadedTensor, State
+
+logger = get_logger(__name__)
+
+# What `insert_adapters` calls the modules that it puts into an encoder.
+_ADAPTERS = "task_adapters"
+# Some published encoders come without it; only their own augmentation, which
+# SpeechBrain's wrappers turn off, reads it.
+_UNTRAINED = "masked_spec_embed"
+# Entries of config.json that change what equal shapes compute.
+_CONFIG = re.compile(
+    "model_type|.*heads|conv_(dim|stride|kernel)|.*_act|activation_function"
+    "|do_stable_layer_norm|feat_extract_norm|.*_eps|scale_embedding"
+    "|num_mel_bins|num_buckets|max_bucket_distance|position_embeddings_type"
+)
+# Of preprocessor_config.json: what the model was trained to hear.
+_FEATURES = (
+    "sampling_rate",
+    "feature_size",
+    "do_normalize",
+    "n_fft",
+    "hop_length",
+)
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_FILES = (
+    [
+        "model.safetensors",
+        "model-*.safetensors",
+        "model.safetensors.index.json",
+    ],
+    [
+        "pytorch_model.bin",
+        "pytorch_model-*.bin",
+        "pytorch_model.bin.index.json",
+    ],
+)
+
+
+def open_base(
+    source, module, *, name, min_key=None, max_key=None, savedir=None
+) -> State:
+    """Open a base, in any form, as weights for a given module.
+
+    Arguments
+    ---------
+    source : str or pathlib.Path
+        A `CKPT+` or save folder of SpeechBrain (its newest checkpoint, or by
+        `min_key`/`max_key`), a file of weights, a Hugging Face folder or hub
+        name, or the `save_path` that a wrapper of SpeechBrain was downloaded
+        to. A hub name is downloaded unless it is in the cache.
+    module : torch.nn.Module
+        What it is loaded into: names, shapes, dtypes and the set of keys of
+        the result are the module's own.
+    name : str
+        The recoverable or loadable, for SpeechBrain's folders and messages.
+    min_key, max_key : str or None
+        Score that chooses among the checkpoints of a save folder.
+    savedir : str, pathlib.Path or None
+        Cache for a hub name; None: Hugging Face's own.
+
+    Returns
+    -------
+    State
+        Lazy. `.left_out` lists the module's names that no base has, those of
+        inserted adapters; `.source` holds the weights under their own names.
+
+    Raises
+    ------
+    FileNotFoundError
+        Nothing stands there.
+    ValueError
+        It does not fit the module: with the names, shapes or settings.
+    """
+    stored = open_stored(source, name, min_key, max_key, savedir)
+    return fit_to_module(stored, module, name)
+
+
+def open_stored(source, name, min_key=None, max_key=None, savedir=None):
+    """Open a base under its own names; the arguments are `open_base`'s."""
+    if isinstance(source, State):
+        return source
+    path = local_path(source, savedir)
+    if is_checkpoint(path):
+        path = find_checkpoint_folder(path, min_key=min_key, max_key=max_key)
+        return open_state(path, recoverable=name)
+    return open_state(path)
+
+
+def is_checkpoint(path):
+    """Tell whether a path is a `CKPT+` folder, or a folder of some."""
+    path = Path(path)
+    return (path / "CKPT.yaml").exists() or any(path.glob("CKPT+*"))
+
+
+def local_path(source, savedir=None):
+    """Return where a base lies; a hub name is looked up or downloaded."""
+    path = Path(source)
+    if not path.exists():
+        if not _HUB_NAME.fullmatch(str(source)) or path.suffix:
+            raise FileNotFoundError(
+                f"{path}: no such file or folder; expected a base: a save or "
+                "CKPT+ folder, a file of weights, a Hugging Face folder or a "
+                "hub name"
+            )
+        return _download(str(source), savedir)
+    # As wrappers of SpeechBrain leave it in their save_path.
+    if path.is_dir() and not is_checkpoint(path):
+        cached = list(path.glob("models--*"))
+        if len(cached) == 1 and not any(path.glob("*.json")):
+            path = cached[0]
+        if snapshots := sorted(path.glob("snapshots/*")):
+            main = path / "refs" / "main"
+            commit = main.read_text().strip() if main.exists() else ""
+            chosen = path / "snapshots" / commit
+            return chosen if commit and chosen.exists() else snapshots[-1]
+    return path
+
+
+def _download(name, savedir):
+    """Return a hub model's folder; safetensors first."""
+    from huggingface_hub import snapshot_download
+
+    reason = "holds neither model.safetensors nor pytorch_model.bin"
+    for files in _HUB_FILES:
+        try:
+            folder = snapshot_download(
+                name,
+                cache_dir=savedir,
+                allow_patterns=["*config.json", *files],
+            )
+        # Offline, unknown, private, no network: each has its own class.
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            continue
+        if any(any(Path(folder).glob(pattern)) for pattern in files):
+            return Path(folder)
+    raise FileNotFoundError(
+        f"{name}: no such file or folder, and no model of Hugging Face's hub "
+        f"or cache that can be read ({reason}). Give a path, or download the "
+        "model first"
+    )
+
+
+def fit_to_module(stored, module, name) -> State:
+    """Return stored weights under a module's names, or raise ValueError."""
+    own = as_state(module)
+    # SpeechBrain's own table of names that have changed since.
+    stored_names = hook_on_loading_state_dict_checkpoint({n: n for n in stored})
+    pairs = pair_names(own, stored_names, own.aliases)
+    _check_settings(stored, module, name)
+    left_out = [n for n in pairs.missing if _ADAPTERS in n.split(".")]
+    constants = [n for n in pairs.missing if n in CONSTANTS]
+    untrained = [n for n in pairs.missing if n.split(".")[-1] == _UNTRAINED]
+    absent = {*left_out, *constants, *untrained}
+    heads, unknown = pairs.heads, pairs.unknown
+    if _described(module, "config") is None:
+        heads, unknown = [], [*unknown, *heads]
+    switched_off = [n for n in unknown if _is_switched_off(n, module)]
+    sources = {n: stored_names[found] for n, found in pairs.names.items()}
+    problems = [
+        f"{n}: not in the file" for n in pairs.missing if n not in absent
+    ]
+    problems += [
+        f"{n}: not in {name}" for n in unknown if n not in switched_off
+    ]
+    shapes = {
+        n: (stored.info(found).shape, own.info(n).shape)
+        for n, found in sources.items()
+    }
+    unlike = {n: two for n, two in shapes.items() if two[0] != two[1]}
+    problems += [
+        f"{n}: {theirs} in the file, {ours} in {name}"
+        for n, (theirs, ours) in unlike.items()
+    ]
+    if problems:
+        raise _misfit(stored, name, problems, unlike)
+    entries, cast = {}, {}
+    for n in own:
+        if n in sources:
+            found = sources[n]
+            entries[n] = stored.entries[found]
+            if entries[n].info.dtype != own.info(n).dtype:
+                # One for all that is tied.
+                cast.setdefault(found, _Cast(entries[n], own[n].dtype))
+                entries[n] = cast[found]
+        elif n in constants:
+            entries[n] = LoadedTensor(own[n].clone())
+        elif n in untrained:
+            entries[n] = LoadedTensor(torch.zeros_like(own[n]))
+    for what, names in (
+        ("in the module only, taken from it", constants),
+        ("not trained in the base, set to zero", untrained),
+        ("left out, the module goes without", [*heads, *switched_off]),
+        ("adapters, which keep their values", left_out),
+    ):
+        if names:
+            logger.info(f"{name} from {stored.label}: {what}: {some(names)}")
+    # Not compared as dicts: an entry that is a tuple would be compared by value.
+    same = list(entries) == list(stored)
+    same = same and all(stored.entries[n] is e for n, e in entries.items())
+    state = stored if same else stored.renamed(entries)
+    state.left_out = tuple(left_out)
+    return state
+
+
+def load_base(module, state):
+    """Load what `open_base` gave, or an edit of it; adapters stay."""
+    if type(module).__name__ == "DistributedDataParallel":
+        module = module.module
+    content = {name: state[name] for name in state}
+    missing, unexpected = module.load_state_dict(content, strict=False)
+    missing = [n for n in missing if _ADAPTERS not in n.split(".")]
+    if missing or unexpected:
+        raise ValueError(
+            f"the module changed since the base was opened for it: lacks "
+            f"{some(unexpected)}, has {some(missing)} more"
+        )
+
+
+class _Cast:
+    """A stored tensor in the module's dtype, made when it is needed."""
+
+    identity = None
+
+    def __init__(self, entry, dtype):
+        self._entry, self._dtype = entry, dtype
+        self.info = LoadedTensor(
+            torch.empty(entry.info.shape, dtype=dtype, device="meta")
+        ).info
+
+    @cached_property
+    def _cast(self):
+        return LoadedTensor(self._entry.tensor().to(self._dtype))
+
+    def read_into(self, start, buffer):
+        """See `StoredTensor.read_into`."""
+        self._cast.read_into(start, buffer)
+
+    def tensor(self):
+        """Return it."""
+        return self._cast.tensor()
+
+
+def _is_switched_off(name, module):
+    """Tell whether it is of the decoder that `encoder_only` Whisper drops."""
+    inner = [part for part in name.split(".") if part not in HOLDERS]
+    return inner[:1] == ["decoder"] and any(
+        getattr(part, "decoder", part) is None for part in module.modules()
+    )
+
+
+def _check_settings(stored, module, name):
+    """Raise where a Hugging Face folder was made for other inputs or layers."""
+    if stored.path is None:
+        return
+    folder = Path(stored.path)
+    folder = folder if folder.is_dir() else folder.parent
+    differ = []
+    for file, attribute, wanted in (
+        ("config.json", "config", _CONFIG.fullmatch),
+        (
+            "preprocessor_config.json",
+            "feature_extractor",
+            _FEATURES.__contains__,
+        ),
+    ):
+        live = _described(module, attribute)
+        if live is None or not (folder / file).exists():
+            continue
+        for key, value in read_json(folder / file).items():
+            same = key not in live or _plain(live[key]) == _plain(value)
+            if wanted(key) and not same:
+                differ.append(
+                    f"{key} is {value} in {file}, {live[key]} in {name}"
+                )
+    if differ:
+        raise ValueError(
+            f"{stored.label} is no base of {name!r}; nothing was loaded: "
+            f"{'; '.join(differ)}. Give the base that {name} was built for"
+        )
+
+
+def _described(module, attribute):
+    """Return the settings that a Hugging Face model carries, or None."""
+    for part in module.modules():
+        if hasattr(found := getattr(part, attribute, None), "to_dict"):
+            return found.to_dict()
+    return None
+
+
+def _plain(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _misfit(stored, name, problems, unlike):
+    listed = "\n  ".join(problems[:20])
+    more = f"\n  and {len(problems) - 20} more" * (len(problems) > 20)
+    remedy = "Give the base that the model was built for"
+    rows = [two for two in unlike.values() if two[0][1:] == two[1][1:]]
+    if len(problems) == len(rows):
+        remedy = (
+            "The rows of another vocabulary? Align them by token first "
+            "(align_vocabulary), or build the model with the base's vocabulary"
+        )
+    return ValueError(
+        f"{stored.label} does not fit {name!r}; nothing was loaded:\n  "
+        f"{listed}{more}\n{remedy}"
+    )
