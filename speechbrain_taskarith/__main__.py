@@ -15,8 +15,8 @@ from speechbrain_taskarith import __version__
 from speechbrain_taskarith.commands import VERBS, arguments, output
 
 _DESCRIPTION = """\
-Task vectors of speech models: subtract, apply, merge, edit, look; and
-streaming transducers.
+Task vectors of speech models: subtract, apply, merge, edit, look; YAML
+fragments; streaming transducers.
 
 verbs:
 """
@@ -49,7 +49,8 @@ def build_parser(chosen):
     for verb, (file, summary) in VERBS.items():
         if verb == chosen:
             module = f"{__package__}.commands.{file}"
-            name = "add_parser" if file == verb else f"add_{verb}"
+            named = file.rpartition(".")[2] == verb
+            name = "add_parser" if named else f"add_{verb}"
             getattr(importlib.import_module(module), name)(verbs, summary)
         else:
             verbs.add_parser(verb)

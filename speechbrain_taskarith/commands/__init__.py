@@ -7,12 +7,28 @@ two; the parser's default `run` takes the options and returns an
 
 # The verb, the file it is in, and the line that `taskarith --help` shows.
 VERBS = {
-    "vector": ("vector", "store what fine-tuning added: fine-tuned - base"),
-    "apply": ("apply", "edit weights: base + scale * vectors"),
-    "merge": ("merge", "merge many checkpoints, streamed in bounded memory"),
-    "rules": ("rules", "list the merging rules, with arguments and papers"),
-    "edit": ("edit", "a folder of edits: learn, undo, reorder, log, export"),
-    "inspect": ("inspect", "show what a file or folder holds"),
-    "plot": ("inspect", "draw cosine matrix or norms by layer of vectors"),
+    "vector": (
+        "weights.vector",
+        "store what fine-tuning added: fine-tuned - base",
+    ),
+    "apply": ("weights.apply", "edit weights: base + scale * vectors"),
+    "merge": (
+        "weights.merge",
+        "merge many checkpoints, streamed in bounded memory",
+    ),
+    "rules": (
+        "weights.rules",
+        "list the merging rules, with arguments and papers",
+    ),
+    "edit": (
+        "weights.edit",
+        "a folder of edits: learn, undo, reorder, log, export",
+    ),
+    "inspect": ("weights.inspect", "show what a file or folder holds"),
+    "plot": (
+        "weights.inspect",
+        "draw cosine matrix or norms by layer of vectors",
+    ),
+    "fragments": ("fragments", "YAML fragments: list, show, copy"),
     "transcribe": ("transcribe", "recordings to text, whole or as a stream"),
 }

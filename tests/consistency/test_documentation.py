@@ -15,6 +15,7 @@ import yaml
 from house import ROOT, files, shown
 
 from speechbrain_taskarith.__main__ import main
+from speechbrain_taskarith.fragments import fragment_path
 
 PAGES = [ROOT / "README.md", *files(".md", under=ROOT / "docs")]
 ALL_PAGES = files(".md")
@@ -79,7 +80,10 @@ def check_yaml(text, label):
         free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         if isinstance(node, yaml.MappingNode):
             given = {key.value for key, _ in node.value}
-            unknown = given - set(parameters)
+            known = set(parameters)
+            if name == "speechbrain_taskarith.fragment":
+                free, known = False, known | fragment_keys(node)
+            unknown = given - known
             assert free or not unknown, f"{label}: {name} takes no {unknown}"
             needed = {
                 p.name
@@ -90,6 +94,13 @@ def check_yaml(text, label):
             assert needed <= given or "!name" in tag, (
                 f"{label}: {name} needs {needed - given}"
             )
+
+
+def fragment_keys(node):
+    """Return the keys of the fragment that a YAML node names."""
+    named = {key.value: value.value for key, value in node.value}["name"]
+    text = fragment_path(named).read_text(encoding="utf-8")
+    return {key.value for key, _ in yaml.compose(text, yaml.BaseLoader).value}
 
 
 def tagged(node):
@@ -159,4 +170,8 @@ def test_the_reader_of_blocks(tmp_path):
     assert list(commands(text)) == [["merge", "x.yaml"]]
     with pytest.raises(AssertionError, match="takes no"):
         bad = "r: !new:speechbrain_taskarith.vectors.TIES {dense: 1}"
+        check_yaml(bad, "here")
+    with pytest.raises(AssertionError, match="takes no .*poling"):
+        where = "name: models/looking_back, poling: mean"
+        bad = f"r: !apply:speechbrain_taskarith.fragment {{{where}}}"
         check_yaml(bad, "here")

@@ -130,7 +130,9 @@ def test_fragment_says_how_to_use_it(path):
     text = path.read_text(encoding="utf-8")
     header = re.match(r"(#.*\n)+", text)
     assert header, f"{shown(path)} has no header"
-    assert "!include:" in header[0], "the header shows how to include it"
+    name = path.relative_to(HPARAMS).with_suffix("")
+    by_name = "!apply:speechbrain_taskarith.fragment\n"
+    assert by_name in header[0] and f"name: {name}\n" in header[0]
 
 
 def test_the_reader_of_scripts_sees_every_form():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from speechbrain_taskarith.__main__ import main
-from speechbrain_taskarith.commands.merge import read_plan
+from speechbrain_taskarith.commands.weights.merge import read_plan
 from speechbrain_taskarith.vectors import (
     TIES,
     TaskVector,

@@ -12,12 +12,12 @@ from speechbrain_taskarith.transducer.joints.speechbrain_joint import as_joint
 from speechbrain_taskarith.transducer.loss.input_checks import (
     check_targets,
     checked_lengths,
-    reduced,
 )
 from speechbrain_taskarith.transducer.loss.lattice import (
     lattice_log_prob,
     usable_transitions,
 )
+from speechbrain_taskarith.transducer.loss.reductions import reduced
 from speechbrain_taskarith.transducer.loss.transitions import (
     accumulate_type,
     next_labels,
@@ -116,7 +116,7 @@ def joint_transducer_loss(
         windows=windows,
         fastemit_lambda=fastemit_lambda,
     )
-    return reduced(-log_prob, reduction)
+    return reduced(-log_prob, reduction, frames.to(log_prob.device))
 
 
 def sequence_log_prob(

@@ -81,17 +81,3 @@ def check_vocabulary(vocab_size, blank_index):
             f"vocab_size {vocab_size}, blank_index {blank_index}: expected "
             "one label beside the blank or more, and blank_index below that"
         )
-
-
-def reduced(losses, reduction):
-    """Reduce the losses [B] of utterances."""
-    if reduction in ("mean", "batchmean"):
-        return losses.mean()
-    if reduction == "sum":
-        return losses.sum()
-    if reduction == "none":
-        return losses
-    raise ValueError(
-        f"reduction {reduction!r}: expected 'mean' (over the batch), 'sum' "
-        "or 'none'"
-    )

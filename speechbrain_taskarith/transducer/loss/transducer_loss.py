@@ -5,12 +5,12 @@ import torch
 from speechbrain_taskarith.transducer.loss.input_checks import (
     check_targets,
     checked_lengths,
-    reduced,
 )
 from speechbrain_taskarith.transducer.loss.lattice import (
     lattice_log_prob,
     usable_transitions,
 )
+from speechbrain_taskarith.transducer.loss.reductions import reduced
 from speechbrain_taskarith.transducer.loss.transitions import (
     accumulate_type,
     dense_transitions,
@@ -33,10 +33,11 @@ def transducer_loss(
     """Negative log-probability of the targets over all alignments, in nats.
 
     Takes the arguments of `speechbrain.nnet.losses.transducer_loss`, in the
-    same order: in a recipe's YAML only the name after `!name:` changes. It
-    runs on any device, and its gradient is the derivative of its value
-    (SpeechBrain's reports log P divided by the number of frames, with the
-    gradient of the undivided one).
+    same order, and runs on any device. **In a recipe's YAML, say `reduction:
+    speechbrain` beside the name**: SpeechBrain's default reports the mean of
+    `-log P / T` with the gradient of the **sum** of `-log P` over the batch.
+    The default here is the mean of `-log P`, with the derivative of that as
+    its gradient: B times less against the recipe's other losses.
 
     The lattice is computed in float64 (see `lattice_log_prob`). The scores
     may already be log-probabilities, as `HATJoint` and `HATOutput` return
@@ -56,7 +57,9 @@ def transducer_loss(
     blank_index : int
         Index of the blank among the V scores.
     reduction : str
-        `"mean"` over the batch, `"sum"` or `"none"`.
+        `"mean"` over the batch, `"sum"` or `"none"`: the gradient is the
+        derivative of the value. `"speechbrain"`: value and gradient as
+        SpeechBrain's `"mean"` has them.
     backend : str
         `"auto"` and `"torch"` are this one. If installed: `"torchaudio"`
         (float32, float16), `"numba"` (SpeechBrain's, CUDA only), `"k2"`.
@@ -132,7 +135,7 @@ def transducer_loss(
                 "CUDA: pip install numba-cuda; k2: one built for this version "
                 "of torch); or choose backend='torch'"
             ) from error
-        return reduced(losses, reduction)
+        return reduced(losses, reduction, frames)
     logits = logits[:, :, : targets.shape[1] + 1]
     usable, _ = usable_transitions(logits.shape[:3], frames, labels)
     following = next_labels(targets, labels, blank_index)
@@ -144,7 +147,8 @@ def transducer_loss(
     log_prob = lattice_log_prob(
         blank, label[:, :, :-1], frames, labels, windows, fastemit_lambda
     )
-    return reduced(-log_prob.to(accumulate_type(logits.dtype)), reduction)
+    losses = -log_prob.to(accumulate_type(logits.dtype))
+    return reduced(losses, reduction, frames)
 
 
 # Losses of other packages under one signature: options where installed, and

@@ -71,7 +71,7 @@ def _look(path, options):
     from speechbrain_taskarith.vectors.editing.log import LOG_NAME
 
     if (path / LOG_NAME).is_file():
-        from speechbrain_taskarith.commands.edit import describe_log
+        from speechbrain_taskarith.commands.weights.edit import describe_log
 
         return {"path": str(path), "form": "edits", **describe_log(path)}
     state = open_state(path, recoverable=options.recoverable)
@@ -161,7 +161,7 @@ def _vector(path, state, options):
 
 def _shown(entry):
     if entry["form"] == "edits":
-        from speechbrain_taskarith.commands.edit import shown_log
+        from speechbrain_taskarith.commands.weights.edit import shown_log
 
         return [f"{entry['path']}: a sequence of edits", *shown_log(entry)]
     lines = [

@@ -1,0 +1,3 @@
+from .fragments import fragment as fragment
+
+__version__: str

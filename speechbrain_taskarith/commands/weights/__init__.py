@@ -1,0 +1,1 @@
+"""The verbs that subtract, add, merge and show weights."""
