@@ -1,14 +1,14 @@
-from .attention import (
-    attention_stats as attention_stats,
-)
-from .attention import (
-    plot_attention as plot_attention,
-)
 from .bank import (
     AdapterBank as AdapterBank,
 )
 from .bank import (
     BottleneckAdapter as BottleneckAdapter,
+)
+from .combination.attention import (
+    attention_stats as attention_stats,
+)
+from .combination.attention import (
+    plot_attention as plot_attention,
 )
 from .combination.averaging import (
     AdapterMean as AdapterMean,

@@ -8,6 +8,10 @@ from torch.nn import functional as F
 #: What `handle.use` takes for the combination, hence no task's name.
 COMBINED = "combined"
 
+#: What trains the combination, hence no task's name either: the combination
+#: alone, or its adapters as well.
+MODES = ("ST-A", "MT-A")
+
 # Of state dict keys; also keeps task names off the attributes of a module.
 _PREFIX = "adapter_"
 
@@ -201,8 +205,8 @@ class AdapterBank(torch.nn.Module):
         Arguments
         ---------
         name : str
-            A new name; `ValueError` if it is taken, empty, no text, or
-            `"combined"`.
+            A new name; `ValueError` if it is taken, empty, no text,
+            `"combined"`, `"ST-A"` or `"MT-A"`.
         bottleneck : int or None
             Its width, None for the bank's.
         replace : bool
@@ -213,10 +217,12 @@ class AdapterBank(torch.nn.Module):
         BottleneckAdapter
             The adapter, on the device and in the type of the others.
         """
-        if not isinstance(name, str) or not name or name == COMBINED:
+        reserved = (COMBINED, *MODES)
+        if not isinstance(name, str) or not name or name in reserved:
             raise ValueError(
                 f"{name!r} cannot be the name of an adapter: use text, but "
-                f"not {COMBINED!r}, which means all of them together"
+                f"not {', '.join(map(repr, reserved))}, which stand for all "
+                "of them together"
             )
         if name in self.names and not replace:
             raise ValueError(
@@ -232,7 +238,7 @@ class AdapterBank(torch.nn.Module):
         )
         if self.names:
             adapter.to(self[self.names[0]].down.weight)
-        self._modules[_key(name)] = adapter.train(self.training)
+        self._modules[adapter_key(name)] = adapter.train(self.training)
         if name not in self.names:
             self.names.append(name)
         self._derived.clear()
@@ -246,7 +252,7 @@ class AdapterBank(torch.nn.Module):
                 f"{name!r} is the last adapter of the bank; use "
                 "handle.remove() to remove all adapters"
             )
-        del self._modules[_key(name)]
+        del self._modules[adapter_key(name)]
         self.names.remove(name)
         self._derived.clear()
 
@@ -267,7 +273,7 @@ class AdapterBank(torch.nn.Module):
 
     def __getitem__(self, name):
         self.require(name)
-        return self._modules[_key(name)]
+        return self._modules[adapter_key(name)]
 
     def __contains__(self, name):
         return name in self.names
@@ -371,6 +377,6 @@ class AdapterBank(torch.nn.Module):
         return self.each(x)
 
 
-def _key(name):
+def adapter_key(name):
     """Return a task's key among the modules, where no dot may be."""
     return _PREFIX + name.replace("%", "%25").replace(".", "%2E")

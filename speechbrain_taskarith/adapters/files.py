@@ -5,7 +5,6 @@ fingerprint, layers, widths, activation, a checksum. Everything is checked
 before anything in the model is touched.
 """
 
-import hashlib
 import json
 import logging
 from pathlib import Path
@@ -15,6 +14,13 @@ import safetensors.torch
 import torch
 
 from speechbrain_taskarith.adapters.bank import BottleneckAdapter
+from speechbrain_taskarith.adapters.checks import (
+    VERSION,
+    check_base,
+    check_file,
+    fingerprint,
+    frozen_fingerprints,
+)
 from speechbrain_taskarith.adapters.layer import (
     CHILD,
     KINDS,
@@ -25,7 +31,6 @@ from speechbrain_taskarith.utils.files import atomic_write
 logger = logging.getLogger(__name__)
 
 _KEY = "speechbrain_taskarith"
-_VERSION = 1
 # What a name that is None in a name map stands for.
 _NEUTRAL = {
     "norm.weight": torch.ones_like,
@@ -39,6 +44,8 @@ class AdapterFiles(torch.nn.Module):
     """The part of `AdapterHandle` that writes and reads files."""
 
     encoder: torch.nn.Module
+    #: What `AdapterHandle.freeze` has frozen: (name, module).
+    _frozen: list
 
     def base_fingerprint(self):
         """Return the SHA-256 of the encoder's state without the adapters.
@@ -50,9 +57,21 @@ class AdapterFiles(torch.nn.Module):
             same on every device.
         """
         state = self.encoder.state_dict()
-        return _fingerprint(
+        return fingerprint(
             {n: t for n, t in state.items() if not n.startswith(f"{CHILD}.")}
         )
+
+    def frozen_fingerprints(self):
+        """Return what `freeze` holds still beside the encoder.
+
+        Returns
+        -------
+        list of dict
+            `name`, `class` and `fingerprint` of each module that has
+            weights or statistics: in front of the encoder they decide what
+            the adapters see, behind it what is made of their output.
+        """
+        return frozen_fingerprints(self._frozen)
 
     def save_adapter(self, name, path):
         """Write one adapter to a file of its own, atomically.
@@ -90,19 +109,29 @@ class AdapterFiles(torch.nn.Module):
             number of the layer. None in place of theirs gives the value of
             a fresh adapter.
         any_base : bool
-            True accepts an adapter that was trained on another base.
+            True accepts an adapter that was trained on another base, beside
+            other frozen modules, behind layers of other names, or in
+            another dtype.
 
         Raises
         ------
         ValueError
-            A damaged file, another base, other widths or layers, names that
-            the file lacks, NaN. Nothing has changed then.
+            A damaged file, another base, another frozen module, other
+            widths, layers or dtype, names that the file lacks, NaN. Nothing
+            has changed then.
         """
-        tensors, header = _read(path)
+        tensors, header = read_file(path)
         if name_map is None:
-            self._check(path, tensors, header, "adapter", any_base)
+            check_file(self, path, tensors, header, "adapter", any_base)
+            if not any_base:
+                check_base(self, path, header)
+        self._put_adapter(path, tensors, header, name, name_map)
+
+    def _put_adapter(self, path, tensors, header, name, name_map=None):
+        """Put what was read into the banks, see `load_adapter`."""
+        if name_map is None:
             for what, value in _settings(self.layers[0].bank).items():
-                if header[what] != value:
+                if header.get(what, value) != value:
                     raise ValueError(
                         f"{path}: its {what} is {header[what]}, that of the "
                         f"adapters here is {value}; adapters of a bank share "
@@ -147,8 +176,14 @@ class AdapterFiles(torch.nn.Module):
         Its adapters must be loaded already: `ValueError` where one is missing,
         or for a damaged file, another base or width. Nothing has changed then.
         """
-        tensors, header = _read(path)
-        self._check(path, tensors, header, "combination", any_base)
+        tensors, header = read_file(path)
+        check_file(self, path, tensors, header, "combination", any_base)
+        if not any_base:
+            check_base(self, path, header)
+        self._put_combination(path, tensors, header)
+
+    def _put_combination(self, path, tensors, header):
+        """Put what was read behind the layers, see `load_combination`."""
         classes = {kind.__name__: kind for kind in KINDS.values()}
         if header["class"] not in classes:
             raise ValueError(
@@ -191,66 +226,20 @@ class AdapterFiles(torch.nn.Module):
             for name, tensor in member.state_dict().items()
         }
         _require_finite(tensors, path)
+        frozen = self.frozen_fingerprints()
         header = {
-            "version": _VERSION,
+            "version": VERSION if frozen else 1,
             **header,
             "layers": self.layer_names,
             "d_model": [layer.bank.d_model for layer in self.layers],
             "base": self.base_fingerprint(),
-            "checksum": _fingerprint(tensors),
+            "checksum": fingerprint(tensors),
         }
+        if frozen:
+            header["frozen"] = frozen
         content = safetensors.torch.save(tensors, {_KEY: json.dumps(header)})
         with atomic_write(path) as stream:
             stream.write(content)
-
-    def _check(self, path, tensors, header, kind, any_base):
-        """Raise where a file of ours does not belong to this encoder."""
-        found = (header or {"kind": "another library's file"}).get("kind")
-        if found != kind:
-            raise ValueError(
-                f"{path}: expected {kind}, found {found}"
-                + ("; give a name_map to read it" if kind == "adapter" else "")
-            )
-        if header["version"] > _VERSION:
-            raise ValueError(
-                f"{path}: written by a later version (format "
-                f"{header['version']}, known is {_VERSION}); update this "
-                "package"
-            )
-        if _fingerprint(tensors) != header["checksum"]:
-            raise ValueError(
-                f"{path}: its checksum does not match its content; it is "
-                "damaged, fetch or save it again"
-            )
-        widths = [layer.bank.d_model for layer in self.layers]
-        if header["d_model"] != widths:
-            raise ValueError(
-                f"{path}: made for {len(header['d_model'])} layers of width "
-                f"{_short(header['d_model'])}, but this encoder has adapters "
-                f"behind {len(widths)} of width {_short(widths)}"
-            )
-        base = self.base_fingerprint()
-        if header["base"] != base and not any_base:
-            raise ValueError(
-                f"{path}: trained on another base (fingerprint "
-                f"{header['base'][:12]}, this encoder has {base[:12]}); load "
-                "that base's weights first, or pass any_base=True"
-            )
-
-
-def _fingerprint(state):
-    """Return the SHA-256 over tensors, whatever their order and device."""
-    root = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        shape = ",".join(map(str, tensor.shape))
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        leaf = hashlib.sha256(f"{name}\0{dtype}\0{shape}\0".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        leaf.update(flat.view(torch.uint8).numpy())
-        root.update(leaf.digest())
-    return root.hexdigest()
 
 
 def _settings(bank):
@@ -271,7 +260,7 @@ def _require_finite(tensors, path):
             )
 
 
-def _read(path):
+def read_file(path):
     """Return tensors and our header, None in another library's file."""
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
@@ -286,10 +275,6 @@ def _read(path):
         ) from None
     _require_finite(tensors, path)
     return tensors, None if text is None else json.loads(text)
-
-
-def _short(widths):
-    return ", ".join(map(str, sorted(set(widths))))
 
 
 def _layer_state(path, tensors, name_map, layer, number):

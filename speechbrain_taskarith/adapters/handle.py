@@ -5,9 +5,8 @@ import logging
 
 import torch
 
-from speechbrain_taskarith.adapters import attention
 from speechbrain_taskarith.adapters.bank import COMBINED
-from speechbrain_taskarith.adapters.files import AdapterFiles
+from speechbrain_taskarith.adapters.combination import attention
 from speechbrain_taskarith.adapters.layer import (
     CHILD,
     LayerAdapters,
@@ -16,13 +15,15 @@ from speechbrain_taskarith.adapters.layer import (
     make_combination,
     utterance_positions,
 )
+from speechbrain_taskarith.adapters.training import (
+    GUARD,
+    AdapterTraining,
+)
 
 logger = logging.getLogger(__name__)
 
-_GUARD = "task_adapters_stay_frozen"
 
-
-class AdapterHandle(AdapterFiles):
+class AdapterHandle(AdapterTraining):
     """All adapters of an encoder, and which of them are in use.
 
     Made by `insert_adapters`. It is a child of the encoder, so an optimizer,
@@ -62,17 +63,17 @@ class AdapterHandle(AdapterFiles):
         # Not by setattr, which would make the encoder its child's child.
         self.__dict__["encoder"] = encoder
         self._route = Route()
-        self._frozen_modules = []
+        self._frozen = []  # (name, module), see `freeze`
         self._flags = [(p, p.requires_grad) for p in encoder.parameters()]
         encoder.requires_grad_(False)
         self.layers = torch.nn.ModuleList(
             LayerAdapters(name, layer, bank, new, self._route)
             for (name, layer), bank, new in zip(layers, banks, made)
         )
-        self.add_module(_GUARD, StatisticsGuard(encoder))
+        self.add_module(GUARD, StatisticsGuard(encoder))
         encoder.add_module(CHILD, self)
         self._register_load_state_dict_pre_hook(
-            _keep_when_absent, with_module=True
+            _before_loading, with_module=True
         )
         self.requires_grad_(False)
         self.train(encoder.training)
@@ -192,128 +193,6 @@ class AdapterHandle(AdapterFiles):
         """What was chosen last: None, text, or a tensor of positions."""
         return self._route.choice
 
-    def freeze(self, *modules):
-        """Freeze modules beside the encoder, running statistics as well.
-
-        Arguments
-        ---------
-        *modules : torch.nn.Module
-            E.g. an `InputNormalization` in front, or the output layer.
-        """
-        for module in modules:
-            self._flags += [(p, p.requires_grad) for p in module.parameters()]
-            module.requires_grad_(False)
-            if not hasattr(module, _GUARD):
-                module.add_module(_GUARD, StatisticsGuard(module))
-                self._frozen_modules.append(module)
-            getattr(module, _GUARD).train(module.training)
-
-    def train_extraction(self, name):
-        """Train one adapter alone, and put it in use (first stage).
-
-        Arguments
-        ---------
-        name : str or sequence of str
-            With several names, all are trained and none is in use; call
-            `use([...])` before each batch to route its utterances.
-
-        Returns
-        -------
-        list of torch.nn.Parameter
-            What is trained now; all else in encoder and handle is frozen.
-        """
-        names = [name] if isinstance(name, str) else list(name)
-        self.layers[0].bank.require(*names)
-        self._train_only(m.bank[n] for m in self.layers for n in names)
-        self.use(name if isinstance(name, str) else None)
-        return self.trained_parameters()
-
-    def train_composition(self, mode="ST-A"):
-        """Train the combination, and put it in use (second stage).
-
-        Arguments
-        ---------
-        mode : str
-            `"ST-A"` does not change a byte of the adapters; `"MT-A"` trains
-            the combined ones as well.
-
-        Returns
-        -------
-        list of torch.nn.Parameter
-            What is trained now; empty for a mean without LN in `ST-A`.
-
-        Raises
-        ------
-        ValueError
-            No combination, or another mode.
-        """
-        if mode not in ("ST-A", "MT-A"):
-            raise ValueError(f"mode is {mode!r}, expected 'ST-A' or 'MT-A'")
-        self.use(COMBINED)
-        names = self.layers[0].combination.names
-        untrained = [
-            name
-            for name in names
-            if all(layer.bank[name].is_untrained() for layer in self.layers)
-        ]
-        if untrained:
-            logger.warning(
-                "combining adapters that were never trained: %s",
-                ", ".join(untrained),
-            )
-        modules = [layer.combination for layer in self.layers]
-        if mode == "MT-A":
-            modules += [m.bank[name] for m in self.layers for name in names]
-        self._train_only(modules)
-        return self.trained_parameters()
-
-    def train_nothing(self):
-        """Freeze all of encoder and handle; what is in use does not change."""
-        self._train_only(())
-
-    def _train_only(self, modules):
-        self.unfold()
-        self.encoder.requires_grad_(False).zero_grad()
-        for module in modules:
-            module.requires_grad_(True)
-
-    def trained_parameters(self):
-        """Return the parameters that are trained now, see `train_extraction`."""
-        return [p for p in self.parameters() if p.requires_grad]
-
-    def count_parameters(self):
-        """Count parameters, for the table of results.
-
-        Returns
-        -------
-        dict
-            `base`, `adapters`, `combination`, `trained` (numbers), and
-            `share`, the trained ones in % of the base.
-        """
-        added = sum(p.numel() for p in self.parameters())
-        banks = (layer.bank for layer in self.layers)
-        adapters = sum(p.numel() for b in banks for p in b.parameters())
-        base = sum(p.numel() for p in self.encoder.parameters()) - added
-        trained = sum(p.numel() for p in self.trained_parameters())
-        return {
-            "base": base,
-            "adapters": adapters,
-            "combination": added - adapters,
-            "trained": trained,
-            "share": 100.0 * trained / max(base, 1),
-        }
-
-    def penalty(self):
-        """Return what the combinations add to the training loss.
-
-        Returns
-        -------
-        torch.Tensor or float
-            `0.01 sum_layers ||I - W_V||^2` for the fusion, 0.0 for others.
-        """
-        made = (layer.combination for layer in self.layers)
-        return sum(m.penalty() for m in made if m is not None)
-
     def fold(self):
         """Multiply out the frozen combination of every layer, for inference.
 
@@ -373,27 +252,48 @@ class AdapterHandle(AdapterFiles):
         """
         return attention.guidance_loss(self._combinations(), tasks, lens)
 
+    @property
+    def tasks(self):
+        """The tasks of the next batch's utterances, None where not said.
+
+        Set it before a forward pass where `insert_adapters(guide=...)`
+        cannot know them. B names, used up by that pass.
+        """
+        watch = self._route.watch
+        return None if watch is None else watch.given
+
+    @tasks.setter
+    def tasks(self, names):
+        self._route.watch.given = None if names is None else list(names)
+
     def remove(self):
         """Restore the encoder as it was before `insert_adapters`.
 
         So are the modules given to `freeze`. Do not use the handle after
         this, although it still holds the adapters.
         """
-        for module in self._frozen_modules:
-            module._modules.pop(_GUARD, None)
-            module.train(module.training)
-        self._frozen_modules = []
         for layer in self.layers:
             layer.detach()
         self.encoder._modules.pop(CHILD, None)
-        for parameter, flag in reversed(self._flags):
-            parameter.requires_grad_(flag)
-        self._flags = []
+        self._unfreeze()
         self.encoder.train(self.encoder.training)
 
 
-def _keep_when_absent(handle, state, prefix, *others):
-    """Let a checkpoint of the base alone load into the encoder."""
-    if prefix and not any(key.startswith(prefix) for key in state):
+def _before_loading(handle, state, prefix, *others):
+    """Let a checkpoint of the base alone load into the encoder.
+
+    One that holds adapters replaces those that came from files.
+    """
+    errors = others[-1]
+    if any(key.startswith(f"{prefix}layers.") for key in state):
+        if handle._route.watch is not None:
+            handle._route.watch.replaced(state, prefix)
+    elif prefix:
         logger.info("no adapters in this checkpoint: they stay as they are")
         state.update(handle.state_dict(prefix=prefix))
+    elif state:
+        errors.append(
+            "no adapters in this file: expected 'layers.0.bank...', found "
+            f"{next(iter(state))!r}. Give the file that a checkpoint has of "
+            "the handle itself, or load the encoder"
+        )

@@ -6,12 +6,16 @@ adapters' output.
 
 import collections
 import logging
+import math
+from collections.abc import Mapping
 
 import torch
 
-from speechbrain_taskarith.adapters.bank import AdapterBank
+from speechbrain_taskarith.adapters.bank import MODES, AdapterBank
 from speechbrain_taskarith.adapters.handle import AdapterHandle
 from speechbrain_taskarith.adapters.layer import CHILD
+from speechbrain_taskarith.adapters.loading import load_files
+from speechbrain_taskarith.adapters.recipe import Watch
 from speechbrain_taskarith.utils.patterns import (
     as_tuple,
     matches,
@@ -41,12 +45,23 @@ def insert_adapters(
     exclude=NOT_ENCODER_LAYERS,
     activation=torch.nn.SiLU,
     layer_norm=True,
+    train=None,
+    freeze=(),
+    load=None,
+    any_base=False,
+    penalty=0.0,
+    guide=0.0,
+    tasks=None,
 ) -> "AdapterHandle":
     """Put a bank of adapters behind every layer of an encoder.
 
     The encoder is frozen, its running statistics too. It computes what it
-    did before, bit for bit, until `handle.use(...)` or `handle.train_*`.
-    If an error is raised, nothing has changed.
+    did before, bit for bit, until `train`, `handle.use(...)` or
+    `handle.train_*`. If an error is raised, nothing has changed.
+
+    In a recipe, by its YAML alone: `train`, `freeze`, `load`, `penalty` and
+    `guide` do what would else be lines of its loop. What trains and what is
+    frozen is logged, at once and when training begins.
 
     Arguments
     ---------
@@ -74,6 +89,34 @@ def insert_adapters(
         Patterns of module names that are no layers.
     activation, layer_norm
         See `BottleneckAdapter`.
+    train : None, str or sequence of str
+        A name: `handle.train_extraction` of that adapter. `"ST-A"` or
+        `"MT-A"`: `handle.train_composition`. Several names: each utterance
+        trains its own adapter, as `tasks` has it. None: nothing trains.
+    freeze : module, sequence or dict of modules
+        See `handle.freeze`.
+    load : None, str, pathlib.Path or dict
+        `{name: path}`, one path for each adapter, `"combined"` for the
+        combination; a file; or a folder, of which adapters that are not
+        among `names` are left out. A path is a file of ours or, in a dict,
+        a checkpoint of SpeechBrain with that adapter in it: a save folder
+        (its newest), a `CKPT+*` folder or a `.ckpt` file. They are read at
+        once and held against the base at the first forward pass, when a
+        `Pretrainer` has loaded it. A checkpoint with adapters that is
+        recovered later wins.
+    any_base : bool
+        True leaves out that check, see `handle.load_adapter`.
+    penalty : float
+        Weight >= 0 of the fusion's `||I - W_V||^2` in the training loss;
+        published: 0.01. Its gradient is added in the backward pass.
+    guide : float
+        Weight >= 0 of `handle.attention_loss` in the training loss,
+        likewise. Needs to know the utterances' tasks.
+    tasks : None, str or dict
+        Which task an utterance of the running Brain's batch is from. A
+        dict: `{shell pattern on the utterance's id: task}`. A str: the key
+        of the batch that has the names. None: the loop sets
+        `handle.tasks` before each forward pass.
 
     Returns
     -------
@@ -84,7 +127,9 @@ def insert_adapters(
     ------
     ValueError
         A pattern without a match, a width other than the layers', bad names,
-        an unknown combination, or an encoder that has adapters already.
+        an unknown combination, an encoder that has adapters already, an
+        unknown task, a file that does not fit. At the first forward pass:
+        a file that was trained on another base.
 
     Example
     -------
@@ -117,6 +162,15 @@ def insert_adapters(
             bank.to(like)
         banks.append(bank)
     handle = AdapterHandle(encoder, found, banks, combination)
+    try:
+        handle.freeze(freeze)
+        sources = [] if load is None else load_files(handle, load, any_base)
+        watch = Watch(handle, () if any_base else sources)
+        _configure(handle, watch, train, penalty, guide, tasks)
+    except BaseException:
+        handle.remove()
+        raise
+    handle._route.watch = watch
     logger.info(
         "%d adapter(s) of width %d behind each of %d layers: %s",
         len(banks[0].names),
@@ -124,7 +178,82 @@ def insert_adapters(
         len(found),
         ", ".join(name for name, _ in found),
     )
+    if train is not None:
+        logger.info("adapters: %s", handle.training_summary())
     return handle
+
+
+def _configure(handle, watch, train, penalty, guide, tasks):
+    """Set up what is trained, and what a `Watch` adds to the loss."""
+    watch.penalty = _weight("penalty", penalty)
+    watch.guide = _weight("guide", guide)
+    watch.tasks = tasks = _checked_tasks(tasks, handle.names)
+    made = [layer.combination for layer in handle.layers]
+    if penalty and (made[0] is None or not made[0].penalty_gradient()):
+        raise ValueError(
+            f"penalty is {penalty}, but {_kind(made[0])} has none; only the "
+            "fusion has one (combination: fusion)"
+        )
+    if guide:
+        if not hasattr(made[0], "guided"):
+            raise ValueError(
+                f"guide is {guide}, but {_kind(made[0])} has no attention to "
+                "guide; only the fusion has (combination: fusion)"
+            )
+        for combination in made:
+            combination.guided = True
+        if isinstance(tasks, dict):
+            missing = set(tasks.values()) - set(made[0].names)
+            if missing:
+                raise ValueError(
+                    f"tasks: {', '.join(sorted(map(repr, missing)))} are not "
+                    f"among the combined {', '.join(made[0].names)}; guide "
+                    "needs an adapter for every utterance"
+                )
+    if train is None:
+        return
+    if isinstance(train, str) and train in MODES:
+        handle.train_composition(train)
+    elif isinstance(train, (str, list, tuple)):
+        handle.train_extraction(train)
+        if not isinstance(train, str) and tasks is not None:
+            watch.is_routed = True
+    else:
+        raise ValueError(
+            f"train is {train!r}, expected the name of a task, a list of "
+            f"names, or one of {', '.join(MODES)}"
+        )
+
+
+def _kind(combination):
+    if combination is None:
+        return "combination None"
+    return f"the combination {type(combination).__name__}"
+
+
+def _weight(what, value):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0.0 <= value < math.inf:
+        raise ValueError(f"{what} is {value!r}, expected a number >= 0")
+    return float(value)
+
+
+def _checked_tasks(tasks, names):
+    """Return `tasks` as `insert_adapters` takes it, its names checked."""
+    if tasks is None or isinstance(tasks, str):
+        return tasks
+    if not isinstance(tasks, Mapping) or not tasks:
+        raise ValueError(
+            f"tasks is {tasks!r}, expected {{pattern on utterance ids: "
+            "task}, or the key of the batch that has the names"
+        )
+    unknown = set(tasks.values()) - {None, *names}
+    if unknown:
+        raise ValueError(
+            f"tasks: no adapter {', '.join(sorted(map(repr, unknown)))}; "
+            f"there are {', '.join(map(repr, names))}"
+        )
+    return dict(tasks)
 
 
 def find_layers(encoder, layers, exclude=()):

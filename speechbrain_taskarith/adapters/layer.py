@@ -63,6 +63,8 @@ class Route:
     #: None, an adapter's name, `COMBINED`, or positions [B] (-1: the base).
     choice: object = None
     has_warned: bool = False
+    #: What looks on, a `Watch`, or None.
+    watch: object = None
     _moved: dict = dataclasses.field(default_factory=dict)
 
     def positions(self, device):
@@ -130,6 +132,9 @@ class LayerAdapters(torch.nn.Module):
 
     def _forward_hook(self, layer, inputs, output):
         """Add the adapters to what the layer returns, a tensor or a tuple."""
+        watch = self._route.watch
+        if watch is not None:
+            watch.before(self)
         if self._route.choice is None:
             return output  # the very object that the base returned
         x = output
@@ -144,6 +149,8 @@ class LayerAdapters(torch.nn.Module):
                 "other layers or another d_model"
             )
         x = self(x)
+        if watch is not None:
+            watch.after(self)
         if not isinstance(output, (tuple, list)):
             return x
         rest = (x, *output[1:])

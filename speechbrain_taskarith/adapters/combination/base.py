@@ -119,9 +119,15 @@ class Combination(torch.nn.Module):
         """Return the weights [N] of all frames, None where frames differ."""
         return None
 
-    def penalty(self):
+    def penalty(self, weight=0.01):
         """Return what this combination adds to the training loss."""
+        del weight
         return 0.0
+
+    def penalty_gradient(self, weight=0.01):
+        """Return `[(parameter, derivative of the penalty), ...]`."""
+        del weight
+        return []
 
     # --------------------------------------------------------- computation
 

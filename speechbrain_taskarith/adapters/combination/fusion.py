@@ -106,11 +106,17 @@ class AudioAdapterFusion(Combination):
 
     def penalty(self, weight=0.01):
         """As `Combination.penalty`: `weight ||I - W_V||^2`, published: 0.01."""
+        return weight * self._from_identity().square().sum()
+
+    def penalty_gradient(self, weight=0.01):
+        """As `Combination.penalty_gradient`."""
+        return [(self.value.weight, 2 * weight * self._from_identity())]
+
+    def _from_identity(self):
         matrix = self.value.weight
-        identity = torch.eye(
+        return matrix - torch.eye(
             len(matrix), dtype=matrix.dtype, device=matrix.device
         )
-        return weight * (identity - matrix).square().sum()
 
     def _softmax(self, scores):
         if self.running:

@@ -30,31 +30,40 @@ def mean_weights(combinations, lens):
 
 def guidance_loss(combinations, tasks, lens):
     """Return a scalar, as `AdapterHandle.attention_loss` describes."""
-    names = next(iter(combinations.values())).names
+    losses = []
+    for layer, combination in combinations.items():
+        weights = kept_attention(layer, combination)
+        losses.append(guidance_cost(weights, combination.names, tasks, lens))
+    return torch.stack(losses).mean()
+
+
+def kept_attention(layer, combination):
+    """Return the last batch's weights [B, T, N] with their graph."""
+    if combination.live_weights is None:
+        raise ValueError(
+            f"layer {layer!r} has kept no attention: combine with "
+            "AudioAdapterFusion(guided=True), and run the encoder with "
+            "handle.use('combined') first"
+        )
+    return combination.live_weights
+
+
+def guidance_cost(weights, names, tasks, lens):
+    """Return one layer's `- mean_t log s_task(t)`, a scalar."""
     unknown = sorted(set(tasks) - set(names))
     if unknown:
         raise ValueError(
             f"tasks {', '.join(unknown)}: no such adapter is combined; there "
             f"are {', '.join(names)}"
         )
-    losses = []
-    for layer, combination in combinations.items():
-        weights = combination.live_weights
-        if weights is None:
-            raise ValueError(
-                f"layer {layer!r} has kept no attention: combine with "
-                "AudioAdapterFusion(guided=True), and run the encoder with "
-                "handle.use('combined') first"
-            )
-        _require_batch(weights, tasks, "tasks")
-        index = [names.index(task) for task in tasks]
-        own = weights[list(range(len(tasks))), :, index]
-        # Not log(0): a softmax may underflow in single precision.
-        costs = -own.clamp_min(torch.finfo(own.dtype).tiny).log()
-        if lens is not None:
-            costs = costs[_valid_frames(costs, lens)]
-        losses.append(costs.mean())
-    return torch.stack(losses).mean()
+    _require_batch(weights, tasks, "tasks")
+    index = [names.index(task) for task in tasks]
+    own = weights[list(range(len(tasks))), :, index]
+    # Not log(0): a softmax may underflow in single precision.
+    costs = -own.clamp_min(torch.finfo(own.dtype).tiny).log()
+    if lens is not None:
+        costs = costs[_valid_frames(costs, lens)]
+    return costs.mean()
 
 
 def _require_batch(weights, given, what):

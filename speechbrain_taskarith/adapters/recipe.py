@@ -1,0 +1,332 @@
+"""What adapters do in a recipe whose loop has no line about them.
+
+The layers' hooks call a `Watch`, which finds the `Brain` that runs the
+encoder on the call stack: its modules have names, its batch says which
+utterances these are, its scaler and accumulation scale the loss.
+"""
+
+import logging
+import sys
+import threading
+import weakref
+
+import torch
+
+from speechbrain_taskarith.adapters.bank import COMBINED, adapter_key
+from speechbrain_taskarith.adapters.combination import attention
+from speechbrain_taskarith.utils.patterns import first_match
+
+logger = logging.getLogger(__name__)
+
+# Methods of a Brain that have the batch as their first argument.
+_STEPS = ("compute_forward", "fit_batch", "evaluate_batch")
+
+
+class Watch:
+    """Looks on at the forward passes of an encoder with adapters.
+
+    Arguments
+    ---------
+    handle : AdapterHandle
+        The adapters.
+    sources : list of Source
+        Files that are in the handle, but not yet held against the base.
+    penalty, guide, tasks
+        See `insert_adapters`.
+    """
+
+    def __init__(self, handle, sources=(), penalty=0.0, guide=0.0, tasks=None):
+        self.handle, self.sources = handle, list(sources)
+        self.penalty, self.guide, self.tasks = penalty, guide, tasks
+        #: The utterances' tasks in the next batch, where a loop says them.
+        self.given = None
+        self.is_routed = False
+        self.has_started = False
+        self._forget()
+
+    def _forget(self):
+        self._brain = self._thread = self._batch = None
+        #: {layer's name: (parameter, its hook)}, and whose turn it is.
+        self._hooks, self._pending = {}, set()
+
+    def __getstate__(self):
+        gone = dict.fromkeys(("_brain", "_thread", "_batch"))
+        return {**self.__dict__, **gone, "_hooks": {}, "_pending": set()}
+
+    # ------------------------------------------------- at every forward pass
+
+    def before(self, layer):
+        """Do what has to be done before a layer's adapters are added."""
+        busy = self.penalty or self.guide or self.is_routed
+        if busy or self.sources or not self.has_started:
+            self._before(layer)
+
+    @torch.compiler.disable
+    def _before(self, layer):
+        while self.sources:
+            self.sources[0].check(self.handle)
+            self.sources.pop(0)
+        if self.is_routed and layer is self.handle.layers[0]:
+            self.handle.use(self.batch_tasks())
+        if not (layer.training and torch.is_grad_enabled()):
+            return
+        if not self.has_started:
+            self.has_started = True
+            self._report()
+        if self.penalty:
+            self._hook_penalty(layer)
+
+    def after(self, layer):
+        """Do what needs the combination's attention."""
+        if self.guide or self.given is not None:
+            self._after(layer)
+
+    @torch.compiler.disable
+    def _after(self, layer):
+        training = layer.training and torch.is_grad_enabled()
+        if self.guide and training and self.handle.in_use == COMBINED:
+            self._hook_guidance(layer)
+        if layer is self.handle.layers[-1]:
+            self.given = None
+
+    def replaced(self, state, prefix):
+        """Take note of a checkpoint that holds adapters: it wins.
+
+        Arguments
+        ---------
+        state : dict
+            Its state dict.
+        prefix : str
+            Of the handle's names in it.
+        """
+        own = self.handle.state_dict()
+        gone, changed = [], False
+        for source in list(self.sources):
+            part = (
+                ".combination."
+                if source.name == COMBINED
+                else f".bank.{adapter_key(source.name)}."
+            )
+            names = [name for name in own if part in name]
+            if not any(prefix + name in state for name in names):
+                continue
+            gone.append(source.name)
+            self.sources.remove(source)
+            changed |= not all(
+                torch.equal(own[n].cpu(), state[prefix + n].cpu())
+                for n in names
+                if prefix + n in state
+                and own[n].shape == state[prefix + n].shape
+            )
+        if gone:
+            logger.log(
+                logging.WARNING if changed else logging.INFO,
+                "the checkpoint holds adapters, which replace those of load: "
+                "%s (%s)",
+                ", ".join(gone),
+                "with other values" if changed else "the same values",
+            )
+
+    # ------------------------------------------------- gradients of the loss
+
+    def _loss_scale(self, like):
+        """Return what the running Brain multiplies its loss by."""
+        brain = self._brain and self._brain()
+        if brain is None:
+            return 1.0
+        scale = brain.scaler.scale(torch.ones((), device=like.device))
+        return scale / brain.grad_accumulation_factor
+
+    def _hook_penalty(self, layer):
+        """Add the penalty's derivative to a gradient, once a backward pass.
+
+        A hook of a parameter runs before the gradient is accumulated, and
+        before DDP averages it over processes.
+        """
+        made = layer.combination
+        gradients = [] if made is None else made.penalty_gradient(self.penalty)
+        for parameter, _ in gradients:
+            if not parameter.requires_grad:
+                continue
+            self._find_brain()
+            self._pending.add(layer.name)
+            known, hook = self._hooks.get(layer.name, (None, None))
+            if known is parameter:
+                continue
+            if hook is not None:
+                hook.remove()
+
+            def add(gradient, layer=layer):
+                if layer.name not in self._pending:
+                    return gradient
+                self._pending.discard(layer.name)
+                made = layer.combination
+                ((_, extra),) = made.penalty_gradient(self.penalty)
+                scale = self._loss_scale(gradient)
+                return gradient + (scale * extra.detach()).to(gradient)
+
+            hook = parameter.register_hook(add)
+            self._hooks[layer.name] = parameter, hook
+
+    def _hook_guidance(self, layer):
+        """Add the derivative of `guide * attention_loss` to attention's."""
+        made, handle = layer.combination, self.handle
+        weights = attention.kept_attention(layer.name, made)
+        if not weights.requires_grad:
+            return
+        tasks, lens = self.batch_tasks(), self._lengths()
+        copy = weights.detach().requires_grad_()
+        with torch.autocast(copy.device.type, enabled=False):
+            cost = attention.guidance_cost(copy, made.names, tasks, lens)
+            (extra,) = torch.autograd.grad(cost, copy)
+        extra *= self.guide / len(handle.layers)
+
+        def add(gradient):
+            return gradient + (self._loss_scale(gradient) * extra).to(gradient)
+
+        weights.register_hook(add)
+
+    # ---------------------------------------------------------- the recipe
+
+    def _find_brain(self):
+        """Return the batch of the running Brain, None without one."""
+        brain, batch = running_brain()
+        thread = threading.get_ident()
+        if brain is not None:
+            self._brain, self._thread = weakref.ref(brain), thread
+            # Only where tasks are asked for: it holds the batch in memory.
+            self._batch = batch if self.guide or self.is_routed else None
+        elif thread == self._thread:
+            self._brain = self._batch = None
+        # Else autograd's own thread, which computes checkpointed layers anew.
+        return self._batch
+
+    def batch_tasks(self):
+        """Return the utterances' tasks of the batch that is being computed.
+
+        Returns
+        -------
+        list of str
+            One name an utterance, None for the base.
+
+        Raises
+        ------
+        ValueError
+            Nothing says them.
+        """
+        batch = self._find_brain()
+        if self.given is not None:
+            return self.given
+        if self.tasks is None or batch is None:
+            raise ValueError(
+                "the utterances' tasks are not known: give insert_adapters "
+                "tasks={pattern on utterance ids: task}, or say them before "
+                "each forward pass by a line in the loop, e.g. "
+                "adapters.tasks = batch.spk_id"
+            )
+        if isinstance(self.tasks, str):
+            return list(_item(batch, self.tasks))
+        found = []
+        for utterance in _item(batch, "id"):
+            task = first_match(utterance, self.tasks, default=self)
+            if task is self:
+                raise ValueError(
+                    f"utterance {utterance!r}: no pattern of tasks fits its "
+                    f"id; there are {', '.join(self.tasks)}"
+                )
+            found.append(task)
+        return found
+
+    def _lengths(self):
+        """Return the relative lengths of the running batch, if it has any."""
+        return getattr(
+            getattr(self._find_brain(), "sig", None), "lengths", None
+        )
+
+    def _report(self):
+        """Say what trains, and warn of what most likely was not meant."""
+        handle, trained = self.handle, self.handle.trained_parameters()
+        self._find_brain()
+        brain = self._brain and self._brain()
+        logger.info("adapters, training begins: %s", handle.training_summary())
+        if handle.in_use is None:
+            what = "trains" if trained else "trains or is in use"
+            logger.warning(
+                "training begins, but no adapter %s: say "
+                "insert_adapters(train=...) with %s, 'ST-A' or 'MT-A'",
+                f"is in use, though one {what}" if trained else what,
+                ", ".join(map(repr, handle.names)),
+            )
+        if brain is None:
+            return
+        ours = {id(parameter) for parameter in handle.parameters()}
+        others = []
+        for name, module in brain.modules.items():
+            open_ones = {
+                id(p): p.numel()
+                for p in module.parameters()
+                if p.requires_grad and id(p) not in ours
+            }
+            if open_ones:
+                others.append(f"{name} ({sum(open_ones.values()):,})")
+        if others:
+            logger.warning(
+                "beside the adapters, these train as well (parameters): %s. "
+                "Whatever was learned before with the adapters sees them "
+                "change; to hold them still: insert_adapters(freeze=...), "
+                "e.g. freeze: !ref <modules>",
+                ", ".join(others),
+            )
+        held = _optimised(brain)
+        missing = [p for p in trained if id(p) not in held]
+        if held and missing:
+            logger.warning(
+                "%d of %d trained tensors of the adapters are in no "
+                "optimizer: the encoder has to be among the Brain's modules",
+                len(missing),
+                len(trained),
+            )
+
+
+def running_brain():
+    """Return the Brain and the batch of the innermost step on the stack."""
+    core = sys.modules.get("speechbrain.core")
+    frame = None if core is None else sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name in _STEPS and code.co_argcount > 1:
+            values = frame.f_locals
+            brain = values.get(code.co_varnames[0])
+            if isinstance(brain, core.Brain):
+                return brain, values.get(code.co_varnames[1])
+        frame = frame.f_back
+    return None, None
+
+
+def _optimised(brain):
+    """Return the ids of all parameters that a Brain's optimizers hold."""
+    optimizers = getattr(brain, "optimizers_dict", None) or {}
+    optimizers = list(optimizers.values())
+    if getattr(brain, "optimizer", None) is not None:
+        optimizers.append(brain.optimizer)
+    return {
+        id(parameter)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+def _item(batch, key):
+    """Return a batch's item, with an error that names what there is."""
+    try:
+        return getattr(batch, key)
+    except AttributeError:
+        pass
+    try:
+        return batch[key]
+    except (KeyError, TypeError, IndexError):
+        raise ValueError(
+            f"tasks: the batch has no {key!r}; see the output keys of the "
+            "recipe's dataio_prepare"
+        ) from None

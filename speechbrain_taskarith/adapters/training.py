@@ -1,0 +1,219 @@
+"""What of an encoder with adapters is trained, and what is frozen."""
+
+import logging
+from collections.abc import Mapping
+
+import torch
+
+from speechbrain_taskarith.adapters.bank import COMBINED, MODES
+from speechbrain_taskarith.adapters.files import AdapterFiles
+from speechbrain_taskarith.adapters.layer import StatisticsGuard
+
+logger = logging.getLogger(__name__)
+
+#: The name of what keeps a frozen module's statistics still.
+GUARD = "task_adapters_stay_frozen"
+
+
+class AdapterTraining(AdapterFiles):
+    """The part of `AdapterHandle` that says what is trained."""
+
+    def freeze(self, *modules):
+        """Freeze modules beside the encoder, running statistics as well.
+
+        Adapter files name them by their fingerprints, so that an adapter
+        is not put behind another front end, see `load_adapter`.
+
+        Arguments
+        ---------
+        *modules : torch.nn.Module, sequence or dict of them, or None
+            E.g. an `InputNormalization` in front, the output layer, or all
+            of a recipe's `modules` with their names. The encoder, whole or
+            inside one of them, is frozen anyway; its adapters are left as
+            they are.
+
+        Raises
+        ------
+        ValueError
+            Something else than a module; nothing has changed then.
+        """
+        ours = {id(p) for p in self.parameters()}
+        for name, module in list(_named(modules)):
+            if module is self.encoder or module is self:
+                continue
+            for parameter in module.parameters():
+                if id(parameter) not in ours:
+                    self._flags.append((parameter, parameter.requires_grad))
+                    parameter.requires_grad_(False)
+            if not hasattr(module, GUARD):
+                module.add_module(GUARD, StatisticsGuard(module))
+                self._frozen.append((name, module))
+            getattr(module, GUARD).train(module.training)
+
+    def _unfreeze(self):
+        """Restore modes and flags as they were before the handle."""
+        for _, module in self._frozen:
+            module._modules.pop(GUARD, None)
+            module.train(module.training)
+        self._frozen = []
+        for parameter, flag in reversed(self._flags):
+            parameter.requires_grad_(flag)
+        self._flags = []
+
+    def train_extraction(self, name):
+        """Train one adapter alone, and put it in use (first stage).
+
+        Arguments
+        ---------
+        name : str or sequence of str
+            With several names, all are trained and none is in use; call
+            `use([...])` before each batch to route its utterances.
+
+        Returns
+        -------
+        list of torch.nn.Parameter
+            What is trained now; all else in encoder and handle is frozen.
+        """
+        names = [name] if isinstance(name, str) else list(name)
+        self.layers[0].bank.require(*names)
+        self._train_only(m.bank[n] for m in self.layers for n in names)
+        self.use(name if isinstance(name, str) else None)
+        return self.trained_parameters()
+
+    def train_composition(self, mode="ST-A"):
+        """Train the combination, and put it in use (second stage).
+
+        Arguments
+        ---------
+        mode : str
+            `"ST-A"` does not change a byte of the adapters; `"MT-A"` trains
+            the combined ones as well.
+
+        Returns
+        -------
+        list of torch.nn.Parameter
+            What is trained now; empty for a mean without LN in `ST-A`.
+
+        Raises
+        ------
+        ValueError
+            No combination, or another mode.
+        """
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}, expected 'ST-A' or 'MT-A'")
+        self.use(COMBINED)
+        names = self.layers[0].combination.names
+        untrained = [
+            name
+            for name in names
+            if all(layer.bank[name].is_untrained() for layer in self.layers)
+        ]
+        if untrained:
+            logger.warning(
+                "combining adapters that were never trained: %s",
+                ", ".join(untrained),
+            )
+        modules = [layer.combination for layer in self.layers]
+        if mode == "MT-A":
+            modules += [m.bank[name] for m in self.layers for name in names]
+        self._train_only(modules)
+        return self.trained_parameters()
+
+    def train_nothing(self):
+        """Freeze all of encoder and handle; what is in use does not change."""
+        self._train_only(())
+
+    def _train_only(self, modules):
+        self.unfold()
+        self.encoder.requires_grad_(False).zero_grad()
+        for module in modules:
+            module.requires_grad_(True)
+
+    def trained_parameters(self):
+        """Return the parameters that are trained now, see `train_extraction`."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def count_parameters(self):
+        """Count parameters, for the table of results.
+
+        Returns
+        -------
+        dict
+            `base`, `adapters`, `combination`, `trained` (numbers), and
+            `share`, the trained ones in % of the base.
+        """
+        added = sum(p.numel() for p in self.parameters())
+        banks = (layer.bank for layer in self.layers)
+        adapters = sum(p.numel() for b in banks for p in b.parameters())
+        base = sum(p.numel() for p in self.encoder.parameters()) - added
+        trained = sum(p.numel() for p in self.trained_parameters())
+        return {
+            "base": base,
+            "adapters": adapters,
+            "combination": added - adapters,
+            "trained": trained,
+            "share": 100.0 * trained / max(base, 1),
+        }
+
+    def penalty(self):
+        """Return what the combinations add to the training loss.
+
+        Returns
+        -------
+        torch.Tensor or float
+            `0.01 sum_layers ||I - W_V||^2` for the fusion, 0.0 for others.
+        """
+        made = (layer.combination for layer in self.layers)
+        return sum(m.penalty() for m in made if m is not None)
+
+    def training_summary(self):
+        """Return one line for the log: what trains, what is frozen.
+
+        Returns
+        -------
+        str
+            E.g. `adapter us trains: 4,096 parameters, 1.2 % of the base;
+            frozen: the encoder (Conformer), normalize`.
+        """
+        count = self.count_parameters()
+        trained = [
+            name
+            for name in self.names
+            if any(
+                p.requires_grad
+                for p in self.layers[0].bank[name].down.parameters()
+            )
+        ]
+        made = self.layers[0].combination
+        if made is not None and any(p.requires_grad for p in made.parameters()):
+            trained.append(COMBINED)
+        frozen = [f"the encoder ({type(self.encoder).__name__})"]
+        frozen += [name for name, _ in self._frozen]
+        return (
+            f"{', '.join(trained) or 'no adapter'} trains: "
+            f"{count['trained']:,} parameters, {count['share']:.2g} % of "
+            f"the base's {count['base']:,}; frozen: {', '.join(frozen)}"
+        )
+
+
+def _named(modules):
+    """Yield `(name, module)` of what `freeze` takes."""
+    for given in modules:
+        if given is None:
+            continue
+        if isinstance(given, Mapping):
+            for name, module in given.items():
+                yield str(name), _checked(module, f"{name!r}")
+        elif isinstance(given, (list, tuple)):
+            yield from _named(given)
+        else:
+            yield type(given).__name__, _checked(given, repr(given)[:60])
+
+
+def _checked(module, what):
+    if not isinstance(module, torch.nn.Module):
+        raise ValueError(
+            f"freeze: {what} is a {type(module).__name__}, expected a "
+            "torch module, e.g. !ref <normalize> or !ref <modules>"
+        )
+    return module
