@@ -128,6 +128,12 @@ class EditLog:
         return cls(**values)
 
 
+_REMEDY = (
+    "Close it there (editor.close()), or open it for reading with "
+    "SequentialEditor.resume(folder, read_only=True)"
+)
+
+
 class FolderLock:
     """One process at a time may edit a folder.
 
@@ -137,7 +143,8 @@ class FolderLock:
 
     _descriptor = None
 
-    def __init__(self, folder):
+    def __init__(self, folder, remedy=_REMEDY):
+        self._remedy = remedy
         self._path = (Path(folder) / LOCK_NAME).resolve()
         self._process = os.getpid()
         self._key = (self._process, str(self._path))
@@ -166,8 +173,7 @@ class FolderLock:
     def _busy(self, owner):
         return RuntimeError(
             f"{self._path.parent}: {owner} has this folder open for editing. "
-            "Close it there (editor.close()), or open it for reading with "
-            "SequentialEditor.resume(folder, read_only=True)"
+            f"{self._remedy}"
         )
 
     def check(self):

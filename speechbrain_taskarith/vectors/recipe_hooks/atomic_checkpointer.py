@@ -27,6 +27,9 @@ from speechbrain_taskarith.vectors.states.speechbrain_folder import (
 
 logger = logging.getLogger(__name__)
 
+# Below every level: not logged.
+_SILENT = -1
+
 
 class AtomicCheckpointer(Checkpointer):
     """A `Checkpointer` whose checkpoints survive a kill.
@@ -85,19 +88,21 @@ class AtomicCheckpointer(Checkpointer):
         self._clean()
         meta = plain(dict(meta or {}), "meta")
         try:
-            # Upstream's message names the temporary folder.
-            saved = super().save_checkpoint(
-                meta, end_of_epoch, name, logging.DEBUG
-            )
+            # Upstream's message would name the temporary folder.
+            saved = super().save_checkpoint(meta, end_of_epoch, name, _SILENT)
             # Some objects are saved by every process (a Brain, schedulers):
             # all must have written before the folder changes its name.
             ddp_barrier()
             if if_main_process():
                 saved = self._publish(saved)
-                logger.log(verbosity, f"Saved a checkpoint in {saved.path}")
-        except BaseException:
+                kind = "end-of-epoch" if end_of_epoch else "intra-epoch"
+                logger.log(
+                    verbosity, f"Saved an {kind} checkpoint in {saved.path}"
+                )
+        except BaseException as error:
             if self._pending is not None:
                 shutil.rmtree(self._pending[0], ignore_errors=True)
+                _name_final(error, *map(str, self._pending))
             raise
         finally:
             self._pending = None
@@ -180,3 +185,13 @@ class AtomicCheckpointer(Checkpointer):
 
     def _list_checkpoint_dirs(self):
         return [f for f in super()._list_checkpoint_dirs() if is_whole(f)]
+
+
+def _name_final(error, temporary, final):
+    """Put the final name where an error names the temporary one."""
+    error.args = tuple(
+        arg.replace(temporary, final) if isinstance(arg, str) else arg
+        for arg in error.args
+    )
+    if isinstance(error, OSError) and error.filename is not None:
+        error.filename = str(error.filename).replace(temporary, final)
