@@ -1,6 +1,5 @@
 """Shrinking and looking back inside SpeechBrain's own Transformers."""
 
-import logging
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -12,8 +11,6 @@ from speechbrain_taskarith.utils.lengths import (
     padding_mask,
     relative_lengths,
 )
-
-logger = logging.getLogger(__name__)
 
 # Methods of the wrapped model that do without its decoder of translations.
 PASSED_ON = (
@@ -150,6 +147,11 @@ class ShrinkingTransformer(torch.nn.Module):
             returns them).
         """
         self._found = None
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError(
+                "ShrinkingTransformer does not run under torch.nn.DataParallel "
+                "(--data_parallel_backend); start the recipe with torchrun"
+            )
         if self.training:
             self._head.check_training()
         with self._decoding("speech"):
@@ -278,7 +280,7 @@ class ShrinkingTransformer(torch.nn.Module):
         Searchers give the same two tensors with every token. To hold them is
         to know them again; their and the weights' versions tell of changes.
         """
-        version = self._version(frames, lengths)
+        version = self._fingerprint(frames, lengths)
         if self._found is not None:
             *tensors, known, memory = self._found
             same = tensors[0] is frames and tensors[1] is lengths
@@ -289,7 +291,7 @@ class ShrinkingTransformer(torch.nn.Module):
         self._found = frames, lengths, version, memory
         return memory
 
-    def _version(self, frames, lengths):
+    def _fingerprint(self, frames, lengths):
         tensors = [frames, *self._head.parameters()]
         tensors += [] if lengths is None else [lengths]
         for part in (self.looking_back, self.textual):

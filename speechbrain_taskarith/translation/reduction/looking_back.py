@@ -1,5 +1,6 @@
 """Looking back: segments attend to the frames that shrinking dropped."""
 
+import logging
 import math
 
 import torch
@@ -11,6 +12,8 @@ from speechbrain_taskarith.translation.reduction.windowed_attention import (
     windowed_attention,
 )
 from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
+
+logger = logging.getLogger(__name__)
 
 # With fewer frames than this for every offset of the window one dense product
 # is faster than sums over runs (measured on a CPU; both grow with the batch).
@@ -86,9 +89,23 @@ class LookingBack(torch.nn.Module):
         for layer in (self.query, self.key, self.value, self.output):
             torch.nn.init.xavier_uniform_(layer.weight)
             torch.nn.init.zeros_(layer.bias)
+        # None, or since `train()`, whether it was called.
+        self._called = None
+
+    def train(self, mode=True):
+        """As `torch.nn.Module.train`; notice a training that passed it by."""
+        if not mode and self._called is False:
+            logger.warning(
+                "A training passed without a call of LookingBack: it has "
+                "learned nothing. In `modules` alone nothing calls it: give it "
+                "to a ShrinkingTransformer or a SpeechTranslationModel"
+            )
+        self._called = False if mode else None
+        return super().train(mode)
 
     def forward(self, shrunk, frames, frame_lens, segments=None):
         """Look back, see `LookingBack`."""
+        self._called = True
         if isinstance(shrunk, Shrunk):
             segments = shrunk.segments if segments is None else segments
             shrunk = shrunk.x
@@ -116,6 +133,11 @@ class LookingBack(torch.nn.Module):
                 "[batch, frames, d] and as many lengths, found "
                 f"{tuple(shrunk.shape)}, {tuple(frames.shape)} and "
                 f"{tuple(lens.shape)}"
+            )
+        if frames.shape[2] != self.query.in_features:
+            raise ValueError(
+                f"LookingBack has d_model {self.query.in_features}, the frames "
+                f"are {frames.shape[2]} wide: give it the encoder's d_model"
             )
         if segments is None and self.window is not None:
             raise ValueError(
