@@ -35,7 +35,7 @@ def us(recipe, corpus):
 
 @pytest.fixture(scope="module")
 def edit(recipe, us):
-    """Run an edit of the first domain, on the second."""
+    """Run an edit of the first domain on the second; the last checkpoint."""
 
     def run(output, *flags, rule=None, **overrides):
         found = recipe.run(
@@ -51,8 +51,15 @@ def edit(recipe, us):
 
 
 @pytest.fixture(scope="module")
-def de(edit):
-    return edit("de")
+def trained(edit):
+    return edit("de").parent
+
+
+@pytest.fixture
+def de(trained):
+    """The checkpoint that the last run left."""
+    (folder,) = trained.glob("CKPT+*")
+    return folder
 
 
 def test_the_mean_of_checkpoints_is_edited_once(us, de):

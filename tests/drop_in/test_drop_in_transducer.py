@@ -1,0 +1,76 @@
+"""LibriSpeech/ASR/transducer: the loss, HAT and the searches, on a CPU."""
+
+import pytest
+import sizes
+from checks import changed, only, weights
+from runner import Recipe
+
+HAT = "hparams/hat_transducer.yaml"
+
+
+@pytest.fixture(scope="module")
+def recipe(checkout, corpus, tmp_path_factory):
+    return Recipe(
+        checkout,
+        "recipes/LibriSpeech/ASR/transducer/train.py",
+        tmp_path_factory.mktemp("transducer"),
+        "hparams/conformer_transducer.yaml",
+        sizes.transducer(corpus, "us"),
+    )
+
+
+@pytest.fixture(scope="module")
+def hat(recipe):
+    return recipe.run("hat", diff=HAT)
+
+
+def test_the_stock_loss_needs_a_gpu(recipe):
+    """Or else this page's first reason to swap it is gone."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert "Numba" in recipe.run("stock", expect=None).log
+
+
+def test_every_part_trains(recipe, hat):
+    still = recipe.run(
+        "still", diff=HAT, lr=0.0, weight_decay=0.0, number_of_epochs=1
+    )
+    before, after = (
+        weights(run.checkpoints[-1] / "model.ckpt") for run in (still, hat)
+    )
+    stuck = after.keys() - changed(before, after)
+    # The embedding is one-hot, and positions are constants.
+    constant = only(after, "rotary") | only(after, "positional_encoding")
+    assert stuck - only(after, "2.Embedding") <= constant, sorted(stuck)
+
+
+def test_searches_wrote_their_hypotheses(hat):
+    for name in ("test-clean", "test-other"):
+        text = (hat.folder / f"wer_{name}.txt").read_text()
+        assert "us-" + name in text
+
+
+def test_weights_of_the_language_models_change_the_search_alone(recipe, hat):
+    before = weights(hat.checkpoints[-1] / "model.ckpt")
+    scores = [
+        recipe.run(
+            "hat",
+            "--test_only",
+            diff=HAT,
+            lm_weight=lm,
+            Beamsearcher={"ilm_weight": ilm},
+        ).scores
+        for lm, ilm in ((0.0, 0.0), (5.0, 0.0), (0.0, 0.9))
+    ]
+    losses = [[line.split("WER")[0] for line in lines] for lines in scores]
+    print(scores, losses)
+    assert not changed(before, weights(hat.checkpoints[-1] / "model.ckpt"))
+
+
+def test_it_resumes(recipe, hat):
+    before = weights(hat.checkpoints[-1] / "model.ckpt")
+    run = recipe.run("hat", diff=HAT, number_of_epochs=3)
+    assert "epoch: 3" in (run.folder / "train_log.txt").read_text()
+    assert changed(before, weights(run.checkpoints[-1] / "model.ckpt"))
