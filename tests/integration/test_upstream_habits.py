@@ -1,0 +1,204 @@
+"""Editing in recipes with SpeechBrain's habits, by their YAML alone.
+
+The law: what is kept is `base + scale * (fine-tuned - base)`, and fine-tuned
+is what an optimizer made of the base: compared with a training by hand.
+"""
+
+import pytest
+import torch
+from upstream_habits import (
+    EDITING,
+    PLAIN,
+    YAML,
+    Averages,
+    Recipe,
+    RecoversBefore,
+    SwitchesOptimizer,
+    Unregistered,
+    Whisper,
+    assert_law,
+    data,
+    run,
+)
+
+HABITS = [
+    Recipe,
+    Averages,
+    Unregistered,
+    SwitchesOptimizer,
+    Whisper,
+    RecoversBefore,
+]
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def us(tmp_path_factory):
+    """The base: a training of the plain recipe."""
+    folder = tmp_path_factory.mktemp("us")
+    run(Recipe, YAML + PLAIN, folder, seed=0, number_of_epochs=1)
+    return folder / "save"
+
+
+def base_of(save):
+    return weights(next(save.glob("CKPT+*")) / "model.ckpt")
+
+
+def by_hand(us, brain_class, epochs=3):
+    """Return the fine-tuned weights after each epoch: a loop from the base."""
+    encoder, output = torch.nn.Linear(3, 4), torch.nn.Linear(4, 1)
+    model = torch.nn.ModuleList([encoder, output])
+    model.load_state_dict(base_of(us))
+    stored = weights(next(us.glob("CKPT+*")) / "normalizer.ckpt")
+    mean, std = stored["glob_mean"], stored["glob_std"]
+    adam = [torch.optim.Adam(model.parameters(), lr=0.05)]
+    if brain_class is Unregistered:
+        adam = [torch.optim.Adam(m.parameters(), lr=0.05) for m in model]
+    sgd = [torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)]
+    epochs_done = []
+    for epoch in range(1, epochs + 1):
+        switched = brain_class is SwitchesOptimizer and epoch > 2
+        optimizers = sgd if switched else adam
+        for x, y in data(1):
+            hidden = torch.tanh(encoder((x - mean) / std))
+            loss = (output(hidden).squeeze(-1) - y).square().mean()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            loss.backward()
+            for optimizer in optimizers:
+                torch.nn.utils.clip_grad_norm_(
+                    optimizer.param_groups[0]["params"], 5.0
+                )
+                optimizer.step()
+        state = {k: v.clone() for k, v in model.state_dict().items()}
+        epochs_done.append(state)
+    return epochs_done
+
+
+def assert_close(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(
+            one[name], other[name], atol=1e-5, rtol=1e-4, msg=name
+        )
+
+
+@pytest.mark.parametrize("habit", HABITS)
+def test_the_law_holds_after_a_run_with_two_test_sets(us, tmp_path, habit):
+    brain = run(habit, YAML + EDITING, tmp_path, base=str(us))
+    base = base_of(us)
+    found = assert_law(tmp_path / "save", base, 0.4)
+    epochs = by_hand(us, habit)
+    if issubclass(habit, Averages):
+        # One is left: the mean of the three, for both test sets.
+        [tuned] = found.values()
+        mean = {k: sum(e[k] for e in epochs) / 3 for k in base}
+        assert_close(tuned, mean)
+        assert_close(
+            brain.tested,
+            {k: base[k] + 0.4 * (mean[k] - base[k]) for k in base},
+        )
+    else:
+        assert len(found) == 3
+        for tuned, expected in zip(found.values(), epochs):
+            assert_close(tuned, expected)
+
+
+@pytest.mark.parametrize("habit", HABITS)
+def test_testing_alone_changes_nothing(us, tmp_path, habit):
+    """Evaluating a model again and again used to shrink its edit."""
+    first = run(habit, YAML + EDITING, tmp_path, base=str(us))
+    before = assert_law(tmp_path / "save", base_of(us), 0.4)
+    for _ in range(2):
+        again = run(
+            habit,
+            YAML + EDITING,
+            tmp_path,
+            base=str(us),
+            run_opts={"test_only": True},
+        )
+        found = assert_law(tmp_path / "save", base_of(us), 0.4)
+        assert len(found) == len(before)
+        for one, other in zip(before.values(), found.values()):
+            assert_close(one, other)
+        assert_close(again.tested, first.tested)
+
+
+@pytest.mark.parametrize("habit", HABITS)
+def test_a_run_that_goes_on_equals_one_in_one_go(us, tmp_path, habit):
+    """Two epochs, tests, then one more: not for means, which start anew."""
+    part, whole = tmp_path / "part", tmp_path / "whole"
+    run(habit, YAML + EDITING, part, base=str(us), number_of_epochs=2)
+    run(habit, YAML + EDITING, part, base=str(us))
+    run(habit, YAML + EDITING, whole, base=str(us))
+    ours = assert_law(part / "save", base_of(us), 0.4)
+    theirs = assert_law(whole / "save", base_of(us), 0.4)
+    # Optimizers that are not registered lose their state.
+    if habit in (Recipe, Whisper, RecoversBefore):
+        for one, other in zip(ours.values(), theirs.values()):
+            assert_close(one, other)
+    assert len(ours) == len(theirs)
+
+
+@pytest.mark.parametrize("habit", HABITS)
+def test_scale_0_learns_nothing_to_the_byte(us, tmp_path, habit):
+    yaml = (YAML + EDITING).replace("scale: 0.4", "scale: 0.0")
+    run(habit, yaml, tmp_path, base=str(us))
+    base = next(us.glob("CKPT+*"))
+    for path in (tmp_path / "save").glob("CKPT+*"):
+        for name in ("model", "normalizer"):
+            ours, theirs = (
+                weights(p / f"{name}.ckpt") for p in (path, base)
+            )
+            assert ours.keys() == theirs.keys()
+            for key in ours:
+                one, other = map(torch.as_tensor, (ours[key], theirs[key]))
+                assert torch.equal(one, other), (name, key)
+
+
+@pytest.mark.parametrize("habit", HABITS)
+def test_a_run_may_start_from_its_own_weights(tmp_path, habit):
+    """`base: start`, kept once and used again by the run that goes on."""
+    options = {"base": "start", "number_of_epochs": 1}
+    run(habit, YAML + EDITING, tmp_path, **options)
+    torch.manual_seed(7)
+    start = weights(tmp_path / "save" / "start" / "model.ckpt")
+    assert_law(tmp_path / "save", start, 0.4)
+    run(habit, YAML + EDITING, tmp_path, base="start", seed=7)
+    again = weights(tmp_path / "save" / "start" / "model.ckpt")
+    assert all(torch.equal(start[k], again[k]) for k in start)
+    assert_law(tmp_path / "save", start, 0.4)
+
+
+def test_mean_of_edits_by_a_rule_that_is_not_linear(us, tmp_path):
+    """TIES of a mean is not the mean of TIES: the first is kept."""
+    yaml = (YAML + EDITING).replace(
+        "TaskArithmetic {scale: 0.4}", "TIES {density: 0.3, scale: 0.6}"
+    )
+    run(Averages, yaml, tmp_path, base=str(us))
+    base = base_of(us)
+    mean = {k: sum(e[k] for e in by_hand(us, Averages)) / 3 for k in base}
+    flat = torch.cat([(mean[k] - base[k]).flatten() for k in base])
+    kept = round(0.3 * len(flat))
+    threshold = flat.abs().sort(descending=True).values[kept - 1]
+    [path] = (tmp_path / "save").glob("CKPT+*")
+    for key, value in weights(path / "model.ckpt").items():
+        delta = mean[key] - base[key]
+        delta = torch.where(delta.abs() >= threshold, delta, 0.0)
+        torch.testing.assert_close(
+            value, base[key] + 0.6 * delta, atol=1e-4, rtol=1e-3
+        )
+
+
+def test_another_scale_at_the_test_is_kept_with_it(us, tmp_path):
+    run(Averages, YAML + EDITING, tmp_path, base=str(us))
+    yaml = (YAML + EDITING).replace("scale: 0.4", "scale: 0.9")
+    options = {"base": str(us), "run_opts": {"test_only": True}}
+    run(Averages, yaml, tmp_path, **options)
+    assert_law(tmp_path / "save", base_of(us), 0.9)
+    # Training goes on with the scale that it began with, or not at all.
+    with pytest.raises(ValueError, match="rule"):
+        run(Averages, YAML + EDITING, tmp_path, base=str(us))
