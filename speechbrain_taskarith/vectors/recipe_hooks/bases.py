@@ -19,6 +19,7 @@ from speechbrain_taskarith.vectors.states.names import (
     CONSTANTS,
     HOLDERS,
     pair_names,
+    renamed,
 )
 from speechbrain_taskarith.vectors.states.readers import as_state, open_state
 from speechbrain_taskarith.vectors.states.speechbrain_folder import (
@@ -224,7 +225,7 @@ def fit_to_module(stored, module, name) -> State:
     # Not compared as dicts: an entry that is a tuple would be compared by value.
     same = list(entries) == list(stored)
     same = same and all(stored.entries[n] is e for n, e in entries.items())
-    state = stored if same else stored.renamed(entries)
+    state = stored if same else renamed(stored, entries)
     state.left_out = tuple(left_out)
     return state
 

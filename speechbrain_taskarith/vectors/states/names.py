@@ -15,7 +15,7 @@ import numpy as np
 
 from speechbrain_taskarith.utils.messages import some
 from speechbrain_taskarith.utils.patterns import select
-from speechbrain_taskarith.vectors.states.state import short
+from speechbrain_taskarith.vectors.states.state import State, short
 
 logger = logging.getLogger(__name__)
 
@@ -158,9 +158,25 @@ def renaming(base, other):
     if set(base) == set(other):
         return None
     pairs = pair_names(base, other, base.aliases)
-    renamed = any(name != found for name, found in pairs.names.items())
+    differ = any(name != found for name, found in pairs.names.items())
     constants = CONSTANTS & {*pairs.missing, *pairs.heads}
-    return pairs if pairs.names and (renamed or constants) else None
+    return pairs if pairs.names and (differ or constants) else None
+
+
+def renamed(state, entries):
+    """Return a state's weights as other `entries`; it is their `source`."""
+    result = State(
+        entries, state.path, state.metadata, lambda _: state.verify()
+    )
+    result.label, result.source = state.label, state
+    return result
+
+
+def fingerprints(state):
+    """Yield a state's fingerprint, then that of its `source`; lazily."""
+    yield state.fingerprint
+    if state.source is not None:
+        yield state.source.fingerprint
 
 
 def under_names_of(base, other, *, partial=False):
@@ -186,7 +202,7 @@ def under_names_of(base, other, *, partial=False):
     if pairs.heads:
         message += f"; left out: {some(pairs.heads)}"
     logger.info(message)
-    return other.renamed(entries)
+    return renamed(other, entries)
 
 
 def match_names(
@@ -303,7 +319,7 @@ def check_alike(vectors, labels=None):
 
 def check_ancestry(base, fingerprint, label="this task vector", origin=None):
     """Raise unless a vector was taken from just these weights."""
-    if fingerprint in base.fingerprints():
+    if fingerprint in fingerprints(base):
         return
     taken = "combines vectors of several bases"
     if fingerprint:

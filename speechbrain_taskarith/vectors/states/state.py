@@ -252,21 +252,6 @@ class State(Mapping):
             digest.update(part)
         return digest.digest()
 
-    def fingerprints(self):
-        """Yield the fingerprint, and that of the `source`, lazily."""
-        yield self.fingerprint
-        if self.source is not None:
-            yield self.source.fingerprint
-
-    def renamed(self, entries):
-        """Return these weights as other `entries`; see `source`."""
-        state = State(entries, self.path, self.metadata, self._verify_source)
-        state.label, state.source = self.label, self
-        return state
-
-    def _verify_source(self, _):
-        self.verify()
-
     def verify(self):
         """Check the bytes against the checksums that the file carries.
 
