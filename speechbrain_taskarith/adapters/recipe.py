@@ -12,7 +12,11 @@ import weakref
 
 import torch
 
-from speechbrain_taskarith.adapters.bank import COMBINED, adapter_key
+from speechbrain_taskarith.adapters.bank import (
+    COMBINED,
+    MODES,
+    adapter_key,
+)
 from speechbrain_taskarith.adapters.combination import attention
 from speechbrain_taskarith.utils.patterns import first_match
 
@@ -134,8 +138,9 @@ class Watch:
         brain = self._brain and self._brain()
         if brain is None:
             return 1.0
-        scale = brain.scaler.scale(torch.ones((), device=like.device))
-        return scale / brain.grad_accumulation_factor
+        exact = torch.promote_types(like.dtype, torch.float32)
+        one = torch.ones((), dtype=exact, device=like.device)
+        return brain.scaler.scale(one) / brain.grad_accumulation_factor
 
     def _hook_penalty(self, layer):
         """Add the penalty's derivative to a gradient, once a backward pass.
@@ -249,13 +254,17 @@ class Watch:
         self._find_brain()
         brain = self._brain and self._brain()
         logger.info("adapters, training begins: %s", handle.training_summary())
-        if handle.in_use is None:
-            what = "trains" if trained else "trains or is in use"
+        if handle.in_use is None and trained:
             logger.warning(
-                "training begins, but no adapter %s: say "
-                "insert_adapters(train=...) with %s, 'ST-A' or 'MT-A'",
-                f"is in use, though one {what}" if trained else what,
-                ", ".join(map(repr, handle.names)),
+                "training begins, but none of the adapters that are to be "
+                "trained is in use: give insert_adapters tasks={...}, or call "
+                "handle.use([...]) before each batch"
+            )
+        elif handle.in_use is None:
+            logger.warning(
+                "training begins, but the adapters neither train nor are in "
+                "use: say insert_adapters(train=...) with one of %s",
+                ", ".join(map(repr, [*handle.names, *MODES])),
             )
         if brain is None:
             return

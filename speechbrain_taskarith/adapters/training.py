@@ -197,16 +197,22 @@ class AdapterTraining(AdapterFiles):
 
 
 def _named(modules):
-    """Yield `(name, module)` of what `freeze` takes."""
+    """Yield `(name, module)` of what `freeze` takes.
+
+    Mere containers are taken apart: a Brain has their members, not them, and
+    its `train()` would not reach a guard in the container.
+    """
     for given in modules:
-        if given is None:
-            continue
-        if isinstance(given, Mapping):
+        if isinstance(given, Mapping) or type(given) is torch.nn.ModuleDict:
             for name, module in given.items():
-                yield str(name), _checked(module, f"{name!r}")
-        elif isinstance(given, (list, tuple)):
+                for inner, part in _named([_checked(module, repr(name))]):
+                    whole = part is module
+                    yield str(name) if whole else f"{name}.{inner}", part
+        elif isinstance(given, (list, tuple)) or (
+            type(given) is torch.nn.ModuleList
+        ):
             yield from _named(given)
-        else:
+        elif given is not None:
             yield type(given).__name__, _checked(given, repr(given)[:60])
 
 
