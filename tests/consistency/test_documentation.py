@@ -54,7 +54,9 @@ def test_page_runs(path, tmp_path, monkeypatch, capsys):
             check_yaml(text, label)
             found = re.match(r"# ([\w/]+\.yaml)\n", text)
             if found:
-                (tmp_path / found[1]).write_text(text)
+                target = tmp_path / found[1]
+                target.parent.mkdir(exist_ok=True)
+                target.write_text(text)
         elif not runs:
             continue
         elif kind == "python":

@@ -122,3 +122,44 @@ for number, name in enumerate(("base", "us", "de")):
         cwd=tmp_path,
     )
     assert here.strip() == "[]"
+
+
+def test_a_lean_environment_lists_and_copies_fragments(installed, tmp_path):
+    taskarith = installed / "taskarith"
+    assert "models/looking_back" in run(taskarith, "fragments", cwd=tmp_path)
+    run(taskarith, "fragments", "--copy", "copies", cwd=tmp_path)
+    there = {
+        path.relative_to(tmp_path / "copies"): path.read_bytes()
+        for path in (tmp_path / "copies").rglob("*.yaml")
+    }
+    assert there == {
+        path.relative_to(ROOT / "hparams"): path.read_bytes()
+        for path in (ROOT / "hparams").rglob("*.yaml")
+    }
+
+
+def test_a_yaml_takes_fragments_of_the_wheel_by_name(built, tmp_path):
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    run(
+        *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"),
+        *("--target", site, next(built.glob("*.whl"))),
+        cwd=tmp_path,
+    )
+    (elsewhere / "train.yaml").write_text(
+        "reduction: !apply:speechbrain_taskarith.fragment\n"
+        "    {name: models/looking_back, d_model: 8, nhead: 2, d_ffn: 8}\n"
+        "model: !new:torch.nn.ModuleList [[!ref <reduction.looking_back>]]\n"
+    )
+    (elsewhere / "train.py").write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(site)!r})\n"
+        "from hyperpyyaml import load_hyperpyyaml\n"
+        "from speechbrain_taskarith import fragments\n"
+        "with open('train.yaml') as stream:\n"
+        "    model = load_hyperpyyaml(stream)['model']\n"
+        "print(fragments.__file__, type(model[0]).__name__)\n"
+    )
+    said = run(sys.executable, "train.py", cwd=elsewhere)
+    where, made = said.split()[-2:]
+    assert Path(where).is_relative_to(site) and made == "LookingBack"

@@ -24,6 +24,7 @@ import filelock
 import joblib
 import speechbrain as sb
 import torch
+import yaml
 from hyperpyyaml import load_hyperpyyaml
 
 from speechbrain_taskarith.utils.files import read_json, write_json
@@ -63,10 +64,11 @@ class Training:
     parents: tuple = ()
 
 
-def parse_study_arguments(argv):
+def parse_study_arguments(argv, own=None):
     """Take the study's own options off a command line.
 
-    Returns `options` (`.output_folder`, `.backend`, `.workers`,
+    `own`: options of one study alone, `{name: default}`; values are YAML, as
+    those of hparams are. Returns `options` (`.output_folder`, `.backend`, `.workers`,
     `.scheduler`) and the words that remain, which are for `train.py`.
     """
     parser = argparse.ArgumentParser(
@@ -100,6 +102,13 @@ def parse_study_arguments(argv):
         "on this machine. Its workers need the same files under the same "
         "paths: give absolute ones",
     )
+    for name, default in (own or {}).items():
+        parser.add_argument(
+            f"--{name}",
+            default=default,
+            type=yaml.safe_load,
+            help=f"see OPTIONS in study.py (default: {default})",
+        )
     return parser.parse_known_args(argv)
 
 
@@ -130,9 +139,12 @@ class Study:
         return self.folder / "models"
 
 
-def start_study(argv):
-    """Read a command line and start the study's log; returns a `Study`."""
-    options, arguments = parse_study_arguments(argv)
+def start_study(argv, own=None):
+    """Read a command line and start the study's log; returns a `Study`.
+
+    `own`: see `parse_study_arguments`; they are among the study's hparams.
+    """
+    options, arguments = parse_study_arguments(argv, own)
     if options.output_folder:
         folder = Path(options.output_folder).resolve()
         arguments.append(f"--study_folder={folder}")
@@ -141,6 +153,7 @@ def start_study(argv):
     arguments[arguments.index(hparams_file)] = str(Path(hparams_file).resolve())
     with open(hparams_file, encoding="utf-8") as fin:
         hparams = load_hyperpyyaml(fin, overrides)
+    hparams.update({name: getattr(options, name) for name in own or ()})
     if not options.output_folder:
         folder = Path(hparams["study_folder"]).resolve()
         arguments.append(f"--study_folder={folder}")

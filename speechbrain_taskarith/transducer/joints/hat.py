@@ -76,7 +76,10 @@ class HATOutput(torch.nn.Module):
     """Last layer that turns a SpeechBrain transducer recipe into HAT.
 
     It replaces the recipe's `transducer_lin`. Joint and train.py stay as they
-    are: its output is normalised, and a log_softmax does not change that.
+    are: its output is normalised, and a log_softmax does not change that. The
+    layer has a bias, which SpeechBrain's has not. Weights of an RNN-T's output
+    layer are refused: its blank competes with the labels, so that no weights
+    of this layer say the same.
 
     Arguments
     ---------
@@ -103,3 +106,15 @@ class HATOutput(torch.nn.Module):
     def forward(self, x):
         """Turn [..., input_size] to [..., V], as `HATJoint.log_probs` does."""
         return hat_log_probs(self.linear(x), self.blank_index)
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        # SpeechBrain's Pretrainer would only warn, and train on noise.
+        if f"{prefix}w.weight" in state_dict:
+            rest[-1].append(
+                f"{prefix}w.weight is the output layer of an RNN-T, whose "
+                "scores mean something else than those of a HAT. Keep "
+                "speechbrain.nnet.linear.Linear to go on with this file; to "
+                "train a HAT from its encoder, take that alone: "
+                "speechbrain_taskarith.transducer.transfer_encoder"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -36,6 +36,14 @@ from train import ASR, SHARED, load_start, prepare, train
 from speechbrain_taskarith.metrics import merge_seeds
 from speechbrain_taskarith.utils.files import read_json
 
+# What is compared: `--zero_shot "[fusion_mt]"` changes a value.
+OPTIONS = {
+    # Another study's base, <its study_folder>/models/base/save
+    "base": None,
+    # Rows that are also measured on a task that they have not seen
+    "zero_shot": ["fusion_mt", "full_fine_tuning"],
+}
+
 
 @dataclass
 class Row:
@@ -215,7 +223,7 @@ def main(argv):
     if argv[:1] == ["--merge"]:
         merge_seeds(argv[1], title=TITLE)
         return
-    study = start_study(argv)
+    study = start_study(argv, OPTIONS)
     hparams, models = study.hparams, study.models
     prepare(hparams)
     tasks = Tasks(hparams)

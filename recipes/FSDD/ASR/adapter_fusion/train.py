@@ -47,6 +47,9 @@ SHARED = "shared"  # name of the wide adapter that all tasks share
 class ASR(CTCBrain):
     """Class that manages the training loop: CTC on words.
 
+    `CTCBrain` reads hparams.compute_features, hparams.fea_augment,
+    hparams.ctc_cost and hparams.train_logger.
+
     `fusion` is the first layer's combination if its attention matters: it is
     collected in tests, and taught in training.
     """
@@ -103,7 +106,12 @@ def prepare(hparams):
 def dataio_prepare(hparams, steps):
     """Prepare the loaders: training, validation, and a test for each task.
 
-    There is none for training if there are no steps.
+    There is none for training if there are no steps. `Tasks` makes strings of
+    hparams["n_words"] words: hparams["strings_per_task"] to test on, in batches
+    of hparams["test_batch_size"], and to train on those of
+    hparams["takes_per_word"] recordings. The base's are as
+    hparams["base_data"], hparams["voices"], hparams["takes_per_voice"],
+    hparams["speeds"] and hparams["simulator"] say.
     """
     tasks, train_loader = Tasks(hparams), None
     learn = list(hparams["learn"] or tasks.names)
@@ -275,7 +283,10 @@ def train(argv):
     trainable = any(p.requires_grad for p in hparams["model"].parameters())
     if trainable and row not in hparams["training"]:
         raise ValueError(f"training: no steps and lr for row {row!r}")
-    choose_precision(hparams, run_opts)
+    # What the command line says goes first: --precision fp32
+    hparams["precision"] = choose_precision(
+        hparams["train_precision"], run_opts
+    )
 
     if train_loader is not None:
         hparams["lr_annealing"] = hparams["make_lr_annealing"](

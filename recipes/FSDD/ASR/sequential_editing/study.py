@@ -41,6 +41,14 @@ from speechbrain_taskarith.vectors.lifelong.methods import FineTuning
 
 logger = get_logger(__name__)
 
+# What is compared: `--only fine_tuning,ties` changes a value.
+OPTIONS = {
+    # Rows of the hparams file, separated by commas; "all" runs every one
+    "only": "all",
+    # What the tables show: test, or valid while something is being tuned
+    "report_on": "test",
+}
+
 
 class Row:
     """One row of the table: a sequence of models, and their WERs.
@@ -165,14 +173,14 @@ class Measure:
             lambda model: {
                 d: self.brain.wer_on(self.loader(d, "valid")) for d in domains
             },
-            [0.0, *self.hparams["scales"]],
+            [0.0, *row.settings["scales"]],
             split="valid",
             select_on=f"valid_{choose_on}",
             hopeless=None,
         )
         best = search.best
         if choose_on == "new":
-            share = self.hparams["share_of_gain"]
+            share = row.settings["share_of_gain"]
             best = smallest_scale(search.table, domain, share)
         name = f"{row.name}_{domain}"
         search.to_csv(self.output / "scales" / f"{name}.csv")
@@ -214,7 +222,7 @@ def main(argv):
     if argv[:1] == ["--merge"]:
         merge_seeds(argv[1], title=TITLE)
         return
-    study = start_study(argv)
+    study = start_study(argv, OPTIONS)
     hparams, models = study.hparams, study.models
     save = study.folder / "save"
     wanted = wanted_rows(hparams)

@@ -47,7 +47,11 @@ PLAIN = "plain"
 
 
 class ASR(CTCBrain):
-    """CTC on characters; forward pass and decoding are `CTCBrain`'s."""
+    """CTC on characters; forward pass and decoding are `CTCBrain`'s.
+
+    It reads hparams.compute_features, hparams.fea_augment, hparams.ctc_cost
+    and hparams.train_logger.
+    """
 
     #: The lifelong method at work.
     method = FineTuning()
@@ -120,7 +124,10 @@ def domain_strings(name, split, hparams):
 
 
 def dataio_prepare(hparams, method):
-    """Make the loaders of this training: train, valid, test."""
+    """Make the loaders of this training: train, valid, test.
+
+    The latter two have batches of hparams["test_batch_size"].
+    """
     domain, size = hparams["domain"], hparams["batch_size"]
     task = len(hparams["seen"]) + 1
     strings = method.items(domain_strings(domain, "train", hparams), task)

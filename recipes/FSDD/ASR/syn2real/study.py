@@ -47,6 +47,20 @@ from speechbrain_taskarith.vectors import (
 
 PRETRAINED = "pretrained/all"
 
+# What is compared, and how: `--choose_on edited_target` changes a value.
+OPTIONS = {
+    # What the tables show: test, or valid while something is being tuned
+    "report_on": "test",
+    # What may be added of the vector; the paper's scripts used 0.2 and 0.25
+    "paper_scale": 0.25,
+    "scales": [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0],
+    # sources_as_targets: each source domain takes the target's place, with the
+    # other sources' vectors; edited_target (with a mixed model, which has heard
+    # the sources' real speech): the edited target model on the sources' real
+    # and the target's synthetic speech
+    "choose_on": "sources_as_targets",
+}
+
 
 def plan_trainings(hparams, folder):
     """List all trainings, in `folder`: one call of `train.py` each.
@@ -280,7 +294,7 @@ def main(argv):
     if argv[:1] == ["--merge"]:
         merge_seeds(argv[1], title=TITLE, only=[TABLE])
         return
-    study = start_study(argv)
+    study = start_study(argv, OPTIONS)
     hparams, models = study.hparams, study.models
     prepare(hparams)
 

@@ -41,7 +41,11 @@ from speechbrain_taskarith.vectors import open_state
 
 
 class ASR(CTCBrain):
-    """CTC on words: forward pass, loss and decoding are `CTCBrain`'s."""
+    """CTC on words: forward pass, loss and decoding are `CTCBrain`'s.
+
+    It reads hparams.compute_features, hparams.fea_augment, hparams.ctc_cost
+    and hparams.train_logger.
+    """
 
     def on_fit_batch_start(self, batch, should_step):
         """Seed every batch by its number, so that a resumed run draws alike.
@@ -102,7 +106,12 @@ def read_recordings(side, hparams):
 
 
 def make_strings(hparams):
-    """Return what plans the strings of both sides."""
+    """Return what plans the strings of both sides.
+
+    That reads hparams["domains"], hparams["shared_words"],
+    hparams["own_share"], hparams["n_words"], hparams["valid_strings"] and
+    hparams["test_strings"].
+    """
     recordings = {
         side: read_recordings(side, hparams) for side in ("real", "synthetic")
     }
@@ -113,7 +122,7 @@ def dataio_prepare(hparams):
     """Make the loaders of this training: train, valid, test.
 
     A model is validated on strings of the kind that it learns from, and
-    tested on real strings of its domain.
+    tested on real strings of its domain, hparams["test_batch_size"] at a time.
     """
     strings, domain = make_strings(hparams), hparams["domain"]
     side = "real" if hparams["training_of"] == "real" else "synthetic"
@@ -148,7 +157,8 @@ def train(argv):
 
     # What is trained, where it starts, and how fast it learns
     stage = TRAININGS[hparams["training_of"]]
-    lr, steps = hparams[f"{stage}_lr"], hparams[f"{stage}_steps"]
+    lr = hparams[f"{stage}_lr"]
+    steps = hparams[f"{stage}_steps"]
     hparams["lr_annealing"] = hparams["lr_annealing"](
         initial_value=lr,
         num_warmup_steps=round(hparams["warmup_share"] * steps),
@@ -159,7 +169,10 @@ def train(argv):
     checkpointer.add_recoverable("dataloader-TRAIN", train_loader)
     if hparams["base"]:
         hparams["model"].load_state_dict(dict(open_state(hparams["base"])))
-    choose_precision(hparams, run_opts)
+    # What the command line says goes first: --precision fp32
+    hparams["precision"] = choose_precision(
+        hparams["train_precision"], run_opts
+    )
 
     brain = ASR(
         modules=hparams["modules"],

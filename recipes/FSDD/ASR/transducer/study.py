@@ -30,6 +30,18 @@ from train import prepare, train
 
 from speechbrain_taskarith.metrics import merge_seeds
 
+# What is compared: `--coverage 0.8` changes a value.
+OPTIONS = {
+    # [in_domain, out_of_domain] adds rows of the second (see words.py)
+    "pretraining_domains": ["in_domain"],
+    # Of the running words, by the frequent ones; all others are rare
+    "coverage": 0.9,
+    # Frames of a segment without streaming
+    "whole_string": 128,
+    # Strings that are decoded as streams
+    "streamed_strings": 50,
+}
+
 
 def plan_trainings(hparams, models):
     """List all models, `{name: training}`.
@@ -81,7 +93,7 @@ def main(argv):
     if argv[:1] == ["--merge"]:
         merge_seeds(argv[1], title=TITLE)
         return
-    study = start_study(argv)
+    study = start_study(argv, OPTIONS)
     hparams, models = study.hparams, study.models
     prepare(hparams)
     # Fail early if the data lacks a word.

@@ -163,7 +163,12 @@ def prepare(hparams):
 def dataio_prepare(hparams):
     """Prepare the loaders: statistics, training, validation, test.
 
-    Pretraining has no validation and test data.
+    Pretraining has no validation and test data. Its strings are made as
+    hparams["pretraining_strings"], hparams["languages"], hparams["variants"],
+    hparams["takes_per_voice"] and hparams["simulation"] say; the target's as
+    hparams["train_minutes"], hparams["rare_words"], hparams["rare_share"],
+    hparams["valid_strings"] and hparams["test_strings"]; both are of
+    hparams["n_words"], and tested in batches of hparams["test_batch_size"].
     """
     steps, _ = STAGES[hparams["stage"]]
     if hparams["stage"] == "pretraining":
@@ -171,7 +176,8 @@ def dataio_prepare(hparams):
     else:
         strings = target_strings("train", hparams)
         held_out = ("valid", hparams["report_on"])
-    count = hparams[f"{steps}_steps"] * hparams["batch_size"]
+    steps = hparams[f"{steps}_steps"]
+    count = steps * hparams["batch_size"]
     train_data = make_dataset(
         in_order(strings, count, hparams["seed"]),
         hparams["tokenizer"],
@@ -224,6 +230,11 @@ def train(argv):
     language = "target"
     if hparams["stage"] == "pretraining":
         language = "multilingual"
+        if hparams["vocab_size"] != hparams["multilingual_neurons"]:
+            raise ValueError(
+                f"vocab_size: {hparams['vocab_size']}; pretraining needs "
+                '--vocab_size "!ref <multilingual_neurons>"'
+            )
     hparams["tokenizer"] = hparams["tokenizers"][language]
     statistics, train_loader, valid_loader, test_loader = dataio_prepare(
         hparams
@@ -233,7 +244,8 @@ def train(argv):
     transducer = hparams["transducer"]
     load_start(hparams)
     name, _ = STAGES[hparams["stage"]]
-    steps, lr = hparams[f"{name}_steps"], hparams[f"{name}_lr"]
+    steps = hparams[f"{name}_steps"]
+    lr = hparams[f"{name}_lr"]
     hparams["lr_annealing"] = hparams["make_lr_annealing"](
         initial_value=lr,
         num_warmup_steps=round(hparams["warmup_share"] * steps),

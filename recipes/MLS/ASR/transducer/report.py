@@ -32,13 +32,13 @@ NOTE = (
 )
 
 
-def write_report(brain, train, tokenizer_file, hparams):
+def write_report(brain, row, train, tokenizer_file, hparams):
     """Write the row of a tested stage, and the recogniser."""
     summary = Summary(hparams["output_folder"], title="MLS transducer")
     summary.note(NOTE)
     lines = collections.defaultdict(list)
-    for row in train.data.values():
-        lines[row["accent"]].append(row["wrd"])
+    for item in train.data.values():
+        lines[item["accent"]].append(item["wrd"])
     rare = {
         language: RareWords.from_transcripts(texts)
         for language, texts in lines.items()
@@ -55,7 +55,7 @@ def write_report(brain, train, tokenizer_file, hparams):
         ):
             summary.add(
                 table=TABLE,
-                row=f"{hparams['row']}, {language}",
+                row=f"{row}, {language}",
                 metric=metric,
                 value=value,
                 unit="%",

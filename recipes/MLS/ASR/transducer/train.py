@@ -324,7 +324,13 @@ if __name__ == "__main__":
     )
     run_on_main(
         write_report,
-        args=[asr_brain, datasets["train"], tokenizer_file, hparams],
+        args=[
+            asr_brain,
+            hparams["row"],
+            datasets["train"],
+            tokenizer_file,
+            hparams,
+        ],
     )
     # Without it a process that ends first may take the others down.
     if torch.distributed.is_initialized():

@@ -41,29 +41,28 @@ def result_path(row, hparams):
 
 
 @torch.no_grad()
-def representation_entropy(brain, data, hparams):
+def representation_entropy(brain, data, windows, utterances):
     """Measure the entropy of windows of speech and of text, after the test.
 
     Returns `{representation: {vectors in a window: nats}}`: the `frames` of
     the acoustic encoder, `shrunk` frames, and `text` if the model learns from
     it. Empty if the model does not translate speech.
     """
-    if hparams["main"] != "st":
+    if brain.hparams.main != "st":
         return {}
     # They are sorted by length: utterances of every length.
-    step = -(-len(data) // hparams["entropy_utterances"])
-    utterances = [data[i] for i in range(0, len(data), step)]
-    batch = PaddedBatch(utterances).to(brain.device)
+    step = -(-len(data) // utterances)
+    chosen = [data[i] for i in range(0, len(data), step)]
+    batch = PaddedBatch(chosen).to(brain.device)
     model = bare(brain.modules.model).eval()
     x, lens = brain.features(batch)
     speech = model.encode_speech(x, lens, batch.id)
     found = {"frames": (model.acoustic(x, lens), speech.frame_lens)}
     if model.shrink is not None:
         found["shrunk"] = (speech.embedded, speech.lens)
-    if "mt" in hparams["tasks"]:
+    if "mt" in brain.hparams.tasks:
         text = model.encode_text(*batch.source)
         found["text"] = (text.embedded, text.lens)
-    windows = hparams["entropy_windows"]
     return {
         name: window_entropy(vectors.float(), lens, windows)
         for name, (vectors, lens) in found.items()

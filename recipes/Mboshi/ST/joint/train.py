@@ -47,6 +47,9 @@ class ST(TranslationBrain):
     """Class that manages the training loop, and measures its time.
 
     `compute_forward` and `compute_objectives` are those of `TranslationBrain`.
+    It reads hparams.fea_augment,
+    hparams.guard, hparams.objective, hparams.search, hparams.greedy_tokens and
+    hparams.train_logger.
     """
 
     def fit_batch(self, batch):
@@ -264,7 +267,12 @@ def train(argv):
         test_loader_kwargs=loader_kwargs,
         **best_key(hparams["main"]),
     )
-    entropies = representation_entropy(st_brain, datasets["valid"], hparams)
+    entropies = representation_entropy(
+        st_brain,
+        datasets["valid"],
+        hparams["entropy_windows"],
+        hparams["entropy_utterances"],
+    )
     run_on_main(
         write_result,
         args=[st_brain, history, task_weights, entropies, hparams],

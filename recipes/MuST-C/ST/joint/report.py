@@ -15,7 +15,7 @@ TABLE = "must_c_joint"
 TITLE = "Speech translation with auxiliary tasks on MuST-C"
 
 
-def write_report(brain, hparams):
+def write_report(brain, row, hparams):
     """Write the row of a tested stage, and print it."""
     output = Path(hparams["output_folder"])
     lines = zip(brain.ids, brain.references, brain.hypotheses)
@@ -23,7 +23,9 @@ def write_report(brain, hparams):
         for ID, reference, hypothesis in sorted(lines):
             stream.write(f"{ID}\n  {reference}\n  {hypothesis}\n")
     probe = hparams["consistency"]
-    for first, second in sorted({(row[2], row[3]) for row in probe.rows}):
+    for first, second in sorted(
+        {tuple(measured[2:4]) for measured in probe.rows}
+    ):
         name = f"consistency_{first}_{second}.png"
         probe.plot(output / "plots" / name, (first, second))
     summary = Summary(output, title=TITLE)
@@ -40,7 +42,7 @@ def write_report(brain, hparams):
     for metric, value, unit in values:
         summary.add(
             table=TABLE,
-            row=f"{hparams['row']}, {hparams['language']}",
+            row=f"{row}, {hparams['language']}",
             metric=metric,
             value=value,
             unit=unit,

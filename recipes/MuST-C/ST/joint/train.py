@@ -42,6 +42,9 @@ class ST(TranslationBrain):
     """Class that manages the training loop of both stages.
 
     `compute_forward` and `compute_objectives` are those of `TranslationBrain`.
+    It reads hparams.compute_features, hparams.fea_augment,
+    hparams.guard, hparams.objective, hparams.search, hparams.greedy_tokens and
+    hparams.train_logger.
     """
 
     def tasks_of(self, batch, stage):
@@ -278,7 +281,7 @@ if __name__ == "__main__":
         test_loader_kwargs=loader_kwargs,
         **best_key(hparams["main"]),
     )
-    run_on_main(write_report, args=[st_brain, hparams])
+    run_on_main(write_report, args=[st_brain, hparams["row"], hparams])
     # Without it a process that ends first may take the others down.
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
