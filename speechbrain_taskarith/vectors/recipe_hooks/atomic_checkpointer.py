@@ -127,7 +127,8 @@ class AtomicCheckpointer(Checkpointer):
             raise ValueError(f"num_to_keep={num_to_keep}: expected at least 0")
         keys = [{"min_key": key} for key in min_keys or ()]
         keys += [{"max_key": key} for key in max_keys or ()]
-        keys += [{"importance_key": key} for key in importance_keys]
+        # `save_and_keep_only` adds one to its own default at each call.
+        keys += [{"importance_key": k} for k in dict.fromkeys(importance_keys)]
         others, best = set(), set()
         for key in keys:
             # As upstream: a checkpoint without the key is left alone.
@@ -183,8 +184,15 @@ class AtomicCheckpointer(Checkpointer):
             if not (folder / "CKPT.yaml").exists() or not is_whole(folder):
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _list_checkpoint_dirs(self):
-        return [f for f in super()._list_checkpoint_dirs() if is_whole(f)]
+    def list_checkpoints(self):
+        """As `Checkpointer.list_checkpoints`; only whole ones."""
+        found = []
+        for folder in self._list_checkpoint_dirs():
+            meta = read_checkpoint_meta(folder)
+            if is_whole(folder, meta):
+                files = {file.stem: file for file in folder.glob("*.ckpt")}
+                found.append(Checkpoint(folder, meta, files))
+        return found
 
 
 def _name_final(error, temporary, final):
