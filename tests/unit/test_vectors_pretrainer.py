@@ -87,16 +87,19 @@ def test_a_hugging_face_base(tmp_path, kind, collect):
         equal(module, expected)
 
 
-def test_a_file_that_was_collected_before(tmp_path, whisper):
-    # Another process collects; this one has the links only.
+@pytest.mark.parametrize("file", ["", "model.safetensors"])
+def test_what_was_collected_before(tmp_path, whisper, file):
+    # By run_on_main, the main process collects; others have the links only.
     module = wrapper("Whisper", whisper)
     expected = copied(module)
-    paths = {"whisper": str(whisper / "model.safetensors")}
+    paths = {"whisper": str(whisper / file)}
     collect = {"collect_in": tmp_path / "in", "loadables": {"whisper": module}}
     TaskVectorPretrainer(**collect, paths=paths).collect_files()
     tuned(module)
-    TaskVectorPretrainer(**collect).load_collected()
+    TaskVectorPretrainer(**collect, paths=paths).load_collected()
     equal(module, expected)
+    # Again, over what is there.
+    TaskVectorPretrainer(**collect, paths=paths).collect_files()
 
 
 def checkpoint(module, folder, name="whisper"):
@@ -302,3 +305,33 @@ def test_bad_paths(tmp_path, whisper):
         paths={"m": "results/none/save"},
         conditions={"m": False},
     ).collect_files()
+
+
+def test_sequential_editing_from_a_hugging_face_model(tmp_path, whisper):
+    from speechbrain_taskarith.vectors import SequentialEditor
+
+    module = wrapper("Whisper", whisper)
+    editor = SequentialEditor(whisper, TaskArithmetic(0.5), tmp_path / "log")
+    base = dict(open_state(whisper))
+    run = checkpoint(tuned(module), tmp_path / "run")
+    editor.learn("us", run)
+    edited = editor.state()
+    assert list(edited) == list(base)
+    for name, tensor in edited.items():
+        after = module.state_dict()[f"model.{name}"]
+        torch.testing.assert_close(tensor, (base[name] + after) / 2)
+
+
+def test_searching_the_scale_of_a_wrapper(tmp_path, whisper):
+    from speechbrain_taskarith.vectors import search_scale
+
+    module = wrapper("Whisper", whisper)
+    run = checkpoint(tuned(module), tmp_path / "run")
+    tau = TaskVector.between(whisper, run)
+    target = module.state_dict()["model.encoder.conv1.weight"].clone()
+
+    def distance(model):
+        return (model.model.encoder.conv1.weight - target).abs().sum().item()
+
+    search = search_scale(module, whisper, tau, distance, [0.0, 0.5, 1.0])
+    assert search.best == 1.0

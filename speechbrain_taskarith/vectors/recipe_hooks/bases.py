@@ -294,7 +294,8 @@ def _check_settings(stored, module, name):
         live = _described(module, attribute)
         if live is None or not (folder / file).exists():
             continue
-        for key, value in read_json(folder / file).items():
+        content = read_json(folder / file)
+        for key, value in content.items():
             same = key not in live or _plain(live[key]) == _plain(value)
             if wanted(key) and not same:
                 differ.append(

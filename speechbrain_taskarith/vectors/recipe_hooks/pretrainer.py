@@ -115,11 +115,7 @@ class TaskVectorPretrainer(Pretrainer):
         self.any_base, self.strict = any_base, strict
 
     def collect_files(self, default_source=None, **arguments):
-        """As `Pretrainer.collect_files`; takes every form of a base.
-
-        Folders are read where they lie, and are not linked into
-        `collect_in`.
-        """
+        """As `Pretrainer.collect_files`; takes every form of a base."""
         wanted = [n for n in self.loadables if self.is_loadable(n)]
         paths = {n: p for n, p in self.paths.items() if n in wanted}
         found = {n: self._found(n, p) for n, p in paths.items()}
@@ -139,6 +135,12 @@ class TaskVectorPretrainer(Pretrainer):
         finally:
             self.loadables = loadables
         self.is_local.extend(folders)
+        if self.collect_in is not None:
+            # By these, other processes find what the main one collected.
+            for name, folder in folders.items():
+                link = self.collect_in / f"{name}.ckpt"
+                link.unlink(missing_ok=True)
+                link.symlink_to(Path(folder).absolute())
         # A link in collect_in has lost the suffix that tells the format.
         self._local = local
         return collected | {n: Path(p) for n, p in folders.items()}
@@ -196,7 +198,8 @@ class TaskVectorPretrainer(Pretrainer):
             self.custom_hooks = hooks
 
     def _base(self, name, obj, path):
-        return open_base(_with_suffix(path), obj, name=name)
+        path = path.resolve() if path.is_dir() else _with_suffix(path)
+        return open_base(path, obj, name=name)
 
     def _edited(self, name, obj, path):
         base = self._base(name, obj, path)
