@@ -185,14 +185,14 @@ class Corpus:
             transformers.Wav2Vec2FeatureExtractor().save_pretrained(folder)
         return str(folder)
 
-    def whisper(self):
+    def whisper(self, seed=0):
         """Save a random Whisper as transformers would; return its folder."""
         import transformers
         from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-        folder = self.folder / "whisper"
+        folder = self.folder / f"whisper-{seed}"
         if not folder.exists():
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
             letters = list(bytes_to_unicode().values())
             special = ["endoftext", "startoftranscript", "en", "translate"]
             special += ["transcribe", "startoflm", "startofprev", "nospeech"]

@@ -99,18 +99,29 @@ def test_testing_again_changes_nothing(us, de, edit):
         assert not changed(state, weights(again / name)), name
 
 
-def test_testing_with_another_scale_keeps_the_law(us, de, edit):
-    tuned = weights(de / "model.finetuned.ckpt")
-    again = edit("de", "--test_only", rule={"scale": 0.2})
-    law(again, weights(us / "model.ckpt"), "model", 0.2, density=0.5)
-    assert not changed(tuned, weights(again / "model.finetuned.ckpt"))
-
-
 def test_training_goes_on_after_a_test(us, de, edit):
     tuned = weights(de / "model.finetuned.ckpt")
     again = edit("de", number_of_epochs=3)
     law(again, weights(us / "model.ckpt"), "model", 0.6, density=0.5)
     assert changed(tuned, weights(again / "model.finetuned.ckpt"))
+
+
+def test_testing_with_another_scale_keeps_the_law(recipe, us, de, edit):
+    tuned = weights(de / "model.finetuned.ckpt")
+    again = edit("de", "--test_only", rule={"scale": 0.2})
+    law(again, weights(us / "model.ckpt"), "model", 0.2, density=0.5)
+    assert not changed(tuned, weights(again / "model.finetuned.ckpt"))
+    # Training goes on with the scale it began with, or not at all.
+    files = {p: p.read_bytes() for p in again.iterdir()}
+    refused = recipe.run(
+        "de",
+        diff=EDIT,
+        checkpointer={"base": str(us.parent)},
+        number_of_epochs=4,
+        expect=None,
+    )
+    assert "scale" in refused.error, refused.error
+    assert {p: p.read_bytes() for p in again.iterdir()} == files
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ from runner import Recipe
 
 EDIT = "hparams/edit_whisper.yaml"
 MERGED = "hparams/merged_whisper.yaml"
-ADAPTERS = "hparams/adapters_whisper.yaml"
+ADAPTER = "hparams/adapter_whisper.yaml"
+FUSION = "hparams/fusion_whisper.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -94,29 +95,57 @@ def test_a_merged_model_is_where_training_starts(
 
 
 @pytest.fixture(scope="module")
-def chain(recipe):
-    """Train one adapter, then the other, then their combination."""
-    folders, start = {}, None
-    for train in ("us", "de", "ST-A"):
-        run = recipe.run(
-            f"adapter_{train}",
-            diff=ADAPTERS,
-            adapters={"train": train, "bottleneck": 8},
-            start_from=start or "",
+def adapters(recipe, corpus):
+    """Each adapter in a run of its own, on its own domain."""
+    return {
+        name: recipe.run(
+            f"adapter_{name}",
+            diff=ADAPTER,
+            adapters={"names": [name], "train": name, "bottleneck": 8},
+            sizes=sizes.whisper(corpus, name),
         )
-        folders[train] = run.checkpoints[-1]
-        start = str(folders[train] / "whisper.ckpt")
-    return {k: weights(v / "whisper.ckpt") for k, v in folders.items()}
+        for name in ("us", "de")
+    }
 
 
-def test_adapters_leave_whisper_as_it_was(chain, public):
-    for train, state in chain.items():
-        same = {key: state[key] for key in public}
-        assert not changed(public, same), train
+@pytest.fixture(scope="module")
+def fusion(recipe, adapters):
+    """Their combination, with both files loaded."""
+    load = {name: str(run.save) for name, run in adapters.items()}
+    return recipe.run(
+        "fusion", diff=FUSION, adapters={"load": load, "bottleneck": 8}
+    )
 
 
-def test_only_the_named_adapter_moves(chain):
-    moved = changed(chain["us"], chain["de"])
-    assert moved and moved == only(moved, "adapter_de"), sorted(moved)
-    moved = changed(chain["de"], chain["ST-A"])
-    assert moved and not only(moved, "adapter_"), sorted(moved)
+def test_adapters_leave_whisper_as_it_was(adapters, fusion, public):
+    for run in (*adapters.values(), fusion):
+        state = weights(run.checkpoints[-1] / "whisper.ckpt")
+        assert not changed(public, {key: state[key] for key in public})
+
+
+def test_the_combination_trains_over_the_loaded_adapters(adapters, fusion):
+    state = weights(fusion.checkpoints[-1] / "whisper.ckpt")
+    for name, run in adapters.items():
+        alone = weights(run.checkpoints[-1] / "whisper.ckpt")
+        own = only(alone, f"adapter_{name}.")
+        assert any(alone[key].any() for key in only(own, ".up."))
+        assert not changed(
+            {key: alone[key] for key in own}, {key: state[key] for key in own}
+        )
+    rest = only(state, "task_adapters") - only(state, "adapter_us.")
+    assert rest - only(rest, "adapter_de."), "no combination was saved"
+
+
+def test_adapters_of_another_base_are_refused(recipe, corpus, adapters):
+    """Each is held against the base at the first forward pass."""
+    other = corpus.whisper(seed=1)
+    load = {name: str(run.save) for name, run in adapters.items()}
+    run = recipe.run(
+        "other_base",
+        diff=FUSION,
+        adapters={"load": load, "bottleneck": 8},
+        whisper_hub=other,
+        expect=None,
+    )
+    assert "another base" in run.log
+    assert not run.checkpoints
