@@ -2,13 +2,14 @@
 
 Two requests are traced with `sys.setprofile`: `taskarith merge merge.yaml` on
 three tiny safetensors files, and `insert_adapters` with one training step of
-each stage on a SpeechBrain Conformer of two layers. Comprehensions, lambdas
-and module bodies do not count.
+each stage on a SpeechBrain Conformer of two layers. Comprehensions, lambdas, and
+bodies of modules and classes do not count.
 
     python benchmarks/crossings.py            # this checkout
     PYTHONPATH=<other checkout> python benchmarks/crossings.py
 """
 
+import inspect
 import os
 import sys
 import tempfile
@@ -39,6 +40,8 @@ class Trace:
         code = frame.f_code
         if event != "call" or code.co_name.startswith("<"):
             return
+        if not code.co_flags & inspect.CO_OPTIMIZED:
+            return  # the body of a class, run by a lazy import
         if not code.co_filename.startswith(str(ROOT)):
             return
         # The command line's own entry and parsers count as well.

@@ -27,18 +27,7 @@ from speechbrain_taskarith.utils.files import read_json, sha256_of, write_json
 
 logger = get_logger(__name__)
 
-WORDS = (
-    "ZERO",
-    "ONE",
-    "TWO",
-    "THREE",
-    "FOUR",
-    "FIVE",
-    "SIX",
-    "SEVEN",
-    "EIGHT",
-    "NINE",
-)
+WORDS = tuple("ZERO ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE".split())
 # The repository's own split: takes 0 to 4 of every speaker and digit.
 TEST_INDICES = range(5)
 SPLITS = ("train", "valid", "test")

@@ -20,6 +20,8 @@ REQUIRED = ("ID", "duration", "wav", "spk_id", "wrd")
 DURATION_TOLERANCE = 0.02
 _CHECKS = ("none", "files", "headers", "decode")
 _SHOWN_FAULTS = 10
+# What stands for the data folder in paths, in .csv and in .json.
+_MARKS = ("$data_root", "{data_root}")
 
 
 class ManifestError(ValueError):
@@ -202,7 +204,7 @@ def write_manifest(path, recordings, data_root=None):
     as_json = path.endswith(".json")
     if not as_json and not path.endswith(".csv"):
         raise ValueError(f"{path}: expected a name in .csv or .json")
-    mark = "{data_root}" if as_json else "$data_root"
+    mark = _MARKS[as_json]
     rows, seen = [], set()
     for number, item in enumerate(recordings, start=1):
         row = dict(item.row() if isinstance(item, Recording) else item)
@@ -228,9 +230,11 @@ class _Fault(Exception):
 
 def _read_csv(path):
     with open(path, encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream)
+        # As SpeechBrain reads them: "ID, duration, wav" is what people write.
+        reader = csv.DictReader(stream, skipinitialspace=True)
         try:
-            columns = reader.fieldnames or []
+            columns = [name.strip() for name in reader.fieldnames or []]
+            reader.fieldnames = columns
             missing = [name for name in REQUIRED if name not in columns]
             if missing:
                 fault = (
@@ -241,7 +245,13 @@ def _read_csv(path):
                 )
                 raise ManifestError(path, [fault])
             return [(f"row {reader.line_num}", row) for row in reader]
-        except (UnicodeDecodeError, csv.Error) as error:
+        except csv.Error as error:
+            fault = (
+                f"near line {reader.line_num}: {error}. Is a quotation mark "
+                "missing?"
+            )
+            raise ManifestError(path, [fault]) from error
+        except UnicodeDecodeError as error:
             fault = f"not a CSV file in UTF-8 ({error}). Save it as such"
             raise ManifestError(path, [fault]) from error
 
@@ -281,10 +291,13 @@ def _parse(row, data_root):
         duration = math.nan
     if not (math.isfinite(duration) and duration > 0):
         raise _Fault("duration is not a number of seconds above 0")
-    wav = str(row.pop("wav"))
-    for mark in ("$data_root", "{data_root}"):
-        wav = wav.replace(mark, data_root)
-    wav = os.path.join(data_root, wav)
+    wav = str(row.pop("wav")).strip()
+    if any(mark in wav for mark in _MARKS):
+        # Not put in front twice, where the folder's own path is relative.
+        for mark in _MARKS:
+            wav = wav.replace(mark, data_root)
+    else:
+        wav = os.path.join(data_root, wav)
     accent = row.pop("accent", None) or row.pop("accent_or_domain", None)
     row.pop("accent_or_domain", None)
     return Recording(
@@ -378,7 +391,8 @@ def _relative(value, data_root, mark):
     """Replace the leading data folder of a path, or of a list of paths."""
     if isinstance(value, (list, tuple)):
         return [_relative(part, data_root, mark) for part in value]
-    root = os.path.join(os.path.abspath(data_root), "")
-    if isinstance(value, str) and value.startswith(root):
-        return f"{mark}/{value.removeprefix(root)}"
+    for folder in (os.path.abspath(data_root), os.fspath(data_root)):
+        root = os.path.join(folder, "")
+        if isinstance(value, str) and value.startswith(root):
+            return f"{mark}/{value.removeprefix(root)}"
     return value

@@ -69,6 +69,9 @@ def translation_scores(
         Without sacrebleu, naming the extra to install.
     ValueError
         Numbers of sentences that differ, or none.
+    TypeError
+        A single string in place of a list, or a sentence that is no string,
+        naming it.
 
     Example
     -------
@@ -81,10 +84,24 @@ def translation_scores(
     0.75
     """
     sacrebleu = require("sacrebleu", "translation", "BLEU")
+    if isinstance(references, str) or isinstance(hypotheses, str):
+        raise TypeError(
+            "expected lists of sentences, got a single string; write "
+            "translation_scores([reference], [hypothesis])"
+        )
     hypotheses, references = list(hypotheses), list(references)
     sets = [references]
-    if references and not isinstance(references[0], str):
+    if references and isinstance(references[0], list | tuple):
         sets = [list(one) for one in references]
+    for what, one in [("hypothesis", hypotheses)] + [
+        ("reference", one) for one in sets
+    ]:
+        for number, sentence in enumerate(one):
+            if not isinstance(sentence, str):
+                raise TypeError(
+                    f"sentence {number}: the {what} is {sentence!r}, "
+                    "expected a string"
+                )
     if not hypotheses or any(len(one) != len(hypotheses) for one in sets):
         raise ValueError(
             f"{len(hypotheses)} hypotheses, {[len(one) for one in sets]} "

@@ -146,11 +146,11 @@ class WERReport:
         return f"<WERReport: {self}>"
 
 
-def wer(references, hypotheses, ids=None) -> "WERReport":
+def wer(references, hypotheses, ids=None, *, normalize=None) -> "WERReport":
     """Count word errors of hypotheses against references.
 
-    Words are compared as written: case and punctuation count, nothing is
-    normalised. Strings are split at white space.
+    Words are compared as written: case, punctuation and the form of Unicode
+    count unless `normalize` takes them away. Strings are split at white space.
 
     Arguments
     ---------
@@ -165,6 +165,10 @@ def wer(references, hypotheses, ids=None) -> "WERReport":
     ids : sequence of str or None
         Names of the utterances, for messages and for `WERReport.ids`; by
         default the keys of a dict or "0", "1", ...
+    normalize : callable or None
+        `normalize(text) -> text`, for every transcript of both sides before
+        it is split: `str.lower`, or the normalisers of `transformers`
+        (`models.whisper.english_normalizer`). Name it beside the figure.
 
     Returns
     -------
@@ -178,26 +182,31 @@ def wer(references, hypotheses, ids=None) -> "WERReport":
         hypotheses, or IDs that do not match.
     TypeError
         A transcript that is neither a string nor a list of words (None or
-        NaN, as a table with a missing cell yields), naming the utterance.
+        NaN, as a table with a missing cell yields), naming the utterance;
+        a `normalize` that returns anything but text.
 
     Example
     -------
+    >>> wer(["One two"], ["one two"]).wer
+    50.0
+    >>> wer(["One two"], ["one two"], normalize=str.lower).wer
+    0.0
     >>> report = wer(["one two", ""], [["one", "two"], ["six"]])
     >>> report.wer, report.insertions, report.sentence_errors
     (50.0, 1, 1)
     >>> wer({"a": "one", "b": "two"}, {"b": "two", "a": "nine"}).ids
     ('a', 'b')
     """
-    _, ids, alignments = aligned(references, hypotheses, ids)
+    _, ids, alignments = aligned(references, hypotheses, ids, normalize)
     return WERReport(tuple(map(_counts, ids, alignments)))
 
 
-def by_domain(references, hypotheses, domains, ids=None):
+def by_domain(references, hypotheses, domains, ids=None, *, normalize=None):
     """Count word errors separately for every domain.
 
     Arguments
     ---------
-    references, hypotheses, ids
+    references, hypotheses, ids, normalize
         See `wer`.
     domains : sequence or dict
         The domain of every utterance (any hashable, e.g. an accent), in the
@@ -223,7 +232,7 @@ def by_domain(references, hypotheses, domains, ids=None):
     >>> sum(reports.values()).words
     3
     """
-    report = wer(references, hypotheses, ids)
+    report = wer(references, hypotheses, ids, normalize=normalize)
     domains = one_each(domains, report.ids, "domain")
     groups = {}
     for domain, utterance in zip(domains, report.utterances):
@@ -248,11 +257,11 @@ def error_rate(errors, total):
     return 100.0 * errors / total
 
 
-def aligned(references, hypotheses, ids=None):
+def aligned(references, hypotheses, ids=None, normalize=None):
     """Align the words of every utterance."""
     references, hypotheses, ids = matched(references, hypotheses, ids)
-    references = _tokenised(references, ids, "reference")
-    hypotheses = _tokenised(hypotheses, ids, "hypothesis")
+    references = _tokenised(references, ids, "reference", normalize)
+    hypotheses = _tokenised(hypotheses, ids, "hypothesis", normalize)
     output = jiwer.process_words(
         references,
         hypotheses,
@@ -338,7 +347,7 @@ def some_utterances(ids, show=5):
     return f"utterance{plural} {', '.join(map(repr, ids[:show]))}{more}"
 
 
-def _tokenised(transcripts, ids, what):
+def _tokenised(transcripts, ids, what, normalize):
     result = []
     for id_, words in zip(ids, transcripts):
         if isinstance(words, str):
@@ -351,5 +360,13 @@ def _tokenised(transcripts, ids, what):
                 "string or a list of words; a missing transcript must be "
                 "filled in or its utterance left out"
             )
+        if normalize is not None:
+            text = normalize(" ".join(words))
+            if not isinstance(text, str):
+                raise TypeError(
+                    f"utterance {id_!r}: normalize returned {text!r}, "
+                    "expected a string"
+                )
+            words = text.split()
         result.append(list(words))
     return result

@@ -1,7 +1,14 @@
 """`base + scale * delta` with the cast back to the stored type."""
 
+import math
+
 import torch
 
+from speechbrain_taskarith.vectors.checks import (
+    all_finite,
+    floating,
+    overflow_error,
+)
 from speechbrain_taskarith.vectors.engine.workspace import add_scaled
 from speechbrain_taskarith.vectors.states.names import (
     check_tied_values,
@@ -12,14 +19,16 @@ from speechbrain_taskarith.vectors.states.readers import as_state
 # Elements worked on at a time: the piece of scaled vector stays in the cache,
 # so that memory is passed three times (two tensors read, one written). A GPU
 # wants larger pieces, for fewer launches.
+_HALF = (torch.float16, torch.bfloat16)
 _CHUNK = {"cpu": 1 << 19, "cuda": 1 << 22}
 
 
-def edit_into(tensor, base, delta, scale):
+def edit_into(tensor, base, delta, scale, name):
     """Write `base + scale * delta` into a tensor, in its own type.
 
-    `base` has the tensor's dtype, shape and device and may be the tensor
-    itself; `delta` is float32. A scale of 0 copies the base's bytes.
+    `base` has the tensor's shape and device and may be the tensor itself;
+    `delta` is float32. A scale of 0 copies the base's values. ValueError,
+    which names the parameter, where the type cannot hold the result.
     """
     with torch.no_grad():
         if scale == 0:
@@ -29,6 +38,8 @@ def edit_into(tensor, base, delta, scale):
             out = torch.empty_like(delta)
             base = base.float()
             tensor.copy_(add_scaled(torch, base, delta, scale, out, out))
+            if not all_finite(tensor):
+                raise _overflow(name, tensor, scale)
             return
         chunk = _CHUNK.get(tensor.device.type, _CHUNK["cuda"])
         target, source = tensor.view(-1), base.reshape(-1)
@@ -36,25 +47,39 @@ def edit_into(tensor, base, delta, scale):
         # float32: a program may have changed torch's default type.
         kind = {"dtype": torch.float32, "device": tensor.device}
         scratch = torch.empty((2, min(chunk, len(step))), **kind)
+        direct = target.dtype == source.dtype == torch.float32
+        # Finite where no part is NaN or infinite. Of a GPU's tensor it is
+        # asked once, at the end.
+        total = torch.zeros((), **kind)
         for start in range(0, len(step), chunk):
             part = slice(start, start + chunk)
             product, before = scratch[:, : len(step[part])]
-            if target.dtype == torch.float32:
+            if direct:
                 before, out = source[part], target[part]
                 add_scaled(torch, before, step[part], scale, product, out)
             else:
                 before.copy_(source[part])
                 add_scaled(torch, before, step[part], scale, product, product)
                 target[part] = product
+            total += target[part].sum(dtype=torch.float32)
+        # The sum may also be too large by itself.
+        if not torch.isfinite(total) and not all_finite(target):
+            raise _overflow(name, tensor, scale)
 
 
-def edited(tau, base, scales):
+def _overflow(name, tensor, scale):
+    return overflow_error(name, str(tensor.dtype).removeprefix("torch."), scale)
+
+
+def edited(tau, base, scales, dtype=None):
     """Return `base + scale * tau` for all names of the base.
 
-    In the base's types; tied names share a tensor. `scales` is
-    `{name: float}` for the names of the vector, which fits the base.
+    In the base's types, or all floating point tensors in `dtype`; tied names
+    share a tensor. `scales` is `{name: float}` for the names of the vector,
+    which fits the base.
     """
     check_tied_edits(tau, base, scales)
+    dtype = dtype and getattr(torch, floating(dtype))
     result = {}
     for name in base:
         origin = base.aliases.get(name, name)
@@ -62,26 +87,57 @@ def edited(tau, base, scales):
             result[name] = result[origin]
             continue
         tensor = base[name]
+        kind = dtype if dtype and base.info(name).floating else tensor.dtype
         if name not in tau:
-            result[name] = tensor.clone()
+            result[name] = tensor.to(kind, copy=True)
+            # A mask may hold infinity; it stays.
+            changed = kind != tensor.dtype and not all_finite(result[name])
+            if changed and all_finite(tensor):
+                raise _overflow(name, result[name], 0)
             continue
-        result[name] = torch.empty_like(tensor)
+        result[name] = torch.empty_like(tensor, dtype=kind)
         delta = tau[name].to(tensor.device)
-        edit_into(result[name], tensor, delta, scales[name])
+        edit_into(result[name], tensor, delta, scales[name], name)
     return result
+
+
+def rounding_loss(tau, base, result, scales):
+    """Return which share of an edit rounding to the stored types lost.
+
+    Norm of `result - (base + scale * tau)` over that of `scale * tau`, in
+    [0, about 1]; 0 for an edit that is 0.
+    """
+    lost, moved = 0.0, 0.0
+    for name in tau:
+        if name not in base.aliases or base.aliases[name] == name:
+            step = tau[name].double() * scales[name]
+            exact = base[name].double() + step
+            lost += float((result[name].double() - exact).square().sum())
+            moved += float(step.square().sum())
+    return math.sqrt(lost / moved) if moved else 0.0
 
 
 def edit_in_place(tau, state, scales):
     """Add `scale * tau` to a state's tensors in place, tied ones once."""
     check_tied_edits(tau, state, scales)
-    seen = set()
+    chosen = {}
     for name in tau:
-        origin = state.aliases.get(name, name)
-        if origin in seen or scales[name] == 0.0:
-            continue
-        seen.add(origin)
+        if scales[name]:
+            chosen.setdefault(state.aliases.get(name, name), name)
+    # What is written cannot be taken back: half precision, which overflows
+    # in practice, is tried out before anything changes.
+    for name in chosen.values():
         tensor = state[name]
-        edit_into(tensor, tensor, tau[name].to(tensor.device), scales[name])
+        if not tensor.numel() or tensor.dtype not in _HALF:
+            continue
+        delta = tau[name].to(tensor.device)
+        most = tensor.abs().max() + abs(scales[name]) * delta.abs().max()
+        if most >= torch.finfo(tensor.dtype).max:
+            trial = torch.empty_like(tensor)
+            edit_into(trial, tensor, delta, scales[name], name)
+    for name in chosen.values():
+        tensor, delta = state[name], tau[name].to(state[name].device)
+        edit_into(tensor, tensor, delta, scales[name], name)
 
 
 def check_tied_edits(tau, state, scales):

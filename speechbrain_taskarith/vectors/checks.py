@@ -5,6 +5,10 @@ import numbers
 from collections.abc import Mapping
 
 from speechbrain_taskarith.utils.patterns import first_match, require_match
+from speechbrain_taskarith.vectors.states.safetensors import (
+    FLOATING,
+    TORCH_NAME,
+)
 
 # Largest number of float32, in which everything is computed: beyond it a
 # factor is infinite, and infinity times zero is NaN.
@@ -98,6 +102,20 @@ def one_of(name, value, allowed):
         listed = ", ".join(repr(choice) for choice in allowed)
         raise ValueError(f"{name}={value!r}: expected one of {listed}")
     return value
+
+
+def floating(dtype):
+    """Return the plain name of a floating point type that can be stored."""
+    name = str(dtype).removeprefix("torch.")
+    return one_of("dtype", name, [TORCH_NAME[code] for code in FLOATING])
+
+
+def overflow_error(name, dtype, scale):
+    """Return the error for an edit that the stored type cannot hold."""
+    return ValueError(
+        f"{name!r}: base + {scale:g} * vector is too large for {dtype}. Use a "
+        "smaller scale, or write float32 (dtype='float32')"
+    )
 
 
 def all_finite(values):

@@ -5,7 +5,6 @@ and a layout that says how to read them back. The layout is text, so that a
 file can be understood without this plugin.
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -13,16 +12,17 @@ import numpy as np
 import torch
 
 from speechbrain_taskarith.vectors.checks import all_finite
+from speechbrain_taskarith.vectors.engine.vector_header import (
+    ENCODINGS,
+    read_vector_header,
+    vector_metadata,
+)
 from speechbrain_taskarith.vectors.states.readers import open_state
 from speechbrain_taskarith.vectors.states.safetensors import damaged
-from speechbrain_taskarith.vectors.states.state import TASK_VECTOR
 from speechbrain_taskarith.vectors.states.writers import save_state
 
 # Behind a parameter's name; never part of one, since modules join by dots.
 _MASK, _VALUES, _SCALE = "::mask", "::values", "::scale"
-
-ENCODINGS = ("lossless", "bf16", "int8")
-ENCODINGS += ("sparse", "sparse-bf16", "sparse-int8")
 
 
 def encode(deltas, encoding="lossless"):
@@ -98,37 +98,30 @@ def write_vector(tau, path, encoding):
                 "nothing was written. Look for a scale that is too large, or "
                 "store it lossless"
             )
-    content = {
-        "version": 1,
-        "layout": layout,
-        "base_fingerprint": tau.base_fingerprint,
-        "metadata": tau.metadata,
-    }
-    metadata = {TASK_VECTOR: json.dumps(content)}
-    return save_state(tensors, path, metadata=metadata)
+    header = vector_metadata(layout, tau.base_fingerprint, tau.metadata)
+    return save_state(tensors, path, metadata=header)
 
 
 def read_vector(path):
     """Return deltas, base fingerprint and metadata that a file holds."""
     stored = open_state(path)
-    text = stored.metadata.get(TASK_VECTOR)
-    if text is None:
+    header = read_vector_header(stored)
+    if header is None:
         raise ValueError(
             f"{path}: holds weights, no task vector; make one with "
             "TaskVector.between(base, finetuned)"
         )
     stored.verify()
+    layout, *others = header
     try:
-        header = json.loads(text)
-        deltas = decode(stored, header["layout"])
-        found = deltas, header["base_fingerprint"], header["metadata"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        deltas = decode(stored, layout)
+    except (ValueError, KeyError, TypeError) as error:
         what = f"is not a complete task vector ({error})"
         raise damaged(path, what) from None
     for name, delta in deltas.items():
         if not all_finite(delta):
             raise damaged(path, f"{name!r} holds NaN or infinity")
-    return found
+    return deltas, *others
 
 
 def _to_int8(rows):

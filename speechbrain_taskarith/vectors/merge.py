@@ -16,7 +16,14 @@ import time
 import types
 from pathlib import Path
 
+import numpy as np
+
 from speechbrain_taskarith.utils.files import temporary_file
+from speechbrain_taskarith.vectors.checks import (
+    all_finite,
+    floating,
+    overflow_error,
+)
 from speechbrain_taskarith.vectors.engine.inputs import MergeInputs
 from speechbrain_taskarith.vectors.engine.streaming import Passes, Stream
 from speechbrain_taskarith.vectors.engine.workspace import (
@@ -24,11 +31,19 @@ from speechbrain_taskarith.vectors.engine.workspace import (
     Place,
     add_scaled,
     places,
+    rounding,
+    stored_finite,
+    to_numpy,
     to_stored,
 )
 from speechbrain_taskarith.vectors.rules.base import check_rule
 from speechbrain_taskarith.vectors.states.readers import form_of, open_state
-from speechbrain_taskarith.vectors.states.safetensors import SafetensorsWriter
+from speechbrain_taskarith.vectors.states.safetensors import (
+    FLOATING,
+    ITEM_SIZE,
+    TORCH_NAME,
+    SafetensorsWriter,
+)
 from speechbrain_taskarith.vectors.states.state import fingerprint_of
 from speechbrain_taskarith.vectors.states.writers import save_state
 
@@ -69,6 +84,11 @@ class MergeReport:
         `"total"`.
     bytes_read, bytes_written : int
         Bytes of tensors that went through.
+    dtype : str or None
+        What floating point tensors were written in; None: the base's types.
+    rounding_loss : float
+        Share of the edit that rounding to half precision lost, in [0, about
+        1]: norm of what was rounded away over norm of the edit. 0 in float32.
     peak_anonymous : int or None
         Largest anonymous memory of the process seen meanwhile, in bytes;
         None where the system does not tell (it is sampled).
@@ -87,6 +107,8 @@ class MergeReport:
     seconds: dict
     bytes_read: int
     bytes_written: int
+    dtype: str | None
+    rounding_loss: float
     peak_anonymous: int | None
 
     def to_dict(self):
@@ -112,6 +134,7 @@ def merge_checkpoints(
     chunk=None,
     metadata=None,
     recoverable=None,
+    dtype=None,
 ) -> "MergeReport":
     """Merge checkpoints into one: `base + scale * rule(finetuned - base)`.
 
@@ -162,6 +185,11 @@ def merge_checkpoints(
     recoverable : str or None
         Of inputs that are SpeechBrain folders, whose weights (see
         `open_state`); also their name in an output that is one.
+    dtype : str, torch.dtype or None
+        Type of all floating point tensors of the output: `"float32"`,
+        `"float16"`, `"bfloat16"`, `"float64"`; None: the base's. Half
+        precision rounds most of a small edit away: see
+        `MergeReport.rounding_loss`.
 
     Returns
     -------
@@ -176,7 +204,8 @@ def merge_checkpoints(
     ValueError
         Shapes that differ, NaN or infinity in an input, a damaged file, a
         vector of another base, a wrong number of inputs, a pattern that
-        matches nothing, too small a memory limit.
+        matches nothing, too small a memory limit, an edit that the output's
+        type cannot hold.
     OSError
         The output cannot be written (a full disk).
 
@@ -197,6 +226,7 @@ def merge_checkpoints(
     start = time.perf_counter()
     output = Path(output)
     form, seconds = form_of(output), {}
+    dtype = None if dtype is None else floating(dtype)
     metadata = dict(metadata or {})
     with watch_memory() as memory:
         inputs = MergeInputs(
@@ -231,7 +261,7 @@ def merge_checkpoints(
         header = {"format": "pt", **metadata, "merge": json.dumps(provenance)}
         if fingerprint:
             header["fingerprint"] = _UNKNOWN
-        infos = {name: inputs.base.info(name) for name in inputs.base}
+        infos = _output_infos(inputs.base, dtype)
         merged, found = output, None
         if form != "safetensors":
             file, merged = temporary_file(output.with_suffix(".safetensors"))
@@ -243,7 +273,7 @@ def merge_checkpoints(
                         inputs, rule.stages, chunk, threads, progress
                     )
                 with _timed(seconds, "merge"):
-                    _write(out, stream, rule, scales)
+                    rounding_loss = _write(out, stream, rule, scales)
                 if fingerprint:
                     with _timed(seconds, "output fingerprint"):
                         # Read back from the page cache: chunks come in any
@@ -272,6 +302,8 @@ def merge_checkpoints(
         seconds=seconds,
         bytes_read=hashed + sum(w.bytes_read for w in stream.passes.workspaces),
         bytes_written=sum(info.nbytes for info in infos.values()),
+        dtype=dtype,
+        rounding_loss=rounding_loss,
         peak_anonymous=memory.peak,
     )
 
@@ -334,18 +366,40 @@ def _fingerprint(states, passes):
     return sum(state.info(name).nbytes for state in states for name in state)
 
 
+def _output_infos(base, dtype):
+    """Return what is written: the base's tensors, in another type if asked."""
+    infos = {name: base.info(name) for name in base}
+    if dtype is not None:
+        code = next(code for code in FLOATING if TORCH_NAME[code] == dtype)
+        for name, info in infos.items():
+            if info.floating:
+                infos[name] = info._replace(dtype=code)
+    return infos
+
+
 def _write(out, stream, rule, scales):
-    """Write the edited tensors chunk by chunk, and copy the others."""
+    """Write the edited tensors chunk by chunk, and copy the others.
+
+    Returns the share of the edit that was lost by rounding.
+    """
     inputs, base = stream.source, stream.source.base
+    lost, moved = {}, {}  # sums of squares by place: threads change no bit
     names = {name: [name] for name in base}
     for twin, origin in inputs.twins.items():
         names[origin].append(twin)
 
     def copy(place, work):
-        info = base.info(place.name)
-        raw = work.bytes("copy", place.size * info.nbytes // info.numel)
-        work.bytes_read += len(raw)
-        base.read_into(place.name, place.start, place.stop, raw)
+        info, dtype = base.info(place.name), out.tensors[place.name].dtype
+        if dtype != info.dtype:
+            values = work.read(base, place, "copy")
+            # A mask may hold infinity; it stays.
+            raw = to_stored(values, dtype)
+            if all_finite(values) and not stored_finite(values, raw, dtype):
+                raise overflow_error(place.name, TORCH_NAME[dtype], 0)
+        else:
+            raw = work.bytes("copy", place.size * ITEM_SIZE[dtype])
+            work.bytes_read += len(raw)
+            base.read_into(place.name, place.start, place.stop, raw)
         for name in names[place.name]:
             out.write(name, place.start, raw)
 
@@ -358,13 +412,22 @@ def _write(out, stream, rule, scales):
         before = inputs.base_chunk(place, work)
         result = work.array("result", place.size)
         add_scaled(work.xp, before, merged, scale, result, result)
-        stored = to_stored(result, base.info(place.name).dtype)
+        dtype = out.tensors[place.name].dtype
+        raw = to_stored(result, dtype)
+        if not stored_finite(result, raw, dtype):
+            raise overflow_error(place.name, TORCH_NAME[dtype], scale)
+        lost[place.index] = rounding(result, raw, dtype)
+        if ITEM_SIZE[dtype] == 2:
+            step = to_numpy(merged)
+            moved[place.index] = scale**2 * float(np.dot(step, step))
         for name in names[place.name]:
-            out.write(name, place.start, stored)
+            out.write(name, place.start, raw)
 
     stream.merge(rule, emit)
     shapes = {name: base.info(name).shape for name in inputs.copied}
     stream.passes.run(copy, places(shapes, _COPY_CHUNK))
+    length = math.fsum(moved.values())
+    return math.sqrt(math.fsum(lost.values()) / length) if length else 0.0
 
 
 def _convert(merged, output, inputs, metadata, recoverable):

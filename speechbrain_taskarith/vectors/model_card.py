@@ -8,6 +8,7 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -204,7 +205,8 @@ class ModelCard:
         ---------
         output : str or pathlib.Path
             The weights' file or folder. A folder gets `model_card.md` and
-            `model_card.json` inside; a file `x.ckpt` gets `x.ckpt.card.md`
+            `model_card.json` inside, a Hugging Face folder `README.md` in
+            place of the first, as the Hub shows it; a file `x.ckpt` gets `x.ckpt.card.md`
             and `x.ckpt.json` beside it. `save_state` writes a torch file's
             metadata into the same JSON file: its other entries stay.
 
@@ -214,17 +216,31 @@ class ModelCard:
             The Markdown file and the JSON file.
         """
         output, content = Path(output), self.to_dict()
+        front = ""
         if output.is_dir():
             text, data = output / "model_card.md", output / "model_card.json"
+            if (output / "config.json").is_file():
+                text, front = output / "README.md", self._front_matter()
         else:
             text = output.with_name(f"{output.name}.card.md")
             data = output.with_name(f"{output.name}.json")
             if output.suffix in TORCH_SUFFIXES and data.is_file():
                 content = {**read_json(data), **content}
         with atomic_write(text, "w") as stream:
-            stream.write(self.to_markdown())
+            stream.write(front + self.to_markdown())
         write_json(data, content)
         return [text, data]
+
+    def _front_matter(self):
+        """Return what the Hub reads at the head of a card."""
+        lines = ["---", "library_name: transformers"]
+        for parent in self.parents:
+            name = str(parent.get("path", ""))
+            if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+                if parent.get("role") == "base" and not Path(name).exists():
+                    lines.append(f"base_model: {name}")
+        lines += ["tags:", "- merge", "- speechbrain_taskarith", "---", "", ""]
+        return "\n".join(lines)
 
 
 def _versions():

@@ -6,6 +6,7 @@ fingerprint of the base it was taken from.
 """
 
 import functools
+import json
 import math
 import operator
 from collections.abc import Mapping
@@ -33,6 +34,9 @@ from speechbrain_taskarith.vectors.states.names import (
 from speechbrain_taskarith.vectors.states.readers import as_state
 from speechbrain_taskarith.vectors.states.state import short
 
+# Vectors that a vector's history names, at most.
+_LONGEST_HISTORY = 64
+
 
 class TaskVector(Mapping):
     """A difference of weights, with an algebra and a memory of its base.
@@ -48,7 +52,8 @@ class TaskVector(Mapping):
         Fingerprint of the weights it was taken from; None when it combines
         vectors of several bases (then `apply` asks for `any_base=True`).
     metadata : dict or None
-        Where it comes from, plain types; stored with it.
+        Where it comes from, plain types; stored with it. A history of more
+        than 64 vectors is shortened to those that it began with.
 
     Example
     -------
@@ -73,7 +78,7 @@ class TaskVector(Mapping):
         own = {id(d): d.detach().float() for d in deltas.values()}
         self._deltas = {name: own[id(d)] for name, d in deltas.items()}
         self.base_fingerprint = base_fingerprint
-        self.metadata = dict(metadata or {})
+        self.metadata = _bounded(metadata or {})
 
     @classmethod
     def between(
@@ -229,6 +234,10 @@ class TaskVector(Mapping):
     def __add__(self, other) -> "TaskVector":
         return self._pair(other, torch.add, "sum")
 
+    def __radd__(self, other) -> "TaskVector":
+        # sum() starts from the number 0.
+        return self if isinstance(other, int) and not other else NotImplemented
+
     def __sub__(self, other) -> "TaskVector":
         return self._pair(other, torch.sub, "difference")
 
@@ -238,6 +247,8 @@ class TaskVector(Mapping):
         return self._map(lambda d: d * factor, operation)
 
     __rmul__ = __mul__
+    # Lets `numpy.float64(0.4) * tau` come here.
+    __array_ufunc__ = None
 
     def __truediv__(self, divisor):
         divisor = float(finite("divisor", divisor))
@@ -306,7 +317,7 @@ class TaskVector(Mapping):
         """
         return scale_by_name(scale, self)
 
-    def apply(self, base, scale=1.0, *, any_base=False):
+    def apply(self, base, scale=1.0, *, any_base=False, dtype=None):
         """Return edited weights: `theta = theta_base + scale * tau`.
 
         Computed in float32 and cast back to the base's dtype. Everything
@@ -324,6 +335,10 @@ class TaskVector(Mapping):
             False: the base must be the one that the vector was taken from.
             True: any weights of the same names and shapes (SYN2REAL applies
             a source domain's vector to the target's model).
+        dtype : str, torch.dtype or None
+            Type of all floating point tensors of the result: `"float32"`,
+            `"float16"`, `"bfloat16"`, `"float64"`; None: the base's. Half
+            precision rounds most of a small edit away.
 
         Returns
         -------
@@ -334,7 +349,8 @@ class TaskVector(Mapping):
         Raises
         ------
         ValueError
-            Another base, other shapes, a scale that is not finite.
+            Another base, other shapes, a scale that is not finite, an edit
+            that the type cannot hold.
         KeyError
             The base lacks parameters of the vector.
         """
@@ -345,7 +361,7 @@ class TaskVector(Mapping):
         if not any_base:
             origin = self.metadata.get("base", "path unknown")
             check_ancestry(base, self.base_fingerprint, origin=origin)
-        return edited(tau, base, tau.scales(scale))
+        return edited(tau, base, tau.scales(scale), dtype)
 
     def apply_(self, module, scale=1.0):
         """Edit a module in place, on its own device.
@@ -353,7 +369,8 @@ class TaskVector(Mapping):
         Reads two tensors and writes one. `apply_(module, -scale)` undoes it
         up to rounding; for exact undo keep the base and use `apply`. Only
         names and shapes are checked (after an edit the module is no longer
-        the base), and nothing is changed where they do not fit.
+        the base), and nothing is changed where they do not fit, or where half
+        precision cannot hold the result.
 
         Arguments
         ---------
@@ -438,6 +455,24 @@ class TaskVector(Mapping):
         parents = [self.metadata, other.metadata]
         metadata = {"operation": operation, "parents": parents}
         return TaskVector(deltas, base_fingerprint, metadata)
+
+
+def _bounded(metadata):
+    """Where a history has grown long, keep what it began with alone."""
+
+    def nodes(one):
+        yield one
+        for parent in one.get("parents", ()):
+            yield from nodes(parent)
+
+    if sum(1 for _ in nodes(metadata)) <= _LONGEST_HISTORY:
+        return dict(metadata)
+    origins = {}
+    for one in nodes(metadata):
+        if "parents" not in one:
+            origins.setdefault(json.dumps(one, default=str), one)
+    kept = list(origins.values())[: _LONGEST_HISTORY - 1]
+    return {**metadata, "parents": kept, "shortened": True}
 
 
 def _each(function, first, *others):

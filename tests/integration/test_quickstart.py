@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from digit_corpus import make_corpus
@@ -83,15 +84,61 @@ def test_the_studies_are_quiet_whatever_the_level_was(
 ):
     started = []
 
-    def run(command, cwd, env):
+    def start(command, env, **others):
         started.append(env)
-        return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(quickstart.subprocess, "run", run)
+    monkeypatch.setattr(quickstart.subprocess, "Popen", start)
     os.environ["SB_LOG_LEVEL"] = "INFO"  # as SpeechBrain leaves it
-    quickstart.run_study("syn2real", tmp_path, tmp_path, 0)
+    quickstart.start_study("syn2real", tmp_path, tmp_path, 0)
     assert started[0]["SB_LOG_LEVEL"] == "WARNING"
     assert "TASKARITH_PROGRESS" not in started[0]
+
+
+# A study that ends when the other one has begun.
+MEETS = """
+import pathlib, sys, time
+output = next(w for w in sys.argv if w.startswith("--output_folder="))
+folder = pathlib.Path(output.split("=")[1]).parent
+(folder / "{own}").touch()
+end = time.monotonic() + 60
+while not (folder / "{other}").exists():
+    assert time.monotonic() < end, "alone"
+    time.sleep(0.01)
+print("table of {own}")
+"""
+
+
+def make_studies(quickstart, monkeypatch, folder, first, second):
+    for name, script in zip(quickstart.STUDIES, (first, second)):
+        (folder / "recipes" / name).mkdir(parents=True)
+        (folder / "recipes" / name / "study.py").write_text(script)
+    monkeypatch.setattr(quickstart, "HERE", folder / "recipes")
+    return folder / "data", folder / "out", 0
+
+
+def test_the_studies_run_side_by_side(quickstart, monkeypatch, tmp_path, capfd):
+    scripts = (
+        MEETS.format(own="a", other="b"),
+        MEETS.format(own="b", other="a"),
+    )
+    quickstart.run_studies(
+        *make_studies(quickstart, monkeypatch, tmp_path, *scripts)
+    )
+    lines = [line for line in capfd.readouterr().out.splitlines() if line]
+    # The first one has the terminal.
+    assert sorted(lines[:2]) == ["== syn2real ==", "table of a"]
+    assert lines[2:] == ["== sequential_editing ==", "table of b"]
+
+
+def test_a_study_that_fails_ends_the_other(quickstart, monkeypatch, tmp_path):
+    alive = "import os, sys, time; time.sleep(300)"
+    studies = make_studies(
+        quickstart, monkeypatch, tmp_path, "raise SystemExit(3)", alive
+    )
+    start = time.monotonic()
+    with pytest.raises(SystemExit, match="syn2real failed with status 3"):
+        quickstart.run_studies(*studies)
+    assert time.monotonic() - start < 60
 
 
 def runs(folder):

@@ -77,6 +77,31 @@ def test_relative_paths_and_other_columns(folder):
     assert row.extra == {"note": "x, y"} and row.accent == row.split == ""
 
 
+@pytest.mark.parametrize("wav", ["$data_root/a.wav", "{data_root}/a.wav"])
+def test_a_relative_data_root(folder, monkeypatch, wav):
+    monkeypatch.chdir(folder.parent)
+    write(folder, f"a,0.5,{wav},theo,US,SEVEN,train\n")
+    rows = read_manifest(f"{folder.name}/manifest.csv", data_root=folder.name)
+    assert rows[0].wav == f"{folder.name}/a.wav"
+    write_manifest(folder / "again.csv", rows, data_root=folder.name)
+    assert read_manifest(folder / "again.csv")[0].wav == str(folder / "a.wav")
+
+
+def test_spaces_after_commas(folder):
+    write(
+        folder,
+        'a, 0.5, a.wav, theo, "SEVEN, EIGHT", train\n',
+        header="ID, duration, wav , spk_id, wrd, split\n",
+    )
+    (row,) = read_manifest(folder / "manifest.csv", splits="train")
+    assert (row.wav, row.wrd) == (str(folder / "a.wav"), "SEVEN, EIGHT")
+
+
+def test_a_cell_without_its_closing_quote(folder):
+    write(folder, 'a,0.5,a.wav,theo,US,"SEVEN,train\n' + "x\n" * 70000)
+    assert "Is a quotation mark missing?" in faults(folder)[0]
+
+
 def test_a_byte_order_mark_is_no_part_of_the_first_name(folder):
     text = (folder / "manifest.csv").read_text()
     (folder / "manifest.csv").write_text(text, encoding="utf-8-sig")

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import unicodedata
 
 import pytest
 from hypothesis import given, settings
@@ -168,6 +169,26 @@ def test_sum_refuses_other_things():
 def test_bad_input_is_named(references, hypotheses, error, text):
     with pytest.raises(error, match=text):
         wer(references, hypotheses)
+
+
+def test_normalize_is_applied_to_both_sides():
+    # The same word, composed and decomposed; both apostrophes.
+    references = ["Caf\u00e9 it's", ["ONE", "two"]]
+    hypotheses = ["cafe\u0301 it\u2019s", ["one", "TWO"]]
+
+    def normalize(text):
+        text = unicodedata.normalize("NFC", text).replace("\u2019", "'")
+        return text.casefold()
+
+    assert wer(references, hypotheses).wer == 100.0
+    report = wer(references, hypotheses, normalize=normalize)
+    assert (report.wer, report.words) == (0.0, 4)
+    reports = by_domain(
+        references, hypotheses, ["fr", "en"], normalize=normalize
+    )
+    assert [one.wer for one in reports.values()] == [0.0, 0.0]
+    with pytest.raises(TypeError, match="utterance 'u': normalize returned"):
+        wer({"u": "a"}, {"u": "a"}, normalize=lambda text: None)
 
 
 def test_bad_ids_and_domains_are_named():

@@ -128,6 +128,15 @@ def test_what_could_never_be_trained_is_refused(tmp_path):
     run(tmp_path, lost)
 
 
+@pytest.mark.parametrize("words", [["--seed=7"], ["--seed", "7"]])
+def test_an_option_that_differs_between_trainings_is_refused(tmp_path, words):
+    with pytest.raises(ValueError, match="--seed: the study sets it"):
+        run_trainings(
+            study_toy.train, plan(tmp_path), ["toy.yaml", *words], tmp_path
+        )
+    assert not list(tmp_path.iterdir())
+
+
 def hold(path, ready):
     with filelock.FileLock(path):
         ready.set()

@@ -37,6 +37,22 @@ def test_scores_are_sacrebleus():
             translation_scores(*bad)
 
 
+@pytest.mark.parametrize(
+    "references, hypotheses, text",
+    [
+        ("abc", ["abc"], "single string"),
+        (["abc"], "abc", "single string"),
+        (["a", "b"], ["x", None], "sentence 1: the hypothesis is None"),
+        ([None, "b"], ["x", "y"], "sentence 0: the reference is None"),
+        ([["a", 3.5]], ["x", "y"], "sentence 1: the reference is 3.5"),
+    ],
+)
+def test_what_is_no_sentence_is_named(references, hypotheses, text):
+    pytest.importorskip("sacrebleu", reason="SACREBLEU ABSENT")
+    with pytest.raises(TypeError, match=text):
+        translation_scores(references, hypotheses)
+
+
 def test_without_sacrebleu_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     with pytest.raises(ImportError, match=r"speechbrain_taskarith\[transl"):

@@ -1,5 +1,6 @@
 """SpeechBrain folders: which recoverable is meant, and odd files in them."""
 
+import random
 import warnings
 
 import pytest
@@ -11,7 +12,11 @@ from speechbrain.processing.features import InputNormalization
 from speechbrain.utils.checkpoints import Checkpointer
 from speechbrain.utils.epoch_loop import EpochCounter
 
-from speechbrain_taskarith.vectors import open_state
+from speechbrain_taskarith.vectors import (
+    find_checkpoint_folder,
+    open_state,
+    save_state,
+)
 
 
 def save(folder, **networks):
@@ -108,3 +113,74 @@ def test_any_bytes_are_refused_in_one_way(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="model.ckpt"):
         open_state(path)
+
+
+def damage(data, seed):
+    """Cut, change or take out bytes: where headers and names are."""
+    generator = random.Random(seed)
+    data = bytearray(data)
+    place = generator.randrange(min(len(data), 400))
+    kind = seed % 4
+    if kind == 0:
+        return data[:place]
+    if kind == 1:
+        data[place] = generator.randrange(256)
+    elif kind == 2:
+        data[-place - 1] = generator.randrange(256)
+    else:
+        del data[place : place + generator.randrange(1, 9)]
+    return data
+
+
+@pytest.mark.parametrize("form", ["zip.ckpt", "legacy.ckpt", "a.safetensors"])
+def test_damaged_files_are_refused_or_whole(tmp_path, form):
+    network = torch.nn.Linear(3, 2)
+    path = tmp_path / form
+    if path.suffix == ".ckpt":
+        new = form.startswith("zip")
+        weights = network.state_dict()
+        torch.save(weights, path, _use_new_zipfile_serialization=new)
+    else:
+        save_state(network, path)
+    data = path.read_bytes()
+    refused = 0
+    for seed in range(120):
+        path.write_bytes(damage(data, seed))
+        try:
+            state = open_state(path)
+            state.verify()
+            assert state.fingerprint
+        except ValueError as error:
+            refused += 1
+            assert form in str(error)
+    assert refused > 40
+
+
+@pytest.mark.parametrize(
+    "index",
+    ["[]", "3", "null", "{", '{"weight_map": []}']
+    + [
+        f'{{"weight_map": {{"a": {file}}}}}'
+        for file in ("3", "null", '["b"]', '""', '"."', '"../x"', '"/etc/x"')
+    ],
+)
+def test_a_bad_index_of_shards(tmp_path, index):
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match="model.safetensors.index.json"):
+        open_state(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["unixtime: abc", "unixtime: [1]", "unixtime: 2020-01-01", "WER: low"]
+    + ["taskarith: {files: 3}", "taskarith: {files: [3]}", "[1]", "3", ": :"]
+    + ["a: !!python/object:os.system x"],
+)
+def test_a_bad_ckpt_yaml(tmp_path, content):
+    for name, text in (("1", content), ("2", "unixtime: 1.0\nWER: 2.0")):
+        folder = tmp_path / f"CKPT+{name}"
+        folder.mkdir()
+        (folder / "CKPT.yaml").write_text(text)
+        torch.save({"w": torch.ones(1)}, folder / "model.ckpt")
+    with pytest.raises(ValueError, match=r"CKPT\+1/CKPT.yaml"):
+        find_checkpoint_folder(tmp_path, min_key="WER")

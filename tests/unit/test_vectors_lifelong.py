@@ -256,6 +256,23 @@ class TestEWC:
         )
         assert method.fisher["weight"].item() == pytest.approx(1.0)
 
+    def test_parts_get_their_own_modes_back(self):
+        # A frozen BatchNorm in a model that trains must stay frozen.
+        model = torch.nn.Sequential(
+            torch.nn.Linear(1, 1), torch.nn.BatchNorm1d(1)
+        ).train()
+        model[1].eval()
+        seen = []
+
+        def loss(item):
+            seen.append([part.training for part in model.modules()])
+            return model(item).sum()
+
+        EWC().consolidate(model, [torch.ones(2, 1)], loss)
+        assert seen == [[False, False, False]]
+        modes = [part.training for part in model.modules()]
+        assert modes == [True, True, False]
+
     def test_older_fisher_decays(self):
         model = torch.nn.Linear(1, 1, bias=False)
         method = EWC(decay=0.5)

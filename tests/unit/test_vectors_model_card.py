@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import yaml
 
 from speechbrain_taskarith.vectors import (
     TIES,
@@ -72,6 +73,23 @@ def test_a_folder_gets_its_card_inside(tmp_path):
         "model_card.json",
         "model_card.md",
     ]
+
+
+def test_a_hugging_face_folder_gets_its_card_where_the_hub_shows_it(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    parents = [
+        {"role": "base", "path": "openai/whisper-tiny.en"},
+        {"role": "fine-tuned", "path": "some/other"},
+    ]
+    ModelCard(parents=parents).save(tmp_path)
+    head, front, text = (tmp_path / "README.md").read_text().split("---\n", 2)
+    assert head == "" and "# Edited model" in text
+    assert yaml.safe_load(front) == {
+        "library_name": "transformers",
+        "base_model": "openai/whisper-tiny.en",
+        "tags": ["merge", "speechbrain_taskarith"],
+    }
+    assert not (tmp_path / "model_card.md").exists()
 
 
 def test_tables_survive_pipes_and_line_breaks():

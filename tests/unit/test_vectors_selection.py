@@ -67,11 +67,11 @@ def test_editing_in_pieces_equals_editing_whole(numel):
     torch.manual_seed(0)
     base, delta = torch.randn(numel), torch.randn(numel)
     tensor = torch.empty(numel)
-    edit_into(tensor, base, delta, 0.3)
+    edit_into(tensor, base, delta, 0.3, "w")
     assert torch.equal(tensor, base + delta * 0.3)
     wide = torch.empty(4, 6).t()  # not contiguous
     base, delta = torch.randn(6, 4), torch.randn(6, 4)
-    edit_into(wide, base, delta, -0.7)
+    edit_into(wide, base, delta, -0.7, "w")
     assert torch.equal(wide, base + delta * -0.7)
 
 

@@ -111,6 +111,35 @@ def test_transformers_reads_our_folder(tmp_path):
     )
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
+    # In another type: it is loaded as it was written.
+    half = {name: state[name].bfloat16() for name in state}
+    save_state(half, tmp_path / "half", like=tmp_path / "theirs")
+    again = transformers.WhisperForConditionalGeneration.from_pretrained(
+        tmp_path / "half"
+    )
+    assert again.dtype == torch.bfloat16
+
+
+def test_a_folder_takes_along_what_describes_the_model_alone(tmp_path):
+    taken = (
+        "config.json generation_config.json preprocessor_config.json "
+        "tokenizer.json tokenizer_config.json vocab.json merges.txt "
+        "special_tokens_map.json spiece.model chat_template.jinja LICENSE"
+    ).split()
+    others = (
+        "README.md tf_model.h5 flax_model.msgpack rust_model.ot model.onnx "
+        "optimizer.pt scheduler.pt rng_state.pth trainer_state.json "
+        "training_args.bin pytorch_model.bin model.safetensors.index.json "
+        "pytorch_model-00001-of-00002.bin adapter_config.json model.ckpt "
+        "quantization_config.json all_results.json"
+    ).split()
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for name in (*taken, *others):
+        (theirs / name).write_text("{}")
+    save_state({"w": torch.ones(1)}, tmp_path / "ours", like=theirs)
+    found = {path.name for path in (tmp_path / "ours").iterdir()}
+    assert found == {*taken, "model.safetensors"}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Task vectors: algebra, application, ancestry, storage."""
 
+import hashlib
+import json
 import math
 import re
 
@@ -9,8 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from speechbrain_taskarith.vectors import TaskVector, as_state
+from speechbrain_taskarith.vectors import (
+    TaskArithmetic,
+    TaskVector,
+    as_state,
+    merge_checkpoints,
+)
 from speechbrain_taskarith.vectors.encodings import ENCODINGS, decode, encode
 
 
@@ -246,6 +255,37 @@ def test_algebra(a, b, factor):
     np.testing.assert_allclose(mean, (x + y + x) / 3, rtol=1e-5, atol=1e-3)
 
 
+def test_numbers_of_numpy_and_sum():
+    tau = TaskVector({"w": torch.tensor([1.0, -2.0])}, "b")
+    for factor in (np.float64(0.5), np.float32(0.5), np.int64(2)):
+        for product in (factor * tau, tau * factor):
+            assert isinstance(product, TaskVector)
+            assert torch.equal(product["w"], float(factor) * tau["w"])
+    total = sum([tau, 2 * tau])
+    assert torch.equal(total["w"], 3 * tau["w"])
+    assert total.base_fingerprint == "b"
+    with pytest.raises(TypeError):
+        1 + tau
+
+
+def test_a_long_history_is_shortened(tmp_path):
+    # A moving average over many vectors, as of an EMA.
+    taus = [
+        TaskVector({"w": torch.ones(1)}, "b", {"finetuned": f"run {n}"})
+        for n in range(3)
+    ]
+    mean = taus[0]
+    for step in range(500):
+        mean = 0.99 * mean + 0.01 * taus[step % 3]
+    for _ in range(20):
+        mean = (mean + mean) / 2
+    path = mean.save(tmp_path / "mean.safetensors")
+    assert path.stat().st_size < 50_000
+    found = str(TaskVector.load(path).metadata)
+    assert all(f"run {n}" in found for n in range(3))
+    assert torch.allclose(mean["w"], torch.ones(1))
+
+
 def test_different_parameters_do_not_mix():
     a = TaskVector({"w": torch.ones(2)})
     with pytest.raises(KeyError, match="v, w"):
@@ -305,6 +345,75 @@ def test_saved_equals_loaded(tmp_path, encoding):
     )
     if "int8" not in encoding:
         assert all(torch.equal(second[n], again[n]) for n in tau)
+
+
+def altered_header(path, change, checksum=True):
+    """Save a vector's file again with another header."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    header = json.loads(metadata["task_vector"])
+    change(header)
+    metadata["task_vector"] = text = json.dumps(header)
+    if checksum:
+        checksum = hashlib.sha256(text.encode()).hexdigest()
+        metadata["task_vector_checksum"] = checksum
+    else:
+        metadata.pop("task_vector_checksum", None)
+    save_file(tensors, path, metadata)
+
+
+def both_readers(path):
+    """Read a vector as it is loaded, and as a merge streams it."""
+    output = path.with_name("merged.safetensors")
+    yield lambda: TaskVector.load(path)
+    yield lambda: merge_checkpoints(
+        {"w": torch.zeros(2)},
+        [path],
+        TaskArithmetic(),
+        output,
+        any_base=True,
+        progress=False,
+    )
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"version": 99}, "format version 99; known are 1 to 2"),
+        ({"version": "2"}, "format version '2'"),
+        ({"version": True}, "format version True"),
+        ({"layout": {"w": {"as": "int6", "shape": [2]}}}, "encoding 'int6'"),
+        ({"layout": {"w": {"shape": [2]}}}, "not a complete task vector"),
+        ({"layout": None}, "not a complete task vector"),
+    ],
+)
+def test_a_header_that_cannot_be_read(tmp_path, encoding, change, text):
+    tau = TaskVector({"w": torch.tensor([0.01, -2.0])}, "b")
+    path = tau.save(tmp_path / "tau.safetensors", encoding=encoding)
+    altered_header(path, lambda header: header.update(change))
+    for read in both_readers(path):
+        with pytest.raises(ValueError, match=text):
+            read()
+
+
+def test_a_header_without_its_checksum(tmp_path):
+    tau = TaskVector({"w": torch.tensor([0.01, -2.0])}, "b")
+    path = tau.save(tmp_path / "tau.safetensors")
+    altered_header(
+        path, lambda header: header.update(base_fingerprint="c"), checksum=False
+    )
+    for read in both_readers(path):
+        with pytest.raises(ValueError, match="does not match its checksum"):
+            read()
+    # The first format had none.
+    altered_header(
+        path, lambda header: header.update(version=1), checksum=False
+    )
+    again = TaskVector.load(path)
+    assert again.base_fingerprint == "c" and torch.equal(again["w"], tau["w"])
 
 
 def test_small_encodings_are_small(tmp_path):

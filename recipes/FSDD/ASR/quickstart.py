@@ -11,7 +11,9 @@ To run it by hand:
 """
 
 import argparse
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -118,8 +120,38 @@ def make_data(folder):
     return folder / "recorded"
 
 
-def run_study(name, data, output, seed):
-    """Run a recipe's study in its small form."""
+def run_studies(data, output, seed):
+    """Run both studies side by side: each often has work for one core only.
+
+    The first one has the terminal. What the others print follows when they
+    are done.
+    """
+    consoles = {name: output / name / "console.txt" for name in STUDIES[1:]}
+    running = {}
+    try:
+        for name in STUDIES:
+            (output / name).mkdir(parents=True, exist_ok=True)
+            running[name] = start_study(
+                name, data, output, seed, consoles.get(name)
+            )
+        for name, study in running.items():
+            print(f"\n== {name} ==", flush=True)
+            status = study.wait()
+            if name in consoles:
+                print(consoles[name].read_text(encoding="utf-8"), end="")
+            if status:
+                log = output / name / "log.txt"
+                sys.exit(f"quickstart: {name} {reason(status)} Its log: {log}")
+    except KeyboardInterrupt:
+        sys.exit(f"\nquickstart: {reason(-signal.SIGINT)}")
+    finally:
+        for study in running.values():
+            study.terminate()
+            study.wait()
+
+
+def start_study(name, data, output, seed, console=None):
+    """Start a recipe's study in its small form; `console` takes its words."""
     recipe = HERE / name
     command = [
         sys.executable,
@@ -132,13 +164,11 @@ def run_study(name, data, output, seed):
     ]
     # Tables, and bars on a terminal: SpeechBrain logs many short trainings.
     environment = {**os.environ, "SB_LOG_LEVEL": "WARNING"}
-    try:
-        status = subprocess.run(command, cwd=recipe, env=environment).returncode
-    except KeyboardInterrupt:
-        status = -2
-    if status:
-        log = output / name / "log.txt"
-        sys.exit(f"quickstart: {name} {reason(status)} Its log: {log}")
+    with contextlib.ExitStack() as stack:
+        stream = console and stack.enter_context(open(console, "w"))
+        return subprocess.Popen(
+            command, cwd=recipe, env=environment, stdout=stream, stderr=stream
+        )
 
 
 def reason(status):
@@ -174,9 +204,7 @@ def main(arguments=None):
     else:
         print(textwrap.fill(SIMULATED, 79), flush=True)
         data = make_data(output / "corpus")
-    for name in STUDIES:
-        print(f"\n== {name} ==", flush=True)
-        run_study(name, data, output, arguments.seed)
+    run_studies(data, output, arguments.seed)
     summarise(output, simulated=not arguments.data)
     if not arguments.data:
         print("\n" + textwrap.fill(SIMULATED, 79))

@@ -43,6 +43,8 @@ warnings.filterwarnings("ignore", "A worker stopped while some jobs")
 logging.getLogger("speechbrain.utils.train_logger").addFilter(
     lambda record: "torchvision" not in record.getMessage()
 )
+# At the level of SpeechBrain's own log it writes hundreds of lines on fonts.
+logging.getLogger("matplotlib").setLevel(logging.INFO)
 
 
 @dataclass(frozen=True)
@@ -238,6 +240,7 @@ def run_trainings(train, trainings, arguments, folder, show_progress=True):
     show_progress : bool
         Show a bar.
     """
+    _refuse_options_of_trainings(arguments, trainings)
     folder = Path(folder).resolve()
     with progress(
         total=len(trainings),
@@ -255,6 +258,18 @@ def run_trainings(train, trainings, arguments, folder, show_progress=True):
                 for training in missing
             ):
                 bar.update()
+
+
+def _refuse_options_of_trainings(arguments, trainings):
+    """Refuse options that the study itself gives to each training."""
+    own = {f"--{key}" for training in trainings for key in training.options}
+    for word in arguments:
+        option = word.split("=")[0]
+        if option in own:
+            raise ValueError(
+                f"{option}: the study sets it for each training; leave it "
+                "out, or call train.py"
+            )
 
 
 def generations(trainings, folder):

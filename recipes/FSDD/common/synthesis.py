@@ -18,18 +18,7 @@ from speechbrain_taskarith.utils.files import (
 )
 from speechbrain_taskarith.utils.progress import progress
 
-DIGITS = (
-    "ZERO",
-    "ONE",
-    "TWO",
-    "THREE",
-    "FOUR",
-    "FIVE",
-    "SIX",
-    "SEVEN",
-    "EIGHT",
-    "NINE",
-)
+DIGITS = tuple("ZERO ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE".split())
 
 # How a speaker of another language would write what they say, so that the
 # voice of that language, with its own sounds, says the English word.

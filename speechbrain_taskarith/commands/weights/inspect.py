@@ -17,6 +17,9 @@ from speechbrain_taskarith.commands.output import (
 )
 from speechbrain_taskarith.utils.patterns import select
 from speechbrain_taskarith.utils.progress import progress
+from speechbrain_taskarith.vectors.engine.vector_header import (
+    read_vector_header,
+)
 
 _EXAMPLES = """\
   taskarith inspect results/us/save
@@ -127,7 +130,7 @@ def _metadata(path, state):
         }
     found = dict(state.metadata)
     for key, text in state.metadata.items():
-        if key in ("task_vector", "fingerprint", "format"):
+        if key.startswith("task_vector") or key in ("fingerprint", "format"):
             del found[key]
         else:
             with contextlib.suppress(ValueError):
@@ -137,12 +140,11 @@ def _metadata(path, state):
 
 def _vector(path, state, options):
     """Return a stored vector's facts; without its numbers if not wanted."""
-    header = json.loads(state.metadata["task_vector"])
-    layout = header["layout"]
+    layout, base_fingerprint, provenance = read_vector_header(state)
     facts = {
         "encoding": sorted({entry["as"] for entry in layout.values()}),
-        "base_fingerprint": header["base_fingerprint"],
-        "provenance": header["metadata"],
+        "base_fingerprint": base_fingerprint,
+        "provenance": provenance,
         "stored_tensors": len(state),
         "tensors": len(layout),
         "parameters": sum(math.prod(e["shape"]) for e in layout.values()),

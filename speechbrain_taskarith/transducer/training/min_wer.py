@@ -6,7 +6,6 @@ finds label sequences; their probability is the lattice's sum over all
 alignments.
 """
 
-import contextlib
 import itertools
 from collections import Counter
 
@@ -24,6 +23,7 @@ from speechbrain_taskarith.transducer.loss.input_checks import (
 from speechbrain_taskarith.transducer.predictor import predictor_input
 from speechbrain_taskarith.transducer.search.greedy import TransducerSampler
 from speechbrain_taskarith.utils.lengths import padding_mask
+from speechbrain_taskarith.utils.modes import keep_modes
 
 
 def min_wer_loss(log_probs, errors, mask=None):
@@ -235,7 +235,8 @@ class MinWERLoss(torch.nn.Module):
                     self.n_best,
                     self.max_symbols,
                 )
-            with _evaluation_mode(self.searcher), torch.no_grad():
+            with keep_modes(self.searcher), torch.no_grad():
+                self.searcher.eval()
                 decoded = search.decode(
                     encoder_out.detach(), input_lens, n_best=self.n_best
                 )
@@ -343,15 +344,3 @@ def _tables(log_probs, errors, scored):
     errors = pad_sequence(errors, batch_first=True)
     log_probs = pad_sequence(log_probs.split(lengths), batch_first=True)
     return log_probs, errors.to(log_probs.device), mask.to(log_probs.device)
-
-
-@contextlib.contextmanager
-def _evaluation_mode(module):
-    """Set evaluation mode; afterwards each part gets its own mode back."""
-    before = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in before:
-            part.training = training

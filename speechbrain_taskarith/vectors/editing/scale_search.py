@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from speechbrain_taskarith.utils.messages import some
+from speechbrain_taskarith.utils.modes import keep_modes
 from speechbrain_taskarith.utils.patterns import (
     as_tuple,
     matches,
@@ -175,6 +176,7 @@ def search_scale(
     search = ScaleSearch(split, select_on or split, oracle, patterns)
     total = sum(len(values) for values in candidates.values())
     with (
+        keep_modes(model),
         _InPlaceEdits(model, base, tau, patterns) as edits,
         progress(total=total, desc="scales", enable=enable_progress) as bar,
     ):
@@ -294,7 +296,7 @@ class _InPlaceEdits:
 
     Holds one copy of the edited part of the base and of the vector on the
     model's device, and of the model's own weights where they are not the
-    base's. Leaving the context restores weights, buffers and modes.
+    base's. Leaving the context restores weights and buffers.
     """
 
     def __init__(self, model, base, tau, patterns):
@@ -331,7 +333,6 @@ class _InPlaceEdits:
             (tensor, tensor.clone())
             for tensor, *_ in (*self._outside, *self._buffers, *edited)
         ]
-        self._modes = [(m, m.training) for m in model.modules()]
         self._stay = False
 
     def __enter__(self):
@@ -342,14 +343,12 @@ class _InPlaceEdits:
         if kind is not None or not self._stay:
             _overwrite((t, base) for t, base, _ in self._edited.values())
             _overwrite(self._initial)
-        for module, training in self._modes:
-            module.training = training
 
     def write(self, setting, stay=False):
         """Edit by `{group: scale}` and return the model."""
         _overwrite(self._buffers)
         for name, (tensor, base, delta) in self._edited.items():
-            edit_into(tensor, base, delta, setting[self._group[name]])
+            edit_into(tensor, base, delta, setting[self._group[name]], name)
         self._stay = stay
         return self._model
 

@@ -4,13 +4,15 @@ All that can be wrong with the inputs is found here, before anything is
 written. Nothing here imports torch for safetensors files.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
+from speechbrain_taskarith.vectors.engine.vector_header import (
+    read_vector_header,
+)
 from speechbrain_taskarith.vectors.states.names import (
     check_alike,
     check_ancestry,
@@ -21,7 +23,7 @@ from speechbrain_taskarith.vectors.states.names import (
     under_names_of,
 )
 from speechbrain_taskarith.vectors.states.readers import as_state
-from speechbrain_taskarith.vectors.states.state import TASK_VECTOR, State
+from speechbrain_taskarith.vectors.states.state import State
 
 
 class Parent(NamedTuple):
@@ -44,21 +46,16 @@ def open_parent(source, recoverable=None):
             state.label = label
             return Parent(state, label, "task vector", source.base_fingerprint)
     state = as_state(source, recoverable=recoverable)
-    text = state.metadata.get(TASK_VECTOR)
-    if text is None:
+    header = read_vector_header(state)
+    if header is None:
         return Parent(state, state.label, "checkpoint")
-    try:
-        header = json.loads(text)
-        fingerprint = header["base_fingerprint"]
-        forms = {entry["as"] for entry in header["layout"].values()}
-        streams = forms <= {"lossless", "bf16"}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        streams = False  # The loader of vectors says what is wrong.
+    layout, fingerprint, _ = header
     label = state.label
-    if not streams:
+    # Others are no tensors that can be read piece by piece.
+    if not {e["as"] for e in layout.values()} <= {"lossless", "bf16"}:
         from speechbrain_taskarith.vectors.encodings import read_vector
 
-        deltas, fingerprint, _ = read_vector(state.path)
+        deltas, *_ = read_vector(state.path)
         state = as_state(deltas)
         state.label = label
     return Parent(state, label, "task vector", fingerprint)

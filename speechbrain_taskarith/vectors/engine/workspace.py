@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from speechbrain_taskarith.vectors.checks import all_finite
 from speechbrain_taskarith.vectors.states.safetensors import ITEM_SIZE
 
 # Elements that are worked on at a time. A handful of float32 buffers of this
@@ -166,6 +167,34 @@ def add_scaled(xp, base, delta, scale, product, out):
     """
     xp.multiply(delta, scale, out=product)
     return xp.add(base, product, out=out)
+
+
+# Bits of the two-byte types without the sign; infinity and NaN are these or
+# more.
+_INFINITE_HALF = {"F16": 0x7C00, "BF16": 0x7F80}
+
+
+def stored_finite(values, stored, dtype):
+    """Tell whether the bytes that `to_stored` made of values are finite."""
+    if dtype in _INFINITE_HALF:
+        bits = stored.view("<u2") & 0x7FFF
+        return not len(bits) or int(bits.max()) < _INFINITE_HALF[dtype]
+    # A sum carries NaN and infinity; it may also be too large itself.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(to_numpy(values).sum()):
+            return True
+    return all_finite(values)
+
+
+def rounding(values, stored, dtype):
+    """Return the sum of squares of what `to_stored` rounded away."""
+    if dtype not in _INFINITE_HALF:
+        return 0.0
+    kept = stored.view("<f2" if dtype == "F16" else "<u2")
+    if dtype == "BF16":
+        kept = (kept.astype(np.uint32) << 16).view(np.float32)
+    lost = to_numpy(values) - kept
+    return float(np.dot(lost, lost))
 
 
 def to_numpy(array):

@@ -7,6 +7,7 @@ import random
 import torch
 
 from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
+from speechbrain_taskarith.utils.modes import keep_modes
 from speechbrain_taskarith.vectors import checks
 from speechbrain_taskarith.vectors.lifelong.methods import FineTuning
 
@@ -87,18 +88,19 @@ class EWC(FineTuning):
         }
         # Every parameter counts, also one that the next task will freeze.
         frozen = [p for p in parameters.values() if not p.requires_grad]
-        training = model.training
-        model.eval().requires_grad_(True)
         try:
-            for item in chosen:
-                gradients = torch.autograd.grad(
-                    loss(item), list(parameters.values()), allow_unused=True
-                )
-                for name, gradient in zip(parameters, gradients):
-                    if gradient is not None:
-                        new[name] += gradient.detach().float().square()
+            with keep_modes(model):
+                model.eval().requires_grad_(True)
+                for item in chosen:
+                    gradients = torch.autograd.grad(
+                        loss(item),
+                        list(parameters.values()),
+                        allow_unused=True,
+                    )
+                    for name, gradient in zip(parameters, gradients):
+                        if gradient is not None:
+                            new[name] += gradient.detach().float().square()
         finally:
-            model.train(training)
             for parameter in frozen:
                 parameter.requires_grad_(False)
         for name, value in new.items():

@@ -269,7 +269,7 @@ class Rule:
         metadata = {"rule": self.describe(), "parents": parents}
         return TaskVector(deltas, shared, metadata)
 
-    def __call__(self, base, vectors, *, any_base=False):
+    def __call__(self, base, vectors, *, any_base=False, dtype=None):
         """Edit a model: `theta = theta_base + scale * combine(vectors)`.
 
         Arguments
@@ -280,11 +280,13 @@ class Rule:
             What to merge; the ancestry of plain mappings is not checked.
         any_base : bool
             True: the vectors may come from another base than this one.
+        dtype
+            See `TaskVector.apply`.
 
         Returns
         -------
         dict
-            `{name: tensor}`, complete, in the base's dtypes.
+            `{name: tensor}`, complete, in the base's dtypes or in `dtype`.
 
         Raises
         ------
@@ -295,7 +297,8 @@ class Rule:
         merged = self.combine(vectors, base=base)
         traced = [v for v in vectors if hasattr(v, "base_fingerprint")]
         any_base = any_base or not traced
-        return merged.apply(base, self.scale_for(merged), any_base=any_base)
+        scale = self.scale_for(merged)
+        return merged.apply(base, scale, any_base=any_base, dtype=dtype)
 
     def describe(self):
         """Write the rule down in plain types.

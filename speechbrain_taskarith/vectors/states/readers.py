@@ -186,14 +186,17 @@ def _open_folder(folder, recoverable):
 
 
 def _open_shards(folder, index):
-    weight_map = read_json(index).get("weight_map")
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else {}
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise damaged(index, "holds no 'weight_map'")
+    for file in weight_map.values():
+        # A name from outside must not lead out of the folder, nor back to it.
+        if not isinstance(file, str) or Path(file).name != file or not file:
+            what = f"names a shard that is no file beside it: {file!r}"
+            raise damaged(index, what)
     shards = {}
     for file in sorted(set(weight_map.values())):
-        # A file name from outside must not lead out of the folder.
-        if Path(file).name != file:
-            raise damaged(index, f"names a shard outside its folder: {file}")
         if not (folder / file).exists():
             raise FileNotFoundError(f"{folder / file}: shard is missing")
         shards[file] = open_state(folder / file)

@@ -66,6 +66,8 @@ def find_checkpoint_folder(path, *, min_key=None, max_key=None):
             f"folder{score})"
         )
     if key:
+        for meta, folder in found:
+            _check_number(meta, key, folder)
         sign = -1 if min_key else 1
         best = max(sign * meta[key] for meta, _ in found)
         found = [entry for entry in found if sign * entry[0][key] == best]
@@ -120,7 +122,20 @@ def read_checkpoint_meta(folder):
     if not isinstance(meta or {}, dict):
         what = f"holds a {type(meta).__name__}, expected a mapping"
         raise damaged(path, what)
-    return meta or {}
+    meta = meta or {}
+    _check_number(meta, "unixtime", folder)
+    ours = meta.get(META_KEY)
+    files = ours.get("files", []) if isinstance(ours, dict) else []
+    if not (isinstance(files, list) and all(type(f) is str for f in files)):
+        raise damaged(path, f"has no list of names as its 'files': {files!r}")
+    return meta
+
+
+def _check_number(meta, key, folder):
+    """Checkpoints are compared by their time and scores."""
+    if not isinstance(value := meta.get(key, 0), (int, float)):
+        what = f"has {value!r} for {key!r}, expected a number"
+        raise damaged(Path(folder) / META_FILE, what)
 
 
 def open_checkpoint(folder, recoverable=None):

@@ -6,6 +6,7 @@ negative. They are estimated again from data, or pooled by their counts.
 
 import torch
 
+from speechbrain_taskarith.utils.modes import keep_modes
 from speechbrain_taskarith.vectors.checks import all_finite
 
 _BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm
@@ -64,14 +65,13 @@ def reestimate_statistics(model, batches, forward=None):
     sums = {name: _Moments() for name in layers}
     buffers = [b for layer in layers.values() for b in layer.buffers()]
     before = [(buffer, buffer.clone()) for buffer in buffers]
-    modes = [(module, module.training) for module in model.modules()]
     hooks, count = [], 0
     try:
-        model.eval()
-        for name, layer in layers.items():
-            layer.train()
-            hooks.append(layer.register_forward_pre_hook(sums[name].hook))
-        with torch.no_grad():
+        with keep_modes(model), torch.no_grad():
+            model.eval()
+            for name, layer in layers.items():
+                layer.train()
+                hooks.append(layer.register_forward_pre_hook(sums[name].hook))
             for batch in batches:
                 count += 1
                 model(batch) if forward is None else forward(model, batch)
@@ -87,8 +87,6 @@ def reestimate_statistics(model, batches, forward=None):
     finally:
         for hook in hooks:
             hook.remove()
-        for module, training in modes:
-            module.training = training
     with torch.no_grad():
         for name, (mean, variance) in found.items():
             layers[name].running_mean.copy_(mean)

@@ -23,12 +23,15 @@ def open_torch_file(path, shown_as=None, metadata=None):
 
     def check(_):
         # The CRC-32 that torch stores with every tensor.
-        if not zipfile.is_zipfile(path):
-            return
         try:
+            if not zipfile.is_zipfile(path):
+                return
             with zipfile.ZipFile(path) as archive:
                 bad = archive.testzip()
-        except (zipfile.BadZipFile, EOFError) as error:
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:
+            # Also what a damaged name or version makes it raise.
             what = f"is not a complete archive ({error})"
             raise damaged(path, what) from None
         if bad is not None:

@@ -1,5 +1,6 @@
 """Writing weights atomically: safetensors, torch files, folders."""
 
+import collections
 import json
 import shutil
 import time
@@ -10,6 +11,7 @@ import numpy as np
 from speechbrain_taskarith.utils.files import (
     atomic_folder,
     atomic_write,
+    read_json,
     write_json,
 )
 from speechbrain_taskarith.utils.patterns import first_match, require_match
@@ -21,11 +23,11 @@ from speechbrain_taskarith.vectors.states.readers import (
 )
 from speechbrain_taskarith.vectors.states.safetensors import (
     ITEM_SIZE,
+    TORCH_NAME,
     SafetensorsWriter,
 )
 from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     FINETUNED,
-    META_FILE,
     META_KEY,
     PREFIX,
     find_checkpoint_folder,
@@ -39,16 +41,25 @@ from speechbrain_taskarith.vectors.states.torch_files import (
 )
 
 _BLOCK = 1 << 22
-# Kept out of a Hugging Face folder that is written after another one: these
-# hold the old weights, or lead readers to them.
-_WEIGHT_FILES = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.bin",
-    "*.bin.index.json",
-    "*.ckpt",
-    META_FILE,
+# What a Hugging Face folder takes along from the one that it is written after:
+# what describes model, features and tokenizer. All else may hold or describe
+# the old weights (other formats, the state of a training, a model card).
+_TAKEN_ALONG = (
+    "*config.json",
+    "tokenizer.json",
+    "vocab.*",
+    "merges.txt",
+    "normalizer.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "*.model",
+    "*.spm",
+    "*.jinja",
+    "LICENSE*",
+    "NOTICE*",
 )
+# They lead readers to other weights: an adapter's, quantised ones.
+_LEFT_OUT = ("adapter_config.json", "quant*_config.json")
 
 POLICIES = ("copy", "pool", "drop")
 #: What happens to recoverables that are not edited. Optimizers (and the
@@ -92,7 +103,7 @@ def save_state(
         Largest file of a Hugging Face folder, in bytes.
     like : str, pathlib.Path or None
         For a folder: another one whose further content is taken along
-        (Hugging Face: `config.json`, feature extractor, tokenizer;
+        (Hugging Face: `*config.json`, feature extractor, tokenizer, licence;
         SpeechBrain: the other recoverables, see `save_checkpoint`).
     recoverable : str or None
         What the weights are called in a SpeechBrain folder; None: `model`.
@@ -169,9 +180,11 @@ def _save_hugging_face(state, path, metadata, shard_size, like):
         files = ["model.safetensors"]
     with atomic_folder(path) as folder:
         for file in Path(like).iterdir() if like is not None else ():
-            weights = any(file.match(pattern) for pattern in _WEIGHT_FILES)
-            if file.is_file() and not weights:
+            taken = any(file.match(pattern) for pattern in _TAKEN_ALONG)
+            out = any(file.match(pattern) for pattern in _LEFT_OUT)
+            if file.is_file() and taken and not out:
                 shutil.copy2(file, folder / file.name)
+        _note_dtype(folder / "config.json", state)
         for file, names in zip(files, shards):
             _save_safetensors(state, folder / file, metadata, names)
         if count > 1:
@@ -179,6 +192,21 @@ def _save_hugging_face(state, path, metadata, shard_size, like):
             file_of = {name: file for file, names in pairs for name in names}
             index = {"metadata": {"total_size": total}, "weight_map": file_of}
             write_json(folder / "model.safetensors.index.json", index)
+
+
+def _note_dtype(config, state):
+    """Let a config name the type of most weights, in which they are loaded."""
+    if not config.is_file():
+        return
+    sizes = collections.Counter()
+    for info in map(state.info, state):
+        if info.floating:
+            sizes[TORCH_NAME[info.dtype]] += info.nbytes
+    content = read_json(config)
+    for key in {"dtype", "torch_dtype"} & content.keys():
+        most = sizes.most_common(1)[0][0] if sizes else None
+        if None not in (most, content[key]) and content[key] != most:
+            write_json(config, content | {key: most})
 
 
 def save_checkpoint(
