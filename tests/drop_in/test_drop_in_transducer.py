@@ -52,6 +52,13 @@ def test_searches_wrote_their_hypotheses(hat):
         assert "us-" + name in text
 
 
+def test_it_resumes(recipe, hat):
+    before = weights(hat.checkpoints[-1] / "model.ckpt")
+    run = recipe.run("hat", diff=HAT, number_of_epochs=3)
+    assert "epoch: 3" in (run.folder / "train_log.txt").read_text()
+    assert changed(before, weights(run.checkpoints[-1] / "model.ckpt"))
+
+
 def test_weights_of_the_language_models_change_the_search_alone(recipe, hat):
     before = weights(hat.checkpoints[-1] / "model.ckpt")
     scores = [
@@ -64,13 +71,8 @@ def test_weights_of_the_language_models_change_the_search_alone(recipe, hat):
         ).scores
         for lm, ilm in ((0.0, 0.0), (5.0, 0.0), (0.0, 0.9))
     ]
-    losses = [[line.split("WER")[0] for line in lines] for lines in scores]
-    print(scores, losses)
+    # SpeechBrain does not resume after a test that kept the mean alone: that
+    # checkpoint has no optimizer.
+    losses = {line.split(",")[0] for lines in scores for line in lines}
+    assert len(losses) == 2, scores
     assert not changed(before, weights(hat.checkpoints[-1] / "model.ckpt"))
-
-
-def test_it_resumes(recipe, hat):
-    before = weights(hat.checkpoints[-1] / "model.ckpt")
-    run = recipe.run("hat", diff=HAT, number_of_epochs=3)
-    assert "epoch: 3" in (run.folder / "train_log.txt").read_text()
-    assert changed(before, weights(run.checkpoints[-1] / "model.ckpt"))
