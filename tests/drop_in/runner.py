@@ -8,16 +8,30 @@ only place where the diffs stand.
 import hashlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
+import runpy
 import shutil
-import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+import torch
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 PAGE = ROOT / "docs" / "drop_in.md"
+PRELOADED = [
+    "speechbrain",
+    "speechbrain.integrations.huggingface.whisper",
+    "speechbrain.integrations.huggingface.wav2vec2",
+    "speechbrain.lobes.models.transformer.TransformerASR",
+    "speechbrain_taskarith.vectors",
+    "transformers.models.whisper.modeling_whisper",
+    "transformers.models.wav2vec2.modeling_wav2vec2",
+]
 EMPTY = "def __getattr__(name):\n    return type(name, (), {})\n"
 STAND_INS = {
     "flair/__init__": "",
@@ -146,26 +160,19 @@ class Recipe:
         folder = self.results / output
         overrides = merged(self.sizes, merged(dict(sizes), overrides))
         overrides["output_folder"] = str(folder)
-        command = [sys.executable, str(self.script), hparams]
-        command += ["--device=cpu", *flags]
-        command += [f"--{k}={as_yaml(v)}" for k, v in overrides.items()]
+        arguments = [hparams, "--device=cpu", "--noprogressbar", *flags]
+        arguments += [f"--{k}={as_yaml(v)}" for k, v in overrides.items()]
+        log = self.results.parent / f"{len(RUNS)}.log"
         started = time.monotonic()
-        done = subprocess.run(
-            command,
-            cwd=self.folder,
-            env=environment(self.results.parent),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=600,
-        )
+        status = run_script(self.script, arguments, log)
         seconds = time.monotonic() - started
-        RUNS.append((self.name, hparams, output, seconds, done.returncode))
+        RUNS.append((self.name, hparams, output, seconds, status))
         assert md5(self.script) == self.digest, "train.py was changed"
-        run = Run(folder, done.stdout, done.returncode)
-        fine = done.returncode == expect
-        assert fine if expect is not None else done.returncode, (
-            f"{' '.join(command)}: {done.returncode}\n{done.stdout[-6000:]}"
+        run = Run(folder, log.read_text(errors="replace"), status)
+        fine = status == expect if expect is not None else status != 0
+        assert fine, (
+            f"python {self.script} {' '.join(arguments)}: {status}\n"
+            f"{run.log[-6000:]}"
         )
         return run
 
@@ -206,17 +213,49 @@ class Run:
         return self.log.strip().splitlines()[-1]
 
 
-def environment(folder):
-    """Return the variables of a run: our package, one thread, no network."""
-    paths = [str(ROOT), os.environ.get("PYTHONPATH"), stand_ins(folder)]
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "MPLBACKEND": "Agg",
-    }
+def run_script(script, arguments, log):
+    """Run a script as `python <script> <arguments>`; return its exit status.
+
+    The process is a fork of one that has imported the libraries, which halves
+    the time of a run.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(
+        target=_be_python, args=(str(script), arguments, str(log))
+    )
+    process.start()
+    process.join(timeout=600)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    return process.exitcode
+
+
+def _be_python(script, arguments, log):
+    folder = os.path.dirname(script)
+    with open(log, "w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    torch.set_num_threads(1)
+    # Tests' own modules must not stand before the recipe's.
+    sys.path[:] = [p for p in sys.path if p != str(HERE)]
+    sys.path[:0] = [folder, str(ROOT)]
+    sys.path.append(stand_ins(os.path.dirname(log)))
+    sys.argv = [script, *arguments]
+    os.chdir(folder)
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit:
+        raise
+    except BaseException:
+        traceback.print_exc()
+        sys.exit(1)
+    finally:
+        sys.stdout.flush()
 
 
 def stand_ins(folder):

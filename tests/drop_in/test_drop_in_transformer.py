@@ -184,7 +184,7 @@ def shrunk(recipe):
 
     def run(output, **overrides):
         small = dict(recipe.sizes)
-        small["frames_to_text"] = small["Transformer"]
+        small["transformer"] = small["Transformer"]
         whole, recipe.sizes = recipe.sizes, small
         del small["Transformer"]
         try:

@@ -111,7 +111,7 @@ def test_a_mean_tested_on_three_sets_is_edited_once(fisher, base):
 
 
 def test_shrinking_trains_every_part(fisher):
-    small = {"frames_to_text": fisher.sizes["Transformer"]}
+    small = {"transformer": fisher.sizes["Transformer"]}
     whole = fisher.sizes
     fisher.sizes = {k: v for k, v in whole.items() if k != "Transformer"}
     still, after = (
