@@ -256,15 +256,15 @@ class AdapterHandle(AdapterTraining):
     def tasks(self):
         """The tasks of the next batch's utterances, None where not said.
 
-        Set it before a forward pass where `insert_adapters(guide=...)`
-        cannot know them. B names, used up by that pass.
+        B names, set before a forward pass where `insert_adapters` was given
+        `guide` and cannot know them; used up by that pass.
         """
-        watch = self._route.watch
-        return None if watch is None else watch.given
+        return self._route.tasks
 
     @tasks.setter
     def tasks(self, names):
-        self._route.watch.given = None if names is None else list(names)
+        """See `tasks`."""
+        self._route.tasks = None if names is None else list(names)
 
     def remove(self):
         """Restore the encoder as it was before `insert_adapters`.

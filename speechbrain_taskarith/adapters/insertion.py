@@ -213,7 +213,9 @@ def _configure(handle, watch, train, penalty, guide, tasks):
     if train is None:
         return
     if isinstance(train, str) and train in MODES:
-        handle.train_composition(train)
+        # A pretrainer has yet to load what is combined.
+        handle._train_combination(train)
+        watch.is_composition = True
     elif isinstance(train, (str, list, tuple)):
         handle.train_extraction(train)
         if not isinstance(train, str) and tasks is not None:

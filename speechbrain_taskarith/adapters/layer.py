@@ -63,6 +63,8 @@ class Route:
     #: None, an adapter's name, `COMBINED`, or positions [B] (-1: the base).
     choice: object = None
     has_warned: bool = False
+    #: The next batch's tasks, where a loop says them.
+    tasks: object = None
     #: What looks on, a `Watch`, or None.
     watch: object = None
     _moved: dict = dataclasses.field(default_factory=dict)

@@ -32,6 +32,11 @@ class Source:
     def __init__(self, handle, path, name):
         self.path, self.name = path, name
         self.is_checkpoint = _is_checkpoint(path)
+        if _is_folder(path) and not self.is_checkpoint:
+            raise ValueError(
+                f"{path}: a folder without checkpoints (CKPT+*); give the "
+                f"file of adapter {name!r}, or a run's save folder"
+            )
         if self.is_checkpoint:
             self.tensors, self.header = _from_checkpoint(handle, path, name)
         else:

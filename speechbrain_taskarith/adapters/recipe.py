@@ -42,9 +42,7 @@ class Watch:
     def __init__(self, handle, sources=(), penalty=0.0, guide=0.0, tasks=None):
         self.handle, self.sources = handle, list(sources)
         self.penalty, self.guide, self.tasks = penalty, guide, tasks
-        #: The utterances' tasks in the next batch, where a loop says them.
-        self.given = None
-        self.is_routed = False
+        self.is_routed = self.is_composition = False
         self.has_started = False
         self._forget()
 
@@ -82,7 +80,7 @@ class Watch:
 
     def after(self, layer):
         """Do what needs the combination's attention."""
-        if self.guide or self.given is not None:
+        if self.guide or self.handle.tasks is not None:
             self._after(layer)
 
     @torch.compiler.disable
@@ -91,7 +89,7 @@ class Watch:
         if self.guide and training and self.handle.in_use == COMBINED:
             self._hook_guidance(layer)
         if layer is self.handle.layers[-1]:
-            self.given = None
+            self.handle.tasks = None
 
     def replaced(self, state, prefix):
         """Take note of a checkpoint that holds adapters: it wins.
@@ -220,8 +218,8 @@ class Watch:
             Nothing says them.
         """
         batch = self._find_brain()
-        if self.given is not None:
-            return self.given
+        if self.handle.tasks is not None:
+            return self.handle.tasks
         if self.tasks is None or batch is None:
             raise ValueError(
                 "the utterances' tasks are not known: give insert_adapters "
@@ -254,6 +252,8 @@ class Watch:
         self._find_brain()
         brain = self._brain and self._brain()
         logger.info("adapters, training begins: %s", handle.training_summary())
+        if self.is_composition and handle.in_use == COMBINED:
+            handle.warn_of_untrained()
         if handle.in_use is None and trained:
             logger.warning(
                 "training begins, but none of the adapters that are to be "

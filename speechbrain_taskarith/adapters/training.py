@@ -101,11 +101,23 @@ class AdapterTraining(AdapterFiles):
         """
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}, expected 'ST-A' or 'MT-A'")
+        self._train_combination(mode)
+        self.warn_of_untrained()
+        return self.trained_parameters()
+
+    def _train_combination(self, mode):
         self.use(COMBINED)
-        names = self.layers[0].combination.names
+        modules = [layer.combination for layer in self.layers]
+        if mode == "MT-A":
+            names = self.layers[0].combination.names
+            modules += [m.bank[name] for m in self.layers for name in names]
+        self._train_only(modules)
+
+    def warn_of_untrained(self):
+        """Warn where adapters are combined that never were trained."""
         untrained = [
             name
-            for name in names
+            for name in self.layers[0].combination.names
             if all(layer.bank[name].is_untrained() for layer in self.layers)
         ]
         if untrained:
@@ -113,11 +125,6 @@ class AdapterTraining(AdapterFiles):
                 "combining adapters that were never trained: %s",
                 ", ".join(untrained),
             )
-        modules = [layer.combination for layer in self.layers]
-        if mode == "MT-A":
-            modules += [m.bank[name] for m in self.layers for name in names]
-        self._train_only(modules)
-        return self.trained_parameters()
 
     def train_nothing(self):
         """Freeze all of encoder and handle; what is in use does not change."""

@@ -10,9 +10,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
 from adapters_toy import ToyEncoder, scramble  # noqa: E402
 
-from speechbrain_taskarith.adapters import insert_adapters
+from speechbrain_taskarith.adapters import AudioAdapterFusion, insert_adapters
 
-STAGES = ("us", "ST-A", "MT-A", "routed")
+# The last two with the penalty and the guided loss: in the backward pass of
+# each process, and for the reference as a sum by hand.
+STAGES = ("us", "ST-A", "MT-A", "routed", "ST-A added", "MT-A added")
 
 
 def batches():
@@ -20,13 +22,17 @@ def batches():
     return [torch.randn(4, 6, 4, generator=generator) for _ in range(3)]
 
 
-def build():
+def build(guided=False, **arguments):
     torch.manual_seed(0)
     encoder = ToyEncoder()
     for layer in encoder.layers:
         layer.dropout.p = 0.0
     handle = insert_adapters(
-        encoder, ["us", "german"], bottleneck=4, combination="fusion"
+        encoder,
+        ["us", "german"],
+        bottleneck=4,
+        combination=AudioAdapterFusion(guided=guided),
+        **arguments,
     )
     scramble(handle, seed=2)
     return encoder, handle
@@ -36,9 +42,12 @@ def train(stage, rank=None):
     """Return the adapters after three steps; `rank` sees half a batch."""
     from torch.nn.parallel import DistributedDataParallel
 
-    encoder, handle = build()
-    if stage in ("ST-A", "MT-A"):
-        handle.train_composition(stage)
+    added = "added" in stage
+    by_hand = added and rank is None
+    weights = {"penalty": 0.5, "guide": 0.7} if added and not by_hand else {}
+    encoder, handle = build(guided=added, **weights)
+    if stage[:4] in ("ST-A", "MT-A"):
+        handle.train_composition(stage[:4])
     else:
         both = ["us", "german"]
         handle.train_extraction(both if stage == "routed" else "us")
@@ -59,7 +68,13 @@ def train(stage, rank=None):
             batch, names = batch[part], names[part]
         if stage == "routed":
             handle.use(names)
-        run(batch).square().mean().backward()
+        if weights:
+            handle.tasks = names
+        loss = run(batch).square().mean()
+        if by_hand:
+            loss = loss + 50 * handle.penalty()  # 0.01 by default
+            loss = loss + 0.7 * handle.attention_loss(names)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return handle.state_dict()
