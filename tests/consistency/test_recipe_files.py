@@ -40,6 +40,8 @@ def test_recipe_folder_is_whole(folder):
     for name in ("train.py", "README.md", "extra_requirements.txt"):
         assert (folder / name).is_file(), f"{shown(folder)} lacks {name}"
     assert list((folder / "hparams").glob("*.yaml"))
+    needs = (folder / "extra_requirements.txt").read_text(encoding="utf-8")
+    assert re.search(r"^speechbrain_taskarith\b", needs, re.M), needs
     links = [p for p in folder.glob("*_prepare.py") if p.is_symlink()]
     assert links, f"{shown(folder)}: no link to the preparation script"
     for link in links:
@@ -86,6 +88,14 @@ def test_debug_flags_are_known(row):
     assert set(given) <= known, set(given) - known
     needed = re.findall(r"^(\w+):.*!PLACEHOLDER", text, re.M)
     assert set(needed) <= set(given), "flags leave no placeholder open"
+
+
+@pytest.mark.parametrize("row", rows(), ids=lambda row: row["Hparam_file"])
+def test_debug_checks_name_what_every_run_leaves(row):
+    found = re.fullmatch(r"file_exists=\[(.+)\]", row["test_debug_checks"])
+    names = found[1].split(",")
+    script = Path(row["Script_file"]).name
+    assert {"log.txt", "hyperparams.yaml", "env.log", script} <= set(names)
 
 
 def test_every_hparams_file_is_listed():

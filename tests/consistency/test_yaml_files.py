@@ -4,6 +4,7 @@ import ast
 import re
 
 import pytest
+import yaml
 from house import HPARAMS, PACKAGE, RECIPES, files, parse, shown
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.run_opts import RunOptions
@@ -59,10 +60,12 @@ def used_keys(tree):
 def readers_of(folder):
     """Return the files that read a recipe's hparams.
 
-    The recipe's own scripts, what they share with others, and the ready Brains where they use one: those
-    read `self.hparams` in the script's place.
+    The recipe's train.py and its helpers, what they share with others, and the
+    ready Brains where they use one: those read `self.hparams` in the script's
+    place. What study.py alone reads is an option of its own.
     """
     scripts = [p for p in sorted(folder.glob("*.py")) if not p.is_symlink()]
+    scripts = [p for p in scripts if p.name != "study.py"]
     # A link to what several recipes share.
     scripts += sorted((folder / "common").resolve().glob("*.py"))
     texts = [path.read_text(encoding="utf-8") for path in scripts]
@@ -114,6 +117,49 @@ def test_every_key_is_used(path):
     assert not unused, f"{shown(path)}: neither used nor referred to: {unused}"
 
 
+def unnamed_keys(text, script):
+    """Return the keys that upstream's own check finds no use of.
+
+    It looks at text alone: a key is used where a `!ref` further down names it,
+    or the script says `["key"]`, `hparams.key`, `modules.key` or
+    `hparams[f"{...}_key"]`.
+    """
+    waiting = []
+    for line in text.splitlines():
+        key = TOP_KEY.match(line)
+        if key and not re.search("!!|!apply", line):
+            waiting.append(key[1])
+        if not line.startswith("#") and "!ref" in line:
+            referred = set(REFERENCE.findall(line))
+            waiting = [name for name in waiting if name not in referred]
+    joined = re.findall(r"""\[f["'](\w*)\{[^}]*\}(\w*)["']\]""", script)
+    return [
+        key
+        for key in waiting
+        if key not in RUN_OPTIONS
+        and f'["{key}"]' not in script
+        and not re.search(rf"(hparams|modules)\.{key}\b", script)
+        and not any(re.fullmatch(rf"{a}\w+{b}", key) for a, b in joined)
+    ]
+
+
+@pytest.mark.parametrize("path", RECIPE_FILES, ids=shown)
+def test_train_py_names_every_key(path):
+    """What a helper or a ready Brain reads, a docstring there names."""
+    text = path.read_text(encoding="utf-8")
+    script = (path.parents[1] / "train.py").read_text(encoding="utf-8")
+    assert not unnamed_keys(text, script), shown(path)
+
+
+def test_the_reader_of_names_sees_every_form():
+    text = (
+        "# c: !ref <a>\na: 1\nb: !ref <a>\nc: !apply:x []\nd: !ref <e>\n"
+        "e: 1\nf_lr: 1\ng: 1\nh: 1\nprecision: fp32\n"
+    )
+    script = 'hparams["b"]; self.hparams.d; hparams[f"{x}_lr"]; modules.g\n'
+    assert unnamed_keys(text, script) == ["e", "h"]
+
+
 @pytest.mark.parametrize("path", RECIPE_FILES, ids=shown)
 def test_recipe_yaml_starts_as_upstreams_do(path):
     text = path.read_text(encoding="utf-8")
@@ -123,6 +169,19 @@ def test_recipe_yaml_starts_as_upstreams_do(path):
     for key in ("output_folder", "save_folder", "train_log", "data_folder"):
         assert key in keys, f"{shown(path)} lacks {key}"
     assert "data_folder" in placeholders(text)
+
+
+@pytest.mark.parametrize("path", RECIPE_FILES, ids=shown)
+def test_includes_change_only_keys_that_are_there(path):
+    """HyperPyYAML takes a misspelt one in silence."""
+    root = yaml.compose(path.read_text(encoding="utf-8"), yaml.BaseLoader)
+    for _, node in root.value:
+        kind, _, name = node.tag.partition(":")
+        if kind == "!include":
+            text = (path.parent / name).read_text(encoding="utf-8")
+            there = yaml.compose(text, yaml.BaseLoader).value
+            given = {key.value for key, _ in node.value}
+            assert given <= {key.value for key, _ in there}, name
 
 
 @pytest.mark.parametrize("path", FRAGMENTS, ids=shown)

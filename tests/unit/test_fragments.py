@@ -1,5 +1,6 @@
 """The fragments that a YAML takes by name, from any folder."""
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,11 @@ def shipped(tmp_path, monkeypatch):
 
 def load(text):
     return load_hyperpyyaml(text)
+
+
+def test_the_name_that_users_rely_on():
+    assert list(inspect.signature(fragment).parameters) == ["name", "overrides"]
+    assert "fragment" in dir(speechbrain_taskarith)
 
 
 def test_a_fragment_is_what_include_makes(tmp_path, monkeypatch):

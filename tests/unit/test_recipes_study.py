@@ -209,6 +209,19 @@ def test_options_of_the_study_are_not_train_pys():
             pass
 
 
+def test_a_study_has_options_of_its_own():
+    own = {"only": "all", "scales": [0.5, 1.0], "base": None, "lr": 0.1}
+    found, rest = parse_study_arguments(["h.yaml", "--steps=3"], own)
+    assert rest == ["h.yaml", "--steps=3"]
+    assert {name: getattr(found, name) for name in own} == own
+    found, rest = parse_study_arguments(
+        ["h.yaml", "--scales=[0.2, 1]", "--only", "a,b", "--lr", "1e-3"], own
+    )
+    assert rest == ["h.yaml"]
+    assert (found.scales, found.only) == ([0.2, 1], "a,b")
+    assert found.lr == 0.001
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_loss_that_is_not_finite_is_tried_once_more(tmp_path, times):
     """A second time is a failure, and what happened once is noted."""

@@ -24,8 +24,8 @@ import filelock
 import joblib
 import speechbrain as sb
 import torch
-import yaml
 from hyperpyyaml import load_hyperpyyaml
+from ruamel.yaml import YAML
 
 from speechbrain_taskarith.utils.files import read_json, write_json
 from speechbrain_taskarith.utils.progress import progress
@@ -108,7 +108,7 @@ def parse_study_arguments(argv, own=None):
         parser.add_argument(
             f"--{name}",
             default=default,
-            type=yaml.safe_load,
+            type=YAML(typ="safe").load,
             help=f"see OPTIONS in study.py (default: {default})",
         )
     return parser.parse_known_args(argv)
