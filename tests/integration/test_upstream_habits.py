@@ -150,9 +150,7 @@ def test_scale_0_learns_nothing_to_the_byte(us, tmp_path, habit):
     base = next(us.glob("CKPT+*"))
     for path in (tmp_path / "save").glob("CKPT+*"):
         for name in ("model", "normalizer"):
-            ours, theirs = (
-                weights(p / f"{name}.ckpt") for p in (path, base)
-            )
+            ours, theirs = (weights(p / f"{name}.ckpt") for p in (path, base))
             assert ours.keys() == theirs.keys()
             for key in ours:
                 one, other = map(torch.as_tensor, (ours[key], theirs[key]))

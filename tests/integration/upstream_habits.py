@@ -143,9 +143,8 @@ class SwitchesOptimizer(Averages):
     def on_fit_batch_start(self, batch, should_step):
         """Go over to the second optimizer."""
         stage_one = self.hparams.stage_one_epochs
-        if (
-            self.hparams.epoch_counter.current > stage_one
-            and not isinstance(self.optimizer, torch.optim.SGD)
+        if self.hparams.epoch_counter.current > stage_one and not isinstance(
+            self.optimizer, torch.optim.SGD
         ):
             self.use_sgd()
 

@@ -116,7 +116,9 @@ class Watch:
         ours = {
             id(parameter)
             for name, parameter in module.named_parameters()
-            if parameter.requires_grad and not is_adapter(name)
+            # A gradient from before the freezing would be applied too.
+            if (parameter.requires_grad or parameter.grad is not None)
+            and not is_adapter(name)
         }
         groups = (group["params"] for group in optimizer.param_groups)
         if any(
