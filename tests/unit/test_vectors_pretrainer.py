@@ -209,12 +209,15 @@ def test_merging_mixed_names(tmp_path, whisper, rule):
     ]
 
 
-def test_a_head_on_one_side_counts_as_untrained(tmp_path):
+def test_a_head_on_one_side_counts_as_untrained(tmp_path, caplog):
     folder = save_encoder(tmp_path / "ctc", "Wav2Vec2", "ForCTC")
     module = wrapper("Wav2Vec2", folder)
     run = checkpoint(tuned(module), tmp_path / "run", "wav2vec2")
     tau = TaskVector.between(folder, run)
     assert not tau["lm_head.weight"].any()
+    ours = [r for r in caplog.records if "taskarith" in r.name]
+    [warning] = [r.getMessage() for r in ours if r.levelname == "WARNING"]
+    assert "untrained: 2 parameter(s) (lm_head." in warning
     assert tau["wav2vec2.masked_spec_embed"].any()
     edited = tau.apply(folder)
     assert torch.equal(

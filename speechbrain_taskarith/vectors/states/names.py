@@ -201,7 +201,8 @@ def under_names_of(base, other, *, partial=False):
         message += f"; not in it, taken as untrained: {some(untrained)}"
     if pairs.heads:
         message += f"; left out: {some(pairs.heads)}"
-    logger.info(message)
+    heads = {*untrained, *pairs.heads} - CONSTANTS
+    logger.log(logging.WARNING if heads else logging.INFO, message)
     return renamed(other, entries)
 
 
@@ -253,8 +254,8 @@ def _misfit(base, other, only_base, only_other, unlike, advice):
         )
     if problems:
         remedies.append(
-            "take models of one architecture, without wrappers (names with "
-            "'module.'), or exclude these names (TaskVector.restrict)"
+            "take models of one architecture, or exclude these names "
+            "(TaskVector.restrict)"
         )
     if unlike:
         name = unlike[0]
