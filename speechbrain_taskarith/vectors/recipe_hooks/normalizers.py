@@ -87,6 +87,10 @@ class EditedNormalizer(EditedRecoverable):
         statistics["count"] = statistics["count"].item()
         self.module._load_statistics_dict(statistics)
 
+    def recover(self, path, end_of_epoch):
+        """See `EditedRecoverable.recover`."""
+        self.put(self.open(path))
+
     def write(self, state, path):
         """See `EditedRecoverable.write`."""
         statistics = {name: state[name] for name in state}
