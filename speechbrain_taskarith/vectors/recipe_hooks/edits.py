@@ -12,7 +12,10 @@ from speechbrain_taskarith.vectors.recipe_hooks.provenance import (
     mean_state,
     same_tensors,
 )
-from speechbrain_taskarith.vectors.states.names import fingerprints
+from speechbrain_taskarith.vectors.states.names import (
+    fingerprints,
+    renamed,
+)
 from speechbrain_taskarith.vectors.states.readers import as_state, open_state
 from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     FINETUNED,
@@ -290,7 +293,7 @@ class EditedRecoverable:
         """Return the fine-tuned weights of those edited, adapters as now."""
         carried = self.contents.finetuned
         adapters = {n: live.entries[n] for n in live if is_adapter(n)}
-        return carried.renamed({**carried.entries, **adapters})
+        return renamed(carried, {**carried.entries, **adapters})
 
     def _note_untrained(self, finetuned):
         names = list(self.base)
