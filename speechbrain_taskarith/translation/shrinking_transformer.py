@@ -52,8 +52,8 @@ class ShrinkingTransformer(torch.nn.Module):
 
     Arguments
     ---------
-    transformer : speechbrain.lobes.models.transformer.TransformerASR.TransformerASR
-        Or a `TransformerST`, with a decoder.
+    transformer : torch.nn.Module
+        SpeechBrain's `TransformerASR` or `TransformerST`, with a decoder.
     ctc_lin : torch.nn.Module
         The recipe's CTC head: frames [B, T, d] to logits [B, T, V]. It is used
         here, and trained and saved where the recipe lists it (`modules` and
@@ -219,7 +219,22 @@ class ShrinkingTransformer(torch.nn.Module):
             return self.transformer.forward_mt(src, tgt, pad_idx)
 
     def forward_mt_decoder_only(self, src, tgt, pad_idx=0):
-        """Refuse: `TransformerST.forward_mt_decoder_only` has no lengths."""
+        """Refuse what `TransformerST.forward_mt_decoder_only` does.
+
+        Arguments
+        ---------
+        src : torch.Tensor
+            [B, T, d], features without their lengths.
+        tgt : torch.Tensor
+            [B, W], tokens behind the beginning token.
+        pad_idx : int
+            Padding.
+
+        Raises
+        ------
+        NotImplementedError
+            Always.
+        """
         raise NotImplementedError(
             "forward_mt_decoder_only gives the decoder features without their "
             "lengths, and its recipes have no CTC head: they cannot be shrunk. "
@@ -264,8 +279,8 @@ class ShrinkingTransformer(torch.nn.Module):
         # Of NaN in the padding not even the head's gradient is to see any.
         frames = frames.masked_fill(outside, 0.0)
         lens = relative_lengths(lengths, size)
-        # With gradient, wanted or not: what autocast casts without one, it
-        # keeps, and the head's own loss would not train it.
+        # With gradient always (shrink detaches it): some versions of autocast
+        # keep what was cast without one, and CTC's loss would train nothing.
         shrunk = self.shrink(frames, self._head(frames), lens)
         x, padding = shrunk.x, ~shrunk.segments.mask
         if self.looking_back is not None:

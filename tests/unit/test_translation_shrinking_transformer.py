@@ -204,6 +204,36 @@ def test_every_part_is_trained_by_the_decoders_loss(pooling):
         assert sum(size < 1e-6 for size in sizes) <= (part != "encoder"), part
 
 
+def test_gradients_do_not_see_the_padding():
+    recipe = Recipe({}, "weighted", textual=True).train()
+    src, tgt, lens = batch()
+    outside = torch.arange(24) >= (lens * 24).round()[:, None]
+
+    def fill(value):
+        """Return gradients where the encoder leaves a value in its padding."""
+        hook = recipe.shrinking.transformer.encoder.register_forward_hook(
+            lambda module, args, out: (
+                out[0].masked_fill(outside[..., None], value),
+                *out[1:],
+            )
+        )
+        recipe.zero_grad()
+        recipe.shrinking(src, tgt, lens, pad_idx=PAD)[
+            1
+        ].square().sum().backward()
+        hook.remove()
+        return {
+            name: parameter.grad.clone()
+            for name, parameter in recipe.named_parameters()
+            if parameter.grad is not None
+        }
+
+    clean, dirty = fill(0.0), fill(float("nan"))
+    assert "ctc_lin.w.weight" in clean
+    for name, gradient in clean.items():
+        assert torch.equal(gradient, dirty[name]), name
+
+
 def test_speechbrains_decode_has_no_gradient():
     """Why a recipe cannot train through `Transformer.decode`."""
     plain = stock()
@@ -307,6 +337,19 @@ def test_steps_of_the_search_are_counted_in_frames():
     assert len(hyps[0]) in (11, 12)
 
 
+def test_equal_frames_of_other_lengths_are_apart():
+    recipe = Recipe({}).eval()
+    _, tgt, _ = batch((16, 16))
+    frames = torch.randn(1, 16, WIDTH).expand(2, -1, -1)
+    tgt, lengths = tgt[:1].expand(2, -1), torch.tensor([5, 16])
+    together = recipe.shrinking.decode(tgt, frames, lengths)[0]
+    for row in range(2):
+        single = recipe.shrinking.decode(
+            tgt[:1], frames[:1, : lengths[row]], lengths[row : row + 1]
+        )[0]
+        torch.testing.assert_close(together[row : row + 1], single)
+
+
 def count_shrinks(recipe):
     """Return a list that gets the batch size of every shrink."""
     seen = []
@@ -363,7 +406,9 @@ def test_what_was_shrunk_before_is_never_taken_for_another():
         weight = recipe.shrinking.looking_back.value.weight
         weight.data = weight.data.flip(0)
         seventh = decode(again, lengths)
+        # A view in the same memory.
         decode(frames, None)
+        decode(frames[:, :7], None)
     results = [first, second, third, fourth, fifth, sixth, seventh]
     for i, (one, other) in enumerate(itertools.pairwise(results)):
         assert not torch.allclose(one, other), i
@@ -491,6 +536,8 @@ def test_text_goes_through_the_textual_encoder(st_recipe):
 
 def test_blank_noise_on_transcripts(st_recipe):
     _, tgt, _ = batch()
+    # SentencePiece's unknown word is often the padding token as well.
+    tgt[0, 2] = PAD
     shrinking = st_recipe.shrinking.train()
     seen = []
     shrinking.transformer.custom_mt_src_module.register_forward_pre_hook(
@@ -528,7 +575,7 @@ def test_what_cannot_be_shrunk_is_refused(st_recipe):
     with pytest.raises(ValueError, match="d_model 8, the frames are 32 wide"):
         narrow.shrinking(src, tgt, lens)
     with pytest.raises(AttributeError, match="no attribute 'forward_x'"):
-        narrow.shrinking.forward_x
+        narrow.shrinking.forward_x(src)
     # An error in a step leaves nothing behind.
     narrow.shrinking.looking_back = LookingBack(WIDTH, 2)
     narrow.shrinking(src, tgt, lens)
