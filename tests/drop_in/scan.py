@@ -1,8 +1,8 @@
 """Which of SpeechBrain's recipes each method drops into.
 
-    python tests/drop_in/scan.py <checkout>
+    python tests/drop_in/scan.py <checkout> [--write]
 
-prints the table of docs/drop_in.md.
+prints the table of docs/drop_in.md, or writes it there.
 
 A recipe is a training script with the YAML files that SpeechBrain's own
 `tests/recipes/*.csv` list for it, or else those beside it. Only source text is
@@ -15,6 +15,10 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "drop_in.md"
+BEGIN = "<!-- by tests/drop_in/scan.py -->"
+END = "<!-- up to here -->"
 
 # What tests/drop_in runs, by script and column of the table.
 RAN = {
@@ -29,6 +33,7 @@ RAN = {
     "LibriSpeech/ASR/transducer/train.py": ("transducer",),
     "LibriSpeech/ASR/transformer/train.py": (
         "editing",
+        "merging",
         "adapters",
         "shrinking",
     ),
@@ -49,8 +54,7 @@ NOTES = {
     "loaded; with `keep_n_layers` at the model's own number it cuts none",
     "g": "no: `forward_mt_decoder_only` gets features without lengths, and "
     "there is no CTC head nor a transcript",
-    "h": "no: `train.py` takes the encoder apart, or calls `hparams` instead "
-    "of `modules`",
+    "h": "no: `train.py` takes the encoder apart, or calls it past `modules`",
     "i": "no: the model has no decoder that attends to frames",
     "k": "no: it has no `Checkpointer` in its YAML, or gives the Brain none",
 }
@@ -226,22 +230,38 @@ def table(checkout):
     """Yield the lines of the page's table, and its notes."""
     yield f"| recipe | {' | '.join(COLUMNS)} |"
     yield "|---" * (len(COLUMNS) + 1) + "|"
-    rest = 0
+    rest, used = 0, set()
     for name, recipe in recipes(checkout).items():
         if touched(recipe):
-            yield f"| `{name}` | {' | '.join(cells(name, recipe))} |"
+            row = cells(name, recipe)
+            used |= {word for cell in row for word in re.split("[ ,]", cell)}
+            yield f"| `{name}` | {' | '.join(row)} |"
         else:
             rest += recipe.has_checkpointer
     yield ""
     for letter, text in NOTES.items():
-        yield f"- {letter}: {text}"
+        if letter in used:
+            yield f"- {letter}: {text}"
     yield ""
     yield (
-        f"{rest} more recipes name a `Checkpointer` in their YAML and do none "
-        "of this: editing is the same diff there (not run)."
+        f"{rest} more recipes name a `Checkpointer` in their YAML and do "
+        "nothing else of this. Editing is the same change there; nobody has "
+        "tried it."
+    )
+
+
+def main(checkout, *flags):
+    """Print the table, or with `--write` put it into the page."""
+    text = "\n".join(table(checkout))
+    if "--write" not in flags:
+        print(text)
+        return
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    PAGE.write_text(
+        f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8"
     )
 
 
 if __name__ == "__main__":
-    for line in table(sys.argv[1]):
-        print(line)
+    main(*sys.argv[1:])

@@ -11,6 +11,7 @@ from runner import Recipe
 
 EDIT = "hparams/edit_conformer.yaml"
 ADAPTERS = "hparams/adapters_conformer.yaml"
+MERGED = "hparams/merged_conformer.yaml"
 SHRINK = "hparams/shrink_conformer.yaml"
 
 
@@ -122,6 +123,32 @@ def test_testing_with_another_scale_keeps_the_law(recipe, us, de, edit):
     )
     assert "scale" in refused.error, refused.error
     assert {p: p.read_bytes() for p in again.iterdir()} == files
+
+
+def test_a_merged_model_is_where_training_starts(
+    recipe, us, trained, de, tmp_path
+):
+    """Beside the language model and the tokenizer, which load as before."""
+    from speechbrain_taskarith.vectors import TaskVector
+
+    path = str(tmp_path / "de.safetensors")
+    tuned = de / "model.finetuned.ckpt"
+    TaskVector.between(us / "model.ckpt", tuned).save(path)
+    run = recipe.run(
+        "merged",
+        diff=MERGED,
+        pretrainer={
+            "paths": {"model": str(us.parent)},
+            "vectors": {"model": [path]},
+        },
+        lr_adam=0.0,
+        number_of_epochs=1,
+    )
+    base, tuned = weights(us / "model.ckpt"), weights(tuned)
+    for key, value in weights(run.checkpoints[-1] / "model.ckpt").items():
+        start = base[key].double()
+        expected = start + 0.2 * (tuned[key].double() - start)
+        assert (value.double() - expected).abs().max() < 1e-6, key
 
 
 @pytest.fixture(scope="module")
