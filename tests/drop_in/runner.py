@@ -162,7 +162,7 @@ class Recipe:
         overrides["output_folder"] = str(folder)
         arguments = [hparams, "--device=cpu", "--noprogressbar", *flags]
         arguments += [f"--{k}={as_yaml(v)}" for k, v in overrides.items()]
-        log = self.results.parent / f"{len(RUNS)}.log"
+        log = self.results.parent / f"{output}.log"
         started = time.monotonic()
         status = run_script(self.script, arguments, log)
         seconds = time.monotonic() - started

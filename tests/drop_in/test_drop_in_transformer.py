@@ -91,6 +91,14 @@ def test_what_was_fine_tuned_an_optimizer_made_from_the_base(recipe, us, edit):
         assert (value - tuned[key]).abs().max() < 1e-6, key
 
 
+def test_training_goes_on_after_a_test(us, de, edit):
+    # Not after --test_only, which keeps no optimizer to go on with.
+    tuned = weights(de / "model.finetuned.ckpt")
+    again = edit("de", number_of_epochs=3)
+    law(again, weights(us / "model.ckpt"), "model", 0.6, density=0.5)
+    assert changed(tuned, weights(again / "model.finetuned.ckpt"))
+
+
 def test_testing_again_changes_nothing(us, de, edit):
     files = ("model.ckpt", "model.finetuned.ckpt")
     before = [weights(de / name) for name in files]
@@ -98,13 +106,6 @@ def test_testing_again_changes_nothing(us, de, edit):
     law(again, weights(us / "model.ckpt"), "model", 0.6, density=0.5)
     for state, name in zip(before, files):
         assert not changed(state, weights(again / name)), name
-
-
-def test_training_goes_on_after_a_test(us, de, edit):
-    tuned = weights(de / "model.finetuned.ckpt")
-    again = edit("de", number_of_epochs=3)
-    law(again, weights(us / "model.ckpt"), "model", 0.6, density=0.5)
-    assert changed(tuned, weights(again / "model.finetuned.ckpt"))
 
 
 def test_testing_with_another_scale_keeps_the_law(recipe, us, de, edit):
