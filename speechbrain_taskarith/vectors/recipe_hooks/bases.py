@@ -218,7 +218,6 @@ def fit_to_module(stored, module, name) -> State:
         ("in the module only, taken from it", constants),
         ("not trained in the base, set to zero", untrained),
         ("left out, the module goes without", [*heads, *switched_off]),
-        ("adapters, which keep their values", left_out),
     ):
         if names:
             logger.info(f"{name} from {stored.label}: {what}: {some(names)}")
