@@ -165,7 +165,7 @@ def insert_adapters(
     try:
         handle.freeze(freeze)
         sources = [] if load is None else load_files(handle, load, any_base)
-        watch = Watch(handle, () if any_base else sources)
+        watch = Watch(handle, sources)
         _configure(handle, watch, train, penalty, guide, tasks)
     except BaseException:
         handle.remove()

@@ -30,7 +30,7 @@ class Source:
     """One file that was read, and what in the handle came from it."""
 
     def __init__(self, handle, path, name):
-        self.path, self.name = path, name
+        self.path, self.name, self.any_base = path, name, False
         self.is_checkpoint = _is_checkpoint(path)
         if _is_folder(path) and not self.is_checkpoint:
             raise ValueError(
@@ -48,6 +48,7 @@ class Source:
 
     def put(self, handle, any_base):
         """Check the file against the layers and put it in."""
+        self.any_base = any_base
         kind = "combination" if self.name == COMBINED else "adapter"
         check_file(handle, self.path, self.tensors, self.header, kind, any_base)
         if kind == "combination":
@@ -58,6 +59,8 @@ class Source:
 
     def check(self, handle):
         """Refuse it where it was trained on another base, see `check_base`."""
+        if self.any_base:
+            return
         header = self.header
         if self.is_checkpoint:
             frozen = list(_frozen_then(handle, _states(self.path)))

@@ -44,9 +44,6 @@ class Watch:
         self.penalty, self.guide, self.tasks = penalty, guide, tasks
         self.is_routed = self.is_composition = False
         self.has_started = False
-        self._forget()
-
-    def _forget(self):
         self._brain = self._thread = self._batch = None
         #: {layer's name: (parameter, its hook)}, and whose turn it is.
         self._hooks, self._pending = {}, set()
@@ -73,8 +70,10 @@ class Watch:
         if not (layer.training and torch.is_grad_enabled()):
             return
         if not self.has_started:
-            self.has_started = True
+            self._find_brain()
+            self._require_known_scale()
             self._report()
+            self.has_started = True
         if self.penalty:
             self._hook_penalty(layer)
 
@@ -139,6 +138,23 @@ class Watch:
         exact = torch.promote_types(like.dtype, torch.float32)
         one = torch.ones((), dtype=exact, device=like.device)
         return brain.scaler.scale(one) / brain.grad_accumulation_factor
+
+    def _require_known_scale(self):
+        """Refuse to add to a loss whose scale a recipe makes itself."""
+        brain = self._brain and self._brain()
+        if brain is None or not (self.penalty or self.guide):
+            return
+        own = type(brain).fit_batch
+        if own is sys.modules["speechbrain.core"].Brain.fit_batch:
+            return
+        if brain.scaler.is_enabled() or brain.grad_accumulation_factor != 1:
+            raise ValueError(
+                f"penalty and guide: {type(brain).__name__} has a fit_batch "
+                "of its own, so that the scale of its loss is not known; use "
+                "grad_accumulation_factor 1 and precision fp32 or bf16, or "
+                "add handle.penalty() and handle.attention_loss(...) in its "
+                "compute_objectives"
+            )
 
     def _hook_penalty(self, layer):
         """Add the penalty's derivative to a gradient, once a backward pass.
@@ -249,7 +265,6 @@ class Watch:
     def _report(self):
         """Say what trains, and warn of what most likely was not meant."""
         handle, trained = self.handle, self.handle.trained_parameters()
-        self._find_brain()
         brain = self._brain and self._brain()
         logger.info("adapters, training begins: %s", handle.training_summary())
         if self.is_composition and handle.in_use == COMBINED:

@@ -47,6 +47,7 @@ class AdapterTraining(AdapterFiles):
                     parameter.requires_grad_(False)
             if not hasattr(module, GUARD):
                 module.add_module(GUARD, StatisticsGuard(module))
+            if not any(module is known for _, known in self._frozen):
                 self._frozen.append((name, module))
             getattr(module, GUARD).train(module.training)
 

@@ -196,8 +196,11 @@ def test_the_frozen_may_hold_the_encoder(trained, tmp_path):
 # ------------------------------------------------------------------ resuming
 
 
+@pytest.mark.parametrize("any_base", [False, True])
 @pytest.mark.parametrize("moved", [False, True])
-def test_a_recovered_checkpoint_wins(trained, tmp_path, caplog, moved):
+def test_a_recovered_checkpoint_wins(
+    trained, tmp_path, caplog, moved, any_base
+):
     caplog.set_level(logging.INFO)
     first = Parts(9, load=by_name(trained), train="MT-A")
     first.start_from(base(), tmp_path / "base")
@@ -207,7 +210,7 @@ def test_a_recovered_checkpoint_wins(trained, tmp_path, caplog, moved):
     expected = first("us")
     first.checkpointer(tmp_path / "save").save_checkpoint()
     caplog.clear()
-    again = Parts(9, load=by_name(trained), train="MT-A")
+    again = Parts(9, load=by_name(trained), train="MT-A", any_base=any_base)
     again.checkpointer(tmp_path / "save").recover_if_possible()
     assert torch.equal(again("us"), expected)
     assert torch.equal(expected, before) != moved

@@ -306,6 +306,37 @@ def test_penalty_and_guide_equal_the_explicit_sum(mode, options, guide):
     assert (plain - found[0][name]).norm() > 1e-3 * (plain - start[name]).norm()
 
 
+class Own(Recipe):
+    """A recipe with a training step of its own."""
+
+    def fit_batch(self, batch):
+        outputs = self.compute_forward(batch, sb.Stage.TRAIN)
+        loss = self.compute_objectives(outputs, batch, sb.Stage.TRAIN)
+        loss.backward()
+        self.optimizers_step()
+        return loss.detach()
+
+
+@pytest.mark.parametrize(
+    "options", [{"grad_accumulation_factor": 2}, {"scaled": True}], ids=str
+)
+def test_a_loss_whose_scale_is_not_known_is_refused(options):
+    made = modules()
+    inserted(made, train="ST-A", freeze=made, penalty=0.01)
+    with pytest.raises(ValueError, match="Own has a fit_batch of its own"):
+        run(made, Own, **options)
+
+
+def test_a_step_of_its_own_without_a_scale():
+    found = []
+    for kind in (Own, Recipe):
+        made = modules()
+        inserted(made, train="ST-A", freeze=made, penalty=0.5)
+        run(made, kind)
+        found.append(states(made))
+    assert not changed(*found)
+
+
 def gradients(encoder, x, passes=1, explicit=False):
     """Return those of some passes' loss, with or without the penalty."""
     handle = encoder.task_adapters
