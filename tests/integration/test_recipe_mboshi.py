@@ -27,10 +27,7 @@ TINY = {
     "source_pieces": 22,
     "target_pieces": 22,
     "number_of_epochs": 2,
-    "asr_epochs": 1,
-    "mt_epochs": 1,
     "max_batch_seconds": 8,
-    "stage_batch_seconds": 8,
     "num_buckets": 2,
     "test_batch_size": 4,
     "task_interval": 2,
@@ -38,10 +35,16 @@ TINY = {
     "greedy_tokens": 5,
     "beam_size": 2,
     "beam_steps": 5,
-    "target_bleu": 0.0,
     "valid_one_in": 4,
     "entropy_windows": "[1, 2]",
     "entropy_utterances": 3,
+}
+# Options of the study alone.
+STUDY = {
+    "asr_epochs": 1,
+    "mt_epochs": 1,
+    "stage_batch_seconds": 8,
+    "target_bleu": 0.0,
 }
 MBOSHI = "wa ámikoá mwána ngá oyúlu ndzóo kyéma sεngέ".split()
 FRENCH = "il va voir un enfant chez lui ; le chat dort".split()
@@ -86,7 +89,7 @@ def corpus(tmp_path_factory):
 
 def start(data, output, ranks=1, **options):
     """Start the study as a user would."""
-    options = {"data_folder": data, **TINY, **options}
+    options = {"data_folder": data, **TINY, **STUDY, **options}
     return RECIPE.start(output, options, ranks=ranks)
 
 
@@ -341,6 +344,7 @@ def test_hubert_of_a_local_folder_takes_the_conformers_place(corpus, tmp_path):
     with_hubert(recipe, tmp_path / "recipe", path, tmp_path / "hubert", 12)
     options = {
         **TINY,
+        **STUDY,
         "only": "whole",
         "text_from": "null",
         "data_folder": corpus,

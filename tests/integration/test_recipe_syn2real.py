@@ -27,14 +27,14 @@ TINY = {
     "voices": "[en-us+f1, en-us+m1]",
     "pretraining_steps": 4,
     "mixed_steps": 2,
-    "choose_on": "edited_target",
     "domain_steps": 2,
     "batch_size": 4,
     "valid_strings": 3,
     "test_strings": 4,
-    "scales": "[0.5, 1.0]",
     "train_precision": "fp32",
 }
+# Options of the study alone.
+STUDY = {"choose_on": "edited_target", "scales": "[0.5, 1.0]"}
 MODELS = 1 + 3 * (1 + 1 + 1 + 2 * 2)
 
 
@@ -46,7 +46,8 @@ def corpus(tmp_path_factory):
 
 def start(data, output, **options):
     """Start the recipe as a user would."""
-    return RECIPE.start(output, {**TINY, **options, "data_folder": data})
+    options = {**TINY, **STUDY, **options, "data_folder": data}
+    return RECIPE.start(output, options)
 
 
 def run(data, output, **options):
