@@ -20,7 +20,6 @@ from speechbrain_taskarith.vectors.recipe_hooks.bases import (
     open_base,
 )
 from speechbrain_taskarith.vectors.rules.base import check_rule
-from speechbrain_taskarith.vectors.states.names import fingerprints
 from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     find_checkpoint_folder,
 )
@@ -205,7 +204,7 @@ class TaskVectorPretrainer(Pretrainer):
         base = self._base(name, obj, path)
         vectors = [TaskVector.load(file) for file in self.vectors[name]]
         for file, vector in zip(self.vectors[name], vectors):
-            if self.any_base or vector.base_fingerprint in fingerprints(base):
+            if self.any_base or vector.base_fingerprint in base.fingerprints():
                 continue
             raise ValueError(
                 f"{file}: was taken from another base "

@@ -172,13 +172,6 @@ def renamed(state, entries):
     return result
 
 
-def fingerprints(state):
-    """Yield a state's fingerprint, then that of its `source`; lazily."""
-    yield state.fingerprint
-    if state.source is not None:
-        yield state.source.fingerprint
-
-
 def under_names_of(base, other, *, partial=False):
     """Return a state under the base's names, if wrappers tell them apart.
 
@@ -320,7 +313,7 @@ def check_alike(vectors, labels=None):
 
 def check_ancestry(base, fingerprint, label="this task vector", origin=None):
     """Raise unless a vector was taken from just these weights."""
-    if fingerprint in fingerprints(base):
+    if fingerprint in base.fingerprints():
         return
     taken = "combines vectors of several bases"
     if fingerprint:

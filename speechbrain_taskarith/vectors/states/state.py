@@ -252,6 +252,19 @@ class State(Mapping):
             digest.update(part)
         return digest.digest()
 
+    def fingerprints(self):
+        """Give the fingerprints that a vector of these weights may carry.
+
+        Returns
+        -------
+        iterator of str
+            The own one, then that under the names they are stored by; each
+            is computed when it is asked for.
+        """
+        yield self.fingerprint
+        if self.source is not None:
+            yield self.source.fingerprint
+
     def verify(self):
         """Check the bytes against the checksums that the file carries.
 
