@@ -136,9 +136,7 @@ class Corpus:
 
         with open(self.tokenizer, "wb") as file:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(
-                    [" ".join(WORDS["us"])] * 4
-                ),
+                sentence_iterator=iter([" ".join(WORDS["us"])] * 4),
                 model_writer=file,
                 model_type="char",
                 vocab_size=40,

@@ -91,7 +91,8 @@ def apply_hunks(text, hunks, label):
         places = len(re.findall(f"^{re.escape(before)}", text, re.M))
         if places != 1:
             raise ValueError(f"{label}: {places} places for:\n{before}")
-        text = re.sub(f"^{re.escape(before)}", lambda _: after, text, flags=re.M)
+        at = re.search(f"^{re.escape(before)}", text, re.M)
+        text = text[: at.start()] + after + text[at.end() :]
     return text
 
 
@@ -198,7 +199,8 @@ class Run:
     def checkpoints(self):
         """The checkpoint folders, the oldest first."""
         return sorted(
-            self.save.glob("CKPT+*"), key=lambda p: (p / "CKPT.yaml").stat().st_mtime
+            self.save.glob("CKPT+*"),
+            key=lambda p: (p / "CKPT.yaml").stat().st_mtime,
         )
 
     @property

@@ -101,7 +101,10 @@ class Recipe:
         for node in ast.walk(self.tree):
             if isinstance(node, ast.If) and _is_test(node.test):
                 body = ast.unparse(ast.Module(node.body, []))
-                if ".save_and_keep_only(" in body or ".save_checkpoint(" in body:
+                if (
+                    ".save_and_keep_only(" in body
+                    or ".save_checkpoint(" in body
+                ):
                     return True
         return False
 
