@@ -4,8 +4,13 @@ The law: what is kept is `base + scale * (fine-tuned - base)`, and fine-tuned
 is what an optimizer made of the base: compared with a training by hand.
 """
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from processes import ROOT, environment
+from test_kill_resume import Moments, collect, in_child, run_once
 from upstream_habits import (
     EDITING,
     PLAIN,
@@ -200,3 +205,75 @@ def test_another_scale_at_the_test_is_kept_with_it(us, tmp_path):
     # Training goes on with the scale that it began with, or not at all.
     with pytest.raises(ValueError, match="rule"):
         run(Averages, YAML + EDITING, tmp_path, base=str(us))
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_law_holds(us, tmp_path):
+    """In training, in the test that averages, while it saves and deletes."""
+    base = base_of(us)
+
+    def train(folder):
+        options = {"base": str(us), "number_of_epochs": 2}
+        return lambda report: (
+            run(Averages, YAML + EDITING, folder, **options),
+            report(1),
+        )
+
+    _, seconds = run_once(train(tmp_path / "whole"))
+    moments, kills, listed = Moments(5, seconds), 0, 0
+    for attempt in range(60):
+        # Some folders are killed again and again.
+        folder = tmp_path / str(attempt // 3)
+        pid, reader = in_child(train(folder))
+        killed, _ = collect(pid, reader, kill_after=moments.draw())
+        moments.learn(killed)
+        kills += killed
+        if list((folder / "save").glob("CKPT+*/CKPT.yaml")):
+            assert_law(folder / "save", base, 0.4)
+            listed += 1
+        if kills >= 12 and listed >= 4:
+            break
+    assert kills >= 12 and listed >= 4
+    run_once(train(folder))
+    assert_law(folder / "save", base, 0.4)
+
+
+DISTRIBUTED = """
+import sys
+import speechbrain as sb
+import torch
+from upstream_habits import EDITING, YAML, Averages, run
+
+_, run_opts, _ = sb.parse_arguments(
+    ["none.yaml", "--device=cpu", "--distributed_backend=gloo"]
+)
+sb.utils.distributed.ddp_init_group(run_opts)
+base, folder = sys.argv[1:]
+run(Averages, YAML + EDITING, folder, base=base, run_opts=run_opts)
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_average_and_keep_the_law(us, tmp_path):
+    """The same data in both: the result of one process."""
+    (tmp_path / "script.py").write_text(DISTRIBUTED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    words = [tmp_path / "script.py", us, tmp_path / "two"]
+    paths = f"{ROOT}:{ROOT / 'tests' / 'integration'}"
+    for _ in range(2):  # and once more, which only tests
+        done = subprocess.run(
+            [*command, "--nproc_per_node=2", *map(str, words)],
+            env={**environment(), "PYTHONPATH": paths},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-6000:]
+        [tuned] = assert_law(
+            tmp_path / "two" / "save", base_of(us), 0.4
+        ).values()
+        epochs = by_hand(us, Averages)
+        mean = {k: sum(e[k] for e in epochs) / 3 for k in tuned}
+        assert_close(tuned, mean)

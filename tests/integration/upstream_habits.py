@@ -171,7 +171,7 @@ def data(seed):
     return torch.utils.data.DataLoader(batches, batch_size=None)
 
 
-def run(brain_class, yaml, folder, seed=1, act=None, run_opts=(), **overrides):
+def run(brain_class, yaml, folder, seed=1, run_opts=None, **overrides):
     """Be a recipe's train.py; return its Brain.
 
     Arguments
@@ -184,9 +184,7 @@ def run(brain_class, yaml, folder, seed=1, act=None, run_opts=(), **overrides):
         Its output folder.
     seed : int
         Of the data; domains differ by it.
-    act : callable or None
-        What is done to the Brain before it fits.
-    run_opts : dict
+    run_opts : dict or RunOptions or None
         As on the command line, e.g. `{"test_only": True}`.
     **overrides : object
         Values of the YAML.
@@ -194,11 +192,14 @@ def run(brain_class, yaml, folder, seed=1, act=None, run_opts=(), **overrides):
     hparams = load_hyperpyyaml(
         io.StringIO(yaml), {"output_folder": str(folder), **overrides}
     )
+    if run_opts is None or isinstance(run_opts, dict):
+        quiet = {"device": "cpu", "noprogressbar": True}
+        run_opts = {**quiet, **(run_opts or {})}
     brain = brain_class(
         modules=hparams["modules"],
         opt_class=hparams["opt_class"],
         hparams=hparams,
-        run_opts={"device": "cpu", "noprogressbar": True, **dict(run_opts)},
+        run_opts=run_opts,
         checkpointer=hparams["checkpointer"],
     )
     if "pretrainer" in hparams:
@@ -206,8 +207,6 @@ def run(brain_class, yaml, folder, seed=1, act=None, run_opts=(), **overrides):
         hparams["pretrainer"].load_collected(
             *[brain.device] * (brain_class is Whisper)
         )
-    if act is not None:
-        act(brain)
     if brain_class is RecoversBefore:
         brain.checkpointer.recover_if_possible()
     brain.fit(hparams["epoch_counter"], data(seed), data(seed + 100))

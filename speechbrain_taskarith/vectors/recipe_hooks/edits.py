@@ -3,7 +3,7 @@
 from speechbrain.utils.checkpoints import torch_recovery
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_taskarith.vectors.checks import all_finite
+from speechbrain_taskarith.vectors.recipe_hooks.bases import load_base
 from speechbrain_taskarith.vectors.recipe_hooks.provenance import (
     Contents,
     Watch,
@@ -12,10 +12,7 @@ from speechbrain_taskarith.vectors.recipe_hooks.provenance import (
     mean_state,
     same_tensors,
 )
-from speechbrain_taskarith.vectors.states.names import (
-    fingerprints,
-    renamed,
-)
+from speechbrain_taskarith.vectors.states.names import fingerprints, renamed
 from speechbrain_taskarith.vectors.states.readers import as_state, open_state
 from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     FINETUNED,
@@ -74,7 +71,12 @@ class EditedRecoverable:
         # Fingerprints of what was saved last: fine-tuned and edited.
         self.saved = None
         self.watch = Watch(
-            module, name, self._recognise, self._digests, may_start
+            module,
+            name,
+            self._recognise,
+            self._digests,
+            self._is_extra,
+            may_start,
         )
 
     # What is read and written: a module's weights. Others may differ.
@@ -88,9 +90,7 @@ class EditedRecoverable:
 
     def put(self, state):
         """Load a state; adapters that it lacks keep their values."""
-        own = self.module.state_dict()
-        content = {name: own[name] for name in own if is_adapter(name)}
-        self.module.load_state_dict(content | {n: state[n] for n in state})
+        load_base(self.module, state)
 
     def recover(self, path, end_of_epoch):
         """Load a file as SpeechBrain does."""
@@ -132,15 +132,6 @@ class EditedRecoverable:
         if (scale := self.scale) is None:
             scale = self.rule.scale_for(vector)
         edited = vector.apply(base, scale, any_base=True)
-        for name in vector:
-            if not all_finite(edited[name]):
-                raise ValueError(
-                    f"{self.name!r}: the edit of {name!r} is more than "
-                    f"{str(edited[name].dtype).removeprefix('torch.')} can "
-                    "hold. Nothing was written; choose a smaller scale, keep "
-                    "the weights in float32 or bfloat16, or exclude this "
-                    "parameter"
-                )
         kept = {n: finetuned[n] for n in finetuned if n not in own}
         return as_state({**edited, **kept})
 
@@ -292,7 +283,7 @@ class EditedRecoverable:
     def _carried(self, live):
         """Return the fine-tuned weights of those edited, adapters as now."""
         carried = self.contents.finetuned
-        adapters = {n: live.entries[n] for n in live if is_adapter(n)}
+        adapters = {n: live.entries[n] for n in live if self._is_extra(n)}
         return renamed(carried, {**carried.entries, **adapters})
 
     def _note_untrained(self, finetuned):
@@ -309,7 +300,14 @@ class EditedRecoverable:
 
     def _digests(self):
         state = self.read()
-        return {n: state.digest(n) for n in state if not is_adapter(n)}
+        return {n: state.digest(n) for n in state if not self._is_extra(n)}
+
+    def _is_extra(self, name):
+        """Tell whether it lies in an adapter that the base lacks."""
+        try:
+            return is_adapter(name) and name not in self.base
+        except FileNotFoundError:
+            return False
 
     def _is_up_to_date(self, recorded):
         try:

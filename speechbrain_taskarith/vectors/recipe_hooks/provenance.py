@@ -58,15 +58,20 @@ class Watch:
         returns their `Contents` or None. It may replace tensors.
     read_digests : method
         Returns the hashes of the weights in memory.
+    is_extra : method
+        Tells of a parameter's name whether it is none of the edit's.
     may_start : bool
         Whether an optimizer may train what is there before the first load.
     """
 
-    def __init__(self, module, name, recognise, read_digests, may_start):
+    def __init__(
+        self, module, name, recognise, read_digests, is_extra, may_start
+    ):
         self.name, self._may_start = name, may_start
         self.contents = Contents("start")
         self._recognise = weakref.WeakMethod(recognise)
         self._read_digests = weakref.WeakMethod(read_digests)
+        self._is_extra = weakref.WeakMethod(is_extra)
         self._module = weakref.ref(module)
         self._ours = self._inside = False
         if _watch_of(module) is None:
@@ -111,14 +116,15 @@ class Watch:
     def before_step(self, optimizer):
         """An optimizer, registered or not, is about to make a step."""
         module, kind = self._module(), self.contents.kind
-        if kind == "finetuned" or module is None:
+        is_extra = self._is_extra()
+        if kind == "finetuned" or module is None or is_extra is None:
             return
         ours = {
             id(parameter)
             for name, parameter in module.named_parameters()
             # A gradient from before the freezing would be applied too.
             if (parameter.requires_grad or parameter.grad is not None)
-            and not is_adapter(name)
+            and not is_extra(name)
         }
         groups = (group["params"] for group in optimizer.param_groups)
         if any(
