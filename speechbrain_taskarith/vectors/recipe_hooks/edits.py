@@ -12,7 +12,7 @@ from speechbrain_taskarith.vectors.recipe_hooks.provenance import (
     mean_state,
     same_tensors,
 )
-from speechbrain_taskarith.vectors.states.names import fingerprints, renamed
+from speechbrain_taskarith.vectors.states.names import renamed
 from speechbrain_taskarith.vectors.states.readers import as_state, open_state
 from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     FINETUNED,
@@ -200,7 +200,7 @@ class EditedRecoverable:
                 f"{path}: {self.name!r} was not edited there, only "
                 f"{', '.join(recorded)}; edit the same recoverables, {remedy}"
             )
-        if then["base_fingerprint"] not in fingerprints(self.base):
+        if then["base_fingerprint"] not in self.base.fingerprints():
             raise ValueError(
                 f"{path}: {self.name!r} was fine-tuned from {then['base']} "
                 f"({short(then['base_fingerprint'])}), the base is now "
