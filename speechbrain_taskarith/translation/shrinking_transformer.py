@@ -260,18 +260,17 @@ class ShrinkingTransformer(torch.nn.Module):
                 "the ShrinkingTransformer in `modules`, `model` and the "
                 "searchers' `modules`, not the Transformer that it wraps"
             )
-        (tgt, *given), kwargs = args or [kwargs.pop("tgt")], dict(kwargs)
-        memory = given[0] if given else kwargs["memory"]
-        outside = kwargs.get("memory_key_padding_mask")
-        x, padding = memory, outside
+        # `forward` names all arguments, `decode` does not name the first two.
+        kwargs = {**kwargs, **dict(zip(("tgt", "memory"), args))}
+        x = kwargs["memory"]
+        padding = kwargs.get("memory_key_padding_mask")
+        lengths = _lengths(x, padding)
         if self._source == "speech":
-            found = self._memory or self._reduce(memory, _lengths(x, outside))
-            x, padding = found.x, found.padding
+            x, padding, _ = self._memory or self._reduce(x, lengths)
         elif self.textual is not None:
-            lengths = _lengths(x, outside)
             x = self.textual(x, relative_lengths(lengths, x.shape[1]))
         kwargs.update(memory=x, memory_key_padding_mask=padding)
-        return (tgt, *given[1:]), kwargs
+        return (), kwargs
 
     def _reduce(self, frames, lengths):
         size = frames.shape[1]
