@@ -10,9 +10,9 @@ import torch
 
 
 def weights(path):
-    """Return a file's tensors by name."""
+    """Return a file's tensors by name, and its counts as tensors."""
     found = torch.load(path, map_location="cpu", weights_only=True)
-    return {k: v for k, v in found.items() if isinstance(v, torch.Tensor)}
+    return {key: torch.as_tensor(value) for key, value in found.items()}
 
 
 def trimmed(vector, density):
