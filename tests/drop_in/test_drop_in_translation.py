@@ -88,6 +88,23 @@ def test_it_resumes_from_the_fine_tuned_weights(iwslt, first, edited):
         assert not moved, sorted(moved)
 
 
+def test_a_public_encoder_with_more_layers_is_refused(iwslt, first, corpus):
+    """train.py cuts layers off; nothing may be trained before that is said."""
+    bases = {"model": str(first.save), "wav2vec2": corpus.wav2vec2(layers=2)}
+    run = iwslt.run(
+        "more_layers", diff=IWSLT, checkpointer={"base": bases}, expect=None
+    )
+    assert "encoder.layers.1" in run.log
+    assert "epoch: 1" not in run.log and not run.checkpoints
+
+
+def test_the_start_is_a_base_with_the_layers_that_are_left(iwslt):
+    run = iwslt.run("start", diff=IWSLT, checkpointer={"base": "start"})
+    for name in BOTH:
+        base = weights(run.save / "start" / f"{name}.ckpt")
+        law(run.checkpoints[-1], base, name, 0.4)
+
+
 @pytest.fixture(scope="module")
 def base(fisher):
     """The base of Fisher-Callhome: the stock recipe."""
