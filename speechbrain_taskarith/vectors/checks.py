@@ -112,9 +112,10 @@ def floating(dtype):
 
 def overflow_error(name, dtype, scale):
     """Return the error for an edit that the stored type cannot hold."""
+    hint = " or write float32 (dtype='float32')" * dtype.endswith("float16")
     return ValueError(
-        f"{name!r}: base + {scale:g} * vector is too large for {dtype}. Use a "
-        "smaller scale, or write float32 (dtype='float32')"
+        f"{name!r}: base + {scale:g} * vector is too large for {dtype} and "
+        f"became NaN or infinity. Use a smaller scale{hint}"
     )
 
 

@@ -9,7 +9,7 @@ from speechbrain_taskarith.vectors.states.names import (
     match_names,
     under_names_of,
 )
-from speechbrain_taskarith.vectors.states.readers import as_state
+from speechbrain_taskarith.vectors.states.readers import as_model
 from speechbrain_taskarith.vectors.task_vector import TaskVector
 
 
@@ -69,11 +69,11 @@ def syn2real(
     >>> syn2real(target, [(real, synthetic)], scale=0.5)
     {'w': tensor([11.])}
     """
-    target = as_state(target_synthetic)
+    target = as_model(target_synthetic)
     chosen = {"include": include, "exclude": exclude}
     vectors = []
     for number, (real, synthetic) in enumerate(_as_pairs(pairs)):
-        synthetic = as_state(synthetic)
+        synthetic = as_model(synthetic)
         vectors.append(TaskVector.between(synthetic, real, **chosen))
         try:
             match_names(target, under_names_of(target, synthetic), **chosen)

@@ -31,7 +31,7 @@ from speechbrain_taskarith.vectors.states.names import (
     renaming,
     under_names_of,
 )
-from speechbrain_taskarith.vectors.states.readers import as_state
+from speechbrain_taskarith.vectors.states.readers import as_model, as_state
 from speechbrain_taskarith.vectors.states.state import short
 
 # Vectors that a vector's history names, at most.
@@ -124,7 +124,7 @@ class TaskVector(Mapping):
             Shapes that differ (strict), NaN or infinity, a pattern that
             matches nothing, a file that is damaged.
         """
-        base, finetuned = as_state(base), as_state(finetuned)
+        base, finetuned = as_model(base), as_model(finetuned)
         base.verify()
         finetuned.verify()
         fingerprint = finetuned.fingerprint
@@ -177,7 +177,7 @@ class TaskVector(Mapping):
         """
         from speechbrain_taskarith.vectors.lora import lora_deltas
 
-        base = as_state(base)
+        base = as_model(base)
         deltas = lora_deltas(base, adapted, alpha=alpha)
         label = str(adapted) if not hasattr(adapted, "modules") else "LoRA"
         metadata = {"base": base.label, "lora": label}
@@ -354,7 +354,7 @@ class TaskVector(Mapping):
         KeyError
             The base lacks parameters of the vector.
         """
-        base = as_state(base)
+        base = as_model(base)
         base.verify()
         tau = self.named_as(base)
         tau.check_fits(base)
@@ -397,7 +397,7 @@ class TaskVector(Mapping):
         TaskVector
             Itself, if only its names fit or none do.
         """
-        base = as_state(base)
+        base = as_model(base)
         if self.keys() <= base.keys() or not (pairs := renaming(base, self)):
             return self
         deltas = {name: self[found] for name, found in pairs.names.items()}

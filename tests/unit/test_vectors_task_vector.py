@@ -15,10 +15,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from speechbrain_taskarith.vectors import (
+    SequentialEditor,
     TaskArithmetic,
     TaskVector,
     as_state,
     merge_checkpoints,
+    open_state,
+    search_scale,
+    syn2real,
 )
 from speechbrain_taskarith.vectors.encodings import ENCODINGS, decode, encode
 
@@ -474,3 +478,36 @@ def test_layout_that_does_not_fit_names_the_parameter(encoding):
     layout["w"]["shape"] = [9, 9]
     with pytest.raises(ValueError, match="^w: "):
         decode(tensors, layout)
+
+
+def as_a_model(vector, tmp_path):
+    """Every call that takes a model, with a task vector in its place."""
+    base, tuned = {"w": torch.ones(2)}, {"w": torch.full((2,), 3.0)}
+    tau, rule = TaskVector.between(base, tuned), TaskArithmetic()
+    module = torch.nn.ParameterDict(base)
+    output = tmp_path / "out.safetensors"
+    return [
+        lambda: TaskVector.between(base, vector),
+        lambda: TaskVector.between(vector, base),
+        lambda: tau.apply(vector, any_base=True),
+        lambda: rule(vector, [tau], any_base=True),
+        lambda: merge_checkpoints(vector, [tuned], rule, output),
+        lambda: syn2real(vector, [(tuned, base)]),
+        lambda: syn2real(base, [(vector, base)]),
+        lambda: search_scale(module, vector, tau, len, [1.0]),
+        lambda: SequentialEditor(vector, rule, tmp_path / "edits"),
+    ]
+
+
+def test_a_task_vector_is_no_model(tmp_path):
+    base, tuned = {"w": torch.ones(2)}, {"w": torch.full((2,), 3.0)}
+    tau = TaskVector.between(base, tuned)
+    path = tau.save(tmp_path / "tau.safetensors")
+    for vector in (tau, path, str(path), open_state(path)):
+        for wrong in as_a_model(vector, tmp_path):
+            with pytest.raises(ValueError, match="where a model is expected"):
+                wrong()
+    with SequentialEditor(base, TaskArithmetic(), tmp_path / "e") as editor:
+        with pytest.raises(ValueError, match="where a model is expected"):
+            editor.learn("german", path)
+        assert editor.log == []

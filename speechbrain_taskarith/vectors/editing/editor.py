@@ -23,7 +23,7 @@ from speechbrain_taskarith.vectors.encodings import ENCODINGS
 from speechbrain_taskarith.vectors.model_card import ModelCard
 from speechbrain_taskarith.vectors.rules.base import check_rule
 from speechbrain_taskarith.vectors.rules.description import from_description
-from speechbrain_taskarith.vectors.states.readers import as_state
+from speechbrain_taskarith.vectors.states.readers import as_model, as_state
 from speechbrain_taskarith.vectors.states.state import short
 from speechbrain_taskarith.vectors.states.writers import save_state
 from speechbrain_taskarith.vectors.task_vector import TaskVector
@@ -101,7 +101,7 @@ class SequentialEditor:
     ):
         checks.one_of("keep_base", keep_base, ("copy", "reference"))
         checks.one_of("encoding", encoding, ENCODINGS)
-        base = as_state(base)
+        base = as_model(base)
         base.verify()
         _check_finite(base, base.label)
         self._files = EditFolder.start(

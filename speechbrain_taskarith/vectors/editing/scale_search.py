@@ -28,7 +28,7 @@ from speechbrain_taskarith.vectors.application import (
 )
 from speechbrain_taskarith.vectors.editing.scale_table import REST, ScaleSearch
 from speechbrain_taskarith.vectors.states.names import under_names_of
-from speechbrain_taskarith.vectors.states.readers import as_state
+from speechbrain_taskarith.vectors.states.readers import as_model, as_state
 
 ORACLE = "real_target"
 # Words that a test split's name has as a part: "test-clean", "tst-COMMON",
@@ -302,7 +302,7 @@ class _InPlaceEdits:
     def __init__(self, model, base, tau, patterns):
         self._model = model
         live = as_state(model)
-        base, tau = under_names_of(live, as_state(base)), tau.named_as(live)
+        base, tau = under_names_of(live, as_model(base)), tau.named_as(live)
         base.verify()
         for state in (base, live):
             tau.check_fits(state)

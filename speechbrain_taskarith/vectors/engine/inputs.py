@@ -22,7 +22,7 @@ from speechbrain_taskarith.vectors.states.names import (
     not_finite_error,
     under_names_of,
 )
-from speechbrain_taskarith.vectors.states.readers import as_state
+from speechbrain_taskarith.vectors.states.readers import as_model, as_state
 from speechbrain_taskarith.vectors.states.state import State
 
 
@@ -83,7 +83,7 @@ class MergeInputs:
     ):
         if isinstance(finetuned, (str, os.PathLike, Mapping)):
             finetuned = [finetuned]
-        self.base = as_state(base, recoverable=recoverable)
+        self.base = as_model(base, recoverable=recoverable)
         self.parents = []
         for source in finetuned:
             parent = open_parent(source, recoverable)

@@ -19,7 +19,7 @@ from speechbrain_taskarith.vectors import checks
 from speechbrain_taskarith.vectors.engine.streaming import MemoryVectors, Stream
 from speechbrain_taskarith.vectors.engine.workspace import CHUNK
 from speechbrain_taskarith.vectors.states.names import check_alike
-from speechbrain_taskarith.vectors.states.readers import as_state
+from speechbrain_taskarith.vectors.states.readers import as_model, as_state
 
 # Written into a description in place of what a text cannot hold.
 IN_MEMORY = "weights in memory"
@@ -293,7 +293,7 @@ class Rule:
         ValueError
             Another base than the vectors', and what `combine` raises.
         """
-        base, vectors = as_state(base), list(vectors)
+        base, vectors = as_model(base), list(vectors)
         merged = self.combine(vectors, base=base)
         traced = [v for v in vectors if hasattr(v, "base_fingerprint")]
         any_base = any_base or not traced

@@ -20,6 +20,7 @@ from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     open_checkpoint,
 )
 from speechbrain_taskarith.vectors.states.state import (
+    TASK_VECTOR,
     State,
     StoredTensor,
     from_mapping,
@@ -144,6 +145,23 @@ def as_state(source, *, recoverable=None) -> "State":
         "expected weights as a path, a torch.nn.Module, a mapping from name "
         f"to tensor or a State, got {type(source).__name__}"
     )
+
+
+def as_model(source, *, recoverable=None):
+    """Return a `State` as `as_state` does; a task vector is refused.
+
+    Its numbers would pass for weights that are nearly zero.
+    """
+    state = as_state(source, recoverable=recoverable)
+    in_memory = isinstance(source, Mapping) and hasattr(source, "norm")
+    if TASK_VECTOR in state.metadata or in_memory:
+        label = "a TaskVector" if in_memory else f"{state.label}: a task vector"
+        raise ValueError(
+            f"{label} was given where a model is expected. Give the model's "
+            "weights, or apply the vector to its base first "
+            "(TaskVector.apply, taskarith apply)"
+        )
+    return state
 
 
 def _open_safetensors(path, shown_as=None):
