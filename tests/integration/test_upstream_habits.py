@@ -15,6 +15,7 @@ from test_kill_resume import Moments, collect, in_child, run_once
 from upstream_habits import (
     EDITING,
     PLAIN,
+    PRETRAINER,
     YAML,
     Averages,
     Recipe,
@@ -170,6 +171,22 @@ def test_a_run_may_start_from_its_own_weights(tmp_path, habit):
     assert_law(tmp_path / "save", start, 0.4)
 
 
+@pytest.mark.parametrize("habit", [Whisper, Averages])
+def test_pre_trained_weights_are_a_start(us, tmp_path, habit):
+    """Loaded by a Pretrainer, once more when the run goes on."""
+    yaml = YAML + EDITING + PRETRAINER
+    options = {"base": "start", "source": str(us)}
+    run(habit, yaml, tmp_path, number_of_epochs=2, **options)
+    run(habit, yaml, tmp_path, **options)
+    base = base_of(us)
+    found = assert_law(tmp_path / "save", base, 0.4)
+    if habit is Whisper:
+        for tuned, expected in zip(found.values(), by_hand(us, habit)):
+            assert_close(tuned, expected)
+    kept = weights(tmp_path / "save" / "start" / "model.ckpt")
+    assert all(torch.equal(kept[name], base[name]) for name in base)
+
+
 def test_mean_of_edits_by_a_rule_that_is_not_linear(us, tmp_path):
     """TIES of a mean is not the mean of TIES: the first is kept."""
     yaml = (YAML + EDITING).replace(
@@ -188,6 +205,39 @@ def test_mean_of_edits_by_a_rule_that_is_not_linear(us, tmp_path):
         torch.testing.assert_close(
             value, base[key] + 0.6 * delta, atol=1e-4, rtol=1e-3
         )
+
+
+def test_testing_without_the_base(us, tmp_path):
+    """As on another machine: what was kept is tested and kept."""
+    base = tmp_path / "us.ckpt"
+    base.write_bytes((next(us.glob("CKPT+*")) / "model.ckpt").read_bytes())
+    run(Averages, YAML + EDITING, tmp_path, base=str(base))
+    before = assert_law(tmp_path / "save", base_of(us), 0.4)
+    base.unlink()
+    options = {"base": str(base), "run_opts": {"test_only": True}}
+    run(Averages, YAML + EDITING, tmp_path, **options)
+    after = assert_law(tmp_path / "save", base_of(us), 0.4)
+    for one, other in zip(before.values(), after.values()):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    # Without it, a mean of several edits cannot be made.
+    base.write_bytes((next(us.glob("CKPT+*")) / "model.ckpt").read_bytes())
+    run(Recipe, YAML + EDITING, tmp_path / "several", base=str(base))
+    base.unlink()
+    with pytest.raises(FileNotFoundError, match="us.ckpt"):
+        run(Averages, YAML + EDITING, tmp_path / "several", **options)
+
+
+@pytest.mark.parametrize(
+    "run_opts",
+    [
+        {"ckpt_interval_steps": 1},
+        {"precision": "bf16", "eval_precision": "bf16"},
+        {"grad_accumulation_factor": 3},
+    ],
+)
+def test_options_of_a_training(us, tmp_path, run_opts):
+    run(Averages, YAML + EDITING, tmp_path, base=str(us), run_opts=run_opts)
+    assert_law(tmp_path / "save", base_of(us), 0.4)
 
 
 def test_another_scale_at_the_test_is_kept_with_it(us, tmp_path):

@@ -61,6 +61,14 @@ checkpointer: !new:speechbrain_taskarith.vectors.EditingCheckpointer
     rule: !ref <rule>
 """
 
+PRETRAINER = """
+source: !PLACEHOLDER
+pretrainer: !new:speechbrain_taskarith.vectors.TaskVectorPretrainer
+    collect_in: !ref <output_folder>/collected
+    loadables: {model: !ref <model>, normalizer: !ref <normalize>}
+    paths: {model: !ref <source>, normalizer: !ref <source>}
+"""
+
 
 class Recipe(sb.Brain):
     """Saves in validation and tests the best, as most recipes do."""

@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 from speechbrain.dataio.encoder import CTCTextEncoder
-from speechbrain.utils.checkpoints import Checkpointer
+from speechbrain.utils.checkpoints import Checkpointer, average_checkpoints
 
 from speechbrain_taskarith.vectors import (
     TIES,
@@ -214,6 +214,30 @@ def test_a_known_checkpoint_that_is_loaded_by_hand(tmp_path, base):
                 dict(open_state(saved.path / file)),
                 dict(open_state(best.path / file)),
             )
+
+
+def test_a_mean_of_what_was_found_before_another_search(tmp_path, base):
+    model, checkpointer = trained(tmp_path / "save", base)
+    for wer in (2.0, 3.0):
+        train(model)
+        checkpointer.save_checkpoint(meta={"WER": wer})
+    best = checkpointer.find_checkpoints(min_key="WER", max_num_checkpoints=2)
+    checkpointer.recover_if_possible()
+    model.load_state_dict(average_checkpoints(best, "model"))
+    saved = checkpointer.save_checkpoint()
+    tuned = [open_state(c.path / "model.finetuned.ckpt") for c in best]
+    for name, kept in open_state(saved.path / "model.finetuned.ckpt").items():
+        torch.testing.assert_close(kept, (tuned[0][name] + tuned[1][name]) / 2)
+    # One that nobody gave it is unknown.
+    two = [
+        open_state(path / "model.ckpt")
+        for path in sorted((tmp_path / "save").glob("CKPT+*"))[:2]
+    ]
+    model.load_state_dict(
+        {n: 0.3 * two[0][n] + 0.7 * two[1][n] for n in two[0]}
+    )
+    with pytest.raises(RuntimeError, match="loaded from outside"):
+        checkpointer.save_checkpoint()
 
 
 def test_pretrained_weights_before_the_first_recovery_are_normal(

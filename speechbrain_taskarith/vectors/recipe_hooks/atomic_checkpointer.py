@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import weakref
 
 import torch
 from speechbrain.utils.checkpoints import (
@@ -17,6 +18,7 @@ from speechbrain_taskarith.utils.files import (
     publish_folder,
     remove_leftovers,
 )
+from speechbrain_taskarith.vectors.editing.log import FolderLock
 from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     META_KEY,
     is_whole,
@@ -27,6 +29,8 @@ from speechbrain_taskarith.vectors.states.speechbrain_folder import (
 
 logger = logging.getLogger(__name__)
 
+# {(process, folder): checkpointer that writes to it}
+_OWNERS = weakref.WeakValueDictionary()
 # Below every level: not logged.
 _SILENT = -1
 
@@ -70,7 +74,7 @@ class AtomicCheckpointer(Checkpointer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._owned = False
-        self._pending = None
+        self._pending = self._lock = None
 
     def add_recoverable(self, name, obj, *args, **kwargs):
         """As `Checkpointer.add_recoverable`; before training, sweeps."""
@@ -147,6 +151,34 @@ class AtomicCheckpointer(Checkpointer):
                 logger.log(verbosity, f"Deleted {path}")
         ddp_barrier()
 
+    def _own_folder(self):
+        """For subclasses: be the only one that writes here.
+
+        Another process is refused; in one process the latest takes over.
+        """
+        key = (os.getpid(), os.path.realpath(self.checkpoints_dir))
+        owner = _OWNERS.get(key)
+        if owner is self:
+            return
+        if owner is not None:
+            owner._lose_folder(
+                f"another {type(self).__name__} of this process writes to "
+                f"{self.checkpoints_dir} now"
+            )
+            self._lock, owner._lock = owner._lock, None
+        elif if_main_process():
+            remedy = "Let it end, or give this run another checkpoints_dir"
+            try:
+                self._lock = FolderLock(self.checkpoints_dir, remedy)
+            except OSError as error:
+                logger.warning(
+                    f"{error}. See to it yourself that no two runs write here"
+                )
+        _OWNERS[key] = self
+
+    def _lose_folder(self, why):
+        """For subclasses: another one writes to the folder from now on."""
+
     def _start_saving(self):
         """For subclasses: a checkpoint is about to be saved."""
 
@@ -203,3 +235,4 @@ def _name_final(error, temporary, final):
     )
     if isinstance(error, OSError) and error.filename is not None:
         error.filename = str(error.filename).replace(temporary, final)
+        error.strerror = str(error.strerror).replace(temporary, final)

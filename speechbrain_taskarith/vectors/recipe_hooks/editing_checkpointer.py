@@ -5,9 +5,8 @@ then evaluates and saves the edited model.
 """
 
 import logging
-import os
 import sys
-import weakref
+from collections import deque
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from speechbrain.utils.checkpoints import (
 from speechbrain.utils.distributed import if_main_process
 
 from speechbrain_taskarith.vectors.checks import one_of
-from speechbrain_taskarith.vectors.editing.log import FolderLock
 from speechbrain_taskarith.vectors.model_card import ModelCard
 from speechbrain_taskarith.vectors.recipe_hooks.atomic_checkpointer import (
     AtomicCheckpointer,
@@ -55,8 +53,6 @@ _STAGES = {
     "evaluate": "edited",
     "on_evaluate_start": "edited",
 }
-# {(process, folder): checkpointer that writes to it}
-_OWNERS = weakref.WeakValueDictionary()
 
 
 class EditingCheckpointer(AtomicCheckpointer):
@@ -183,7 +179,8 @@ class EditingCheckpointer(AtomicCheckpointer):
         base_max_key=None,
         **arguments,
     ):
-        self._parts, self._handed_out, self._held = {}, (), {}
+        self._parts, self._held = {}, {}
+        self._handed_out = deque(maxlen=4)
         self.edited = [edited] if isinstance(edited, str) else list(edited)
         self.rule, self.scale = check_rule(rule), scale
         self.include, self.exclude = include, exclude
@@ -192,7 +189,7 @@ class EditingCheckpointer(AtomicCheckpointer):
         self._base = RunBase(
             base, self.edited, from_base, keys, lambda: self.checkpoints_dir
         )
-        self._weights, self._fitting, self._lock = "edited", False, None
+        self._weights, self._fitting = "edited", False
         if normalizers == "scaled":
             self._one_scale()
         super().__init__(checkpoints_dir, recoverables, **arguments)
@@ -295,9 +292,10 @@ class EditingCheckpointer(AtomicCheckpointer):
 
     def find_checkpoints(self, *args, **kwargs):
         """As `Checkpointer.find_checkpoints`."""
+        found = super().find_checkpoints(*args, **kwargs)
         # What a recipe may average and load next.
-        self._handed_out = super().find_checkpoints(*args, **kwargs)
-        return self._handed_out
+        self._handed_out.appendleft(list(found))
+        return found
 
     # -- the recoverables that are edited --------------------------------------
 
@@ -404,29 +402,10 @@ class EditingCheckpointer(AtomicCheckpointer):
 
     # -- saving ----------------------------------------------------------------
 
-    def _own_folder(self):
-        """Be the only one that writes here; the latest of this process."""
-        key = (os.getpid(), os.path.realpath(self.checkpoints_dir))
-        owner = _OWNERS.get(key)
-        if owner is self:
-            return
-        if owner is not None:
-            for part in owner._parts.values():
-                if part.contents.kind != "start":
-                    part.watch.forget(
-                        "another EditingCheckpointer of this process writes "
-                        f"to {self.checkpoints_dir} now"
-                    )
-            self._lock, owner._lock = owner._lock, None
-        elif if_main_process():
-            remedy = "Let it end, or give this run another checkpoints_dir"
-            try:
-                self._lock = FolderLock(self.checkpoints_dir, remedy)
-            except OSError as error:
-                logger.warning(
-                    f"{error}. See to it yourself that no two runs write here"
-                )
-        _OWNERS[key] = self
+    def _lose_folder(self, why):
+        for part in self._parts.values():
+            if part.contents.kind != "start":
+                part.watch.forget(why)
 
     def _start_saving(self):
         # A run that saves does not recover any more.

@@ -41,7 +41,7 @@ class EditedRecoverable:
     rule, scale, include, exclude : object
         As for `EditingCheckpointer`.
     handed_out : callable
-        Returns the checkpoints that were given to the recipe last.
+        Returns the lists of checkpoints that were given to the recipe.
     may_start : bool
         See `Watch`.
     normalizers : str
@@ -310,6 +310,8 @@ class EditedRecoverable:
             return False
 
     def _is_up_to_date(self, recorded):
+        if recorded is None:
+            return False
         try:
             now = self.settings()
         except FileNotFoundError:
@@ -317,7 +319,7 @@ class EditedRecoverable:
             # than what was saved.
             return True
         # The base's path may change; its fingerprint is compared.
-        return recorded is not None and all(
+        return all(
             recorded.get(key) == now[key]
             for key in now
             if key not in ("base", "normalizers")

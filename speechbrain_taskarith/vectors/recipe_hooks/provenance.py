@@ -142,8 +142,9 @@ class Watch:
             self.forget(f"its part {part!r} was loaded from outside")
             return
         self._inside = True
-        found = self._recognise()(state_dict, prefix)
-        if found is not None:
+        recognise = self._recognise()
+        found = recognise and recognise(state_dict, prefix)
+        if found:
             self.contents = found
         else:
             self.forget("they were loaded from outside")
@@ -216,7 +217,7 @@ def _register_steps():
 # -- means of checkpoints -----------------------------------------------------
 
 
-def find_origin(content, checkpoints, names):
+def find_origin(content, handed_out, names):
     """Find the checkpoints that a state dict is the mean of.
 
     Recipes average what `find_checkpoints` gave them by SpeechBrain's
@@ -226,19 +227,19 @@ def find_origin(content, checkpoints, names):
     ---------
     content : dict
         `{name: tensor}`, what is about to be loaded.
-    checkpoints : sequence of Checkpoint
-        Those that were handed out last.
+    handed_out : sequence of list of Checkpoint
+        What `find_checkpoints` gave, the last first.
     names : sequence of str
         Recoverables that it may be.
 
     Returns
     -------
     tuple or None
-        The name, and the checkpoints: all of those given, or one.
+        The name, and the checkpoints: all of one list, or a single one.
     """
-    groups = [list(checkpoints)] if checkpoints else []
-    if len(checkpoints) > 1:
-        groups += [[checkpoint] for checkpoint in checkpoints]
+    groups = [group for group in handed_out if group]
+    singles = {c.path: [c] for group in groups for c in group}
+    groups += singles.values()
     for name in names:
         for group in groups:
             # Without such a file, or deleted meanwhile: not this one.
