@@ -117,6 +117,15 @@ def changed(before, after):
     }
 
 
+def close(one, other, tolerance=1e-5):
+    """Assert that two states are the same up to rounding."""
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        error = (value.double() - other[key].double()).abs().max().item()
+        size = max(1.0, value.abs().max().item())
+        assert error <= tolerance * size, f"{key}: off by {error}"
+
+
 def only(names, pattern):
     """Return those of some names that contain a text."""
     return {name for name in names if pattern in name}
