@@ -130,14 +130,15 @@ class Recipe:
         self.digest = md5(self.stock)
         self.hparams, self.sizes = hparams, sizes
 
-    def changed(self, name):
-        """Write the YAML that the page's diff of a name makes; return it."""
-        stock, hunks = page_diffs()[name]
+    def changed(self, *names):
+        """Write the YAML that diffs of the page make; return its name."""
         here = self.stock.parent / self.hparams
-        assert str(here).endswith(stock), f"{name} is a diff of {stock}"
-        path = self.folder / name
         text = here.read_text(encoding="utf-8")
-        path.write_text(apply_hunks(text, hunks, name), encoding="utf-8")
+        for name in names:
+            stock, hunks = page_diffs()[name]
+            assert str(here).endswith(stock), f"{name} is a diff of {stock}"
+            text = apply_hunks(text, hunks, name)
+        (self.folder / name).write_text(text, encoding="utf-8")
         return name
 
     def run(self, output, *flags, diff=None, expect=0, sizes=(), **overrides):
@@ -149,8 +150,8 @@ class Recipe:
             Name of the output folder; an existing one is resumed.
         *flags : str
             Command-line options, as `--test_only`.
-        diff : str or None
-            A diff of the page; None for the stock YAML.
+        diff : str, sequence of str or None
+            A diff of the page, or several; None for the stock YAML.
         expect : int or None
             The exit status; None for any but 0.
         sizes : dict
@@ -159,7 +160,8 @@ class Recipe:
             Top-level keys of the YAML; a dictionary changes what it names.
         """
         assert md5(self.script) == self.digest
-        hparams = self.hparams if diff is None else self.changed(diff)
+        diffs = (diff,) if isinstance(diff, str) else diff
+        hparams = self.changed(*diffs) if diffs else self.hparams
         folder = self.results / output
         overrides = merged(self.sizes, merged(dict(sizes), overrides))
         overrides["output_folder"] = str(folder)

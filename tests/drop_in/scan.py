@@ -29,8 +29,8 @@ RAN = {
     ),
     "Fisher-Callhome-Spanish/ST/transformer/train.py": ("editing", "shrinking"),
     "IWSLT22_lowresource/AST/transformer/train.py": ("editing",),
-    "LibriSpeech/ASR/CTC/train_with_wav2vec.py": ("editing",),
-    "LibriSpeech/ASR/transducer/train.py": ("transducer",),
+    "LibriSpeech/ASR/CTC/train_with_wav2vec.py": ("editing", "adapters"),
+    "LibriSpeech/ASR/transducer/train.py": ("editing", "transducer"),
     "LibriSpeech/ASR/transformer/train.py": (
         "editing",
         "merging",

@@ -1,13 +1,14 @@
-"""LibriSpeech/ASR/CTC with wav2vec2: editing, from a public model and a run."""
+"""LibriSpeech/ASR/CTC with wav2vec2: editing, and an adapter."""
 
 import shutil
 
 import pytest
 import sizes
-from checks import changed, law, weights
+from checks import changed, law, only, weights
 from runner import Recipe
 
 EDIT = "hparams/edit_wav2vec2.yaml"
+ADAPTER = "hparams/adapter_wav2vec2.yaml"
 PUBLIC = "hparams/edit_public_wav2vec2.yaml"
 BOTH = ("wav2vec2", "model")
 
@@ -94,3 +95,26 @@ def test_a_public_model_is_a_base(recipe, corpus):
     # What has no base is kept as trained, and has no second file.
     assert not (folder / "model.finetuned.ckpt").exists()
     assert changed(weights(folder / "model.ckpt"), {})
+
+
+def test_an_adapter_leaves_the_rest_as_it_was(recipe, us):
+    (base,) = us.checkpoints
+    save = recipe.results / "adapter" / "save"
+    save.mkdir(parents=True)
+    shutil.copy(us.save / "label_encoder.txt", save)
+    run = recipe.run(
+        "adapter",
+        diff=ADAPTER,
+        adapters={"bottleneck": 8},
+        start_from=str(base),
+    )
+    for name in BOTH:
+        before, after = (
+            weights(folder / f"{name}.ckpt")
+            for folder in (base, run.checkpoints[-1])
+        )
+        moved = changed(before, after)
+        assert moved == only(after, "task_adapters"), sorted(moved)
+    wav2vec2 = weights(run.checkpoints[-1] / "wav2vec2.ckpt")
+    up = only(wav2vec2, "adapter_de.up")
+    assert up and all(wav2vec2[key].any() for key in up)

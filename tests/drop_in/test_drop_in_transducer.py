@@ -2,10 +2,11 @@
 
 import pytest
 import sizes
-from checks import changed, only, weights
+from checks import changed, law, only, weights
 from runner import Recipe
 
 HAT = "hparams/hat_transducer.yaml"
+EDIT = "hparams/edit_transducer.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,23 @@ def test_searches_wrote_their_hypotheses(hat):
     for name in ("test-clean", "test-other"):
         text = (hat.folder / f"wer_{name}.txt").read_text()
         assert "us-" + name in text
+
+
+def test_the_mean_is_edited_once(recipe, corpus, hat):
+    """This recipe keeps its mean by the lowest word error rate, of -0.1."""
+    (base,) = hat.checkpoints
+    base = weights(base / "model.ckpt")
+    editing = {
+        "diff": (HAT, EDIT),
+        "checkpointer": {"base": str(hat.save)},
+        "sizes": sizes.transducer(corpus, "de"),
+    }
+    (folder,) = recipe.run("edited", **editing).checkpoints
+    law(folder, base, "model", 0.4)
+    tuned = weights(folder / "model.finetuned.ckpt")
+    (folder,) = recipe.run("edited", "--test_only", **editing).checkpoints
+    law(folder, base, "model", 0.4)
+    assert not changed(tuned, weights(folder / "model.finetuned.ckpt"))
 
 
 def test_it_resumes(recipe, hat):
