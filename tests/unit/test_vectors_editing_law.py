@@ -151,6 +151,17 @@ class World:
         self.made.append(sum(states) / len(states))
         mean = average_checkpoints(checkpoints, "model")
         self.net.load_state_dict(mean)
+        # What is tested is the edit of the mean.
+        base, tuned = self.base["linear.weight"], self.made[-1][:4]
+        expected = base + SCALE * (tuned.view(2, 2) - base)
+        torch.testing.assert_close(
+            self.net.linear.weight.detach().double(), expected.double(),
+            atol=1e-6, rtol=1e-6,
+        )  # fmt: skip
+        saved = self.net.state_dict()
+        assert torch.equal(
+            saved["norm.running_var"], self.base["norm.running_var"]
+        )
 
     def save(self, keep=2):
         before = self.listing()
