@@ -164,7 +164,7 @@ def take_overrides(options, rest):
         if options.takes_overrides and dot and head in known:
             options.overrides.append(word)
         elif word.startswith("-"):
-            near = difflib.get_close_matches(option, known, n=1, cutoff=0.4)
+            near = difflib.get_close_matches(head, known, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]}?" if near else "see --help"
             options.parser.error(f"unknown option {option}; {hint}")
         else:

@@ -96,6 +96,30 @@ def weights(value):
     return [finite(f"weights[{i}]", w) for i, w in enumerate(value)]
 
 
+def shares(name, value, *, open_high=False):
+    """Return a share in `[0, 1]` (or `[0, 1)`), or a list of one a vector."""
+    high = {"open_high": open_high}
+    if isinstance(value, (str, bytes, Mapping)) or (
+        getattr(value, "shape", None) == () or not hasattr(value, "__iter__")
+    ):
+        return in_range(name, value, 0, 1, **high)
+    return [
+        in_range(f"{name}[{i}]", v, 0, 1, **high) for i, v in enumerate(value)
+    ]
+
+
+def one_each(name, value, number):
+    """Return a list of one value a vector, of such a list or of one value."""
+    if not isinstance(value, list):
+        return [value] * number
+    if len(value) != number:
+        raise ValueError(
+            f"{name}={value!r} has {len(value)} entries for {number} task "
+            "vectors; expected one for each"
+        )
+    return value
+
+
 def one_of(name, value, allowed):
     """Return a value that is one of those allowed."""
     if value not in allowed:

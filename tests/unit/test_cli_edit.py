@@ -178,6 +178,7 @@ def test_encoding_rule_and_selection_are_kept(folder, capsys):
         "scale": 1.0,
         "trim": "global",
         "elect": "mass",
+        "weights": None,
     }
     assert (found["scale"], found["encoding"]) == (0.25, "sparse-int8")
     first = run(capsys, "log", "edits")["edits"][0]

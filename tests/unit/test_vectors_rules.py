@@ -2,12 +2,14 @@
 
 import hashlib
 import math
+import pickle
 import re
 
 import numpy as np
 import pytest
 import torch
 
+import speechbrain_taskarith.vectors as vectors_room
 from speechbrain_taskarith.vectors import (
     TaskVector,
     merge_checkpoints,
@@ -16,12 +18,17 @@ from speechbrain_taskarith.vectors import (
 from speechbrain_taskarith.vectors.rules import (
     DARE,
     DELLA,
+    PCB,
+    SCE,
     SLERP,
     TIES,
     TSVM,
+    BoostedTSVM,
     Breadcrumbs,
+    ByLayer,
     Fisher,
     IsoC,
+    IsoCTS,
     Karcher,
     LinearAverage,
     LiNeS,
@@ -33,9 +40,9 @@ from speechbrain_taskarith.vectors.rules import (
     from_description,
     reference,
 )
-from speechbrain_taskarith.vectors.rules.dare import RandomDrop
 from speechbrain_taskarith.vectors.rules.description import RULES, rule_class
-from speechbrain_taskarith.vectors.rules.ties import Magnitude
+from speechbrain_taskarith.vectors.rules.sparsifying.dare import RandomDrop
+from speechbrain_taskarith.vectors.rules.sparsifying.ties import Magnitude
 
 SHAPES = {
     "enc.layers.0.w": (6, 9),
@@ -199,17 +206,32 @@ def test_dare_known_values():
 
 def test_dare_before_another_rule():
     vectors = make(3, seed=4)
-    dropped = [{n: None for n in SHAPES} for _ in vectors]
-    stage = DARE(0.4, seed=7)
-    # What DARE leaves of each vector, found by merging it with zeros.
-    for index in range(3):
-        alone = [
-            {n: v if i == index else torch.zeros_like(v) for n, v in w.items()}
-            for i, w in enumerate(vectors)
-        ]
-        dropped[index] = dict(stage.combine(alone))
+    dropped = reference.drop(vectors, 7, lambda t: torch.full_like(t, 0.4))
     merged = DARE(0.4, seed=7, then=TIES(0.5)).combine(vectors)
     assert_close(merged, reference.ties(dropped, 0.5))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [DARE(0.4), DARE(0.6, then=TIES(0.5)), DELLA(), DELLA(elect="none")],
+    ids=repr,
+)
+def test_the_order_of_the_vectors_changes_nothing(rule):
+    vectors = make(3, seed=6)
+    # Equal vectors are no exception, nor is a zero of the other sign.
+    vectors.append({n: v.clone() for n, v in vectors[0].items()})
+    vectors[0]["norm"][2], vectors[3]["norm"][2] = 0.0, -0.0
+    merged = rule.combine(vectors)
+    for order in ((1, 0, 2, 3), (3, 2, 1, 0), (2, 3, 0, 1)):
+        again = rule.combine([vectors[i] for i in order])
+        # Sums of floats in another order: not more than their rounding.
+        assert_close(again, merged, rtol=1e-6, atol=1e-6)
+
+
+def test_equal_vectors_are_dropped_independently():
+    ones = {"a": torch.ones(1000)}
+    both = DARE(0.5).combine([ones, dict(ones)])["a"]
+    assert both.unique().tolist() == [0.0, 2.0, 4.0]
 
 
 def test_della_probabilities_by_rank():
@@ -551,6 +573,32 @@ PAIRS = {
         lambda v: reference.model_stock(v, "global"),
     ),
     "Fisher": (Fisher(FISHERS), lambda v: reference.fisher(v, FISHERS)),
+    "TIES, each its own": (
+        TIES([0.5, 0.2, 0.9], weights=[1, 2, -0.5]),
+        lambda v: reference.ties(v, [0.5, 0.2, 0.9], weights=[1, 2, -0.5]),
+    ),
+    "PCB": (PCB(0.3), lambda v: reference.pcb(v, 0.3)),
+    "SCE": (SCE(0.4), lambda v: reference.sce(v, 0.4)),
+    "SCE of all": (SCE(), reference.sce),
+    "ByLayer": (
+        ByLayer({"*.0.*": TIES(0.4), "enc*": SCE(0.3)}, Karcher()),
+        lambda v: reference.by_layer(
+            v,
+            {
+                "*.0.*": lambda g: reference.ties(g, 0.4),
+                "enc*": lambda g: reference.sce(g, 0.3),
+                "*": reference.karcher,
+            },
+        ),
+    ),
+    "BoostedTSVM": (
+        BoostedTSVM(precision="float64"),
+        reference.boosted_tsv_m,
+    ),
+    "IsoCTS": (
+        IsoCTS(common=0.4, precision="float64"),
+        lambda v: reference.iso_cts(v, 0.4),
+    ),
     "TSVM": (TSVM(precision="float64"), reference.tsv_m),
     "IsoC": (IsoC(precision="float64"), reference.iso_c),
 }
@@ -759,7 +807,8 @@ def test_nan_and_infinity_are_named(rule, bad):
 
 def test_rules_leave_their_inputs_alone():
     rules = [TaskArithmetic(0.3), TIES(), DARE(0.5), Breadcrumbs(), DELLA(),
-             ModelStock(), Karcher(), TSVM(), IsoC()]  # fmt: skip
+             ModelStock(), Karcher(), TSVM(), IsoC(), PCB(), SCE(), IsoCTS(),
+             BoostedTSVM(), ByLayer({"enc*": TIES(weights=[1, 2])})]  # fmt: skip
     vectors = make(2, seed=1)
     before = [{n: v.clone() for n, v in w.items()} for w in vectors]
     for rule in rules:
@@ -828,6 +877,11 @@ def test_looking_at_weights_needs_the_base():
         Karcher(of="weights"),
         Merge([Magnitude(0.3), RandomDrop(0.2)], "count", "mean", 0.4),
         TSVM(precision="float64"),
+        TIES([0.5, 0.2], weights=[1, 2]),
+        ByLayer(
+            {"enc*": DARE(0.2, then=TIES(1)), "norm": SLERP(0.1)},
+            IsoCTS(common=0.5),
+        ),
     ],
 )
 def test_descriptions_make_the_rule_again(rule):
@@ -840,6 +894,23 @@ def test_descriptions_make_the_rule_again(rule):
     base = make(1, seed=8)[0]
     one, other = rule(base, vectors), again(base, vectors)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_are_found_by_name_and_pickled(name):
+    needed = {
+        "DARE": {"drop": 0.5},
+        "SLERP": {"t": 0.3},
+        "Fisher": {"fishers": ["a.ckpt", "b.ckpt"]},
+        "LiNeS": {"inner_rule": TIES(), "slope": 0.1},
+        "ByLayer": {"rules": {"enc*": TIES()}},
+        "SelectiveAttention": {"mix": 0.5},
+    }
+    rule = getattr(vectors_room, name)(**needed.get(name, {}))
+    again = pickle.loads(pickle.dumps(rule))
+    assert again.describe() == rule.describe()
+    assert from_description(rule.describe()).describe() == rule.describe()
+    assert "module" not in rule.describe()
 
 
 def test_descriptions_name_only_our_rules():
