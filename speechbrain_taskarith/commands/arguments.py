@@ -251,8 +251,12 @@ def threads(options):
     if options.threads is None:
         yield
         return
-    if options.threads < 1:
-        raise ValueError(f"--threads {options.threads}: expected at least 1")
+    from speechbrain_taskarith.vectors.checks import MOST_THREADS
+
+    if not 1 <= options.threads <= MOST_THREADS:
+        raise ValueError(
+            f"--threads {options.threads}: expected 1 to {MOST_THREADS}"
+        )
     import torch
 
     before = torch.get_num_threads()

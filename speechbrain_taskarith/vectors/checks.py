@@ -13,6 +13,8 @@ from speechbrain_taskarith.vectors.states.safetensors import (
 # Largest number of float32, in which everything is computed: beyond it a
 # factor is infinite, and infinity times zero is NaN.
 _LARGEST = 3.4028234663852886e38
+# Beyond this a number of threads is a slip of the pen.
+MOST_THREADS = 1024
 
 
 def finite(name, value):
@@ -45,6 +47,11 @@ def whole(name, value):
     if type(number) is not int or number < 0:
         raise ValueError(f"{name}={value!r}: expected an integer >= 0")
     return number
+
+
+def threads(value):
+    """Return a number of threads, at least 1."""
+    return whole("threads", in_range("threads", value, 1, MOST_THREADS))
 
 
 def _number(value):

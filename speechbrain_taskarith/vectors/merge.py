@@ -24,6 +24,7 @@ from speechbrain_taskarith.vectors.checks import (
     floating,
     overflow_error,
 )
+from speechbrain_taskarith.vectors.checks import threads as checked_threads
 from speechbrain_taskarith.vectors.engine.inputs import MergeInputs
 from speechbrain_taskarith.vectors.engine.streaming import Passes, Stream
 from speechbrain_taskarith.vectors.engine.workspace import (
@@ -327,9 +328,9 @@ def _plan(inputs, rule, threads, chunk, memory_limit):
         threads = 1 if alone else min(cores, _MOST_THREADS)
     if chunk is None:
         chunk = CHUNK if on_cpu else _DEVICE_CHUNK
-    for name, value in {"threads": threads, "chunk": chunk}.items():
-        if value < 1:
-            raise ValueError(f"{name}={value}: expected at least 1")
+    threads = checked_threads(threads)
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk}: expected at least 1")
     if memory_limit is None:
         return threads, chunk
 

@@ -16,7 +16,7 @@ from speechbrain_taskarith.commands.output import (
     write_weights,
     written,
 )
-from speechbrain_taskarith.utils.files import TEMPORARY_PREFIX
+from speechbrain_taskarith.utils.files import temporary_path
 from speechbrain_taskarith.vectors.rules.description import (
     from_plain,
     with_each,
@@ -112,9 +112,7 @@ def add_parser(verbs, summary):
 def run(options):
     """Merge."""
     plan = read_plan(options.file, _overrides(options))
-    rule = from_plain(plan.rule, plan.scale)
-    each = {"weights": plan.weights, "densities": plan.densities}
-    rule = with_each(rule, **each)
+    rule = rule_of(plan, options.file)
     inputs = [plan.base, *plan.finetuned]
     output = shared.check_output(plan.output, inputs, options.overwrite)
     if isinstance(plan.memory_limit, str):
@@ -142,6 +140,16 @@ def run(options):
     return Result(lines, {**data, "output": str(output)})
 
 
+def rule_of(plan, file=None):
+    """Make the rule of a plan; errors name the file it is from."""
+    each = {"weights": plan.weights, "densities": plan.densities}
+    try:
+        return with_each(from_plain(plan.rule, plan.scale), **each)
+    except ValueError as error:
+        where = f"{file}: " if file else ""
+        raise ValueError(f"{where}{error}") from None
+
+
 def _merge(plan, base, states, rule, output, progress):
     """Merge into the output, and write its card."""
     from speechbrain_taskarith.vectors import merge_checkpoints, open_state
@@ -150,8 +158,7 @@ def _merge(plan, base, states, rule, output, progress):
     # beside it.
     folder, target = output.name.startswith("CKPT+"), output
     if folder:
-        name = f"{TEMPORARY_PREFIX}{output.name}.safetensors"
-        target = output.with_name(name)
+        target = temporary_path(output).with_suffix(".safetensors")
     keys = ("device", "memory_limit", "threads", "include", "exclude")
     keys += ("buffers", "any_base", "fingerprint")
     how = {"progress": progress, **{key: getattr(plan, key) for key in keys}}
