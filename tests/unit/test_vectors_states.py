@@ -127,7 +127,7 @@ def test_a_folder_takes_along_what_describes_the_model_alone(tmp_path):
         "special_tokens_map.json spiece.model chat_template.jinja LICENSE"
     ).split()
     others = (
-        "README.md tf_model.h5 flax_model.msgpack rust_model.ot model.onnx "
+        "README.md tf_model.h5 flax_model.msgpack model.onnx "
         "optimizer.pt scheduler.pt rng_state.pth trainer_state.json "
         "training_args.bin pytorch_model.bin model.safetensors.index.json "
         "pytorch_model-00001-of-00002.bin adapter_config.json model.ckpt "
