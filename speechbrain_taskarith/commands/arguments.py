@@ -360,11 +360,13 @@ def threads(options):
     if options.threads is None:
         yield
         return
+    from speechbrain_taskarith.vectors.checks import MOST_THREADS
+
+    if not 1 <= options.threads <= MOST_THREADS:
+        raise ValueError(
+            f"--threads {options.threads}: expected 1 to {MOST_THREADS}"
+        )
     import torch
-
-    from speechbrain_taskarith.vectors import checks
-
-    checks.threads(options.threads, "--threads")
 
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)

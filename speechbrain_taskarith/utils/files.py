@@ -61,7 +61,7 @@ def temporary_path(path):
     except OSError as error:
         raise write_error(error, path) from error
     process = os.getpid()
-    owner = f"{_system()}-{process}-{_started(process) or 0}"
+    owner = f"{_system()}-{process}-{_own_start(process)}"
     name = f"{TEMPORARY_PREFIX}{owner}-{secrets.token_hex(4)}{path.suffix}"
     folder = os.path.abspath(path.parent)
     # A temporary folder of ours has no left-overs.
@@ -291,6 +291,11 @@ def _started(process):
         return -1 if state in "ZX" else int(fields[18])
     except (OSError, ValueError, IndexError):
         return None
+
+
+@functools.cache
+def _own_start(process):
+    return _started(process) or 0
 
 
 @functools.cache

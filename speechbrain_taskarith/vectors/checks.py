@@ -13,6 +13,8 @@ from speechbrain_taskarith.vectors.states.safetensors import (
 # Largest number of float32, in which everything is computed: beyond it a
 # factor is infinite, and infinity times zero is NaN.
 _LARGEST = 3.4028234663852886e38
+# Beyond this a number of threads is a slip of the pen.
+MOST_THREADS = 1024
 
 
 def finite(name, value):
@@ -47,10 +49,9 @@ def whole(name, value):
     return number
 
 
-def threads(value, name="threads"):
-    """Return a number of threads; more than 1024 is a slip of the pen."""
-    number = in_range(name, value, 1, 1024)
-    return whole(name, number)
+def threads(value):
+    """Return a number of threads, at least 1."""
+    return whole("threads", in_range("threads", value, 1, MOST_THREADS))
 
 
 def _number(value):

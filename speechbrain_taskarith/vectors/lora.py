@@ -289,10 +289,10 @@ def _peft_scaling(config, module, rank):
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _weight_of(base, name):
+def _weight_of(base, name, label="the adapter"):
     if name not in base:
         raise KeyError(
-            f"{base.label} has no {name!r}, which the adapter changes; give "
+            f"{label}: {base.label} has no {name!r}, which the adapter changes; give "
             "the base that it was trained on"
         )
     return base[name]
@@ -301,7 +301,7 @@ def _weight_of(base, name):
 def _differences(base, values, label):
     deltas = {}
     for name, value in values.items():
-        before = _weight_of(base, name)
+        before = _weight_of(base, name, label)
         _check_finite(value, label, name)
         if not torch.is_floating_point(before):
             continue
@@ -319,7 +319,7 @@ def _differences(base, values, label):
 @torch.no_grad()
 def _add_products(base, deltas, products, label):
     for name, (up, down, scaling) in products.items():
-        before = _weight_of(base, name)
+        before = _weight_of(base, name, label)
         _check_finite(up, label, f"factor B of {name}")
         _check_finite(down, label, f"factor A of {name}")
         up = up.detach().to(before.device).float()

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from checks import changed, weights
 from processes import ROOT, environment
 from test_kill_resume import Moments, collect, in_child, run_once
 from upstream_habits import (
@@ -35,10 +36,6 @@ HABITS = [
     Whisper,
     RecoversBefore,
 ]
-
-
-def weights(path):
-    return torch.load(path, weights_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -157,10 +154,7 @@ def test_scale_0_learns_nothing_to_the_byte(us, tmp_path, habit):
     for path in (tmp_path / "save").glob("CKPT+*"):
         for name in ("model", "normalizer"):
             ours, theirs = (weights(p / f"{name}.ckpt") for p in (path, base))
-            assert ours.keys() == theirs.keys()
-            for key in ours:
-                one, other = map(torch.as_tensor, (ours[key], theirs[key]))
-                assert torch.equal(one, other), (name, key)
+            assert not changed(ours, theirs), name
 
 
 @pytest.mark.parametrize("habit", HABITS)
@@ -311,7 +305,8 @@ def test_two_processes_average_and_keep_the_law(us, tmp_path):
     (tmp_path / "script.py").write_text(DISTRIBUTED)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     words = [tmp_path / "script.py", us, tmp_path / "two"]
-    paths = f"{ROOT}:{ROOT / 'tests' / 'integration'}"
+    tests = ROOT / "tests"
+    paths = f"{ROOT}:{tests / 'integration'}:{tests / 'drop_in'}"
     for _ in range(2):  # and once more, which only tests
         done = subprocess.run(
             [*command, "--nproc_per_node=2", *map(str, words)],

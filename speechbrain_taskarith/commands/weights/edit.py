@@ -254,7 +254,7 @@ def _remove_start(folder, existed):
 def _would_learn(options, finetuned, scale):
     """Compute the edit in memory, and write nothing."""
     from speechbrain_taskarith.vectors import TaskVector, as_state
-    from speechbrain_taskarith.vectors.editing.folder import smallest_lossless
+    from speechbrain_taskarith.vectors.editing.folder import to_store
     from speechbrain_taskarith.vectors.editing.schedules import scheduled_scale
     from speechbrain_taskarith.vectors.rules import from_description
 
@@ -283,8 +283,7 @@ def _would_learn(options, finetuned, scale):
     vector.scales(scale)
     # Also that the result is finite, as the edit itself would find.
     vector.apply(base, scale, any_base=True)
-    if encoding == "auto":
-        encoding = smallest_lossless(vector)
+    vector, encoding = to_store(vector, encoding)
     count, norm = stored_size(vector, encoding), vector.norm()
     line = (
         f"would learn {options.name!r} with scale {scale}: a vector of norm "

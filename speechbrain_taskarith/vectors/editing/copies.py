@@ -57,9 +57,8 @@ class StateCopies:
             state = states[found]
             more = state.aliases or state.extra
             path = self._folder / _names(found)[1 if more else 0]
-            if path.exists():
-                continue
             try:
+                # Also over one that is there: it was built since that failed.
                 save_state(state, path)
             except OSError as error:
                 logger.warning("%s; the state will be built again", error)

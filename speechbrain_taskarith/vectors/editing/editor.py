@@ -48,9 +48,8 @@ class SequentialEditor:
     another process, gives the same bytes, whatever the encoding rounds. A
     killed process loses nothing.
 
-    Where the base holds half precision, the states are float32 all the same:
-    rounding after every edit would add up. `state(dtype)` and `save` give
-    them in any type.
+    Of a half precision base too the states are float32, since rounding would
+    add up; `state(dtype)` and `save` give them in any type.
 
     Arguments
     ---------
@@ -84,6 +83,7 @@ class SequentialEditor:
 
     Example
     -------
+    >>> import torch
     >>> from speechbrain_taskarith.vectors import TaskArithmetic
     >>> folder = str(getfixture("tmpdir") / "edits")
     >>> base = {"w": torch.tensor([0.0, 1.0])}
@@ -196,7 +196,7 @@ class SequentialEditor:
     def open(cls, base, rule, folder, **arguments):
         """Resume where the folder holds a sequence, else start one.
 
-        For a recipe that may be killed and started again. Arguments as for
+        For a recipe that may be killed and started again. Arguments: see
         `SequentialEditor`. Another base than the folder's is a ValueError.
         """
         if not has_log(folder):

@@ -116,12 +116,7 @@ class EditFolder:
         Returns its file (relative to the folder), that file's SHA-256, its
         encoding, and the vector as it is read back.
         """
-        # Trimming leaves -0.0, which "sparse" would store as a number.
-        zeros = {id(delta): delta + 0.0 for delta in vector.values()}
-        deltas = {name: zeros[id(delta)] for name, delta in vector.items()}
-        vector = TaskVector(deltas, vector.base_fingerprint, vector.metadata)
-        if encoding == "auto":
-            encoding = smallest_lossless(vector)
+        vector, encoding = to_store(vector, encoding)
         number = len(self.log.history)
         file = f"{_VECTORS}/{number:04d}-{slug(name)}.safetensors"
         path = self.path / file
@@ -286,11 +281,21 @@ class EditFolder:
         return path
 
 
-def smallest_lossless(vector):
-    """Return the smaller of the encodings that are exact: sparse or plain."""
-    numbers = sum(delta.numel() for delta in vector.values())
-    kept = sum(int(torch.count_nonzero(delta)) for delta in vector.values())
-    return "sparse" if numbers / 8 + 4 * kept < 4 * numbers else "lossless"
+def to_store(vector, encoding):
+    """Return a vector as it is stored, and the encoding that `"auto"` means.
+
+    That is the smaller of the exact ones, sparse or plain.
+    """
+    # Trimming leaves -0.0, which "sparse" would store as a number.
+    zeros = {id(delta): delta + 0.0 for delta in vector.values()}
+    deltas = {name: zeros[id(delta)] for name, delta in vector.items()}
+    vector = TaskVector(deltas, vector.base_fingerprint, vector.metadata)
+    if encoding == "auto":
+        numbers = sum(delta.numel() for delta in deltas.values())
+        kept = sum(int(torch.count_nonzero(d)) for d in deltas.values())
+        smaller = numbers / 8 + 4 * kept < 4 * numbers
+        encoding = "sparse" if smaller else "lossless"
+    return vector, encoding
 
 
 def check_finite(state, label):

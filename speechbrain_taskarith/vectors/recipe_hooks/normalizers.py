@@ -9,7 +9,9 @@ from speechbrain.processing.features import InputNormalization
 
 from speechbrain_taskarith.utils.files import atomic_write
 from speechbrain_taskarith.vectors.recipe_hooks.edits import EditedRecoverable
-from speechbrain_taskarith.vectors.rules.arithmetic import TaskArithmetic
+from speechbrain_taskarith.vectors.rules.averaging.arithmetic import (
+    TaskArithmetic,
+)
 from speechbrain_taskarith.vectors.states.readers import as_state
 from speechbrain_taskarith.vectors.states.torch_files import load_torch_file
 
