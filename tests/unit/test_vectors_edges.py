@@ -52,8 +52,13 @@ def vector_of(**tensors):
     return TaskVector({names[k]: v for k, v in tensors.items()})
 
 
+SHARED = torch.ones(2, 2)
 UNFIT = [
-    pytest.param(vector_of(table=torch.ones(2, 2)), 1.0, id="one of two"),
+    pytest.param(
+        vector_of(table=SHARED, out=SHARED).restrict(["table*"]),
+        1.0,
+        id="one of two by choice",
+    ),
     pytest.param(
         vector_of(table=torch.ones(2, 2), out=torch.zeros(2, 2)),
         1.0,
@@ -84,6 +89,17 @@ def test_tied_tensors_in_a_scale_search_get_one_edit():
     for case in UNFIT[:2]:
         with pytest.raises(ValueError, match="are one tensor"):
             search_scale(model, base, case.values[0], lambda m: 1.0, [0.5])
+
+
+def test_an_edit_of_one_name_is_an_edit_of_the_tensor():
+    model = Tied()
+    before = model.table.weight.detach().clone()
+    tau = vector_of(out=torch.ones(2, 2))
+    edited = tau.apply(model, 0.5, any_base=True)
+    assert edited["table.weight"] is edited["out.weight"]
+    tau.apply_(model, 0.5)
+    for found in (edited["out.weight"], model.table.weight.detach()):
+        torch.testing.assert_close(found, before + 0.5)
 
 
 def test_equal_edits_of_tied_tensors_count_once():

@@ -235,7 +235,7 @@ def fit_to_module(stored, module, name) -> State:
 
 def load_base(module, state):
     """Load what `open_base` gave, or an edit of it; adapters stay."""
-    own = module_names(module, module.state_dict())
+    state, own = as_state(state), module_names(module, module.state_dict())
     # Under the names of what is wrapped; what is no tensor comes along.
     content = {
         name: state[plain] for name, plain in own.items() if plain in state

@@ -297,7 +297,11 @@ class State(Mapping):
     def to_dict(self):
         """Return a copy as a state dict.
 
-        Tied tensors stay tied; what is no tensor (`extra`) comes along.
+        Returns
+        -------
+        dict
+            `{name: tensor}`; tied tensors stay tied, and what is no tensor
+            (`extra`) comes along.
         """
         origins = {name: self.aliases.get(name, name) for name in self}
         copies = {name: self[name].clone() for name in set(origins.values())}
