@@ -785,7 +785,8 @@ def test_states_must_fit_and_names_must_be_found(tmp_path):
             {"model": {"weight": torch.ones(2, 3)}}, target, like=source
         )
     with pytest.raises(ValueError, match="weight"):
-        save_checkpoint({"model": parts["model"].double()}, target, like=source)
+        whole = {n: t.long() for n, t in parts["model"].state_dict().items()}
+        save_checkpoint({"model": whole}, target, like=source)
     with pytest.raises(FileNotFoundError, match="whisper"):
         save_checkpoint({"whisper": parts["model"]}, target, like=source)
     with pytest.raises(ValueError, match="CKPT"):

@@ -16,6 +16,7 @@ from speechbrain_taskarith.vectors import (
     SequentialEditor,
     TaskArithmetic,
     TaskVector,
+    TaskVectorPretrainer,
     align_vocabulary,
     as_state,
     merge_checkpoints,
@@ -150,6 +151,27 @@ def test_the_command_line_edits_a_recogniser(tmp_path, monkeypatch, capsys):
         assert torch.equal(fresh.normalize.glob_mean, base.normalize.glob_mean)
         for one, other in zip(fresh.parameters(), base.parameters()):
             torch.testing.assert_close(one, other + shift)
+
+
+def test_a_recipe_s_pretrainer_starts_from_an_edited_recogniser(tmp_path):
+    base = recogniser()
+    torch.save(base.state_dict(), tmp_path / "base.ckpt")
+    tau = TaskVector.between(base, recogniser(1.0))
+    tau.save(tmp_path / "v.safetensors")
+    fresh = recogniser(9.0)
+    fresh.normalize.glob_mean *= 0
+    pretrainer = TaskVectorPretrainer(
+        loadables={"model": torch.compile(fresh)},
+        paths={"model": str(tmp_path / "base.ckpt")},
+        vectors={"model": [str(tmp_path / "v.safetensors")]},
+        rule=TaskArithmetic(0.5),
+        collect_in=tmp_path / "collected",
+    )
+    pretrainer.collect_files()
+    pretrainer.load_collected()
+    assert torch.equal(fresh.normalize.glob_mean, base.normalize.glob_mean)
+    for one, other in zip(fresh.parameters(), base.parameters()):
+        torch.testing.assert_close(one, other + 0.5)
 
 
 @pytest.mark.parametrize(

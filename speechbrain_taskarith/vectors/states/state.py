@@ -439,11 +439,6 @@ def from_mapping(content, label, path=None, metadata=None, check=None):
         if isinstance(inner, Mapping) and inner:
             content = inner
             break
-    if {"glob_mean", "glob_std"} <= set(content):
-        raise ValueError(
-            f"{label}: holds the statistics of an input normaliser, no "
-            "weights; pool_normalizers combines those"
-        )
     optimizer = {"state", "param_groups"} <= set(content)
     entries, extra, unreadable = {}, {}, {}
     for name, value in content.items():

@@ -27,6 +27,11 @@ def open_torch_file(path, shown_as=None, metadata=None, key=None):
             f"{path}: holds a {type(content).__name__}{where}, expected a state "
             "dict (a mapping from parameter name to tensor)"
         )
+    if {"glob_mean", "glob_std"} <= set(content):
+        raise ValueError(
+            f"{path}: holds the statistics of an input normaliser, no "
+            "weights; pool_normalizers combines those"
+        )
 
     def check(_):
         # The CRC-32 that torch stores with every tensor.
