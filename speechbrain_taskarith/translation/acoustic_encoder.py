@@ -2,6 +2,8 @@
 
 import torch
 
+from speechbrain_taskarith.utils.padding import ignore_padding, without_padding
+
 
 class AcousticEncoder(torch.nn.Module):
     """Any SpeechBrain encoder of features or of waveforms.
@@ -38,7 +40,7 @@ class AcousticEncoder(torch.nn.Module):
     def __init__(self, encoder, d_model, d_encoder=None, frontend=None):
         super().__init__()
         self.frontend = frontend
-        self.encoder = encoder
+        self.encoder = ignore_padding(encoder)
         self.projection = None
         if d_encoder not in (None, d_model):
             self.projection = torch.nn.Linear(d_encoder, d_model)
@@ -46,8 +48,9 @@ class AcousticEncoder(torch.nn.Module):
 
     def forward(self, x, lens):
         """Encode a batch, see `AcousticEncoder`."""
+        x = without_padding(x, lens)
         if self.frontend is not None:
-            x = self.frontend(x)
+            x = without_padding(self.frontend(x), lens)
         x = self.encoder(x, lens)
         if isinstance(x, tuple):
             x = x[0]

@@ -2,15 +2,20 @@
 
 import torch
 
+from speechbrain_taskarith.utils.padding import ignore_padding, without_padding
+
 
 class ChunkedEncoder(torch.nn.Module):
     """A SpeechBrain Transformer encoder that streams by chunks.
 
+    An utterance is encoded in a batch as it is alone, and as in a stream:
+    padding is ignored, even NaN.
+
     Arguments
     ---------
     transformer : torch.nn.Module
-        `TransformerASR` with a Conformer or Branchformer encoder that was
-        trained with dynamic chunks, or an `EncoderWrapper` around one.
+        `TransformerASR` with a Conformer encoder (SpeechBrain's Branchformer
+        has no chunks), or an `EncoderWrapper` around one.
     chunk_size : int
         Frames of a chunk.
     left_context : int or None
@@ -44,15 +49,17 @@ class ChunkedEncoder(torch.nn.Module):
         if chunk_size < 1:
             raise ValueError(f"chunk_size {chunk_size}: expected 1 or more")
         # An EncoderWrapper only forwards to what it wraps.
-        self.transformer = getattr(transformer, "transformer", transformer)
+        transformer = getattr(transformer, "transformer", transformer)
+        self.transformer = ignore_padding(transformer)
         self.segment_length = chunk_size
         self.config = DynChunkTrainConfig(chunk_size, left_context)
 
     def forward(self, x, lens=None):
         """Encode whole utterances as if in chunks; see `Emformer.forward`."""
-        return self.transformer.encode(
-            x, lens, dynchunktrain_config=self.config
+        out = self.transformer.encode(
+            without_padding(x, lens), lens, dynchunktrain_config=self.config
         )
+        return without_padding(out, lens)
 
     def make_streaming_context(self, batch=1):
         """See `Emformer.make_streaming_context`; `batch` has no effect."""
