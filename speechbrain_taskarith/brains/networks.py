@@ -7,8 +7,11 @@ wrapper, one thing to copy as a teacher.
 
 import torch
 
-from speechbrain_taskarith.utils.lengths import absolute_lengths
-from speechbrain_taskarith.utils.padding import ignore_padding, without_padding
+from speechbrain_taskarith.utils.lengths import (
+    absolute_lengths,
+    ignore_padding,
+    without_padding,
+)
 
 
 class CTCNetwork(torch.nn.Module):

@@ -2,7 +2,7 @@
 
 import torch
 
-from speechbrain_taskarith.utils.padding import ignore_padding, without_padding
+from speechbrain_taskarith.utils.lengths import ignore_padding, without_padding
 
 
 class AcousticEncoder(torch.nn.Module):

@@ -13,7 +13,7 @@ from speechbrain.lobes.models.transformer.TransformerASR import (
 from speechbrain_taskarith.brains.networks import CTCNetwork, Seq2SeqNetwork
 from speechbrain_taskarith.transducer import ChunkedEncoder
 from speechbrain_taskarith.translation import AcousticEncoder
-from speechbrain_taskarith.utils.padding import ignore_padding
+from speechbrain_taskarith.utils.lengths import ignore_padding
 
 FRAMES = [24, 10, 1]
 
