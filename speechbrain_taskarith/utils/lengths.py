@@ -58,8 +58,9 @@ def ignore_padding(encoder):
     """Let the Conformer convolutions of a module read 0 in place of padding.
 
     SpeechBrain masks what they return, not what they read: the last frames of
-    an utterance depend on the batch that it is in. Now they read 0, as beyond the end of a single utterance. Parameters and their names
-    stay; the second call does nothing. Returns the module.
+    an utterance depend on the batch that it is in. Now they read 0, as beyond
+    the end of a single utterance. Parameters and their names stay; a second
+    call does nothing. Returns the module.
     """
     from speechbrain.lobes.models.transformer.Conformer import (
         ConvolutionModule,
