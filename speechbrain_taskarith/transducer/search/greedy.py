@@ -135,10 +135,11 @@ class TransducerSampler(TransducerGreedySearch):
     Arguments
     ---------
     predictor, joint, blank_index, max_symbols
-        As of `TransducerBeamSearch`.
+        As of `TransducerBeamSearch`. A sample with `max_symbols` labels at one
+        frame is cut there.
     n_best : int
-        Alignments sampled of every utterance; of those with equal labels one is
-        returned.
+        Alignments sampled of every utterance; `decode` returns one of those
+        with equal labels, `draw` all.
     temperature : float
         Above 1: more varied; towards 0: greedy.
 
@@ -159,7 +160,7 @@ class TransducerSampler(TransducerGreedySearch):
         joint,
         blank_index,
         n_best=4,
-        max_symbols=2,
+        max_symbols=100,
         temperature=1.0,
     ):
         super().__init__(predictor, joint, blank_index, max_symbols)
@@ -174,13 +175,18 @@ class TransducerSampler(TransducerGreedySearch):
     @torch.no_grad()
     def decode(self, encoder_out, lens=None, n_best=None):
         """See `TransducerBeamSearch.decode`; the likeliest alignment first."""
+        return list(map(_distinct, self.draw(encoder_out, lens, n_best)))
+
+    @torch.no_grad()
+    def draw(self, encoder_out, lens=None, n_best=None):
+        """See `decode`; all samples, as they were drawn."""
         draws = n_best or self.n_best
         samples = super().decode(
             encoder_out.repeat_interleave(draws, 0),
             None if lens is None else lens.repeat_interleave(draws),
         )
         return [
-            _distinct(one for (one,) in samples[start : start + draws])
+            [one for (one,) in samples[start : start + draws]]
             for start in range(0, len(samples), draws)
         ]
 
