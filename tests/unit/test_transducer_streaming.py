@@ -1,5 +1,7 @@
 """Streams: any portions of samples give what the whole recording gives."""
 
+import time
+
 import pytest
 import torch
 from speechbrain.processing.features import InputNormalization
@@ -176,6 +178,81 @@ def test_global_normalisation_is_applied():
         model(normalize=InputNormalization(norm_type="sentence"))
 
 
+def normalised():
+    normalize = InputNormalization(norm_type="global", update_until_epoch=1)
+    normalize(torch.randn(4, 50, 20) * 3 + 5, torch.ones(4), epoch=0)
+    return model(normalize=normalize), normalize
+
+
+def test_the_normaliser_is_saved_as_tensors(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    recogniser, normalize = normalised()
+    state = recogniser.state_dict()
+    save_file(state, str(tmp_path / "model.safetensors"))
+    fresh = model(normalize=InputNormalization(norm_type="global"))
+    fresh.load_state_dict(load_file(str(tmp_path / "model.safetensors")))
+    for name in ("count", "glob_mean", "glob_std"):
+        expected = torch.as_tensor(getattr(normalize, name))
+        found = getattr(fresh.normalize, name)
+        assert torch.equal(torch.as_tensor(found), expected)
+    assert isinstance(fresh.normalize.count, int)
+    given = wave(8000)
+    assert fresh.transcribe(given) == recogniser.transcribe(given)
+    # Under a parent, and as a copy.
+    parent = torch.nn.ModuleDict({"asr": model(normalize=fresh.normalize)})
+    parent.load_state_dict({f"asr.{k}": v for k, v in state.items()})
+    with pytest.raises(RuntimeError, match="with a normaliser"):
+        model().load_state_dict(state)
+    with pytest.raises(RuntimeError, match="normalize.glob_mean"):
+        fresh.load_state_dict(model().state_dict())
+
+
+def test_weights_of_earlier_versions_still_load():
+    recogniser, normalize = normalised()
+    state = recogniser.state_dict()
+    names = ("count", "glob_mean", "glob_std")
+    for name in names:
+        del state[f"normalize.{name}"]
+    state["_extra_state"] = {n: getattr(normalize, n) for n in names}
+    for name in [*recogniser.searcher.joint.state_dict()]:
+        twice = f"searcher.label_scores.joint.{name}"
+        state[twice] = state[f"searcher.joint.{name}"]
+    fresh = model(normalize=InputNormalization(norm_type="global"))
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh.normalize.glob_std, normalize.glob_std)
+    plain = model()
+    plain.load_state_dict({**plain.state_dict(), "_extra_state": {}})
+
+
+def test_sixteen_bit_samples_are_scaled():
+    recogniser = model()
+    given = (wave(8000).clamp(-3, 3) * 8000).to(torch.int16)
+    expected = recogniser.transcribe(given.float() / 32768)
+    assert recogniser.transcribe(given) == expected != ""
+    stream = recogniser.stream()
+    for part in given.numpy().reshape(-1, 500):
+        stream.feed(part)
+    assert stream.finish().text == expected
+
+
+def test_computing_time_includes_results_and_text():
+    recogniser, calls = model(), []
+
+    def slow(tokens):
+        calls.append(tokens)
+        time.sleep(0.02)
+        return "text"
+
+    recogniser.detokenize = slow
+    stream = recogniser.stream()
+    for part in wave(8000).split(100):
+        seen = stream.feed(part)
+    # Once at the beginning and once a segment of 160 ms, not once a feed.
+    assert 2 <= len(calls) <= 4
+    assert seen.compute_seconds > 0.02 * len(calls)
+
+
 def test_silence_nothing_and_latency():
     recogniser = model()
     empty = recogniser.stream().finish()
@@ -193,7 +270,7 @@ def test_bad_input():
     bad = [
         ({"samples": torch.zeros(8), "sample_rate": 8000}, "16000 Hz"),
         ({"samples": torch.zeros(2, 8)}, "one channel"),
-        ({"samples": torch.zeros(8, dtype=torch.int16)}, "32768"),
+        ({"samples": torch.zeros(8, dtype=torch.int32)}, "int16"),
         ({"samples": torch.full((8,), torch.nan)}, "NaN"),
     ]
     for given, message in bad:

@@ -97,8 +97,15 @@ class TransducerBeamSearch(TransducerSearcher):
         self.beam_size = beam_size
         self.n_best = n_best
         self.label_scores = _LabelScores(
-            self.joint, blank_index, lm, lm_weight, ilm_weight, lm_bos_index
+            blank_index, lm, lm_weight, ilm_weight, lm_bos_index
         )
+
+    def _load_from_state_dict(self, state_dict, prefix, *options):
+        # Earlier versions had the joint twice.
+        for name in [*state_dict]:
+            if name.startswith(f"{prefix}label_scores.joint."):
+                del state_dict[name]
+        super()._load_from_state_dict(state_dict, prefix, *options)
 
     @torch.no_grad()
     def decode(self, encoder_out, lens=None, n_best=None):
@@ -288,18 +295,15 @@ class TransducerBeamSearch(TransducerSearcher):
 class _LabelScores(torch.nn.Module):
     """`lm_weight log P_LM - ilm_weight log P_ILM` of every next label."""
 
-    def __init__(
-        self, joint, blank_index, lm, lm_weight, ilm_weight, bos_index
-    ):
+    def __init__(self, blank_index, lm, lm_weight, ilm_weight, bos_index):
         super().__init__()
-        self.joint = joint
         self.blank_index = blank_index
         self.lm = lm
         self.lm_weight = lm_weight if lm is not None else 0.0
         self.ilm_weight = ilm_weight
         self.bos_index = blank_index if bos_index is None else bos_index
 
-    def forward(self, predictor_out, labels, lm_state):
+    def forward(self, joint, predictor_out, labels, lm_state):
         """Return scores [R, V], 0 at the blank, and the language model's state.
 
         Of `predictor_out` [R, P] and the last labels [R] (None at the
@@ -307,7 +311,7 @@ class _LabelScores(torch.nn.Module):
         """
         extra = None
         if self.ilm_weight:
-            extra = -self.ilm_weight * self.joint.internal_lm(predictor_out)
+            extra = -self.ilm_weight * joint.internal_lm(predictor_out)
         if self.lm_weight:
             if labels is None:
                 labels = predictor_out.new_full(

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 # They stay the base's unless asked for, since adding differences of
 # variances can make a variance negative.
-RUNNING_STATISTICS = ("running_mean", "running_var")
+RUNNING_STATISTICS = ("running_mean", "running_var", "glob_mean", "glob_std")
 _BLOCK = 1 << 20
 
 # Names that DistributedDataParallel and torch.compile put in between.
