@@ -51,6 +51,7 @@ def joint_transducer_loss(
     *,
     windows=None,
     fastemit_lambda=0.0,
+    zero_infinity=False,
 ):
     """`transducer_loss` of a joint network, in bounded memory.
 
@@ -76,7 +77,7 @@ def joint_transducer_loss(
         As of `transducer_loss`.
     memory_budget : int
         Bytes for the joint's intermediate results.
-    windows, fastemit_lambda
+    windows, fastemit_lambda, zero_infinity
         As of `transducer_loss`.
 
     Returns
@@ -127,7 +128,8 @@ def joint_transducer_loss(
         windows=windows,
         fastemit_lambda=fastemit_lambda,
     )
-    return reduced(-log_prob, reduction, frames.to(log_prob.device))
+    frames = frames.to(log_prob.device)
+    return reduced(-log_prob, reduction, frames, zero_infinity)
 
 
 def sequence_log_prob(

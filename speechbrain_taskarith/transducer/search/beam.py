@@ -20,8 +20,9 @@ from speechbrain_taskarith.transducer.search.prefixes import (
 from speechbrain_taskarith.transducer.search.searcher import (
     Hypothesis,
     TransducerSearcher,
+    check_scores,
+    only_valid,
 )
-from speechbrain_taskarith.utils.lengths import padding_mask
 
 
 @dataclass
@@ -51,7 +52,8 @@ class TransducerBeamSearch(TransducerSearcher):
         Index of the blank.
     beam_size, n_best : int
         Size K of the beam: hypotheses that go on to the next frame; of these
-        `n_best` are returned.
+        `n_best` are returned. A beam of 1 is not a greedy search: here a label
+        and the blank behind it compete with the blank alone.
     lm : torch.nn.Module or None
         `lm(tokens[R, 1], state) -> (scores[R, 1, V], state)`, e.g.
         SpeechBrain's `RNNLM` with `return_hidden: True`, over the same
@@ -62,6 +64,10 @@ class TransducerBeamSearch(TransducerSearcher):
         Maximum number of labels at one frame.
     lm_bos_index : int or None
         The language model's first input; None takes the blank.
+    expand_beam : float
+        Extensions by a label that are this much, in nats, below the frame's
+        best hypothesis are dropped. At 8 a path of less than 1/2900 of the
+        best one's probability is lost; infinity drops none.
 
     Example
     -------
@@ -86,6 +92,7 @@ class TransducerBeamSearch(TransducerSearcher):
         lm_weight=0.3,
         max_symbols=1,
         lm_bos_index=None,
+        expand_beam=8.0,
     ):
         super().__init__(predictor, joint, blank_index, max_symbols)
         if beam_size < 1 or not 1 <= n_best <= beam_size or max_symbols < 1:
@@ -94,6 +101,12 @@ class TransducerBeamSearch(TransducerSearcher):
                 f"{max_symbols}: expected numbers from 1 on, and n_best no "
                 "larger than beam_size"
             )
+        if not expand_beam > 0:
+            raise ValueError(
+                f"expand_beam {expand_beam}: expected nats, above 0 (infinity "
+                "drops nothing)"
+            )
+        self.expand_beam = expand_beam
         self.beam_size = beam_size
         self.n_best = n_best
         self.label_scores = _LabelScores(
@@ -123,8 +136,10 @@ class TransducerBeamSearch(TransducerSearcher):
         Returns
         -------
         list of list of Hypothesis
-            Up to `n_best` of every utterance, the best first.
+            Up to `n_best` of every utterance, the best first; [] of none.
         """
+        if not len(encoder_out):
+            return []
         return self.results(self.final_state(encoder_out, lens), n_best)
 
     @torch.no_grad()
@@ -159,9 +174,7 @@ class TransducerBeamSearch(TransducerSearcher):
         BeamState
             The state after the chunk; `state` is not changed.
         """
-        if not bool(torch.isfinite(encoder_out).all()):
-            encoder_out = _only_valid(encoder_out, frames)
-        encoder = self.joint.project_encoder(encoder_out)
+        encoder = self.joint.project_encoder(only_valid(encoder_out, frames))
         scores, prefixes = state.scores, state.prefixes
         if frames is not None:
             frames = frames.to(encoder.device)
@@ -172,6 +185,7 @@ class TransducerBeamSearch(TransducerSearcher):
             scores, prefixes = self._frame(
                 encoder[:, t], scores, prefixes, state.frame + t, active
             )
+        check_scores(scores)
         return BeamState(scores, prefixes, state.frame + encoder.shape[1])
 
     def results(self, state, n_best=None):
@@ -227,7 +241,9 @@ class TransducerBeamSearch(TransducerSearcher):
                 path_scores, log_probs, newest.extra, batch, utterance
             )
             # The blank that follows only lowers a score.
-            promising = extended > candidates.threshold(beam)
+            least = candidates.scores.amax(1, keepdim=True) - self.expand_beam
+            least = torch.maximum(least, candidates.threshold(beam))
+            promising = extended > least
             if active is not None:
                 promising &= active[:, None]
             if not bool(promising.any()):
@@ -337,18 +353,3 @@ class _LabelScores(torch.nn.Module):
             )
         log_probs = labels_only(result[0].flatten(1), self.blank_index)
         return self.lm_weight * log_probs, result[1]
-
-
-def _only_valid(encoder_out, frames):
-    """Set padding to 0, which may be anything; the rest must be finite."""
-    if frames is not None:
-        frames = frames.to(encoder_out.device)
-        padding = padding_mask(frames, encoder_out.shape[1])
-        encoder_out = encoder_out.masked_fill(padding[..., None], 0.0)
-    if not bool(torch.isfinite(encoder_out).all()):
-        row = int((~torch.isfinite(encoder_out)).nonzero()[0, 0])
-        raise ValueError(
-            f"encoder output of row {row} holds NaN or infinity; expected "
-            "finite numbers (has training diverged, or the input NaN?)"
-        )
-    return encoder_out

@@ -5,10 +5,13 @@ from typing import Any
 
 import torch
 
+from speechbrain_taskarith.transducer.loss.input_checks import checked_lengths
 from speechbrain_taskarith.transducer.predictor import join_states, select_state
 from speechbrain_taskarith.transducer.search.searcher import (
     Hypothesis,
     TransducerSearcher,
+    check_scores,
+    only_valid,
 )
 
 
@@ -49,6 +52,8 @@ class TransducerGreedySearch(TransducerSearcher):
     @torch.no_grad()
     def decode(self, encoder_out, lens=None):
         """See `TransducerBeamSearch.decode`; one hypothesis an utterance."""
+        if not len(encoder_out):
+            return []
         return self.results(self.final_state(encoder_out, lens))
 
     @torch.no_grad()
@@ -62,7 +67,7 @@ class TransducerGreedySearch(TransducerSearcher):
     def advance(self, encoder_out, state, frames=None):
         """See `TransducerBeamSearch.advance`."""
         batch, time = encoder_out.shape[:2]
-        encoder = self.joint.project_encoder(encoder_out)
+        encoder = self.joint.project_encoder(only_valid(encoder_out, frames))
         if frames is None:
             frames = torch.full((batch,), time)
         tokens = [list(one.tokens) for one in state.hypotheses]
@@ -97,6 +102,7 @@ class TransducerGreedySearch(TransducerSearcher):
                 predictor, predictor_state = self._step(
                     emitted, predictor, predictor_state
                 )
+        check_scores(scores)
         hypotheses = [
             Hypothesis(*one) for one in zip(tokens, scores.tolist(), times)
         ]
@@ -180,7 +186,11 @@ class TransducerSampler(TransducerGreedySearch):
     @torch.no_grad()
     def draw(self, encoder_out, lens=None, n_best=None):
         """See `decode`; all samples, as they were drawn."""
-        draws = n_best or self.n_best
+        draws, frames = n_best or self.n_best, None
+        if lens is not None:
+            frames = checked_lengths(lens, encoder_out.shape[1], "input")
+        # Before rows are repeated: an error names the utterance.
+        encoder_out = only_valid(encoder_out, frames)
         samples = super().decode(
             encoder_out.repeat_interleave(draws, 0),
             None if lens is None else lens.repeat_interleave(draws),
