@@ -1,6 +1,8 @@
 """The chunked joint equals the whole one; HAT; SpeechBrain's joints."""
 
 import functools
+import itertools
+import math
 
 import pytest
 import torch
@@ -109,6 +111,73 @@ def test_padding_and_frozen_parts():
     assert torch.equal(found, clean)
     assert torch.allclose(by_found, by_clean)
     assert not chunked(joint, x.detach(), g.detach(), y).requires_grad
+
+
+def test_windows_spare_the_nodes_outside():
+    joint, x, g, y = setting(RNNTJoint)
+    first = torch.tensor([[0, 3, 5, 0], [0, 1, 2, 4], [9, 9, 9, 9]])
+    windows = torch.stack([first, first + 1], -1)
+    options = {"windows": windows, "zero_infinity": True}
+    rows, scores = [], joint.scores
+    joint.scores = lambda e, p: rows.append(len(e)) or scores(e, p)
+    found = chunked(joint, x, g, y, **options)
+    del joint.scores
+    # Twice a few to try the joint, then the nodes inside.
+    assert rows[2:] == [count_by_hand(windows)]
+    logits = joint(x.unsqueeze(2), g.unsqueeze(1))
+    whole = transducer_loss(
+        logits, y, FRAMES / 9, LABELS / 4, 0, "none", **options
+    )
+    for row, (t, u) in enumerate(zip(FRAMES.tolist(), LABELS.tolist())):
+        oracle = by_windows(
+            logits[row].log_softmax(-1), y[row].tolist(), windows[row], t, u
+        )
+        assert found[row].item() == pytest.approx(-oracle)
+        assert whole[row].item() == pytest.approx(-oracle)
+    leaves = [x, g, *joint.parameters()]
+    for one, other in zip(
+        torch.autograd.grad(found.sum(), leaves),
+        torch.autograd.grad(whole.sum(), leaves),
+    ):
+        assert torch.allclose(one, other, atol=1e-12)
+    late = {**options, "windows": windows + 9}
+    assert chunked(joint, x, g, y, **late).tolist()[:2] == [0.0, 0.0]
+
+
+def count_by_hand(windows):
+    """Count the nodes between the window before and the end of the next."""
+    count = 0
+    for row, (frames, labels) in enumerate(zip(FRAMES, LABELS)):
+        for t in range(frames):
+            for u in range(labels + 1):
+                begun = u == 0 or t >= windows[row, u - 1, 0]
+                count += begun and (u == labels or t <= windows[row, u, 1])
+    return int(count)
+
+
+def by_windows(log_probs, target, windows, frames, labels):
+    """Sum over the frames of every label, in order and inside its window."""
+    total = 0.0
+    for times in itertools.product(range(frames), repeat=labels):
+        inside = all(w[0] <= t <= w[1] for t, w in zip(times, windows.tolist()))
+        if not inside or list(times) != sorted(times):
+            continue
+        score, u = 0.0, 0
+        for t in range(frames):
+            while u < labels and times[u] == t:
+                score += log_probs[t, u, target[u]].item()
+                u += 1
+            score += log_probs[t, u, 0].item()
+        total += math.exp(score)
+    return math.log(total)
+
+
+def test_an_unknown_label_is_named_also_without_vocab_size():
+    joint, x, g, y = setting(RNNTJoint)
+    wrapped = SpeechBrainJoint(joint, blank_index=0)
+    y[1, 2] = 7
+    with pytest.raises(ValueError, match="row 1, label 2: 7 .*vocabulary of 7"):
+        chunked(wrapped, x, g, y)
 
 
 def test_autocast_is_kept_in_backward():

@@ -203,7 +203,9 @@ def sequence_log_prob(
     check_targets(targets, labels, joint.blank_index, vocab_size, longest)
     targets, frames = targets[:, :longest], frames[encoder_rows]
     shape = (len(predictor), encoder.shape[1], predictor.shape[1])
-    usable, _ = usable_transitions(shape, frames, labels)
+    if windows is not None:
+        windows = windows[:, : targets.shape[1]]
+    usable, _ = usable_transitions(shape, frames, labels, windows)
     following = next_labels(targets, labels, joint.blank_index)
     plan = _Plan(
         joint, vocab_size, usable, encoder_rows, following, memory_budget

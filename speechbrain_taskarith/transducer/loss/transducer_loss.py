@@ -141,13 +141,13 @@ def transducer_loss(
             ) from error
         return reduced(losses, reduction, frames, zero_infinity)
     logits = logits[:, :, : targets.shape[1] + 1]
-    usable, _ = usable_transitions(logits.shape[:3], frames, labels)
+    if windows is not None:
+        windows = windows[:, : targets.shape[1]]
+    usable, _ = usable_transitions(logits.shape[:3], frames, labels, windows)
     following = next_labels(targets, labels, blank_index)
     blank, label = dense_transitions(
         logits, following, blank_index, "softmax", usable
     )
-    if windows is not None:
-        windows = windows[:, : targets.shape[1]]
     log_prob = lattice_log_prob(
         blank, label[:, :, :-1], frames, labels, windows, fastemit_lambda
     )

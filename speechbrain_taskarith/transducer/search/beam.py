@@ -24,6 +24,9 @@ from speechbrain_taskarith.transducer.search.searcher import (
     only_valid,
 )
 
+# Twice as fast and more where blanks dominate; the best stays the same.
+_EXPAND_BEAM = 8.0
+
 
 @dataclass
 class BeamState:
@@ -31,6 +34,7 @@ class BeamState:
 
     scores: torch.Tensor  # [B, K], float64; minus infinity: no hypothesis
     prefixes: Prefixes  # of B * K rows
+    expand_beam: float
     frame: int = 0  # frames processed
 
 
@@ -64,10 +68,12 @@ class TransducerBeamSearch(TransducerSearcher):
         Maximum number of labels at one frame.
     lm_bos_index : int or None
         The language model's first input; None takes the blank.
-    expand_beam : float
+    expand_beam : float or None
         Extensions by a label that are this much, in nats, below the frame's
-        best hypothesis are dropped. At 8 a path of less than 1/2900 of the
-        best one's probability is lost; infinity drops none.
+        best hypothesis are dropped; at 8 that is less than 1/2900 of its
+        probability. Infinity drops none. None: 8 for the best hypothesis
+        alone; none are dropped where several are wanted, so that the list is
+        full.
 
     Example
     -------
@@ -92,7 +98,7 @@ class TransducerBeamSearch(TransducerSearcher):
         lm_weight=0.3,
         max_symbols=1,
         lm_bos_index=None,
-        expand_beam=8.0,
+        expand_beam=None,
     ):
         super().__init__(predictor, joint, blank_index, max_symbols)
         if beam_size < 1 or not 1 <= n_best <= beam_size or max_symbols < 1:
@@ -101,7 +107,7 @@ class TransducerBeamSearch(TransducerSearcher):
                 f"{max_symbols}: expected numbers from 1 on, and n_best no "
                 "larger than beam_size"
             )
-        if not expand_beam > 0:
+        if expand_beam is not None and not expand_beam > 0:
             raise ValueError(
                 f"expand_beam {expand_beam}: expected nats, above 0 (infinity "
                 "drops nothing)"
@@ -140,20 +146,26 @@ class TransducerBeamSearch(TransducerSearcher):
         """
         if not len(encoder_out):
             return []
-        return self.results(self.final_state(encoder_out, lens), n_best)
+        state = self.final_state(encoder_out, lens, n_best=n_best)
+        return self.results(state, n_best)
 
     @torch.no_grad()
-    def start(self, batch, device="cpu"):
+    def start(self, batch, device="cpu", n_best=None):
         """Return the state of `batch` utterances before the first frame.
 
-        On `device`, where the models are; see `advance`.
+        On `device`, where the models are; see `advance`. `n_best` as of
+        `decode`.
         """
+        expand_beam = self.expand_beam
+        if expand_beam is None:
+            several = (n_best or self.n_best) > 1
+            expand_beam = float("inf") if several else _EXPAND_BEAM
         prefixes = Prefixes.empty(self, batch * self.beam_size, device)
         scores = prefixes.predictor.new_full(
             (batch, self.beam_size), LOG_ZERO, dtype=torch.float64
         )
         scores[:, 0] = 0.0
-        return BeamState(scores, prefixes)
+        return BeamState(scores, prefixes, expand_beam)
 
     @torch.no_grad()
     def advance(self, encoder_out, state, frames=None):
@@ -183,10 +195,20 @@ class TransducerBeamSearch(TransducerSearcher):
         for t in range(encoder.shape[1]):
             active = None if frames is None else t < frames
             scores, prefixes = self._frame(
-                encoder[:, t], scores, prefixes, state.frame + t, active
+                encoder[:, t],
+                scores,
+                prefixes,
+                state.expand_beam,
+                state.frame + t,
+                active,
             )
         check_scores(scores)
-        return BeamState(scores, prefixes, state.frame + encoder.shape[1])
+        return BeamState(
+            scores,
+            prefixes,
+            state.expand_beam,
+            state.frame + encoder.shape[1],
+        )
 
     def results(self, state, n_best=None):
         """Return the hypotheses of the frames so far; see `decode`."""
@@ -207,7 +229,7 @@ class TransducerBeamSearch(TransducerSearcher):
                 found[i // beam].append(hypothesis)
         return found
 
-    def _frame(self, encoder, scores, prefixes, frame, active):
+    def _frame(self, encoder, scores, prefixes, expand_beam, frame, active):
         """Process one frame: encoder [B, J], scores [B, K].
 
         The paths of one frame; those that reach a blank are candidates::
@@ -241,7 +263,7 @@ class TransducerBeamSearch(TransducerSearcher):
                 path_scores, log_probs, newest.extra, batch, utterance
             )
             # The blank that follows only lowers a score.
-            least = candidates.scores.amax(1, keepdim=True) - self.expand_beam
+            least = candidates.scores.amax(1, keepdim=True) - expand_beam
             least = torch.maximum(least, candidates.threshold(beam))
             promising = extended > least
             if active is not None:

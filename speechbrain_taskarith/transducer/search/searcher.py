@@ -88,9 +88,9 @@ class TransducerSearcher(torch.nn.Module):
         """As `TransducerBeamSearch.decode`, but return a `SearchResult`."""
         return SearchResult.of(self.decode(encoder_out, lens))
 
-    def final_state(self, encoder_out, lens):
-        """Return the state after the last frame."""
-        state = self.start(len(encoder_out), encoder_out.device)
+    def final_state(self, encoder_out, lens, **options):
+        """Return the state after the last frame; `options` are of `start`."""
+        state = self.start(len(encoder_out), encoder_out.device, **options)
         frames = None
         if lens is not None:
             frames = checked_lengths(lens, encoder_out.shape[1], "input")
