@@ -88,7 +88,7 @@ class _Enter:
 
     def __call__(self, module, args, kwargs):
         mask = args[1] if len(args) > 1 else kwargs.get("mask")
-        self.masks[threading.get_ident()] = mask
+        self.masks[_thread()] = mask
 
 
 class _Clear:
@@ -98,5 +98,12 @@ class _Clear:
         self.masks = masks
 
     def __call__(self, module, args, out):
-        mask = self.masks.pop(threading.get_ident(), None)
+        mask = self.masks.get(_thread())
+        # Not kept: it would lie in copies and on the device.
+        self.masks[_thread()] = None
         return None if mask is None else out.masked_fill(mask.mT, 0.0)
+
+
+def _thread():
+    # What is compiled runs in one.
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()

@@ -76,8 +76,9 @@ def test_batch_equals_singles_and_padding_may_be_nan(wrapped):
         assert parameter.grad is None or parameter.grad.isfinite().all(), name
 
 
-def test_a_stream_equals_the_utterance_inside_a_batch():
-    encoder = ChunkedEncoder(conformer(), 4, 2).eval()
+@pytest.mark.parametrize("past", [0, 2, None])
+def test_a_stream_equals_the_utterance_inside_a_batch(past):
+    encoder = ChunkedEncoder(conformer(), 4, past).eval()
     x = torch.randn(2, 24, 8)
     batch = encoder(x, torch.tensor([1.0, 10 / 24]))[1, :10]
     context = encoder.make_streaming_context()
@@ -96,6 +97,25 @@ def test_without_padding_nothing_changes_and_names_stay():
     assert guarded is plain and list(plain.state_dict()) == names
     assert torch.equal(plain.encode(x, torch.ones(2)), before)
     assert torch.equal(plain.encode(x), before)
+
+
+def test_an_encoder_without_chunks_is_refused_when_it_is_wrapped():
+    other = TransformerASR(5, 8, 16, 2, 1, 0, 16, causal=False)
+    with pytest.raises(ValueError, match="encoder_module: conformer"):
+        ChunkedEncoder(other, 4)
+    causal = conformer()
+    causal.causal = True
+    with pytest.raises(ValueError, match="causal: False"):
+        ChunkedEncoder(causal, 4)
+
+
+def test_it_compiles_in_one_piece():
+    layer = ignore_padding(conformer()).encoder.layers[0].convolution_module
+    x, mask = torch.randn(2, 24, 16), torch.zeros(2, 24, 1, dtype=torch.bool)
+    mask[1, 10:] = True
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x, mask), layer(x, mask))
+    assert torch.equal(compiled(x), layer(x))
 
 
 def test_copies_and_second_calls_are_alike():
