@@ -6,7 +6,10 @@ from dataclasses import dataclass
 import torch
 
 from speechbrain_taskarith.transducer.streaming.frontend import FeatureStream
-from speechbrain_taskarith.utils.lengths import absolute_lengths
+from speechbrain_taskarith.utils.lengths import (
+    absolute_lengths,
+    without_padding,
+)
 
 _STATISTICS = ("count", "glob_mean", "glob_std")
 
@@ -194,7 +197,7 @@ class StreamingTransducer(torch.nn.Module):
         Arguments
         ---------
         waves : torch.Tensor
-            [B, T].
+            [B, T]; padding is ignored, even NaN.
         lens : torch.Tensor or None
             [B], relative lengths.
 
@@ -205,7 +208,7 @@ class StreamingTransducer(torch.nn.Module):
         lens : torch.Tensor
             [B], relative lengths of that.
         """
-        x = self.features(waves)
+        x = self.features(without_padding(waves, lens))
         lens = torch.ones(len(waves)) if lens is None else lens.cpu()
         samples = absolute_lengths(lens, waves.shape[1])
         # A centred analysis gives one frame more than strides.
