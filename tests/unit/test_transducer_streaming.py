@@ -227,6 +227,19 @@ def test_weights_of_earlier_versions_still_load():
     plain.load_state_dict({**plain.state_dict(), "_extra_state": {}})
 
 
+def test_a_task_vector_leaves_the_normaliser_alone():
+    from speechbrain_taskarith.vectors import TaskVector
+
+    base, tuned = (normalised()[0].state_dict() for _ in range(2))
+    tuned = {n: t + 1 if t.is_floating_point() else t for n, t in tuned.items()}
+    vector = TaskVector.between(base, tuned)
+    assert len(vector) == len(base) - 3
+    edited = vector.apply(base)
+    for name in ("count", "glob_mean", "glob_std"):
+        key = f"normalize.{name}"
+        assert torch.equal(edited[key], base[key])
+
+
 def test_sixteen_bit_samples_are_scaled():
     recogniser = model()
     given = (wave(8000).clamp(-3, 3) * 8000).to(torch.int16)
