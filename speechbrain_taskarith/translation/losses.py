@@ -133,27 +133,27 @@ def distillation_loss(student, teacher, lens, temperature=1.0):
 
 
 class TranslationObjective:
-    """One loss a task, so that their sum is the paper's.
+    """One loss a task: `L_ST + w_asr L_asr + w_mt L_mt` is the whole.
 
     | task | loss |
     |---|---|
-    | `"st"` | `0.7 CE` |
-    | `"asr"` | `0.3 (CTC + contrastive)` |
+    | `"st"` | `L_ST = 0.7 CE + 0.3 (CTC + contrastive)` |
+    | `"asr"` | `CTC + contrastive` |
     | `"mt"` | CE with label smoothing 0.2 |
 
-    `st + asr` is `L_ST = 0.7 CE + 0.3 (CTC + contrastive)` (arXiv
-    2311.03810); apart, they can be weighted, and the auxiliary one stopped.
-    The contrastive loss is the mean of two: where text is embedded, and at
+    (arXiv 2311.03810). Where an auxiliary task stops, only its own term goes:
+    the main loss keeps CTC, without which the head decays and the shrink with
+    it. The contrastive loss is the mean of two: where text is embedded, and at
     the textual encoder's output. Cross-entropy and CTC are
-    `-log P(y | x)` in nats, averaged over the batch. An utterance with fewer
-    frames than its transcript needs has a CTC loss of 0, as in SpeechBrain.
+    `-log P(y | x)` in nats, averaged over the batch.
 
     Arguments
     ---------
     blank_index : int
         The blank of the CTC head.
     ce_weight : float
-        Of the translation of speech; CTC and contrastive get the rest.
+        Of the translation of speech; CTC and contrastive get the rest. 1: no
+        CTC in `"st"`, for speech without transcripts.
     st_smoothing, mt_smoothing : float
         Label smoothing of "st" and "mt".
     temperature : float
@@ -161,6 +161,10 @@ class TranslationObjective:
     contrastive, distillation : float
         Factors of the contrastive loss, and of `distillation_loss` from "mt"
         to "st" where both are computed, as a part of "st"; 0 leaves it out.
+    ctc_in_st : bool
+        False: `L_ST` is split, "st" is `0.7 CE` and "asr"
+        `0.3 (CTC + contrastive)`; nothing trains the CTC head once "asr" has
+        stopped.
 
     Example
     -------
@@ -183,6 +187,7 @@ class TranslationObjective:
         temperature=0.1,
         contrastive=1.0,
         distillation=0.0,
+        ctc_in_st=True,
     ):
         if not 0 < ce_weight <= 1:
             raise ValueError(f"ce_weight {ce_weight}: expected (0, 1]")
@@ -190,7 +195,13 @@ class TranslationObjective:
         self.ce_weight = ce_weight
         self.st_smoothing, self.mt_smoothing = st_smoothing, mt_smoothing
         self.contrastive, self.distillation = contrastive, distillation
+        self.ctc_in_st = ctc_in_st
         self.contrast = CrossModalContrastiveLoss(temperature)
+
+    @property
+    def st_needs_source(self):
+        """Whether the loss of "st" needs transcripts."""
+        return self.ctc_in_st and self.ce_weight < 1
 
     def __call__(
         self,
@@ -208,7 +219,7 @@ class TranslationObjective:
         output : TranslationOutput
             Of `SpeechTranslationModel`.
         source, source_lens : torch.Tensor, optional
-            As for the model, for "asr".
+            As for the model, for "asr" and, unless `ce_weight` is 1, "st".
         target_eos, target_lens : torch.Tensor, optional
             [B, W], translations with the end token, and their relative
             lengths [B], for "st" and "mt".
@@ -222,24 +233,42 @@ class TranslationObjective:
         """
         tasks = output.tasks if tasks is None else tasks
         st, mt, losses = output.st, output.mt, {}
+        aligned = None
+        if self._needs_aligned(tasks, output, source):
+            aligned = self._ctc_and_contrast(
+                output.speech, output.text, source, source_lens
+            )
         if "st" in tasks and st is not None:
             losses["st"] = self.ce_weight * _cross_entropy(
                 st, target_eos, target_lens, self.st_smoothing
             )
+            if self.st_needs_source:
+                losses["st"] = losses["st"] + (1 - self.ce_weight) * aligned
             if self.distillation and mt is not None:
                 distilled = distillation_loss(st, mt, target_lens)
                 losses["st"] = losses["st"] + self.distillation * distilled
-        if "asr" in tasks and output.speech is not None and source is not None:
-            losses["asr"] = (1 - self.ce_weight) * self._asr(
-                output.speech, output.text, source, source_lens
-            )
+        if "asr" in tasks and aligned is not None:
+            share = 1 if self.ctc_in_st else 1 - self.ce_weight
+            losses["asr"] = share * aligned
         if "mt" in tasks and mt is not None:
             losses["mt"] = _cross_entropy(
                 mt, target_eos, target_lens, self.mt_smoothing
             )
         return losses
 
-    def _asr(self, speech, text, source, source_lens):
+    def _needs_aligned(self, tasks, output, source):
+        """Tell whether a task needs CTC; refuse "st" without transcripts."""
+        st = "st" in tasks and output.st is not None and self.st_needs_source
+        if st and source is None:
+            raise ValueError(
+                "'st' needs source and source_lens: its loss holds "
+                f"{1 - self.ce_weight:g} (CTC + contrastive). For speech "
+                "without transcripts use TranslationObjective(ce_weight=1)"
+            )
+        asr = "asr" in tasks and output.speech is not None
+        return st or (asr and source is not None)
+
+    def _ctc_and_contrast(self, speech, text, source, source_lens):
         # CTC sums over alignments: in float32 at least.
         dtype = torch.promote_types(speech.logits.dtype, torch.float32)
         logits = speech.logits.to(dtype)

@@ -70,8 +70,8 @@ class SpeechTranslationModel(torch.nn.Module):
     noise : BlankNoise, optional
         On the text side, in training.
     contrast : bool
-        True: task "asr" needs the transcript's encoding, for the contrastive
-        loss.
+        True: transcripts of speech are encoded, for the contrastive loss of
+        "st" and "asr"; "asr" then needs them.
 
     Example
     -------
@@ -164,7 +164,8 @@ class SpeechTranslationModel(torch.nn.Module):
             lengths [B]; needed by "st" and "asr".
         source, source_lens : torch.Tensor, optional
             Transcripts [B, U], and their relative lengths [B]; needed by
-            "mt", and by "asr" with contrast.
+            "mt", and by "asr" with contrast. Given with "st", they are
+            encoded for its contrastive loss.
         target_bos : torch.Tensor, optional
             [B, W], translations behind the beginning token; needed by "st"
             and "mt".
@@ -184,7 +185,7 @@ class SpeechTranslationModel(torch.nn.Module):
         if "mt" in tasks:
             text = self.encode_text(source, source_lens)
             mt = self.decoder(target_bos, text.encoded, text.lens)
-        elif "asr" in tasks and self.contrast:
+        elif self.contrast and speech is not None and source is not None:
             # Text gets no gradient from the contrastive loss.
             with torch.no_grad():
                 text = self.encode_text(source, source_lens)

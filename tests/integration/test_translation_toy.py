@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from speechbrain.decoders import ctc_greedy_decode
 from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
 from translation_toy import BOS, EOS, toy_model  # noqa: E402
 
+from speechbrain_taskarith.metrics import wer
 from speechbrain_taskarith.translation import (
     BlankNoise,
     TaskNormWeights,
@@ -104,7 +106,7 @@ def train(tasks, whole, seed, updates=250):
         seed=seed,
     )
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    objective = TranslationObjective(0)
+    objective = TranslationObjective(0, 0.7 if whole else 1.0)
     weights = TaskNormWeights(
         [t for t in tasks if t != "st"], interval=50, exponent=0.5
     )
@@ -135,3 +137,54 @@ def test_the_whole_method_is_ahead_of_speech_translation_alone():
     alone = train(("st",), whole=False, seed=0)
     whole = train(("st", "asr", "mt"), whole=True, seed=0)
     assert whole > alone + 5, (whole, alone)
+
+
+def ctc_loss_and_errors(model, rows):
+    """Return the CTC loss and the word errors, in %, of the model's head."""
+    inputs, targets = collate(rows)
+    model.eval()
+    with torch.no_grad():
+        out = model(tasks=("asr",), **inputs)
+        objective = TranslationObjective(0, contrastive=0.0)
+        loss = objective(out, **targets)["asr"]
+    model.train()
+    speech = out.speech
+    found = ctc_greedy_decode(speech.logits, speech.frame_lens, 0)
+    said, heard = (
+        [" ".join(map(str, tokens)) for tokens in texts]
+        for texts in ([row[1].tolist() for row in rows], found)
+    )
+    return float(loss), wer(said, heard).wer
+
+
+def train_past_the_stop(ctc_in_st, before=200, after=250, seed=1):
+    """Train with recognition, then without; return the figures of both."""
+    model = toy_model(
+        WORDS + 1, WORDS + 3, width=32, features=FEATURES, seed=seed
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    objective = TranslationObjective(0, ctc_in_st=ctc_in_st)
+    running = TaskNormWeights(("asr",), interval=10_000)
+    stopped = TaskNormWeights(("asr",), initial={"asr": 0.0})
+    test, found = sentences(100, seed=3), []
+    for weights, updates in ((running, before), (stopped, after)):
+        for update in range(updates):
+            rows = sentences(16, seed=1000 * seed + update)
+            inputs, targets = collate(rows)
+            out = model(tasks=weights.active, **inputs)
+            optimizer.zero_grad()
+            weights.total(objective(out, **targets)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            optimizer.step()
+        found.append(ctc_loss_and_errors(model, test))
+    return found
+
+
+@pytest.mark.slow
+def test_recognition_does_not_decay_once_its_task_has_stopped():
+    (loss, errors), (later, errors_later) = train_past_the_stop(True)
+    assert errors < 20, "the head was trained"
+    assert later <= loss and errors_later <= errors + 1
+    # The split objective shows that it could.
+    (loss, _), (later, _) = train_past_the_stop(False)
+    assert later > 2 * loss

@@ -129,7 +129,7 @@ def test_loss_is_the_weighted_sum_of_the_objectives():
 
 
 def test_it_learns_to_translate(tmp_path):
-    brain = make_brain(lr=0.05, folder=tmp_path)
+    brain = make_brain(lr=0.02, folder=tmp_path)
     data = loader([0, 1, 2])
     before = None
     for _ in brain_epochs(brain, 60, data):

@@ -121,7 +121,6 @@ def test_objective_is_the_sum_of_the_paper():
     ce = F.cross_entropy(
         out.st.transpose(1, 2), targets["target_eos"], reduction="sum"
     )
-    torch.testing.assert_close(losses["st"], 0.7 * ce / b)
     frames = (out.speech.frame_lens * out.speech.logits.shape[1]).round()
     ctc = F.ctc_loss(
         out.speech.logits.log_softmax(-1).transpose(0, 1),
@@ -138,9 +137,15 @@ def test_objective_is_the_sum_of_the_paper():
             (speech.encoded, text.encoded),
         )
     )
+    aligned, close = ctc / b + apart / 2, {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(
-        losses["asr"], 0.3 * (ctc / b + apart / 2), rtol=1e-4, atol=1e-5
+        losses["st"], 0.7 * ce / b + 0.3 * aligned, **close
     )
+    torch.testing.assert_close(losses["asr"], aligned, **close)
+    split = TranslationObjective(0, st_smoothing=0.0, ctc_in_st=False)
+    parts = split(out, **targets)
+    torch.testing.assert_close(parts["st"], 0.7 * ce / b, **close)
+    torch.testing.assert_close(parts["asr"], 0.3 * aligned, **close)
     smooth = F.cross_entropy(
         out.mt.transpose(1, 2),
         targets["target_eos"],
@@ -150,6 +155,30 @@ def test_objective_is_the_sum_of_the_paper():
     torch.testing.assert_close(losses["mt"], smooth / b)
     with pytest.raises(ValueError, match="ce_weight"):
         TranslationObjective(0, ce_weight=0.0)
+
+
+def test_a_stopped_task_takes_away_its_own_term_only():
+    model = toy_model().eval()
+    inputs, targets = toy_batch()
+    objective = TranslationObjective(0)
+    every = objective(model(tasks=("st", "asr", "mt"), **inputs), **targets)
+    alone = objective(model(tasks=("st",), **inputs), **targets)
+    assert set(alone) == {"st"}
+    torch.testing.assert_close(alone["st"], every["st"])
+    alone["st"].backward()
+    assert model.ctc_lin.weight.grad.abs().max() > 0
+
+
+def test_speech_without_transcripts():
+    model = toy_model().eval()
+    inputs, targets = toy_batch()
+    for part in (inputs, targets):
+        del part["source"], part["source_lens"]
+    out = model(tasks=("st",), **inputs)
+    with pytest.raises(ValueError, match="'st' needs source.*ce_weight=1"):
+        TranslationObjective(0)(out, **targets)
+    losses = TranslationObjective(0, ce_weight=1.0)(out, **targets)
+    assert set(losses) == {"st"}
 
 
 def test_objective_leaves_out_what_was_not_computed():

@@ -34,7 +34,10 @@ def test_only_what_is_asked_for_is_computed():
     model = toy_model()
     inputs, _ = toy_batch()
     out = model(tasks=("st",), **inputs)
-    assert out.text is None and out.mt is None and out.st is not None
+    assert out.mt is None and out.st is not None
+    assert not out.text.encoded.requires_grad
+    untranscribed = {k: v for k, v in inputs.items() if k[:6] != "source"}
+    assert model(tasks=("st",), **untranscribed).text is None
     out = model(tasks=("mt",), **inputs)
     assert out.speech is None and out.st is None
     out = model(tasks=("asr",), **inputs)
