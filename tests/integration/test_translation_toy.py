@@ -19,6 +19,7 @@ from translation_toy import BOS, EOS, toy_model  # noqa: E402
 
 from speechbrain_taskarith.metrics import wer
 from speechbrain_taskarith.translation import (
+    AcousticEncoder,
     BlankNoise,
     TaskNormWeights,
     TranslationObjective,
@@ -157,11 +158,29 @@ def ctc_loss_and_errors(model, rows):
     return float(loss), wer(said, heard).wer
 
 
-def train_past_the_stop(ctc_in_st, before=200, after=250, seed=1):
+class Deeper(torch.nn.Module):
+    """An acoustic encoder with something to lose."""
+
+    def __init__(self, features, width):
+        super().__init__()
+        self.first = torch.nn.Conv1d(features, width, 5, 2, 2)
+        self.second = torch.nn.Conv1d(width, width, 5, padding=2)
+        self.norms = torch.nn.ModuleList(
+            torch.nn.LayerNorm(width) for _ in range(2)
+        )
+
+    def forward(self, x, lens):
+        x = self.first(x.mT).relu().mT
+        x = self.norms[0](x)
+        return self.norms[1](x + self.second(x.mT).relu().mT)
+
+
+def train_past_the_stop(ctc_in_st, before=200, after=150, seed=1):
     """Train with recognition, then without; return the figures of both."""
     model = toy_model(
         WORDS + 1, WORDS + 3, width=32, features=FEATURES, seed=seed
     )
+    model.acoustic = AcousticEncoder(Deeper(FEATURES, 32), 32)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     objective = TranslationObjective(0, ctc_in_st=ctc_in_st)
     running = TaskNormWeights(("asr",), interval=10_000)
