@@ -9,6 +9,7 @@ from speechbrain_taskarith.translation.input_guard import check_lengths
 from speechbrain_taskarith.translation.reduction.segments import Segments
 from speechbrain_taskarith.utils.lengths import (
     absolute_lengths,
+    padding_mask,
     relative_lengths,
 )
 
@@ -226,6 +227,9 @@ class SpeechTranslationModel(torch.nn.Module):
         if self.shrink is None:
             check_lengths(count, frames.shape[1], "features", ids)
         frame_lens = relative_lengths(count, frames.shape[1])
+        # NaN in the padding would reach the gradient of the CTC head.
+        outside = padding_mask(count, frames.shape[1])[..., None]
+        frames = frames.masked_fill(outside, 0.0)
         logits = self.ctc_lin(frames)
         embedded, shrunk_lens, segments = frames, frame_lens, None
         if self.shrink is not None:

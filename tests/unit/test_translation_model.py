@@ -119,6 +119,62 @@ class Same(torch.nn.Module):
         return x
 
 
+class BadPadding(torch.nn.Module):
+    """An encoder whose padding is NaN, as attention's may be."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(5, 12)
+
+    def forward(self, x, lens):
+        count = (lens * x.shape[1]).round().long()
+        outside = torch.arange(x.shape[1]) >= count[:, None]
+        return self.linear(x).masked_fill(outside[..., None], math.nan)
+
+
+@pytest.mark.parametrize(
+    "shrink",
+    [
+        None,
+        CTCShrink(),
+        CTCShrink(pooling="weighted", train_weights=True),
+        CTCShrink(pooling="softmax", train_weights=True, drop_blank=True),
+    ],
+)
+def test_nan_in_padding_reaches_no_gradient(shrink):
+    model = toy_model(shrink=shrink is not None).double()
+    model.shrink = shrink
+    model.acoustic = AcousticEncoder(BadPadding(), 16, d_encoder=12).double()
+    inputs, targets = toy_batch(batch=2)
+    inputs["x"] = inputs["x"].double()
+    objective = TranslationObjective(0, contrastive=0.0)
+
+    def gradients(inputs, targets):
+        model.zero_grad()
+        out = model(tasks=("st", "asr", "mt"), **inputs)
+        sum(objective(out, **targets).values()).backward()
+        return {
+            name: torch.zeros_like(p) if p.grad is None else p.grad
+            for name, p in model.named_parameters()
+        }
+
+    padded = gradients(inputs, targets)
+    # Each utterance alone has no padding.
+    singles = []
+    for row, frames, words in ((0, 12, 5), (1, 24, 3)):
+        one = {k: v[row : row + 1] for k, v in inputs.items()}
+        aim = {k: v[row : row + 1] for k, v in targets.items()}
+        one["x"], one["lens"] = one["x"][:, :frames], torch.ones(1)
+        for part in (one, aim):
+            part["source"] = part["source"][:, :words]
+            part["source_lens"] = torch.ones(1)
+        singles.append(gradients(one, aim))
+    assert padded["acoustic.encoder.linear.weight"].abs().max() > 0
+    for name, grad in padded.items():
+        expected = (singles[0][name] + singles[1][name]) / 2
+        torch.testing.assert_close(grad, expected, msg=lambda m: name + m)
+
+
 def test_searches_agree_with_a_loop():
     torch.manual_seed(1)
     model = toy_model(seed=3).eval()
