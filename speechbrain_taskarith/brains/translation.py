@@ -153,7 +153,8 @@ class TranslationBrain(sb.Brain):
         """Return the weighted sum of the losses; outside training translate."""
         names = ("source", "source_lens", "target_eos", "target_lens")
         targets = {name: self.inputs[name] for name in names}
-        losses = self.hparams.objective(predictions, **targets)
+        ids = self.inputs["ids"]
+        losses = self.hparams.objective(predictions, **targets, ids=ids)
         if stage != sb.Stage.TRAIN:
             self._collect(predictions, stage)
             return losses[self.hparams.main]

@@ -23,6 +23,7 @@ class SpeechEncoding(NamedTuple):
     encoded: torch.Tensor  # [B, S, d], from the textual encoder
     lens: torch.Tensor  # [B], of the last two
     segments: Segments | None  # None without shrinking
+    blank_index: int | None = None  # of the CTC head, where a part knows it
 
 
 class TextEncoding(NamedTuple):
@@ -130,13 +131,18 @@ class SpeechTranslationModel(torch.nn.Module):
                 "looking_back without shrink: there is nothing to look back "
                 "for; give both, or neither"
             )
-        blank = getattr(shrink, "blank_index", None)
-        token = getattr(noise, "blank_token", blank)
+        self._blank_index()
+
+    def _blank_index(self):
+        """Return the CTC head's blank, None if no part has one."""
+        blank = getattr(self.shrink, "blank_index", None)
+        token = getattr(self.noise, "blank_token", blank)
         if None not in (blank, token) and blank != token:
             raise ValueError(
                 f"the noise's blank is {token}, that of the CTC head {blank}; "
                 "noisy text looks like CTC output only if they are equal"
             )
+        return token if blank is None else blank
 
     def parts(self):
         """Return `{part: module}`, as `TaskNormWeights.observe` takes it."""
@@ -240,7 +246,8 @@ class SpeechTranslationModel(torch.nn.Module):
             embedded = self.looking_back(embedded, frames, frame_lens, segments)
         encoded = self.textual(embedded, shrunk_lens)
         return SpeechEncoding(
-            logits, frame_lens, embedded, encoded, shrunk_lens, segments
+            *(logits, frame_lens, embedded, encoded, shrunk_lens, segments),
+            blank_index=self._blank_index(),
         )
 
     def encode_text(self, tokens, lens):

@@ -32,15 +32,18 @@ VOICES = torch.randn(
 )
 
 
-def sentences(count, seed):
+def sentences(count, seed, least=3, most=5, pauses=True):
     """Return batches of speech, transcript and translation."""
     g = torch.Generator().manual_seed(seed)
     rows = []
     for _ in range(count):
-        n = int(torch.randint(3, 6, (1,), generator=g))
+        n = int(torch.randint(least, most + 1, (1,), generator=g))
         words = torch.randint(1, WORDS + 1, (n,), generator=g)
         held = torch.randint(2, 5, (2 * n,), generator=g)
         sounds = torch.stack([words, torch.zeros_like(words)], 1).flatten()
+        if not pauses:
+            held = 2 * held
+            held[1::2] = 0
         frames = VOICES[sounds].repeat_interleave(held, 0)
         noise = torch.randn(frames.shape, generator=g)
         # The last word first, in other words.
@@ -185,10 +188,11 @@ def train_past_the_stop(ctc_in_st, before=200, after=150, seed=1):
     objective = TranslationObjective(0, ctc_in_st=ctc_in_st)
     running = TaskNormWeights(("asr",), interval=10_000)
     stopped = TaskNormWeights(("asr",), initial={"asr": 0.0})
-    test, found = sentences(100, seed=3), []
+    long = {"least": 8, "most": 8, "pauses": False}
+    test, found = sentences(64, seed=3, **long), []
     for weights, updates in ((running, before), (stopped, after)):
         for update in range(updates):
-            rows = sentences(16, seed=1000 * seed + update)
+            rows = sentences(16, seed=1000 * seed + updates + update, **long)
             inputs, targets = collate(rows)
             out = model(tasks=weights.active, **inputs)
             optimizer.zero_grad()

@@ -172,7 +172,7 @@ def test_nan_in_padding_reaches_no_gradient(shrink):
     assert padded["acoustic.encoder.linear.weight"].abs().max() > 0
     for name, grad in padded.items():
         expected = (singles[0][name] + singles[1][name]) / 2
-        torch.testing.assert_close(grad, expected, msg=lambda m: name + m)
+        torch.testing.assert_close(grad, expected, msg=name)
 
 
 def test_searches_agree_with_a_loop():
@@ -232,6 +232,36 @@ def test_beam_search_agrees_with_whole_prefixes(beam_size):
     )
     assert found[0] == expected[0]
     torch.testing.assert_close(found[2], expected[2])
+
+
+def test_speechbrains_searcher_takes_the_decoder():
+    torch.manual_seed(4)
+    decoder = TranslationDecoder(9, 16, 4, num_layers=2).double().eval()
+    memory, lens = torch.randn(3, 6, 16).double(), torch.tensor([1, 0.5, 0.5])
+    marks = {"bos_index": BOS, "eos_index": EOS, "beam_size": 3}
+    settings = {"max_decode_ratio": 2.0, "min_decode_ratio": 0.0}
+    stock = S2STransformerBeamSearcher(
+        [decoder, decoder.seq_lin],
+        using_eos_threshold=False,
+        **{**marks, **settings},
+    )
+    own = TranslationBeamSearch(decoder, least_steps=0, **marks)
+    found, expected = own(memory, lens), stock(memory, lens)
+    assert found[0] == expected[0] and any(found[0])
+    torch.testing.assert_close(found[2], expected[2])
+
+
+def test_a_decoder_in_training_mode_is_not_searched():
+    decoder = TranslationDecoder(9, 16, 4, num_layers=2)
+    memory, lens = torch.randn(2, 6, 16), torch.ones(2)
+    search = TranslationBeamSearch(decoder, BOS, EOS, beam_size=2)
+    with pytest.raises(RuntimeError, match="the decoder is in training mode"):
+        search(memory, lens)
+    decoder.eval()
+    search(memory, lens)
+    decoder.layers.layers[1].train()
+    with pytest.raises(RuntimeError, match="decoder.layers.layers.1 is in tr"):
+        greedy_translation(decoder, memory, lens, BOS, EOS)
 
 
 def test_incremental_steps_equal_whole_prefixes():

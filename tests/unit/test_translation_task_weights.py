@@ -383,8 +383,34 @@ def test_torchjd_aggregators_by_name():
     GradientAggregator("mgda").backward(losses(), [first, second])
     with pytest.raises(ValueError, match="no aggregator 'best'.*PCGrad"):
         GradientAggregator("best")
+    with pytest.raises(ValueError) as refused:
+        GradientAggregator("WeightedAggregator")
+    assert "Weighted" not in str(refused.value).partition("it has")[2]
+    with pytest.raises(
+        ValueError, match=r"'CAGrad'\): missing .*'c'.*CAGrad\(c"
+    ):
+        GradientAggregator("cagrad")
+    with pytest.raises(ValueError, match="'Mean'.*unexpected .*'c'"):
+        GradientAggregator("Mean", c=1.0)
     with pytest.raises(ValueError, match="no losses"):
         GradientAggregator("Sum").backward({}, [first])
+
+
+@pytest.mark.parametrize(
+    "name, settings, package",
+    [("UPGrad", {}, "quadprog"), ("CAGrad", {"c": 0.5}, "cvxpy")],
+)
+def test_aggregators_name_the_packages_that_they_lack(name, settings, package):
+    pytest.importorskip("torchjd", reason="TORCHJD ABSENT: extra translation")
+    weight = torch.nn.Parameter(torch.ones(2))
+    try:
+        aggregator = GradientAggregator(name, **settings)
+    except ImportError as error:
+        assert f"GradientAggregator({name!r}): " in str(error)
+        assert package in str(error) and "pip install" in str(error)
+    else:
+        aggregator.backward({"st": weight.sum(), "asr": -weight[0]}, [weight])
+        assert weight.grad is not None
 
 
 def test_torchjd_absent(monkeypatch):
