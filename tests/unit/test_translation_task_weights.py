@@ -116,7 +116,7 @@ def test_norms_are_averaged_and_a_ratio_counts_as_far_as_it_is_certain():
     assert due == [False, False, True, True]
 
 
-def same_task_twice(measurements, **settings):
+def same_task_twice(measurements, factor=1.0, **settings):
     """Weigh a task against itself on other batches; return all weights."""
     torch.manual_seed(0)
     net = torch.nn.Sequential(
@@ -131,17 +131,19 @@ def same_task_twice(measurements, **settings):
 
     seen = []
     for _ in range(measurements * weights.interval):
-        losses = {"st": loss(), "asr": loss()}
+        losses = {"st": loss(), "asr": factor * loss()}
         weights.observe(losses, {"acoustic": net})
         weights.step()
         seen.append(weights["asr"])
-    assert len(weights.history) == measurements
     return seen
 
 
 def test_noise_stops_no_task():
     seen = same_task_twice(200, interval=5)
     assert min(seen) > 0.8, "a task compared with itself stays near 1"
+    assert 0.0 in same_task_twice(200, interval=1), "one batch would stop it"
+    # Half the gradient is seen through the noise.
+    assert 0.0 in same_task_twice(8, interval=5, factor=0.5)
 
 
 def batches_of_one_kind(weights, factor, updates, kinds=("st", "asr", "mt")):
