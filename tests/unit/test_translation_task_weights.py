@@ -188,6 +188,20 @@ def test_a_task_that_was_not_seen_keeps_its_weight(caplog):
     assert "task 'mt' is not measured" not in caplog.text
 
 
+def test_a_frozen_part_is_not_waited_for(caplog):
+    weights = TaskNormWeights(["asr"], interval=50, average=2)
+    layer = torch.nn.Linear(2, 1).requires_grad_(False)
+    head = torch.nn.Linear(1, 1)
+    measured = 0
+    for _ in range(100):
+        measured += weights.due
+        out = head(layer(torch.ones(1, 2))).sum()
+        weights.observe({"st": out, "asr": out}, {"acoustic": layer})
+        weights.step()
+    assert weights["asr"] == 1.0 and measured == 2 + 18 + 2
+    assert "frozen parameters" in caplog.text
+
+
 def test_a_gradient_of_zero_is_not_a_small_one(caplog):
     weights = TaskNormWeights(["asr"], interval=1)
     assert measure(weights, [0.0]) == 1.0
@@ -354,6 +368,7 @@ def test_bad_input():
         {"exponent": math.nan},
         {"average": 0},
         {"standard_errors": -1.0},
+        {"standard_errors": math.inf},
     ):
         with pytest.raises(ValueError, match="expected"):
             TaskNormWeights(**settings)

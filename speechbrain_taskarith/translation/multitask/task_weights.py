@@ -39,7 +39,7 @@ class TaskNormWeights(JSONRecoverable):
     `interval`, and a ratio counts as far as it is certain: it is moved towards
     1 by `standard_errors` of its own. Noise alone stops no task. Where a task
     was not in all of these batches, measuring goes on until each task was seen
-    as often, or up to the next measurement. A task that was not seen, or whose
+    as often, for ten times as many updates at most. A task that was not seen, or whose
     norm was always 0 or not finite, keeps its weight; a warning says so.
 
     A checkpoint recoverable: a resumed run continues as if never stopped.
@@ -106,12 +106,14 @@ class TaskNormWeights(JSONRecoverable):
                 "expected interval from 1, floor from 0 to below 1, exponent "
                 "from 0"
             )
-        if average < 1 or not standard_errors >= 0:
+        if average < 1 or not 0 <= standard_errors < math.inf:
             raise ValueError(
                 f"average {average}, standard_errors {standard_errors}: "
-                "expected average from 1, standard_errors from 0"
+                "expected average from 1, standard_errors from 0, finite"
             )
         self.average = min(average, interval)
+        # A part that is frozen has no gradient however long one waits.
+        self._patience = min(interval - self.average, 9 * self.average)
         self.standard_errors = standard_errors
         self.tasks, self.main = tasks, main
         self.interval, self.floor, self.exponent = interval, floor, exponent
@@ -236,7 +238,7 @@ class TaskNormWeights(JSONRecoverable):
         if not ended or len(self.active) == 1:
             return
         enough = all(self._seen(task) >= self.average for task in self.active)
-        if enough or self._late >= self.interval - self.average:
+        if enough or self._late >= self._patience:
             self._change()
             self._norms, self._late = {}, 0
         else:
@@ -302,9 +304,8 @@ class TaskNormWeights(JSONRecoverable):
             return None
         own, main = map(statistics.fmean, norms)
         ratio = own / main
-        doubt = math.exp(
-            self.standard_errors * math.hypot(*map(_relative_error, norms))
-        )
+        error = math.hypot(*map(_relative_error, norms))
+        doubt = math.exp(min(self.standard_errors * error, 99.0))
         if ratio < 1:
             return min(1.0, ratio * doubt)
         return max(1.0, ratio / doubt)
