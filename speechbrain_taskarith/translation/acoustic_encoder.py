@@ -2,6 +2,8 @@
 
 import torch
 
+from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
+
 
 class AcousticEncoder(torch.nn.Module):
     """Any SpeechBrain encoder of features or of waveforms.
@@ -51,8 +53,12 @@ class AcousticEncoder(torch.nn.Module):
         x = self.encoder(x, lens)
         if isinstance(x, tuple):
             x = x[0]
-        if self.projection is not None:
-            x = self.projection(x)
+        if self.projection is not None and x.dim() == 3:
+            # NaN in the padding would reach the projection's gradient. Of a
+            # short utterance a frame stays, whatever is rounded.
+            count = absolute_lengths(lens, x.shape[1]).clamp(min=1)
+            outside = padding_mask(count, x.shape[1])[..., None]
+            x = self.projection(x.masked_fill(outside, 0.0))
         if x.dim() != 3 or x.shape[-1] != self.d_model:
             raise ValueError(
                 f"the encoder returned {tuple(x.shape)}, expected [batch, "
