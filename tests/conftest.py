@@ -8,10 +8,17 @@ import pytest
 
 # Tests import what the recipes on digits share as the recipes do.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "recipes" / "FSDD"))
+# What must hold on disk is checked by one file, in made recipes and in
+# SpeechBrain's.
+sys.path.append(str(Path(__file__).resolve().parent / "drop_in"))
 
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="cpu or cuda:0")
+    parser.addoption(
+        "--speechbrain",
+        help="a checkout of SpeechBrain, whose recipes tests/drop_in runs",
+    )
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ fingerprint, layers, widths, activation, a checksum. Everything is checked
 before anything in the model is touched.
 """
 
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -31,6 +32,9 @@ from speechbrain_taskarith.utils.files import atomic_write
 logger = logging.getLogger(__name__)
 
 _KEY = "speechbrain_taskarith"
+# In the header, of all its other entries. Not beside it: safetensors writes
+# several texts in any order.
+_CHECKSUM = "header_checksum"
 # What a name that is None in a name map stands for.
 _NEUTRAL = {
     "norm.weight": torch.ones_like,
@@ -237,7 +241,7 @@ class AdapterFiles(torch.nn.Module):
         }
         if frozen:
             header["frozen"] = frozen
-        content = safetensors.torch.save(tensors, {_KEY: json.dumps(header)})
+        content = safetensors.torch.save(tensors, _metadata(header))
         with atomic_write(path) as stream:
             stream.write(content)
 
@@ -265,7 +269,7 @@ def read_file(path):
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            text = (file.metadata() or {}).get(_KEY)
+            metadata = file.metadata() or {}
     except FileNotFoundError:
         raise
     except (safetensors.SafetensorError, OSError) as error:
@@ -274,7 +278,47 @@ def read_file(path):
             "or half-written, fetch or save it again"
         ) from None
     _require_finite(tensors, path)
-    return tensors, None if text is None else json.loads(text)
+    text = metadata.get(_KEY)
+    if text is None:
+        return tensors, None
+    try:
+        header = _Header(json.loads(text)).of(path)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: its header cannot be read ({error}); it is damaged, "
+            "fetch or save it again"
+        ) from None
+    # Files of earlier versions have none.
+    written = header.pop(_CHECKSUM, None)
+    if written not in (None, _checksum(header)):
+        raise ValueError(
+            f"{path}: its header does not match its checksum; it is damaged, "
+            "fetch or save it again"
+        )
+    return tensors, header
+
+
+def _metadata(header):
+    header = {**header, _CHECKSUM: _checksum(header)}
+    return {_KEY: json.dumps(header)}
+
+
+class _Header(dict):
+    """What a file says about itself; a missing entry is a damaged file."""
+
+    def of(self, path):
+        self.path = path
+        return self
+
+    def __missing__(self, key):
+        raise ValueError(
+            f"{self.path}: its header lacks {key!r}; it is damaged, fetch or "
+            "save it again"
+        )
+
+
+def _checksum(header):
+    return hashlib.sha256(json.dumps(header).encode()).hexdigest()
 
 
 def _layer_state(path, tensors, name_map, layer, number):

@@ -164,7 +164,7 @@ def take_overrides(options, rest):
         if options.takes_overrides and dot and head in known:
             options.overrides.append(word)
         elif word.startswith("-"):
-            near = difflib.get_close_matches(option, known, n=1, cutoff=0.4)
+            near = difflib.get_close_matches(head, known, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]}?" if near else "see --help"
             options.parser.error(f"unknown option {option}; {hint}")
         else:
@@ -251,8 +251,12 @@ def threads(options):
     if options.threads is None:
         yield
         return
-    if options.threads < 1:
-        raise ValueError(f"--threads {options.threads}: expected at least 1")
+    from speechbrain_taskarith.vectors.checks import MOST_THREADS
+
+    if not 1 <= options.threads <= MOST_THREADS:
+        raise ValueError(
+            f"--threads {options.threads}: expected 1 to {MOST_THREADS}"
+        )
     import torch
 
     before = torch.get_num_threads()

@@ -54,8 +54,9 @@ class AcousticEncoder(torch.nn.Module):
         x = self.encoder(x, lens)
         if isinstance(x, tuple):
             x = x[0]
-        if self.projection is not None:
-            x = self.projection(x)
+        if self.projection is not None and x.dim() == 3:
+            # NaN in the padding would reach the projection's gradient.
+            x = self.projection(without_padding(x, lens))
         if x.dim() != 3 or x.shape[-1] != self.d_model:
             raise ValueError(
                 f"the encoder returned {tuple(x.shape)}, expected [batch, "

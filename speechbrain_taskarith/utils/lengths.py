@@ -49,7 +49,8 @@ def without_padding(x, lens):
     """
     if lens is None:
         return x
-    frames = absolute_lengths(lens.to(x.device), x.shape[1])
+    # Of a short utterance a frame stays, whatever is rounded.
+    frames = absolute_lengths(lens.to(x.device), x.shape[1]).clamp(min=1)
     padding = padding_mask(frames, x.shape[1])
     return x.masked_fill(padding.view(*padding.shape, *[1] * (x.dim() - 2)), 0)
 

@@ -56,6 +56,12 @@ from .rules import (
     DELLA as DELLA,
 )
 from .rules import (
+    PCB as PCB,
+)
+from .rules import (
+    SCE as SCE,
+)
+from .rules import (
     SLERP as SLERP,
 )
 from .rules import (
@@ -65,13 +71,22 @@ from .rules import (
     TSVM as TSVM,
 )
 from .rules import (
+    BoostedTSVM as BoostedTSVM,
+)
+from .rules import (
     Breadcrumbs as Breadcrumbs,
+)
+from .rules import (
+    ByLayer as ByLayer,
 )
 from .rules import (
     Fisher as Fisher,
 )
 from .rules import (
     IsoC as IsoC,
+)
+from .rules import (
+    IsoCTS as IsoCTS,
 )
 from .rules import (
     Karcher as Karcher,
@@ -93,6 +108,9 @@ from .rules import (
 )
 from .rules import (
     Rule as Rule,
+)
+from .rules import (
+    SelectiveAttention as SelectiveAttention,
 )
 from .rules import (
     TaskArithmetic as TaskArithmetic,

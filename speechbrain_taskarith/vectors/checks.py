@@ -13,6 +13,8 @@ from speechbrain_taskarith.vectors.states.safetensors import (
 # Largest number of float32, in which everything is computed: beyond it a
 # factor is infinite, and infinity times zero is NaN.
 _LARGEST = 3.4028234663852886e38
+# Beyond this a number of threads is a slip of the pen.
+MOST_THREADS = 1024
 
 
 def finite(name, value):
@@ -45,6 +47,11 @@ def whole(name, value):
     if type(number) is not int or number < 0:
         raise ValueError(f"{name}={value!r}: expected an integer >= 0")
     return number
+
+
+def threads(value):
+    """Return a number of threads, at least 1."""
+    return whole("threads", in_range("threads", value, 1, MOST_THREADS))
 
 
 def _number(value):
@@ -94,6 +101,30 @@ def weights(value):
     if text or not hasattr(value, "__iter__"):
         raise ValueError(f"weights={value!r}: expected a list of numbers")
     return [finite(f"weights[{i}]", w) for i, w in enumerate(value)]
+
+
+def shares(name, value, *, open_high=False):
+    """Return a share in `[0, 1]` (or `[0, 1)`), or a list of one a vector."""
+    high = {"open_high": open_high}
+    if isinstance(value, (str, bytes, Mapping)) or (
+        getattr(value, "shape", None) == () or not hasattr(value, "__iter__")
+    ):
+        return in_range(name, value, 0, 1, **high)
+    return [
+        in_range(f"{name}[{i}]", v, 0, 1, **high) for i, v in enumerate(value)
+    ]
+
+
+def one_each(name, value, number):
+    """Return a list of one value a vector, of such a list or of one value."""
+    if not isinstance(value, list):
+        return [value] * number
+    if len(value) != number:
+        raise ValueError(
+            f"{name}={value!r} has {len(value)} entries for {number} task "
+            "vectors; expected one for each"
+        )
+    return value
 
 
 def one_of(name, value, allowed):

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from speechbrain_taskarith.utils.files import read_json
+from speechbrain_taskarith.vectors.checks import all_finite
 from speechbrain_taskarith.vectors.states.readers import as_state, open_state
 
 _PREFIX = "base_model.model."
@@ -61,8 +62,9 @@ def lora_deltas(base, adapted, *, alpha=None):
     Raises
     ------
     ValueError
-        Another kind of adapter (DoRA, Houlsby, ...), shapes that do not fit,
-        or frozen weights that are not the base's.
+        Another kind of adapter (DoRA, Houlsby, ...), shapes that do not fit
+        (a grouped convolution), NaN or infinity in a factor, or frozen
+        weights that are not the base's.
     KeyError
         The adapter changes a weight that the base lacks.
 
@@ -138,7 +140,8 @@ def _from_speechbrain(base, adapted):
                 f"{key}: the adapter's frozen weights are not the base's "
                 f"({base.label}); give the base that it was trained on"
             )
-    return _add_products(base, _differences(base, trained), products)
+    deltas = _differences(base, trained, "the adapted model")
+    return _add_products(base, deltas, products, "the adapted model")
 
 
 def _from_saved(base, state, alpha, label):
@@ -168,7 +171,8 @@ def _from_saved(base, state, alpha, label):
             f"{label}: holds no LoRA (expected ...{down} and its partner, or "
             "a PEFT folder with adapter_config.json)"
         )
-    return _add_products(base, _differences(base, values), products)
+    deltas = _differences(base, values, label)
+    return _add_products(base, deltas, products, label)
 
 
 def _from_peft(base, folder):
@@ -210,7 +214,8 @@ def _from_peft(base, folder):
         values[name] = state[key]
     if not products and not values:
         raise ValueError(f"{folder}: the adapter is empty")
-    return _add_products(base, _differences(base, values), products)
+    deltas = _differences(base, values, state.label)
+    return _add_products(base, deltas, products, state.label)
 
 
 def _peft_products(state, config, folder):
@@ -239,11 +244,37 @@ def _peft_products(state, config, folder):
 def _peft_state(folder):
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
         if (folder / name).exists():
-            return open_state(folder / name)
+            return _without_adapter_name(open_state(folder / name))
     raise FileNotFoundError(
         f"{folder}: has an adapter_config.json, but neither "
         "adapter_model.safetensors nor adapter_model.bin"
     )
+
+
+def _without_adapter_name(state):
+    """Return a state with the keys that PEFT stores.
+
+    A model's own state dict names the adapter too: `lora_A.default.weight`.
+    """
+    found, names = {}, set()
+    for key in state:
+        match = re.fullmatch(r"(.+\.lora_\w+)\.([^.]+)(\.weight|)", key)
+        if match and match[2] not in ("weight", "bias"):
+            names.add(match[2])
+            found[match[1] + match[3]] = state[key]
+        else:
+            found[key] = state[key]
+    if len(names) > 1:
+        raise ValueError(
+            f"{state.label}: holds several adapters ({', '.join(sorted(names))}"
+            "); save one alone: model.save_pretrained(folder, "
+            "selected_adapters=[name])"
+        )
+    if not names:
+        return state
+    renamed = as_state(found)
+    renamed.label = state.label
+    return renamed
 
 
 def _peft_scaling(config, module, rank):
@@ -258,19 +289,20 @@ def _peft_scaling(config, module, rank):
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _weight_of(base, name):
+def _weight_of(base, name, label="the adapter"):
     if name not in base:
         raise KeyError(
-            f"{base.label} has no {name!r}, which the adapter changes; give "
+            f"{label}: {base.label} has no {name!r}, which the adapter changes; give "
             "the base that it was trained on"
         )
     return base[name]
 
 
-def _differences(base, values):
+def _differences(base, values, label):
     deltas = {}
     for name, value in values.items():
-        before = _weight_of(base, name)
+        before = _weight_of(base, name, label)
+        _check_finite(value, label, name)
         if not torch.is_floating_point(before):
             continue
         if before.shape != value.shape:
@@ -285,17 +317,33 @@ def _differences(base, values):
 
 
 @torch.no_grad()
-def _add_products(base, deltas, products):
+def _add_products(base, deltas, products, label):
     for name, (up, down, scaling) in products.items():
-        before = _weight_of(base, name)
+        before = _weight_of(base, name, label)
+        _check_finite(up, label, f"factor B of {name}")
+        _check_finite(down, label, f"factor A of {name}")
         up = up.detach().to(before.device).float()
         down = down.detach().to(before.device).float()
-        flat = up.reshape(up.shape[0], -1) @ down.reshape(down.shape[0], -1)
-        if flat.numel() != before.numel():
+        one, other = (f.reshape(f.shape[0], -1) for f in (up, down))
+        if one.shape[1] != len(other) or len(one) * other.shape[1] != (
+            before.numel()
+        ):
             raise ValueError(
-                f"{name!r}: the adapter makes {tuple(flat.shape)}, the "
-                f"weight in {base.label} is {tuple(before.shape)}"
+                f"{label}: {name!r}: the factors {tuple(up.shape)} and "
+                f"{tuple(down.shape)} do not make a weight of the shape "
+                f"{tuple(before.shape)} that {base.label} has. Of a grouped "
+                "convolution the product is another one: merge it with PEFT "
+                "(merge_and_unload) and subtract (TaskVector.between)"
             )
-        delta = flat.reshape(before.shape) * scaling
+        delta = (one @ other).reshape(before.shape) * scaling
+        _check_finite(delta, label, f"the product for {name}")
         deltas[name] = deltas[name] + delta if name in deltas else delta
     return deltas
+
+
+def _check_finite(tensor, label, what):
+    if not all_finite(tensor.detach().float()):
+        raise ValueError(
+            f"{label}: {what} holds NaN or infinity: the training that made "
+            "it diverged; use an earlier checkpoint of the adapter"
+        )

@@ -24,6 +24,7 @@ from speechbrain_taskarith.vectors.checks import (
     floating,
     overflow_error,
 )
+from speechbrain_taskarith.vectors.checks import threads as checked_threads
 from speechbrain_taskarith.vectors.engine.inputs import MergeInputs
 from speechbrain_taskarith.vectors.engine.streaming import Passes, Stream
 from speechbrain_taskarith.vectors.engine.workspace import (
@@ -37,6 +38,7 @@ from speechbrain_taskarith.vectors.engine.workspace import (
     to_stored,
 )
 from speechbrain_taskarith.vectors.rules.base import check_rule
+from speechbrain_taskarith.vectors.rules.description import with_each
 from speechbrain_taskarith.vectors.states.readers import form_of, open_state
 from speechbrain_taskarith.vectors.states.safetensors import (
     FLOATING,
@@ -135,6 +137,8 @@ def merge_checkpoints(
     metadata=None,
     recoverable=None,
     dtype=None,
+    weights=None,
+    densities=None,
 ) -> "MergeReport":
     """Merge checkpoints into one: `base + scale * rule(finetuned - base)`.
 
@@ -190,6 +194,10 @@ def merge_checkpoints(
         `"float16"`, `"bfloat16"`, `"float64"`; None: the base's. Half
         precision rounds most of a small edit away: see
         `MergeReport.rounding_loss`.
+    weights, densities : sequence of float or None
+        One for each of `finetuned`: they become the rule's arguments
+        `weights` and `density` (`drop`, as `1 - density`). A rule without
+        these is refused.
 
     Returns
     -------
@@ -228,11 +236,12 @@ def merge_checkpoints(
     form, seconds = form_of(output), {}
     dtype = None if dtype is None else floating(dtype)
     metadata = dict(metadata or {})
+    rule = with_each(check_rule(rule), weights=weights, densities=densities)
     with watch_memory() as memory:
         inputs = MergeInputs(
             base, finetuned, include, exclude, buffers, recoverable
         )
-        scales = inputs.scales(check_rule(rule))
+        scales = inputs.scales(rule)
         if str(device) != "cpu":
             import torch
 
@@ -319,9 +328,9 @@ def _plan(inputs, rule, threads, chunk, memory_limit):
         threads = 1 if alone else min(cores, _MOST_THREADS)
     if chunk is None:
         chunk = CHUNK if on_cpu else _DEVICE_CHUNK
-    for name, value in {"threads": threads, "chunk": chunk}.items():
-        if value < 1:
-            raise ValueError(f"{name}={value}: expected at least 1")
+    threads = checked_threads(threads)
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk}: expected at least 1")
     if memory_limit is None:
         return threads, chunk
 

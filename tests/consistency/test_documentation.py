@@ -9,6 +9,7 @@ import importlib
 import inspect
 import re
 import shlex
+import textwrap
 
 import pytest
 import yaml
@@ -66,6 +67,10 @@ def test_page_runs(path, tmp_path, monkeypatch, capsys):
             for words in commands(text):
                 status = main(words)
                 assert status == 0, f"{label}: {words}: {capsys.readouterr()}"
+        elif kind == "diff":
+            for hunk in text.split("\n@@\n")[1:]:
+                new = [x[1:] for x in hunk.splitlines() if x[:1] in ("+", " ")]
+                check_yaml(textwrap.dedent("\n".join(new)), label)
         else:
             assert kind in ("text", "console", "json"), f"{label}: {kind}"
 

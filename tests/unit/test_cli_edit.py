@@ -7,7 +7,11 @@ import pytest
 import torch
 
 from speechbrain_taskarith.__main__ import main
-from speechbrain_taskarith.vectors import SequentialEditor, open_state
+from speechbrain_taskarith.vectors import (
+    SequentialEditor,
+    open_state,
+    save_checkpoint,
+)
 
 
 @pytest.fixture
@@ -178,6 +182,7 @@ def test_encoding_rule_and_selection_are_kept(folder, capsys):
         "scale": 1.0,
         "trim": "global",
         "elect": "mass",
+        "weights": None,
     }
     assert (found["scale"], found["encoding"]) == (0.25, "sparse-int8")
     first = run(capsys, "log", "edits")["edits"][0]
@@ -262,3 +267,80 @@ def test_a_folder_open_elsewhere_is_refused(folder, capsys):
         line = fails(capsys, "undo", "edits", "gr")
         assert "edits" in line and "Wait until it is done" in line
     run(capsys, "undo", "edits", "gr")
+
+
+def test_redo_brings_back_what_was_undone(folder, capsys):
+    start(capsys)
+    run(capsys, "export", "edits", "-o", "a.ckpt")
+    line = fails(capsys, "redo", "edits")
+    assert "nothing was undone" in line
+    run(capsys, "undo", "edits", "gr")
+    before = there(folder)
+    would = run(capsys, "redo", "edits", "--dry-run")
+    assert (would["edits"], would["approximate"]) == (["de", "gr"], [])
+    assert there(folder) == before
+    found = run(capsys, "redo", "edits")
+    assert [(e["name"], e["exact"]) for e in found["edits"]] == [
+        ("de", True),
+        ("gr", True),
+    ]
+    run(capsys, "export", "edits", "-o", "b.ckpt")
+    assert open_state("a.ckpt").fingerprint == open_state("b.ckpt").fingerprint
+
+
+def test_a_model_is_exported_in_another_type_and_learned_from(folder, capsys):
+    """A training that starts from a bfloat16 export, and ends in float32."""
+    start(capsys)
+    found = run(
+        capsys, "export", "edits", "-o", "b.ckpt", "--dtype", "bfloat16"
+    )
+    given = torch.load("b.ckpt")
+    kept = SequentialEditor.resume("edits", read_only=True).state()
+    for name in ("layers.0.w", "layers.1.w"):
+        assert torch.equal(given[name], kept[name].bfloat16())
+    assert found["fingerprint"] == open_state("b.ckpt").fingerprint
+    tuned = {
+        n: t.float() if t.is_floating_point() else t for n, t in given.items()
+    }
+    tuned["layers.1.w"][0] += 1
+    torch.save(tuned, "tuned.ckpt")
+    learned = run(capsys, "learn", "edits", "fr", "tuned.ckpt", "--scale", "1")
+    assert learned["started_from"] == "bfloat16"
+    now = SequentialEditor.resume("edits", read_only=True).state()
+    assert torch.equal(now["layers.0.w"], kept["layers.0.w"])
+    line = fails(capsys, "export", "edits", "-o", "x.ckpt", "--dtype", "int8")
+    assert "int8" in line
+
+
+def test_like_a_half_precision_checkpoint_the_types_are_its_own(folder, capsys):
+    weights = {"w": torch.randn(5, 4).half(), "b": torch.zeros(4)}
+    save_checkpoint({"model": weights}, "save/CKPT+us")
+    tuned = {name: tensor + 0.01 for name, tensor in weights.items()}
+    torch.save(tuned, "tuned.ckpt")
+    words = ("--base", "save", "--rule", "TaskArithmetic", "--scale", "0.3")
+    run(capsys, "learn", "e", "de", "tuned.ckpt", *words)
+    run(capsys, "export", "e", "-o", "out/CKPT+e", "--like", "save")
+    types = {n: t.dtype for n, t in dict(open_state("out/CKPT+e")).items()}
+    assert types == {"w": torch.float16, "b": torch.float32}
+    run(capsys, "export", "e", "-o", "wide.ckpt")
+    assert open_state("wide.ckpt")["w"].dtype == torch.float32
+
+
+def test_a_dry_run_tells_the_size_and_the_encoding(folder, capsys):
+    words = ("--base", "us.ckpt", "--rule", "TIES", "density=0.3")
+    would = run(capsys, "learn", "e", "de", "de.ckpt", *words, "--dry-run")
+    found = run(capsys, "learn", "e", "de", "de.ckpt", *words)
+    assert would["encoding"] == found["encoding"] == "sparse"
+    stored = open_state(Path("e") / found["vector"])
+    assert would["bytes"] == sum(stored.info(n).nbytes for n in stored)
+
+
+def test_a_dry_run_finds_what_overflows(folder, capsys):
+    torch.save({"w": torch.zeros(2)}, "zero.ckpt")
+    torch.save({"w": torch.full((2,), 1e5)}, "far.ckpt")
+    words = ("--base", "zero.ckpt", "--rule", "TaskArithmetic")
+    words += ("--scale", "3e38")
+    for more in ((), ("--dry-run",)):
+        line = fails(capsys, "learn", "n", "x", "far.ckpt", *words, *more)
+        assert "too large" in line and "'w'" in line
+    assert not Path("n").exists()

@@ -173,7 +173,7 @@ def test_bad_input_is_named(references, hypotheses, error, text):
 
 def test_normalize_is_applied_to_both_sides():
     # The same word, composed and decomposed; both apostrophes.
-    references = ["Caf\u00e9 it's", ["ONE", "two"]]
+    references = ["Café it's", ["ONE", "two"]]
     hypotheses = ["cafe\u0301 it\u2019s", ["one", "TWO"]]
 
     def normalize(text):

@@ -1,5 +1,6 @@
 """The checkpointer: whole folders or none, and otherwise SpeechBrain's."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -48,6 +49,44 @@ def test_what_a_kill_left_is_swept_by_who_writes(tmp_path, act):
     else:
         again.save_checkpoint(name="a")
     assert os.listdir(tmp_path) == ["CKPT+a"]
+
+
+@pytest.mark.parametrize("end_of_epoch", [True, False])
+def test_messages_name_the_folder_that_is_there(tmp_path, caplog, end_of_epoch):
+    """A training's log is kept; what it names should be found."""
+    model = torch.nn.Linear(1, 1)
+    with caplog.at_level(logging.DEBUG):
+        saver = AtomicCheckpointer(tmp_path, {"model": model})
+        saved = saver.save_checkpoint(end_of_epoch=end_of_epoch)
+    kind = "end-of-epoch" if end_of_epoch else "intra-epoch"
+    assert f"Saved an {kind} checkpoint in {saved.path}" in caplog.text
+    assert ".partial" not in caplog.text
+
+    def full(obj, path):
+        raise OSError(28, f"{path}: no space", str(path))
+
+    saver.add_recoverable("full", Breaks(), custom_save_hook=full)
+    with pytest.raises(OSError, match="CKPT.best/full.ckpt") as caught:
+        saver.save_checkpoint(name="best")
+    assert ".partial" not in str(caught.value)
+
+
+def test_listing_does_not_slow_down_with_every_save(tmp_path, monkeypatch):
+    """SpeechBrain's default list of keys grows by one at each call."""
+    saver = AtomicCheckpointer(tmp_path, {"model": torch.nn.Linear(1, 1)})
+    listed = []
+    found = AtomicCheckpointer.list_checkpoints
+    monkeypatch.setattr(
+        AtomicCheckpointer,
+        "list_checkpoints",
+        lambda self: listed.append(1) or found(self),
+    )
+    counts = []
+    for _ in range(3):
+        listed.clear()
+        saver.save_and_keep_only()
+        counts.append(len(listed))
+    assert len(set(counts)) == 1, counts
 
 
 def test_fewer_than_no_checkpoints_cannot_be_kept(tmp_path):

@@ -282,3 +282,102 @@ def test_a_peft_adapter_of_another_model_is_refused(tmp_path):
     }
     with pytest.raises(ValueError, match="proj"):
         TaskVector.from_lora(small, tmp_path / "lora")
+
+
+# -- what training or PEFT may leave behind ------------------------------------
+
+
+def peft_folder(path, tensors, **config):
+    """Write a PEFT adapter by hand; the package is not needed to read one."""
+    path.mkdir()
+    torch.save(tensors, path / "adapter_model.bin")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, **config}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("factor", ["A", "B"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_diverged_adapter_is_refused_by_file_and_factor(
+    tmp_path, factor, value
+):
+    base = {"l.weight": torch.zeros(3, 4)}
+    tensors = {
+        "base_model.model.l.lora_A.weight": torch.ones(2, 4),
+        "base_model.model.l.lora_B.weight": torch.ones(3, 2),
+    }
+    tensors[f"base_model.model.l.lora_{factor}.weight"][1, 1] = value
+    folder = peft_folder(tmp_path / "lora", tensors)
+    with pytest.raises(
+        ValueError, match=f"adapter_model.bin.*factor {factor} of l.weight"
+    ):
+        TaskVector.from_lora(base, folder)
+    base, adapted = adapt()
+    lora = adapted.adapted_model.layers[0]
+    side = {"A": lora.adapter_down_proj, "B": lora.adapter_up_proj}[factor]
+    with torch.no_grad():
+        side.weight[0, 0] = value
+    with pytest.raises(
+        ValueError, match=f"factor {factor} of layers.0.weight.*NaN"
+    ):
+        TaskVector.from_lora(base, adapted)
+    stored = {k: v for k, v in adapted.state_dict().items() if "adapter_" in k}
+    torch.save(stored, tmp_path / "stored.ckpt")
+    with pytest.raises(ValueError, match=f"stored.ckpt.*factor {factor}"):
+        TaskVector.from_lora(base, tmp_path / "stored.ckpt", alpha=1.0)
+
+
+def test_a_product_or_a_weight_that_is_not_finite_is_refused(tmp_path):
+    base = {"l.weight": torch.zeros(3, 4), "l.bias": torch.zeros(3)}
+    key = "base_model.model.l.lora_{}.weight"
+    huge = {
+        key.format("A"): torch.full((2, 4), 3e38),
+        key.format("B"): torch.full((3, 2), 3e38),
+    }
+    with pytest.raises(ValueError, match="product for l.weight"):
+        TaskVector.from_lora(base, peft_folder(tmp_path / "one", huge))
+    beside = {
+        key.format("A"): torch.ones(2, 4),
+        key.format("B"): torch.ones(3, 2),
+        "base_model.model.l.bias": torch.full((3,), float("nan")),
+    }
+    with pytest.raises(ValueError, match="adapter_model.bin: l.bias"):
+        TaskVector.from_lora(base, peft_folder(tmp_path / "two", beside))
+
+
+def test_factors_that_do_not_multiply_are_explained(tmp_path):
+    """A grouped convolution: its factors share no inner dimension."""
+    base = {"conv.weight": torch.zeros(4, 2, 3)}
+    tensors = {
+        "base_model.model.conv.lora_A.weight": torch.ones(2, 4, 3),
+        "base_model.model.conv.lora_B.weight": torch.ones(4, 1, 1),
+    }
+    folder = peft_folder(tmp_path / "lora", tensors)
+    with pytest.raises(ValueError, match="'conv.weight'.*grouped convolution"):
+        TaskVector.from_lora(base, folder)
+
+
+@pytest.mark.parametrize("name", ["default", "us", "my_adapter-2"])
+def test_keys_with_the_adapters_name_are_read(tmp_path, name):
+    """As `model.state_dict()` has them, which people store too."""
+    base = {"l.weight": torch.zeros(3, 4), "e.weight": torch.zeros(5, 3)}
+    noise = torch.Generator().manual_seed(0)
+    a, b, c, d = (
+        torch.randn(*shape, generator=noise)
+        for shape in ((2, 4), (3, 2), (2, 5), (3, 2))
+    )
+    tensors = {
+        f"base_model.model.l.lora_A.{name}.weight": a,
+        f"base_model.model.l.lora_B.{name}.weight": b,
+        f"base_model.model.e.lora_embedding_A.{name}": c,
+        f"base_model.model.e.lora_embedding_B.{name}": d,
+    }
+    tau = TaskVector.from_lora(base, peft_folder(tmp_path / "lora", tensors))
+    torch.testing.assert_close(tau["l.weight"], 2.0 * b @ a)
+    torch.testing.assert_close(tau["e.weight"], 2.0 * (d @ c).T)
+    tensors |= {
+        "base_model.model.l.lora_A.other.weight": a,
+        "base_model.model.l.lora_B.other.weight": b,
+    }
+    with pytest.raises(ValueError, match=f"several adapters.*{name}"):
+        TaskVector.from_lora(base, peft_folder(tmp_path / "two", tensors))

@@ -184,7 +184,7 @@ def test_full_disk_on_the_way(fails, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         os.pwrite(descriptor, data, offset)
 
-    monkeypatch.setattr(safetensors_file, "_write_at", full)
+    monkeypatch.setattr(safetensors_file, "write_at", full)
     assert "out.safetensors" in fails(OSError, "No space left")
 
 
@@ -252,3 +252,8 @@ def test_killed_merges_leave_the_old_output(folder):
         process.kill()
         process.wait()
         assert out.read_bytes() == whole
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1025, 99_999_999_999, 1.5, "2"])
+def test_a_senseless_number_of_threads(fails, threads):
+    fails(ValueError, "threads", threads=threads)

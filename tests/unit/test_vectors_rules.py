@@ -2,66 +2,45 @@
 
 import hashlib
 import math
+import pickle
 import re
 
 import numpy as np
 import pytest
 import torch
+from rules_toy import SHAPES, make
 
+import speechbrain_taskarith.vectors as vectors_room
 from speechbrain_taskarith.vectors import (
     TaskVector,
-    merge_checkpoints,
-    open_state,
 )
 from speechbrain_taskarith.vectors.rules import (
     DARE,
     DELLA,
+    PCB,
+    SCE,
     SLERP,
     TIES,
     TSVM,
+    BoostedTSVM,
     Breadcrumbs,
+    ByLayer,
     Fisher,
     IsoC,
+    IsoCTS,
     Karcher,
     LinearAverage,
     LiNeS,
     Merge,
     ModelStock,
     MultiSLERP,
-    Rule,
     TaskArithmetic,
     from_description,
     reference,
 )
-from speechbrain_taskarith.vectors.rules.dare import RandomDrop
 from speechbrain_taskarith.vectors.rules.description import RULES, rule_class
-from speechbrain_taskarith.vectors.rules.ties import Magnitude
-
-SHAPES = {
-    "enc.layers.0.w": (6, 9),
-    "enc.layers.1.w": (4, 3, 5),
-    "norm": (7,),
-    "gain": (),
-    "empty": (0, 3),
-}
-
-
-def make(number, seed=0, shapes=SHAPES, levels=None):
-    """Random vectors; with `levels`, small integers, so that many tie."""
-    generator = torch.Generator().manual_seed(seed)
-    vectors = []
-    for _ in range(number):
-        vector = {}
-        for name, shape in shapes.items():
-            if levels:
-                value = torch.randint(
-                    -levels, levels + 1, shape, generator=generator
-                ).float()
-            else:
-                value = torch.randn(shape, generator=generator)
-            vector[name] = value
-        vectors.append(vector)
-    return vectors
+from speechbrain_taskarith.vectors.rules.sparsifying.dare import RandomDrop
+from speechbrain_taskarith.vectors.rules.sparsifying.ties import Magnitude
 
 
 def wide(vector):
@@ -199,17 +178,32 @@ def test_dare_known_values():
 
 def test_dare_before_another_rule():
     vectors = make(3, seed=4)
-    dropped = [{n: None for n in SHAPES} for _ in vectors]
-    stage = DARE(0.4, seed=7)
-    # What DARE leaves of each vector, found by merging it with zeros.
-    for index in range(3):
-        alone = [
-            {n: v if i == index else torch.zeros_like(v) for n, v in w.items()}
-            for i, w in enumerate(vectors)
-        ]
-        dropped[index] = dict(stage.combine(alone))
+    dropped = reference.drop(vectors, 7, lambda t: torch.full_like(t, 0.4))
     merged = DARE(0.4, seed=7, then=TIES(0.5)).combine(vectors)
     assert_close(merged, reference.ties(dropped, 0.5))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [DARE(0.4), DARE(0.6, then=TIES(0.5)), DELLA(), DELLA(elect="none")],
+    ids=repr,
+)
+def test_the_order_of_the_vectors_changes_nothing(rule):
+    vectors = make(3, seed=6)
+    # Equal vectors are no exception, nor is a zero of the other sign.
+    vectors.append({n: v.clone() for n, v in vectors[0].items()})
+    vectors[0]["norm"][2], vectors[3]["norm"][2] = 0.0, -0.0
+    merged = rule.combine(vectors)
+    for order in ((1, 0, 2, 3), (3, 2, 1, 0), (2, 3, 0, 1)):
+        again = rule.combine([vectors[i] for i in order])
+        # Sums of floats in another order: not more than their rounding.
+        assert_close(again, merged, rtol=1e-6, atol=1e-6)
+
+
+def test_equal_vectors_are_dropped_independently():
+    ones = {"a": torch.ones(1000)}
+    both = DARE(0.5).combine([ones, dict(ones)])["a"]
+    assert both.unique().tolist() == [0.0, 2.0, 4.0]
 
 
 def test_della_probabilities_by_rank():
@@ -551,6 +545,32 @@ PAIRS = {
         lambda v: reference.model_stock(v, "global"),
     ),
     "Fisher": (Fisher(FISHERS), lambda v: reference.fisher(v, FISHERS)),
+    "TIES, each its own": (
+        TIES([0.5, 0.2, 0.9], weights=[1, 2, -0.5]),
+        lambda v: reference.ties(v, [0.5, 0.2, 0.9], weights=[1, 2, -0.5]),
+    ),
+    "PCB": (PCB(0.3), lambda v: reference.pcb(v, 0.3)),
+    "SCE": (SCE(0.4), lambda v: reference.sce(v, 0.4)),
+    "SCE of all": (SCE(), reference.sce),
+    "ByLayer": (
+        ByLayer({"*.0.*": TIES(0.4), "enc*": SCE(0.3)}, Karcher()),
+        lambda v: reference.by_layer(
+            v,
+            {
+                "*.0.*": lambda g: reference.ties(g, 0.4),
+                "enc*": lambda g: reference.sce(g, 0.3),
+                "*": reference.karcher,
+            },
+        ),
+    ),
+    "BoostedTSVM": (
+        BoostedTSVM(precision="float64"),
+        reference.boosted_tsv_m,
+    ),
+    "IsoCTS": (
+        IsoCTS(common=0.4, precision="float64"),
+        lambda v: reference.iso_cts(v, 0.4),
+    ),
     "TSVM": (TSVM(precision="float64"), reference.tsv_m),
     "IsoC": (IsoC(precision="float64"), reference.iso_c),
 }
@@ -578,121 +598,6 @@ def test_docstring_names_paper_and_reference(name):
     function = re.search(r"Reference:\s+`reference\.(\w+)`", text)[1]
     assert callable(getattr(reference, function))
     assert re.search(r"[A-Z]\w+ (et al\. |and [A-Z]\w+ )?\(?\d{4}", text)
-
-
-# ------------------------------------------------------ a rule of one's own
-
-
-class Median(Rule):
-    """The median of the vectors, entry by entry."""
-
-    def merge_tensor(self, name, deltas, base=None):
-        return torch.stack(deltas).median(dim=0).values
-
-
-class Decay(Rule):
-    """A rule with an argument, which looks at the base and writes about."""
-
-    def __init__(self, share, scale=1.0):
-        super().__init__(scale)
-        self.share = share
-
-    def merge_tensor(self, name, deltas, base=None):
-        total = deltas[0].sub_(self.share * base)
-        base.zero_()
-        return total.double()
-
-
-def test_own_rule_in_memory():
-    vectors = make(3)
-    before = [{n: v.clone() for n, v in w.items()} for w in vectors]
-    merged = Median().combine(vectors)
-    for name, value in merged.items():
-        stacked = torch.stack([v[name] for v in vectors])
-        assert torch.equal(value, stacked.median(dim=0).values)
-    base = make(1, seed=3)[0]
-    edited = Decay(0.1, scale={"norm": 0.5})(base, vectors[:1])
-    expected = base["norm"] + 0.5 * (before[0]["norm"] - 0.1 * base["norm"])
-    torch.testing.assert_close(edited["norm"], expected)
-    assert torch.equal(edited["gain"], base["gain"])
-    for vector, old in zip(vectors, before):
-        assert all(torch.equal(vector[n], old[n]) for n in old)
-
-
-@pytest.mark.parametrize(
-    "rule",
-    [
-        Median(),
-        Median(scale=0.3),
-        Decay(0.1, 0.5),
-        DARE(0.5, then=Median()),
-        LiNeS(Median(0.2), slope=0.4),
-    ],
-    ids=repr,
-)
-@pytest.mark.parametrize("threads", [1, 3])
-def test_own_rule_streams_the_same_bytes(rule, threads, tmp_path):
-    base, vectors = make(1, seed=3)[0], make(3)
-    tuned = [{n: base[n] + v for n, v in w.items()} for w in vectors]
-    taus = [TaskVector.between(base, model) for model in tuned]
-    expected = rule(base, taus)
-    output = tmp_path / "merged.safetensors"
-    merge_checkpoints(
-        base, tuned, rule, output, progress=False, threads=threads, chunk=7
-    )
-    merged = open_state(output)
-    for name, value in expected.items():
-        assert torch.equal(merged[name], value), name
-
-
-def test_own_rule_is_described_and_never_made_by_name():
-    assert Decay(0.1).describe() == {
-        "rule": "Decay",
-        "share": 0.1,
-        "scale": 1.0,
-        "module": __name__,
-    }
-    assert repr(Decay(0.1, 2)) == "Decay(share=0.1, scale=2)"
-    # It might be called as one of this package's rules.
-    twin = type("TIES", (Median,), {"__module__": __name__})()
-    for rule in (Median(), twin):
-        with pytest.raises(ValueError, match="make the object yourself"):
-            from_description(rule.describe())
-
-    class Forgetful(Rule):
-        def __init__(self, share):
-            self.kept = share
-
-    with pytest.raises(AttributeError, match="self.share"):
-        Forgetful(1).describe()
-
-
-def test_own_rule_that_goes_wrong_is_named():
-    class Sum(Rule):
-        def merge_tensor(self, name, deltas, base=None):
-            return sum(delta.sum() for delta in deltas)
-
-    class Inverse(Rule):
-        def merge_tensor(self, name, deltas, base=None):
-            return 1 / (deltas[0] - deltas[0])
-
-    vectors = [{"w": torch.ones(2, 2)}]
-    with pytest.raises(ValueError, match="Sum.merge_tensor: 'w'.*shape"):
-        Sum().combine(vectors)
-    with pytest.raises(ValueError, match="Inverse.merge_tensor: 'w'.*NaN"):
-        Inverse().combine(vectors)
-    with pytest.raises(NotImplementedError, match="merge_tensor"):
-        Rule().combine(vectors)
-
-
-@pytest.mark.parametrize("wrong", [TIES, "TIES", lambda vectors: vectors[0]])
-def test_what_is_no_rule_is_refused(wrong):
-    for make_rule in (
-        lambda: DARE(0.5, then=wrong),
-        lambda: LiNeS(wrong, slope=0.1),
-    ):
-        with pytest.raises(TypeError, match=r"expected a Rule, e\.g\. TIES"):
-            make_rule()
 
 
 # ------------------------------------------------------- what a rule checks
@@ -759,7 +664,8 @@ def test_nan_and_infinity_are_named(rule, bad):
 
 def test_rules_leave_their_inputs_alone():
     rules = [TaskArithmetic(0.3), TIES(), DARE(0.5), Breadcrumbs(), DELLA(),
-             ModelStock(), Karcher(), TSVM(), IsoC()]  # fmt: skip
+             ModelStock(), Karcher(), TSVM(), IsoC(), PCB(), SCE(), IsoCTS(),
+             BoostedTSVM(), ByLayer({"enc*": TIES(weights=[1, 2])})]  # fmt: skip
     vectors = make(2, seed=1)
     before = [{n: v.clone() for n, v in w.items()} for w in vectors]
     for rule in rules:
@@ -828,6 +734,11 @@ def test_looking_at_weights_needs_the_base():
         Karcher(of="weights"),
         Merge([Magnitude(0.3), RandomDrop(0.2)], "count", "mean", 0.4),
         TSVM(precision="float64"),
+        TIES([0.5, 0.2], weights=[1, 2]),
+        ByLayer(
+            {"enc*": DARE(0.2, then=TIES(1)), "norm": SLERP(0.1)},
+            IsoCTS(common=0.5),
+        ),
     ],
 )
 def test_descriptions_make_the_rule_again(rule):
@@ -840,6 +751,23 @@ def test_descriptions_make_the_rule_again(rule):
     base = make(1, seed=8)[0]
     one, other = rule(base, vectors), again(base, vectors)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_are_found_by_name_and_pickled(name):
+    needed = {
+        "DARE": {"drop": 0.5},
+        "SLERP": {"t": 0.3},
+        "Fisher": {"fishers": ["a.ckpt", "b.ckpt"]},
+        "LiNeS": {"inner_rule": TIES(), "slope": 0.1},
+        "ByLayer": {"rules": {"enc*": TIES()}},
+        "SelectiveAttention": {"mix": 0.5},
+    }
+    rule = getattr(vectors_room, name)(**needed.get(name, {}))
+    again = pickle.loads(pickle.dumps(rule))
+    assert again.describe() == rule.describe()
+    assert from_description(rule.describe()).describe() == rule.describe()
+    assert "module" not in rule.describe()
 
 
 def test_descriptions_name_only_our_rules():

@@ -127,7 +127,7 @@ def test_a_folder_takes_along_what_describes_the_model_alone(tmp_path):
         "special_tokens_map.json spiece.model chat_template.jinja LICENSE"
     ).split()
     others = (
-        "README.md tf_model.h5 flax_model.msgpack rust_model.ot model.onnx "
+        "README.md tf_model.h5 flax_model.msgpack model.onnx "
         "optimizer.pt scheduler.pt rng_state.pth trainer_state.json "
         "training_args.bin pytorch_model.bin model.safetensors.index.json "
         "pytorch_model-00001-of-00002.bin adapter_config.json model.ckpt "
@@ -425,3 +425,40 @@ def test_no_warning_about_read_only_memory(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         open_state(tmp_path / "a.safetensors")["w"]
+
+
+def test_each_shard_of_a_hugging_face_folder_carries_its_checksum(tmp_path):
+    weights = {f"w{i}": torch.arange(8.0) + i for i in range(5)}
+    save_state(weights, tmp_path / "hf", shard_size=70)
+    shards = sorted((tmp_path / "hf").glob("*.safetensors"))
+    assert len(shards) == 3
+    whole = open_state(tmp_path / "hf")
+    whole.verify()
+    assert whole.fingerprint == as_state(weights).fingerprint
+    for shard in shards:
+        state = open_state(shard)
+        assert state.metadata["fingerprint"] == state.fingerprint
+        content = shard.read_bytes()
+        shard.write_bytes(content[:-2] + b"\0\0")
+        with pytest.raises(ValueError, match=shard.name):
+            open_state(tmp_path / "hf").verify()
+        shard.write_bytes(content)
+
+
+@pytest.mark.parametrize("key", ["fingerprint", "checked_by"])
+def test_a_header_whose_checksum_lost_its_name_is_damaged(tmp_path, key):
+    path = save_state({"w": torch.ones(3)}, tmp_path / "w.safetensors")
+    content = path.read_bytes()
+    begin = content.index(f'"{key}"'.encode())
+    path.write_bytes(
+        content.replace(f'"{key}"'.encode(), b'"' + b"x" * len(key) + b'"')
+    )
+    if key == "checked_by":
+        open_state(path).verify()  # the fingerprint itself is there
+    else:
+        with pytest.raises(ValueError, match="w.safetensors.*fingerprint"):
+            open_state(path).verify()
+    assert begin > 0
+    # Of other tools' files nothing is asked.
+    safetensors.torch.save_file({"w": torch.ones(3)}, path)
+    open_state(path).verify()

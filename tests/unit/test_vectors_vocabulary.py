@@ -131,3 +131,12 @@ def test_reading_vocabularies(tmp_path):
     (tmp_path / "vocab.json").write_text('{"b": 2, "a": 0}')
     with pytest.raises(ValueError, match="vocab.json"):
         read_vocabulary(tmp_path / "vocab.json")
+
+
+def test_an_encoder_without_labels_has_no_tokens(tmp_path):
+    """Some recipes of SpeechBrain keep such a one; its extras are no tokens."""
+    from speechbrain.dataio.encoder import CTCTextEncoder
+
+    path = tmp_path / "label_encoder.txt"
+    CTCTextEncoder().save(path)
+    assert read_vocabulary(path) == []

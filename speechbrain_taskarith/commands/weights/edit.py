@@ -25,6 +25,7 @@ _EXAMPLES = {
   taskarith edit export edits -o results/edited/CKPT+all --like results/us/save
 """,
     "undo": "  taskarith edit undo edits greek\n",
+    "redo": "  taskarith edit redo edits\n",
     "reorder": "  taskarith edit reorder edits greek german\n",
 }
 _REMEDIES = {
@@ -55,6 +56,12 @@ def add_parser(verbs, summary):
     _add_learn(action, dry_run)
     undo = action("undo", "take an edit back", undo_edit, dry_run)
     undo.add_argument("name", metavar="NAME")
+    action(
+        "redo",
+        "bring back what was undone since the last edit",
+        redo_edit,
+        dry_run,
+    )
     reorder = action(
         "reorder", "apply the edits in another order", reorder_edits, dry_run
     )
@@ -74,6 +81,11 @@ def add_parser(verbs, summary):
         export_model,
         shared.reading("recoverable"),
         shared.writing(),
+    )
+    export.add_argument(
+        "--dtype",
+        help="type of the weights, e.g. bfloat16, or base for the base's "
+        "types (float32; with --like, base)",
     )
     export.add_argument(
         "--like",
@@ -115,8 +127,8 @@ def _add_learn(action, dry_run):
     add("--base", metavar="BASE", help="first edit: what to start from")
     add(
         "--encoding",
-        help="first edit: how vectors are stored (lossless), see "
-        "`taskarith vector --help`",
+        help="first edit: how vectors are stored, see `taskarith vector "
+        "--help` (auto: exactly, the smaller of sparse and lossless)",
     )
     add("--selected-on", help="what the scale was chosen on")
     add("--note", default="", help="free text for the log")
@@ -160,9 +172,9 @@ def learn_domain(options):
 
 
 def _is_new(options):
-    from speechbrain_taskarith.vectors.editing.log import LOG_NAME
+    from speechbrain_taskarith.vectors.editing.log import has_log
 
-    new = not (Path(options.folder) / LOG_NAME).is_file()
+    new = not has_log(options.folder)
     if new and not (options.base and options.rule):
         raise ValueError(
             f"{options.folder}: holds no sequence of edits yet; the first "
@@ -199,7 +211,7 @@ def _open(options, starting, scale=None, read_only=False):
             rule,
             options.folder,
             scale=scale,
-            encoding=options.encoding or "lossless",
+            encoding=options.encoding or "auto",
             **shared.patterns(options),
         )
     chosen = {"include": options.include, "exclude": options.exclude}
@@ -233,7 +245,8 @@ def _remove_start(folder, existed):
         return
     for name in (LOG_NAME, LOCK_NAME, "base.ckpt", "base.safetensors"):
         (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "vectors", ignore_errors=True)
+    for name in ("vectors", "states"):
+        shutil.rmtree(folder / name, ignore_errors=True)
     if not existed:
         folder.rmdir()
 
@@ -241,6 +254,7 @@ def _remove_start(folder, existed):
 def _would_learn(options, finetuned, scale):
     """Compute the edit in memory, and write nothing."""
     from speechbrain_taskarith.vectors import TaskVector, as_state
+    from speechbrain_taskarith.vectors.editing.folder import to_store
     from speechbrain_taskarith.vectors.editing.schedules import scheduled_scale
     from speechbrain_taskarith.vectors.rules import from_description
 
@@ -248,7 +262,7 @@ def _would_learn(options, finetuned, scale):
     rule = shared.rule_of(options.rule) if options.rule else None
     if _is_new(options):
         base, number = shared.open_weights(options.base, options), 1
-        encoding = options.encoding or "lossless"
+        encoding = options.encoding or "auto"
     else:
         editor = _open(options, starting=False, read_only=True)
         log = _read_log(options.folder)
@@ -267,6 +281,9 @@ def _would_learn(options, finetuned, scale):
     vector = rule.combine([vector], base=base)
     scale = scheduled_scale(scale, number, rule, vector)
     vector.scales(scale)
+    # Also that the result is finite, as the edit itself would find.
+    vector.apply(base, scale, any_base=True)
+    vector, encoding = to_store(vector, encoding)
     count, norm = stored_size(vector, encoding), vector.norm()
     line = (
         f"would learn {options.name!r} with scale {scale}: a vector of norm "
@@ -298,6 +315,19 @@ def undo_edit(options):
     return _change(options, names, left, what, options.name)
 
 
+def redo_edit(options):
+    """Bring an edit back."""
+    log = _read_log(options.folder)
+    names = [edit.name for edit in log.edits]
+    if not log.undone:
+        raise ValueError(
+            f"{options.folder}: nothing was undone since the last edit"
+        )
+    index, edit = log.undone[-1]
+    back = [*names[:index], edit.name, *names[index:]]
+    return _change(options, names, back, f"brought {edit.name!r} back")
+
+
 def reorder_edits(options):
     """Apply the edits in another order."""
     names = _names(options)
@@ -310,14 +340,16 @@ def reorder_edits(options):
     return _change(options, names, options.names, "reordered", options.names)
 
 
-def _change(options, before, names, what, argument):
-    """Undo or re-order, or say what would be left."""
+def _change(options, before, names, what, *arguments):
+    """Undo, redo or re-order, or say what would be left."""
     data = {"verb": f"edit {options.action}", "dry_run": options.dry_run}
     if options.dry_run:
         # What stands behind the first difference.
         same = [b == n for b, n in zip(before, names)]
         approximate = names[[*same, False].index(False) :]
         lines = [f"would leave: {', '.join(names) or 'the base'}"]
+        if options.action == "redo":
+            approximate = []
         if approximate:
             lines.append(
                 "  approximate, since learned on another state: "
@@ -331,7 +363,7 @@ def _change(options, before, names, what, argument):
         step("opening")
         with SequentialEditor.resume(options.folder) as editor:
             step(options.action)
-            getattr(editor, options.action)(argument)
+            getattr(editor, options.action)(*arguments)
     described = describe_log(options.folder)
     return Result([what, *shown_log(described)], {**data, **described})
 
@@ -343,7 +375,7 @@ def show_log(options):
     if options.verify:
         from speechbrain_taskarith.vectors import SequentialEditor
 
-        SequentialEditor.resume(options.folder, read_only=True)
+        SequentialEditor.resume(options.folder, read_only=True, verify=True)
         lines.append("verified: base, vectors and every state are as logged")
     data = {"verb": "edit log", "verified": options.verify, **described}
     if options.history:
@@ -359,16 +391,27 @@ def export_model(options):
     output = shared.check_output(
         options.output, [options.folder], options.overwrite
     )
-    from speechbrain_taskarith.vectors import ModelCard, SequentialEditor
+    from speechbrain_taskarith.vectors import (
+        ModelCard,
+        SequentialEditor,
+        as_state,
+    )
 
+    dtype = options.dtype or ("base" if options.like else None)
     with steps(1, not options.no_progress) as step:
-        step("rebuilding")
+        step("reading")
         editor = SequentialEditor.resume(options.folder, read_only=True)
-        state = editor.state()
+        state = as_state(editor.state(dtype))
+        rounded = state.fingerprint != editor.fingerprint
+        if rounded and not options.dry_run:
+            # That it is given away so is logged, for the next edit.
+            with SequentialEditor.resume(options.folder) as editor:
+                state = as_state(editor.state(dtype))
+        card = ModelCard.of_edits(editor)
     result = write_weights(
         state,
         output,
-        ModelCard.of_edits(editor),
+        card,
         like=options.like,
         recoverable=options.recoverable,
         dry_run=options.dry_run,

@@ -71,9 +71,9 @@ def run(options):
 
 def _look(path, options):
     from speechbrain_taskarith.vectors import open_state
-    from speechbrain_taskarith.vectors.editing.log import LOG_NAME
+    from speechbrain_taskarith.vectors.editing.log import has_log
 
-    if (path / LOG_NAME).is_file():
+    if has_log(path):
         from speechbrain_taskarith.commands.weights.edit import describe_log
 
         return {"path": str(path), "form": "edits", **describe_log(path)}

@@ -16,8 +16,11 @@ from speechbrain_taskarith.commands.output import (
     write_weights,
     written,
 )
-from speechbrain_taskarith.utils.files import TEMPORARY_PREFIX
-from speechbrain_taskarith.vectors.rules.description import from_plain
+from speechbrain_taskarith.utils.files import temporary_path
+from speechbrain_taskarith.vectors.rules.description import (
+    from_plain,
+    with_each,
+)
 
 _EXAMPLES = """\
   taskarith merge merge.yaml
@@ -32,6 +35,8 @@ merge.yaml:
       - german.safetensors
   rule: {name: TIES, density: 0.2}      # see `taskarith rules`
   scale: 0.5                            # or {"encoder.*": 0.5, "*": 0.1}
+  weights: [1.0, 0.5]                   # one for each of `finetuned`
+  densities: [0.2, 0.5]                 # the same, for rules that trim
   output: merged.safetensors            # or x.ckpt, a folder, CKPT+name
   # optional: recoverable, device, memory_limit (300MB), threads, include,
   # exclude, buffers, any_base, fingerprint
@@ -45,6 +50,8 @@ _KEYS = {
     "rule": ((str, Mapping), _NEEDED),
     "output": (str, _NEEDED),
     "scale": ((int, float, Mapping, type(None)), None),
+    "weights": ((list, type(None)), None),
+    "densities": ((list, type(None)), None),
     "recoverable": ((str, type(None)), None),
     "device": (str, "cpu"),
     "memory_limit": ((int, str, type(None)), None),
@@ -79,6 +86,9 @@ def add_parser(verbs, summary):
     add("file", nargs="?", metavar="merge.yaml", help="what to merge, and how")
     add("--base", help="the common ancestor")
     add("--finetuned", nargs="+", metavar="PATH", help="what to merge")
+    each = {"nargs": "+", "type": float, "metavar": "NUMBER"}
+    add("--weights", help="one for each input, for rules with weights", **each)
+    add("--densities", help="one for each input, for rules that trim", **each)
     add("--device", help="where to compute, e.g. cuda:0 (cpu)")
     add(
         "--memory-limit",
@@ -102,7 +112,7 @@ def add_parser(verbs, summary):
 def run(options):
     """Merge."""
     plan = read_plan(options.file, _overrides(options))
-    rule = from_plain(plan.rule, plan.scale)
+    rule = rule_of(plan, options.file)
     inputs = [plan.base, *plan.finetuned]
     output = shared.check_output(plan.output, inputs, options.overwrite)
     if isinstance(plan.memory_limit, str):
@@ -130,6 +140,16 @@ def run(options):
     return Result(lines, {**data, "output": str(output)})
 
 
+def rule_of(plan, file=None):
+    """Make the rule of a plan; errors name the file it is from."""
+    each = {"weights": plan.weights, "densities": plan.densities}
+    try:
+        return with_each(from_plain(plan.rule, plan.scale), **each)
+    except ValueError as error:
+        where = f"{file}: " if file else ""
+        raise ValueError(f"{where}{error}") from None
+
+
 def _merge(plan, base, states, rule, output, progress):
     """Merge into the output, and write its card."""
     from speechbrain_taskarith.vectors import merge_checkpoints, open_state
@@ -138,8 +158,7 @@ def _merge(plan, base, states, rule, output, progress):
     # beside it.
     folder, target = output.name.startswith("CKPT+"), output
     if folder:
-        name = f"{TEMPORARY_PREFIX}{output.name}.safetensors"
-        target = output.with_name(name)
+        target = temporary_path(output).with_suffix(".safetensors")
     keys = ("device", "memory_limit", "threads", "include", "exclude")
     keys += ("buffers", "any_base", "fingerprint")
     how = {"progress": progress, **{key: getattr(plan, key) for key in keys}}

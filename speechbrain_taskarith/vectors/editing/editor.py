@@ -5,15 +5,15 @@ Lifelong Training of Speech Recognition Models", Interspeech 2024,
 https://arxiv.org/abs/2406.17935.
 """
 
-from pathlib import Path
-
-import torch
-
 from speechbrain_taskarith.utils.files import now
 from speechbrain_taskarith.utils.patterns import as_tuple
 from speechbrain_taskarith.vectors import checks
-from speechbrain_taskarith.vectors.editing.folder import EditFolder
-from speechbrain_taskarith.vectors.editing.log import LOG_NAME, Edit
+from speechbrain_taskarith.vectors.editing.folder import (
+    EditFolder,
+    check_finite,
+)
+from speechbrain_taskarith.vectors.editing.log import Edit, has_log
+from speechbrain_taskarith.vectors.editing.precision import origin_of
 from speechbrain_taskarith.vectors.editing.schedules import (
     checked_scale,
     plain_schedule,
@@ -23,6 +23,7 @@ from speechbrain_taskarith.vectors.encodings import ENCODINGS
 from speechbrain_taskarith.vectors.model_card import ModelCard
 from speechbrain_taskarith.vectors.rules.base import check_rule
 from speechbrain_taskarith.vectors.rules.description import from_description
+from speechbrain_taskarith.vectors.states.names import under_names_of
 from speechbrain_taskarith.vectors.states.readers import as_model, as_state
 from speechbrain_taskarith.vectors.states.state import short
 from speechbrain_taskarith.vectors.states.writers import save_state
@@ -42,9 +43,13 @@ class SequentialEditor:
     magnitude trimming.
 
     The folder holds a copy of the base, each vector as it was applied (after
-    the rule, encoded), and the log. The state is a function of the folder
-    alone: undoing the last edit, or resuming in another process, gives the
-    same bytes, whatever the encoding rounds. A killed process loses nothing.
+    the rule, encoded), copies of the last states, and the log. The state is
+    a function of the folder alone: undoing the last edit, or resuming in
+    another process, gives the same bytes, whatever the encoding rounds. A
+    killed process loses nothing.
+
+    Of a half precision base too the states are float32, since rounding would
+    add up; `state(dtype)` and `save` give them in any type.
 
     Arguments
     ---------
@@ -62,17 +67,23 @@ class SequentialEditor:
         task arithmetic this is the running average of the models. A
         callable gets the number of the edit (1, 2, ...).
     encoding : str
-        How vectors are stored, see `TaskVector.save`: `"lossless"` (4 bytes
-        a parameter), `"bf16"`, `"int8"`, `"sparse"` (exact and small for
-        what a rule trimmed), `"sparse-bf16"`, `"sparse-int8"`.
+        How vectors are stored, see `TaskVector.save`. `"auto"`: exactly, as
+        `"sparse"` where that is smaller (what a rule trimmed), else as
+        `"lossless"` (4 bytes a parameter). Or one of `"lossless"`, `"bf16"`,
+        `"int8"`, `"sparse"`, `"sparse-bf16"`, `"sparse-int8"`.
     include, exclude : str or sequence of str
         Patterns of the parameters that are edited.
     keep_base : str
         `"copy"` makes the folder self-contained. `"reference"` keeps the
         base's path and fingerprint only (it must be a path, and stay).
+    copies : int
+        How many of the last states the folder keeps, each as large as the
+        model in float32. 2: opening the folder, and undoing the last edit,
+        read a state; 0: they build it from the base.
 
     Example
     -------
+    >>> import torch
     >>> from speechbrain_taskarith.vectors import TaskArithmetic
     >>> folder = str(getfixture("tmpdir") / "edits")
     >>> base = {"w": torch.tensor([0.0, 1.0])}
@@ -94,16 +105,17 @@ class SequentialEditor:
         folder,
         *,
         scale=None,
-        encoding="lossless",
+        encoding="auto",
         include=("*",),
         exclude=(),
         keep_base="copy",
+        copies=2,
     ):
         checks.one_of("keep_base", keep_base, ("copy", "reference"))
-        checks.one_of("encoding", encoding, ENCODINGS)
+        checks.one_of("encoding", encoding, ("auto", *ENCODINGS))
         base = as_model(base)
         base.verify()
-        _check_finite(base, base.label)
+        check_finite(base, base.label)
         self._files = EditFolder.start(
             folder,
             base,
@@ -113,6 +125,7 @@ class SequentialEditor:
             encoding=encoding,
             include=list(as_tuple(include)),
             exclude=list(as_tuple(exclude)),
+            copies=checks.whole("copies", copies),
         )
         self._set_up(rule, scale, include, exclude)
 
@@ -126,7 +139,7 @@ class SequentialEditor:
         include=None,
         exclude=None,
         read_only=False,
-        verify=True,
+        verify=False,
     ) -> "SequentialEditor":
         """Open a folder that an editor has written.
 
@@ -143,8 +156,9 @@ class SequentialEditor:
             True takes no lock and changes nothing: for looking, and for the
             other processes of a distributed run.
         verify : bool
-            True compares every vector and every state with the log now,
-            False when the state is asked for.
+            False: what is used is compared with the log when it is used.
+            True: the base, every vector and every state now, in the time of
+            as many edits.
 
         Returns
         -------
@@ -172,7 +186,7 @@ class SequentialEditor:
                 log.exclude if exclude is None else exclude,
             )
             if verify:
-                editor._state()
+                editor._files.build(editor.log, len(editor.log), from_base=True)
         except BaseException:
             editor.close()
             raise
@@ -182,11 +196,10 @@ class SequentialEditor:
     def open(cls, base, rule, folder, **arguments):
         """Resume where the folder holds a sequence, else start one.
 
-        For a recipe that may be killed and started again. Arguments as for
-        the class (see `SequentialEditor`). A folder whose sequence starts
-        from another base is a ValueError.
+        For a recipe that may be killed and started again. Arguments: see
+        `SequentialEditor`. Another base than the folder's is a ValueError.
         """
-        if not (Path(folder) / LOG_NAME).exists():
+        if not has_log(folder):
             return cls(base, rule, folder, **arguments)
         resumable = {"scale", "include", "exclude"} & arguments.keys()
         editor = cls.resume(
@@ -224,27 +237,46 @@ class SequentialEditor:
 
     @property
     def fingerprint(self):
-        """Fingerprint of the present state."""
-        return self.log[-1].state if self.log else self.base_fingerprint
+        """Fingerprint of the present state, as `state()` gives it."""
+        return self.log[-1].state if self.log else self._state().fingerprint
 
-    def state(self):
+    def state(self, dtype=None):
         """Return the present weights as `TaskVector.apply` does.
 
         A copy, tied tensors tied.
+
+        Arguments
+        ---------
+        dtype : str, torch.dtype or None
+            Of all floating point tensors, e.g. `"bfloat16"`; or `"base"`: as
+            in the base. None: as the editor keeps them, which is float32
+            where the base holds half precision. That a state was given away
+            rounded is logged (unless opened with `read_only`), see `learn`.
+
+        Returns
+        -------
+        dict
+            `{name: tensor}`; ValueError where the type cannot hold a tensor.
         """
-        state = self._state()
+        state = self._files.give(self._state(), dtype)
         origins = {name: state.aliases.get(name, name) for name in state}
         copies = {name: state[name].clone() for name in set(origins.values())}
         return {name: copies[origin] for name, origin in origins.items()}
 
     def vector(self, name):
-        """Return an edit's `TaskVector` before its scale, see `Edit`.
-
-        It is read from the folder and checked against the log.
-        """
+        """Read an edit's `TaskVector`, before its scale (see `Edit`)."""
         return self._files.vector(self._edit(name))
 
-    def learn(self, name, finetuned, *, scale=None, selected_on=None, note=""):
+    def learn(
+        self,
+        name,
+        finetuned,
+        *,
+        scale=None,
+        selected_on=None,
+        note="",
+        started_from=None,
+    ):
         """Edit: add a share of what fine-tuning on a domain has changed.
 
         Arguments
@@ -258,6 +290,12 @@ class SequentialEditor:
             editor's.
         selected_on, note : str
             For the log: what the scale was chosen on, and free text.
+        started_from : str or None
+            The type in which the fine-tuning got the present state, as for
+            `state`; rounding to it is no part of what was learned. None:
+            half precision where `finetuned` is stored so; or else, of the
+            types in which the present state was given away, the one to
+            which most numbers are nearer. The log holds what was taken.
 
         Returns
         -------
@@ -281,8 +319,13 @@ class SequentialEditor:
             )
         before, rule = self._state(), self._get_rule()
         encoding = self._files.log.encoding
+        finetuned = under_names_of(before, as_model(finetuned))
+        given = self._files.log.handed_out(before.fingerprint)
+        origin, started_from = origin_of(
+            before, finetuned, self._files.types, started_from, given
+        )
         vector = TaskVector.between(
-            before, finetuned, include=self._include, exclude=self._exclude
+            origin, finetuned, include=self._include, exclude=self._exclude
         )
         vector = rule.combine([vector], base=before)
         vector.base_fingerprint = before.fingerprint
@@ -292,11 +335,12 @@ class SequentialEditor:
         scale = checked_scale(scale)
         vector.scales(scale)  # a pattern that fits nothing: fail before work
         try:
-            # What is applied is what can be read back, also where the
-            # encoding rounds: the log and the weights never disagree.
-            file, digest, vector = self._files.store(name, vector, encoding)
+            # What is applied is what is read back, whatever the encoding
+            # rounds: the log and the weights never disagree.
+            file, digest, encoding, vector = self._files.store(
+                name, vector, encoding
+            )
             after = as_state(vector.apply(before, scale))
-            _check_finite(after, f"{name!r} with scale {scale}")
             edit = Edit(
                 name=name,
                 vector=file,
@@ -310,28 +354,51 @@ class SequentialEditor:
                 when=now(),
                 selected_on=selected_on,
                 note=note,
+                started_from=started_from,
             )
-            self._files.commit([*self.log, edit], action="learn", name=name)
         except BaseException:
-            self._current = None
             self._files.back_to_disk()
             raise
-        self._current = after
+        act = {"action": "learn", "name": name, "edit": edit.to_dict()}
+        self._commit(after, {after.fingerprint: after}, **act)
         return self.state()
 
     def undo(self, name):
         """Take an edit back and return it, see `Edit`.
 
         Undoing the last edit gives the state before it bit for bit, since
-        nothing is subtracted: the state is built from the base forward.
+        nothing is subtracted: it is read, or built from the base forward.
         Undoing an earlier one applies the later vectors to another state than
         they were learned on; the log marks them `exact=False`.
         """
         self._files.check_writable()
-        removed = self._edit(name)
-        others = [edit for edit in self.log if edit is not removed]
-        self._replace(others, action="undo", name=name)
+        removed, edits = self._edit(name), self.log
+        index = edits.index(removed)
+        edits.remove(removed)
+        self._replace(edits, index, action="undo", name=name)
         return removed
+
+    def redo(self):
+        """Bring the edit back that was undone last, and return it.
+
+        Possible until the next `learn` or `reorder`. Undo and redo give the
+        bytes of before.
+
+        Returns
+        -------
+        Edit
+            As it is in force now; ValueError where there is none to redo.
+        """
+        self._files.check_writable()
+        if not self._files.log.undone:
+            raise ValueError(
+                f"{self.folder}: nothing was undone since the last edit"
+            )
+        index, edit = self._files.log.undone[-1]
+        edits = self.log
+        edits.insert(index, edit)
+        self._replace(edits, index, action="redo", name=edit.name)
+        return self.log[index]
 
     def reorder(self, names):
         """Apply the stored vectors in another order.
@@ -358,17 +425,22 @@ class SequentialEditor:
                 "leave one out use undo(name)"
             )
         edits = [self._edit(name) for name in names]
-        self._replace(edits, action="reorder", order=names)
+        same = [one == other for one, other in zip(names, learned)]
+        known = [*same, False].index(False)
+        self._replace(edits, known, action="reorder", order=names)
         return self.log
 
-    def save(self, path, **arguments):
+    def save(self, path, *, dtype=None, **arguments):
         """Write the present weights as `save_state` does, and return the path.
 
-        A model card comes beside them; `**arguments` are for it: `wer`,
-        `selected_on`, `notes`, ... (see `ModelCard`).
+        In a type as `state` takes it. A model card comes beside them;
+        `**arguments` are for it: `wer`, `selected_on`, `notes`, ... (see
+        `ModelCard`).
         """
+        state = self._files.give(self._state(), dtype)
+        arguments = {"fingerprint": state.fingerprint, **arguments}
         card = ModelCard.of_edits(self, **arguments)
-        path = save_state(self._state(), path, metadata=card.provenance())
+        path = save_state(state, path, metadata=card.provenance())
         card.save(path)
         return path
 
@@ -398,20 +470,24 @@ class SequentialEditor:
             self.rule = from_description(self._files.log.rule)
         except ValueError as error:
             hint = "SequentialEditor.resume(folder, rule=...)"
-            path = self.folder / LOG_NAME
+            path = self._files.log.path
             raise ValueError(f"{path}: {error}: {hint}") from None
         return self.rule
 
     def _state(self):
         if self._current is None:
-            self._current = self._files.forward(self.log, check=True)[0]
+            self._current = self._files.present()
         return self._current
 
-    def _replace(self, edits, **entry):
-        state, edits = self._files.forward(edits)
-        self._files.commit(edits, **entry)
+    def _replace(self, edits, known, **act):
+        """Put other edits into force; the first `known` stay as they are."""
+        state, changed, built = self._files.build(edits, known)
+        self._commit(state, built, **act, changed=changed)
+
+    def _commit(self, state, built, **act):
+        self._current = None
+        self._files.commit(built, **act)
         self._current = state
-        self._files.sweep()
 
     def _edit(self, name):
         edits = {edit.name: edit for edit in self.log}
@@ -421,11 +497,3 @@ class SequentialEditor:
                 f"{', '.join(edits) or 'none'}"
             )
         return edits[name]
-
-
-def _check_finite(state, label):
-    for name in state:
-        if state.info(name).floating and not torch.isfinite(state[name]).all():
-            raise ValueError(
-                f"{label}: {name!r} holds NaN or infinity; nothing was edited"
-            )

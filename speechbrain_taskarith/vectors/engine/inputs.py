@@ -13,6 +13,7 @@ import numpy as np
 from speechbrain_taskarith.vectors.engine.vector_header import (
     read_vector_header,
 )
+from speechbrain_taskarith.vectors.engine.workspace import EPS
 from speechbrain_taskarith.vectors.states.names import (
     check_alike,
     check_ancestry,
@@ -130,6 +131,18 @@ class MergeInputs:
         for parent in vectors:
             label = f"the task vector {parent.label}"
             check_ancestry(self.base, parent.base_fingerprint, label)
+
+    def rounding(self, index, name):
+        """Return the relative steps of the weights and of a vector's entries.
+
+        A difference of weights has the weights' rounding.
+        """
+        parent = self.parents[index]
+        of_base = EPS[self.base.info(name).dtype]
+        own = EPS[parent.state.info(name).dtype]
+        if parent.kind == "task vector":
+            return of_base, own
+        return max(of_base, own), EPS["F32"]
 
     def vector(self, index, place, work):
         """Return a chunk of one vector, in a buffer of its own."""

@@ -6,6 +6,7 @@ the same to the last bit: every chunk is computed alone, and what is gathered
 over chunks is gathered in their order. Files need no torch.
 """
 
+import collections
 import contextlib
 import math
 import threading
@@ -17,6 +18,7 @@ from speechbrain_taskarith.utils.progress import progress as show_progress
 from speechbrain_taskarith.vectors.checks import all_finite
 from speechbrain_taskarith.vectors.engine.workspace import (
     CHUNK,
+    EPS,
     Workspace,
     places,
 )
@@ -36,6 +38,7 @@ class MemoryVectors:
         self.number, self.base = len(vectors), base
         first = vectors[0]
         self.shapes, self.twins, self._flat = {}, {}, {}
+        self._eps = {}
         seen, alive = {}, []
         device = _device_of(vectors) or torch.device("cpu")
         for name in first.keys():
@@ -49,6 +52,11 @@ class MemoryVectors:
                 continue
             seen[same] = name
             self.shapes[name] = tuple(tensors[0].shape)
+            # As float32: the finer steps of float64 are lost.
+            self._eps[name] = [
+                max(torch.finfo(tensor.dtype).eps, EPS["F32"])
+                for tensor in tensors
+            ]
             self._flat[name] = [
                 tensor.detach().to(device, torch.float32).reshape(-1)
                 for tensor in tensors
@@ -58,6 +66,13 @@ class MemoryVectors:
         if on_cpu:
             for tensors in self._flat.values():
                 tensors[:] = [tensor.numpy() for tensor in tensors]
+
+    def rounding(self, index, name):
+        """See `MergeInputs.rounding`."""
+        of_base = 0.0
+        if self.base is not None and name in self.base:
+            of_base = EPS[self.base.info(name).dtype]
+        return of_base, self._eps[name][index]
 
     def vector(self, index, place, work):
         """Return a chunk of one vector; not to be written to."""
@@ -74,6 +89,17 @@ class MemoryVectors:
             f"in {place.name!r}. The training that made it diverged; use an "
             "earlier checkpoint"
         )
+
+
+class Part:
+    """Some of the parameters of a source, as a source of their own."""
+
+    def __init__(self, source, names):
+        self._source = source
+        self.shapes = {name: source.shapes[name] for name in names}
+
+    def __getattr__(self, name):
+        return getattr(self._source, name)
 
 
 def _device_of(vectors):
@@ -147,16 +173,29 @@ class Stream:
     """
 
     def __init__(
-        self, source, stages=(), chunk=CHUNK, threads=1, progress=False
+        self,
+        source,
+        stages=(),
+        chunk=CHUNK,
+        threads=1,
+        progress=False,
+        passes=None,
     ):
         self.source, self.chunk = source, chunk
         self.numel = {n: math.prod(s) for n, s in source.shapes.items()}
-        self.passes = Passes(threads, source.xp, source.device, progress)
+        if passes is None:
+            passes = Passes(threads, source.xp, source.device, progress)
+        self.passes = passes
         # Whether the vectors are known to hold neither NaN nor infinity.
         self.finite = False
         self.ready = []
         for stage in stages:
             self.ready.append(stage.prepare(self))
+
+    def part(self, names, stages):
+        """Return a stream of some of the parameters, with other stages."""
+        source = Part(self.source, names)
+        return Stream(source, stages, self.chunk, passes=self.passes)
 
     def granularity(self, shape):
         """Return the smallest run that all stages so far can work on."""
@@ -201,8 +240,11 @@ class Stream:
         carried = rule.carries_nan and not self.ready and not self.finite
         self.finite = self.finite or carried
 
+        majorities = {}
+
         def visit(place, work):
             work.unresolved, work.tally = False, 0
+            work.majority = majorities.get(rule.group(place.name))
             vectors = self.vectors(place, work)
             merged = rule.merge(vectors, place, work, prepared)
             if carried and not all_finite(merged):
@@ -215,10 +257,12 @@ class Stream:
         unresolved = [p for p, (left, _) in zip(chunks, results) if left]
         if unresolved:
             # Entries that cancel exactly take the sign that prevails in the
-            # whole vector, which is known only now.
-            majority = int(np.sign(sum(tally for _, tally in results)))
-            for work in passes.workspaces:
-                work.majority = majority
+            # whole vector (of their group), which is known only now.
+            tallies = collections.Counter()
+            for place, (_, tally) in zip(chunks, results):
+                tallies[rule.group(place.name)] += tally
+            for group, tally in tallies.items():
+                majorities[group] = int(np.sign(tally))
             passes.run(visit, unresolved)
 
     def _look_for_nan(self, place, work):

@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from speechbrain_taskarith.vectors.checks import one_each
 from speechbrain_taskarith.vectors.engine.workspace import (
     INFINITE,
     Place,
@@ -79,18 +80,20 @@ def find_cuts(stream, shares, scope):
 
     Of `n` elements exactly `round(share * n)` are kept, for each share and
     each vector of the stream: over the whole vector (`scope="global"`) or in
-    each tensor (`"tensor"`). Returns, for every share, for every vector
-    `{name: Cut}`. Raises for NaN or infinity in a vector.
+    each tensor (`"tensor"`). A share may be a list, one for each vector.
+    Returns, for every share, for every vector `{name: Cut}`. Raises for NaN
+    or infinity in a vector.
     """
     names = list(stream.source.shapes)
     domains = [names] if scope == "global" else [[name] for name in names]
     cuts = [[{} for _ in range(stream.source.number)] for _ in shares]
     searches, tables = [], []
     for share, per_vector in zip(shares, cuts):
+        each = one_each("share", share, len(per_vector))
         for domain in domains:
             numel = sum(stream.numel[name] for name in domain)
-            k = round(share * numel)
             for index, table in enumerate(per_vector):
+                k = round(each[index] * numel)
                 if 0 < k < numel:
                     searches.append(_Search(index, domain, numel, k))
                     tables.append(table)

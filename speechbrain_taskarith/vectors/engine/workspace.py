@@ -25,6 +25,10 @@ INFINITE = 0x7F800000
 RUN = 1 << 14
 
 
+# Relative step of the stored types; all is read as float32.
+EPS = {"F64": 2.0**-23, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
+
+
 class Place(NamedTuple):
     """Where a chunk lies: elements `[start, stop)` of a flattened tensor."""
 

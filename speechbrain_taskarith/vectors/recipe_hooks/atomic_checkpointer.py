@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import weakref
 
 import torch
 from speechbrain.utils.checkpoints import (
@@ -17,6 +18,7 @@ from speechbrain_taskarith.utils.files import (
     publish_folder,
     remove_leftovers,
 )
+from speechbrain_taskarith.vectors.editing.log import FolderLock
 from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     META_KEY,
     is_whole,
@@ -26,6 +28,11 @@ from speechbrain_taskarith.vectors.states.speechbrain_folder import (
 )
 
 logger = logging.getLogger(__name__)
+
+# {(process, folder): checkpointer that writes to it}
+_OWNERS = weakref.WeakValueDictionary()
+# Below every level: not logged.
+_SILENT = -1
 
 
 class AtomicCheckpointer(Checkpointer):
@@ -67,7 +74,7 @@ class AtomicCheckpointer(Checkpointer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._owned = False
-        self._pending = None
+        self._pending = self._lock = None
 
     def add_recoverable(self, name, obj, *args, **kwargs):
         """As `Checkpointer.add_recoverable`; before training, sweeps."""
@@ -85,19 +92,21 @@ class AtomicCheckpointer(Checkpointer):
         self._clean()
         meta = plain(dict(meta or {}), "meta")
         try:
-            # Upstream's message names the temporary folder.
-            saved = super().save_checkpoint(
-                meta, end_of_epoch, name, logging.DEBUG
-            )
+            # Upstream's message would name the temporary folder.
+            saved = super().save_checkpoint(meta, end_of_epoch, name, _SILENT)
             # Some objects are saved by every process (a Brain, schedulers):
             # all must have written before the folder changes its name.
             ddp_barrier()
             if if_main_process():
                 saved = self._publish(saved)
-                logger.log(verbosity, f"Saved a checkpoint in {saved.path}")
-        except BaseException:
+                kind = "end-of-epoch" if end_of_epoch else "intra-epoch"
+                logger.log(
+                    verbosity, f"Saved an {kind} checkpoint in {saved.path}"
+                )
+        except BaseException as error:
             if self._pending is not None:
                 shutil.rmtree(self._pending[0], ignore_errors=True)
+                _name_final(error, *map(str, self._pending))
             raise
         finally:
             self._pending = None
@@ -122,7 +131,8 @@ class AtomicCheckpointer(Checkpointer):
             raise ValueError(f"num_to_keep={num_to_keep}: expected at least 0")
         keys = [{"min_key": key} for key in min_keys or ()]
         keys += [{"max_key": key} for key in max_keys or ()]
-        keys += [{"importance_key": key} for key in importance_keys]
+        # `save_and_keep_only` adds one to its own default at each call.
+        keys += [{"importance_key": k} for k in dict.fromkeys(importance_keys)]
         others, best = set(), set()
         for key in keys:
             # As upstream: a checkpoint without the key is left alone.
@@ -140,6 +150,34 @@ class AtomicCheckpointer(Checkpointer):
                 shutil.rmtree(aside, ignore_errors=True)
                 logger.log(verbosity, f"Deleted {path}")
         ddp_barrier()
+
+    def _own_folder(self):
+        """For subclasses: be the only one that writes here.
+
+        Another process is refused; in one process the latest takes over.
+        """
+        key = (os.getpid(), os.path.realpath(self.checkpoints_dir))
+        owner = _OWNERS.get(key)
+        if owner is self:
+            return
+        if owner is not None:
+            owner._lose_folder(
+                f"another {type(self).__name__} of this process writes to "
+                f"{self.checkpoints_dir} now"
+            )
+            self._lock, owner._lock = owner._lock, None
+        elif if_main_process():
+            remedy = "Let it end, or give this run another checkpoints_dir"
+            try:
+                self._lock = FolderLock(self.checkpoints_dir, remedy)
+            except OSError as error:
+                logger.warning(
+                    f"{error}. See to it yourself that no two runs write here"
+                )
+        _OWNERS[key] = self
+
+    def _lose_folder(self, why):
+        """For subclasses: another one writes to the folder from now on."""
 
     def _start_saving(self):
         """For subclasses: a checkpoint is about to be saved."""
@@ -178,5 +216,23 @@ class AtomicCheckpointer(Checkpointer):
             if not (folder / "CKPT.yaml").exists() or not is_whole(folder):
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _list_checkpoint_dirs(self):
-        return [f for f in super()._list_checkpoint_dirs() if is_whole(f)]
+    def list_checkpoints(self):
+        """As `Checkpointer.list_checkpoints`; only whole ones."""
+        found = []
+        for folder in self._list_checkpoint_dirs():
+            meta = read_checkpoint_meta(folder)
+            if is_whole(folder, meta):
+                files = {file.stem: file for file in folder.glob("*.ckpt")}
+                found.append(Checkpoint(folder, meta, files))
+        return found
+
+
+def _name_final(error, temporary, final):
+    """Put the final name where an error names the temporary one."""
+    error.args = tuple(
+        arg.replace(temporary, final) if isinstance(arg, str) else arg
+        for arg in error.args
+    )
+    if isinstance(error, OSError) and error.filename is not None:
+        error.filename = str(error.filename).replace(temporary, final)
+        error.strerror = str(error.strerror).replace(temporary, final)

@@ -178,6 +178,13 @@ class Rule:
             raise ValueError(f"{what} NaN or infinity, and no vector holds any")
         return merged.numpy() if work.xp is np else merged
 
+    def group(self, name):
+        """Return a key of the parameters that this one is merged with.
+
+        The sign that prevails (see `TIES`) is that of the group.
+        """
+        return None
+
     def check_number(self, number):
         """Raise unless the rule takes so many vectors (see `Rule`)."""
         low, high = self.min_vectors, self.max_vectors
@@ -315,7 +322,7 @@ class Rule:
         >>> from speechbrain_taskarith.vectors import TIES
         >>> TIES(density=0.5, scale=0.6).describe()
         {'rule': 'TIES', 'density': 0.5, 'scale': 0.6, 'trim': 'global',
-         'elect': 'mass'}
+         'elect': 'mass', 'weights': None}
         """
         description = _describe(self, "rule")
         if not type(self).__module__.startswith(f"{__package__}."):
@@ -371,6 +378,9 @@ def _plain(value):
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):
-        plain = all(isinstance(v, (int, float)) for v in value.values())
-        return dict(value) if plain else IN_MEMORY
+        kinds = (int, float, Rule)
+        plain = all(isinstance(v, kinds) for v in value.values())
+        if plain:
+            return {key: _plain(item) for key, item in value.items()}
+        return IN_MEMORY
     return str(value) if isinstance(value, os.PathLike) else repr(value)

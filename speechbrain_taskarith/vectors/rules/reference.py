@@ -8,6 +8,7 @@ where a rule looks at the whole vectors at once, or `"tensor"`.
 
 import hashlib
 import re
+from fnmatch import fnmatchcase
 
 import numpy as np
 import torch
@@ -58,30 +59,37 @@ def trim(tau, density):
 
 def trim_vectors(vectors, density, scope):
     """Trim each vector, as a whole or tensor by tensor."""
+    if not isinstance(density, list):
+        density = [density] * len(vectors)
     return [
-        in_scope(lambda t: trim(t[0], density), [v], scope) for v in vectors
+        in_scope(lambda t, d=d: trim(t[0], d), [vector], scope)
+        for vector, d in zip(vectors, density)
     ]
 
 
-def elect_and_merge(taus, elect="mass"):
+def elect_and_merge(taus, elect="mass", weights=None):
     """Mean of the entries `[N, P]` that have the elected sign.
 
     TIES, algorithm 1, steps 2 and 3. An undecided entry takes the sign that
-    prevails among all others.
+    prevails among all others. With weights, `sum w tau / sum w`.
     """
+    weights = torch.ones(len(taus)) if weights is None else weights
+    weights = torch.as_tensor(weights).double()[:, None]
+    taus = taus * weights
     if elect == "mass":
         elected = taus.sum(0).sign()
     else:
         elected = taus.sign().sum(0).sign()
     elected[elected == 0] = elected.sum().sign()
     agree = (taus != 0) & (taus.sign() == elected)
-    return (taus * agree).sum(0) / agree.sum(0).clamp(min=1)
+    mass = (weights * agree).sum(0)
+    return (taus * agree).sum(0) / mass.where(mass != 0, 1)
 
 
-def ties(vectors, density=0.2, trim="global", elect="mass"):
+def ties(vectors, density=0.2, trim="global", elect="mass", weights=None):
     """Yadav et al. 2023, algorithm 1: trim, elect, disjoint merge."""
     trimmed = stack(trim_vectors(vectors, density, trim))
-    return unstack(elect_and_merge(trimmed, elect), vectors[0])
+    return unstack(elect_and_merge(trimmed, elect, weights), vectors[0])
 
 
 def breadcrumbs(vectors, density=0.14, gamma=0.01, trim="tensor"):
@@ -92,9 +100,19 @@ def breadcrumbs(vectors, density=0.14, gamma=0.01, trim="tensor"):
     return unstack((kept - outliers).sum(0), vectors[0])
 
 
-def uniform(seed, index, name, numel):
-    """Random numbers in [0, 1) of a tensor of vector number `index`."""
-    digest = hashlib.sha256(f"{seed}\0{index}\0{name}".encode()).digest()
+def content(vector):
+    """Numbers that vectors are put in order by: `sum_j (2 j + 1) bits_j`."""
+    sums = []
+    for name in sorted(vector):
+        bits = (vector[name].float().numpy().reshape(-1) + 0).view(np.uint32)
+        odd = 2 * np.arange(len(bits), dtype=np.uint64) + 1
+        sums.append(int((bits * odd).sum(dtype=np.uint64)))
+    return sums
+
+
+def uniform(seed, rank, name, numel):
+    """Random numbers in [0, 1) of a tensor of the vector with this rank."""
+    digest = hashlib.sha256(f"{seed}\0{rank}\0{name}".encode()).digest()
     generator = np.random.Philox(key=int.from_bytes(digest[:16], "little"))
     words = generator.random_raw((numel + 1) // 2).astype("<u8").view("<u4")
     return torch.from_numpy(words[:numel] / 2**32)
@@ -102,12 +120,14 @@ def uniform(seed, index, name, numel):
 
 def drop(vectors, seed, chances):
     """Drop each entry with its chance `p`, divide the others by `1 - p`."""
+    order = sorted(range(len(vectors)), key=lambda i: content(vectors[i]))
     dropped = []
     for index, vector in enumerate(vectors):
         dropped.append({})
         for name, tensor in vector.items():
             p = chances(tensor.double())
-            kept = uniform(seed, index, name, tensor.numel()) >= p.flatten()
+            rank = order.index(index)
+            kept = uniform(seed, rank, name, tensor.numel()) >= p.flatten()
             dropped[-1][name] = tensor * kept.view_as(tensor) / (1 - p)
     return dropped
 
@@ -129,6 +149,44 @@ def della(vectors, drop_rate=0.7, epsilon=0.2, seed=0, elect="mass"):
     taus = stack(drop(vectors, seed, chances))
     merged = taus.sum(0) if elect == "none" else elect_and_merge(taus, elect)
     return unstack(merged, vectors[0])
+
+
+def pcb(vectors, density=0.1):
+    """Du et al. 2024, PCB, with the functions of the authors' code."""
+    taus = stack(vectors)
+    n, d = taus.shape
+
+    def unit(x):
+        low, high = x.min(1, keepdim=True)[0], x.max(1, keepdim=True)[0]
+        return (x - low) / (high - low)
+
+    ordered = taus.abs().sort(1)[0]
+    low, high = int(d * 1e-4), int(d * (1 - 1e-4) - 1)
+    size = taus.abs().clip(ordered[:, [low]], ordered[:, [high]])
+    score = (n * unit(size) ** 2).exp() * (taus * taus.sum(0)).tanh()
+    least = score.sort(1)[0][:, [int(d * (1 - density))]]
+    weights = unit(score.maximum(least))
+    mass = weights.sum(0)
+    merged = (weights * taus.sign() * size).sum(0) / mass.where(mass > 0, 1)
+    return unstack(merged, vectors[0])
+
+
+def sce(vectors, density=1.0):
+    """Wan et al. 2024, SCE: select by variance, weigh, erase."""
+
+    def merge(taus):
+        if density < 1:
+            spread = taus.var(0, unbiased=False)
+            kept = int(spread.count_nonzero() * density)
+            order = spread.argsort(descending=True, stable=True)[:kept]
+            selected = torch.zeros_like(spread).index_fill(0, order, 1)
+            taus = taus * selected
+        agree = taus.sign() == torch.where(taus.sum(0) >= 0, 1, -1)
+        weights = (taus**2).mean(1, keepdim=True) * agree
+        mass = weights.sum(0)
+        return (weights * taus).sum(0) / mass.where(mass > 0, 1)
+
+    return in_scope(merge, vectors, "tensor")
 
 
 def slerp(vectors, t, scope="tensor"):
@@ -222,6 +280,34 @@ def lines(names, alpha, slope):
     }
 
 
+def selective_attention(vectors, mix, alpha=0.2):
+    """Shankar et al. 2025: `mix^(alpha (i + 1) / L)` of the first vector's
+    queries, keys and values in layer `i` of `L`, the rest of the second's."""
+    pattern = r"(.*?\blayers\.)(\d+)\b.*(q_proj|k_proj|v_proj|in_proj_)"
+    found = {n: re.match(pattern, n) for n in vectors[0]}
+    layers = {n: re.match(r"(.*?\blayers\.)(\d+)\b", n) for n in vectors[0]}
+    merged = {}
+    for name, match in found.items():
+        first, second = (v[name].double() for v in vectors)
+        merged[name] = first
+        if match:
+            same = [m for m in layers.values() if m and m[1] == match[1]]
+            last = max(int(m[2]) for m in same)
+            share = mix ** (alpha * (int(match[2]) + 1) / (last + 1))
+            merged[name] = share * first + (1 - share) * second
+    return merged
+
+
+def by_layer(vectors, rules):
+    """Another rule for each group, `{pattern: rule}`; the first match wins."""
+    merged = {}
+    for pattern, rule in rules.items():
+        names = [n for n in vectors[0] if fnmatchcase(n, pattern)]
+        names = [n for n in names if n not in merged]
+        merged.update(rule([{n: v[n] for n in names} for v in vectors]))
+    return {n: merged[n] for n in vectors[0]}
+
+
 def by_matrix(rule, vectors):
     """Apply a rule to matrices; kernels become some, all else is averaged."""
     merged = {}
@@ -236,30 +322,75 @@ def by_matrix(rule, vectors):
     return merged
 
 
+def svd(tau, rank=None, of=None):
+    """Singular triples of a matrix that are more than float32's rounding.
+
+    Rounding `of` another matrix, where it was computed from one.
+    """
+    u, s, v = torch.linalg.svd(tau, full_matrices=False)
+    size = (tau if of is None else of).norm() * max(tau.shape) ** 0.5
+    found = int((s > 4 * 2**-23 * size).sum())
+    kept = found if rank is None else min(rank, found)
+    return u[:, :kept], s[:kept], v[:kept]
+
+
 def orthonormal(matrix):
-    """Return the orthonormal matrix nearest to one: `P Q^T` of `P D Q^T`."""
-    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    return left @ right
+    """The orthonormal matrix nearest to one: `P Q^T` of `P D Q^T`.
+
+    Without the directions that the matrix does not span (`D` near 0).
+    """
+    left, size, right = torch.linalg.svd(matrix, full_matrices=False)
+    rank = int((size > 3.5e-4 * size[0]).sum())
+    return left[:, :rank] @ right[:rank]
 
 
-def tsv_m(vectors, share=None):
+def tsv_m(vectors, share=None, boost=lambda s: s):
     """Gargiulo et al. 2025, algorithm 1: top singular triples, decorrelated."""
 
     def merge(taus):
         kept = int(min(taus[0].shape) * (share or 1 / len(taus)) + 1e-9)
-        parts = [torch.linalg.svd(tau, full_matrices=False) for tau in taus]
-        u, s, v = zip(*((u[:, :kept], s[:kept], v[:kept]) for u, s, v in parts))
-        left, right = orthonormal(torch.cat(u, 1)), orthonormal(torch.cat(v))
-        return left * torch.cat(s) @ right
+        u, s, v = zip(*map(svd, taus))
+        left = orthonormal(torch.cat([part[:, :kept] for part in u], 1))
+        right = orthonormal(torch.cat([part[:kept] for part in v]))
+        return left * torch.cat([boost(part)[:kept] for part in s]) @ right
 
     return by_matrix(merge, vectors)
+
+
+def boosted_tsv_m(vectors, beta=0.3, share=None):
+    """Carvalho et al. 2026: singular values raised to the one at which the
+    cumulated ones reach the share `beta`, then TSV-M."""
+
+    def boost(s):
+        reached = s.cumsum(0) / s.sum() >= beta
+        return s.clamp(min=s[reached][0])
+
+    return tsv_m(vectors, share, boost)
 
 
 def iso_c(vectors):
     """Marczak et al. 2025, algorithm 1: the sum, with a flat spectrum."""
 
     def merge(taus):
-        left, values, right = torch.linalg.svd(sum(taus), full_matrices=False)
+        left, values, right = svd(sum(taus))
         return left @ right * values.mean()
+
+    return by_matrix(merge, vectors)
+
+
+def iso_cts(vectors, common=0.8):
+    """Marczak et al. 2025, Iso-CTS: common and task-specific subspaces."""
+
+    def merge(taus):
+        full = min(taus[0].shape)
+        each = round((full - int(full * common + 1e-9)) / len(taus))
+        each = min(each, full // len(taus))
+        triples = [svd(sum(taus), full - each * len(taus))]
+        shared = triples[0][0]
+        for tau in taus:
+            triples.append(svd(tau - shared @ shared.T @ tau, each, tau))
+        u, s, v = zip(*triples)
+        left, right = orthonormal(torch.cat(u, 1)), orthonormal(torch.cat(v))
+        return left @ right * torch.cat(s).mean()
 
     return by_matrix(merge, vectors)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from speechbrain_taskarith.utils.files import read_json
 from speechbrain_taskarith.vectors.states.safetensors import (
+    CHECKED,
+    FINGERPRINT,
     damaged,
     read_header,
 )
@@ -171,9 +173,12 @@ def _open_safetensors(path, shown_as=None):
         name: StoredTensor(path, descriptor, info, offset)
         for name, (info, offset) in tensors.items()
     }
-    written = metadata.get("fingerprint")
+    written = metadata.get(FINGERPRINT)
+    promised = metadata.pop(CHECKED, None)
 
     def check(state):
+        if promised is not None and written is None:
+            raise damaged(path, "its header has lost its fingerprint")
         if written is not None and written != state.fingerprint:
             raise damaged(path, "its tensors are not those it was written with")
 

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from speechbrain_taskarith.utils.files import (
+    destination,
     fsync_directory,
     temporary_file,
+    write_at,
     write_error,
 )
 
@@ -45,6 +47,9 @@ ITEM_SIZE = {name: size for name, (size, _) in _DTYPES.items()}
 TORCH_NAME = {name: torch_name for name, (_, torch_name) in _DTYPES.items()}
 # The dtypes that are edited.
 FLOATING = ("F64", "F32", "F16", "BF16")
+
+# Metadata of our files: the hash of all tensors, and that there is one.
+FINGERPRINT, CHECKED = "fingerprint", "checked_by"
 
 # What a header that is not ours may raise on the way.
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -149,10 +154,11 @@ class SafetensorsWriter:
         for name, info in self.tensors.items():
             self._offsets[name] = end
             end += info.nbytes
-        self._file, self.temporary = temporary_file(self.path)
+        self._target = destination(self.path)
+        self._file, self.temporary = temporary_file(self._target)
         try:
             _allocate(self._file, end)
-            _write_at(self._file, header, 0)
+            write_at(self._file, header, 0)
         except OSError as error:
             self.abort()
             raise write_error(error, self.path) from error
@@ -165,7 +171,7 @@ class SafetensorsWriter:
         if offset + len(data) > info.nbytes:
             raise ValueError(f"{self.path}: too many bytes for {name!r}")
         try:
-            _write_at(self._file, data, self._offsets[name] + offset)
+            write_at(self._file, data, self._offsets[name] + offset)
         except OSError as error:
             raise write_error(error, self.path) from error
 
@@ -177,15 +183,15 @@ class SafetensorsWriter:
                 header = self._header()
                 if len(header) != self._data_start:
                     raise ValueError("metadata at close must keep its length")
-                _write_at(self._file, header, 0)
+                write_at(self._file, header, 0)
             os.fsync(self._file)
-            os.replace(self.temporary, self.path)
+            os.replace(self.temporary, self._target)
         except OSError as error:
             self.abort()
             raise write_error(error, self.path) from error
         os.close(self._file)
         self._file = None
-        fsync_directory(self.path.parent)
+        fsync_directory(self._target.parent)
 
     def abort(self):
         """Remove the temporary file; what stood under the name stays."""
@@ -206,7 +212,11 @@ class SafetensorsWriter:
     def _header(self):
         header, begin = {}, 0
         if self.metadata:
-            header["__metadata__"] = self.metadata
+            # Says that there is a fingerprint, should its name be damaged.
+            marks = (
+                {CHECKED: FINGERPRINT} if FINGERPRINT in self.metadata else {}
+            )
+            header["__metadata__"] = {**self.metadata, **marks}
         for name, info in self.tensors.items():
             header[name] = {
                 "dtype": info.dtype,
@@ -231,10 +241,3 @@ def _allocate(descriptor, size):
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
         os.ftruncate(descriptor, size)
-
-
-def _write_at(descriptor, data, offset):
-    data = memoryview(data)
-    while data:
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written

@@ -230,8 +230,12 @@ class State(Mapping):
     def fingerprint(self):
         """SHA-256 over names, dtypes, shapes and bytes; equal weights have
         equal fingerprints in every format. Computed once, on first use."""
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            digests = list(pool.map(self.digest, self.entries))
+        if sum(e.info.nbytes for e in self.entries.values()) < _HASH_BLOCK:
+            # Starting threads would take longer than hashing.
+            digests = list(map(self.digest, self.entries))
+        else:
+            with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+                digests = list(pool.map(self.digest, self.entries))
         return fingerprint_of(dict(zip(self.entries, digests)))
 
     def digest(self, name):

@@ -61,8 +61,11 @@ def load_torch_file(path):
             f"{path}: refused: {reason}. Save the plain state dict (tensors "
             "only) with torch.save and use that file."
         ) from None
-    except (OSError, MemoryError):
+    except OSError:
         raise  # the machine's fault, not the file's
+    except MemoryError:
+        reason = "not enough memory to read it, or its sizes are damaged"
+        raise OSError(errno.ENOMEM, reason, str(path)) from None
     except Exception as error:
         # The unpickler raises whatever the bytes make it trip over: an
         # IndexError for a counter's text.

@@ -139,13 +139,13 @@ def read_vocabulary(path):
         return _in_order(pairs, path)
     # Not splitlines(): tokens may hold what that takes for an end of line.
     lines = text.replace("\r\n", "\n").split("\n")
-    pairs = []
+    pairs, encoder = [], False
     for line in lines:
-        if line.startswith("====="):
+        if encoder := line.startswith("====="):
             break  # SpeechBrain's extras follow
         if match := re.fullmatch(r"((['\"]).*\2) => (\d+)", line):
             pairs.append((match[3], _token(match[1], path)))
-    if pairs:
+    if pairs or encoder:
         return _in_order(pairs, path)
     return [line.split("\t")[0] for line in lines if line]
 

@@ -35,6 +35,7 @@ from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     recoverables,
     write_meta,
 )
+from speechbrain_taskarith.vectors.states.state import fingerprint_of
 from speechbrain_taskarith.vectors.states.torch_files import (
     load_torch_file,
     save_torch_file,
@@ -151,6 +152,9 @@ def _save_safetensors(state, path, metadata, names=None):
     # The fingerprint in the header is what `State.verify` checks.
     if len(names) == len(state):
         header["fingerprint"] = state.fingerprint
+    else:
+        digests = {name: state.digest(name) for name in names}
+        header["fingerprint"] = fingerprint_of(digests)
     infos = {name: state.info(name) for name in names}
     with SafetensorsWriter(path, infos, header) as out:
         for name, info in infos.items():

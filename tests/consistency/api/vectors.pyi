@@ -127,7 +127,14 @@ def cosine_matrix(vectors): ...
 
 class EditingCheckpointer:
     def __init__(
-        self, checkpoints_dir, recoverables=None, *, edited="model", base, rule
+        self,
+        checkpoints_dir,
+        recoverables=None,
+        *,
+        edited="model",
+        base,
+        rule,
+        normalizers="base",
     ): ...
 
 class TaskVectorPretrainer: ...

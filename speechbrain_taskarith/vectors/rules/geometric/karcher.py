@@ -5,12 +5,12 @@ import math
 import numpy as np
 
 from speechbrain_taskarith.vectors import checks
-from speechbrain_taskarith.vectors.rules.angular import (
+from speechbrain_taskarith.vectors.rules.base import check_weights
+from speechbrain_taskarith.vectors.rules.geometric.angular import (
     SAME,
     Angular,
     lengths_and_cosines,
 )
-from speechbrain_taskarith.vectors.rules.base import check_weights
 
 
 class Karcher(Angular):

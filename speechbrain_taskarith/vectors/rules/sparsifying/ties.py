@@ -12,7 +12,7 @@ from speechbrain_taskarith.vectors.engine.workspace import (
     magnitude_bits,
     weighted_sum,
 )
-from speechbrain_taskarith.vectors.rules.base import Rule, Stage
+from speechbrain_taskarith.vectors.rules.base import Rule, Stage, check_weights
 
 _COMBINE = ("sum", "mean", "disjoint_mean")
 
@@ -21,7 +21,7 @@ class Magnitude(Stage):
     """Keep the largest magnitudes only, as `TIES` does (`scope`: `trim`)."""
 
     def __init__(self, density, scope="global"):
-        self.density = checks.in_range("density", density, 0, 1)
+        self.density = checks.shares("density", density)
         self.scope = checks.one_of("trim", scope, ("global", "tensor"))
 
     # Where each vector is cut, `{name: Cut}`; what is above the second cuts
@@ -30,10 +30,11 @@ class Magnitude(Stage):
 
     def prepare(self, stream):
         """Find where each vector is cut."""
-        if self.density == 1:
+        kept = checks.one_each("density", self.density, stream.source.number)
+        if all(share == 1 for share in kept):
             return self
         ready = copy.copy(self)
-        (ready.cuts,) = find_cuts(stream, [self.density], self.scope)
+        (ready.cuts,) = find_cuts(stream, [kept], self.scope)
         return ready
 
     def apply(self, index, tau, place, work, out):
@@ -69,6 +70,11 @@ class Merge(Rule):
         and are not zero.
     scale : float or dict
         See `Rule`.
+    weights : sequence of float or None
+        A factor for each vector, after it was made sparse and before the
+        election. Both means are then weighted ones: divided by the weights
+        of what takes part (where these cancel, not divided), as mergekit
+        does. None: all 1.
 
     Example
     -------
@@ -80,54 +86,81 @@ class Merge(Rule):
 
     whole_tensors = False
 
-    def __init__(self, sparsify=(), elect="none", combination="sum", scale=1.0):
+    def __init__(
+        self,
+        sparsify=(),
+        elect="none",
+        combination="sum",
+        scale=1.0,
+        weights=None,
+    ):
         super().__init__(scale)
+        self.weights = checks.weights(weights)
         self.stages = self.sparsify = tuple(sparsify)
         self.elect = checks.one_of("elect", elect, ("none", "mass", "count"))
         self.combination = checks.one_of("combination", combination, _COMBINE)
 
-    def merge(self, vectors, place, work, source):
+    def prepare(self, stream):
+        """See `Rule.prepare`: the weights."""
+        return check_weights(self, stream.source.number)
+
+    def merge(self, vectors, place, work, weights):
         """See `Rule.merge`."""
-        number = source.number
-        if number == 1:
+        if weights == [1]:
             # Its entries agree with themselves, and their mean is theirs.
             return next(vectors)
         if self.elect == "none" and self.combination != "disjoint_mean":
-            total = weighted_sum(vectors, [1] * number, place, work)
+            total = weighted_sum(vectors, weights, place, work)
             if self.combination == "mean":
-                work.xp.divide(total, float(number), out=total)
+                work.xp.divide(total, float(sum(weights) or 1), out=total)
             return total
-        signs = _Signs(vectors, place, work, number)
+        signs = _Signs(vectors, place, work, weights)
         if self.elect != "none":
             signs.elect(self.elect)
-        return signs.combine(self.combination, number)
+        return signs.combine(self.combination, sum(weights) or 1)
 
 
 class _Signs:
     """Sum and number of a chunk's positive and of its negative entries."""
 
-    def __init__(self, vectors, place, work, number):
+    def __init__(self, vectors, place, work, weights):
         xp, size = work.xp, place.size
         self.work, self.size = work, size
         # Counts of up to 255 vectors fit in a byte.
-        kind = "uint8" if number < 256 else "int32"
+        kind = "uint8" if len(weights) < 256 else "int32"
         self.plus = work.zeros("plus", size)
         self.minus = work.zeros("minus", size)
         self.pluses = work.zeros("pluses", size, kind)
         self.minuses = work.zeros("minuses", size, kind)
+        # Of unequal weights not only the number counts.
+        self.weighted = any(weight != 1 for weight in weights)
+        if self.weighted:
+            self.up_mass = work.zeros("up mass", size)
+            self.down_mass = work.zeros("down mass", size)
         part = work.array("part", size)
         sign = work.array("sign", size, "bool")
-        for tau in vectors:
+        for tau, weight in zip(vectors, weights):
+            if weight != 1:
+                product = work.array("weighted", size)
+                tau = xp.multiply(tau, float(weight), out=product)
             # `tau * (tau > 0)` is faster than a maximum, and what is left
             # of `tau` without it is the negative part, exactly.
             xp.greater(tau, 0, out=sign)
             xp.add(self.pluses, sign.view(xp.uint8), out=self.pluses)
+            self._weigh("up_mass", sign, weight, part)
             xp.multiply(tau, sign, out=part)
             xp.add(self.plus, part, out=self.plus)
             xp.subtract(tau, part, out=part)
             xp.add(self.minus, part, out=self.minus)
             xp.less(tau, 0, out=sign)
             xp.add(self.minuses, sign.view(xp.uint8), out=self.minuses)
+            self._weigh("down_mass", sign, weight, part)
+
+    def _weigh(self, side, sign, weight, part):
+        if self.weighted:
+            mass, xp = getattr(self, side), self.work.xp
+            xp.multiply(sign, float(weight), out=part)
+            xp.add(mass, part, out=mass)
 
     def elect(self, how):
         """Leave out the entries of the sign that loses."""
@@ -150,6 +183,9 @@ class _Signs:
         xp.multiply(self.minus, down, out=self.minus)
         xp.multiply(self.pluses, up.view(xp.uint8), out=self.pluses)
         xp.multiply(self.minuses, down.view(xp.uint8), out=self.minuses)
+        if self.weighted:
+            xp.multiply(self.up_mass, up, out=self.up_mass)
+            xp.multiply(self.down_mass, down, out=self.down_mass)
 
     def _elect_undecided(self, up, down):
         """Give entries that cancel exactly the whole vector's majority sign.
@@ -178,12 +214,16 @@ class _Signs:
             return total
         if how == "mean":
             return xp.divide(total, float(number), out=total)
+        floats = self.work.array("part", self.size)
+        if self.weighted:
+            xp.add(self.up_mass, self.down_mass, out=floats)
+            floats[floats == 0] = 1
+            return xp.divide(total, floats, out=total)
         # Divide by how many take part, at least 1.
         xp.add(counts, self.minuses, out=counts)
         none = self.work.array("sign", self.size, "bool")
         xp.less(counts, 1, out=none)
         xp.add(counts, none.view(xp.uint8), out=counts)
-        floats = self.work.array("part", self.size)
         floats[:] = counts
         return xp.divide(total, floats, out=total)
 
@@ -198,10 +238,11 @@ class TIES(Merge):
 
     Arguments
     ---------
-    density : float
+    density : float or sequence of float
         Share of the entries that is kept, in [0, 1]: exactly
-        `round(density * numel)`; of equal magnitudes the first. (The
-        sequential editing paper, arXiv 2406.17935, uses 0.5.)
+        `round(density * numel)`; of equal magnitudes the first. A list: one
+        for each vector. (The sequential editing paper, arXiv 2406.17935,
+        uses 0.5.)
     scale : float or dict
         See `Rule`.
     trim : str
@@ -210,6 +251,8 @@ class TIES(Merge):
     elect : str
         `"mass"`: sign of the sum; `"count"`: the sign that more have. An
         undecided entry takes the sign that prevails in the whole vector.
+    weights : sequence of float or None
+        See `Merge`.
 
     Example
     -------
@@ -219,8 +262,15 @@ class TIES(Merge):
     tensor([ 0., -3.,  2.,  0.])
     """
 
-    def __init__(self, density=0.2, scale=1.0, trim="global", elect="mass"):
+    def __init__(
+        self,
+        density=0.2,
+        scale=1.0,
+        trim="global",
+        elect="mass",
+        weights=None,
+    ):
         checks.one_of("elect", elect, ("mass", "count"))
         stages = [Magnitude(density, trim)]
-        super().__init__(stages, elect, "disjoint_mean", scale)
-        self.density, self.trim = density, trim
+        super().__init__(stages, elect, "disjoint_mean", scale, weights)
+        self.density, self.trim = stages[0].density, trim

@@ -3,12 +3,12 @@
 import math
 
 from speechbrain_taskarith.vectors import checks
-from speechbrain_taskarith.vectors.rules.angular import (
+from speechbrain_taskarith.vectors.rules.geometric.angular import (
     SAME,
     Angular,
     lengths_and_cosines,
 )
-from speechbrain_taskarith.vectors.rules.karcher import Karcher
+from speechbrain_taskarith.vectors.rules.geometric.karcher import Karcher
 
 
 class SLERP(Angular):

@@ -1,30 +1,14 @@
 """LiNeS: a scale that grows with depth, around any other rule."""
 
 import re
-from operator import attrgetter
 
 from speechbrain_taskarith.utils.patterns import matches, require_match
 from speechbrain_taskarith.vectors import checks
-from speechbrain_taskarith.vectors.rules.base import Rule, check_rule
+from speechbrain_taskarith.vectors.rules.base import check_rule
+from speechbrain_taskarith.vectors.rules.wrapper import Wrapper
 
 # "layers.3.", "blocks.3.", "conv_layers.3.", GPT's "h.3."
 LAYERS = r"(?:^|\.)(?:\w*layers?|\w*blocks?|h)\.(\d+)(?:\.|$)"
-
-
-class Wrapper(Rule):
-    """A rule that changes something about another one, its `inner`."""
-
-    inner = None
-
-    stages = property(attrgetter("inner.stages"))
-    min_vectors = property(attrgetter("inner.min_vectors"))
-    max_vectors = property(attrgetter("inner.max_vectors"))
-    whole_tensors = property(attrgetter("inner.whole_tensors"))
-    carries_nan = property(attrgetter("inner.carries_nan"))
-    bytes_per_element = property(attrgetter("inner.bytes_per_element"))
-    granularity = property(attrgetter("inner.granularity"))
-    prepare = property(attrgetter("inner.prepare"))
-    merge = property(attrgetter("inner.merge"))
 
 
 class LiNeS(Wrapper):
@@ -101,6 +85,23 @@ def relative_depths(names, layers=LAYERS):
     >>> relative_depths(["enc.layers.0.w", "enc.layers.1.w", "conv.w"])
     {'enc.layers.0.w': 0.0, 'enc.layers.1.w': 1.0, 'conv.w': 0.0}
     """
+    found = find_layers(names, layers)
+    if not found:
+        raise ValueError(
+            f"LiNeS: no parameter name has a layer in the sense of {layers!r}; "
+            f"names look like: {', '.join(list(names)[:3])}. Pass layers="
+        )
+    depths = dict.fromkeys(names, 0.0)
+    for name, (layer, number) in found.items():
+        depths[name] = layer / max(number - 1, 1)
+    return depths
+
+
+def find_layers(names, layers=LAYERS):
+    """Return `{name: (layer, number of layers in its stack)}`, from 0.
+
+    Without parameters of no stack.
+    """
     found, highest = {}, {}
     for name in names:
         match = re.search(layers, name)
@@ -108,12 +109,4 @@ def relative_depths(names, layers=LAYERS):
             stack, layer = name[: match.start(1)], int(match[1])
             found[name] = stack, layer
             highest[stack] = max(highest.get(stack, 0), layer)
-    if not found:
-        raise ValueError(
-            f"LiNeS: no parameter name has a layer in the sense of {layers!r}; "
-            f"names look like: {', '.join(list(names)[:3])}. Pass layers="
-        )
-    depths = dict.fromkeys(names, 0.0)
-    for name, (stack, layer) in found.items():
-        depths[name] = layer / max(highest[stack], 1)
-    return depths
+    return {n: (layer, highest[s] + 1) for n, (s, layer) in found.items()}

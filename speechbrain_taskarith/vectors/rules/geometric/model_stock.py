@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from speechbrain_taskarith.vectors.rules.angular import (
+from speechbrain_taskarith.vectors.rules.geometric.angular import (
     Angular,
     lengths_and_cosines,
 )

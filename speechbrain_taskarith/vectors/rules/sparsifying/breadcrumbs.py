@@ -4,7 +4,10 @@ import copy
 
 from speechbrain_taskarith.vectors import checks
 from speechbrain_taskarith.vectors.engine.thresholds import find_cuts
-from speechbrain_taskarith.vectors.rules.ties import Magnitude, Merge
+from speechbrain_taskarith.vectors.rules.sparsifying.ties import (
+    Magnitude,
+    Merge,
+)
 
 
 class Band(Magnitude):
@@ -13,7 +16,10 @@ class Band(Magnitude):
     def __init__(self, density, gamma, scope="tensor"):
         super().__init__(density, scope)
         self.gamma = checks.in_range("gamma", gamma, 0, 1)
-        if density + gamma > 1 + 1e-9:
+        kept = (
+            self.density if isinstance(self.density, list) else [self.density]
+        )
+        if max(kept, default=0) + gamma > 1 + 1e-9:
             raise ValueError(
                 f"density={density} and gamma={gamma}: expected a sum of at "
                 "most 1, since the shares kept and cut off on top do not "
@@ -23,8 +29,10 @@ class Band(Magnitude):
     def prepare(self, stream):
         """Find both cuts of each vector, in one pass."""
         ready = copy.copy(self)
+        kept = checks.one_each("density", self.density, stream.source.number)
         # Guard against 0.9 + 0.1 becoming 1.0000000000000002.
-        shares = [min(self.density + self.gamma, 1), self.gamma]
+        inside = [min(share + self.gamma, 1) for share in kept]
+        shares = [inside, self.gamma]
         ready.cuts, ready.outlier_cuts = find_cuts(stream, shares, self.scope)
         return ready
 
@@ -39,8 +47,9 @@ class Breadcrumbs(Merge):
 
     Arguments
     ---------
-    density : float
-        Share that is kept, in [0, 1] (the paper's best keeps about 0.14).
+    density : float or sequence of float
+        Share that is kept, in [0, 1] (the paper's best keeps about 0.14). A
+        list: one for each vector.
     gamma : float
         Share cut off on top, in [0, 1]; the two add up to at most 1.
     scale : float or dict
@@ -50,6 +59,8 @@ class Breadcrumbs(Merge):
     elect : str
         `"none"` as in the paper; `"mass"` or `"count"` elect signs and take
         the disjoint mean, as TIES does.
+    weights : sequence of float or None
+        See `Merge`.
 
     Example
     -------
@@ -60,9 +71,16 @@ class Breadcrumbs(Merge):
     """
 
     def __init__(
-        self, density=0.14, gamma=0.01, scale=1.0, trim="tensor", elect="none"
+        self,
+        density=0.14,
+        gamma=0.01,
+        scale=1.0,
+        trim="tensor",
+        elect="none",
+        weights=None,
     ):
         combine = "sum" if elect == "none" else "disjoint_mean"
         stages = [Band(density, gamma, trim)]
-        super().__init__(stages, elect, combine, scale)
-        self.density, self.gamma, self.trim = density, gamma, trim
+        super().__init__(stages, elect, combine, scale, weights)
+        self.density, self.gamma = stages[0].density, gamma
+        self.trim = trim

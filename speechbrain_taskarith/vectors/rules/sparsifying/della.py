@@ -9,19 +9,18 @@ from speechbrain_taskarith.vectors.engine.workspace import (
     magnitude_bits,
     to_numpy,
 )
-from speechbrain_taskarith.vectors.rules.base import Stage
-from speechbrain_taskarith.vectors.rules.dare import random_numbers
-from speechbrain_taskarith.vectors.rules.ties import Merge
+from speechbrain_taskarith.vectors.rules.sparsifying.dare import Random
+from speechbrain_taskarith.vectors.rules.sparsifying.ties import Merge
 
 
-class DropByRank(Stage):
+class DropByRank(Random):
     """What `DELLA` does to each vector (MagPrune), by DARE's random numbers."""
 
     def __init__(self, drop, epsilon, seed=0):
-        self.drop = checks.in_range("drop", drop, 0, 1, open_high=True)
-        widest = 2 * min(drop, 1 - drop)
+        super().__init__(drop, seed)
+        drops = self.drop if isinstance(self.drop, list) else [self.drop]
+        widest = 2 * min([1, *(min(p, 1 - p) for p in drops)])
         self.epsilon = checks.in_range("epsilon", epsilon, 0, widest)
-        self.seed = checks.whole("seed", seed)
 
     def granularity(self, shape):
         """See `Stage.granularity`: a row."""
@@ -29,17 +28,18 @@ class DropByRank(Stage):
 
     def apply(self, index, tau, place, work, out):
         """Multiply by `1 / (1 - p)` or 0."""
-        if self.drop == 0:
+        drop = self.drops[index]
+        if drop == 0:
             return tau
         row = self.granularity(place.shape)
-        numbers = random_numbers(self.seed, index, place)
+        numbers = self.random_numbers(index, place)
         bits = to_numpy(magnitude_bits(tau, work)).reshape(-1, row)
         # One integer that sorts by magnitude and then by position.
         order = np.subtract(0x7FFFFFFF, bits, dtype=np.int64) << 32
         order |= np.arange(row)
         order.sort(axis=1)
         order &= 0xFFFFFFFF
-        least = self.drop - self.epsilon / 2
+        least = drop - self.epsilon / 2
         by_rank = least + self.epsilon / row * np.arange(row)
         chance = np.empty(bits.shape)
         np.put_along_axis(chance, order, by_rank[None], axis=1)
@@ -62,8 +62,9 @@ class DELLA(Merge):
 
     Arguments
     ---------
-    drop : float
-        Mean probability of being dropped, in [0, 1).
+    drop : float or sequence of float
+        Mean probability of being dropped, in [0, 1). A list: one for each
+        vector.
     epsilon : float
         From the least to the greatest probability; `drop - epsilon / 2` and
         `drop + epsilon / 2` must lie in [0, 1].
@@ -72,7 +73,10 @@ class DELLA(Merge):
     seed : int
         Not negative.
     elect : str
-        `"mass"` as in the paper, `"count"` or `"none"`.
+        `"mass"` as in the paper, `"count"` or `"none"`. With an election
+        the result is longer than the mean (see docs/task_vectors.md).
+    weights : sequence of float or None
+        See `Merge`.
 
     Example
     -------
@@ -83,8 +87,16 @@ class DELLA(Merge):
     tensor(True)
     """
 
-    def __init__(self, drop=0.7, epsilon=0.2, scale=1.0, seed=0, elect="mass"):
+    def __init__(
+        self,
+        drop=0.7,
+        epsilon=0.2,
+        scale=1.0,
+        seed=0,
+        elect="mass",
+        weights=None,
+    ):
         combine = "sum" if elect == "none" else "disjoint_mean"
         stages = [DropByRank(drop, epsilon, seed)]
-        super().__init__(stages, elect, combine, scale)
-        self.drop, self.epsilon, self.seed = drop, epsilon, seed
+        super().__init__(stages, elect, combine, scale, weights)
+        self.drop, self.epsilon, self.seed = stages[0].drop, epsilon, seed

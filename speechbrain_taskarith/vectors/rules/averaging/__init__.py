@@ -1,0 +1,1 @@
+"""Weighted means and sums, entry by entry."""

@@ -1,0 +1,1 @@
+"""Rules that treat layers differently, most of them around other rules."""

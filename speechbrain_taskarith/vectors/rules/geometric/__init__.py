@@ -1,0 +1,1 @@
+"""Rules that look at lengths and angles: SLERP, Karcher, Model Stock."""

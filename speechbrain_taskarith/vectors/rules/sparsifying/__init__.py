@@ -1,0 +1,1 @@
+"""Rules that drop entries before they merge: TIES, DARE and others."""

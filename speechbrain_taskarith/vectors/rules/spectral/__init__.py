@@ -1,0 +1,1 @@
+"""Rules on the singular values of whole matrices: TSV-M, Iso-C."""
