@@ -77,7 +77,8 @@ def main(words=None):
     arguments.take_overrides(options, rest)
     with _messages_of_one_line():
         try:
-            output.show(options.run(options), options.json)
+            result = options.run(options)
+            output.show(result, options.json)
         except BrokenPipeError:  # `taskarith inspect ... | head`
             with contextlib.suppress(OSError):
                 sys.stdout.close()
@@ -88,7 +89,7 @@ def main(words=None):
         except _EXPECTED as error:
             output.complain(output.message(error, options.remedies))
             return 1
-    return 0
+    return result.status
 
 
 @contextlib.contextmanager

@@ -7,7 +7,11 @@ wrapper, one thing to copy as a teacher.
 
 import torch
 
-from speechbrain_taskarith.utils.lengths import absolute_lengths
+from speechbrain_taskarith.utils.lengths import (
+    absolute_lengths,
+    ignore_padding,
+    without_padding,
+)
 
 
 class CTCNetwork(torch.nn.Module):
@@ -54,7 +58,7 @@ class CTCNetwork(torch.nn.Module):
         super().__init__()
         if frontend is not None:
             self.frontend = frontend
-        self.encoder = encoder
+        self.encoder = ignore_padding(encoder)
         self.ctc_lin = ctc_lin
 
     def forward(self, x, lens):
@@ -72,8 +76,9 @@ class CTCNetwork(torch.nn.Module):
         torch.Tensor
             [batch, frames, labels], log-probabilities.
         """
+        x = without_padding(x, lens)
         if hasattr(self, "frontend"):
-            x = self.frontend(x)
+            x = without_padding(self.frontend(x), lens)
         return self.ctc_lin(self.encoder(x, lens)).log_softmax(dim=-1)
 
 
@@ -107,7 +112,7 @@ class Seq2SeqNetwork(torch.nn.Module):
         super().__init__()
         if frontend is not None:
             self.frontend = frontend
-        self.transformer = transformer
+        self.transformer = ignore_padding(transformer)
         self.seq_lin = seq_lin
         self.pad_index = pad_index
 
@@ -129,7 +134,7 @@ class Seq2SeqNetwork(torch.nn.Module):
             [batch, tokens, vocabulary], log-probabilities.
         """
         _, decoded = self.transformer(
-            self._front(x), tokens_bos, lens, pad_idx=self.pad_index
+            self._front(x, lens), tokens_bos, lens, pad_idx=self.pad_index
         )
         return self.seq_lin(decoded).log_softmax(dim=-1)
 
@@ -148,7 +153,7 @@ class Seq2SeqNetwork(torch.nn.Module):
         torch.Tensor
             [batch, frames, d].
         """
-        return self.transformer.encode(self._front(x), lens)
+        return self.transformer.encode(self._front(x, lens), lens)
 
     def decode(self, tokens, encoded, lens):
         """Score the token after each given prefix.
@@ -173,8 +178,11 @@ class Seq2SeqNetwork(torch.nn.Module):
         decoded, _ = self.transformer.decode(tokens, encoded, absolute)
         return self.seq_lin(decoded[:, -1]).log_softmax(dim=-1)
 
-    def _front(self, x):
-        return self.frontend(x) if hasattr(self, "frontend") else x
+    def _front(self, x, lens):
+        x = without_padding(x, lens)
+        if not hasattr(self, "frontend"):
+            return x
+        return without_padding(self.frontend(x), lens)
 
 
 class WhisperNetwork(torch.nn.Module):

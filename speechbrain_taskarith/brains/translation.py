@@ -26,8 +26,9 @@ class TranslationBrain(sb.Brain):
     - `task_weights`: a `TaskNormWeights` with the same `main`; it names the
       auxiliary tasks, and those that are still computed;
     - `target_labels`: `decode(list of lists of indices) -> list of str`, as
-      `PieceLabels` and SentencePiece have it; where "asr" is a task also
-      `source_labels`, whose index 0 is the blank;
+      `PieceLabels` and SentencePiece have it; where "asr" is a task, or the
+      objective has CTC in "st", also `source_labels`, whose index 0 is the
+      blank;
     - `bos_index`, `eos_index`: of the decoder;
     - `greedy_tokens`: longest translation of the greedy search;
     - `seed`: int;
@@ -152,7 +153,8 @@ class TranslationBrain(sb.Brain):
         """Return the weighted sum of the losses; outside training translate."""
         names = ("source", "source_lens", "target_eos", "target_lens")
         targets = {name: self.inputs[name] for name in names}
-        losses = self.hparams.objective(predictions, **targets)
+        ids = self.inputs["ids"]
+        losses = self.hparams.objective(predictions, **targets, ids=ids)
         if stage != sb.Stage.TRAIN:
             self._collect(predictions, stage)
             return losses[self.hparams.main]
@@ -212,13 +214,20 @@ class TranslationBrain(sb.Brain):
     def _optional(self, name):
         return getattr(self.hparams, name, None)
 
+    def _trains_ctc(self):
+        """Tell whether the CTC head is, or was, trained by a task."""
+        tasks = {self.hparams.main, *self.hparams.task_weights.tasks}
+        in_st = "st" in tasks and self.hparams.objective.st_needs_source
+        return "asr" in tasks or in_st
+
     def _valid_rows(self, batch, tasks, x, lens):
         """Return the rows of a batch that pass the guard, None for all."""
         if self._optional("guard") is None:
             return None
         needed, weights = {}, self.hparams.task_weights
         # Of all tasks: a stopped task must not change who is left out.
-        if {"asr", "mt"} & {self.hparams.main, *weights.tasks}:
+        all_tasks = {self.hparams.main, *weights.tasks}
+        if {"asr", "mt"} & all_tasks or self._trains_ctc():
             needed["transcripts"] = batch.wrd
         if {"st", "mt"} & set(tasks):
             needed["translations"] = batch.translation
@@ -243,8 +252,7 @@ class TranslationBrain(sb.Brain):
             self.references += self.inputs["translations"]
             self.hypotheses += self._translate(encoding, stage)
         speech = predictions.speech
-        all_tasks = (main, *self.hparams.task_weights.tasks)
-        if speech is not None and "asr" in all_tasks:
+        if speech is not None and self._trains_ctc():
             labels = sb.decoders.ctc_greedy_decode(
                 speech.logits,
                 speech.frame_lens,

@@ -12,10 +12,14 @@ from speechbrain_taskarith.utils.progress import progress
 
 @dataclass
 class Result:
-    """What a verb has done: `lines` for people, plain `data` for programs."""
+    """What a verb has done: `lines` for people, plain `data` for programs.
+
+    `status` is the exit status: 1 where a part could not be done.
+    """
 
     lines: list = field(default_factory=list)
     data: dict = field(default_factory=dict)
+    status: int = 0
 
 
 def show(result, as_json):

@@ -2,12 +2,13 @@
 
 import inspect
 import pydoc
+import re
 import sys
 import time
 from pathlib import Path
 
 from speechbrain_taskarith.commands import arguments as shared
-from speechbrain_taskarith.commands.output import Result
+from speechbrain_taskarith.commands.output import Result, complain, message
 
 _EXAMPLES = """\
   taskarith transcribe --model results/model speech.wav
@@ -69,6 +70,13 @@ def add_parser(verbs, summary):
         help="convert recordings of another sample rate",
     )
     add("--device", default="cpu", help="e.g. cuda:0 (cpu)")
+    add(
+        "--threads",
+        type=int,
+        default=1,
+        metavar="N",
+        help="CPU threads (1: a step of a stream is too small for more)",
+    )
 
 
 def run(options):
@@ -77,35 +85,67 @@ def run(options):
         raise ValueError(
             f"--chunk {options.chunk:g}: expected seconds, above 0"
         )
-    from speechbrain_taskarith.data import read_audio
-
-    model = load_transcriber(options.model, options.device)
-    lines, data, spent, seconds = [], [], 0.0, 0.0
-    for path in options.files:
-        wave = read_audio(path, model.sample_rate, options.resample)
-        began = time.perf_counter()
-        found = {"file": path, "seconds": len(wave) / model.sample_rate}
-        if options.stream:
-            found.update(_streamed(model, wave, options))
-        else:
-            found["text"] = model.transcribe(wave.to(options.device))
-        took = time.perf_counter() - began
-        found["real_time_factor"] = took / found["seconds"]
-        spent, seconds = spent + took, seconds + found["seconds"]
-        data.append(found)
-        name = f"{path}: " if len(options.files) > 1 else ""
-        lines.append(f"{name}{found['text']}")
+    with shared.threads(options):
+        model = load_transcriber(options.model, options.device)
+        data, bad = [], 0
+        for path in options.files:
+            try:
+                data.append(_recognised(model, path, options))
+            except (ValueError, OSError, RuntimeError) as error:
+                text = message(_in_words(error, path), options.remedies)
+                bad += 1
+                if bad == len(options.files):
+                    raise ValueError(text) from error
+                # The texts that there are must not be lost.
+                complain(text)
+                data.append({"file": path, "error": text})
+    found = [one for one in data if "text" in one]
+    named = len(options.files) > 1
+    lines = [
+        f"{one['file']}: {one['text']}" if named else one["text"]
+        for one in found
+    ]
     result = {"verb": "transcribe", "model": options.model, "files": data}
     if options.stream:
         result["latency"] = model.latency()
         # Halves go up: sums of floats end above or below them, by version.
         ms = {k: int(1000 * s + 0.501) for k, s in result["latency"].items()}
+        spent = sum(one["seconds"] * one["real_time_factor"] for one in found)
+        seconds = sum(one["seconds"] for one in found)
         lines.append(
             f"latency {ms['algorithmic']} ms by construction (segment "
             f"{ms['segment']}, look-ahead {ms['look_ahead']}, features "
             f"{ms['features']}); real-time factor {spent / seconds:.3f}"
         )
-    return Result(lines, result)
+    return Result(lines, result, status=1 if bad else 0)
+
+
+def _recognised(model, path, options):
+    from speechbrain_taskarith.data import read_audio
+
+    wave = read_audio(path, model.sample_rate, options.resample)
+    began = time.perf_counter()
+    found = {"file": path, "seconds": len(wave) / model.sample_rate}
+    if options.stream:
+        found.update(_streamed(model, wave, options))
+    else:
+        found["text"] = model.transcribe(wave.to(options.device))
+    took = time.perf_counter() - began
+    return {**found, "real_time_factor": took / found["seconds"]}
+
+
+def _in_words(error, path):
+    """Return an error that names the file, and options instead of Python."""
+    text = str(error)
+    if not Path(path).is_file():
+        text = f"{path}: no such recording"
+    text = re.sub(
+        r"set the recipe's sample_rate to \d+, or read it with resample=True",
+        "or let --resample do so",
+        text,
+    )
+    text = text.replace(" or take its row out of the manifest", "")
+    return ValueError(text if path in text else f"{path}: {text}")
 
 
 def _streamed(model, wave, options):

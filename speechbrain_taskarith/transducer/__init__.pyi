@@ -24,7 +24,7 @@ from .streaming.streaming_transducer import (
 )
 from .streaming.text import LabelText as LabelText
 from .streaming.text import SentencePieceText as SentencePieceText
+from .training.expected_errors import min_wer_loss as min_wer_loss
 from .training.min_wer import MinWERLoss as MinWERLoss
-from .training.min_wer import min_wer_loss as min_wer_loss
 from .training.transfer import TransferReport as TransferReport
 from .training.transfer import transfer_encoder as transfer_encoder

@@ -2,6 +2,8 @@
 
 import torch
 
+from speechbrain_taskarith.utils.lengths import ignore_padding, without_padding
+
 
 class AcousticEncoder(torch.nn.Module):
     """Any SpeechBrain encoder of features or of waveforms.
@@ -38,7 +40,7 @@ class AcousticEncoder(torch.nn.Module):
     def __init__(self, encoder, d_model, d_encoder=None, frontend=None):
         super().__init__()
         self.frontend = frontend
-        self.encoder = encoder
+        self.encoder = ignore_padding(encoder)
         self.projection = None
         if d_encoder not in (None, d_model):
             self.projection = torch.nn.Linear(d_encoder, d_model)
@@ -46,13 +48,15 @@ class AcousticEncoder(torch.nn.Module):
 
     def forward(self, x, lens):
         """Encode a batch, see `AcousticEncoder`."""
+        x = without_padding(x, lens)
         if self.frontend is not None:
-            x = self.frontend(x)
+            x = without_padding(self.frontend(x), lens)
         x = self.encoder(x, lens)
         if isinstance(x, tuple):
             x = x[0]
-        if self.projection is not None:
-            x = self.projection(x)
+        if self.projection is not None and x.dim() == 3:
+            # NaN in the padding would reach the projection's gradient.
+            x = self.projection(without_padding(x, lens))
         if x.dim() != 3 or x.shape[-1] != self.d_model:
             raise ValueError(
                 f"the encoder returned {tuple(x.shape)}, expected [batch, "

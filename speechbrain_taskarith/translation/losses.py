@@ -1,5 +1,7 @@
 """The losses of speech translation and its auxiliary tasks."""
 
+import logging
+
 import torch
 import torch.nn.functional as F
 
@@ -7,7 +9,12 @@ from speechbrain_taskarith.translation.distributed import (
     gather_rows,
     process_count,
 )
+from speechbrain_taskarith.translation.input_guard import utterance_name
 from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
+
+logger = logging.getLogger(__name__)
+# Utterances named in the log.
+MOST_NAMED = 20
 
 
 class CrossModalContrastiveLoss(torch.nn.Module):
@@ -133,27 +140,30 @@ def distillation_loss(student, teacher, lens, temperature=1.0):
 
 
 class TranslationObjective:
-    """One loss a task, so that their sum is the paper's.
+    """One loss a task: `L_ST + w_asr L_asr + w_mt L_mt` is the whole.
 
     | task | loss |
     |---|---|
-    | `"st"` | `0.7 CE` |
-    | `"asr"` | `0.3 (CTC + contrastive)` |
+    | `"st"` | `L_ST = 0.7 CE + 0.3 (CTC + contrastive)` |
+    | `"asr"` | `CTC + contrastive` |
     | `"mt"` | CE with label smoothing 0.2 |
 
-    `st + asr` is `L_ST = 0.7 CE + 0.3 (CTC + contrastive)` (arXiv
-    2311.03810); apart, they can be weighted, and the auxiliary one stopped.
-    The contrastive loss is the mean of two: where text is embedded, and at
+    (arXiv 2311.03810). Where an auxiliary task stops, only its own term goes:
+    the main loss keeps CTC, without which the head decays and the shrink with
+    it. The contrastive loss is the mean of two: where text is embedded, and at
     the textual encoder's output. Cross-entropy and CTC are
-    `-log P(y | x)` in nats, averaged over the batch. An utterance with fewer
-    frames than its transcript needs has a CTC loss of 0, as in SpeechBrain.
+    `-log P(y | x)` in nats, averaged over the batch. CTC has no path for a
+    transcript with more labels (and one more for each repetition) than there
+    are frames: such an utterance has a CTC loss of 0, and is named in the log.
 
     Arguments
     ---------
     blank_index : int
-        The blank of the CTC head.
+        The blank of the CTC head; `ValueError` at the first batch if the
+        model shrinks by another, or its noise writes another.
     ce_weight : float
-        Of the translation of speech; CTC and contrastive get the rest.
+        Of the translation of speech; CTC and contrastive get the rest. 1: no
+        CTC in `"st"`, for speech without transcripts.
     st_smoothing, mt_smoothing : float
         Label smoothing of "st" and "mt".
     temperature : float
@@ -161,6 +171,10 @@ class TranslationObjective:
     contrastive, distillation : float
         Factors of the contrastive loss, and of `distillation_loss` from "mt"
         to "st" where both are computed, as a part of "st"; 0 leaves it out.
+    ctc_in_st : bool
+        False: `L_ST` is split, "st" is `0.7 CE` and "asr"
+        `0.3 (CTC + contrastive)`; nothing trains the CTC head once "asr" has
+        stopped.
 
     Example
     -------
@@ -183,6 +197,7 @@ class TranslationObjective:
         temperature=0.1,
         contrastive=1.0,
         distillation=0.0,
+        ctc_in_st=True,
     ):
         if not 0 < ce_weight <= 1:
             raise ValueError(f"ce_weight {ce_weight}: expected (0, 1]")
@@ -190,7 +205,14 @@ class TranslationObjective:
         self.ce_weight = ce_weight
         self.st_smoothing, self.mt_smoothing = st_smoothing, mt_smoothing
         self.contrastive, self.distillation = contrastive, distillation
+        self.ctc_in_st = ctc_in_st
         self.contrast = CrossModalContrastiveLoss(temperature)
+        self._warned = set()
+
+    @property
+    def st_needs_source(self):
+        """Whether the loss of "st" needs transcripts."""
+        return self.ctc_in_st and self.ce_weight < 1
 
     def __call__(
         self,
@@ -200,6 +222,7 @@ class TranslationObjective:
         target_eos=None,
         target_lens=None,
         tasks=None,
+        ids=None,
     ):
         """Return the loss of every task that was computed.
 
@@ -208,12 +231,14 @@ class TranslationObjective:
         output : TranslationOutput
             Of `SpeechTranslationModel`.
         source, source_lens : torch.Tensor, optional
-            As for the model, for "asr".
+            As for the model, for "asr" and, unless `ce_weight` is 1, "st".
         target_eos, target_lens : torch.Tensor, optional
             [B, W], translations with the end token, and their relative
             lengths [B], for "st" and "mt".
         tasks : sequence of str, optional
             Tasks to compute; by default those that the model computed.
+        ids : sequence of str, optional
+            The utterances' names, for warnings.
 
         Returns
         -------
@@ -222,32 +247,81 @@ class TranslationObjective:
         """
         tasks = output.tasks if tasks is None else tasks
         st, mt, losses = output.st, output.mt, {}
+        aligned = None
+        if self._needs_aligned(tasks, output, source):
+            aligned = self._ctc_and_contrast(
+                output.speech, output.text, source, source_lens, ids
+            )
         if "st" in tasks and st is not None:
             losses["st"] = self.ce_weight * _cross_entropy(
                 st, target_eos, target_lens, self.st_smoothing
             )
+            if self.st_needs_source:
+                losses["st"] = losses["st"] + (1 - self.ce_weight) * aligned
+            if self.distillation and mt is None and st.requires_grad:
+                self._warn_once(
+                    "distillation",
+                    f"distillation={self.distillation:g} does nothing in a "
+                    "batch without 'mt', its teacher, and nothing at all once "
+                    "that task has stopped",
+                )
             if self.distillation and mt is not None:
                 distilled = distillation_loss(st, mt, target_lens)
                 losses["st"] = losses["st"] + self.distillation * distilled
-        if "asr" in tasks and output.speech is not None and source is not None:
-            losses["asr"] = (1 - self.ce_weight) * self._asr(
-                output.speech, output.text, source, source_lens
-            )
+        if "asr" in tasks and aligned is not None:
+            share = 1 if self.ctc_in_st else 1 - self.ce_weight
+            losses["asr"] = share * aligned
         if "mt" in tasks and mt is not None:
             losses["mt"] = _cross_entropy(
                 mt, target_eos, target_lens, self.mt_smoothing
             )
         return losses
 
-    def _asr(self, speech, text, source, source_lens):
+    def _needs_aligned(self, tasks, output, source):
+        """Tell whether a task needs CTC; refuse "st" without transcripts."""
+        st = "st" in tasks and output.st is not None and self.st_needs_source
+        if st and source is None:
+            raise ValueError(
+                "'st' needs source and source_lens: its loss holds "
+                f"{1 - self.ce_weight:g} (CTC + contrastive). For speech "
+                "without transcripts use TranslationObjective(ce_weight=1)"
+            )
+        asr = "asr" in tasks and output.speech is not None
+        return st or (asr and source is not None)
+
+    def _ctc_and_contrast(self, speech, text, source, source_lens, ids):
+        if speech.blank_index not in (None, self.blank_index):
+            raise ValueError(
+                f"TranslationObjective(blank_index={self.blank_index}), but "
+                f"the model's blank is {speech.blank_index} (CTCShrink, "
+                "BlankNoise): give all of them the CTC head's"
+            )
         # CTC sums over alignments: in float32 at least.
         dtype = torch.promote_types(speech.logits.dtype, torch.float32)
         logits = speech.logits.to(dtype)
+        frames = absolute_lengths(speech.frame_lens, logits.shape[1])
+        words = absolute_lengths(source_lens, source.shape[1])
+        # One transfer; `ctc_loss` would make its own for lengths on a device.
+        frames, words, least = torch.stack(
+            [frames, words, _least_frames(source, words)]
+        ).cpu()
+        for row in (frames < least).nonzero().flatten().tolist():
+            name = utterance_name(row, ids)
+            many = len(self._warned) >= MOST_NAMED
+            self._warn_once(
+                "more" if many else name,
+                "more transcripts have no path of CTC: no more are named"
+                if many
+                else f"{name}: CTC needs {int(least[row])} frames for its "
+                f"transcript of {int(words[row])} labels, and there are "
+                f"{int(frames[row])}: its CTC loss is 0. Use fewer labels "
+                "(pieces, not characters) or shorter frames, or remove it",
+            )
         loss = F.ctc_loss(
             logits.log_softmax(-1).transpose(0, 1),
             source,
-            absolute_lengths(speech.frame_lens, logits.shape[1]),
-            absolute_lengths(source_lens, source.shape[1]),
+            frames,
+            words,
             blank=self.blank_index,
             reduction="sum",
             zero_infinity=True,
@@ -260,6 +334,18 @@ class TranslationObjective:
             )
             loss = loss + self.contrastive * contrast / 2
         return loss
+
+    def _warn_once(self, what, message):
+        if what not in self._warned:
+            self._warned.add(what)
+            logger.warning(message)
+
+
+def _least_frames(labels, lengths):
+    """Return the frames CTC needs: a blank parts a label from its like."""
+    inside = ~padding_mask(lengths, labels.shape[1])
+    repeated = (labels[:, 1:] == labels[:, :-1]) & inside[:, 1:]
+    return lengths + repeated.sum(1)
 
 
 def _cross_entropy(logits, targets, lens, smoothing):

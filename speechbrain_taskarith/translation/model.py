@@ -9,6 +9,7 @@ from speechbrain_taskarith.translation.input_guard import check_lengths
 from speechbrain_taskarith.translation.reduction.segments import Segments
 from speechbrain_taskarith.utils.lengths import (
     absolute_lengths,
+    padding_mask,
     relative_lengths,
 )
 
@@ -22,6 +23,7 @@ class SpeechEncoding(NamedTuple):
     encoded: torch.Tensor  # [B, S, d], from the textual encoder
     lens: torch.Tensor  # [B], of the last two
     segments: Segments | None  # None without shrinking
+    blank_index: int | None = None  # of the CTC head, where a part knows it
 
 
 class TextEncoding(NamedTuple):
@@ -70,8 +72,8 @@ class SpeechTranslationModel(torch.nn.Module):
     noise : BlankNoise, optional
         On the text side, in training.
     contrast : bool
-        True: task "asr" needs the transcript's encoding, for the contrastive
-        loss.
+        True: transcripts of speech are encoded, for the contrastive loss of
+        "st" and "asr"; "asr" then needs them.
 
     Example
     -------
@@ -129,13 +131,18 @@ class SpeechTranslationModel(torch.nn.Module):
                 "looking_back without shrink: there is nothing to look back "
                 "for; give both, or neither"
             )
-        blank = getattr(shrink, "blank_index", None)
-        token = getattr(noise, "blank_token", blank)
+        self._blank_index()
+
+    def _blank_index(self):
+        """Return the CTC head's blank, None if no part has one."""
+        blank = getattr(self.shrink, "blank_index", None)
+        token = getattr(self.noise, "blank_token", blank)
         if None not in (blank, token) and blank != token:
             raise ValueError(
                 f"the noise's blank is {token}, that of the CTC head {blank}; "
                 "noisy text looks like CTC output only if they are equal"
             )
+        return token if blank is None else blank
 
     def parts(self):
         """Return `{part: module}`, as `TaskNormWeights.observe` takes it."""
@@ -164,7 +171,8 @@ class SpeechTranslationModel(torch.nn.Module):
             lengths [B]; needed by "st" and "asr".
         source, source_lens : torch.Tensor, optional
             Transcripts [B, U], and their relative lengths [B]; needed by
-            "mt", and by "asr" with contrast.
+            "mt", and by "asr" with contrast. Given with "st", they are
+            encoded for its contrastive loss.
         target_bos : torch.Tensor, optional
             [B, W], translations behind the beginning token; needed by "st"
             and "mt".
@@ -184,7 +192,7 @@ class SpeechTranslationModel(torch.nn.Module):
         if "mt" in tasks:
             text = self.encode_text(source, source_lens)
             mt = self.decoder(target_bos, text.encoded, text.lens)
-        elif "asr" in tasks and self.contrast:
+        elif self.contrast and speech is not None and source is not None:
             # Text gets no gradient from the contrastive loss.
             with torch.no_grad():
                 text = self.encode_text(source, source_lens)
@@ -225,6 +233,9 @@ class SpeechTranslationModel(torch.nn.Module):
         if self.shrink is None:
             check_lengths(count, frames.shape[1], "features", ids)
         frame_lens = relative_lengths(count, frames.shape[1])
+        # NaN in the padding would reach the gradient of the CTC head.
+        outside = padding_mask(count, frames.shape[1])[..., None]
+        frames = frames.masked_fill(outside, 0.0)
         logits = self.ctc_lin(frames)
         embedded, shrunk_lens, segments = frames, frame_lens, None
         if self.shrink is not None:
@@ -235,7 +246,8 @@ class SpeechTranslationModel(torch.nn.Module):
             embedded = self.looking_back(embedded, frames, frame_lens, segments)
         encoded = self.textual(embedded, shrunk_lens)
         return SpeechEncoding(
-            logits, frame_lens, embedded, encoded, shrunk_lens, segments
+            *(logits, frame_lens, embedded, encoded, shrunk_lens, segments),
+            blank_index=self._blank_index(),
         )
 
     def encode_text(self, tokens, lens):

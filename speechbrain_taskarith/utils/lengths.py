@@ -1,8 +1,10 @@
-"""Relative lengths made absolute, absolute ones relative, and their mask.
+"""Lengths relative and absolute, and padding kept away from frames.
 
 Lengths are [B]; relative ones are SpeechBrain's, in (0, 1], of a padded
 tensor of `size` steps.
 """
+
+import threading
 
 import torch
 
@@ -35,3 +37,74 @@ def padding_mask(lengths, size):
     [[False, False], [False, True]]
     """
     return torch.arange(size, device=lengths.device) >= lengths[:, None]
+
+
+def without_padding(x, lens):
+    """Return [B, T, ...] with padding set to 0, of relative lengths [B].
+
+    >>> x = torch.tensor([[1.0, 2.0], [3.0, float("nan")]])
+    >>> without_padding(x, torch.tensor([1.0, 0.5]))
+    tensor([[1., 2.],
+            [3., 0.]])
+    """
+    if lens is None:
+        return x
+    # Of a short utterance a frame stays, whatever is rounded.
+    frames = absolute_lengths(lens.to(x.device), x.shape[1]).clamp(min=1)
+    padding = padding_mask(frames, x.shape[1])
+    return x.masked_fill(padding.view(*padding.shape, *[1] * (x.dim() - 2)), 0)
+
+
+def ignore_padding(encoder):
+    """Let the Conformer convolutions of a module read 0 in place of padding.
+
+    SpeechBrain masks what they return, not what they read: the last frames of
+    an utterance depend on the batch that it is in. Now they read 0, as beyond
+    the end of a single utterance. Parameters and their names stay; a second
+    call does nothing. Returns the module.
+    """
+    from speechbrain.lobes.models.transformer.Conformer import (
+        ConvolutionModule,
+    )
+
+    for part in encoder.modules():
+        if isinstance(part, ConvolutionModule) and not any(
+            isinstance(hook, _Enter)
+            for hook in part._forward_pre_hooks.values()
+        ):
+            masks = {}
+            part.register_forward_pre_hook(_Enter(masks), with_kwargs=True)
+            part.bottleneck.register_forward_hook(_Clear(masks))
+    return encoder
+
+
+# Objects, not closures: a deep copy of the module gets its own.
+
+
+class _Enter:
+    """Note the mask [B, T, 1] that a convolution module is called with."""
+
+    def __init__(self, masks):
+        self.masks = masks  # by thread: several may share a model
+
+    def __call__(self, module, args, kwargs):
+        mask = args[1] if len(args) > 1 else kwargs.get("mask")
+        self.masks[_thread()] = mask
+
+
+class _Clear:
+    """Set padding to 0 in the input [B, C, T] of the depthwise convolution."""
+
+    def __init__(self, masks):
+        self.masks = masks
+
+    def __call__(self, module, args, out):
+        mask = self.masks.get(_thread())
+        # Not kept: it would lie in copies and on the device.
+        self.masks[_thread()] = None
+        return None if mask is None else out.masked_fill(mask.mT, 0.0)
+
+
+def _thread():
+    # What is compiled runs in one.
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from speechbrain.decoders import ctc_greedy_decode
 from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
 from translation_toy import BOS, EOS, toy_model  # noqa: E402
 
+from speechbrain_taskarith.metrics import wer
 from speechbrain_taskarith.translation import (
+    AcousticEncoder,
     BlankNoise,
     TaskNormWeights,
     TranslationObjective,
@@ -29,15 +32,18 @@ VOICES = torch.randn(
 )
 
 
-def sentences(count, seed):
+def sentences(count, seed, least=3, most=5, pauses=True):
     """Return batches of speech, transcript and translation."""
     g = torch.Generator().manual_seed(seed)
     rows = []
     for _ in range(count):
-        n = int(torch.randint(3, 6, (1,), generator=g))
+        n = int(torch.randint(least, most + 1, (1,), generator=g))
         words = torch.randint(1, WORDS + 1, (n,), generator=g)
         held = torch.randint(2, 5, (2 * n,), generator=g)
         sounds = torch.stack([words, torch.zeros_like(words)], 1).flatten()
+        if not pauses:
+            held = 2 * held
+            held[1::2] = 0
         frames = VOICES[sounds].repeat_interleave(held, 0)
         noise = torch.randn(frames.shape, generator=g)
         # The last word first, in other words.
@@ -104,7 +110,7 @@ def train(tasks, whole, seed, updates=250):
         seed=seed,
     )
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    objective = TranslationObjective(0)
+    objective = TranslationObjective(0, 0.7 if whole else 1.0)
     weights = TaskNormWeights(
         [t for t in tasks if t != "st"], interval=50, exponent=0.5
     )
@@ -135,3 +141,73 @@ def test_the_whole_method_is_ahead_of_speech_translation_alone():
     alone = train(("st",), whole=False, seed=0)
     whole = train(("st", "asr", "mt"), whole=True, seed=0)
     assert whole > alone + 5, (whole, alone)
+
+
+def ctc_loss_and_errors(model, rows):
+    """Return the CTC loss and the word errors, in %, of the model's head."""
+    inputs, targets = collate(rows)
+    model.eval()
+    with torch.no_grad():
+        out = model(tasks=("asr",), **inputs)
+        objective = TranslationObjective(0, contrastive=0.0)
+        loss = objective(out, **targets)["asr"]
+    model.train()
+    speech = out.speech
+    found = ctc_greedy_decode(speech.logits, speech.frame_lens, 0)
+    said, heard = (
+        [" ".join(map(str, tokens)) for tokens in texts]
+        for texts in ([row[1].tolist() for row in rows], found)
+    )
+    return float(loss), wer(said, heard).wer
+
+
+class Deeper(torch.nn.Module):
+    """An acoustic encoder with something to lose."""
+
+    def __init__(self, features, width):
+        super().__init__()
+        self.first = torch.nn.Conv1d(features, width, 5, 2, 2)
+        self.second = torch.nn.Conv1d(width, width, 5, padding=2)
+        self.norms = torch.nn.ModuleList(
+            torch.nn.LayerNorm(width) for _ in range(2)
+        )
+
+    def forward(self, x, lens):
+        x = self.first(x.mT).relu().mT
+        x = self.norms[0](x)
+        return self.norms[1](x + self.second(x.mT).relu().mT)
+
+
+def train_past_the_stop(ctc_in_st, before=200, after=200, seed=1):
+    """Train with recognition, then without; return the figures of both."""
+    model = toy_model(
+        WORDS + 1, WORDS + 3, width=32, features=FEATURES, seed=seed
+    )
+    model.acoustic = AcousticEncoder(Deeper(FEATURES, 32), 32)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    objective = TranslationObjective(0, ctc_in_st=ctc_in_st)
+    running = TaskNormWeights(("asr",), interval=10_000)
+    stopped = TaskNormWeights(("asr",), initial={"asr": 0.0})
+    long = {"least": 8, "most": 8, "pauses": False}
+    test, found = sentences(64, seed=3, **long), []
+    for weights, updates in ((running, before), (stopped, after)):
+        for update in range(updates):
+            rows = sentences(16, seed=1000 * seed + updates + update, **long)
+            inputs, targets = collate(rows)
+            out = model(tasks=weights.active, **inputs)
+            optimizer.zero_grad()
+            weights.total(objective(out, **targets)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            optimizer.step()
+        found.append(ctc_loss_and_errors(model, test))
+    return found
+
+
+@pytest.mark.slow
+def test_recognition_does_not_decay_once_its_task_has_stopped():
+    (loss, errors), (later, errors_later) = train_past_the_stop(True)
+    assert errors < 20, "the head was trained"
+    assert later <= loss and errors_later <= errors + 1
+    # The split objective shows that it could.
+    (loss, _), (later, _) = train_past_the_stop(False)
+    assert later > 1.2 * loss

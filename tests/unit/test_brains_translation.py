@@ -121,6 +121,7 @@ def test_loss_is_the_weighted_sum_of_the_objectives():
     )
     # Outside training the main task alone is computed.
     brain.on_stage_start(sb.Stage.VALID)
+    brain.modules.eval()
     with torch.no_grad():
         out = brain.compute_forward(batch, sb.Stage.VALID)
         loss = brain.compute_objectives(out, batch, sb.Stage.VALID)
@@ -129,12 +130,13 @@ def test_loss_is_the_weighted_sum_of_the_objectives():
 
 
 def test_it_learns_to_translate(tmp_path):
-    brain = make_brain(lr=0.05, folder=tmp_path)
+    brain = make_brain(lr=0.02, folder=tmp_path)
     data = loader([0, 1, 2])
     before = None
     for _ in brain_epochs(brain, 60, data):
         before = before or brain.stats["loss"]
-    brain.evaluate(data, max_key="BLEU")
+    # The last checkpoint: sentences of three words have no BLEU to choose by.
+    brain.evaluate(data)
     assert brain.stats["loss"] < 0.5 * before
     assert brain.hypotheses == brain.references
     assert brain.ids == ["u0", "u1", "u2"]
@@ -172,8 +174,8 @@ def test_development_data_are_translated_greedily():
 @pytest.mark.parametrize(
     ("main", "tasks", "scores"),
     [
-        ("st", (), {"BLEU", "chrF", "length_ratio"}),
-        ("st", ("mt",), {"BLEU", "chrF", "length_ratio"}),
+        ("st", (), {"BLEU", "chrF", "length_ratio", "CTC_WER"}),
+        ("st", ("mt",), {"BLEU", "chrF", "length_ratio", "CTC_WER"}),
         ("st", ("asr",), {"BLEU", "chrF", "length_ratio", "CTC_WER"}),
         ("mt", (), {"BLEU", "chrF", "length_ratio"}),
         ("asr", (), {"CTC_WER"}),

@@ -1,11 +1,15 @@
 """`taskarith transcribe`: a model's folder, streams, and what is refused."""
 
+import json
+
 import pytest
 import torch
 from cli_support import fails, run, run_json
 from hyperpyyaml import load_hyperpyyaml
 
+from speechbrain_taskarith.__main__ import main
 from speechbrain_taskarith.data import write_audio
+from speechbrain_taskarith.transducer import StreamingTransducer
 
 MODEL = """\
 model_folder: !PLACEHOLDER
@@ -89,9 +93,57 @@ def test_stream_and_whole_say_the_same(folder, capsys):
     assert "latency 213 ms" in said.out and " s  " in said.err
 
 
+def test_a_bad_recording_does_not_take_the_others_along(folder, capsys):
+    words = ["transcribe", "--model", "model", "a.wav", "a.wav", "slow.wav"]
+    for more in ([], ["--stream", "--no-progress"]):
+        capsys.readouterr()
+        assert main([*words, *more]) == 1
+        said = capsys.readouterr()
+        assert said.out.startswith(f"a.wav: {folder}\na.wav: {folder}\n")
+        (line,) = said.err.strip().splitlines()
+        assert line.startswith("taskarith: error: slow.wav: ")
+        assert "--resample" in line and "=True" not in line
+    assert main([*words, "none.wav", "--json"]) == 1
+    said = capsys.readouterr()
+    files = json.loads(said.out)["files"]
+    assert [sorted(one)[0] for one in files] == ["file", "file"] + 2 * ["error"]
+    assert len(said.err.strip().splitlines()) == 2
+
+
+def test_threads_are_one_unless_told(folder, monkeypatch):
+    seen, before = [], torch.get_num_threads()
+    run_it = StreamingTransducer.transcribe
+
+    def spy(model, wave):
+        seen.append(torch.get_num_threads())
+        return run_it(model, wave)
+
+    monkeypatch.setattr(StreamingTransducer, "transcribe", spy)
+    words = ("transcribe", "--model", "model", "a.wav")
+    run(*words)
+    run(*words, "--threads", "2")
+    assert seen == [1, 2] and torch.get_num_threads() == before
+
+
+def test_weights_as_safetensors(folder, capsys, tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "model/transcriber.ckpt"
+    save_file(
+        torch.load(path, weights_only=True), path.with_suffix(".safetensors")
+    )
+    path.unlink()
+    found = run_json(capsys, "transcribe", "--model", "model", "a.wav")
+    assert found["files"][0]["text"] == folder
+
+
 BAD = {
-    "another rate": (("slow.wav",), ["slow.wav", "8000 Hz", "16000 Hz"]),
+    "another rate": (
+        ("slow.wav",),
+        ["slow.wav", "8000 Hz", "16000 Hz", "--resample"],
+    ),
     "no recording": (("none.wav",), ["none.wav", "no such recording"]),
+    "threads": (("a.wav", "--threads", "0"), ["--threads 0"]),
     "chunk": (("a.wav", "--chunk", "0"), ["--chunk 0"]),
 }
 
@@ -100,6 +152,7 @@ BAD = {
 def test_bad_recordings(folder, capsys, words, message):
     line = fails(capsys, "transcribe", "--model", "model", *words)
     assert all(part in line for part in message), line
+    assert "data_root" not in line and "=True" not in line
 
 
 REFUSED = [

@@ -1,5 +1,9 @@
 """The chunked joint equals the whole one; HAT; SpeechBrain's joints."""
 
+import functools
+import itertools
+import math
+
 import pytest
 import torch
 from transducer_oracles import brute_force, hat_formula
@@ -109,6 +113,73 @@ def test_padding_and_frozen_parts():
     assert not chunked(joint, x.detach(), g.detach(), y).requires_grad
 
 
+def test_windows_spare_the_nodes_outside():
+    joint, x, g, y = setting(RNNTJoint)
+    first = torch.tensor([[0, 3, 5, 0], [0, 1, 2, 4], [9, 9, 9, 9]])
+    windows = torch.stack([first, first + 1], -1)
+    options = {"windows": windows, "zero_infinity": True}
+    rows, scores = [], joint.scores
+    joint.scores = lambda e, p: rows.append(len(e)) or scores(e, p)
+    found = chunked(joint, x, g, y, **options)
+    del joint.scores
+    # Twice a few to try the joint, then the nodes inside.
+    assert rows[2:] == [count_by_hand(windows)]
+    logits = joint(x.unsqueeze(2), g.unsqueeze(1))
+    whole = transducer_loss(
+        logits, y, FRAMES / 9, LABELS / 4, 0, "none", **options
+    )
+    for row, (t, u) in enumerate(zip(FRAMES.tolist(), LABELS.tolist())):
+        oracle = by_windows(
+            logits[row].log_softmax(-1), y[row].tolist(), windows[row], t, u
+        )
+        assert found[row].item() == pytest.approx(-oracle)
+        assert whole[row].item() == pytest.approx(-oracle)
+    leaves = [x, g, *joint.parameters()]
+    for one, other in zip(
+        torch.autograd.grad(found.sum(), leaves),
+        torch.autograd.grad(whole.sum(), leaves),
+    ):
+        assert torch.allclose(one, other, atol=1e-12)
+    late = {**options, "windows": windows + 9}
+    assert chunked(joint, x, g, y, **late).tolist()[:2] == [0.0, 0.0]
+
+
+def count_by_hand(windows):
+    """Count the nodes between the window before and the end of the next."""
+    count = 0
+    for row, (frames, labels) in enumerate(zip(FRAMES, LABELS)):
+        for t in range(frames):
+            for u in range(labels + 1):
+                begun = u == 0 or t >= windows[row, u - 1, 0]
+                count += begun and (u == labels or t <= windows[row, u, 1])
+    return int(count)
+
+
+def by_windows(log_probs, target, windows, frames, labels):
+    """Sum over the frames of every label, in order and inside its window."""
+    total = 0.0
+    for times in itertools.product(range(frames), repeat=labels):
+        inside = all(w[0] <= t <= w[1] for t, w in zip(times, windows.tolist()))
+        if not inside or list(times) != sorted(times):
+            continue
+        score, u = 0.0, 0
+        for t in range(frames):
+            while u < labels and times[u] == t:
+                score += log_probs[t, u, target[u]].item()
+                u += 1
+            score += log_probs[t, u, 0].item()
+        total += math.exp(score)
+    return math.log(total)
+
+
+def test_an_unknown_label_is_named_also_without_vocab_size():
+    joint, x, g, y = setting(RNNTJoint)
+    wrapped = SpeechBrainJoint(joint, blank_index=0)
+    y[1, 2] = 7
+    with pytest.raises(ValueError, match="row 1, label 2: 7 .*vocabulary of 7"):
+        chunked(wrapped, x, g, y)
+
+
 def test_autocast_is_kept_in_backward():
     joint, x, g, y = setting(RNNTJoint, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -138,6 +209,121 @@ def test_refusals():
     )
     with pytest.raises(ValueError, match="dropout"):
         chunked(dropping, x, torch.randn(3, 5, 6).double(), y)
+
+
+class Tied:
+    """A joint by hand, whose output layer is the predictor's embedding."""
+
+    def __init__(self):
+        self.embedding = torch.nn.Embedding(7, 6).double()
+
+    def joint(self, x, g):
+        return torch.tanh(x + g) @ self.embedding.weight.T
+
+
+def functions():
+    """Return `{kind: (joint, parameters that it reads)}`."""
+    torch.manual_seed(1)
+    inner = torch.nn.Linear(6, 6).double()
+    last, tied = torch.nn.Linear(6, 7).double(), Tied()
+    leaf = torch.randn(6, 7, dtype=torch.float64, requires_grad=True)
+
+    def by_hand(x, g, layers):
+        return layers[1](layers[0](x + g).tanh())
+
+    inside = SpeechBrainJoint(lambda x, g: inner(x + g), last)
+    return {
+        "lambda": (lambda x, g: last((x + g).tanh()), [*last.parameters()]),
+        "method": (tied.joint, [tied.embedding.weight]),
+        "partial": (
+            functools.partial(by_hand, layers=(inner, last)),
+            [*inner.parameters(), *last.parameters()],
+        ),
+        "leaf": (lambda x, g: (x + g) @ leaf, [leaf]),
+        "inside": (inside, [*inner.parameters(), *last.parameters()]),
+    }
+
+
+@pytest.mark.parametrize("kind", functions())
+def test_parameters_that_a_function_reads_get_their_gradient(kind):
+    joint, parameters = functions()[kind]
+    x = torch.randn(3, 9, 6, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(3, 5, 6, dtype=torch.float64, requires_grad=True)
+    y = torch.randint(1, 7, (3, 4))
+    whole = transducer_loss(
+        joint(x.unsqueeze(2), g.unsqueeze(1)), y, FRAMES / 9, LABELS / 4, 0
+    )
+    pieces = chunked(joint, x, g, y, memory_budget=3000).mean()
+    assert torch.allclose(whole, pieces)
+    leaves = [x, g, *parameters]
+    for one, other in zip(
+        torch.autograd.grad(whole, leaves), torch.autograd.grad(pieces, leaves)
+    ):
+        assert one.any() and torch.allclose(one, other, atol=1e-12)
+
+
+def test_what_backward_would_compute_otherwise_is_refused():
+    joint, x, g, y = setting(RNNTJoint)
+    wide = torch.randn(3, 5, 6).double()
+    weight = torch.randn(6, 7, dtype=torch.float64, requires_grad=True)
+    before = weight * 2
+    with pytest.raises(ValueError, match="computed before .*Mul"):
+        chunked(lambda a, b: (a + b) @ before, x, wide, y)
+    drop = torch.nn.functional.dropout
+    with pytest.raises(ValueError, match="other scores when"):
+        chunked(lambda a, b: drop(a + b, 0.1) @ weight, x, wide, y)
+    joint.activation = torch.nn.RReLU()
+    with pytest.raises(ValueError, match="other scores when"):
+        chunked(joint, x, g, y)
+    assert chunked(joint.eval(), x, g, y).isfinite().all()
+    loss = chunked(joint, x, g, y).sum()
+    with torch.no_grad():
+        joint.output.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        loss.backward()
+
+
+def test_hooks_see_scores_and_gradients_as_they_are():
+    joint, x, g, y = setting(RNNTJoint)
+    leaves = [x, *joint.parameters()]
+    plain = chunked(joint, x, g, y)
+    expected = torch.autograd.grad(plain.sum(), leaves)
+    seen, grads = [], []
+    joint.output.register_forward_hook(lambda m, a, out: seen.append(out))
+    joint.output.register_full_backward_hook(lambda m, i, o: grads.append(o))
+    found = torch.autograd.grad(chunked(joint, x, g, y).sum(), leaves)
+    for one, other in zip(found, expected):
+        assert torch.allclose(one, other)
+    nodes = joint(x.unsqueeze(2), g.unsqueeze(1)).flatten(0, 2)
+    pieces = [scores for scores in seen if len(scores) > 8]
+    for scores in pieces:
+        # Every row that a hook has kept is a row of the whole.
+        near = torch.cdist(scores.detach(), nodes.detach()).amin(1)
+        assert (near < 1e-6).all()
+    assert len(pieces) == 2 and grads
+
+
+def test_nan_in_padding_reaches_no_gradient():
+    joint, x, g, y = setting(RNNTJoint)
+    leaves = [x, g, *joint.parameters()]
+    expected = torch.autograd.grad(chunked(joint, x, g, y).sum(), leaves)
+    nan = float("nan")
+    rows = torch.arange(9) >= FRAMES[:, None]
+    labels = torch.arange(5) > LABELS[:, None]
+    dirty_x = x.masked_fill(rows[..., None], nan)
+    dirty_g = g.masked_fill(labels[..., None], nan)
+    loss = chunked(joint, dirty_x, dirty_g, y)
+    for one, other in zip(torch.autograd.grad(loss.sum(), leaves), expected):
+        assert torch.allclose(one, other)
+
+
+def test_a_loss_before_leaves_autocast_alone():
+    joint, x, g, y = setting(RNNTJoint, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        chunked(joint, x, g, y)
+        logits = joint(x.unsqueeze(2), g.unsqueeze(1))
+        grads = torch.autograd.grad(logits.sum(), [*joint.parameters()])
+    assert all(grad.any() for grad in grads)
 
 
 @pytest.mark.parametrize("output", ["linear", "hat"])

@@ -8,7 +8,9 @@ import torch
 from transducer_oracles import brute_force
 
 from speechbrain_taskarith.transducer import (
+    RNNTJoint,
     alignment_windows,
+    joint_transducer_loss,
     lattice_log_prob,
     transducer_loss,
 )
@@ -252,6 +254,44 @@ def test_no_alignment_is_infinite_and_has_no_gradient():
     )
     (grad,) = torch.autograd.grad(loss, logits)
     assert loss.item() == math.inf and not grad.any()
+
+
+def test_zero_infinity_leaves_the_other_utterances():
+    logits, targets, _, _ = batch()
+    whole, one = torch.ones(4), torch.tensor([[4, 4], [0, 3], [0, 4]])
+    free = torch.tensor([[0, 99]] * 3)
+    windows = torch.stack([one, free, free, free])
+    options = {"windows": windows, "reduction": "none"}
+    each = transducer_loss(logits, targets, whole, whole, 0, **options)
+    assert each[0] == math.inf and each[1:].isfinite().all()
+    options.update(reduction="mean", zero_infinity=True)
+    found = transducer_loss(logits, targets, whole, whole, 0, **options)
+    assert found.item() == pytest.approx(each[1:].sum().item() / 4)
+    (grad,) = torch.autograd.grad(found, logits)
+    (expected,) = torch.autograd.grad(each[1:].sum() / 4, logits)
+    assert torch.allclose(grad, expected)
+
+
+def test_scores_of_minus_infinity_alone_are_impossible_not_nan():
+    logits, targets, _, _ = batch()
+    logits = logits.detach().clone()
+    logits[0, 1] = -math.inf  # a frame that nothing leads out of
+    logits.requires_grad_()
+    whole = torch.ones(4)
+    each = transducer_loss(logits, targets, whole, whole, 0, "none")
+    assert each[0] == math.inf and each[1:].isfinite().all()
+    (grad,) = torch.autograd.grad(each.sum(), logits)
+    assert grad.isfinite().all() and not grad[0].any()
+
+
+def test_an_empty_batch_is_refused():
+    nothing, none = torch.zeros(0), torch.zeros(0, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="empty batch"):
+        transducer_loss(torch.zeros(0, 5, 4, 7), none, nothing, nothing, 0)
+    joint = RNNTJoint(6, 5, 8, 7)
+    x, g = torch.zeros(0, 5, 6), torch.zeros(0, 4, 5)
+    with pytest.raises(ValueError, match="empty batch"):
+        joint_transducer_loss(joint, x, g, none, nothing, nothing, 0)
 
 
 LENS = torch.tensor([1.0, 1.0])

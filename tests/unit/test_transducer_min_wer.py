@@ -1,5 +1,7 @@
 """MinWER: the gradient P_i (W_i - E[W]), masks, sources and statistics."""
 
+import itertools
+
 import pytest
 import torch
 from hyperpyyaml import load_hyperpyyaml
@@ -9,6 +11,7 @@ from speechbrain_taskarith.transducer import (
     LSTMPredictor,
     MinWERLoss,
     RNNTJoint,
+    SpeechBrainJoint,
     TransducerBeamSearch,
     min_wer_loss,
     transducer_loss,
@@ -176,6 +179,97 @@ def test_decoding_leaves_training_alone(source):
     assert not search.joint.activation.training
     found.backward()
     assert x.grad.isfinite().all() and x.grad.any()
+
+
+def tiny(blank=2.5):
+    """A model of two labels, for which all that is likely can be listed."""
+    torch.manual_seed(4)
+    predictor = LSTMPredictor(3, 4, 5, num_layers=1).double()
+    joint = RNNTJoint(6, 5, 8, 3, blank_index=0).double()
+    with torch.no_grad():
+        joint.output.weight.mul_(2)
+        joint.output.bias[0] += blank
+    search = TransducerBeamSearch(predictor, joint, 0, beam_size=4)
+    x = torch.randn(1, 2, 6, dtype=torch.float64, requires_grad=True)
+    parameters = [*predictor.parameters(), *joint.parameters()]
+    return search, x, [x, *parameters]
+
+
+def enumerated(search, x, truth, longest=9):
+    """Return E[errors] over all label sequences, and their probability."""
+    total = mass = 0.0
+    for length in range(longest + 1):
+        lists = [*itertools.product((1, 2), repeat=length)]
+        y = torch.tensor(lists, dtype=torch.long).view(len(lists), length)
+        out, _ = search.predictor(torch.nn.functional.pad(y, (1, 0)))
+        one = torch.ones(len(y))
+        logits = search.joint(x.unsqueeze(2), out.unsqueeze(1))
+        probs = (-transducer_loss(logits, y, one, one, 0, "none")).exp()
+        errors = [edits(truth, list(tokens)) for tokens in lists]
+        total = total + (probs * torch.tensor(errors)).sum()
+        mass = mass + probs.sum().item()
+    return total, mass
+
+
+def flat(loss, leaves):
+    grads = torch.autograd.grad(loss, leaves)
+    return torch.cat([grad.flatten() for grad in grads])
+
+
+@pytest.mark.parametrize("draws, batch", [(2, 6000), (16, 800)])
+def test_samples_give_the_gradient_of_the_expected_errors(draws, batch):
+    search, x, leaves = tiny()
+    expected, mass = enumerated(search, x, [1, 2])
+    assert mass > 0.999
+    exact = flat(expected, leaves)
+    loss = MinWERLoss(search, draws, rnnt_weight=0.0, source="sample")
+    torch.manual_seed(0)
+    many = x.expand(batch, -1, -1)
+    whole, targets = torch.ones(batch), torch.tensor([[1, 2]] * batch)
+    found = loss(many, whole, targets, whole)
+    assert found.item() == pytest.approx(expected.item(), abs=0.05)
+    estimate = flat(found, leaves)
+    assert torch.cosine_similarity(estimate, exact, 0) > 0.99
+    assert estimate.norm() / exact.norm() == pytest.approx(1.0, abs=0.15)
+    words = loss.statistics()["expected_wer"] * 2 / 100
+    assert words == pytest.approx(found.item())
+
+
+def test_samples_that_are_cut_are_told():
+    search, x, _ = tiny(blank=-1.0)
+    loss = MinWERLoss(search, 4, source="sample", max_symbols=1)
+    y, one = torch.tensor([[1, 2]]), torch.ones(1)
+    with pytest.warns(UserWarning, match=r"reached max_symbols \(1\)"):
+        loss(x, one, y, one)
+
+
+def test_without_any_gradient_every_parameter_still_has_one():
+    search, x, targets, lens = setting()
+    loss = MinWERLoss(search, 4, 0.0, source="offline")
+    same = [[[1, 2, 4]], [[4, 5]], [[]]]
+    dirty = x.detach().clone()
+    dirty[1, 3:] = float("nan")
+    found = loss(dirty, lens[0], targets, lens[1], hypotheses=same)
+    assert found.item() == 0.0
+    found.backward()
+    for parameter in search.parameters():
+        assert not parameter.grad.any()
+
+
+def test_a_bad_hypothesis_is_named():
+    search, x, targets, lens = setting()
+    inner = search.joint
+    # A joint that does not say how many labels there are.
+    search.joint = SpeechBrainJoint(inner, blank_index=0)
+    loss = MinWERLoss(search, 4, source="offline")
+    assert search.joint.vocab_size is None
+    for bad, why in ((6, "vocabulary of 6"), (0, "is the blank"), (-1, "of 6")):
+        lists = [[[1]], [[4, 5], [5, bad]], [[]]]
+        message = f"hypothesis 1 of utterance 1: {bad} .*{why}"
+        with pytest.raises(ValueError, match=message):
+            loss(x, lens[0], targets, lens[1], hypotheses=lists)
+    with pytest.raises(ValueError, match="row 0, label 2: 6 .*vocabulary of 6"):
+        loss(x, lens[0], targets + 3, lens[1], hypotheses=LISTS)
 
 
 def test_training_lowers_the_expected_errors():

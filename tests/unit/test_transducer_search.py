@@ -18,6 +18,8 @@ from speechbrain_taskarith.transducer import (
 )
 from speechbrain_taskarith.transducer.search.prefixes import extended_keys
 
+ALL = math.inf
+
 
 def model(kind=RNNTJoint, vocab=3, seed=0, blank=0):
     torch.manual_seed(seed)
@@ -72,7 +74,7 @@ def test_wide_beam_is_exhaustive(kind, most, blank):
     x = 2 * torch.randn(2, 4, 6)
     x[1, 3:] = float("nan")  # padding
     search = TransducerBeamSearch(
-        predictor, joint, blank, 512, 512, max_symbols=most
+        predictor, joint, blank, 512, 512, max_symbols=most, expand_beam=ALL
     )
     found = search.decode(x, torch.tensor([1.0, 0.75]))
     for b, frames in enumerate((4, 3)):
@@ -98,7 +100,15 @@ def test_language_models_enter_as_written():
         return (0.6 * outer - 0.2 * inner).nan_to_num(0.0).tolist()
 
     search = TransducerBeamSearch(
-        predictor, joint, 0, 64, 64, lm=lm, lm_weight=0.6, ilm_weight=0.2
+        predictor,
+        joint,
+        0,
+        64,
+        64,
+        lm=lm,
+        lm_weight=0.6,
+        ilm_weight=0.2,
+        expand_beam=ALL,
     )
     assert_same(
         search.decode(x)[0], exhaustive(predictor, joint, x[0], 1, extra)
@@ -254,14 +264,86 @@ def test_hash_tells_prefixes_apart():
     assert len(some) == len(prefixes)
 
 
+@pytest.mark.parametrize("most", [1, 2])
+def test_dropped_extensions_are_the_unlikely_ones(most):
+    for seed in range(12):
+        predictor, joint = model(vocab=9, seed=seed)
+        joint.output.bias.data[0] += 4.0  # mostly blanks, as after training
+        x = torch.randn(1, 8, 6)
+        options = {"beam_size": 4, "n_best": 4, "max_symbols": most}
+        every, few = (
+            TransducerBeamSearch(
+                predictor, joint, 0, expand_beam=expand, **options
+            ).decode(x)[0]
+            for expand in (ALL, 8.0)
+        )
+        assert few[0].tokens == every[0].tokens
+        # Eight frames, each with less than 4 paths below e^-8 of the best.
+        lost = every[0].score - few[0].score
+        assert -1e-9 <= lost < 32 * math.exp(-8)
+
+
+def test_nothing_extends_far_below_the_best(monkeypatch):
+    predictor, joint = model(vocab=9)
+    joint.output.bias.data[0] += 14.0
+    calls, forward = [], predictor.forward
+    monkeypatch.setattr(
+        predictor,
+        "forward",
+        lambda *given: calls.append(len(given[0])) or forward(*given),
+    )
+    x = torch.randn(1, 8, 6) * 0.1
+    for n_best in (1, 3):
+        calls.clear()
+        search = TransducerBeamSearch(predictor, joint, 0)
+        found = search.decode(x, n_best=n_best)[0]
+        assert found[0].tokens == [] and len(found) == n_best
+        # A list is full; the best alone needs no label.
+        assert (len(calls) == 1) == (n_best == 1)
+
+
+SEARCHES = [
+    TransducerBeamSearch,
+    TransducerGreedySearch,
+    TransducerSampler,
+]
+
+
+@pytest.mark.parametrize("kind", SEARCHES)
+def test_nan_is_refused_in_use_and_ignored_in_padding(kind):
+    predictor, joint = model()
+    search, x = kind(predictor, joint, 0), torch.randn(2, 4, 6)
+    x[1, 2] = float("nan")
+    torch.manual_seed(0)
+    found = search.decode(x, torch.tensor([1.0, 0.5]))
+    torch.manual_seed(0)
+    clean = search.decode(x.nan_to_num(), torch.tensor([1.0, 0.5]))
+    assert found == clean
+    with pytest.raises(ValueError, match="row 1 holds NaN"):
+        search.decode(x)
+    joint.output.weight.data[1, 0] = float("nan")
+    with pytest.raises((ValueError, RuntimeError), match="NaN|nan"):
+        search.decode(x.nan_to_num())
+
+
+@pytest.mark.parametrize("kind", SEARCHES)
+def test_an_empty_batch_has_no_hypotheses(kind):
+    search = kind(*model(), 0)
+    assert search.decode(torch.zeros(0, 4, 6)) == []
+    assert search.decode(torch.zeros(0, 4, 6), torch.zeros(0)) == []
+    best, scores, n_best, n_best_scores = search(torch.zeros(0, 4, 6))
+    assert best == n_best == n_best_scores == [] and len(scores) == 0
+
+
 def test_bad_input():
     predictor, joint = model()
     for options in (
         {"beam_size": 0},
         {"beam_size": 2, "n_best": 3},
         {"max_symbols": 0},
+        {"expand_beam": 0.0},
     ):
-        with pytest.raises(ValueError, match="beam_size"):
+        with pytest.raises(ValueError, match="_beam|beam_"):
             TransducerBeamSearch(predictor, joint, 0, **options)
     x = torch.randn(2, 4, 6)
     x[1, 2] = float("nan")

@@ -1,5 +1,7 @@
 """Streams: any portions of samples give what the whole recording gives."""
 
+import time
+
 import pytest
 import torch
 from speechbrain.processing.features import InputNormalization
@@ -150,7 +152,9 @@ def test_streams_do_not_disturb_one_another():
 def test_batch_of_ragged_recordings_equals_singles():
     recogniser = model()
     lengths = [9600, 4000, 7777]
-    waves = torch.zeros(3, 9600)
+    # In the padding: nothing, noise or NaN.
+    waves = torch.stack([torch.zeros(9600), wave(9600, 7), torch.zeros(9600)])
+    waves[2] = float("nan")
     for row, count in enumerate(lengths):
         waves[row, :count] = wave(count, row)
     out, lens = recogniser.encode(waves, torch.tensor(lengths) / 9600)
@@ -158,7 +162,7 @@ def test_batch_of_ragged_recordings_equals_singles():
         alone, _ = recogniser.encode(waves[row : row + 1, :count])
         frames = round(float(lens[row]) * out.shape[1])
         assert alone.shape[1] == frames
-        assert torch.allclose(alone[0, :-2], out[row, : frames - 2], atol=1e-4)
+        assert torch.allclose(alone[0], out[row, :frames], atol=1e-4)
 
 
 def test_global_normalisation_is_applied():
@@ -174,6 +178,94 @@ def test_global_normalisation_is_applied():
     assert torch.equal(mean, normalize.glob_mean)
     with pytest.raises(ValueError, match="'sentence'"):
         model(normalize=InputNormalization(norm_type="sentence"))
+
+
+def normalised():
+    normalize = InputNormalization(norm_type="global", update_until_epoch=1)
+    normalize(torch.randn(4, 50, 20) * 3 + 5, torch.ones(4), epoch=0)
+    return model(normalize=normalize), normalize
+
+
+def test_the_normaliser_is_saved_as_tensors(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    recogniser, normalize = normalised()
+    state = recogniser.state_dict()
+    save_file(state, str(tmp_path / "model.safetensors"))
+    fresh = model(normalize=InputNormalization(norm_type="global"))
+    fresh.load_state_dict(load_file(str(tmp_path / "model.safetensors")))
+    for name in ("count", "glob_mean", "glob_std"):
+        expected = torch.as_tensor(getattr(normalize, name))
+        found = getattr(fresh.normalize, name)
+        assert torch.equal(torch.as_tensor(found), expected)
+    assert isinstance(fresh.normalize.count, int)
+    given = wave(8000)
+    assert fresh.transcribe(given) == recogniser.transcribe(given)
+    # Under a parent, and as a copy.
+    parent = torch.nn.ModuleDict({"asr": model(normalize=fresh.normalize)})
+    parent.load_state_dict({f"asr.{k}": v for k, v in state.items()})
+    with pytest.raises(RuntimeError, match="with a normaliser"):
+        model().load_state_dict(state)
+    with pytest.raises(RuntimeError, match="normalize.glob_mean"):
+        fresh.load_state_dict(model().state_dict())
+
+
+def test_weights_of_earlier_versions_still_load():
+    recogniser, normalize = normalised()
+    state = recogniser.state_dict()
+    names = ("count", "glob_mean", "glob_std")
+    for name in names:
+        del state[f"normalize.{name}"]
+    state["_extra_state"] = {n: getattr(normalize, n) for n in names}
+    for name in [*recogniser.searcher.joint.state_dict()]:
+        twice = f"searcher.label_scores.joint.{name}"
+        state[twice] = state[f"searcher.joint.{name}"]
+    fresh = model(normalize=InputNormalization(norm_type="global"))
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh.normalize.glob_std, normalize.glob_std)
+    plain = model()
+    plain.load_state_dict({**plain.state_dict(), "_extra_state": {}})
+
+
+def test_a_task_vector_leaves_the_normaliser_alone():
+    from speechbrain_taskarith.vectors import TaskVector
+
+    base, tuned = (normalised()[0].state_dict() for _ in range(2))
+    tuned = {n: t + 1 if t.is_floating_point() else t for n, t in tuned.items()}
+    vector = TaskVector.between(base, tuned)
+    assert len(vector) == len(base) - 3
+    edited = vector.apply(base)
+    for name in ("count", "glob_mean", "glob_std"):
+        key = f"normalize.{name}"
+        assert torch.equal(edited[key], base[key])
+
+
+def test_sixteen_bit_samples_are_scaled():
+    recogniser = model()
+    given = (wave(8000).clamp(-3, 3) * 8000).to(torch.int16)
+    expected = recogniser.transcribe(given.float() / 32768)
+    assert recogniser.transcribe(given) == expected != ""
+    stream = recogniser.stream()
+    for part in given.numpy().reshape(-1, 500):
+        stream.feed(part)
+    assert stream.finish().text == expected
+
+
+def test_computing_time_includes_results_and_text():
+    recogniser, calls = model(), []
+
+    def slow(tokens):
+        calls.append(tokens)
+        time.sleep(0.02)
+        return "text"
+
+    recogniser.detokenize = slow
+    stream = recogniser.stream()
+    for part in wave(8000).split(100):
+        seen = stream.feed(part)
+    # Once at the beginning and once a segment of 160 ms, not once a feed.
+    assert 2 <= len(calls) <= 4
+    assert seen.compute_seconds > 0.02 * len(calls)
 
 
 def test_silence_nothing_and_latency():
@@ -193,7 +285,7 @@ def test_bad_input():
     bad = [
         ({"samples": torch.zeros(8), "sample_rate": 8000}, "16000 Hz"),
         ({"samples": torch.zeros(2, 8)}, "one channel"),
-        ({"samples": torch.zeros(8, dtype=torch.int16)}, "32768"),
+        ({"samples": torch.zeros(8, dtype=torch.int32)}, "int16"),
         ({"samples": torch.full((8,), torch.nan)}, "NaN"),
     ]
     for given, message in bad:

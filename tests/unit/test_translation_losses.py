@@ -8,9 +8,15 @@ import torch.nn.functional as F
 from translation_toy import toy_batch, toy_model
 
 from speechbrain_taskarith.translation import (
+    BlankNoise,
     CrossModalContrastiveLoss,
+    CTCShrink,
     TranslationObjective,
     distillation_loss,
+)
+from speechbrain_taskarith.translation.model import (
+    SpeechEncoding,
+    TranslationOutput,
 )
 
 
@@ -121,7 +127,6 @@ def test_objective_is_the_sum_of_the_paper():
     ce = F.cross_entropy(
         out.st.transpose(1, 2), targets["target_eos"], reduction="sum"
     )
-    torch.testing.assert_close(losses["st"], 0.7 * ce / b)
     frames = (out.speech.frame_lens * out.speech.logits.shape[1]).round()
     ctc = F.ctc_loss(
         out.speech.logits.log_softmax(-1).transpose(0, 1),
@@ -138,9 +143,15 @@ def test_objective_is_the_sum_of_the_paper():
             (speech.encoded, text.encoded),
         )
     )
+    aligned, close = ctc / b + apart / 2, {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(
-        losses["asr"], 0.3 * (ctc / b + apart / 2), rtol=1e-4, atol=1e-5
+        losses["st"], 0.7 * ce / b + 0.3 * aligned, **close
     )
+    torch.testing.assert_close(losses["asr"], aligned, **close)
+    split = TranslationObjective(0, st_smoothing=0.0, ctc_in_st=False)
+    parts = split(out, **targets)
+    torch.testing.assert_close(parts["st"], 0.7 * ce / b, **close)
+    torch.testing.assert_close(parts["asr"], 0.3 * aligned, **close)
     smooth = F.cross_entropy(
         out.mt.transpose(1, 2),
         targets["target_eos"],
@@ -150,6 +161,30 @@ def test_objective_is_the_sum_of_the_paper():
     torch.testing.assert_close(losses["mt"], smooth / b)
     with pytest.raises(ValueError, match="ce_weight"):
         TranslationObjective(0, ce_weight=0.0)
+
+
+def test_a_stopped_task_takes_away_its_own_term_only():
+    model = toy_model().eval()
+    inputs, targets = toy_batch()
+    objective = TranslationObjective(0)
+    every = objective(model(tasks=("st", "asr", "mt"), **inputs), **targets)
+    alone = objective(model(tasks=("st",), **inputs), **targets)
+    assert set(alone) == {"st"}
+    torch.testing.assert_close(alone["st"], every["st"])
+    alone["st"].backward()
+    assert model.ctc_lin.weight.grad.abs().max() > 0
+
+
+def test_speech_without_transcripts():
+    model = toy_model().eval()
+    inputs, targets = toy_batch()
+    for part in (inputs, targets):
+        del part["source"], part["source_lens"]
+    out = model(tasks=("st",), **inputs)
+    with pytest.raises(ValueError, match="'st' needs source.*ce_weight=1"):
+        TranslationObjective(0)(out, **targets)
+    losses = TranslationObjective(0, ce_weight=1.0)(out, **targets)
+    assert set(losses) == {"st"}
 
 
 def test_objective_leaves_out_what_was_not_computed():
@@ -174,3 +209,66 @@ def test_padded_targets_do_not_count():
     targets["target_eos"][1, 2:] = 0
     other = objective(model(tasks=("st",), **inputs), **targets)["st"]
     assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_two_blanks_are_refused(noisy):
+    noise = BlankNoise(4)
+    model = toy_model(shrink=not noisy)
+    if noisy:
+        # As a recipe does, which knows the pieces only later.
+        model.noise = noise
+    else:
+        model.shrink = CTCShrink(blank_index=4)
+    inputs, targets = toy_batch()
+    out = model(tasks=("st",), **inputs)
+    with pytest.raises(ValueError, match=r"blank_index=0\), but .* is 4"):
+        TranslationObjective(0)(out, **targets)
+    TranslationObjective(4)(out, **targets)
+    if not noisy:
+        model.noise = BlankNoise(0)
+        with pytest.raises(ValueError, match="blank is 0, .* CTC head 4"):
+            model(tasks=("st",), **inputs)
+
+
+def test_transcripts_without_a_path_are_named(caplog):
+    """Six frames hold six labels, and five of which two repeat do not fit."""
+    frames, objective = 6, TranslationObjective(0, contrastive=0.0)
+    labels = torch.tensor(
+        [[1, 2, 3, 4, 5, 1], [1, 1, 2, 2, 3, 0], [1, 1, 2, 3, 4, 4]]
+    )
+    lens = torch.tensor([1.0, 5 / 6, 5 / 6])
+    logits = torch.randn(3, frames, 6, requires_grad=True)
+    speech = SpeechEncoding(logits, torch.ones(3), *[None] * 4)
+    out = TranslationOutput(speech, None, None, None, ("asr",))
+    ids = ["six", "seven", "six too"]
+    targets = {"source": labels, "source_lens": lens, "ids": ids}
+    objective(out, **targets)["asr"].backward()
+    assert caplog.text.count("CTC needs") == 1
+    assert "utterance 'seven': CTC needs 7 frames" in caplog.text
+    assert "transcript of 5 labels, and there are 6" in caplog.text
+    found = logits.grad.abs().amax((1, 2)) > 0
+    assert found.tolist() == [True, False, True]
+    # Each once; without names by row.
+    objective(out, **targets)
+    assert caplog.text.count("CTC needs") == 1
+    objective(out, **{**targets, "ids": None})
+    assert "row 1 of the batch: CTC needs 7" in caplog.text
+    # A corpus of them does not fill the log.
+    for number in range(100):
+        objective(out, **{**targets, "ids": [f"u{number}"] * 3})
+    assert caplog.text.count("CTC needs") == 20
+    assert caplog.text.count("no more are named") == 1
+
+
+def test_distillation_without_its_teacher_is_told_once(caplog):
+    model = toy_model()
+    inputs, targets = toy_batch()
+    objective = TranslationObjective(0, distillation=0.5)
+    with torch.no_grad():
+        objective(model(tasks=("st",), **inputs), **targets)
+    objective(model(tasks=("st", "mt"), **inputs), **targets)
+    assert "distillation" not in caplog.text
+    for _ in range(2):
+        objective(model(tasks=("st",), **inputs), **targets)
+    assert caplog.text.count("distillation=0.5 does nothing") == 1

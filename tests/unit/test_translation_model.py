@@ -34,7 +34,10 @@ def test_only_what_is_asked_for_is_computed():
     model = toy_model()
     inputs, _ = toy_batch()
     out = model(tasks=("st",), **inputs)
-    assert out.text is None and out.mt is None and out.st is not None
+    assert out.mt is None and out.st is not None
+    assert not out.text.encoded.requires_grad
+    untranscribed = {k: v for k, v in inputs.items() if k[:6] != "source"}
+    assert model(tasks=("st",), **untranscribed).text is None
     out = model(tasks=("mt",), **inputs)
     assert out.speech is None and out.st is None
     out = model(tasks=("asr",), **inputs)
@@ -116,6 +119,62 @@ class Same(torch.nn.Module):
         return x
 
 
+class BadPadding(torch.nn.Module):
+    """An encoder whose padding is NaN, as attention's may be."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(5, 12)
+
+    def forward(self, x, lens):
+        count = (lens * x.shape[1]).round().long()
+        outside = torch.arange(x.shape[1]) >= count[:, None]
+        return self.linear(x).masked_fill(outside[..., None], math.nan)
+
+
+@pytest.mark.parametrize(
+    "shrink",
+    [
+        None,
+        CTCShrink(),
+        CTCShrink(pooling="weighted", train_weights=True),
+        CTCShrink(pooling="softmax", train_weights=True, drop_blank=True),
+    ],
+)
+def test_nan_in_padding_reaches_no_gradient(shrink):
+    model = toy_model(shrink=shrink is not None).double()
+    model.shrink = shrink
+    model.acoustic = AcousticEncoder(BadPadding(), 16, d_encoder=12).double()
+    inputs, targets = toy_batch(batch=2)
+    inputs["x"] = inputs["x"].double()
+    objective = TranslationObjective(0, contrastive=0.0)
+
+    def gradients(inputs, targets):
+        model.zero_grad()
+        out = model(tasks=("st", "asr", "mt"), **inputs)
+        sum(objective(out, **targets).values()).backward()
+        return {
+            name: torch.zeros_like(p) if p.grad is None else p.grad
+            for name, p in model.named_parameters()
+        }
+
+    padded = gradients(inputs, targets)
+    # Each utterance alone has no padding.
+    singles = []
+    for row, frames, words in ((0, 12, 5), (1, 24, 3)):
+        one = {k: v[row : row + 1] for k, v in inputs.items()}
+        aim = {k: v[row : row + 1] for k, v in targets.items()}
+        one["x"], one["lens"] = one["x"][:, :frames], torch.ones(1)
+        for part in (one, aim):
+            part["source"] = part["source"][:, :words]
+            part["source_lens"] = torch.ones(1)
+        singles.append(gradients(one, aim))
+    assert padded["acoustic.encoder.linear.weight"].abs().max() > 0
+    for name, grad in padded.items():
+        expected = (singles[0][name] + singles[1][name]) / 2
+        torch.testing.assert_close(grad, expected, msg=name)
+
+
 def test_searches_agree_with_a_loop():
     torch.manual_seed(1)
     model = toy_model(seed=3).eval()
@@ -173,6 +232,36 @@ def test_beam_search_agrees_with_whole_prefixes(beam_size):
     )
     assert found[0] == expected[0]
     torch.testing.assert_close(found[2], expected[2])
+
+
+def test_speechbrains_searcher_takes_the_decoder():
+    torch.manual_seed(4)
+    decoder = TranslationDecoder(9, 16, 4, num_layers=2).double().eval()
+    memory, lens = torch.randn(3, 6, 16).double(), torch.tensor([1, 0.5, 0.5])
+    marks = {"bos_index": BOS, "eos_index": EOS, "beam_size": 3}
+    settings = {"max_decode_ratio": 2.0, "min_decode_ratio": 0.0}
+    stock = S2STransformerBeamSearcher(
+        [decoder, decoder.seq_lin],
+        using_eos_threshold=False,
+        **{**marks, **settings},
+    )
+    own = TranslationBeamSearch(decoder, least_steps=0, **marks)
+    found, expected = own(memory, lens), stock(memory, lens)
+    assert found[0] == expected[0] and any(found[0])
+    torch.testing.assert_close(found[2], expected[2])
+
+
+def test_a_decoder_in_training_mode_is_not_searched():
+    decoder = TranslationDecoder(9, 16, 4, num_layers=2)
+    memory, lens = torch.randn(2, 6, 16), torch.ones(2)
+    search = TranslationBeamSearch(decoder, BOS, EOS, beam_size=2)
+    with pytest.raises(RuntimeError, match="the decoder is in training mode"):
+        search(memory, lens)
+    decoder.eval()
+    search(memory, lens)
+    decoder.layers.layers[1].train()
+    with pytest.raises(RuntimeError, match="decoder.layers.layers.1 is in tr"):
+        greedy_translation(decoder, memory, lens, BOS, EOS)
 
 
 def test_incremental_steps_equal_whole_prefixes():

@@ -74,9 +74,9 @@ def check_both_branches_call_convolutions(model):
     called = []
     for module in model.textual.local.layers:
         module.register_forward_hook(lambda *_: called.append(1))
-    for task in ("st", "mt"):
+    for task, left_out in (("st", "source"), ("mt", "x")):
         called.clear()
-        model(tasks=(task,), **inputs)
+        model(tasks=(task,), **{**inputs, left_out: None})
         many = len(model.textual.local.layers)
         assert len(called) == many, f"{task!r} calls {len(called)} of {many}"
 

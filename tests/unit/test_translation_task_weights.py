@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from speechbrain.utils.checkpoints import Checkpointer
 from translation_toy import toy_batch, toy_model
 
@@ -76,15 +77,154 @@ def doubled(batch):
     ]
 
 
-def test_ratios_are_capped_and_weights_never_grow():
+def measure(weights, factors):
+    """Measure a task with these ratios, the same batch for both tasks."""
     layer = torch.nn.Linear(2, 1)
-    weights = TaskNormWeights(["asr"], interval=1)
-    for factor in (10.0, 0.5, 10.0):
+    for factor in factors:
         out = layer(torch.ones(1, 2)).sum()
         losses = {"st": out, "asr": factor * out}
         weights.observe(losses, {"acoustic": layer})
         weights.step()
-    assert weights["asr"] == 0.5
+    return weights["asr"]
+
+
+def test_weights_are_capped_at_one_and_may_recover():
+    weights = TaskNormWeights(["asr"], interval=1)
+    assert measure(weights, [10.0]) == 1.0
+    assert measure(weights, [0.5, 0.5]) == 0.25
+    assert measure(weights, [2.0]) == 0.5
+    assert measure(weights, [10.0]) == 1.0
+
+
+def test_norms_are_averaged_and_a_ratio_counts_as_far_as_it_is_certain():
+    factors = [0.2, 0.3, 0.4, 0.5]
+    plain = TaskNormWeights(["asr"], interval=4, standard_errors=0.0)
+    assert measure(plain, factors) == pytest.approx(0.35)
+    # The mean of the four has a standard error of 0.1291 / 2.
+    error = 0.129099 / 2 / 0.35
+    sure = TaskNormWeights(["asr"], interval=4, standard_errors=2.0)
+    expected = 0.35 * math.exp(2 * error)
+    assert measure(sure, factors) == pytest.approx(expected, rel=1e-5)
+    unsure = TaskNormWeights(["asr"], interval=4, standard_errors=99.0)
+    assert measure(unsure, factors) == 1.0
+    # Only the last `average` updates of an interval are measured.
+    short = TaskNormWeights(["asr"], interval=4, average=2)
+    due = []
+    for _ in range(4):
+        due.append(short.due)
+        short.step()
+    assert due == [False, False, True, True]
+
+
+def same_task_twice(measurements, factor=1.0, **settings):
+    """Weigh a task against itself on other batches; return all weights."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(20, 16), torch.nn.Tanh(), torch.nn.Linear(16, 5)
+    )
+    truth = torch.randn(20, 5)
+    weights = TaskNormWeights(["asr"], floor=0.1, **settings)
+
+    def loss():
+        x = torch.randn(16, 20)
+        return F.cross_entropy(net(x), (x @ truth).argmax(1))
+
+    seen = []
+    for _ in range(measurements * weights.interval):
+        losses = {"st": loss(), "asr": factor * loss()}
+        weights.observe(losses, {"acoustic": net})
+        weights.step()
+        seen.append(weights["asr"])
+    return seen
+
+
+def test_noise_stops_no_task():
+    seen = same_task_twice(200, interval=5)
+    assert min(seen) > 0.8, "a task compared with itself stays near 1"
+    assert 0.0 in same_task_twice(200, interval=1), "one batch would stop it"
+    # Half the gradient is seen through the noise.
+    assert 0.0 in same_task_twice(8, interval=5, factor=0.5)
+
+
+def batches_of_one_kind(weights, factor, updates, kinds=("st", "asr", "mt")):
+    """Train on batches that hold one task each, in turn."""
+    torch.manual_seed(0)
+    parts = {
+        part: torch.nn.Linear(1, 1)
+        for part in ("acoustic", "textual", "decoder")
+    }
+    for update in range(updates):
+        kind = kinds[update % len(kinds)]
+        # Each part has a gradient of 1 for "st", of `factor` for others.
+        loss = sum(layer(torch.ones(1, 1)).sum() for layer in parts.values())
+        losses = {kind: loss if kind == "st" else factor * loss}
+        if weights.due:
+            weights.observe(losses, parts)
+        if kind in weights.active:
+            weights.total(losses)
+        weights.step()
+
+
+@pytest.mark.parametrize("interval, average", [(7, 10), (10, 1), (20, 4)])
+@pytest.mark.parametrize("factor, k", [(5.0, 1.0), (0.8, 0.5)])
+def test_batches_of_one_kind_at_a_time(interval, average, factor, k):
+    weights = TaskNormWeights(interval=interval, average=average, exponent=k)
+    batches_of_one_kind(weights, factor, 2 * interval + 10)
+    count = len(weights.history)
+    assert count == 2 + (interval == 7)
+    expected = min(1.0, factor) ** (k * count)
+    assert weights["asr"] == pytest.approx(expected)
+    assert weights["mt"] == pytest.approx(expected**0.5)
+
+
+def test_a_task_that_was_not_seen_keeps_its_weight(caplog):
+    weights = TaskNormWeights(interval=8, average=2)
+    batches_of_one_kind(weights, 0.5, 14, kinds=("st", "mt"))
+    # Measured on until the next measurement begins, at the 15th update.
+    assert weights["asr"] == 1.0 and weights["mt"] == pytest.approx(0.5**0.5)
+    assert [entry["update"] for entry in weights.history] == [14]
+    assert "'asr' is not measured, and its weight stays 1" in caplog.text
+    assert "no gradient of 'asr' in the last 8 update(s)" in caplog.text
+    assert "task 'mt' is not measured" not in caplog.text
+
+
+def test_a_frozen_part_is_not_waited_for(caplog):
+    weights = TaskNormWeights(["asr"], interval=50, average=2)
+    layer = torch.nn.Linear(2, 1).requires_grad_(False)
+    head = torch.nn.Linear(1, 1)
+    measured = 0
+    for _ in range(100):
+        measured += weights.due
+        out = head(layer(torch.ones(1, 2))).sum()
+        weights.observe({"st": out, "asr": out}, {"acoustic": layer})
+        weights.step()
+    assert weights["asr"] == 1.0 and measured == 2 + 18 + 2
+    assert "frozen parameters" in caplog.text
+
+
+def test_a_gradient_of_zero_is_not_a_small_one(caplog):
+    weights = TaskNormWeights(["asr"], interval=1)
+    assert measure(weights, [0.0]) == 1.0
+    assert "'asr' is not measured" in caplog.text
+    assert weights.active == ("st", "asr")
+    # Nor does one of many count.
+    weights = TaskNormWeights(["asr"], interval=4, standard_errors=0.0)
+    assert measure(weights, [0.5, 0.0, 0.5, 0.5]) == pytest.approx(0.5)
+
+
+def test_resumed_in_a_measurement(tmp_path):
+    whole = TaskNormWeights(interval=6, average=3)
+    batches_of_one_kind(whole, 0.9, 10)
+    for stop in (5, 8):
+        first = TaskNormWeights(interval=6, average=3)
+        batches_of_one_kind(first, 0.9, stop)
+        first.save(tmp_path / "weights.json")
+        second = TaskNormWeights(interval=6, average=3)
+        second.load(tmp_path / "weights.json")
+        assert second.due
+        kinds = [("st", "asr", "mt")[i % 3] for i in range(stop, 10)]
+        batches_of_one_kind(second, 0.9, 10 - stop, kinds)
+        assert second.state() == whole.state()
 
 
 def start():
@@ -105,7 +245,9 @@ def run(weights, order=TASKS, pieces=1, updates=(0, 1, 2, 3), parts=None):
                 for part in whole
             )
             # A contrastive loss knows its own batch only: left out.
-            objective = TranslationObjective(0, 0.95, contrastive=0.0)
+            objective = TranslationObjective(
+                0, 0.95, contrastive=0.0, ctc_in_st=False
+            )
             out = model(tasks=weights.active, **inputs)
             found = objective(out, **targets, tasks=weights.active)
             found = {t: found[t] for t in order if t in found}
@@ -224,6 +366,9 @@ def test_bad_input():
         {"interval": 0},
         {"floor": 1.0},
         {"exponent": math.nan},
+        {"average": 0},
+        {"standard_errors": -1.0},
+        {"standard_errors": math.inf},
     ):
         with pytest.raises(ValueError, match="expected"):
             TaskNormWeights(**settings)
@@ -255,8 +400,34 @@ def test_torchjd_aggregators_by_name():
     GradientAggregator("mgda").backward(losses(), [first, second])
     with pytest.raises(ValueError, match="no aggregator 'best'.*PCGrad"):
         GradientAggregator("best")
+    with pytest.raises(ValueError) as refused:
+        GradientAggregator("WeightedAggregator")
+    assert "Weighted" not in str(refused.value).partition("it has")[2]
+    with pytest.raises(
+        ValueError, match=r"'CAGrad'\): missing .*'c'.*CAGrad\(c"
+    ):
+        GradientAggregator("cagrad")
+    with pytest.raises(ValueError, match="'Mean'.*unexpected .*'c'"):
+        GradientAggregator("Mean", c=1.0)
     with pytest.raises(ValueError, match="no losses"):
         GradientAggregator("Sum").backward({}, [first])
+
+
+@pytest.mark.parametrize(
+    "name, settings, package",
+    [("UPGrad", {}, "quadprog"), ("CAGrad", {"c": 0.5}, "cvxpy")],
+)
+def test_aggregators_name_the_packages_that_they_lack(name, settings, package):
+    pytest.importorskip("torchjd", reason="TORCHJD ABSENT: extra translation")
+    weight = torch.nn.Parameter(torch.ones(2))
+    try:
+        aggregator = GradientAggregator(name, **settings)
+    except ImportError as error:
+        assert f"GradientAggregator({name!r}): " in str(error)
+        assert package in str(error) and "pip install" in str(error)
+    else:
+        aggregator.backward({"st": weight.sum(), "asr": -weight[0]}, [weight])
+        assert weight.grad is not None
 
 
 def test_torchjd_absent(monkeypatch):

@@ -124,7 +124,7 @@ def test_inserted_blanks_leave_the_words():
             kept = out[b, : round(float(out_lens[b]) * out.shape[1])].tolist()
             words = [token for token in kept if token != 0]
             assert words == tokens[b, :n].tolist()
-            assert len(kept) - n <= 0.2 * n
+            assert len(kept) - n <= round(0.2 * n)
             assert not out[b, len(kept) :].any()
             most = max(most, len(kept) - n)
     assert most >= 1
@@ -147,11 +147,61 @@ def test_blanks_stand_in_front_of_words_and_for_punctuation():
         for before, after in zip(row, row[1:]):
             assert not (before == 0 and after == 2)
         seen.add(n - 7)
-    assert len(seen) > 1 and max(seen) <= 3
+    assert len(seen) > 1 and max(seen) <= 7
     letters = BlankNoise.for_pieces(["<b>", "a", "b", " ", "."], 0)
     assert letters.boundaries == [3] and letters.punctuation == [4]
     starts = letters._starts(torch.tensor([[1, 2, 3, 1, 1]]))
     assert starts.tolist() == [[True, False, False, True, False]]
+
+
+@pytest.mark.parametrize("words, letters", [(5, 4), (8, 4), (20, 5)])
+def test_noise_has_its_strength(words, letters):
+    """The mean over 10^4 sentences of characters, and where blanks stand."""
+    space, count = 1, 10_000
+    word = list(range(2, 2 + letters))
+    row = ([*word, space] * words)[:-1]
+    n = len(row)
+    noise = BlankNoise(0, probability=0.1, seed=0, boundaries=[space])
+    tokens = torch.tensor(row).repeat(count, 1)
+    out, lens = noise(tokens, torch.ones(count))
+    added = (lens * out.shape[1]).round() - n
+    # The formula, integrated over a fine grid of shares.
+    shares = [0.2 * (i + 0.5) / 1000 for i in range(1000)]
+    drawn = torch.tensor([float(round(n * share)) for share in shares])
+    error = math.sqrt(0.1 * float(drawn.square().mean()) / count)
+    assert float(added.mean()) == pytest.approx(
+        0.1 * float(drawn.mean()), abs=4 * error
+    )
+    some = float((drawn > 0).float().mean())
+    assert float((added > 0).float().mean()) == pytest.approx(
+        0.1 * some, abs=0.012
+    )
+    # In front of words and at the end, each place as often as it is long.
+    places = torch.zeros(words + 1)
+    for line, length in zip(out.tolist(), (n + added).long().tolist()):
+        word_number, before = 0, space
+        for token in line[:length]:
+            if token == 0:
+                assert before in (space, word[-1])
+                places[word_number if before == space else words] += 1
+            else:
+                word_number += token == space
+                before = token
+    expected = torch.tensor([1.0, *[letters + 1.0] * (words - 1), letters - 1])
+    expected *= places.sum() / expected.sum()
+    assert ((places - expected).abs() < 4.5 * expected.sqrt() + 2).all()
+
+
+def test_noise_knows_no_padding():
+    noise = BlankNoise(0, probability=1.0, insert_share=1.0, pad_index=7)
+    tokens = torch.full((2000, 6), 7)
+    tokens[:, :3] = torch.tensor([1, 2, 3])
+    out, lens = noise(tokens, torch.full((2000,), 0.5))
+    lengths = (lens * out.shape[1]).round().long()
+    for line, length in zip(out.tolist(), lengths.tolist()):
+        assert [t for t in line[:length] if t] == [1, 2, 3]
+        assert set(line[length:]) <= {7}
+    assert lengths.min() == 3 and lengths.max() == 6
 
 
 def test_noise_goes_on_where_a_run_was_resumed():

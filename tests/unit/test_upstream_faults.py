@@ -8,6 +8,7 @@ import pytest
 import speechbrain as sb
 import torch
 from speechbrain.dataio.sampler import DynamicBatchSampler
+from speechbrain.lobes.models.transformer.Conformer import ConvolutionModule
 from speechbrain.lobes.models.transformer.TransformerASR import TransformerASR
 from speechbrain.utils.checkpoints import Checkpointer
 
@@ -93,3 +94,17 @@ def test_a_batch_sampler_is_not_told_the_epoch():
     assert first == second
     first, second = batches_of_two_epochs(set_sampler=True)
     assert first != second
+
+
+def test_a_conformer_reads_padding():
+    """The convolution's input is not masked, only its output.
+
+    A fix: `masked_fill` of the bottleneck's output, before `conv`.
+    """
+    module = ConvolutionModule(8, 5).eval()
+    x, mask = torch.randn(1, 10, 8), torch.zeros(1, 10, 1, dtype=torch.bool)
+    mask[:, 6:] = True
+    alone = module(x[:, :6])
+    padded = module(x, mask)[:, :6]
+    assert torch.allclose(padded[:, :4], alone[:, :4], atol=1e-6)
+    assert not torch.allclose(padded[:, 4:], alone[:, 4:], atol=1e-2)

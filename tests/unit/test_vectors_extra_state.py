@@ -39,7 +39,7 @@ class Gain(torch.nn.Linear):
 
 
 def recogniser(shift=0.0):
-    """A tiny streaming recogniser with a normaliser that has seen data."""
+    """A tiny streaming recogniser with a normaliser and an extra state."""
     torch.manual_seed(0)
     predictor = transducer.LSTMPredictor(5, 4, 6, num_layers=1)
     joint = transducer.RNNTJoint(16, 6, 8, 5)
@@ -53,6 +53,8 @@ def recogniser(shift=0.0):
         frontend=transducer.TimeReduction(20, 16, factor=4),
         normalize=normalize,
     ).eval()
+    model.gain = Gain(2, 2)
+    model.gain.extra = {"seen": 3}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += shift
@@ -63,7 +65,11 @@ def test_a_streaming_recogniser_has_a_vector():
     model = recogniser()
     tau = TaskVector.between(model, copy.deepcopy(model))
     assert tau.norm() == 0
-    assert set(tau) == set(model.state_dict()) - {"_extra_state"}
+    assert set(tau) == {
+        name
+        for name in model.state_dict()
+        if not name.startswith("normalize.") and name != "gain._extra_state"
+    }
     tuned = recogniser(0.5)
     tuned.normalize.glob_mean += 1
     edited = TaskVector.between(model, tuned).apply(model, 0.5)
@@ -122,7 +128,7 @@ def test_the_command_line_edits_a_recogniser(tmp_path, monkeypatch, capsys):
         ).save_checkpoint(name="x")
     file = next((tmp_path / "results/0").glob("*/model.ckpt"))
     looked = cli.run_json(capsys, "inspect", file)["files"][0]
-    assert looked["extra"] == ["_extra_state"]
+    assert looked["extra"] == ["gain._extra_state"]
     cli.run("vector", "results/0", "results/1", "-o", "one.safetensors")
     cli.run("apply", "results/0", "one.safetensors", "-o", "CKPT+applied")
     words = "merge --base results/0 --finetuned results/1 results/2".split()

@@ -8,6 +8,12 @@ their own gradient.
 
 import torch
 
+from speechbrain_taskarith.transducer.joints.checks import (
+    autocast_options,
+    overwritable,
+    refuse_dropout,
+    try_joint,
+)
 from speechbrain_taskarith.transducer.joints.speechbrain_joint import as_joint
 from speechbrain_taskarith.transducer.loss.input_checks import (
     check_targets,
@@ -24,6 +30,7 @@ from speechbrain_taskarith.transducer.loss.transitions import (
     scores_gradient_,
     transitions,
 )
+from speechbrain_taskarith.utils.lengths import padding_mask
 
 # A node with less than this share of its sequence's largest gradient changes
 # no bit of a float32 gradient: 1e-9 of 25,000 nodes together is 2.5e-5 in sums
@@ -44,6 +51,7 @@ def joint_transducer_loss(
     *,
     windows=None,
     fastemit_lambda=0.0,
+    zero_infinity=False,
 ):
     """`transducer_loss` of a joint network, in bounded memory.
 
@@ -58,7 +66,8 @@ def joint_transducer_loss(
     joint : torch.nn.Module
         `RNNTJoint`, `HATJoint`, `SpeechBrainJoint`, or anything that takes
         [B, T, 1, E] and [B, 1, U + 1, P] and returns scores or
-        log-probabilities. Without active dropout: the second computation would
+        log-probabilities, also a function: the parameters that it reads get
+        their gradients. Without active dropout: the second computation would
         draw other masks.
     encoder_out : torch.Tensor
         [B, T, E].
@@ -68,7 +77,7 @@ def joint_transducer_loss(
         As of `transducer_loss`.
     memory_budget : int
         Bytes for the joint's intermediate results.
-    windows, fastemit_lambda
+    windows, fastemit_lambda, zero_infinity
         As of `transducer_loss`.
 
     Returns
@@ -79,8 +88,11 @@ def joint_transducer_loss(
     Raises
     ------
     ValueError
-        As `transducer_loss`; a joint with active dropout; a blank index that
-        is not the joint's.
+        As `transducer_loss`; a joint with active dropout, or one that reads a
+        tensor computed outside that needs a gradient; a blank index that is
+        not the joint's.
+    RuntimeError
+        In backward: the joint's parameters were changed since forward.
 
     Example
     -------
@@ -116,7 +128,8 @@ def joint_transducer_loss(
         windows=windows,
         fastemit_lambda=fastemit_lambda,
     )
-    return reduced(-log_prob, reduction, frames.to(log_prob.device))
+    frames = frames.to(log_prob.device)
+    return reduced(-log_prob, reduction, frames, zero_infinity)
 
 
 def sequence_log_prob(
@@ -168,7 +181,7 @@ def sequence_log_prob(
     >>> sequence_log_prob(joint, x, g, y, five, three, encoder_rows=rows).shape
     torch.Size([2])
     """
-    _refuse_dropout(joint)
+    refuse_dropout(joint)
     if memory_budget <= 0:
         raise ValueError(f"memory_budget {memory_budget}: expected bytes, > 0")
     device = encoder_out.device
@@ -180,53 +193,54 @@ def sequence_log_prob(
                 f"{len(predictor_out)} of the predictor"
             )
         encoder_rows = torch.arange(len(encoder_out), device=device)
-    longest = predictor_out.shape[1] - 1
-    check_targets(targets, labels, joint.blank_index, joint.vocab_size, longest)
-    targets = targets[:, :longest]
-    frames = frames.to(device)[encoder_rows]
-    encoder = joint.project_encoder(encoder_out)
+    frames, longest = frames.to(device), predictor_out.shape[1] - 1
+    # 0 instead of NaN in padding: 0 * NaN would reach the layers' gradients.
+    encoder = joint.project_encoder(_cleared(encoder_out, frames))
     predictor = joint.project_predictor(
-        predictor_out[:, : targets.shape[1] + 1]
+        _cleared(predictor_out, labels + 1)[:, : targets.shape[1] + 1]
     )
+    vocab_size, leaves = try_joint(joint, encoder, predictor)
+    check_targets(targets, labels, joint.blank_index, vocab_size, longest)
+    targets, frames = targets[:, :longest], frames[encoder_rows]
     shape = (len(predictor), encoder.shape[1], predictor.shape[1])
-    usable, _ = usable_transitions(shape, frames, labels)
+    if windows is not None:
+        windows = windows[:, : targets.shape[1]]
+    usable, _ = usable_transitions(shape, frames, labels, windows)
     following = next_labels(targets, labels, joint.blank_index)
-    plan = _Plan(joint, usable, encoder_rows, following, memory_budget)
-    parameters = [p for p in joint.parameters() if p.requires_grad]
-    blank, label = _Chunked.apply(plan, encoder, predictor, *parameters)
+    plan = _Plan(
+        joint, vocab_size, usable, encoder_rows, following, memory_budget
+    )
+    blank, label = _Chunked.apply(plan, encoder, predictor, *leaves)
     log_prob = lattice_log_prob(
         blank, label[:, :, :-1], frames, labels, windows, fastemit_lambda
     )
     return log_prob.to(accumulate_type(encoder_out.dtype))
 
 
-def _refuse_dropout(joint):
-    for name, module in joint.named_modules():
-        active = module.training and getattr(module, "p", 0)
-        if isinstance(module, torch.nn.modules.dropout._DropoutNd) and active:
-            raise ValueError(
-                f"the joint network has dropout ({name}, p={module.p}): its "
-                "scores are computed twice and would differ. Apply dropout to "
-                "the outputs of encoder and predictor instead"
-            )
+def _cleared(x, lengths):
+    """Set padding of [B, T, d] to 0."""
+    return x.masked_fill(padding_mask(lengths, x.shape[1])[..., None], 0.0)
 
 
 class _Plan:
     """Which projected rows a node's scores are made from, and the pieces."""
 
-    def __init__(self, joint, usable, encoder_rows, following, memory_budget):
+    def __init__(
+        self, joint, vocab_size, usable, encoder_rows, following, memory_budget
+    ):
         self.joint, self.shape = joint, usable.shape
+        self.vocab_size = vocab_size
         self.nodes = h, t, u = usable.nonzero().unbind(1)
         self.encoder_row = encoder_rows[h] * usable.shape[1] + t
         self.predictor_row = h * usable.shape[2] + u
         self.following = following[h, u]
         self.memory_budget = memory_budget
 
-    def pieces(self, selected, width, vocab_size):
+    def pieces(self, selected, width):
         """Split indices into the nodes so that a piece fits the budget."""
         # Scores in place and, in low precision, normalised in float32; of
         # the joint's width: input, sum, activation and their gradients.
-        bytes_per_node = 8 * vocab_size + 24 * width
+        bytes_per_node = 8 * self.vocab_size + 24 * width
         return selected.split(max(1, self.memory_budget // bytes_per_node))
 
     def rows(self, encoder, predictor, piece):
@@ -252,27 +266,19 @@ class _Chunked(torch.autograd.Function):
         )
         every = torch.arange(len(plan.nodes[0]), device=encoder.device)
         norm = torch.empty(len(every), dtype=dtype, device=encoder.device)
-        vocab_size = plan.joint.vocab_size
-        if vocab_size is None:
-            first = plan.rows(encoder, predictor, every[:1])
-            vocab_size = plan.joint.scores(*first).shape[-1]
-        for piece in plan.pieces(every, encoder.shape[-1], vocab_size):
+        ctx.plan, ctx.parameters = plan, parameters
+        ctx.versions = [parameter._version for parameter in parameters]
+        ctx.autocast = autocast_options(encoder.device)
+        ctx.overwritable = overwritable(plan.joint)
+        for piece in plan.pieces(every, encoder.shape[-1]):
             nodes = tuple(index[piece] for index in plan.nodes)
             # No name for the scores: they would outlive their piece.
             blank[nodes], label[nodes], norm[piece] = transitions(
-                plan.joint.scores(*plan.rows(encoder, predictor, piece)),
+                _scores(ctx, *plan.rows(encoder, predictor, piece)),
                 plan.following[piece],
                 plan.joint.blank_index,
                 plan.joint.normalization,
             )
-        ctx.plan, ctx.vocab_size = plan, vocab_size
-        ctx.parameters = parameters
-        device_type = encoder.device.type
-        ctx.autocast = {
-            "device_type": device_type,
-            "dtype": torch.get_autocast_dtype(device_type),
-            "enabled": torch.is_autocast_enabled(device_type),
-        }
         ctx.save_for_backward(encoder, predictor, norm)
         return blank, label
 
@@ -281,6 +287,12 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx, by_blank, by_label):
         encoder, predictor, norm = ctx.saved_tensors
         plan, inputs = ctx.plan, (encoder, predictor, *ctx.parameters)
+        if [p._version for p in ctx.parameters] != ctx.versions:
+            raise RuntimeError(
+                "a parameter of the joint network was changed in place between "
+                "forward and backward (a step of the optimizer?): the scores "
+                "that backward computes anew would be others"
+            )
         by_node = [grad[plan.nodes] for grad in (by_blank, by_label)]
         active = _active(by_blank, by_label, plan.nodes)
         # Sums of many small numbers: in float32 at least.
@@ -288,7 +300,7 @@ class _Chunked(torch.autograd.Function):
             torch.zeros_like(tensor, dtype=norm.dtype) if needed else None
             for tensor, needed in zip(inputs, ctx.needs_input_grad[1:])
         ]
-        for piece in plan.pieces(active, encoder.shape[-1], ctx.vocab_size):
+        for piece in plan.pieces(active, encoder.shape[-1]):
             grads = _piece_gradients(
                 ctx, encoder, predictor, norm, by_node, piece
             )
@@ -308,6 +320,13 @@ class _Chunked(torch.autograd.Function):
         )
 
 
+def _scores(ctx, encoder, predictor):
+    """Return scores that may be overwritten, as without gradient."""
+    with torch.autocast(**ctx.autocast):
+        scores = ctx.plan.joint.scores(encoder, predictor)
+    return scores if ctx.overwritable else scores.clone()
+
+
 def _piece_gradients(ctx, encoder, predictor, norm, by_node, piece):
     """Return a piece's gradients by its rows and by the parameters."""
     plan, joint = ctx.plan, ctx.plan.joint
@@ -321,7 +340,7 @@ def _piece_gradients(ctx, encoder, predictor, norm, by_node, piece):
         scores = joint.scores(*leaves)
     values = scores.detach()
     grad = scores_gradient_(
-        values if joint.overwritable else values.clone(),
+        values if joint.overwritable and ctx.overwritable else values.clone(),
         plan.following[piece],
         norm[piece],
         by_node[0][piece],

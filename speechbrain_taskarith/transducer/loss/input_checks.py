@@ -37,6 +37,11 @@ def check_targets(targets, labels, blank_index, vocab_size, max_labels=None):
     `vocab_size` may be None: not known. `max_labels` is the longest target for
     which there are scores.
     """
+    if not len(targets):
+        raise ValueError(
+            "an empty batch: a loss is a mean over utterances, and there is "
+            "none; leave the batch out"
+        )
     vocab_size = 2**31 if vocab_size is None else vocab_size
     if not 0 <= blank_index < vocab_size:
         raise ValueError(

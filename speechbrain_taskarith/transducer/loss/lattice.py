@@ -8,6 +8,7 @@ t + u at a time: nodes of one diagonal do not depend on one another.
 """
 
 import torch
+from torch.nn.functional import pad
 
 _NEVER = float("-inf")
 
@@ -87,6 +88,11 @@ def usable_transitions(shape, frames, labels, windows=None):
         windows = windows.to(frames.device)
         label = label & (t >= windows[:, None, :, 0])
         label = label & (t <= windows[:, None, :, 1])
+        # What no label leads to, and what the next one is too late for.
+        first, last = windows.unbind(-1)
+        early = t < pad(first, (1, 0), value=0)[:, None]
+        late = t > pad(last, (0, 1), value=0)[:, None]
+        blank = blank & ~early & ~(late & (u < labels[:, None, None]))
     return blank, label
 
 

@@ -3,8 +3,10 @@
 import torch
 
 
-def reduced(losses, reduction, frames):
+def reduced(losses, reduction, frames, zero_infinity=False):
     """Reduce -log P [B] of utterances of `frames` [B]."""
+    if zero_infinity:
+        losses = losses.masked_fill(losses == float("inf"), 0.0)
     if reduction in ("mean", "batchmean"):
         return losses.mean()
     if reduction == "sum":

@@ -29,6 +29,7 @@ def transducer_loss(
     *,
     windows=None,
     fastemit_lambda=0.0,
+    zero_infinity=False,
 ):
     """Negative log-probability of the targets over all alignments, in nats.
 
@@ -68,6 +69,9 @@ def transducer_loss(
         `alignment_windows`; not in other backends.
     fastemit_lambda : float
         0.01 or less is usual; not in other backends. See `lattice_log_prob`.
+    zero_infinity : bool
+        Count an utterance without any alignment as 0, as `torch.nn.CTCLoss`
+        does: otherwise it makes the mean of the batch infinite.
 
     Returns
     -------
@@ -80,7 +84,7 @@ def transducer_loss(
     Raises
     ------
     ValueError
-        A length of 0 or beyond the tensor, a target that is longer than the
+        An empty batch, a length of 0 or beyond the tensor, a target that is longer than the
         scores allow, a blank or an unknown index among the targets, a blank
         index out of range, an unknown backend or reduction.
     ImportError
@@ -135,20 +139,20 @@ def transducer_loss(
                 "CUDA: pip install numba-cuda; k2: one built for this version "
                 "of torch); or choose backend='torch'"
             ) from error
-        return reduced(losses, reduction, frames)
+        return reduced(losses, reduction, frames, zero_infinity)
     logits = logits[:, :, : targets.shape[1] + 1]
-    usable, _ = usable_transitions(logits.shape[:3], frames, labels)
+    if windows is not None:
+        windows = windows[:, : targets.shape[1]]
+    usable, _ = usable_transitions(logits.shape[:3], frames, labels, windows)
     following = next_labels(targets, labels, blank_index)
     blank, label = dense_transitions(
         logits, following, blank_index, "softmax", usable
     )
-    if windows is not None:
-        windows = windows[:, : targets.shape[1]]
     log_prob = lattice_log_prob(
         blank, label[:, :, :-1], frames, labels, windows, fastemit_lambda
     )
     losses = -log_prob.to(accumulate_type(logits.dtype))
-    return reduced(losses, reduction, frames)
+    return reduced(losses, reduction, frames, zero_infinity)
 
 
 # Losses of other packages under one signature: options where installed, and

@@ -45,8 +45,11 @@ def transitions(scores, following, blank_index, normalization="softmax"):
     if normalization == "hat":
         scores[:, blank_index] = float("-inf")
     # As logsumexp, without a second copy of the scores.
-    largest = scores.amax(1)
+    # Finite: where no score is, all transitions are minus infinity, not NaN.
+    least = torch.finfo(scores.dtype).min
+    largest = scores.amax(1).clamp_(min=least)
     norm = scores.sub_(largest[:, None]).exp_().sum(1).log_() + largest
+    norm = norm.clamp_(min=least)
     if normalization == "hat":
         return logsigmoid(blank), label - norm + logsigmoid(-blank), norm
     return blank - norm, label - norm, norm

@@ -5,10 +5,13 @@ from typing import Any
 
 import torch
 
+from speechbrain_taskarith.transducer.loss.input_checks import checked_lengths
 from speechbrain_taskarith.transducer.predictor import join_states, select_state
 from speechbrain_taskarith.transducer.search.searcher import (
     Hypothesis,
     TransducerSearcher,
+    check_scores,
+    only_valid,
 )
 
 
@@ -49,6 +52,8 @@ class TransducerGreedySearch(TransducerSearcher):
     @torch.no_grad()
     def decode(self, encoder_out, lens=None):
         """See `TransducerBeamSearch.decode`; one hypothesis an utterance."""
+        if not len(encoder_out):
+            return []
         return self.results(self.final_state(encoder_out, lens))
 
     @torch.no_grad()
@@ -62,7 +67,7 @@ class TransducerGreedySearch(TransducerSearcher):
     def advance(self, encoder_out, state, frames=None):
         """See `TransducerBeamSearch.advance`."""
         batch, time = encoder_out.shape[:2]
-        encoder = self.joint.project_encoder(encoder_out)
+        encoder = self.joint.project_encoder(only_valid(encoder_out, frames))
         if frames is None:
             frames = torch.full((batch,), time)
         tokens = [list(one.tokens) for one in state.hypotheses]
@@ -97,6 +102,7 @@ class TransducerGreedySearch(TransducerSearcher):
                 predictor, predictor_state = self._step(
                     emitted, predictor, predictor_state
                 )
+        check_scores(scores)
         hypotheses = [
             Hypothesis(*one) for one in zip(tokens, scores.tolist(), times)
         ]
@@ -135,10 +141,11 @@ class TransducerSampler(TransducerGreedySearch):
     Arguments
     ---------
     predictor, joint, blank_index, max_symbols
-        As of `TransducerBeamSearch`.
+        As of `TransducerBeamSearch`. A sample with `max_symbols` labels at one
+        frame is cut there.
     n_best : int
-        Alignments sampled of every utterance; of those with equal labels one is
-        returned.
+        Alignments sampled of every utterance; `decode` returns one of those
+        with equal labels, `draw` all.
     temperature : float
         Above 1: more varied; towards 0: greedy.
 
@@ -159,7 +166,7 @@ class TransducerSampler(TransducerGreedySearch):
         joint,
         blank_index,
         n_best=4,
-        max_symbols=2,
+        max_symbols=100,
         temperature=1.0,
     ):
         super().__init__(predictor, joint, blank_index, max_symbols)
@@ -174,13 +181,22 @@ class TransducerSampler(TransducerGreedySearch):
     @torch.no_grad()
     def decode(self, encoder_out, lens=None, n_best=None):
         """See `TransducerBeamSearch.decode`; the likeliest alignment first."""
-        draws = n_best or self.n_best
+        return list(map(_distinct, self.draw(encoder_out, lens, n_best)))
+
+    @torch.no_grad()
+    def draw(self, encoder_out, lens=None, n_best=None):
+        """See `decode`; all samples, as they were drawn."""
+        draws, frames = n_best or self.n_best, None
+        if lens is not None:
+            frames = checked_lengths(lens, encoder_out.shape[1], "input")
+        # Before rows are repeated: an error names the utterance.
+        encoder_out = only_valid(encoder_out, frames)
         samples = super().decode(
             encoder_out.repeat_interleave(draws, 0),
             None if lens is None else lens.repeat_interleave(draws),
         )
         return [
-            _distinct(one for (one,) in samples[start : start + draws])
+            [one for (one,) in samples[start : start + draws]]
             for start in range(0, len(samples), draws)
         ]
 

@@ -42,7 +42,7 @@ class Prefixes:
     def empty(cls, search, count, device):
         """Return `count` empty prefixes."""
         out, state = search.read_blank(count, device)
-        extra, lm_state = search.label_scores(out, None, None)
+        extra, lm_state = search.label_scores(search.joint, out, None, None)
         nothing = torch.zeros((count, 0), dtype=torch.long, device=device)
         zeros = torch.zeros(count, dtype=torch.long, device=device)
         out = search.joint.project_predictor(out)
@@ -67,7 +67,9 @@ class Prefixes:
             labels[:, None], select_state(self.state, parents)
         )
         lm_state = select_state(self.lm_state, parents)
-        extra, lm_state = search.label_scores(out[:, 0], labels, lm_state)
+        extra, lm_state = search.label_scores(
+            search.joint, out[:, 0], labels, lm_state
+        )
         lengths = self.lengths[parents]
         tokens, frames = self.tokens[parents], self.frames[parents]
         if int(lengths.max()) == tokens.shape[1]:

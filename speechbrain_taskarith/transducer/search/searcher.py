@@ -7,6 +7,7 @@ import torch
 
 from speechbrain_taskarith.transducer.joints.speechbrain_joint import as_joint
 from speechbrain_taskarith.transducer.loss.input_checks import checked_lengths
+from speechbrain_taskarith.utils.lengths import padding_mask
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,9 @@ class TransducerSearcher(torch.nn.Module):
         """As `TransducerBeamSearch.decode`, but return a `SearchResult`."""
         return SearchResult.of(self.decode(encoder_out, lens))
 
-    def final_state(self, encoder_out, lens):
-        """Return the state after the last frame."""
-        state = self.start(len(encoder_out), encoder_out.device)
+    def final_state(self, encoder_out, lens, **options):
+        """Return the state after the last frame; `options` are of `start`."""
+        state = self.start(len(encoder_out), encoder_out.device, **options)
         frames = None
         if lens is not None:
             frames = checked_lengths(lens, encoder_out.shape[1], "input")
@@ -100,3 +101,31 @@ class TransducerSearcher(torch.nn.Module):
         blank = torch.full((count, 1), self.blank_index, device=device)
         out, state = self.predictor(blank)
         return out[:, 0], state
+
+
+def check_scores(scores):
+    """Refuse NaN among scores [B, ...]: its labels would be garbage."""
+    if bool(scores.isnan().any()):
+        row = int(scores.isnan().nonzero()[0, 0])
+        raise ValueError(
+            f"scores of row {row} are NaN although the encoder's output is "
+            "finite: weights of predictor or joint (or language model) hold "
+            "NaN or infinity"
+        )
+
+
+def only_valid(encoder_out, frames):
+    """Set padding to 0, which may be anything; the rest must be finite."""
+    if bool(torch.isfinite(encoder_out).all()):
+        return encoder_out
+    if frames is not None:
+        frames = frames.to(encoder_out.device)
+        padding = padding_mask(frames, encoder_out.shape[1])
+        encoder_out = encoder_out.masked_fill(padding[..., None], 0.0)
+    if not bool(torch.isfinite(encoder_out).all()):
+        row = int((~torch.isfinite(encoder_out)).nonzero()[0, 0])
+        raise ValueError(
+            f"encoder output of row {row} holds NaN or infinity; expected "
+            "finite numbers (has training diverged, or the input NaN?)"
+        )
+    return encoder_out

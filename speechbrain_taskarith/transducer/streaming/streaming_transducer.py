@@ -6,7 +6,12 @@ from dataclasses import dataclass
 import torch
 
 from speechbrain_taskarith.transducer.streaming.frontend import FeatureStream
-from speechbrain_taskarith.utils.lengths import absolute_lengths
+from speechbrain_taskarith.utils.lengths import (
+    absolute_lengths,
+    without_padding,
+)
+
+_STATISTICS = ("count", "glob_mean", "glob_std")
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class PartialResult:
     seconds : float
         Duration of the audio received.
     compute_seconds : float
-        Time spent on computing.
+        Time spent on computing, search results and text included.
     final : bool
         True at the end of the stream.
 
@@ -123,24 +128,44 @@ class StreamingTransducer(torch.nn.Module):
         self.stride = properties.stride
         self.factor = getattr(frontend, "factor", 1)
 
-    def get_extra_state(self):
-        """The normaliser's statistics, see `torch.nn.Module.get_extra_state`."""
-        # SpeechBrain keeps them as plain attributes. Here they are saved with
-        # the weights, so that one file is the recogniser.
-        names = ("count", "glob_mean", "glob_std")
-        if self.normalize is None:
-            return {}
-        return {name: getattr(self.normalize, name) for name in names}
+    # SpeechBrain keeps a normaliser's statistics as plain attributes. Here they
+    # are tensors among the weights, so that one file is the recogniser.
 
-    def set_extra_state(self, state):
-        """See `get_extra_state`."""
-        if bool(state) != (self.normalize is not None):
-            there = "with" if state else "without"
-            raise ValueError(
-                f"weights of a model {there} a normaliser; build this one alike"
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.normalize is not None:
+            for name in _STATISTICS:
+                value = torch.as_tensor(getattr(self.normalize, name))
+                destination[f"{prefix}normalize.{name}"] = value.detach()
+
+    def _load_from_state_dict(self, state_dict, prefix, *options):
+        missing, errors = options[2], options[4]
+        # As earlier versions stored them.
+        old = state_dict.pop(f"{prefix}_extra_state", None) or {}
+        keys = {name: f"{prefix}normalize.{name}" for name in _STATISTICS}
+        found = {
+            n: state_dict.pop(k) for n, k in keys.items() if k in state_dict
+        }
+        found = {**old, **found}
+        super()._load_from_state_dict(state_dict, prefix, *options)
+        if self.normalize is None and found:
+            errors.append(
+                "weights of a model with a normaliser; build this one alike"
             )
-        for name, value in state.items():
-            setattr(self.normalize, name, value)
+        elif self.normalize is not None:
+            missing += [keys[name] for name in _STATISTICS if name not in found]
+            for name, value in found.items():
+                value = torch.as_tensor(value)
+                value = int(value) if name == "count" else value.clone()
+                setattr(self.normalize, name, value)
+
+    def _apply(self, fn, *options):
+        super()._apply(fn, *options)
+        device = next(self.encoder.parameters()).device
+        for name in _STATISTICS[1:] if self.normalize is not None else ():
+            value = getattr(self.normalize, name)
+            setattr(self.normalize, name, value.to(device))
+        return self
 
     def frame_seconds(self):
         """Return the seconds of an encoder frame, as `latency` counts them."""
@@ -172,7 +197,7 @@ class StreamingTransducer(torch.nn.Module):
         Arguments
         ---------
         waves : torch.Tensor
-            [B, T].
+            [B, T]; padding is ignored, even NaN.
         lens : torch.Tensor or None
             [B], relative lengths.
 
@@ -183,7 +208,7 @@ class StreamingTransducer(torch.nn.Module):
         lens : torch.Tensor
             [B], relative lengths of that.
         """
-        x = self.features(waves)
+        x = self.features(without_padding(waves, lens))
         lens = torch.ones(len(waves)) if lens is None else lens.cpu()
         samples = absolute_lengths(lens, waves.shape[1])
         # A centred analysis gives one frame more than strides.
@@ -202,7 +227,7 @@ class StreamingTransducer(torch.nn.Module):
         Arguments
         ---------
         wave : torch.Tensor
-            [T], at the model's sample rate.
+            [T], at the model's sample rate; as of `Stream.feed`.
 
         Returns
         -------
@@ -244,14 +269,16 @@ class Stream:
         self.frames = None  # an incomplete stack
         self.encoder_in = None  # an incomplete segment
         self.compute_seconds = 0.0
+        self.best = None  # text, tokens, frames of the segments so far
         self.ended = False
 
     def feed(self, samples, sample_rate=None):
         """Process samples [t], t >= 0; return the `PartialResult` so far.
 
-        They are float32 within [-1, 1], at the model's rate: a `sample_rate` in
-        Hz is checked. A ValueError refuses another rate, another shape and NaN,
-        a RuntimeError all samples after the end.
+        A tensor or NumPy array of floating point within [-1, 1], or of int16 as
+        a microphone gives them (divided by 32768), at the model's rate: a
+        `sample_rate` in Hz is checked. A ValueError refuses another rate,
+        another shape and NaN, a RuntimeError all samples after the end.
         """
         return self._process(samples, sample_rate, final=False)
 
@@ -270,14 +297,17 @@ class Stream:
         if final:
             self.frames = _appended(self.frames, self.source.finish())
         self._reduce(final)
-        self._encode(final)
+        if self._encode(final) or self.best is None:
+            best = self.model.searcher.results(self.state)[0][0]
+            text = self.model.detokenize(best.tokens)
+            self.best = text, best.tokens, best.frames
         self.ended = final
         self.compute_seconds += time.perf_counter() - began
-        best = self.model.searcher.results(self.state)[0][0]
+        text, tokens, frames = self.best
         return PartialResult(
-            self.model.detokenize(best.tokens),
-            best.tokens,
-            best.frames,
+            text,
+            list(tokens),
+            list(frames),
             self.source.total / self.model.sample_rate,
             self.compute_seconds,
             final,
@@ -301,10 +331,10 @@ class Stream:
             self.encoder_in = _appended(self.encoder_in, stacks)
 
     def _encode(self, final):
-        """Encode and search complete segments."""
+        """Encode and search complete segments; tell whether there were any."""
         encoder = self.model.encoder
         size, ahead = encoder.segment_length, encoder.right_context
-        needed = 1 if final else size + ahead
+        needed, any_new = 1 if final else size + ahead, False
         while (
             self.encoder_in is not None and self.encoder_in.shape[1] >= needed
         ):
@@ -312,6 +342,8 @@ class Stream:
             out = encoder.forward_streaming(chunk, self.context)
             self.state = self.model.searcher.advance(out, self.state)
             self.encoder_in = self.encoder_in[:, size:]
+            any_new = True
+        return any_new
 
 
 def _checked_samples(samples, sample_rate, expected_rate):
@@ -328,10 +360,12 @@ def _checked_samples(samples, sample_rate, expected_rate):
         raise ValueError(
             f"samples of shape {tuple(samples.shape)}: expected one channel [t]"
         )
+    if samples.dtype == torch.int16:
+        return samples / 32768.0
     if not samples.is_floating_point():
         raise ValueError(
             f"samples of type {samples.dtype}: expected floating point within "
-            "[-1, 1] (divide 16-bit integers by 32768)"
+            "[-1, 1], or int16"
         )
     if not bool(torch.isfinite(samples).all()):
         raise ValueError("samples hold NaN or infinity")

@@ -1,12 +1,12 @@
 """Minimum word error rate (MinWER) training of transducers.
 
-The expected number of word errors over an n-best list (Prabhavalkar 2018,
-arXiv 1712.01818; for transducers Guo 2020, arXiv 2007.13802). Decoding only
-finds label sequences; their probability is the lattice's sum over all
-alignments.
+The expected number of word errors, restricted to an n-best list or estimated
+from samples (Prabhavalkar 2018, arXiv 1712.01818, equations 6 and 8; for
+transducers Guo 2020, arXiv 2007.13802). Decoding only finds label sequences;
+their probability is the lattice's sum over all alignments.
 """
 
-import itertools
+import warnings
 from collections import Counter
 
 import torch
@@ -22,64 +22,14 @@ from speechbrain_taskarith.transducer.loss.input_checks import (
 )
 from speechbrain_taskarith.transducer.predictor import predictor_input
 from speechbrain_taskarith.transducer.search.greedy import TransducerSampler
-from speechbrain_taskarith.utils.lengths import padding_mask
+from speechbrain_taskarith.transducer.training.expected_errors import (
+    expected_errors,
+    min_wer_loss,
+    padded,
+    sampled_loss,
+    tables,
+)
 from speechbrain_taskarith.utils.modes import keep_modes
-
-
-def min_wer_loss(log_probs, errors, mask=None):
-    """Expected word errors over n-best lists, minus their mean.
-
-    `L = mean_b sum_i P_bi (W_bi - mean_j W_bj)` with `P_b` the softmax of an
-    utterance's log-probabilities. Subtracting the mean changes no gradient;
-    that by `log_probs[b, i]` is `P_bi (W_bi - sum_j P_bj W_bj) / B`.
-
-    Arguments
-    ---------
-    log_probs : torch.Tensor
-        [B, N], log P(y_i | x).
-    errors : torch.Tensor
-        [B, N], numbers of word errors.
-    mask : torch.Tensor or None
-        [B, N], bool, True where there is a hypothesis; None: everywhere.
-        Other values are ignored, even NaN.
-
-    Returns
-    -------
-    torch.Tensor
-        A scalar, in words.
-
-    Raises
-    ------
-    ValueError
-        Shapes that differ, an utterance without any hypothesis.
-
-    Example
-    -------
-    >>> log_probs = torch.tensor([[0.5, 0.3, 0.2]]).log().requires_grad_()
-    >>> loss = min_wer_loss(log_probs, torch.tensor([[0, 1, 2]]))
-    >>> loss.backward()
-    >>> log_probs.grad  # P_i (W_i - 0.7)
-    tensor([[-0.3500,  0.0900,  0.2600]])
-    """
-    if mask is None:
-        mask = torch.ones_like(log_probs, dtype=torch.bool)
-    if not log_probs.shape == errors.shape == mask.shape:
-        raise ValueError(
-            f"log_probs {tuple(log_probs.shape)}, errors "
-            f"{tuple(errors.shape)}, mask {tuple(mask.shape)}: expected one "
-            "shape [batch, hypotheses]"
-        )
-    empty = ~mask.any(1)
-    if bool(empty.any()):
-        raise ValueError(
-            f"row {int(empty.nonzero()[0])} has no hypothesis; an n-best list "
-            "needs at least one (the empty sequence is one)"
-        )
-    # Minus infinity, not 0: a missing hypothesis has probability 0.
-    probs = log_probs.masked_fill(~mask, float("-inf")).softmax(1)
-    errors = errors.to(probs.dtype).masked_fill(~mask, 0.0)
-    mean = errors.sum(1, keepdim=True) / mask.sum(1, keepdim=True)
-    return (probs * (errors - mean)).sum(1).mean()
 
 
 class MinWERLoss(torch.nn.Module):
@@ -91,12 +41,19 @@ class MinWERLoss(torch.nn.Module):
     hypotheses all have the same number of errors contribute no gradient: their
     hypotheses are not scored.
 
+    With n-best lists the expectation is restricted to the list, as published:
+    the part of the probability that lies outside is left out, and the gradient
+    is another than that of the expected errors where that part is large. With
+    samples, each weighing as often as it was drawn, it is an unbiased estimate
+    of that gradient.
+
     Arguments
     ---------
     searcher : torch.nn.Module
         `TransducerBeamSearch`, whose predictor and joint are trained.
     n_best : int
-        Hypotheses of an utterance, N; at most the searcher's beam.
+        Hypotheses of an utterance, or samples, N; at most the searcher's beam
+        for `"beam"`.
     rnnt_weight : float
         Weight of the transducer loss; 0 leaves it out.
     source : str
@@ -109,7 +66,10 @@ class MinWERLoss(torch.nn.Module):
     memory_budget : int
         See `joint_transducer_loss`.
     max_symbols : int
-        When sampling: the maximum number of labels at one frame.
+        When sampling: the maximum number of labels at one frame. A sample that
+        reaches it is cut, the estimate then is biased, and a warning says so
+        (a model without training draws endless labels: train with the
+        transducer loss first).
 
     Example
     -------
@@ -134,7 +94,7 @@ class MinWERLoss(torch.nn.Module):
         source="beam",
         detokenize=None,
         memory_budget=2**28,
-        max_symbols=2,
+        max_symbols=100,
     ):
         super().__init__()
         if source not in ("beam", "sample", "offline"):
@@ -183,74 +143,133 @@ class MinWERLoss(torch.nn.Module):
         -------
         torch.Tensor
             A scalar: words plus `rnnt_weight` times nats, means over the
-            batch.
+            batch. The words are those expected minus the list's mean; of
+            samples, their mean.
 
         Raises
         ------
         ValueError
-            An empty n-best list; lengths and targets as in `transducer_loss`.
+            An empty batch or n-best list, a hypothesis with a blank or an
+            unknown label; lengths and targets as in `transducer_loss`.
         """
         frames = checked_lengths(input_lens, encoder_out.shape[1], "input")
         labels = checked_lengths(target_lens, targets.shape[1], "target", 0)
-        blank, size = self.searcher.blank_index, self.searcher.joint.vocab_size
-        check_targets(targets, labels, blank, size)
+        size = self._vocab_size(encoder_out)
+        check_targets(targets, labels, self.searcher.blank_index, size)
         truth = [y[:n] for y, n in zip(targets.tolist(), labels.tolist())]
-        n_best = self._hypotheses(encoder_out, input_lens, hypotheses)
+        given = self._hypotheses(encoder_out, input_lens, hypotheses, size)
+        # Different ones, and how often each is there.
+        counts = [Counter(map(tuple, lists)) for lists in given]
+        n_best = [list(map(list, each))[: self.n_best] for each in counts]
         errors = self._errors(truth, n_best, references)
         # Whether an utterance has a gradient: its errors differ.
-        scored = [len(set(counts)) > 1 for counts in errors]
+        scored = [len(set(row)) > 1 for row in errors]
         pairs = [*enumerate(truth)] if self.rnnt_weight else []
         for row, differ in enumerate(scored):
             pairs += [(row, one) for one in n_best[row] if differ]
-        if not pairs:
-            self._count(errors, scored)
-            return encoder_out.sum() * 0.0
-        log_probs = self._log_probs(encoder_out, frames, pairs)
-        loss = encoder_out.new_zeros(())
+        if pairs:
+            log_probs = self._log_probs(encoder_out, frames, pairs)
+            loss = encoder_out.new_zeros(())
+        else:
+            loss = _no_gradient(encoder_out, self.searcher)
         if self.rnnt_weight:
             loss = loss - self.rnnt_weight * log_probs[: len(truth)].mean()
             log_probs = log_probs[len(truth) :]
-        tables = _tables(log_probs, errors, scored) if any(scored) else ()
-        self._count(errors, scored, *tables)
-        if tables:
-            share = sum(scored) / len(scored)
-            loss = loss + share * min_wer_loss(*tables)
+        share = sum(scored) / len(scored)
+        lists = tables(log_probs, errors, scored) if any(scored) else None
+        if self.source == "sample":
+            draws = [list(each.values()) for each in counts]
+            means = [
+                sum(w * n for w, n in zip(*row)) / sum(row[1])
+                for row in zip(errors, draws)
+            ]
+            self._count(errors, scored, sum(means))
+            loss = loss + sum(means) / len(means)
+            if lists:
+                draws = padded(draws, scored).to(log_probs.device)
+                loss = loss + share * sampled_loss(*lists[:2], draws)
+            return loss
+        self._count(errors, scored, expected_errors(errors, scored, lists))
+        if lists:
+            loss = loss + share * min_wer_loss(*lists)
         return loss
 
-    def _hypotheses(self, encoder_out, input_lens, given):
-        """Return different label sequences of every utterance."""
+    @torch.no_grad()
+    def _vocab_size(self, encoder_out):
+        """Return the number of scores, which some joints do not tell."""
+        search = self.searcher
+        if search.joint.vocab_size is not None or not len(encoder_out):
+            return search.joint.vocab_size
+        with keep_modes(search):
+            search.eval()
+            out, _ = search.read_blank(1, encoder_out.device)
+            return search.joint.scores(
+                search.joint.project_encoder(encoder_out[:1, 0]),
+                search.joint.project_predictor(out),
+            ).shape[-1]
+
+    def _hypotheses(self, encoder_out, input_lens, given, vocab_size):
+        """Return label sequences of every utterance."""
         if self.source == "offline":
-            if given is None or len(given) != len(encoder_out):
-                raise ValueError(
-                    "source 'offline': expected `hypotheses`, one list of "
-                    f"label sequences for each of {len(encoder_out)} utterances"
-                )
-        else:
-            search = self.searcher
-            if self.source == "sample":
-                search = TransducerSampler(
+            self._check_given(given, len(encoder_out), vocab_size)
+            return given
+        search = self.searcher
+        with keep_modes(search), torch.no_grad():
+            search.eval()
+            x = encoder_out.detach()
+            if self.source == "beam":
+                found = search.decode(x, input_lens, n_best=self.n_best)
+            else:
+                found = TransducerSampler(
                     search.predictor,
                     search.joint,
                     search.blank_index,
                     self.n_best,
                     self.max_symbols,
-                )
-            with keep_modes(self.searcher), torch.no_grad():
-                self.searcher.eval()
-                decoded = search.decode(
-                    encoder_out.detach(), input_lens, n_best=self.n_best
-                )
-            given = [[one.tokens for one in each] for each in decoded]
-        n_best = []
+                ).draw(x, input_lens)
+                self._warn_of_cuts(found)
+        return [[one.tokens for one in each] for each in found]
+
+    def _check_given(self, given, batch, vocab_size):
+        if given is None or len(given) != batch:
+            raise ValueError(
+                f"source 'offline': expected `hypotheses`, one list of "
+                f"label sequences for each of {batch} utterances"
+            )
+        blank = self.searcher.blank_index
         for row, lists in enumerate(given):
             if not lists:
                 raise ValueError(
                     f"row {row}: an empty n-best list; give at least one "
                     "hypothesis ([] is the empty one)"
                 )
-            unique = dict.fromkeys(map(tuple, lists))
-            n_best.append([list(one) for one in unique][: self.n_best])
-        return n_best
+            for index, tokens in enumerate(lists):
+                for label in tokens:
+                    if label != blank and 0 <= label < vocab_size:
+                        continue
+                    why = (
+                        "is the blank, which is no label"
+                        if label == blank
+                        else f"is outside of the vocabulary of {vocab_size}"
+                    )
+                    raise ValueError(
+                        f"hypothesis {index} of utterance {row}: {label} {why}"
+                    )
+
+    def _warn_of_cuts(self, found):
+        cut = [
+            max(Counter(one.frames).values(), default=0) >= self.max_symbols
+            for each in found
+            for one in each
+        ]
+        if any(cut):
+            warnings.warn(
+                f"MinWER: {sum(cut)} of {len(cut)} samples reached max_symbols "
+                f"({self.max_symbols}) labels at one frame and were cut: the "
+                "gradient is biased. Train with the transducer loss first, or "
+                "raise max_symbols",
+                stacklevel=3,
+            )
 
     def _errors(self, truth, n_best, references):
         """Count errors, in words where there is a detokenizer."""
@@ -297,15 +316,7 @@ class MinWERLoss(torch.nn.Module):
         """Reset the statistics, e.g. at the end of an epoch."""
         self._totals = Counter()
 
-    def _count(self, errors, scored, log_probs=None, counts=None, mask=None):
-        # Where all are equal, that is the expected number too.
-        expected = sum(
-            row[0] for row, differ in zip(errors, scored) if not differ
-        )
-        if log_probs is not None:
-            log_probs = log_probs.detach().float()
-            probs = log_probs.masked_fill(~mask, float("-inf")).softmax(1)
-            expected += float((probs * counts).sum())
+    def _count(self, errors, scored, expected):
         self._totals.update(
             utterances=len(errors),
             scored=sum(scored),
@@ -322,7 +333,8 @@ class MinWERLoss(torch.nn.Module):
         dict of str: float
             `with_gradient`: share of utterances, in %, whose hypotheses
             differ in errors; `oracle_wer` and `expected_wer`: of the best
-            hypothesis and expected over the list, in % of reference words;
+            hypothesis and expected over the list or the samples, in % of
+            reference words;
             `hypotheses`: mean number of different ones per utterance.
         """
         totals = self._totals
@@ -336,11 +348,10 @@ class MinWERLoss(torch.nn.Module):
         }
 
 
-def _tables(log_probs, errors, scored):
-    """Arrange scored hypotheses as [utterances, N]: log P, errors, mask."""
-    errors = [torch.tensor(row) for row in itertools.compress(errors, scored)]
-    lengths = [len(row) for row in errors]
-    mask = ~padding_mask(torch.tensor(lengths), max(lengths))
-    errors = pad_sequence(errors, batch_first=True)
-    log_probs = pad_sequence(log_probs.split(lengths), batch_first=True)
-    return log_probs, errors.to(log_probs.device), mask.to(log_probs.device)
+def _no_gradient(encoder_out, searcher):
+    """Return 0, with a gradient of 0 by all that is trained.
+
+    DDP waits for every parameter. Sums of nothing: 0 * NaN would be NaN.
+    """
+    trained = [*searcher.predictor.parameters(), *searcher.joint.parameters()]
+    return sum(x.flatten()[:0].sum() for x in (encoder_out, *trained))

@@ -50,9 +50,11 @@ class GradientAggregator:
     ---------
     name : str
         A class of `torchjd.aggregation`, such as `"PCGrad"`, in upper or
-        lower case.
+        lower case. Some need packages of their own, which an `ImportError`
+        names.
     **settings : object
-        Of that class.
+        Of that class; some have to be given (`"CAGrad"`: `c`), else a
+        `ValueError` names them.
 
     Example
     -------
@@ -76,6 +78,8 @@ class GradientAggregator:
             if inspect.isclass(value)
             and issubclass(value, aggregation.Aggregator)
             and not inspect.isabstract(value)
+            # Not the base classes, which are given objects of torchjd's.
+            and not key.endswith("WeightedAggregator")
         }
         if name.lower() not in classes:
             known = sorted(c.__name__ for c in classes.values())
@@ -83,7 +87,7 @@ class GradientAggregator:
                 f"torchjd has no aggregator {name!r}; it has {', '.join(known)}"
             )
         self.name = name
-        self.aggregator = classes[name.lower()](**settings)
+        self.aggregator = _make(classes[name.lower()], settings)
 
     def backward(self, losses, parameters):
         """Add the aggregated gradient to `.grad`.
@@ -111,3 +115,20 @@ class GradientAggregator:
                 parameter.grad = part.clone()
             else:
                 parameter.grad += part
+
+
+def _make(kind, settings):
+    """Make an aggregator; say what it lacks."""
+    try:
+        inspect.signature(kind).bind(**settings)
+    except TypeError as error:
+        raise ValueError(
+            f"GradientAggregator({kind.__name__!r}): {error}; torchjd has "
+            f"{kind.__name__}{inspect.signature(kind)}"
+        ) from None
+    try:
+        return kind(**settings)
+    except ImportError as error:
+        raise ImportError(
+            f"GradientAggregator({kind.__name__!r}): {error}"
+        ) from error

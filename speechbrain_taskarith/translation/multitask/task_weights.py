@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections import Counter
+import statistics
 
 import torch
 
@@ -25,15 +25,22 @@ class TaskNormWeights(JSONRecoverable):
     Every `interval` updates, with norms n of each task's own gradient on the
     parts of the model that it shares with the main task::
 
-        w_asr *= min(1, n_asr / n_st)^k                      acoustic encoder
+        w_asr *= (n_asr / n_st)^k                            acoustic encoder
         w_mt  *= max over textual encoder, decoder of
-                 min(1, n_mt / n_st)^(k / 2)
+                 (n_mt / n_st)^(k / 2)
 
-    (arXiv 2311.03810, section 4.3). A task whose weight falls below `floor`
-    is no longer computed, which saves training time. Gradients are those of
-    the unweighted losses, averaged over the micro-batches of an update and
-    over processes: neither the order of tasks nor accumulation nor the number
-    of processes matters.
+    (arXiv 2311.03810, section 4.3), and no weight grows beyond 1. A task whose
+    weight falls below `floor` is no longer computed, which saves training
+    time. Gradients are those of the unweighted losses, averaged over the
+    micro-batches of an update and over processes: neither the order of tasks
+    nor accumulation nor the number of processes matters.
+
+    Norms are means over `average` updates, the last before a multiple of
+    `interval`, and a ratio counts as far as it is certain: it is moved towards
+    1 by `standard_errors` of its own. Noise alone stops no task. Where a task
+    was not in all of these batches, measuring goes on until each task was seen
+    as often, for ten times as many updates at most. A task that was not seen, or whose
+    norm was always 0 or not finite, keeps its weight; a warning says so.
 
     A checkpoint recoverable: a resumed run continues as if never stopped.
 
@@ -54,6 +61,11 @@ class TaskNormWeights(JSONRecoverable):
         By default as above; a task of another name takes `("shared",)`.
     initial : dict of str: float, optional
         Weights to begin with, 1 where not given.
+    average : int
+        Updates that a measurement averages, `interval` at most.
+    standard_errors : float
+        See above. 0: the ratio as it was measured, as with `average` 1, of
+        which no standard error is known.
 
     Example
     -------
@@ -79,6 +91,8 @@ class TaskNormWeights(JSONRecoverable):
         exponent=1.0,
         parts=None,
         initial=None,
+        average=10,
+        standard_errors=3.0,
     ):
         tasks = tuple(tasks)
         if main in tasks or len(set(tasks)) < len(tasks):
@@ -92,6 +106,15 @@ class TaskNormWeights(JSONRecoverable):
                 "expected interval from 1, floor from 0 to below 1, exponent "
                 "from 0"
             )
+        if average < 1 or not 0 <= standard_errors < math.inf:
+            raise ValueError(
+                f"average {average}, standard_errors {standard_errors}: "
+                "expected average from 1, standard_errors from 0, finite"
+            )
+        self.average = min(average, interval)
+        # A part that is frozen has no gradient however long one waits.
+        self._patience = min(interval - self.average, 9 * self.average)
+        self.standard_errors = standard_errors
         self.tasks, self.main = tasks, main
         self.interval, self.floor, self.exponent = interval, floor, exponent
         parts, initial = dict(parts or {}), dict(initial or {})
@@ -102,9 +125,12 @@ class TaskNormWeights(JSONRecoverable):
             for task in tasks
         }
         self._weights = {task: float(initial.get(task, 1.0)) for task in tasks}
+        self._most = {t: max(1.0, w) for t, w in self._weights.items()}
         self.updates = 0
         self.history = []
         self._grad_sums = {}
+        # Norms of this measurement, and for how long it has been overdue.
+        self._norms, self._late = {}, 0
 
     def _check_task(self, task):
         if task not in (*self.tasks, self.main):
@@ -129,7 +155,9 @@ class TaskNormWeights(JSONRecoverable):
     @property
     def due(self):
         """Whether this update measures gradients."""
-        return (self.updates + 1) % self.interval == 0 and len(self.active) > 1
+        opens = self.interval - self.average
+        measures = self._late or self.updates % self.interval >= opens
+        return bool(measures) and len(self.active) > 1
 
     def total(self, losses):
         """Return the weighted sum of losses.
@@ -203,52 +231,98 @@ class TaskNormWeights(JSONRecoverable):
 
     def step(self):
         """Count an update of the optimizer, and change weights when due."""
-        if self.due and self._grad_sums:
-            self._change()
+        self._add_norms()
         self._grad_sums = {}
         self.updates += 1
+        ended = self._late or self.updates % self.interval == 0
+        if not ended or len(self.active) == 1:
+            return
+        enough = all(self._seen(task) >= self.average for task in self.active)
+        if enough or self._late >= self._patience:
+            self._change()
+            self._norms, self._late = {}, 0
+        else:
+            self._late += 1
 
-    def _change(self):
-        norms = self._norms()
-        for task in self.active[1:]:
-            parts = self.parts[task]
-            ratios = [
-                _ratio(norms[task, p], norms[self.main, p]) for p in parts
-            ]
-            # Asked first: Python's max may or may not return a NaN.
-            if any(map(math.isnan, ratios)):
+    def _add_norms(self):
+        """Add the norms of an update, those of all processes."""
+        for task, part in sorted(self._grad_sums):
+            grads = self._grad_sums[task, part]
+            average_(grads)
+            squares = sum(float(g.double().square().sum()) for g in grads)
+            if not math.isfinite(squares):
                 logger.warning(
                     f"update {self.updates + 1}: the gradient norm of "
-                    f"{task!r} or {self.main!r} is not finite; its weight "
-                    "stays as it is"
+                    f"{task!r} on {part!r} is not finite; it is left out of "
+                    "the task weights"
                 )
+            elif squares > 0:
+                norms = self._norms.setdefault(f"{task}/{part}", [])
+                norms.append(math.sqrt(squares))
+
+    def _seen(self, task):
+        """Return in how many updates a task had a gradient."""
+        return max(
+            (
+                len(n)
+                for key, n in self._norms.items()
+                if key[: len(task) + 1] == f"{task}/"
+            ),
+            default=0,
+        )
+
+    def _change(self):
+        for task in self.active[1:]:
+            parts = self.parts[task]
+            ratios = [self._ratio(task, part) for part in parts]
+            ratios = [ratio for ratio in ratios if ratio is not None]
+            if not ratios:
+                self._warn_not_measured(task)
                 continue
-            self._weights[task] *= max(ratios) ** (self.exponent / len(parts))
+            weight = self._weights[task]
+            weight *= max(ratios) ** (self.exponent / len(parts))
+            self._weights[task] = min(weight, self._most[task])
             if self[task] == 0:
                 logger.info(
-                    f"update {self.updates + 1}: task {task!r} has fallen "
-                    f"below {self.floor:g} and stops"
+                    f"update {self.updates}: task {task!r} has fallen below "
+                    f"{self.floor:g} and stops"
                 )
         self.history.append(
             {
-                "update": self.updates + 1,
+                "update": self.updates,
                 "norms": {
-                    f"{t}/{p}": n if math.isfinite(n) else None
-                    for (t, p), n in norms.items()
+                    k: statistics.fmean(n) for k, n in self._norms.items()
                 },
                 "weights": dict(self._weights),
             }
         )
 
-    def _norms(self):
-        """Return `{(task, part): norm}` over all processes, 0 elsewhere."""
-        norms = Counter()
-        for key in sorted(self._grad_sums):
-            grads = self._grad_sums[key]
-            average_(grads)
-            squares = sum(float(g.double().square().sum()) for g in grads)
-            norms[key] = math.sqrt(squares) if squares >= 0 else math.nan
-        return norms
+    def _ratio(self, task, part):
+        """Return the certain part of a ratio, None if it was not measured."""
+        norms = [self._norms.get(f"{t}/{part}") for t in (task, self.main)]
+        if None in norms:
+            return None
+        own, main = map(statistics.fmean, norms)
+        ratio = own / main
+        error = math.hypot(*map(_relative_error, norms))
+        doubt = math.exp(min(self.standard_errors * error, 99.0))
+        if ratio < 1:
+            return min(1.0, ratio * doubt)
+        return max(1.0, ratio / doubt)
+
+    def _warn_not_measured(self, task):
+        tasks = (task, self.main)
+        unseen = [t for t in tasks if not self._seen(t)] or tasks
+        logger.warning(
+            f"update {self.updates}: task {task!r} is not measured, and its "
+            f"weight stays {self._weights[task]:.3g}: no gradient of "
+            f"{' and '.join(map(repr, unseen))} in the last "
+            f"{self.average + self._late} update(s) on "
+            f"{', '.join(self.parts[task])}. Either no batch held the task "
+            "(use a longer interval, or gradient accumulation), or its loss "
+            "trains nothing there (frozen parameters, transcripts longer "
+            "than the frames)"
+        )
 
     def state(self):
         """As `JSONRecoverable.state`: tasks, weights, updates and history."""
@@ -258,6 +332,8 @@ class TaskNormWeights(JSONRecoverable):
             "weights": self._weights,
             "updates": self.updates,
             "history": self.history,
+            "norms": self._norms,
+            "late": self._late,
         }
 
     def restore(self, state):
@@ -273,10 +349,13 @@ class TaskNormWeights(JSONRecoverable):
         self.updates = int(state["updates"])
         self.history = list(state["history"])
         self._grad_sums = {}
+        self._norms = dict(state.get("norms", {}))
+        self._late = int(state.get("late", 0))
 
 
-def _ratio(task, main):
-    """Return the capped ratio; a main task without gradient sets no cap."""
-    if not (math.isfinite(task) and math.isfinite(main)):
-        return math.nan
-    return min(1.0, task / main) if main > 0 else 1.0
+def _relative_error(norms):
+    """Return the standard error of a mean, as a share of it."""
+    if len(norms) < 2:
+        return 0.0
+    error = statistics.stdev(norms) / math.sqrt(len(norms))
+    return error / statistics.fmean(norms)

@@ -171,7 +171,11 @@ class CTCShrink(torch.nn.Module):
         """
         self._check_shapes(x, logits, lens)
         lengths = absolute_lengths(lens, x.shape[1])
-        scores = logits if self.train_weights else logits.detach()
+        scores = logits.detach()
+        if self.train_weights:
+            # NaN in the padding would come back as a gradient.
+            outside = padding_mask(lengths, logits.shape[1])[..., None]
+            scores = logits.masked_fill(outside, 0.0)
         # On a CPU several times faster than argmax, and it sees NaN.
         best, labels = scores.max(-1)
         segments = self._segments(best, labels, lengths, ids)

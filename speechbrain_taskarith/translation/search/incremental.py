@@ -15,9 +15,16 @@ def decoder_by_steps(decoder, memory, lengths):
     """Return what decodes `memory` [B, S, d] a token at a time.
 
     A `PrefixDecoder` where layers are not as SpeechBrain has them (wrapped,
-    with adapters or hooks), so that nothing of them is left out. The decoder
-    is in evaluation mode; `lengths` [B] are absolute.
+    with adapters or hooks), so that nothing of them is left out. `lengths` [B]
+    are absolute; a decoder in training mode is refused.
     """
+    training = [name for name, m in decoder.named_modules() if m.training]
+    if training:
+        raise RuntimeError(
+            f"the decoder{'.' * bool(training[0])}{training[0]} is in training "
+            "mode, and dropout would make the search random: call "
+            "model.eval() before it, and model.train() after"
+        )
     plain = all(_is_plain(layer) for layer in decoder.layers.layers)
     decoder_class = IncrementalDecoder if plain else PrefixDecoder
     return decoder_class(decoder, memory, lengths)

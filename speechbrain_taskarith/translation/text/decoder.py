@@ -14,6 +14,15 @@ from speechbrain_taskarith.translation.text.encoder import (
 from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
 
 
+class OutputLayer(torch.nn.Linear):
+    """A linear layer that SpeechBrain's searchers can measure: they ask `.w`."""
+
+    @property
+    def w(self):
+        """The layer itself, where SpeechBrain's `Linear` has its matrix."""
+        return self
+
+
 class TranslationDecoder(torch.nn.Module):
     """Writes a translation, token after token.
 
@@ -63,7 +72,7 @@ class TranslationDecoder(torch.nn.Module):
             normalize_before=True,
             causal=True,
         )
-        self.seq_lin = torch.nn.Linear(d_model, vocab_size)
+        self.seq_lin = OutputLayer(d_model, vocab_size)
         self.drop = torch.nn.Dropout(dropout)
         draw_matrices(self)
 

@@ -15,9 +15,10 @@ from speechbrain_taskarith.utils.lengths import (
 class BlankNoise(torch.nn.Module):
     """Put blanks into some sentences of a batch of text, in training only.
 
-    In a sentence chosen at random all punctuation becomes blank, and blanks
-    are inserted in front of up to a share of its words (arXiv 2311.03810,
-    section 4.2). Called with tokens [B, U] and their relative lengths [B], it
+    In a sentence chosen at random all punctuation becomes blank, and
+    `round(number of tokens * U(0, insert_share))` blanks are inserted, each at
+    a random place and from there moved on to where the next word begins, or to
+    the sentence's end (arXiv 2311.03810, section 4.2). Called with tokens [B, U] and their relative lengths [B], it
     returns noisy tokens [B, U'], U' >= U, and theirs; outside training, the
     tokens and lengths themselves.
 
@@ -28,8 +29,8 @@ class BlankNoise(torch.nn.Module):
     probability : float
         Of a sentence to be chosen.
     insert_share : float
-        Largest share of words that get a blank in front; the share is drawn
-        uniformly from 0 to it for each sentence.
+        Most blanks for every token; the share is drawn uniformly from 0 to it
+        for each sentence.
     seed : int, optional
         Makes the noise a function of seed, process and number of the call
         (which is part of the state, so that a resumed run goes on). None:
@@ -127,19 +128,19 @@ class BlankNoise(torch.nn.Module):
         if not self.training or self.probability == 0:
             return tokens, lens
         size = tokens.shape[1]
-        chosen, share, order = (
+        chosen, share, places = (
             drawn.to(tokens.device) for drawn in self._draw(len(tokens), size)
         )
-        inside = ~padding_mask(absolute_lengths(lens, size), size)
-        inside = inside & (chosen < self.probability)
-        punctuation = _isin(tokens, self.punctuation) & inside
+        lengths = absolute_lengths(lens, size)
+        inside = ~padding_mask(lengths, size)
+        chosen = chosen < self.probability
+        punctuation = _isin(tokens, self.punctuation) & inside & chosen
         # Found before punctuation is replaced, which begins no word.
         starts = self._starts(tokens) & inside & ~punctuation
         tokens = tokens.masked_fill(punctuation, self.blank_token)
-        count = (starts.sum(1) * self.insert_share * share).floor()
-        order = order.masked_fill(~starts, 2.0)
-        rank = order.argsort(1).argsort(1)
-        return self._insert(tokens, lens, starts & (rank < count[:, None]))
+        count = (lengths * self.insert_share * share).round() * chosen[:, 0]
+        blanks = _blanks_at(starts, lengths, places, count)
+        return self._insert(tokens, lengths, blanks, lens)
 
     def _draw(self, batch, size):
         generator = None
@@ -164,20 +165,38 @@ class BlankNoise(torch.nn.Module):
             starts = starts | torch.cat([first, behind], 1)
         return starts
 
-    def _insert(self, tokens, lens, where):
+    def _insert(self, tokens, lengths, blanks, lens):
+        """Put `blanks` [B, U + 1] of them in front of tokens and the end."""
         batch, size = tokens.shape
-        shift = where.cumsum(1)
-        lengths = absolute_lengths(lens, size)
-        inside = ~padding_mask(lengths, size)
-        added = (where & inside).sum(1)
-        width = max(size, int((lengths + added).max()))
+        longer = lengths + blanks.sum(1)
+        width = max(size, int(longer.max()))
         steps = torch.arange(size, device=tokens.device)
-        target = (steps + shift).masked_fill(~inside, width)
-        out = tokens.new_full((batch, width + 1), self.pad_index)
-        out = out.scatter(1, target, tokens)
-        blanks = (target - 1).masked_fill(~where, width)
-        out = out.scatter(1, blanks, self.blank_token)[:, :width]
-        return out, relative_lengths(lengths + added, width).to(lens)
+        target = steps + blanks[:, :size].cumsum(1)
+        target = target.masked_fill(padding_mask(lengths, size), width)
+        # All of a sentence is blank, but where its tokens go.
+        outside = padding_mask(longer, width + 1)
+        out = tokens.new_full((batch, width + 1), self.blank_token)
+        out = out.masked_fill(outside, self.pad_index)
+        out = out.scatter(1, target, tokens)[:, :width]
+        return out, relative_lengths(longer, width).to(lens)
+
+
+def _blanks_at(starts, lengths, places, count):
+    """Count the blanks in front of each token [B, U], and at the end.
+
+    The first `count` of `places` [B, U], in [0, 1), are used: a share is 1 at
+    most, so that there are enough.
+    """
+    size = starts.shape[1]
+    steps = torch.arange(size, device=starts.device)
+    behind = lengths[:, None].expand(-1, size + 1)
+    # The next start from each place on: a minimum, cumulated from the end.
+    found = torch.where(starts, steps, behind[:, :size])
+    found = found.flip(1).cummin(1).values.flip(1)
+    place = (places * lengths[:, None]).long().clamp(max=size - 1)
+    at = found.gather(1, place)
+    used = (steps < count[:, None]).long()
+    return torch.zeros_like(behind).scatter_add(1, at, used)
 
 
 def _isin(tokens, kinds):

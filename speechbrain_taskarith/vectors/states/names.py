@@ -20,7 +20,7 @@ from speechbrain_taskarith.vectors.states.state import (
 
 # They stay the base's unless asked for, since adding differences of
 # variances can make a variance negative.
-RUNNING_STATISTICS = ("running_mean", "running_var")
+RUNNING_STATISTICS = ("running_mean", "running_var", "glob_mean", "glob_std")
 _BLOCK = 1 << 20
 
 

@@ -61,6 +61,7 @@ PLAIN = {
     "make_noise": None,
     "contrast": False,
     "contrastive": 0.0,
+    "ctc_in_st": False,
     "task_interval": NEVER,
 }
 # Models that rows start from.
