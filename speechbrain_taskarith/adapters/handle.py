@@ -10,14 +10,15 @@ from speechbrain_taskarith.adapters.combination import attention
 from speechbrain_taskarith.adapters.layer import (
     CHILD,
     LayerAdapters,
+    LayerLoop,
     Route,
-    StatisticsGuard,
     make_combination,
     utterance_positions,
 )
 from speechbrain_taskarith.adapters.training import (
     GUARD,
     AdapterTraining,
+    StatisticsGuard,
 )
 
 logger = logging.getLogger(__name__)
@@ -66,8 +67,15 @@ class AdapterHandle(AdapterTraining):
         self._frozen = []  # (name, module), see `freeze`
         self._flags = [(p, p.requires_grad) for p in encoder.parameters()]
         encoder.requires_grad_(False)
+        loops = {
+            owner: LayerLoop(owner, encoder.get_submodule(owner), self._route)
+            for owner in dict.fromkeys(_owner(encoder, n) for n, _ in layers)
+        }
+        self._loops = list(loops.values())
         self.layers = torch.nn.ModuleList(
-            LayerAdapters(name, layer, bank, new, self._route)
+            LayerAdapters(
+                name, layer, bank, new, loops[_owner(encoder, name)]
+            )
             for (name, layer), bank, new in zip(layers, banks, made)
         )
         self.add_module(GUARD, StatisticsGuard(encoder))
@@ -272,11 +280,22 @@ class AdapterHandle(AdapterTraining):
         So are the modules given to `freeze`. Do not use the handle after
         this, although it still holds the adapters.
         """
-        for layer in self.layers:
-            layer.detach()
+        for part in (*self.layers, *self._loops):
+            part.detach()
         self.encoder._modules.pop(CHILD, None)
         self._unfreeze()
         self.encoder.train(self.encoder.training)
+
+
+def _owner(encoder, name):
+    """Return the name of the module that calls a layer: "" is the encoder."""
+    module, path = encoder, []
+    for part in name.split("."):
+        module = getattr(module, part)
+        if isinstance(module, (torch.nn.ModuleList, torch.nn.ModuleDict)):
+            return ".".join(path)
+        path.append(part)
+    return ""
 
 
 def _before_loading(handle, state, prefix, *others):

@@ -1,9 +1,10 @@
-"""What goes into an encoder: adapters behind its layers, and a guard."""
+"""What goes into an encoder: adapters behind its layers."""
 
 import dataclasses
 import functools
 import inspect
 import logging
+import threading
 
 import torch
 
@@ -106,16 +107,127 @@ def utterance_positions(choice, bank):
     return choice.to(torch.long)
 
 
+class _Progress(threading.local):
+    """How far the forward passes of a thread are."""
+
+    def __init__(self):
+        #: ids of the `LayerAdapters` whose layers are being computed.
+        self.inside = set()
+        #: A layer of which parts ran, but not the layer as a whole.
+        self.passed_by = None
+
+
+_PROGRESS = _Progress()
+
+
+class LayerLoop:
+    """The layers that one module calls one after the other, and its passes.
+
+    An encoder may call methods of its layers, where no hook fires; it may
+    leave layers out. The first is an error at the first pass. Of the second,
+    DDP must not notice anything.
+    """
+
+    def __init__(self, name, owner, route):
+        self.name, self.owner, self.layers = name, owner, []
+        self._route, self._is_linked = route, True
+        self._hooks = (
+            owner.register_forward_pre_hook(self._begin),
+            owner.register_forward_hook(self._end),
+        )
+
+    def detach(self):
+        """Restore the owner as it was."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _begin(self, owner, inputs):
+        if torch.compiler.is_compiling():
+            return
+        _PROGRESS.passed_by, self._is_linked = None, False
+        _PROGRESS.inside.difference_update(map(id, self.layers))
+        if self._route.choice == COMBINED:
+            for layer in self.layers:
+                # Not the last batch's, where this one leaves the layer out.
+                made = layer.combination
+                made.last_weights = made.live_weights = None
+
+    def _end(self, owner, inputs, output):
+        if not torch.compiler.is_compiling():
+            require_passed(None)
+
+    def link(self, x):
+        """Give a gradient to the adapters of layers that are left out.
+
+        It is 0. DDP waits for every parameter's.
+        """
+        if (
+            self._is_linked
+            or not torch.is_grad_enabled()
+            or not torch.distributed.is_available()
+            or not torch.distributed.is_initialized()
+        ):
+            return x
+        self._is_linked = True
+        parameters = [
+            p
+            for layer in self.layers
+            for p in layer.parameters()
+            if p.requires_grad
+        ]
+        return _Link.apply(x, *parameters) if parameters else x
+
+
+class _Link(torch.autograd.Function):
+    """x as it is; parameters that did nothing to it get a gradient of 0."""
+
+    @staticmethod
+    def forward(ctx, x, *parameters):
+        ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        zeros = [
+            torch.zeros((), dtype=dtype, device=device).expand(shape)
+            for shape, dtype, device in ctx.like
+        ]
+        return gradient, *zeros
+
+
+def require_passed(layer):
+    """Raise where an encoder went past the adapters of another layer."""
+    missed, _PROGRESS.passed_by = _PROGRESS.passed_by, None
+    if missed is None or missed is layer:
+        return
+    raise ValueError(
+        f"adapters are in use, but layer {missed.name!r} was computed without "
+        "its adapters: the encoder calls methods of its layers instead of the "
+        "layers themselves (as torchaudio's Emformer.infer does). Use the "
+        "encoder's forward, give insert_adapters(layers=...) modules that are "
+        "called as a whole, or switch the adapters off by handle.use(None)"
+    )
+
+
 class LayerAdapters(torch.nn.Module):
     """One layer's bank and combination, and the hook that adds them to it."""
 
-    def __init__(self, name, layer, bank, combination, route):
+    def __init__(self, name, layer, bank, combination, loop):
         super().__init__()
         self.bank, self.combination = bank, combination
-        self.name, self._route = name, route
+        self.name, self._route, self._loop = name, loop._route, loop
+        loop.layers.append(self)
         # Not by setattr, which would make it a submodule.
         self.__dict__["_layer"] = layer
-        self._hook_handle = layer.register_forward_hook(self._forward_hook)
+        # What runs whenever the layer does, by whatever method.
+        parts = [
+            m for m in layer.modules() if isinstance(m, torch.nn.LayerNorm)
+        ] or list(layer.children())
+        self._hooks = [
+            layer.register_forward_pre_hook(self._before_layer),
+            layer.register_forward_hook(self._forward_hook),
+            *(p.register_forward_pre_hook(self._before_part) for p in parts),
+        ]
         # SpeechBrain's streaming calls this method and no hook.
         if hasattr(layer, "forward_streaming"):
             method = layer.forward_streaming
@@ -126,10 +238,25 @@ class LayerAdapters(torch.nn.Module):
 
     def detach(self):
         """Restore the layer as it was."""
-        self._hook_handle.remove()
+        for hook in self._hooks:
+            hook.remove()
         vars(self._layer).pop("forward_streaming", None)
 
+    def _before_layer(self, layer, inputs):
+        if torch.compiler.is_compiling() or self._route.choice is None:
+            return
+        require_passed(self)
+        _PROGRESS.inside.add(id(self))
+
+    def _before_part(self, part, inputs):
+        if torch.compiler.is_compiling() or self._route.choice is None:
+            return
+        if id(self) not in _PROGRESS.inside:
+            require_passed(self)
+            _PROGRESS.passed_by = self
+
     def _forward_streaming(self, method, *args, **kwargs):
+        self._before_layer(self._layer, args)
         return self._forward_hook(self._layer, args, method(*args, **kwargs))
 
     def _forward_hook(self, layer, inputs, output):
@@ -139,9 +266,24 @@ class LayerAdapters(torch.nn.Module):
             watch.before(self)
         if self._route.choice is None:
             return output  # the very object that the base returned
+        is_compiling = torch.compiler.is_compiling()
+        if not is_compiling:
+            _PROGRESS.inside.discard(id(self))
+            require_passed(self)
+        if layer is not self._layer:
+            raise ValueError(
+                f"layer {self.name!r} runs as a copy that has no adapters of "
+                "its own, as torch.nn.DataParallel makes them; use "
+                "DistributedDataParallel, or one device"
+            )
         x = output
         if isinstance(output, (tuple, list)) and output:
             x = output[0]
+        # What torch.nn.TransformerEncoder makes of a padded batch.
+        frames = None
+        if isinstance(x, torch.Tensor) and x.is_nested:
+            frames = [len(row) for row in x.unbind()]
+            x = x.to_padded_tensor(0.0)
         width = self.bank.d_model
         if not isinstance(x, torch.Tensor) or x.shape[-1] != width:
             what = tuple(x.shape) if hasattr(x, "shape") else type(x).__name__
@@ -151,6 +293,11 @@ class LayerAdapters(torch.nn.Module):
                 "other layers or another d_model"
             )
         x = self(x)
+        if frames is not None:
+            rows = [row[:number] for row, number in zip(x, frames)]
+            x = torch.nested.as_nested_tensor(rows)
+        if self.training and not is_compiling:
+            x = self._loop.link(x)
         if watch is not None:
             watch.after(self)
         if not isinstance(output, (tuple, list)):
@@ -186,50 +333,19 @@ class LayerAdapters(torch.nn.Module):
             )
 
     def _routed(self, x, choice):
-        if x.dim() != 3 or len(choice) != len(x):
+        # Beams and samples of an utterance stand side by side, as do the
+        # blocks of our Emformer.
+        times = len(x) // max(len(choice), 1) if x.dim() == 3 else 0
+        if not len(x) == times * len(choice):
             raise ValueError(
                 f"layer {self.name!r}: {len(choice)} utterance(s) were named "
                 f"by use(...), but the batch is {tuple(x.shape)}; call "
                 "use(...) for every batch, with one name an utterance"
             )
         index = self._route.positions(x.device)
+        if times != 1:
+            index = index.repeat_interleave(times)
         added = x + self.bank.routed(x, index.clamp(min=0))
         # Not x + 0: the base's rows stay as they are to the last bit.
         here = (index >= 0).view(-1, 1, 1)
         return torch.where(here, added.to(x.dtype), x)
-
-
-class StatisticsGuard(torch.nn.Module):
-    """A child that keeps its parent's running statistics still.
-
-    `parent.train()` reaches every child, this one last. It then puts what
-    updates statistics in `forward` back into evaluation mode, so that the
-    training loop need not remember. Dropout is left alone.
-    """
-
-    def __init__(self, parent):
-        super().__init__()
-        # Not by setattr, which would make the parent its child's child.
-        self.__dict__["_parent"] = parent
-
-    def train(self, mode=True):
-        """Take the mode, and put the parent's statistics to evaluation."""
-        super().train(mode)
-        for module in self._parent.modules():
-            if isinstance(module, torch.nn.modules.batchnorm._NormBase):
-                updates = module.track_running_stats
-            else:
-                # By what they have, since SpeechBrain takes seconds to import.
-                updates = (
-                    hasattr(module, "update_until_epoch")
-                    or hasattr(module, "glob_mean")
-                    or type(module).__name__
-                    in ("_SpectralNorm", "SpectralNorm")
-                )
-            if updates:
-                module.training = False
-        return self
-
-    def forward(self, x, *others, **named):
-        """Return x: containers such as `Sequential` call all their children."""
-        return x
