@@ -237,7 +237,7 @@ class AdapterBank(torch.nn.Module):
             self.eps,
         )
         if self.names:
-            adapter.to(self[self.names[0]].down.weight)
+            adapter.to(self.device, self.dtype)
         self._modules[adapter_key(name)] = adapter.train(self.training)
         if name not in self.names:
             self.names.append(name)
@@ -280,6 +280,24 @@ class AdapterBank(torch.nn.Module):
 
     def __len__(self):
         return len(self.names)
+
+    @property
+    def dtype(self):
+        """Return the type in which the adapters compute."""
+        return next(p.dtype for p in self._numbers())
+
+    @property
+    def device(self):
+        """Return the device of the adapters."""
+        return next(p.device for p in self._numbers())
+
+    def _numbers(self):
+        """Yield parameters that say type and device, if only the input's."""
+        for adapter in self._modules.values():
+            for parameter in adapter.parameters():
+                if parameter.is_floating_point():
+                    yield parameter
+        yield torch.empty(0)  # all of it quantised
 
     def _apply(self, fn, recurse=True):
         self._derived.clear()

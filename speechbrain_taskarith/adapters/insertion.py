@@ -66,7 +66,8 @@ def insert_adapters(
     Arguments
     ---------
     encoder : torch.nn.Module
-        SpeechBrain's (Conformer, Branchformer, Transformer, a whole
+        In half precision it gets adapters in float32. SpeechBrain's
+        (Conformer, Branchformer, Transformer, a whole
         `TransformerASR`, a wrapped HuggingFace model), `transformers`'
         (Whisper, wav2vec2, wav2vec2-conformer, HuBERT), or any other whose
         layers return [B, T, d], or a tuple that starts with it. Wrappers
@@ -159,7 +160,9 @@ def insert_adapters(
             (p for p in layer.parameters() if p.is_floating_point()), None
         )
         if like is not None:
-            bank.to(like)
+            # Half precision, and less, does not train.
+            double = like.dtype == torch.float64
+            bank.to(like.device, like.dtype if double else torch.float32)
         banks.append(bank)
     handle = AdapterHandle(encoder, found, banks, combination)
     try:

@@ -52,8 +52,7 @@ def make_combination(combination, bank, names=None):
             f"{', '.join(KINDS)}, an instance, or None"
         )
     if made is not None:
-        like = next(bank.parameters())
-        made.to(like).requires_grad_(False).train(bank.training)
+        made.to(bank.device, bank.dtype).requires_grad_(False).train(bank.training)
     return made
 
 
@@ -195,6 +194,11 @@ class _Link(torch.autograd.Function):
         return gradient, *zeros
 
 
+def in_backward():
+    """Tell whether autograd is running a backward pass in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def require_passed(layer):
     """Raise where an encoder went past the adapters of another layer."""
     missed, _PROGRESS.passed_by = _PROGRESS.passed_by, None
@@ -251,7 +255,11 @@ class LayerAdapters(torch.nn.Module):
     def _before_part(self, part, inputs):
         if torch.compiler.is_compiling() or self._route.choice is None:
             return
-        if id(self) not in _PROGRESS.inside:
+        if id(self) in _PROGRESS.inside:
+            return
+        # Checkpointing computes the layer again in the backward pass, and
+        # may have the hooks' part outside.
+        if not in_backward():
             require_passed(self)
             _PROGRESS.passed_by = self
 
@@ -314,11 +322,16 @@ class LayerAdapters(torch.nn.Module):
             return x
         if self.training and not torch.is_grad_enabled():
             self._warn_of_no_grad()
+        dtype = x.dtype
+        if not torch.is_autocast_enabled(x.device.type):
+            # In the adapters' own precision: a base in half has adapters in
+            # float32, which could not be trained otherwise.
+            x = x.to(self.bank.dtype)
         if isinstance(choice, torch.Tensor):
-            return self._routed(x, choice)
+            return self._routed(x, choice).to(dtype)
         if choice == COMBINED:
-            return self.combination(x).to(x.dtype)
-        return (x + self.bank[choice](x)).to(x.dtype)
+            return self.combination(x).to(dtype)
+        return (x + self.bank[choice](x)).to(dtype)
 
     def _warn_of_no_grad(self):
         """Say once that a wrapper keeps the adapters from learning."""

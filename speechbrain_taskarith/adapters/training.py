@@ -169,7 +169,11 @@ class AdapterTraining(AdapterFiles):
     def _train_only(self, modules):
         self.unfold()
         self.encoder.requires_grad_(False).zero_grad()
+        halves = (torch.float16, torch.bfloat16)
         for module in modules:
+            if any(p.dtype in halves for p in module.parameters()):
+                logger.info("adapters in half precision: float32 to train")
+                module.float()
             module.requires_grad_(True)
 
     def trained_parameters(self):

@@ -441,13 +441,50 @@ def test_sequential_encoder_calls_its_children(x):
     assert not torch.allclose(encoder(x), base)
 
 
-def test_half_precision_layers(encoder, x):
-    encoder.to(torch.bfloat16)
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_half_precision_layers(encoder, x, half):
+    encoder.to(half)
     handle = inserted(encoder)
-    assert handle.layers[0].bank["us"].up.weight.dtype == torch.bfloat16
+    assert {p.dtype for p in handle.parameters()} == {torch.float32}
+    encoder.eval()
     for choice in (None, "us", "combined", ["us", None, "german"]):
         handle.use(choice)
-        assert encoder(x.bfloat16()).dtype == torch.bfloat16
+        out = encoder(x.to(half))
+        assert out.dtype == half
+        # float32 inside: the same as from a layer that computes so.
+        if choice == "us":
+            layer = handle.layers[0]
+            y = out.detach()
+            wanted = y.float() + layer.bank["us"](y.float())
+            assert torch.equal(layer(y), wanted.to(half))
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_half_precision_bases_train(encoder, x, half, late):
+    if not late:
+        encoder.to(half)
+    handle = inserted(encoder)
+    if late:  # adapters in half as well, until they are trained
+        encoder.to(half)
+        handle.use("combined")
+        assert encoder(x.to(half)).dtype == half
+    for train in (handle.train_extraction, handle.train_composition):
+        parameters = train("us" if "ext" in train.__name__ else "MT-A")
+        before = [p.detach().clone() for p in parameters]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+        encoder.train()
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = encoder(x.to(half)).float().square().mean()
+            assert torch.isfinite(loss)
+            loss.backward()
+            optimizer.step()
+        for old, new in zip(before, parameters):
+            assert new.dtype == torch.float32 and torch.isfinite(new).all()
+            assert (new != old).float().mean() > 0.5
+    handle.half().float()
+    assert torch.isfinite(encoder(x.to(half))).all()
 
 
 @pytest.mark.parametrize("choice", ["us", "combined", "mixed"])
