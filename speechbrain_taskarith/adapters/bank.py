@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -84,7 +85,8 @@ class BottleneckAdapter(torch.nn.Module):
 
     def is_untrained(self):
         """Tell whether `W_up` and `beta` still are 0, see `BottleneckAdapter`."""
-        return not (self.up.weight.any() or self.up.bias.any())
+        weight, bias = weight_and_bias(self.up)
+        return not (weight.any() or bias.any())
 
     def forward(self, x):
         """Return a(x), see `BottleneckAdapter`."""
@@ -97,7 +99,9 @@ class DerivedWeights(dict):
 
     A frozen bank's weights are stacked once, not at every batch. Whether
     the parameters are the same is read off their addresses and version
-    counters, which every in-place operation of torch moves.
+    counters, which operations of torch move, and off a sample of their
+    content, since writes through `.data` or NumPy move no counter. On a GPU
+    there is no sample: `train()` and `eval()` forget what is remembered.
     """
 
     def derive(self, key, parameters, compute):
@@ -111,9 +115,14 @@ class DerivedWeights(dict):
             torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
         ):
             return compute()
+        # A traced graph has the computation in it, and no numbers yet.
+        if torch.jit.is_tracing():
+            return compute()
         versions = [(p.data_ptr(), p._version, p.dtype) for p in parameters]
         if key in self and self[key][0] == versions:
-            return self[key][1]
+            _, views, sample, value = self[key]
+            if [view.tobytes() for view in views] == sample:
+                return value
         # Made under inference_mode, they could not be saved for a later
         # backward pass; made under autocast, they would stay in half.
         device = parameters[0].device.type if parameters else "cpu"
@@ -123,12 +132,39 @@ class DerivedWeights(dict):
             torch.autocast(device, enabled=False),
         ):
             value = compute()
-        self[key] = (versions, value)
+        views = [sample_view(p) for p in parameters]
+        sample = [view.tobytes() for view in views]
+        self[key] = (versions, views, sample, value)
         return value
 
     def __reduce__(self):
         # A copy's parameters have other addresses; it computes its own.
         return type(self), ()
+
+
+def sample_view(tensor, entries=64):
+    """Return up to that many entries of a tensor on the CPU, as bytes.
+
+    They are spread over it, and a view: it sees what is written later.
+    """
+    readable = tensor.device.type == "cpu" and tensor.is_contiguous()
+    if not readable or not tensor.numel():
+        return np.empty(0)
+    flat = tensor.detach().reshape(-1)
+    step = max(1, len(flat) // entries)
+    # A step that divides the rows would see one column alone.
+    step += step > 1 and step % 2 == 0
+    return flat.view(torch.uint8).numpy().reshape(len(flat), -1)[::step]
+
+
+def weight_and_bias(linear):
+    """Return both as plain tensors, of a quantised layer as well."""
+    weight, bias = linear.weight, linear.bias
+    if callable(weight):
+        weight, bias = weight(), bias()
+    if weight.is_quantized:
+        weight = weight.dequantize()
+    return weight, bias
 
 
 class Stacked(NamedTuple):
@@ -303,6 +339,11 @@ class AdapterBank(torch.nn.Module):
         self._derived.clear()
         return super()._apply(fn, recurse)
 
+    def train(self, mode=True):
+        """Take the mode, and forget what was computed from the weights."""
+        self._derived.clear()
+        return super().train(mode)
+
     # --------------------------------------------------------- computation
 
     def stacked(self, names=None):
@@ -319,15 +360,18 @@ class AdapterBank(torch.nn.Module):
 
     def _stack(self, members):
         width = max(member.bottleneck for member in members)
-        downs, shifts, ups = [], [], []
+        downs, shifts, ups, betas = [], [], [], []
         for member in members:
             # A narrow adapter is a wide one whose last rows of `up` are 0.
             missing = width - member.bottleneck
-            downs.append(F.pad(member.down.weight, (0, 0, 0, missing)))
-            shifts.append(F.pad(member.down.bias, (0, missing)))
-            ups.append(F.pad(member.up.weight.t(), (0, 0, 0, missing)))
+            down, shift = weight_and_bias(member.down)
+            up, offset = weight_and_bias(member.up)
+            downs.append(F.pad(down, (0, 0, 0, missing)))
+            shifts.append(F.pad(shift, (0, missing)))
+            ups.append(F.pad(up.t(), (0, 0, 0, missing)))
+            betas.append(offset)
         down, shift = torch.cat(downs), torch.cat(shifts)
-        beta = torch.stack([member.up.bias for member in members])
+        beta = torch.stack(betas)
         if self.layer_norm:
             # W (g * n + o) + c = (W * g) n + (W o + c)
             gain = torch.stack([member.norm.weight for member in members])

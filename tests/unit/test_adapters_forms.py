@@ -316,6 +316,46 @@ def test_folded_weights_follow_the_parameters():
         torch.testing.assert_close(fusion(x), fusion(x, "loop"))
 
 
+@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("write", ["data", "numpy", "swap"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_writes_that_move_no_version_counter_are_seen(kind, write, dtype):
+    bank = make_bank(3, 16, 4, dtype=dtype)
+    combination = made(kind, bank).to(dtype)
+    x = torch.randn(2, 9, 16, dtype=dtype)
+    with torch.no_grad():
+        first = combination(x)
+        combination(x, "collapsed")
+        for parameter in (p for n in bank.names for p in bank[n].parameters()):
+            if write == "data":
+                parameter.data.mul_(0.5)
+            elif write == "numpy":
+                parameter.detach().view(torch.int16).numpy()[...] = 0
+            else:
+                parameter.data = torch.zeros_like(parameter)
+        expected = combination(x, "loop")
+        assert not torch.allclose(first, expected, atol=0.1)
+        for form in ("folded", "collapsed", "stacked"):
+            torch.testing.assert_close(
+                combination(x, form), expected, atol=0.03, rtol=0.03
+            )
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_single_entries_are_seen_after_train_and_eval(mode):
+    bank = make_bank(2, 64, 64, dtype=torch.float32)
+    fusion = made("fusion", bank).float()
+    x = torch.randn(2, 9, 64)
+    with torch.no_grad():
+        fusion(x)
+        for row in range(64):
+            bank["task 1"].up.weight.data[row, 1::9] += 3
+        bank.train(mode), fusion.train(mode)
+        torch.testing.assert_close(
+            fusion(x), fusion(x, "loop"), atol=1e-3, rtol=1e-3
+        )
+
+
 def test_what_was_folded_under_inference_mode_trains_later():
     bank = make_bank().requires_grad_(False)
     fusion = made("fusion", bank)

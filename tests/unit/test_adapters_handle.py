@@ -528,6 +528,57 @@ def test_gradient_checkpointing(encoder, x, reentrant):
         torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
 
 
+def exported(encoder, x):
+    return torch.export.export(encoder, (x,)).module()
+
+
+def traced(encoder, x):
+    return torch.jit.trace(encoder, (x,))
+
+
+def compiled(encoder, x):
+    torch._dynamo.reset()
+    return torch.compile(encoder, backend="eager", fullgraph=True)
+
+
+@pytest.mark.parametrize("how", [compiled, exported, traced])
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("combination", ["mean", "fusion"])
+def test_graphs_of_the_combination(encoder, x, how, folded, combination):
+    handle = inserted(encoder, combination=combination)
+    encoder.eval()
+    handle.use("combined")
+    with torch.no_grad():
+        wanted = encoder(x)
+        if folded:
+            handle.fold()
+        run = how(encoder, x)
+        torch.testing.assert_close(run(x), wanted, atol=1e-4, rtol=1e-4)
+        # And eager again, by the packed weights.
+        torch.testing.assert_close(encoder(x), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("combination", ["mean", "weighted_mean", "fusion"])
+def test_quantised_encoders_and_adapters(encoder, x, combination):
+    handle = inserted(encoder, combination=combination)
+    encoder.eval()
+    handle.use("combined")
+    with torch.no_grad():
+        exact = encoder(x)
+        small = torch.ao.quantization.quantize_dynamic(
+            encoder, {torch.nn.Linear}, torch.qint8
+        )
+        small.task_adapters.use("combined")
+        for _ in range(2):
+            rough = small(x)
+            assert (rough - exact).norm() < 0.1 * exact.norm()
+            small.task_adapters.fold()
+        small.task_adapters.use(["us", None, "german"])
+        mixed = small(x)
+        handle.use(["us", None, "german"])
+        assert (mixed - encoder(x)).norm() < 0.1 * exact.norm()
+
+
 @pytest.mark.slow
 def test_compile(encoder, x):
     handle = inserted(encoder)

@@ -10,7 +10,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from speechbrain_taskarith.adapters.bank import AdapterBank, DerivedWeights
-from speechbrain_taskarith.adapters.combination.folding import packed
+from speechbrain_taskarith.adapters.combination.folding import (
+    packed,
+    takes_onednn,
+)
 
 #: How a combination may be computed; `auto` chooses by the gradients.
 FORMS = ("auto", "loop", "stacked", "collapsed", "folded")
@@ -173,7 +176,8 @@ class Combination(torch.nn.Module):
         """
         self.unfold()
         with torch.no_grad():
-            self._folded = packed(self.folded())
+            plain = self.folded()
+            self._folded = plain, packed(plain)
 
     def unfold(self):
         """Go back to the parameters themselves."""
@@ -183,7 +187,8 @@ class Combination(torch.nn.Module):
     def folded(self):
         """Return the multiplied weights, made anew if parameters changed."""
         if self._folded is not None:
-            return self._folded
+            plain, fast = self._folded
+            return fast if takes_onednn() else plain
         return self._derived.derive("fold", self.sources(), self._fold)
 
     def __getstate__(self):
@@ -196,6 +201,11 @@ class Combination(torch.nn.Module):
         self.unfold()
         self.last_weights = self.live_weights = None
         return super()._apply(fn, recurse)
+
+    def train(self, mode=True):
+        """Take the mode, and forget what was computed from the weights."""
+        self._derived.clear()
+        return super().train(mode)
 
     def _load_from_state_dict(self, *args, **kwargs):
         self.unfold()

@@ -3,6 +3,7 @@
 import torch
 from torch.nn import functional as F
 
+from speechbrain_taskarith.adapters.bank import weight_and_bias
 from speechbrain_taskarith.adapters.combination.base import Combination
 from speechbrain_taskarith.adapters.combination.folding import (
     FoldedFusion,
@@ -113,7 +114,7 @@ class AudioAdapterFusion(Combination):
         return [(self.value.weight, 2 * weight * self._from_identity())]
 
     def _from_identity(self):
-        matrix = self.value.weight
+        matrix, _ = weight_and_bias(self.value)
         return matrix - torch.eye(
             len(matrix), dtype=matrix.dtype, device=matrix.device
         )
@@ -150,8 +151,9 @@ class AudioAdapterFusion(Combination):
         number = len(self.names)
         # W_K^T W_Q as one matrix: a product less for every frame, and the
         # query itself need not be held for the backward pass.
-        both = torch.matmul(self.key.weight.t(), self.query.weight)
-        bias = torch.matmul(self.query.bias, self.key.weight)
+        key, _ = weight_and_bias(self.key)
+        query, bias = weight_and_bias(self.query)
+        both, bias = torch.matmul(key.t(), query), torch.matmul(bias, key)
         query = F.linear(x, both, bias)
         gate = F.linear(query, stack.up) * hidden
         scores = sum_of_parts(gate, number) + F.linear(query, stack.beta)
@@ -178,10 +180,11 @@ class AudioAdapterFusion(Combination):
 
     def _fold(self):
         stack = self.bank.stacked(self.names)
-        both = torch.matmul(self.key.weight.t(), self.query.weight)
-        bias = torch.matmul(self.query.bias, self.key.weight)
+        key, _ = weight_and_bias(self.key)
+        query, bias = weight_and_bias(self.query)
+        both, bias = torch.matmul(key.t(), query), torch.matmul(bias, key)
         rows = torch.cat((stack.up, stack.beta)) * self._scale
-        value = self.value.weight
+        value, _ = weight_and_bias(self.value)
         return FoldedFusion(
             stack.down,
             stack.shift,
