@@ -1,6 +1,5 @@
 """All adapters of an encoder: choose, train, fold and remove them."""
 
-import contextlib
 import logging
 
 import torch
@@ -12,6 +11,7 @@ from speechbrain_taskarith.adapters.layer import (
     LayerAdapters,
     LayerLoop,
     Route,
+    Use,
     make_combination,
     utterance_positions,
 )
@@ -177,7 +177,9 @@ class AdapterHandle(AdapterTraining):
         Returns
         -------
         context manager
-            Used in a `with`, it restores the previous choice at the end.
+            In a `with`, the choice holds for the block alone, and for this
+            thread or asyncio task alone. Without it, it holds from now on,
+            for all of them that are in no `with`.
 
         Raises
         ------
@@ -191,14 +193,11 @@ class AdapterHandle(AdapterTraining):
             bank.require(choice)
         elif choice is not None:
             choice = utterance_positions(choice, bank)
-        back = contextlib.ExitStack()
-        back.callback(setattr, self._route, "choice", self._route.choice)
-        self._route.choice = choice
-        return back
+        return Use(self._route, choice)
 
     @property
     def in_use(self):
-        """What was chosen last: None, text, or a tensor of positions."""
+        """What is chosen here: None, text, or a tensor of positions."""
         return self._route.choice
 
     def fold(self):

@@ -1,6 +1,10 @@
 """Layers whose hooks do not fire, are left out, or get nested tensors."""
 
+import asyncio
 import contextlib
+import contextvars
+import copy
+import threading
 
 import pytest
 import torch
@@ -229,3 +233,114 @@ def test_ddp_trains_where_layers_are_left_out(mode, tmp_path):
                 assert trained and all(p.grad is not None for p in trained)
                 moved = any(p.grad.abs().sum() > 0 for p in trained)
                 assert moved == (i not in encoder.drop)
+
+
+def test_threads_have_choices_of_their_own():
+    torch.manual_seed(0)
+    encoder = ToyEncoder().eval()
+    handle = insert_adapters(encoder, ["a", "b", "c"], bottleneck=4)
+    scramble(handle)
+    x = torch.randn(1, 5, 4)
+    choices = ["a", "b", "c", None, ["b"]]
+    with torch.no_grad():
+        wanted = []
+        for choice in choices:
+            with handle.use(choice):
+                wanted.append(encoder(x))
+    wrong, start = [], threading.Barrier(len(choices))
+
+    @torch.no_grad()
+    def work(choice, expected):
+        start.wait()
+        for _ in range(60):
+            with handle.use(choice):
+                first = encoder(x)
+                with handle.use("a"):
+                    other = encoder(x)
+                last = encoder(x)
+            for found, right in ((first, expected), (last, expected)):
+                wrong.append(not torch.equal(found, right))
+            wrong.append(not torch.equal(other, wanted[0]))
+
+    threads = [
+        threading.Thread(target=work, args=pair)
+        for pair in zip(choices, wanted)
+    ]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert len(wrong) == 60 * 3 * len(choices) and not any(wrong)
+    assert handle.in_use is None
+
+
+def test_a_choice_without_with_holds_in_new_threads():
+    handle = insert_adapters(ToyEncoder(), ["a", "b"], bottleneck=4)
+    handle.use("b")
+    seen = []
+    with handle.use("a"):
+        thread = threading.Thread(target=lambda: seen.append(handle.in_use))
+        thread.start(), thread.join()
+        handle.use(None)  # holds until the end of the block
+        assert handle.in_use is None
+        assert copy.deepcopy(handle).in_use is None
+    assert seen == ["b"] and handle.in_use == "b"
+
+
+def test_uses_that_meet_restore_what_was_there():
+    handle = insert_adapters(ToyEncoder(), ["a", "b"], bottleneck=4)
+    handle.use("b")
+    for order in ((0, 1), (1, 0)):
+        # As two threads that are between `use` and `with`.
+        both = handle.use("a"), handle.use(None)
+        for i in order:
+            both[i].__enter__()
+        assert handle.in_use == ("a", None)[order[1]]
+        for i in reversed(order):
+            both[i].__exit__()
+        assert handle.in_use == "b"
+
+
+def test_asyncio_tasks_have_choices_of_their_own():
+    handle = insert_adapters(ToyEncoder(), ["a", "b"], bottleneck=4)
+
+    async def work(choice):
+        with handle.use(choice):
+            await asyncio.sleep(0.01)
+            return handle.in_use
+
+    async def all_of_them():
+        return await asyncio.gather(*map(work, ["a", "b", None]))
+
+    assert asyncio.run(all_of_them()) == ["a", "b", None]
+    assert handle.in_use is None
+
+
+def test_autograds_own_threads_see_the_choice():
+    handle = insert_adapters(ToyEncoder(), ["a", "b"], bottleneck=4)
+    seen = []
+
+    def look(gradient):
+        thread = threading.Thread(target=lambda: seen.append(handle.in_use))
+        thread.start(), thread.join()
+        seen.append(handle.in_use)
+        # As in a thread without the context, within a backward pass.
+        seen.append(contextvars.Context().run(lambda: handle.in_use))
+
+    x = torch.zeros(1, requires_grad=True)
+    y = x * 1
+    y.register_hook(look)
+    with handle.use("a"):
+        y.backward()
+    assert seen == [None, "a", "a"]
+
+
+def test_a_compiled_encoder_follows_with():
+    torch._dynamo.reset()
+    encoder = ToyEncoder().eval()
+    handle = insert_adapters(encoder, ["a", "b"], bottleneck=4)
+    scramble(handle)
+    x = torch.randn(2, 5, 4)
+    run = torch.compile(encoder, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for choice in ("a", "b", None, ["b", "a"]):
+            with handle.use(choice):
+                torch.testing.assert_close(run(x), encoder(x))
+            torch.testing.assert_close(run(x), encoder(x))
