@@ -14,7 +14,10 @@ from speechbrain_taskarith.adapters.combination.averaging import (
     AdapterWeightedMean,
 )
 from speechbrain_taskarith.adapters.combination.base import Combination
-from speechbrain_taskarith.adapters.combination.fusion import AudioAdapterFusion
+from speechbrain_taskarith.adapters.combination.fusion import (
+    HISTORY,
+    AudioAdapterFusion,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -304,7 +307,7 @@ class LayerAdapters(torch.nn.Module):
         ] or list(layer.children())
         self._hooks = [
             layer.register_forward_pre_hook(self._before_layer),
-            layer.register_forward_hook(self._forward_hook),
+            layer.register_forward_hook(self._forward_hook, with_kwargs=True),
             *(p.register_forward_pre_hook(self._before_part) for p in parts),
         ]
         # SpeechBrain's streaming calls this method and no hook.
@@ -340,9 +343,43 @@ class LayerAdapters(torch.nn.Module):
 
     def _forward_streaming(self, method, *args, **kwargs):
         self._before_layer(self._layer, args)
-        return self._forward_hook(self._layer, args, method(*args, **kwargs))
+        output = method(*args, **kwargs)
+        history = None
+        if self._is_running():
+            context = kwargs.get("context", args[1] if len(args) > 1 else None)
+            histories = vars(context).setdefault("running_scores", {})
+            history = histories.setdefault(self.name, [])
+        token = HISTORY.set(history)
+        try:
+            return self._forward_hook(self._layer, args, {}, output)
+        finally:
+            HISTORY.reset(token)
 
-    def _forward_hook(self, layer, inputs, output):
+    def _is_running(self):
+        """Tell whether the average of all scores so far is in use."""
+        choice = self._route.choice
+        combined = isinstance(choice, str) and choice == COMBINED
+        return combined and getattr(self.combination, "running", False)
+
+    def _require_whole(self, inputs, named, frames):
+        """Refuse running scores where a call has not all frames so far."""
+        if not getattr(self._layer, "frames_in_order", True):
+            raise ValueError(
+                f"layer {self.name!r} works on blocks of an utterance, over "
+                "which scores cannot be averaged; use "
+                "AudioAdapterFusion(running=False)"
+            )
+        for given in (*inputs, *named.values()):
+            length = getattr(given, "get_seq_length", None)
+            if callable(length) and length() > frames:
+                raise ValueError(
+                    f"layer {self.name!r} has a key-value cache, so that the "
+                    "running average of the scores would start anew at every "
+                    "step; decode with use_cache=False, or combine with "
+                    "AudioAdapterFusion(running=False)"
+                )
+
+    def _forward_hook(self, layer, inputs, named, output):
         """Add the adapters to what the layer returns, a tensor or a tuple."""
         watch = self._route.watch
         if watch is not None:
@@ -375,6 +412,8 @@ class LayerAdapters(torch.nn.Module):
                 f"[B, T, {width}] or a tuple that starts with one; choose "
                 "other layers or another d_model"
             )
+        if self._is_running():
+            self._require_whole(inputs, named, x.shape[1])
         x = self(x)
         if frames is not None:
             rows = [row[:number] for row, number in zip(x, frames)]

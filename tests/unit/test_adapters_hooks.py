@@ -74,6 +74,15 @@ def test_our_emformer_goes_through_its_adapters(memory, choice):
         assert all(p.grad.abs().sum() > 0 for p in parameters[:3])
 
 
+def test_our_emformer_refuses_running_scores():
+    encoder = emformer()
+    fusion = AudioAdapterFusion(running=True)
+    handle = insert_adapters(encoder, NAMES, bottleneck=4, combination=fusion)
+    handle.use("combined")
+    with pytest.raises(ValueError, match="works on blocks"):
+        encoder(torch.randn(2, 22, 16))
+
+
 class Layer(torch.nn.Module):
     def __init__(self):
         super().__init__()

@@ -1,5 +1,7 @@
 """Audio-AdapterFusion: attention over adapters, frame by frame."""
 
+import contextvars
+
 import torch
 from torch.nn import functional as F
 
@@ -9,6 +11,11 @@ from speechbrain_taskarith.adapters.combination.folding import (
     FoldedFusion,
     product,
 )
+
+
+#: The running scores of the stream that is being computed, see
+#: `running_mean`; None where there is no stream.
+HISTORY = contextvars.ContextVar("running scores", default=None)
 
 
 class AudioAdapterFusion(Combination):
@@ -46,8 +53,10 @@ class AudioAdapterFusion(Combination):
         True averages the scores over all frames so far (dimension -2 is
         time) before the softmax. Beyond the paper, whose attention looks at
         one frame alone: a frame seldom tells the task, an utterance does.
-        It looks at no later frame; called chunk by chunk, the average
-        starts anew with every chunk.
+        It looks at no later frame, and goes on from chunk to chunk where
+        layers have SpeechBrain's `forward_streaming`: the state is part of
+        the streaming context. Refused where it would start anew: with the
+        key-value cache of `generate` (`use_cache=False`), in our `Emformer`.
     guided : bool
         True keeps what `AdapterHandle.attention_loss` needs. Beyond the
         paper as well: it teaches the attention which task an utterance of
@@ -121,7 +130,9 @@ class AudioAdapterFusion(Combination):
 
     def _softmax(self, scores):
         if self.running:
-            scores = running_mean(scores)
+            is_compiling = torch.compiler.is_compiling()
+            history = None if is_compiling else HISTORY.get()
+            scores = running_mean(scores, history)
         weights = scores.softmax(-1)
         self.last_weights = weights.detach()
         if self.guided:
@@ -204,10 +215,24 @@ def sum_of_parts(values, number):
     return values.unflatten(-1, (number, -1)).sum(-1, dtype=exact)
 
 
-def running_mean(scores):
-    """Average scores [..., T, N] over each frame and all before it."""
+def running_mean(scores, history=None):
+    """Average scores [..., T, N] over each frame and all before it.
+
+    `history` is that of a stream: a list, empty at its beginning, which
+    keeps the sum and the number of the frames so far.
+    """
     frames = scores.shape[-2]
+    total = scores.cumsum(-2)
+    number = 0
+    if history:
+        before, number = history
+        total = total + before
     count = torch.arange(
-        1, frames + 1, dtype=scores.dtype, device=scores.device
+        number + 1,
+        number + frames + 1,
+        dtype=scores.dtype,
+        device=scores.device,
     )
-    return scores.cumsum(-2) / count.unsqueeze(-1)
+    if history is not None and frames:
+        history[:] = total[..., -1:, :].detach(), number + frames
+    return total / count.unsqueeze(-1)

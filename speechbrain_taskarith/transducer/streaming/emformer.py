@@ -247,6 +247,9 @@ class _EmformerLayer(torch.nn.Module):
     utterance side by side, the streaming path one at a time.
     """
 
+    #: A call has blocks with copies of frames, not the frames so far.
+    frames_in_order = False
+
     def __init__(self, input_dim, num_heads, ffn_dim, dropout, with_memory):
         super().__init__()
         self.num_heads = num_heads
