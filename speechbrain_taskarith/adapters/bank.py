@@ -442,3 +442,9 @@ class AdapterBank(torch.nn.Module):
 def adapter_key(name):
     """Return a task's key among the modules, where no dot may be."""
     return _PREFIX + name.replace("%", "%25").replace(".", "%2E")
+
+
+def adapter_name(key):
+    """Return the name of the task of which `adapter_key` makes this key."""
+    name = key.removeprefix(_PREFIX)
+    return name.replace("%2E", ".").replace("%25", "%")

@@ -4,7 +4,11 @@ import logging
 
 import torch
 
-from speechbrain_taskarith.adapters.bank import COMBINED
+from speechbrain_taskarith.adapters.bank import (
+    COMBINED,
+    adapter_key,
+    adapter_name,
+)
 from speechbrain_taskarith.adapters.combination import attention
 from speechbrain_taskarith.adapters.layer import (
     CHILD,
@@ -304,6 +308,21 @@ def _before_loading(handle, state, prefix, *others):
     """
     errors = others[-1]
     if any(key.startswith(f"{prefix}layers.") for key in state):
+        bank = f"{prefix}layers.0.bank."
+        theirs = {
+            k[len(bank) :].split(".")[0] for k in state if k.startswith(bank)
+        }
+        ours = {adapter_key(name) for name in handle.names}
+        if theirs != ours:
+            shown = [
+                ", ".join(sorted(map(adapter_name, keys)))
+                for keys in (theirs, ours)
+            ]
+            errors.append(
+                f"the checkpoint has the adapters {shown[0]}, the encoder "
+                f"{shown[1]}: insert_adapters(names=...) with those of the "
+                "checkpoint, or handle.add_adapter / remove_adapter first"
+            )
         if handle._route.watch is not None:
             handle._route.watch.replaced(state, prefix)
     elif prefix:

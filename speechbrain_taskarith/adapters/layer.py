@@ -363,6 +363,7 @@ class LayerAdapters(torch.nn.Module):
 
     def _require_whole(self, inputs, named, frames):
         """Refuse running scores where a call has not all frames so far."""
+        self._require_batch_first()
         if not getattr(self._layer, "frames_in_order", True):
             raise ValueError(
                 f"layer {self.name!r} works on blocks of an utterance, over "
@@ -459,7 +460,23 @@ class LayerAdapters(torch.nn.Module):
                 "freeze: False (its weights are frozen anyway)"
             )
 
+    def _require_batch_first(self):
+        """Refuse what tells utterances from frames, where those come first."""
+        heads = [
+            m
+            for m in self._layer.children()
+            if isinstance(m, torch.nn.MultiheadAttention)
+        ]
+        theirs = type(self._layer).__module__ == "torchaudio.models.emformer"
+        if theirs or any(not head.batch_first for head in heads):
+            raise ValueError(
+                f"layer {self.name!r} has frames first ([T, B, d]), so that "
+                "neither adapters of single utterances nor running scores "
+                "work; use one name for the batch, or batch_first=True"
+            )
+
     def _routed(self, x, choice):
+        self._require_batch_first()
         # Beams and samples of an utterance stand side by side, as do the
         # blocks of our Emformer.
         times = len(x) // max(len(choice), 1) if x.dim() == 3 else 0

@@ -11,6 +11,7 @@ import torch
 from adapters_toy import ToyEncoder, scramble
 
 from speechbrain_taskarith.adapters import AudioAdapterFusion, insert_adapters
+from speechbrain_taskarith.adapters.combination.base import Combination
 from speechbrain_taskarith.transducer import Emformer
 
 NAMES = ["us", "german"]
@@ -353,3 +354,99 @@ def test_a_compiled_encoder_follows_with():
             with handle.use(choice):
                 torch.testing.assert_close(run(x), encoder(x))
             torch.testing.assert_close(run(x), encoder(x))
+
+
+class Product(Combination):
+    """A combination with the least that one needs."""
+
+    def _as_loop(self, x):
+        return sum(self.bank[name](x) for name in self.names)
+
+
+def test_a_combination_needs_the_loop_alone():
+    encoder = ToyEncoder().eval()
+    handle = insert_adapters(encoder, NAMES, bottleneck=4, combination=Product)
+    scramble(handle)
+    x = torch.randn(2, 5, 4)
+    handle.use("combined")
+    wanted = encoder(x)
+    handle.fold()
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(x), wanted)
+    assert handle.train_composition("MT-A")
+    torch.testing.assert_close(encoder(x), wanted)
+
+
+@pytest.mark.parametrize("names", [["us"], ["us", "german", "v1.5 %2E"]])
+def test_a_checkpoint_of_other_adapters_says_which(names):
+    other = ToyEncoder()
+    insert_adapters(other, names, bottleneck=4)
+    encoder = ToyEncoder()
+    insert_adapters(encoder, NAMES, bottleneck=4)
+    shown = ", ".join(sorted(names)).replace(".", r"\.")
+    with pytest.raises(
+        RuntimeError, match=f"has the adapters {shown}, the encoder german, us"
+    ):
+        encoder.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("frames", [3, 6])
+def test_frames_first_is_refused_where_utterances_count(frames):
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16)  # [T, B, d]
+    encoder = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    fusion = AudioAdapterFusion(running=True)
+    handle = insert_adapters(encoder, NAMES, combination=fusion)
+    x = torch.randn(frames, 3, 8)
+    for choice in (["us", "german", None], "combined"):
+        handle.use(choice)
+        with pytest.raises(ValueError, match="frames first"):
+            encoder(x)
+    handle.use("us")
+    encoder(x)
+
+
+def self_supervised(kind):
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+    }
+    front = {
+        "conv_dim": (8, 8),
+        "conv_stride": (4, 4),
+        "conv_kernel": (8, 4),
+        "num_feat_extract_layers": 2,
+        "num_conv_pos_embeddings": 2,
+        "num_conv_pos_embedding_groups": 2,
+    }
+    if kind == "Wav2Vec2":
+        front |= {"add_adapter": True, "num_adapter_layers": 2}
+    if kind == "Data2VecAudio":
+        front |= {"conv_pos_kernel_size": 3}
+    if kind == "Wav2Vec2Bert":
+        front = {"add_adapter": True, "num_adapter_layers": 1}
+    if kind == "ParakeetEncoder":
+        sizes |= {"subsampling_conv_channels": 4, "num_mel_bins": 16}
+        front = {}
+    config = getattr(transformers, f"{kind}Config")(**sizes, **front)
+    suffix = "" if kind == "ParakeetEncoder" else "Model"
+    return getattr(transformers, kind + suffix)(config)
+
+
+@pytest.mark.parametrize(
+    "kind", ["Wav2Vec2", "Data2VecAudio", "Wav2Vec2Bert", "ParakeetEncoder"]
+)
+def test_the_default_takes_encoder_layers_alone(kind):
+    handle = insert_adapters(self_supervised(kind), NAMES, bottleneck=2)
+    start = "" if kind == "ParakeetEncoder" else "encoder."
+    assert handle.layer_names == [f"{start}layers.{i}" for i in range(2)]
+
+
+def test_adapters_inside_are_no_layers():
+    inner = ToyEncoder()
+    insert_adapters(inner, ["a"], bottleneck=2)
+    outer = torch.nn.ModuleDict({"e": inner})
+    handle = insert_adapters(outer, ["b"], bottleneck=2)
+    assert handle.layer_names == [f"e.layers.{i}" for i in range(3)]

@@ -29,9 +29,9 @@ class Combination(torch.nn.Module):
     give together. The bank is not a submodule: what belongs to the
     combination alone is what `ST-A` trains and what is saved with it.
 
-    A subclass computes o in `_as_loop(x)`, `_as_stacked(x)`,
-    `_as_collapsed(x)` and `_as_folded(x)`, the last from `self.folded()`,
-    which `_fold()` makes.
+    A subclass computes o in `_as_loop(x)`. To be faster, it may compute it
+    in `_as_stacked(x)`, `_as_collapsed(x)` and `_as_folded(x)` as well, the
+    last from `self.folded()`, which `_fold()` makes.
 
     Arguments
     ---------
@@ -160,6 +160,22 @@ class Combination(torch.nn.Module):
             return checkpoint(compute, x, use_reentrant=False)
         return compute(x)
 
+    def _as_loop(self, x):
+        raise NotImplementedError(f"{type(self).__name__} has no _as_loop")
+
+    def _as_stacked(self, x):
+        return self._as_loop(x)
+
+    def _as_collapsed(self, x):
+        return self._as_loop(x)
+
+    def _as_folded(self, x):
+        return self._as_loop(x)
+
+    def _fold(self):
+        """Return the multiplied weights, None where there are none."""
+        return None
+
     def sources(self):
         """Return all parameters that o depends on."""
         own = [p for n, p in self.named_parameters() if n[:5] != "norm."]
@@ -177,7 +193,8 @@ class Combination(torch.nn.Module):
         self.unfold()
         with torch.no_grad():
             plain = self.folded()
-            self._folded = plain, packed(plain)
+            if plain is not None:
+                self._folded = plain, packed(plain)
 
     def unfold(self):
         """Go back to the parameters themselves."""
