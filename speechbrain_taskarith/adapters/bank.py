@@ -110,27 +110,23 @@ class DerivedWeights(dict):
         It has a graph, and is not remembered, where gradients have to reach
         the parameters.
         """
-        # A compiled graph has the computation in it.
-        if torch.compiler.is_compiling() or (
-            torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-        ):
+        # A graph has the computation in it.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return compute()
-        # A traced graph has the computation in it, and no numbers yet.
-        if torch.jit.is_tracing():
-            return compute()
+        device = parameters[0].device.type if parameters else "cpu"
+        # Products of parameters lose too much in half.
+        exactly = torch.autocast(device, enabled=False)
+        if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+            with exactly:
+                return compute()
         versions = [(p.data_ptr(), p._version, p.dtype) for p in parameters]
         if key in self and self[key][0] == versions:
             _, views, sample, value = self[key]
             if [view.tobytes() for view in views] == sample:
                 return value
         # Made under inference_mode, they could not be saved for a later
-        # backward pass; made under autocast, they would stay in half.
-        device = parameters[0].device.type if parameters else "cpu"
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            torch.autocast(device, enabled=False),
-        ):
+        # backward pass.
+        with torch.inference_mode(False), torch.no_grad(), exactly:
             value = compute()
         views = [sample_view(p) for p in parameters]
         sample = [view.tobytes() for view in views]

@@ -77,9 +77,7 @@ class AdapterHandle(AdapterTraining):
         }
         self._loops = list(loops.values())
         self.layers = torch.nn.ModuleList(
-            LayerAdapters(
-                name, layer, bank, new, loops[_owner(encoder, name)]
-            )
+            LayerAdapters(name, layer, bank, new, loops[_owner(encoder, name)])
             for (name, layer), bank, new in zip(layers, banks, made)
         )
         self.add_module(GUARD, StatisticsGuard(encoder))

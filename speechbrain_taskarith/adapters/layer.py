@@ -55,7 +55,9 @@ def make_combination(combination, bank, names=None):
             f"{', '.join(KINDS)}, an instance, or None"
         )
     if made is not None:
-        made.to(bank.device, bank.dtype).requires_grad_(False).train(bank.training)
+        made.to(bank.device, bank.dtype).requires_grad_(False).train(
+            bank.training
+        )
     return made
 
 

@@ -1,6 +1,7 @@
 """Adapters and their combinations against the formulas, frame by frame."""
 
 import copy
+import math
 import itertools
 
 import numpy as np
@@ -290,6 +291,25 @@ def test_auto_is_collapsed_where_trained_and_folded_elsewhere(monkeypatch):
     fusion.combine(x, "loop")
     expected = ["collapsed", "folded", "collapsed", "folded", "loop"]
     assert asked == expected
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (3, 8), (25,), (24,)])
+def test_training_folds_where_a_batch_has_more_frames(shape, monkeypatch):
+    # 1.5 (N b + d / 2) = 24
+    fusion = made("fusion", make_bank(3, 8, 4)).train()
+    x = torch.randn(*shape, 8, dtype=torch.float64)
+    asked, folded = [], fusion._as_folded
+    monkeypatch.setattr(
+        fusion, "_as_folded", lambda x: asked.append("folded") or folded(x)
+    )
+    fusion(x).square().sum().backward()
+    assert bool(asked) == (math.prod(shape) > 24)
+    parameters = [*fusion.bank.parameters(), *fusion.parameters()]
+    found = [p.grad.clone() for p in parameters]
+    fusion.zero_grad(), fusion.bank.zero_grad()
+    fusion(x, "loop").square().sum().backward()
+    for gradient, parameter in zip(found, parameters):
+        torch.testing.assert_close(gradient, parameter.grad)
 
 
 def test_folded_weights_follow_the_parameters():

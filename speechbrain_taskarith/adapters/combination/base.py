@@ -45,8 +45,8 @@ class Combination(torch.nn.Module):
         (0.1) or `"zero"` (starts as the base); None has no LN.
     form : str
         One of `auto`, `loop`, `stacked`, `collapsed`, `folded`. `auto`
-        takes `collapsed` where parameters get gradients and `folded`
-        elsewhere.
+        takes `folded` where no parameter gets a gradient, and in training
+        where a batch has enough frames; `collapsed` elsewhere.
     recompute : bool
         True holds nothing but the input for the backward pass and computes
         the rest again then: least memory, a third more time.
@@ -153,7 +153,9 @@ class Combination(torch.nn.Module):
                 torch.is_grad_enabled()
                 and any(p.requires_grad for p in self.sources())
             )
-            collapsed = trained and self._folded is None
+            collapsed = (
+                trained and self._folded is None and not self._fold_pays(x)
+            )
             form = "collapsed" if collapsed else "folded"
         compute = getattr(self, f"_as_{form}")
         if self.recompute and torch.is_grad_enabled():
@@ -171,6 +173,11 @@ class Combination(torch.nn.Module):
 
     def _as_folded(self, x):
         return self._as_loop(x)
+
+    def _fold_pays(self, x):
+        """Tell whether it is faster to multiply out at every training step."""
+        del x
+        return False
 
     def _fold(self):
         """Return the multiplied weights, None where there are none."""

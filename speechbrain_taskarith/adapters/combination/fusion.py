@@ -189,6 +189,16 @@ class AudioAdapterFusion(Combination):
         context = product(hidden.flatten(-2), folded.up)
         return context + torch.matmul(weights, folded.offset)
 
+    def _fold_pays(self, x):
+        # 2 d^2 products less a frame, against d^2 (2 N b + d) once. Even at
+        # N b + d / 2 frames; measured, it is faster from half as many more.
+        if torch.compiler.is_compiling():  # one graph for all lengths
+            return False
+        width = max(self.bank[name].bottleneck for name in self.names)
+        frames = x[..., 0].numel()
+        even = len(self.names) * width + self.bank.d_model / 2
+        return frames > 1.5 * even
+
     def _fold(self):
         stack = self.bank.stacked(self.names)
         key, _ = weight_and_bias(self.key)
