@@ -336,7 +336,7 @@ class AdapterBank(torch.nn.Module):
         return super()._apply(fn, recurse)
 
     def train(self, mode=True):
-        """Take the mode, and forget what was computed from the weights."""
+        """As `torch.nn.Module.train`; forgets what weights were stacked."""
         self._derived.clear()
         return super().train(mode)
 

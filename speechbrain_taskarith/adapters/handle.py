@@ -10,12 +10,11 @@ from speechbrain_taskarith.adapters.bank import (
     adapter_name,
 )
 from speechbrain_taskarith.adapters.combination import attention
+from speechbrain_taskarith.adapters.hooks.layer_loop import LayerLoop
+from speechbrain_taskarith.adapters.hooks.route import Route, Use
 from speechbrain_taskarith.adapters.layer import (
     CHILD,
     LayerAdapters,
-    LayerLoop,
-    Route,
-    Use,
     make_combination,
     utterance_positions,
 )

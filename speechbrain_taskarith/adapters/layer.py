@@ -1,10 +1,8 @@
 """What goes into an encoder: adapters behind its layers."""
 
-import contextvars
 import functools
 import inspect
 import logging
-import threading
 
 import torch
 
@@ -18,6 +16,11 @@ from speechbrain_taskarith.adapters.combination.fusion import (
     HISTORY,
     AudioAdapterFusion,
 )
+from speechbrain_taskarith.adapters.hooks.layer_loop import (
+    PROGRESS,
+    require_passed,
+)
+from speechbrain_taskarith.adapters.hooks.route import in_backward
 
 logger = logging.getLogger(__name__)
 
@@ -61,102 +64,6 @@ def make_combination(combination, bank, names=None):
     return made
 
 
-class Chosen:
-    """One choice, and what holds again once it turns out to be a `with`'s."""
-
-    def __init__(self, value):
-        self.value, self.instead = value, None
-
-
-#: The choices of the `with` blocks around: (route, its `Chosen`, the next).
-_AROUND = contextvars.ContextVar("adapters in use", default=None)
-
-
-class Route:
-    """What is in use, shared by all layers of an encoder.
-
-    A choice is None, an adapter's name, `COMBINED`, or positions [B] (-1:
-    the base).
-    """
-
-    def __init__(self):
-        #: Where no `with` says something else; `Chosen`.
-        self.everywhere = Chosen(None)
-        #: Chosen last, by any thread: for compiled graphs, which cannot look
-        #: into contexts, and for autograd's threads, which have none.
-        self.latest = None
-        self.has_warned = False
-        #: The next batch's tasks, where a loop says them.
-        self.tasks = None
-        #: What looks on, a `Watch`, or None.
-        self.watch = None
-        self._moved = {}
-
-    @property
-    def choice(self):
-        """Return what is in use here: in this thread or asyncio task."""
-        if torch.compiler.is_compiling():
-            return self.latest
-        own = self.own()
-        if own is not None:
-            return own.value
-        return self.latest if in_backward() else self.everywhere.value
-
-    def own(self):
-        """Return the `Chosen` of the innermost `with`, None without one."""
-        around = _AROUND.get()
-        while around is not None and around[0] is not self:
-            around = around[2]
-        return None if around is None else around[1]
-
-    def __getstate__(self):
-        # A copy goes through what is in use where it is made.
-        everywhere = Chosen(self.choice)
-        return {**vars(self), "everywhere": everywhere, "_moved": {}}
-
-    def positions(self, choice, device):
-        """Return positions on a device, moved there once."""
-        known, moved = self._moved.get(device, (None, None))
-        if choice is not known:
-            moved = choice.to(device)
-            self._moved[device] = (choice, moved)
-        return moved
-
-
-class Use:
-    """A choice: from now on, or for a `with` block and what runs in it.
-
-    In a `with`, other threads and asyncio tasks keep their own.
-    """
-
-    def __init__(self, route, choice):
-        self._route, self._chosen, self._token = route, Chosen(choice), None
-        self._own = route.own()
-        if self._own is not None:
-            self._before, self._own.value = self._own.value, choice
-        else:
-            self._before, route.everywhere = route.everywhere, self._chosen
-        route.latest = choice
-
-    def __enter__(self):
-        route, chosen = self._route, self._chosen
-        if self._own is not None:
-            self._own.value = self._before
-        else:
-            # Another thread may be between its `use` and its `with`, too.
-            while self._before.instead is not None:
-                self._before = self._before.instead
-            chosen.instead = self._before
-            if route.everywhere is chosen:
-                route.everywhere = self._before
-        self._token = _AROUND.set((route, chosen, _AROUND.get()))
-        return self
-
-    def __exit__(self, *error):
-        _AROUND.reset(self._token)
-        self._route.latest = self._route.choice
-
-
 def utterance_positions(choice, bank):
     """Return the positions [B] in a bank of each utterance's adapter.
 
@@ -183,114 +90,6 @@ def utterance_positions(choice, bank):
                 f"expected -1 (the base) to {len(bank) - 1}"
             )
     return choice.to(torch.long)
-
-
-class _Progress(threading.local):
-    """How far the forward passes of a thread are."""
-
-    def __init__(self):
-        #: ids of the `LayerAdapters` whose layers are being computed.
-        self.inside = set()
-        #: A layer of which parts ran, but not the layer as a whole.
-        self.passed_by = None
-
-
-_PROGRESS = _Progress()
-
-
-class LayerLoop:
-    """The layers that one module calls one after the other, and its passes.
-
-    An encoder may call methods of its layers, where no hook fires; it may
-    leave layers out. The first is an error at the first pass. Of the second,
-    DDP must not notice anything.
-    """
-
-    def __init__(self, name, owner, route):
-        self.name, self.owner, self.layers = name, owner, []
-        self._route, self._is_linked = route, True
-        self._hooks = (
-            owner.register_forward_pre_hook(self._begin),
-            owner.register_forward_hook(self._end),
-        )
-
-    def detach(self):
-        """Restore the owner as it was."""
-        for hook in self._hooks:
-            hook.remove()
-
-    def _begin(self, owner, inputs):
-        if torch.compiler.is_compiling():
-            return
-        _PROGRESS.passed_by, self._is_linked = None, False
-        _PROGRESS.inside.difference_update(map(id, self.layers))
-        choice = self._route.choice
-        if isinstance(choice, str) and choice == COMBINED:
-            for layer in self.layers:
-                # Not the last batch's, where this one leaves the layer out.
-                made = layer.combination
-                made.last_weights = made.live_weights = None
-
-    def _end(self, owner, inputs, output):
-        if not torch.compiler.is_compiling():
-            require_passed(None)
-
-    def link(self, x):
-        """Give a gradient to the adapters of layers that are left out.
-
-        It is 0. DDP waits for every parameter's.
-        """
-        if (
-            self._is_linked
-            or not torch.is_grad_enabled()
-            or not torch.distributed.is_available()
-            or not torch.distributed.is_initialized()
-        ):
-            return x
-        self._is_linked = True
-        parameters = [
-            p
-            for layer in self.layers
-            for p in layer.parameters()
-            if p.requires_grad
-        ]
-        return _Link.apply(x, *parameters) if parameters else x
-
-
-class _Link(torch.autograd.Function):
-    """x as it is; parameters that did nothing to it get a gradient of 0."""
-
-    @staticmethod
-    def forward(ctx, x, *parameters):
-        ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        zeros = [
-            torch.zeros((), dtype=dtype, device=device).expand(shape)
-            for shape, dtype, device in ctx.like
-        ]
-        return gradient, *zeros
-
-
-def in_backward():
-    """Tell whether autograd is running a backward pass in this thread."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def require_passed(layer):
-    """Raise where an encoder went past the adapters of another layer."""
-    missed, _PROGRESS.passed_by = _PROGRESS.passed_by, None
-    if missed is None or missed is layer:
-        return
-    raise ValueError(
-        f"adapters are in use, but layer {missed.name!r} was computed without "
-        "its adapters: the encoder calls methods of its layers instead of the "
-        "layers themselves (as torchaudio's Emformer.infer does). Use the "
-        "encoder's forward, give insert_adapters(layers=...) modules that are "
-        "called as a whole, or switch the adapters off by handle.use(None)"
-    )
 
 
 class LayerAdapters(torch.nn.Module):
@@ -330,18 +129,18 @@ class LayerAdapters(torch.nn.Module):
         if torch.compiler.is_compiling() or self._route.choice is None:
             return
         require_passed(self)
-        _PROGRESS.inside.add(id(self))
+        PROGRESS.inside.add(id(self))
 
     def _before_part(self, part, inputs):
         if torch.compiler.is_compiling() or self._route.choice is None:
             return
-        if id(self) in _PROGRESS.inside:
+        if id(self) in PROGRESS.inside:
             return
         # Checkpointing computes the layer again in the backward pass, and
         # may have the hooks' part outside.
         if not in_backward():
             require_passed(self)
-            _PROGRESS.passed_by = self
+            PROGRESS.passed_by = self
 
     def _forward_streaming(self, method, *args, **kwargs):
         self._before_layer(self._layer, args)
@@ -391,7 +190,7 @@ class LayerAdapters(torch.nn.Module):
             return output  # the very object that the base returned
         is_compiling = torch.compiler.is_compiling()
         if not is_compiling:
-            _PROGRESS.inside.discard(id(self))
+            PROGRESS.inside.discard(id(self))
             require_passed(self)
         if layer is not self._layer:
             raise ValueError(

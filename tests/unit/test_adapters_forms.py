@@ -1,8 +1,8 @@
 """Adapters and their combinations against the formulas, frame by frame."""
 
 import copy
-import math
 import itertools
+import math
 
 import numpy as np
 import pytest

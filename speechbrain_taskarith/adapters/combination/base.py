@@ -227,7 +227,7 @@ class Combination(torch.nn.Module):
         return super()._apply(fn, recurse)
 
     def train(self, mode=True):
-        """Take the mode, and forget what was computed from the weights."""
+        """As `torch.nn.Module.train`; forgets the derived weights."""
         self._derived.clear()
         return super().train(mode)
 

@@ -12,7 +12,6 @@ from speechbrain_taskarith.adapters.combination.folding import (
     product,
 )
 
-
 #: The running scores of the stream that is being computed, see
 #: `running_mean`; None where there is no stream.
 HISTORY = contextvars.ContextVar("running scores", default=None)
