@@ -303,14 +303,14 @@ def _before_loading(handle, state, prefix, *others):
 
     One that holds adapters replaces those that came from files.
     """
-    errors = others[-1]
+    is_strict, errors = others[1], others[-1]
     if any(key.startswith(f"{prefix}layers.") for key in state):
         bank = f"{prefix}layers.0.bank."
         theirs = {
             k[len(bank) :].split(".")[0] for k in state if k.startswith(bank)
         }
         ours = {adapter_key(name) for name in handle.names}
-        if theirs != ours:
+        if is_strict and theirs != ours:
             shown = [
                 ", ".join(sorted(map(adapter_name, keys)))
                 for keys in (theirs, ours)
