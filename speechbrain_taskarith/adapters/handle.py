@@ -303,19 +303,20 @@ def _before_loading(handle, state, prefix, *others):
 
     One that holds adapters replaces those that came from files.
     """
-    is_strict, errors = others[1], others[-1]
+    unexpected, errors = others[-2:]
     if any(key.startswith(f"{prefix}layers.") for key in state):
         bank = f"{prefix}layers.0.bank."
         theirs = {
             k[len(bank) :].split(".")[0] for k in state if k.startswith(bank)
         }
         ours = {adapter_key(name) for name in handle.names}
-        if is_strict and theirs != ours:
+        if theirs != ours:
             shown = [
                 ", ".join(sorted(map(adapter_name, keys)))
                 for keys in (theirs, ours)
             ]
-            errors.append(
+            # Not among the errors, which loading with strict=False raises.
+            unexpected.append(
                 f"the checkpoint has the adapters {shown[0]}, the encoder "
                 f"{shown[1]}: insert_adapters(names=...) with those of the "
                 "checkpoint, or handle.add_adapter / remove_adapter first"

@@ -148,6 +148,12 @@ class LayerAdapters(torch.nn.Module):
         history = None
         if self._is_running():
             context = kwargs.get("context", args[1] if len(args) > 1 else None)
+            if not hasattr(context, "__dict__"):
+                raise ValueError(
+                    f"layer {self.name!r} got no streaming context, where the "
+                    "running scores are kept; use "
+                    "AudioAdapterFusion(running=False)"
+                )
             histories = vars(context).setdefault("running_scores", {})
             history = histories.setdefault(self.name, [])
         token = HISTORY.set(history)
