@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -84,7 +85,8 @@ class BottleneckAdapter(torch.nn.Module):
 
     def is_untrained(self):
         """Tell whether `W_up` and `beta` still are 0, see `BottleneckAdapter`."""
-        return not (self.up.weight.any() or self.up.bias.any())
+        weight, bias = weight_and_bias(self.up)
+        return not (weight.any() or bias.any())
 
     def forward(self, x):
         """Return a(x), see `BottleneckAdapter`."""
@@ -97,7 +99,9 @@ class DerivedWeights(dict):
 
     A frozen bank's weights are stacked once, not at every batch. Whether
     the parameters are the same is read off their addresses and version
-    counters, which every in-place operation of torch moves.
+    counters, which operations of torch move, and off a sample of their
+    content, since writes through `.data` or NumPy move no counter. On a GPU
+    there is no sample: `train()` and `eval()` forget what is remembered.
     """
 
     def derive(self, key, parameters, compute):
@@ -106,29 +110,57 @@ class DerivedWeights(dict):
         It has a graph, and is not remembered, where gradients have to reach
         the parameters.
         """
-        # A compiled graph has the computation in it.
-        if torch.compiler.is_compiling() or (
-            torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-        ):
+        # A graph has the computation in it.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return compute()
+        device = parameters[0].device.type if parameters else "cpu"
+        # Products of parameters lose too much in half.
+        exactly = torch.autocast(device, enabled=False)
+        if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+            with exactly:
+                return compute()
         versions = [(p.data_ptr(), p._version, p.dtype) for p in parameters]
         if key in self and self[key][0] == versions:
-            return self[key][1]
+            _, views, sample, value = self[key]
+            if [view.tobytes() for view in views] == sample:
+                return value
         # Made under inference_mode, they could not be saved for a later
-        # backward pass; made under autocast, they would stay in half.
-        device = parameters[0].device.type if parameters else "cpu"
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            torch.autocast(device, enabled=False),
-        ):
+        # backward pass.
+        with torch.inference_mode(False), torch.no_grad(), exactly:
             value = compute()
-        self[key] = (versions, value)
+        views = [sample_view(p) for p in parameters]
+        sample = [view.tobytes() for view in views]
+        self[key] = (versions, views, sample, value)
         return value
 
     def __reduce__(self):
         # A copy's parameters have other addresses; it computes its own.
         return type(self), ()
+
+
+def sample_view(tensor, entries=64):
+    """Return up to that many entries of a tensor on the CPU, as bytes.
+
+    They are spread over it, and a view: it sees what is written later.
+    """
+    readable = tensor.device.type == "cpu" and tensor.is_contiguous()
+    if not readable or not tensor.numel():
+        return np.empty(0)
+    flat = tensor.detach().reshape(-1)
+    step = max(1, len(flat) // entries)
+    # A step that divides the rows would see one column alone.
+    step += step > 1 and step % 2 == 0
+    return flat.view(torch.uint8).numpy().reshape(len(flat), -1)[::step]
+
+
+def weight_and_bias(linear):
+    """Return both as plain tensors, of a quantised layer as well."""
+    weight, bias = linear.weight, linear.bias
+    if callable(weight):
+        weight, bias = weight(), bias()
+    if weight.is_quantized:
+        weight = weight.dequantize()
+    return weight, bias
 
 
 class Stacked(NamedTuple):
@@ -237,7 +269,7 @@ class AdapterBank(torch.nn.Module):
             self.eps,
         )
         if self.names:
-            adapter.to(self[self.names[0]].down.weight)
+            adapter.to(self.device, self.dtype)
         self._modules[adapter_key(name)] = adapter.train(self.training)
         if name not in self.names:
             self.names.append(name)
@@ -281,9 +313,32 @@ class AdapterBank(torch.nn.Module):
     def __len__(self):
         return len(self.names)
 
+    @property
+    def dtype(self):
+        """Return the type in which the adapters compute."""
+        return next(p.dtype for p in self._numbers())
+
+    @property
+    def device(self):
+        """Return the device of the adapters."""
+        return next(p.device for p in self._numbers())
+
+    def _numbers(self):
+        """Yield parameters that say type and device, if only the input's."""
+        for adapter in self._modules.values():
+            for parameter in adapter.parameters():
+                if parameter.is_floating_point():
+                    yield parameter
+        yield torch.empty(0)  # all of it quantised
+
     def _apply(self, fn, recurse=True):
         self._derived.clear()
         return super()._apply(fn, recurse)
+
+    def train(self, mode=True):
+        """As `torch.nn.Module.train`; forgets what weights were stacked."""
+        self._derived.clear()
+        return super().train(mode)
 
     # --------------------------------------------------------- computation
 
@@ -301,15 +356,18 @@ class AdapterBank(torch.nn.Module):
 
     def _stack(self, members):
         width = max(member.bottleneck for member in members)
-        downs, shifts, ups = [], [], []
+        downs, shifts, ups, betas = [], [], [], []
         for member in members:
             # A narrow adapter is a wide one whose last rows of `up` are 0.
             missing = width - member.bottleneck
-            downs.append(F.pad(member.down.weight, (0, 0, 0, missing)))
-            shifts.append(F.pad(member.down.bias, (0, missing)))
-            ups.append(F.pad(member.up.weight.t(), (0, 0, 0, missing)))
+            down, shift = weight_and_bias(member.down)
+            up, offset = weight_and_bias(member.up)
+            downs.append(F.pad(down, (0, 0, 0, missing)))
+            shifts.append(F.pad(shift, (0, missing)))
+            ups.append(F.pad(up.t(), (0, 0, 0, missing)))
+            betas.append(offset)
         down, shift = torch.cat(downs), torch.cat(shifts)
-        beta = torch.stack([member.up.bias for member in members])
+        beta = torch.stack(betas)
         if self.layer_norm:
             # W (g * n + o) + c = (W * g) n + (W o + c)
             gain = torch.stack([member.norm.weight for member in members])
@@ -380,3 +438,9 @@ class AdapterBank(torch.nn.Module):
 def adapter_key(name):
     """Return a task's key among the modules, where no dot may be."""
     return _PREFIX + name.replace("%", "%25").replace(".", "%2E")
+
+
+def adapter_name(key):
+    """Return the name of the task of which `adapter_key` makes this key."""
+    name = key.removeprefix(_PREFIX)
+    return name.replace("%2E", ".").replace("%25", "%")

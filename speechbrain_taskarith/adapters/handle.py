@@ -1,23 +1,27 @@
 """All adapters of an encoder: choose, train, fold and remove them."""
 
-import contextlib
 import logging
 
 import torch
 
-from speechbrain_taskarith.adapters.bank import COMBINED
+from speechbrain_taskarith.adapters.bank import (
+    COMBINED,
+    adapter_key,
+    adapter_name,
+)
 from speechbrain_taskarith.adapters.combination import attention
+from speechbrain_taskarith.adapters.hooks.layer_loop import LayerLoop
+from speechbrain_taskarith.adapters.hooks.route import Route, Use
 from speechbrain_taskarith.adapters.layer import (
     CHILD,
     LayerAdapters,
-    Route,
-    StatisticsGuard,
     make_combination,
     utterance_positions,
 )
 from speechbrain_taskarith.adapters.training import (
     GUARD,
     AdapterTraining,
+    StatisticsGuard,
 )
 
 logger = logging.getLogger(__name__)
@@ -66,8 +70,13 @@ class AdapterHandle(AdapterTraining):
         self._frozen = []  # (name, module), see `freeze`
         self._flags = [(p, p.requires_grad) for p in encoder.parameters()]
         encoder.requires_grad_(False)
+        loops = {
+            owner: LayerLoop(owner, encoder.get_submodule(owner), self._route)
+            for owner in dict.fromkeys(_owner(encoder, n) for n, _ in layers)
+        }
+        self._loops = list(loops.values())
         self.layers = torch.nn.ModuleList(
-            LayerAdapters(name, layer, bank, new, self._route)
+            LayerAdapters(name, layer, bank, new, loops[_owner(encoder, name)])
             for (name, layer), bank, new in zip(layers, banks, made)
         )
         self.add_module(GUARD, StatisticsGuard(encoder))
@@ -169,7 +178,9 @@ class AdapterHandle(AdapterTraining):
         Returns
         -------
         context manager
-            Used in a `with`, it restores the previous choice at the end.
+            In a `with`, the choice holds for the block alone, and for this
+            thread or asyncio task alone. Without it, it holds from now on,
+            for all of them that are in no `with`.
 
         Raises
         ------
@@ -183,14 +194,11 @@ class AdapterHandle(AdapterTraining):
             bank.require(choice)
         elif choice is not None:
             choice = utterance_positions(choice, bank)
-        back = contextlib.ExitStack()
-        back.callback(setattr, self._route, "choice", self._route.choice)
-        self._route.choice = choice
-        return back
+        return Use(self._route, choice)
 
     @property
     def in_use(self):
-        """What was chosen last: None, text, or a tensor of positions."""
+        """What is chosen here: None, text, or a tensor of positions."""
         return self._route.choice
 
     def fold(self):
@@ -272,11 +280,22 @@ class AdapterHandle(AdapterTraining):
         So are the modules given to `freeze`. Do not use the handle after
         this, although it still holds the adapters.
         """
-        for layer in self.layers:
-            layer.detach()
+        for part in (*self.layers, *self._loops):
+            part.detach()
         self.encoder._modules.pop(CHILD, None)
         self._unfreeze()
         self.encoder.train(self.encoder.training)
+
+
+def _owner(encoder, name):
+    """Return the name of the module that calls a layer: "" is the encoder."""
+    module, path = encoder, []
+    for part in name.split("."):
+        module = getattr(module, part)
+        if isinstance(module, (torch.nn.ModuleList, torch.nn.ModuleDict)):
+            return ".".join(path)
+        path.append(part)
+    return ""
 
 
 def _before_loading(handle, state, prefix, *others):
@@ -284,8 +303,24 @@ def _before_loading(handle, state, prefix, *others):
 
     One that holds adapters replaces those that came from files.
     """
-    errors = others[-1]
+    unexpected, errors = others[-2:]
     if any(key.startswith(f"{prefix}layers.") for key in state):
+        bank = f"{prefix}layers.0.bank."
+        theirs = {
+            k[len(bank) :].split(".")[0] for k in state if k.startswith(bank)
+        }
+        ours = {adapter_key(name) for name in handle.names}
+        if theirs != ours:
+            shown = [
+                ", ".join(sorted(map(adapter_name, keys)))
+                for keys in (theirs, ours)
+            ]
+            # Not among the errors, which loading with strict=False raises.
+            unexpected.append(
+                f"the checkpoint has the adapters {shown[0]}, the encoder "
+                f"{shown[1]}: insert_adapters(names=...) with those of the "
+                "checkpoint, or handle.add_adapter / remove_adapter first"
+            )
         if handle._route.watch is not None:
             handle._route.watch.replaced(state, prefix)
     elif prefix:

@@ -24,9 +24,14 @@ from speechbrain_taskarith.utils.patterns import (
 
 logger = logging.getLogger(__name__)
 
+#: Of most encoders. What has no LayerNorm with weights is left out.
+USUAL_LAYERS = "*layers.*"
+
 # Called `layers` as well, and no layers of an encoder: wav2vec2's front-end
-# convolutions, SpeechBrain's input projections, decoders.
+# convolutions, what may follow it, SpeechBrain's input projections, decoders.
 NOT_ENCODER_LAYERS = (
+    "adapter.*",
+    "*.adapter.*",
     "*conv_layers.*",
     "*custom_*_module.*",
     "decoder.*",
@@ -38,7 +43,7 @@ def insert_adapters(
     encoder,
     names,
     *,
-    layers="*layers.*",
+    layers=USUAL_LAYERS,
     d_model=None,
     bottleneck=256,
     combination=None,
@@ -66,7 +71,8 @@ def insert_adapters(
     Arguments
     ---------
     encoder : torch.nn.Module
-        SpeechBrain's (Conformer, Branchformer, Transformer, a whole
+        In half precision it gets adapters in float32. SpeechBrain's
+        (Conformer, Branchformer, Transformer, a whole
         `TransformerASR`, a wrapped HuggingFace model), `transformers`'
         (Whisper, wav2vec2, wav2vec2-conformer, HuBERT), or any other whose
         layers return [B, T, d], or a tuple that starts with it. Wrappers
@@ -75,7 +81,8 @@ def insert_adapters(
         The tasks, at least one.
     layers : str or sequence of str
         Anchored shell patterns on module names. Where matches are nested,
-        only the outermost is a layer.
+        only the outermost is a layer. The default leaves out lists of
+        modules without a LayerNorm that has weights (convolutions).
     d_model : int or None
         Width d of the layers' output; None reads it off the layers'
         normalisation.
@@ -159,7 +166,9 @@ def insert_adapters(
             (p for p in layer.parameters() if p.is_floating_point()), None
         )
         if like is not None:
-            bank.to(like)
+            # Half precision, and less, does not train.
+            double = like.dtype == torch.float64
+            bank.to(like.device, like.dtype if double else torch.float32)
         banks.append(bank)
     handle = AdapterHandle(encoder, found, banks, combination)
     try:
@@ -262,9 +271,13 @@ def find_layers(encoder, layers, exclude=()):
     """Return `(name, module)` of the outermost modules whose names fit.
 
     Patterns in `exclude` need not match; one in `layers` that matches nothing
-    is an error.
+    is an error. Adapters of an encoder inside this one are no layers.
     """
-    modules = {name: m for name, m in encoder.named_modules() if name}
+    modules = {
+        name: m
+        for name, m in encoder.named_modules()
+        if name and CHILD not in name.split(".")
+    }
     exclude = as_tuple(exclude)
     names = [n for n in modules if not any(matches(n, p) for p in exclude)]
     patterns = as_tuple(layers)
@@ -276,7 +289,26 @@ def find_layers(encoder, layers, exclude=()):
         inside = any(name.startswith(f"{outer}.") for outer in chosen)
         if not inside and any(matches(name, p) for p in patterns):
             chosen.append(name)
-    return [(name, modules[name]) for name in chosen]
+    found = [(name, modules[name]) for name in chosen]
+    if layers != USUAL_LAYERS:
+        return found
+    others = {n.rpartition(".")[0] for n, m in found if not _is_normed(m)}
+    usual = [(n, m) for n, m in found if n.rpartition(".")[0] not in others]
+    if usual and others:
+        logger.info(
+            "no adapters behind the members of %s, which have no LayerNorm "
+            "with weights; name them by layers to adapt them, too",
+            ", ".join(sorted(others)),
+        )
+    return usual or found
+
+
+def _is_normed(layer):
+    """Tell whether a layer has a LayerNorm with weights."""
+    return any(
+        isinstance(m, torch.nn.LayerNorm) and m.elementwise_affine
+        for m in layer.modules()
+    )
 
 
 def layer_width(name, layer, d_model=None):
@@ -293,7 +325,8 @@ def layer_width(name, layer, d_model=None):
         if not widths:
             raise ValueError(
                 f"layer {name!r} ({type(layer).__name__}) has no LayerNorm "
-                "to read its width off; give d_model"
+                "to read its width off; give d_model, or choose other modules "
+                "by layers"
             )
         return widths.most_common(1)[0][0]
     if widths and d_model not in widths:

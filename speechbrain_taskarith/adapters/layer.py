@@ -1,6 +1,5 @@
-"""What goes into an encoder: adapters behind its layers, and a guard."""
+"""What goes into an encoder: adapters behind its layers."""
 
-import dataclasses
 import functools
 import inspect
 import logging
@@ -13,7 +12,15 @@ from speechbrain_taskarith.adapters.combination.averaging import (
     AdapterWeightedMean,
 )
 from speechbrain_taskarith.adapters.combination.base import Combination
-from speechbrain_taskarith.adapters.combination.fusion import AudioAdapterFusion
+from speechbrain_taskarith.adapters.combination.fusion import (
+    HISTORY,
+    AudioAdapterFusion,
+)
+from speechbrain_taskarith.adapters.hooks.layer_loop import (
+    PROGRESS,
+    require_passed,
+)
+from speechbrain_taskarith.adapters.hooks.route import in_backward
 
 logger = logging.getLogger(__name__)
 
@@ -51,31 +58,10 @@ def make_combination(combination, bank, names=None):
             f"{', '.join(KINDS)}, an instance, or None"
         )
     if made is not None:
-        like = next(bank.parameters())
-        made.to(like).requires_grad_(False).train(bank.training)
+        made.to(bank.device, bank.dtype).requires_grad_(False).train(
+            bank.training
+        )
     return made
-
-
-@dataclasses.dataclass(eq=False)
-class Route:
-    """What is in use, shared by all layers of an encoder."""
-
-    #: None, an adapter's name, `COMBINED`, or positions [B] (-1: the base).
-    choice: object = None
-    has_warned: bool = False
-    #: The next batch's tasks, where a loop says them.
-    tasks: object = None
-    #: What looks on, a `Watch`, or None.
-    watch: object = None
-    _moved: dict = dataclasses.field(default_factory=dict)
-
-    def positions(self, device):
-        """Return the positions on a device, moved there once."""
-        choice, moved = self._moved.get(device, (None, None))
-        if choice is not self.choice:
-            moved = self.choice.to(device)
-            self._moved[device] = (self.choice, moved)
-        return moved
 
 
 def utterance_positions(choice, bank):
@@ -109,13 +95,22 @@ def utterance_positions(choice, bank):
 class LayerAdapters(torch.nn.Module):
     """One layer's bank and combination, and the hook that adds them to it."""
 
-    def __init__(self, name, layer, bank, combination, route):
+    def __init__(self, name, layer, bank, combination, loop):
         super().__init__()
         self.bank, self.combination = bank, combination
-        self.name, self._route = name, route
+        self.name, self._route, self._loop = name, loop._route, loop
+        loop.layers.append(self)
         # Not by setattr, which would make it a submodule.
         self.__dict__["_layer"] = layer
-        self._hook_handle = layer.register_forward_hook(self._forward_hook)
+        # What runs whenever the layer does, by whatever method.
+        parts = [
+            m for m in layer.modules() if isinstance(m, torch.nn.LayerNorm)
+        ] or list(layer.children())
+        self._hooks = [
+            layer.register_forward_pre_hook(self._before_layer),
+            layer.register_forward_hook(self._forward_hook, with_kwargs=True),
+            *(p.register_forward_pre_hook(self._before_part) for p in parts),
+        ]
         # SpeechBrain's streaming calls this method and no hook.
         if hasattr(layer, "forward_streaming"):
             method = layer.forward_streaming
@@ -126,22 +121,97 @@ class LayerAdapters(torch.nn.Module):
 
     def detach(self):
         """Restore the layer as it was."""
-        self._hook_handle.remove()
+        for hook in self._hooks:
+            hook.remove()
         vars(self._layer).pop("forward_streaming", None)
 
-    def _forward_streaming(self, method, *args, **kwargs):
-        return self._forward_hook(self._layer, args, method(*args, **kwargs))
+    def _before_layer(self, layer, inputs):
+        if torch.compiler.is_compiling() or self._route.choice is None:
+            return
+        require_passed(self)
+        PROGRESS.inside.add(id(self))
 
-    def _forward_hook(self, layer, inputs, output):
+    def _before_part(self, part, inputs):
+        if torch.compiler.is_compiling() or self._route.choice is None:
+            return
+        if id(self) in PROGRESS.inside:
+            return
+        # Checkpointing computes the layer again in the backward pass, and
+        # may have the hooks' part outside.
+        if not in_backward():
+            require_passed(self)
+            PROGRESS.passed_by = self
+
+    def _forward_streaming(self, method, *args, **kwargs):
+        self._before_layer(self._layer, args)
+        output = method(*args, **kwargs)
+        history = None
+        if self._is_running():
+            context = kwargs.get("context", args[1] if len(args) > 1 else None)
+            if not hasattr(context, "__dict__"):
+                raise ValueError(
+                    f"layer {self.name!r} got no streaming context, where the "
+                    "running scores are kept; use "
+                    "AudioAdapterFusion(running=False)"
+                )
+            histories = vars(context).setdefault("running_scores", {})
+            history = histories.setdefault(self.name, [])
+        token = HISTORY.set(history)
+        try:
+            return self._forward_hook(self._layer, args, {}, output)
+        finally:
+            HISTORY.reset(token)
+
+    def _is_running(self):
+        """Tell whether the average of all scores so far is in use."""
+        choice = self._route.choice
+        combined = isinstance(choice, str) and choice == COMBINED
+        return combined and getattr(self.combination, "running", False)
+
+    def _require_whole(self, inputs, named, frames):
+        """Refuse running scores where a call has not all frames so far."""
+        self._require_batch_first()
+        if not getattr(self._layer, "frames_in_order", True):
+            raise ValueError(
+                f"layer {self.name!r} works on blocks of an utterance, over "
+                "which scores cannot be averaged; use "
+                "AudioAdapterFusion(running=False)"
+            )
+        for given in (*inputs, *named.values()):
+            length = getattr(given, "get_seq_length", None)
+            if callable(length) and length() > frames:
+                raise ValueError(
+                    f"layer {self.name!r} has a key-value cache, so that the "
+                    "running average of the scores would start anew at every "
+                    "step; decode with use_cache=False, or combine with "
+                    "AudioAdapterFusion(running=False)"
+                )
+
+    def _forward_hook(self, layer, inputs, named, output):
         """Add the adapters to what the layer returns, a tensor or a tuple."""
         watch = self._route.watch
         if watch is not None:
             watch.before(self)
         if self._route.choice is None:
             return output  # the very object that the base returned
+        is_compiling = torch.compiler.is_compiling()
+        if not is_compiling:
+            PROGRESS.inside.discard(id(self))
+            require_passed(self)
+        if layer is not self._layer:
+            raise ValueError(
+                f"layer {self.name!r} runs as a copy that has no adapters of "
+                "its own, as torch.nn.DataParallel makes them; use "
+                "DistributedDataParallel, or one device"
+            )
         x = output
         if isinstance(output, (tuple, list)) and output:
             x = output[0]
+        # What torch.nn.TransformerEncoder makes of a padded batch.
+        frames = None
+        if isinstance(x, torch.Tensor) and x.is_nested:
+            frames = [len(row) for row in x.unbind()]
+            x = x.to_padded_tensor(0.0)
         width = self.bank.d_model
         if not isinstance(x, torch.Tensor) or x.shape[-1] != width:
             what = tuple(x.shape) if hasattr(x, "shape") else type(x).__name__
@@ -150,7 +220,14 @@ class LayerAdapters(torch.nn.Module):
                 f"[B, T, {width}] or a tuple that starts with one; choose "
                 "other layers or another d_model"
             )
+        if self._is_running():
+            self._require_whole(inputs, named, x.shape[1])
         x = self(x)
+        if frames is not None:
+            rows = [row[:number] for row, number in zip(x, frames)]
+            x = torch.nested.as_nested_tensor(rows)
+        if self.training and not is_compiling:
+            x = self._loop.link(x)
         if watch is not None:
             watch.after(self)
         if not isinstance(output, (tuple, list)):
@@ -167,11 +244,16 @@ class LayerAdapters(torch.nn.Module):
             return x
         if self.training and not torch.is_grad_enabled():
             self._warn_of_no_grad()
+        dtype = x.dtype
+        if not torch.is_autocast_enabled(x.device.type):
+            # In the adapters' own precision: a base in half has adapters in
+            # float32, which could not be trained otherwise.
+            x = x.to(self.bank.dtype)
         if isinstance(choice, torch.Tensor):
-            return self._routed(x, choice)
+            return self._routed(x, choice).to(dtype)
         if choice == COMBINED:
-            return self.combination(x).to(x.dtype)
-        return (x + self.bank[choice](x)).to(x.dtype)
+            return self.combination(x).to(dtype)
+        return (x + self.bank[choice](x)).to(dtype)
 
     def _warn_of_no_grad(self):
         """Say once that a wrapper keeps the adapters from learning."""
@@ -185,51 +267,36 @@ class LayerAdapters(torch.nn.Module):
                 "freeze: False (its weights are frozen anyway)"
             )
 
+    def _require_batch_first(self):
+        """Refuse what tells utterances from frames, where those come first."""
+        heads = [
+            m
+            for m in self._layer.children()
+            if isinstance(m, torch.nn.MultiheadAttention)
+        ]
+        theirs = type(self._layer).__module__ == "torchaudio.models.emformer"
+        if theirs or any(not head.batch_first for head in heads):
+            raise ValueError(
+                f"layer {self.name!r} has frames first ([T, B, d]), so that "
+                "neither adapters of single utterances nor running scores "
+                "work; use one name for the batch, or batch_first=True"
+            )
+
     def _routed(self, x, choice):
-        if x.dim() != 3 or len(choice) != len(x):
+        self._require_batch_first()
+        # Beams and samples of an utterance stand side by side, as do the
+        # blocks of our Emformer.
+        times = len(x) // max(len(choice), 1) if x.dim() == 3 else 0
+        if not len(x) == times * len(choice):
             raise ValueError(
                 f"layer {self.name!r}: {len(choice)} utterance(s) were named "
                 f"by use(...), but the batch is {tuple(x.shape)}; call "
                 "use(...) for every batch, with one name an utterance"
             )
-        index = self._route.positions(x.device)
+        index = self._route.positions(choice, x.device)
+        if times != 1:
+            index = index.repeat_interleave(times)
         added = x + self.bank.routed(x, index.clamp(min=0))
         # Not x + 0: the base's rows stay as they are to the last bit.
         here = (index >= 0).view(-1, 1, 1)
         return torch.where(here, added.to(x.dtype), x)
-
-
-class StatisticsGuard(torch.nn.Module):
-    """A child that keeps its parent's running statistics still.
-
-    `parent.train()` reaches every child, this one last. It then puts what
-    updates statistics in `forward` back into evaluation mode, so that the
-    training loop need not remember. Dropout is left alone.
-    """
-
-    def __init__(self, parent):
-        super().__init__()
-        # Not by setattr, which would make the parent its child's child.
-        self.__dict__["_parent"] = parent
-
-    def train(self, mode=True):
-        """Take the mode, and put the parent's statistics to evaluation."""
-        super().train(mode)
-        for module in self._parent.modules():
-            if isinstance(module, torch.nn.modules.batchnorm._NormBase):
-                updates = module.track_running_stats
-            else:
-                # By what they have, since SpeechBrain takes seconds to import.
-                updates = (
-                    hasattr(module, "update_until_epoch")
-                    or hasattr(module, "glob_mean")
-                    or type(module).__name__
-                    in ("_SpectralNorm", "SpectralNorm")
-                )
-            if updates:
-                module.training = False
-        return self
-
-    def forward(self, x, *others, **named):
-        """Return x: containers such as `Sequential` call all their children."""
-        return x

@@ -57,7 +57,10 @@ class Watch:
     def before(self, layer):
         """Do what has to be done before a layer's adapters are added."""
         busy = self.penalty or self.guide or self.is_routed
-        if busy or self.sources or not self.has_started:
+        trains = layer.training and torch.is_grad_enabled()
+        starts = trains and not self.has_started
+        # Nothing else may break a compiled graph.
+        if busy or self.sources or starts:
             self._before(layer)
 
     @torch.compiler.disable

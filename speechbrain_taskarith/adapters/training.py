@@ -7,12 +7,47 @@ import torch
 
 from speechbrain_taskarith.adapters.bank import COMBINED, MODES
 from speechbrain_taskarith.adapters.files import AdapterFiles
-from speechbrain_taskarith.adapters.layer import StatisticsGuard
 
 logger = logging.getLogger(__name__)
 
 #: The name of what keeps a frozen module's statistics still.
 GUARD = "task_adapters_stay_frozen"
+
+
+class StatisticsGuard(torch.nn.Module):
+    """A child that keeps its parent's running statistics still.
+
+    `parent.train()` reaches every child, this one last. It then puts what
+    updates statistics in `forward` back into evaluation mode, so that the
+    training loop need not remember. Dropout is left alone.
+    """
+
+    def __init__(self, parent):
+        super().__init__()
+        # Not by setattr, which would make the parent its child's child.
+        self.__dict__["_parent"] = parent
+
+    def train(self, mode=True):
+        """Take the mode, and put the parent's statistics to evaluation."""
+        super().train(mode)
+        for module in self._parent.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._NormBase):
+                updates = module.track_running_stats
+            else:
+                # By what they have, since SpeechBrain takes seconds to import.
+                updates = (
+                    hasattr(module, "update_until_epoch")
+                    or hasattr(module, "glob_mean")
+                    or type(module).__name__
+                    in ("_SpectralNorm", "SpectralNorm")
+                )
+            if updates:
+                module.training = False
+        return self
+
+    def forward(self, x, *others, **named):
+        """Return x: containers such as `Sequential` call all their children."""
+        return x
 
 
 class AdapterTraining(AdapterFiles):
@@ -134,7 +169,11 @@ class AdapterTraining(AdapterFiles):
     def _train_only(self, modules):
         self.unfold()
         self.encoder.requires_grad_(False).zero_grad()
+        halves = (torch.float16, torch.bfloat16)
         for module in modules:
+            if any(p.dtype in halves for p in module.parameters()):
+                logger.info("adapters in half precision: float32 to train")
+                module.float()
             module.requires_grad_(True)
 
     def trained_parameters(self):

@@ -16,7 +16,7 @@ from speechbrain.utils.checkpoints import Checkpointer
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from speechbrain.utils.parameter_transfer import Pretrainer
 
-from speechbrain_taskarith.adapters import insert_adapters
+from speechbrain_taskarith.adapters import AudioAdapterFusion, insert_adapters
 
 NAMES = ["us", "german"]
 
@@ -214,11 +214,17 @@ def test_a_whole_transformer_asr():
     check(model, lambda: model.encode(x), 2, 16)
 
 
-def test_streaming_goes_through_the_adapters():
+@pytest.mark.parametrize("running", [False, True])
+def test_streaming_goes_through_the_adapters(running):
     torch.manual_seed(0)
     model = transformer_asr(causal=False, positional_encoding=None)
     model.requires_grad_(False)
-    handle = insert_adapters(model, NAMES, bottleneck=4, combination="fusion")
+    handle = insert_adapters(
+        model,
+        NAMES,
+        bottleneck=4,
+        combination=AudioAdapterFusion(running=running),
+    )
     scramble(handle)
     config = DynChunkTrainConfig(chunk_size=4, left_context_size=2)
     x = torch.randn(2, 12, 12)
@@ -240,6 +246,92 @@ def test_streaming_goes_through_the_adapters():
             assert not torch.allclose(got, base, atol=1e-2)
         handle.remove()
         assert torch.equal(stream(), base)
+
+
+def test_two_streams_keep_their_running_scores_apart():
+    torch.manual_seed(0)
+    model = transformer_asr(causal=False, positional_encoding=None)
+    fusion = AudioAdapterFusion(running=True)
+    handle = insert_adapters(model, NAMES, bottleneck=4, combination=fusion)
+    scramble(handle)
+    handle.use("combined")
+    config = DynChunkTrainConfig(chunk_size=4, left_context_size=2)
+    x = torch.randn(2, 12, 12)
+    with torch.no_grad():
+        together = model.encode(x, dynchunktrain_config=config)
+        contexts = [model.make_streaming_context(config) for _ in x]
+        chunks = [
+            torch.cat(
+                [
+                    model.encode_streaming(chunk[i : i + 1], contexts[i])
+                    for i in range(len(x))
+                ]
+            )
+            for chunk in x.split(4, 1)
+        ]
+        got = torch.cat(chunks, 1)
+    torch.testing.assert_close(got, together, atol=1e-4, rtol=1e-4)
+
+
+def whisper_for_generation():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = huggingface_encoder("whisper").config
+    model = transformers.WhisperForConditionalGeneration(config).eval()
+    # Without it, the tiny model says the same token for ever.
+    torch.nn.init.normal_(model.model.decoder.embed_tokens.weight)
+    return model
+
+
+def generate(model, features, **options):
+    model.generation_config.forced_decoder_ids = None
+    model.generation_config.suppress_tokens = None
+    model.generation_config.begin_suppress_tokens = None
+    return model.generate(
+        features,
+        max_new_tokens=4,
+        min_new_tokens=4,
+        do_sample=False,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}],
+)
+def test_generation_with_an_adapter_for_each_utterance(options):
+    model = whisper_for_generation()
+    handle = insert_adapters(
+        model, NAMES, bottleneck=4, layers="*layers.*", exclude=()
+    )
+    scramble(handle, scale=2.0)
+    assert len(handle.layer_names) == 3  # of the decoder as well
+    features, choice = torch.randn(3, 8, 20), ["us", "german", None]
+    with torch.no_grad():
+        handle.use(choice)
+        mixed = generate(model, features, **options)
+        alone = []
+        for i, name in enumerate(choice):
+            handle.use(name)
+            alone.append(generate(model, features[i : i + 1], **options))
+    assert torch.equal(mixed, torch.cat(alone))
+    assert len({tuple(row) for row in mixed.tolist()}) > 1
+
+
+def test_running_scores_refuse_a_key_value_cache():
+    model = whisper_for_generation()
+    fusion = AudioAdapterFusion(running=True)
+    handle = insert_adapters(
+        model, NAMES, bottleneck=4, combination=fusion, exclude=()
+    )
+    scramble(handle)
+    handle.use("combined")
+    features = torch.randn(1, 8, 20)
+    with torch.no_grad():
+        generate(model, features, use_cache=False)
+        with pytest.raises(ValueError, match="use_cache=False"):
+            generate(model, features)
 
 
 def test_checkpointer_and_pretrainer(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -292,6 +293,25 @@ def test_auto_is_collapsed_where_trained_and_folded_elsewhere(monkeypatch):
     assert asked == expected
 
 
+@pytest.mark.parametrize("shape", [(5, 5), (3, 8), (25,), (24,)])
+def test_training_folds_where_a_batch_has_more_frames(shape, monkeypatch):
+    # 1.5 (N b + d / 2) = 24
+    fusion = made("fusion", make_bank(3, 8, 4)).train()
+    x = torch.randn(*shape, 8, dtype=torch.float64)
+    asked, folded = [], fusion._as_folded
+    monkeypatch.setattr(
+        fusion, "_as_folded", lambda x: asked.append("folded") or folded(x)
+    )
+    fusion(x).square().sum().backward()
+    assert bool(asked) == (math.prod(shape) > 24)
+    parameters = [*fusion.bank.parameters(), *fusion.parameters()]
+    found = [p.grad.clone() for p in parameters]
+    fusion.zero_grad(), fusion.bank.zero_grad()
+    fusion(x, "loop").square().sum().backward()
+    for gradient, parameter in zip(found, parameters):
+        torch.testing.assert_close(gradient, parameter.grad)
+
+
 def test_folded_weights_follow_the_parameters():
     fusion = made("fusion", make_bank())
     x = torch.randn(1, 2, 8, dtype=torch.float64)
@@ -314,6 +334,46 @@ def test_folded_weights_follow_the_parameters():
     optimizer.step()
     with torch.no_grad():
         torch.testing.assert_close(fusion(x), fusion(x, "loop"))
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("write", ["data", "numpy", "swap"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_writes_that_move_no_version_counter_are_seen(kind, write, dtype):
+    bank = make_bank(3, 16, 4, dtype=dtype)
+    combination = made(kind, bank).to(dtype)
+    x = torch.randn(2, 9, 16, dtype=dtype)
+    with torch.no_grad():
+        first = combination(x)
+        combination(x, "collapsed")
+        for parameter in (p for n in bank.names for p in bank[n].parameters()):
+            if write == "data":
+                parameter.data.mul_(0.5)
+            elif write == "numpy":
+                parameter.detach().view(torch.int16).numpy()[...] = 0
+            else:
+                parameter.data = torch.zeros_like(parameter)
+        expected = combination(x, "loop")
+        assert not torch.allclose(first, expected, atol=0.1)
+        for form in ("folded", "collapsed", "stacked"):
+            torch.testing.assert_close(
+                combination(x, form), expected, atol=0.03, rtol=0.03
+            )
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_single_entries_are_seen_after_train_and_eval(mode):
+    bank = make_bank(2, 64, 64, dtype=torch.float32)
+    fusion = made("fusion", bank).float()
+    x = torch.randn(2, 9, 64)
+    with torch.no_grad():
+        fusion(x)
+        for row in range(64):
+            bank["task 1"].up.weight.data[row, 1::9] += 3
+        bank.train(mode), fusion.train(mode)
+        torch.testing.assert_close(
+            fusion(x), fusion(x, "loop"), atol=1e-3, rtol=1e-3
+        )
 
 
 def test_what_was_folded_under_inference_mode_trains_later():

@@ -441,13 +441,50 @@ def test_sequential_encoder_calls_its_children(x):
     assert not torch.allclose(encoder(x), base)
 
 
-def test_half_precision_layers(encoder, x):
-    encoder.to(torch.bfloat16)
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_half_precision_layers(encoder, x, half):
+    encoder.to(half)
     handle = inserted(encoder)
-    assert handle.layers[0].bank["us"].up.weight.dtype == torch.bfloat16
+    assert {p.dtype for p in handle.parameters()} == {torch.float32}
+    encoder.eval()
     for choice in (None, "us", "combined", ["us", None, "german"]):
         handle.use(choice)
-        assert encoder(x.bfloat16()).dtype == torch.bfloat16
+        out = encoder(x.to(half))
+        assert out.dtype == half
+        # float32 inside: the same as from a layer that computes so.
+        if choice == "us":
+            layer = handle.layers[0]
+            y = out.detach()
+            wanted = y.float() + layer.bank["us"](y.float())
+            assert torch.equal(layer(y), wanted.to(half))
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_half_precision_bases_train(encoder, x, half, late):
+    if not late:
+        encoder.to(half)
+    handle = inserted(encoder)
+    if late:  # adapters in half as well, until they are trained
+        encoder.to(half)
+        handle.use("combined")
+        assert encoder(x.to(half)).dtype == half
+    for train in (handle.train_extraction, handle.train_composition):
+        parameters = train("us" if "ext" in train.__name__ else "MT-A")
+        before = [p.detach().clone() for p in parameters]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+        encoder.train()
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = encoder(x.to(half)).float().square().mean()
+            assert torch.isfinite(loss)
+            loss.backward()
+            optimizer.step()
+        for old, new in zip(before, parameters):
+            assert new.dtype == torch.float32 and torch.isfinite(new).all()
+            assert (new != old).float().mean() > 0.5
+    handle.half().float()
+    assert torch.isfinite(encoder(x.to(half))).all()
 
 
 @pytest.mark.parametrize("choice", ["us", "combined", "mixed"])
@@ -489,6 +526,57 @@ def test_gradient_checkpointing(encoder, x, reentrant):
         gradients.append([p.grad.clone() for p in handle.trained_parameters()])
     for one, other in zip(*gradients):
         torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
+
+
+def exported(encoder, x):
+    return torch.export.export(encoder, (x,)).module()
+
+
+def traced(encoder, x):
+    return torch.jit.trace(encoder, (x,))
+
+
+def compiled(encoder, x):
+    torch._dynamo.reset()
+    return torch.compile(encoder, backend="eager", fullgraph=True)
+
+
+@pytest.mark.parametrize("how", [compiled, exported, traced])
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("combination", ["mean", "fusion"])
+def test_graphs_of_the_combination(encoder, x, how, folded, combination):
+    handle = inserted(encoder, combination=combination)
+    encoder.eval()
+    handle.use("combined")
+    with torch.no_grad():
+        wanted = encoder(x)
+        if folded:
+            handle.fold()
+        run = how(encoder, x)
+        torch.testing.assert_close(run(x), wanted, atol=1e-4, rtol=1e-4)
+        # And eager again, by the packed weights.
+        torch.testing.assert_close(encoder(x), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("combination", ["mean", "weighted_mean", "fusion"])
+def test_quantised_encoders_and_adapters(encoder, x, combination):
+    handle = inserted(encoder, combination=combination)
+    encoder.eval()
+    handle.use("combined")
+    with torch.no_grad():
+        exact = encoder(x)
+        small = torch.ao.quantization.quantize_dynamic(
+            encoder, {torch.nn.Linear}, torch.qint8
+        )
+        small.task_adapters.use("combined")
+        for _ in range(2):
+            rough = small(x)
+            assert (rough - exact).norm() < 0.1 * exact.norm()
+            small.task_adapters.fold()
+        small.task_adapters.use(["us", None, "german"])
+        mixed = small(x)
+        handle.use(["us", None, "german"])
+        assert (mixed - encoder(x)).norm() < 0.1 * exact.norm()
 
 
 @pytest.mark.slow

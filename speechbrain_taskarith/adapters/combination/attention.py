@@ -8,12 +8,16 @@ from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
 def mean_weights(combinations, lens):
     """Return [layers, N], as `AdapterHandle.attention` describes."""
     rows = []
+    ran = any(c.last_weights is not None for c in combinations.values())
     for layer, combination in combinations.items():
         fixed = combination.weights()
         if fixed is not None:
             rows.append(fixed.detach().float())
             continue
         weights = combination.last_weights
+        if weights is None and ran:  # the batch left this layer out
+            rows.append(torch.full((len(combination.names),), torch.nan))
+            continue
         if weights is None:
             raise ValueError(
                 f"layer {layer!r} has combined no batch yet: run the encoder "
@@ -25,13 +29,16 @@ def mean_weights(combinations, lens):
             _require_batch(weights, lens, "lengths")
             weights = weights[_valid_frames(weights, lens)]
         rows.append(weights.float().mean(0))
-    return torch.stack(rows)
+    return torch.stack([row.to(rows[0].device) for row in rows])
 
 
 def guidance_loss(combinations, tasks, lens):
     """Return a scalar, as `AdapterHandle.attention_loss` describes."""
     losses = []
+    ran = any(c.live_weights is not None for c in combinations.values())
     for layer, combination in combinations.items():
+        if ran and combination.live_weights is None:
+            continue  # the batch left this layer out
         weights = kept_attention(layer, combination)
         losses.append(guidance_cost(weights, combination.names, tasks, lens))
     return torch.stack(losses).mean()

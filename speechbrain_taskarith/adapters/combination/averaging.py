@@ -69,8 +69,12 @@ class AdapterMean(_Average):
 
     def weights(self):
         """Return 1/N for each adapter, as `Combination.weights`."""
-        like = self.bank[self.names[0]].up.bias
-        return like.new_full((len(self.names),), 1.0 / len(self.names))
+        return torch.full(
+            (len(self.names),),
+            1.0 / len(self.names),
+            dtype=self.bank.dtype,
+            device=self.bank.device,
+        )
 
 
 class AdapterWeightedMean(_Average):

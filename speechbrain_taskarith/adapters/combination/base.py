@@ -10,7 +10,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from speechbrain_taskarith.adapters.bank import AdapterBank, DerivedWeights
-from speechbrain_taskarith.adapters.combination.folding import packed
+from speechbrain_taskarith.adapters.combination.folding import (
+    packed,
+    takes_onednn,
+)
 
 #: How a combination may be computed; `auto` chooses by the gradients.
 FORMS = ("auto", "loop", "stacked", "collapsed", "folded")
@@ -26,9 +29,9 @@ class Combination(torch.nn.Module):
     give together. The bank is not a submodule: what belongs to the
     combination alone is what `ST-A` trains and what is saved with it.
 
-    A subclass computes o in `_as_loop(x)`, `_as_stacked(x)`,
-    `_as_collapsed(x)` and `_as_folded(x)`, the last from `self.folded()`,
-    which `_fold()` makes.
+    A subclass computes o in `_as_loop(x)`. To be faster, it may compute it
+    in `_as_stacked(x)`, `_as_collapsed(x)` and `_as_folded(x)` as well, the
+    last from `self.folded()`, which `_fold()` makes.
 
     Arguments
     ---------
@@ -42,8 +45,8 @@ class Combination(torch.nn.Module):
         (0.1) or `"zero"` (starts as the base); None has no LN.
     form : str
         One of `auto`, `loop`, `stacked`, `collapsed`, `folded`. `auto`
-        takes `collapsed` where parameters get gradients and `folded`
-        elsewhere.
+        takes `folded` where no parameter gets a gradient, and in training
+        where a batch has enough frames; `collapsed` elsewhere.
     recompute : bool
         True holds nothing but the input for the backward pass and computes
         the rest again then: least memory, a third more time.
@@ -150,12 +153,35 @@ class Combination(torch.nn.Module):
                 torch.is_grad_enabled()
                 and any(p.requires_grad for p in self.sources())
             )
-            collapsed = trained and self._folded is None
+            collapsed = (
+                trained and self._folded is None and not self._fold_pays(x)
+            )
             form = "collapsed" if collapsed else "folded"
         compute = getattr(self, f"_as_{form}")
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(compute, x, use_reentrant=False)
         return compute(x)
+
+    def _as_loop(self, x):
+        raise NotImplementedError(f"{type(self).__name__} has no _as_loop")
+
+    def _as_stacked(self, x):
+        return self._as_loop(x)
+
+    def _as_collapsed(self, x):
+        return self._as_loop(x)
+
+    def _as_folded(self, x):
+        return self._as_loop(x)
+
+    def _fold_pays(self, x):
+        """Tell whether it is faster to multiply out at every training step."""
+        del x
+        return False
+
+    def _fold(self):
+        """Return the multiplied weights, None where there are none."""
+        return None
 
     def sources(self):
         """Return all parameters that o depends on."""
@@ -173,7 +199,9 @@ class Combination(torch.nn.Module):
         """
         self.unfold()
         with torch.no_grad():
-            self._folded = packed(self.folded())
+            plain = self.folded()
+            if plain is not None:
+                self._folded = plain, packed(plain)
 
     def unfold(self):
         """Go back to the parameters themselves."""
@@ -183,7 +211,8 @@ class Combination(torch.nn.Module):
     def folded(self):
         """Return the multiplied weights, made anew if parameters changed."""
         if self._folded is not None:
-            return self._folded
+            plain, fast = self._folded
+            return fast if takes_onednn() else plain
         return self._derived.derive("fold", self.sources(), self._fold)
 
     def __getstate__(self):
@@ -196,6 +225,11 @@ class Combination(torch.nn.Module):
         self.unfold()
         self.last_weights = self.live_weights = None
         return super()._apply(fn, recurse)
+
+    def train(self, mode=True):
+        """As `torch.nn.Module.train`; forgets the derived weights."""
+        self._derived.clear()
+        return super().train(mode)
 
     def _load_from_state_dict(self, *args, **kwargs):
         self.unfold()

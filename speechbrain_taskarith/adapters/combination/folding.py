@@ -52,7 +52,6 @@ def product(x, weight, bias=None):
             torch.is_grad_enabled()
             and (x.requires_grad or weight.requires_grad)
         )
-        and not torch.is_autocast_enabled("cpu")
     ):
         return torch.ops.mkldnn._linear_pointwise(
             x, weight, bias, "none", [], ""
@@ -80,7 +79,16 @@ def _has_onednn(weight):
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.float32
-        and not torch.compiler.is_compiling()
+        and takes_onednn()
+    )
+
+
+def takes_onednn():
+    """Tell whether oneDNN's own product can be called: not in a graph."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -1,13 +1,20 @@
 """Audio-AdapterFusion: attention over adapters, frame by frame."""
 
+import contextvars
+
 import torch
 from torch.nn import functional as F
 
+from speechbrain_taskarith.adapters.bank import weight_and_bias
 from speechbrain_taskarith.adapters.combination.base import Combination
 from speechbrain_taskarith.adapters.combination.folding import (
     FoldedFusion,
     product,
 )
+
+#: The running scores of the stream that is being computed, see
+#: `running_mean`; None where there is no stream.
+HISTORY = contextvars.ContextVar("running scores", default=None)
 
 
 class AudioAdapterFusion(Combination):
@@ -45,8 +52,10 @@ class AudioAdapterFusion(Combination):
         True averages the scores over all frames so far (dimension -2 is
         time) before the softmax. Beyond the paper, whose attention looks at
         one frame alone: a frame seldom tells the task, an utterance does.
-        It looks at no later frame; called chunk by chunk, the average
-        starts anew with every chunk.
+        It looks at no later frame, and goes on from chunk to chunk where
+        layers have SpeechBrain's `forward_streaming`: the state is part of
+        the streaming context. Refused where it would start anew: with the
+        key-value cache of `generate` (`use_cache=False`), in our `Emformer`.
     guided : bool
         True keeps what `AdapterHandle.attention_loss` needs. Beyond the
         paper as well: it teaches the attention which task an utterance of
@@ -113,14 +122,16 @@ class AudioAdapterFusion(Combination):
         return [(self.value.weight, 2 * weight * self._from_identity())]
 
     def _from_identity(self):
-        matrix = self.value.weight
+        matrix, _ = weight_and_bias(self.value)
         return matrix - torch.eye(
             len(matrix), dtype=matrix.dtype, device=matrix.device
         )
 
     def _softmax(self, scores):
         if self.running:
-            scores = running_mean(scores)
+            is_compiling = torch.compiler.is_compiling()
+            history = None if is_compiling else HISTORY.get()
+            scores = running_mean(scores, history)
         weights = scores.softmax(-1)
         self.last_weights = weights.detach()
         if self.guided:
@@ -150,8 +161,9 @@ class AudioAdapterFusion(Combination):
         number = len(self.names)
         # W_K^T W_Q as one matrix: a product less for every frame, and the
         # query itself need not be held for the backward pass.
-        both = torch.matmul(self.key.weight.t(), self.query.weight)
-        bias = torch.matmul(self.query.bias, self.key.weight)
+        key, _ = weight_and_bias(self.key)
+        query, bias = weight_and_bias(self.query)
+        both, bias = torch.matmul(key.t(), query), torch.matmul(bias, key)
         query = F.linear(x, both, bias)
         gate = F.linear(query, stack.up) * hidden
         scores = sum_of_parts(gate, number) + F.linear(query, stack.beta)
@@ -176,12 +188,23 @@ class AudioAdapterFusion(Combination):
         context = product(hidden.flatten(-2), folded.up)
         return context + torch.matmul(weights, folded.offset)
 
+    def _fold_pays(self, x):
+        # 2 d^2 products less a frame, against d^2 (2 N b + d) once. Even at
+        # N b + d / 2 frames; measured, it is faster from half as many more.
+        if torch.compiler.is_compiling():  # one graph for all lengths
+            return False
+        width = max(self.bank[name].bottleneck for name in self.names)
+        frames = x[..., 0].numel()
+        even = len(self.names) * width + self.bank.d_model / 2
+        return frames > 1.5 * even
+
     def _fold(self):
         stack = self.bank.stacked(self.names)
-        both = torch.matmul(self.key.weight.t(), self.query.weight)
-        bias = torch.matmul(self.query.bias, self.key.weight)
+        key, _ = weight_and_bias(self.key)
+        query, bias = weight_and_bias(self.query)
+        both, bias = torch.matmul(key.t(), query), torch.matmul(bias, key)
         rows = torch.cat((stack.up, stack.beta)) * self._scale
-        value = self.value.weight
+        value, _ = weight_and_bias(self.value)
         return FoldedFusion(
             stack.down,
             stack.shift,
@@ -201,10 +224,24 @@ def sum_of_parts(values, number):
     return values.unflatten(-1, (number, -1)).sum(-1, dtype=exact)
 
 
-def running_mean(scores):
-    """Average scores [..., T, N] over each frame and all before it."""
+def running_mean(scores, history=None):
+    """Average scores [..., T, N] over each frame and all before it.
+
+    `history` is that of a stream: a list, empty at its beginning, which
+    keeps the sum and the number of the frames so far.
+    """
     frames = scores.shape[-2]
+    total = scores.cumsum(-2)
+    number = 0
+    if history:
+        before, number = history
+        total = total + before
     count = torch.arange(
-        1, frames + 1, dtype=scores.dtype, device=scores.device
+        number + 1,
+        number + frames + 1,
+        dtype=scores.dtype,
+        device=scores.device,
     )
-    return scores.cumsum(-2) / count.unsqueeze(-1)
+    if history is not None and frames:
+        history[:] = total[..., -1:, :].detach(), number + frames
+    return total / count.unsqueeze(-1)

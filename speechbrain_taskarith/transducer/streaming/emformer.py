@@ -138,7 +138,7 @@ class Emformer(torch.nn.Module):
             in_order = own[:, :, :size].flatten(1, 2)
             left = _preceding(in_order, self.left_context, size, segments)
             given = [x.flatten(0, 1) for x in (blocks, left, own, memory)]
-            out, new_memory = layer.block(*given, masks, size)
+            out, new_memory = layer(*given, masks, size)
             blocks = out.unflatten(0, (batch, segments))
             if new_memory is not None:
                 new_memory = new_memory.view(batch, segments, width)
@@ -222,7 +222,7 @@ class Emformer(torch.nn.Module):
             context.left[index] = _append(left, own[:, :size])
             if self.memory_size:
                 context.memory[index] = _append(memory, new_memory)
-            x, new_memory = layer.block(x, left, own, memory, masks, size)
+            x, new_memory = layer(x, left, own, memory, masks, size)
         context.left_mask = _append(context.left_mask, own_mask[:, :size])
         context.memory_mask = _append(
             context.memory_mask, own_mask[:, :size].any(1, keepdim=True)
@@ -246,6 +246,9 @@ class _EmformerLayer(torch.nn.Module):
     frames before it, and to itself. The parallel path has all blocks of an
     utterance side by side, the streaming path one at a time.
     """
+
+    #: A call has blocks with copies of frames, not the frames so far.
+    frames_in_order = False
 
     def __init__(self, input_dim, num_heads, ffn_dim, dropout, with_memory):
         super().__init__()
@@ -271,7 +274,7 @@ class _EmformerLayer(torch.nn.Module):
         """Project frames [..., d] to keys and values [..., 2 d]."""
         return self.key_value(self.norm_in(x))
 
-    def block(self, queries, left, own, memory, masks, segment_length):
+    def forward(self, queries, left, own, memory, masks, segment_length):
         """Process N blocks; return frames [N, C + R, d], new memory [N, 1, d].
 
         `queries` [N, C + R, d] are segment and right context, `left`

@@ -1,0 +1,1 @@
+"""What the hooks of an encoder share: the choice, and the passes."""

@@ -1,0 +1,106 @@
+"""What is in use: everywhere, or in a `with` of one thread or task."""
+
+import contextvars
+
+import torch
+
+
+class Chosen:
+    """One choice, and what holds again once it turns out to be a `with`'s."""
+
+    def __init__(self, value):
+        self.value, self.instead = value, None
+
+
+#: The choices of the `with` blocks around: (route, its `Chosen`, the next).
+_AROUND = contextvars.ContextVar("adapters in use", default=None)
+
+
+class Route:
+    """What is in use, shared by all layers of an encoder.
+
+    A choice is None, an adapter's name, `COMBINED`, or positions [B] (-1:
+    the base).
+    """
+
+    def __init__(self):
+        #: Where no `with` says something else; `Chosen`.
+        self.everywhere = Chosen(None)
+        #: Chosen last, by any thread: for compiled graphs, which cannot look
+        #: into contexts, and for autograd's threads, which have none.
+        self.latest = None
+        self.has_warned = False
+        #: The next batch's tasks, where a loop says them.
+        self.tasks = None
+        #: What looks on, a `Watch`, or None.
+        self.watch = None
+        self._moved = {}
+
+    @property
+    def choice(self):
+        """Return what is in use here: in this thread or asyncio task."""
+        if torch.compiler.is_compiling():
+            return self.latest
+        own = self.own()
+        if own is not None:
+            return own.value
+        return self.latest if in_backward() else self.everywhere.value
+
+    def own(self):
+        """Return the `Chosen` of the innermost `with`, None without one."""
+        around = _AROUND.get()
+        while around is not None and around[0] is not self:
+            around = around[2]
+        return None if around is None else around[1]
+
+    def __getstate__(self):
+        # A copy goes through what is in use where it is made.
+        everywhere = Chosen(self.choice)
+        return {**vars(self), "everywhere": everywhere, "_moved": {}}
+
+    def positions(self, choice, device):
+        """Return positions on a device, moved there once."""
+        known, moved = self._moved.get(device, (None, None))
+        if choice is not known:
+            moved = choice.to(device)
+            self._moved[device] = (choice, moved)
+        return moved
+
+
+class Use:
+    """A choice: from now on, or for a `with` block and what runs in it.
+
+    In a `with`, other threads and asyncio tasks keep their own.
+    """
+
+    def __init__(self, route, choice):
+        self._route, self._chosen, self._token = route, Chosen(choice), None
+        self._own = route.own()
+        if self._own is not None:
+            self._before, self._own.value = self._own.value, choice
+        else:
+            self._before, route.everywhere = route.everywhere, self._chosen
+        route.latest = choice
+
+    def __enter__(self):
+        route, chosen = self._route, self._chosen
+        if self._own is not None:
+            self._own.value = self._before
+        else:
+            # Another thread may be between its `use` and its `with`, too.
+            while self._before.instead is not None:
+                self._before = self._before.instead
+            chosen.instead = self._before
+            if route.everywhere is chosen:
+                route.everywhere = self._before
+        self._token = _AROUND.set((route, chosen, _AROUND.get()))
+        return self
+
+    def __exit__(self, *error):
+        _AROUND.reset(self._token)
+        self._route.latest = self._route.choice
+
+
+def in_backward():
+    """Tell whether autograd is running a backward pass in this thread."""
+    return torch._C._current_graph_task_id() != -1
