@@ -249,20 +249,21 @@ def test_a_row_that_is_done_is_not_trained_again(corpus, finished):
 
 @pytest.mark.slow
 def test_killed_in_the_middle_it_gives_the_same(corpus, tmp_path):
-    options = {"only": "whole", "number_of_epochs": 3}
+    # Many epochs: the moment to kill it comes again in each.
+    options = {"only": "whole", "number_of_epochs": 8}
     # A checkpoint after every update.
     options["ckpt_interval_steps"] = 1
     run(corpus, tmp_path / "whole", **options)
     output = tmp_path / "killed"
 
-    def within_the_second_epoch():
+    def within_an_epoch():
         # One validated checkpoint and two later ones.
         found = sorted((output / "models/whole/save").glob("CKPT+*/CKPT.yaml"))
         metas = [path.read_text() for path in found]
         validated = [n for n, text in enumerate(metas) if "BLEU" in text]
         return validated and validated[-1] + 2 < len(metas)
 
-    start(corpus, output, **options).kill_when(within_the_second_epoch)
+    start(corpus, output, **options).kill_when(within_an_epoch)
     run(corpus, output, **options)
     one, other = (weights(tmp_path / n, "whole") for n in ("whole", "killed"))
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -275,7 +276,7 @@ def test_killed_in_the_middle_it_gives_the_same(corpus, tmp_path):
         for epoch in (result, *result["epochs"]):
             assert epoch.pop("seconds") > 0 and epoch.pop("cpu_seconds") > 0
     assert results[0] == results[1]
-    assert len(results[0]["epochs"]) == 3
+    assert len(results[0]["epochs"]) == 8
     logs = [
         (tmp_path / name / "models/whole/train_log.txt").read_text()
         for name in ("whole", "killed")
