@@ -22,7 +22,7 @@ VERBS = {
     ),
     "edit": (
         "weights.edit",
-        "a folder of edits: learn, undo, reorder, log, export",
+        "a folder of edits: learn, undo, redo, reorder, log, export",
     ),
     "inspect": ("weights.inspect", "show what a file or folder holds"),
     "plot": (
