@@ -451,7 +451,10 @@ def batch(target, numbers, folder, report):
     """Read inputs one after another; report each."""
     import resource
 
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    # On top of what the process that it was forked from holds already.
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + _MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
     warnings.simplefilter("ignore")
     logging.getLogger().addHandler(Listener(logging.WARNING))
     files = target.make(folder)
