@@ -47,6 +47,9 @@ class EditedRecoverable:
         How the run treats them; is kept with the settings.
     """
 
+    # Whether running statistics are edited, see `TaskVector.between`.
+    buffers = "base"
+
     def __init__(
         self,
         name,
@@ -125,7 +128,11 @@ class EditedRecoverable:
         )
         own.label = label
         vector = TaskVector.between(
-            base, own, include=self.include, exclude=self.exclude
+            base,
+            own,
+            include=self.include,
+            exclude=self.exclude,
+            buffers=self.buffers,
         )
         vector = self.rule.combine([vector], base=base)
         if (scale := self.scale) is None:

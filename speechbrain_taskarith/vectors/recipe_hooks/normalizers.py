@@ -69,6 +69,8 @@ class EditedNormalizer(EditedRecoverable):
     The count is the base's, as all integers are.
     """
 
+    buffers = "edit"
+
     def __init__(self, name, normalizer, open_base, scale, **arguments):
         super().__init__(
             name, normalizer, open_base, TaskArithmetic(scale), **arguments
