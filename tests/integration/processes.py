@@ -1,5 +1,6 @@
 """Recipes as users run them: started, waited for, killed."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -27,6 +28,15 @@ def taskarith(*words):
     )
     assert done.returncode == 0, done.stderr[-SHOWN:]
     return done.stdout
+
+
+def texts_of(paths):
+    """Read files of a running process, which may delete them meanwhile."""
+    found = []
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            found.append(path.read_text(encoding="utf-8"))
+    return found
 
 
 class Recipe:

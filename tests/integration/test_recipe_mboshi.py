@@ -12,7 +12,7 @@ import pytest
 import soundfile
 import torch
 from pretrained_encoder import tiny_hubert, with_hubert
-from processes import Recipe
+from processes import Recipe, texts_of
 
 RECIPE = Recipe("Mboshi/ST/joint", "--noprogressbar", script="study.py")
 RATE = 16000
@@ -259,7 +259,7 @@ def test_killed_in_the_middle_it_gives_the_same(corpus, tmp_path):
     def within_an_epoch():
         # One validated checkpoint and two later ones.
         found = sorted((output / "models/whole/save").glob("CKPT+*/CKPT.yaml"))
-        metas = [path.read_text() for path in found]
+        metas = texts_of(found)
         validated = [n for n, text in enumerate(metas) if "BLEU" in text]
         return validated and validated[-1] + 2 < len(metas)
 

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 import torch
 from pretrained_encoder import tiny_hubert, with_hubert
-from processes import Recipe
+from processes import Recipe, texts_of
 
 RECIPE = Recipe("MuST-C/ST/joint", "--noprogressbar")
 RATE = 16000
@@ -194,7 +194,7 @@ def test_started_again_it_changes_nothing(corpus, text_stage):
 @pytest.mark.slow
 def test_killed_in_the_middle_it_gives_the_same(corpus, tmp_path):
     options = {
-        "number_of_epochs": 2,
+        "number_of_epochs": 4,
         "wmt_folder": corpus / "wmt",
         "librispeech_folder": corpus / "LibriSpeech",
         "librispeech_sets": "[train-clean-100]",
@@ -209,7 +209,7 @@ def test_killed_in_the_middle_it_gives_the_same(corpus, tmp_path):
     def within_the_second_epoch():
         # One validated checkpoint and a later one.
         found = sorted((output / "save").glob("CKPT+*/CKPT.yaml"))
-        metas = [path.read_text() for path in found]
+        metas = texts_of(found)
         validated = [n for n, text in enumerate(metas) if "BLEU" in text]
         return validated and validated[-1] + 1 < len(metas)
 
