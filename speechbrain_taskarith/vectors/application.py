@@ -19,10 +19,10 @@ from speechbrain_taskarith.vectors.states.names import (
 )
 from speechbrain_taskarith.vectors.states.readers import as_state
 
+_HALF = (torch.float16, torch.bfloat16)
 # Elements worked on at a time: the piece of scaled vector stays in the cache,
 # so that memory is passed three times (two tensors read, one written). A GPU
 # wants larger pieces, for fewer launches.
-_HALF = (torch.float16, torch.bfloat16)
 _CHUNK = {"cpu": 1 << 19, "cuda": 1 << 22}
 
 

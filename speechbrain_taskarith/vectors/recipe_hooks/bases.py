@@ -15,6 +15,7 @@ from speechbrain.utils.logger import get_logger
 
 from speechbrain_taskarith.utils.files import read_json
 from speechbrain_taskarith.utils.messages import some
+from speechbrain_taskarith.vectors.recipe_hooks.provenance import is_adapter
 from speechbrain_taskarith.vectors.states.pairing import (
     CONSTANTS,
     HOLDERS,
@@ -33,8 +34,6 @@ from speechbrain_taskarith.vectors.states.state import (
 
 logger = get_logger(__name__)
 
-# What `insert_adapters` calls the modules that it puts into an encoder.
-_ADAPTERS = "task_adapters"
 # Some published encoders come without it; only their own augmentation, which
 # SpeechBrain's wrappers turn off, reads it.
 _UNTRAINED = "masked_spec_embed"
@@ -179,7 +178,7 @@ def fit_to_module(stored, module, name) -> State:
     stored_names = hook_on_loading_state_dict_checkpoint({n: n for n in stored})
     pairs = pair_names(own, stored_names, own.aliases)
     _check_settings(stored, module, name)
-    left_out = [n for n in pairs.missing if _ADAPTERS in n.split(".")]
+    left_out = list(filter(is_adapter, pairs.missing))
     constants = [n for n in pairs.missing if n in CONSTANTS]
     untrained = [n for n in pairs.missing if n.split(".")[-1] == _UNTRAINED]
     absent = {*left_out, *constants, *untrained}
@@ -243,7 +242,7 @@ def load_base(module, state):
     content |= {n: state.extra[p] for n, p in own.items() if p in state.extra}
     missing, unexpected = module.load_state_dict(content, strict=False)
     unexpected += [n for n in state if n not in own.values()]
-    missing = [n for n in missing if _ADAPTERS not in n.split(".")]
+    missing = [n for n in missing if not is_adapter(n)]
     if missing or unexpected:
         raise ValueError(
             f"the module changed since the base was opened for it: lacks "

@@ -185,7 +185,9 @@ def as_model(source, *, recoverable=None):
     Its numbers would pass for weights that are nearly zero.
     """
     state = as_state(source, recoverable=recoverable)
-    in_memory = isinstance(source, Mapping) and hasattr(source, "norm")
+    in_memory = isinstance(source, Mapping) and hasattr(
+        source, "base_fingerprint"
+    )
     if TASK_VECTOR in state.metadata or in_memory:
         label = "a TaskVector" if in_memory else f"{state.label}: a task vector"
         raise ValueError(
