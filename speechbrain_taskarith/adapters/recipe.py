@@ -19,6 +19,7 @@ from speechbrain_taskarith.adapters.bank import (
 )
 from speechbrain_taskarith.adapters.combination import attention
 from speechbrain_taskarith.utils.patterns import first_match
+from speechbrain_taskarith.utils.training import running_methods
 
 logger = logging.getLogger(__name__)
 
@@ -317,16 +318,9 @@ class Watch:
 
 def running_brain():
     """Return the Brain and the batch of the innermost step on the stack."""
-    core = sys.modules.get("speechbrain.core")
-    frame = None if core is None else sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name in _STEPS and code.co_argcount > 1:
-            values = frame.f_locals
-            brain = values.get(code.co_varnames[0])
-            if isinstance(brain, core.Brain):
-                return brain, values.get(code.co_varnames[1])
-        frame = frame.f_back
+    for _, arguments in running_methods(_STEPS):
+        if len(arguments) > 1:
+            return arguments[0], arguments[1]
     return None, None
 
 

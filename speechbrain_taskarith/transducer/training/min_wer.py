@@ -29,7 +29,7 @@ from speechbrain_taskarith.transducer.training.expected_errors import (
     sampled_loss,
     tables,
 )
-from speechbrain_taskarith.utils.modes import keep_modes
+from speechbrain_taskarith.utils.training import keep_modes
 
 
 class MinWERLoss(torch.nn.Module):

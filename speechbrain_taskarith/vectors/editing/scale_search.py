@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 import torch
 
 from speechbrain_taskarith.utils.messages import some
-from speechbrain_taskarith.utils.modes import keep_modes
 from speechbrain_taskarith.utils.patterns import (
     as_tuple,
     matches,
     require_match,
 )
 from speechbrain_taskarith.utils.progress import progress
+from speechbrain_taskarith.utils.training import keep_modes
 from speechbrain_taskarith.vectors import checks
 from speechbrain_taskarith.vectors.application import (
     check_tied_edits,

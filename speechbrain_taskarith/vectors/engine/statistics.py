@@ -6,7 +6,7 @@ negative. They are estimated again from data, or pooled by their counts.
 
 import torch
 
-from speechbrain_taskarith.utils.modes import keep_modes
+from speechbrain_taskarith.utils.training import keep_modes
 from speechbrain_taskarith.vectors.checks import all_finite
 
 _BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm

@@ -7,7 +7,7 @@ import random
 import torch
 
 from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
-from speechbrain_taskarith.utils.modes import keep_modes
+from speechbrain_taskarith.utils.training import keep_modes
 from speechbrain_taskarith.vectors import checks
 from speechbrain_taskarith.vectors.lifelong.methods import FineTuning
 

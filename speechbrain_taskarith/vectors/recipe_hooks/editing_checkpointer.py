@@ -5,13 +5,11 @@ then evaluates and saves the edited model.
 """
 
 import logging
-import sys
 from collections import deque
 from functools import partial
 from pathlib import Path
 
 import torch
-from speechbrain.core import Brain
 from speechbrain.utils.checkpoints import (
     DEFAULT_LOAD_HOOKS,
     DEFAULT_SAVE_HOOKS,
@@ -20,6 +18,7 @@ from speechbrain.utils.checkpoints import (
 )
 from speechbrain.utils.distributed import if_main_process
 
+from speechbrain_taskarith.utils.training import running_methods
 from speechbrain_taskarith.vectors.checks import one_of
 from speechbrain_taskarith.vectors.model_card import ModelCard
 from speechbrain_taskarith.vectors.recipe_hooks.atomic_checkpointer import (
@@ -467,11 +466,4 @@ def _stage():
     Recipes override hooks and forget to register optimizers, but
     everything that they train or test runs inside these methods.
     """
-    frame = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name in _STAGES and code.co_argcount:
-            if isinstance(frame.f_locals.get(code.co_varnames[0]), Brain):
-                return _STAGES[code.co_name]
-        frame = frame.f_back
-    return None
+    return next((_STAGES[name] for name, _ in running_methods(_STAGES)), None)
