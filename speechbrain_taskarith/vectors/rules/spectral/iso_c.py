@@ -4,7 +4,7 @@ from speechbrain_taskarith.vectors import checks
 from speechbrain_taskarith.vectors.rules.spectral.matrices import (
     Matrix,
     Spectral,
-    nearest_orthonormal,
+    side_by_side,
 )
 
 
@@ -86,17 +86,13 @@ class IsoCTS(Spectral):
         full, number = min(total.shape), len(matrices)
         rest = full - int(full * self.common + 1e-9)
         each = min(round(rest / number), full // number)
-        left, values, right = total.svd(full - each * number)
-        lefts, sizes, rights = [left], [values], [right]
+        parts = [total.svd(full - each * number)]
+        common = parts[0][0]
         for matrix in matrices if each else ():
-            inside = left @ (left.T @ matrix.values)
+            inside = common @ (common.T @ matrix.values)
             outside = Matrix(matrix.values - inside, matrix.least, xp)
-            own = outside.svd(each)
-            for collected, part in zip((lefts, sizes, rights), own):
-                collected.append(part)
-        values = xp.concatenate(sizes)
+            parts.append(outside.svd(each))
+        left, values, right = side_by_side(parts, xp)
         if not len(values):
             return total.values * 0
-        left = nearest_orthonormal(xp.concatenate(lefts, 1), xp)
-        right = nearest_orthonormal(xp.concatenate(rights, 0), xp)
         return left @ right * values.mean()

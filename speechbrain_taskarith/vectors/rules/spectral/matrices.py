@@ -163,3 +163,17 @@ def nearest_orthonormal(matrix, xp):
     left, sizes, right = xp.linalg.svd(matrix, full_matrices=False)
     rank = int((sizes > _SUPPORT * float(sizes[0])).sum())
     return left[:, :rank] @ right[:rank]
+
+
+def side_by_side(parts, xp):
+    """Join singular triples `(U, S, V^T)` of several matrices.
+
+    `U` and `V^T` of all become orthonormal, unless there is no triple at all.
+    """
+    lefts, sizes, rights = zip(*parts)
+    left, right = xp.concatenate(lefts, 1), xp.concatenate(rights, 0)
+    values = xp.concatenate(sizes)
+    if len(values):
+        left = nearest_orthonormal(left, xp)
+        right = nearest_orthonormal(right, xp)
+    return left, values, right

@@ -3,7 +3,7 @@
 from speechbrain_taskarith.vectors import checks
 from speechbrain_taskarith.vectors.rules.spectral.matrices import (
     Spectral,
-    nearest_orthonormal,
+    side_by_side,
 )
 
 
@@ -56,17 +56,14 @@ class TSVM(Spectral):
         full = min(matrices[0].shape)
         share = self.share if self.share is not None else 1 / len(matrices)
         kept = max(1, int(full * share + 1e-9))
-        lefts, sizes, rights = [], [], []
+        parts = []
         for matrix in matrices:
             left, values, right = matrix.svd()
-            lefts.append(left[:, :kept])
-            sizes.append(self._boost(values, xp)[:kept])
-            rights.append(right[:kept])
-        values = xp.concatenate(sizes)
+            values = self._boost(values, xp)
+            parts.append((left[:, :kept], values[:kept], right[:kept]))
+        left, values, right = side_by_side(parts, xp)
         if not len(values):
             return matrices[0].values * 0
-        left = nearest_orthonormal(xp.concatenate(lefts, 1), xp)
-        right = nearest_orthonormal(xp.concatenate(rights, 0), xp)
         return (left * values) @ right
 
 
