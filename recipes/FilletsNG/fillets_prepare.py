@@ -23,52 +23,68 @@ import contextlib
 import csv
 import dataclasses
 import hashlib
-import io
-import os
+import logging
 import re
 import shutil
-import subprocess
-import tarfile
-import unicodedata
 from pathlib import Path
 
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_taskarith.data import read_audio, write_audio, write_manifest
+from speechbrain_taskarith.data.debian import package_fields, unpack_files
+from speechbrain_taskarith.data.preparation import (
+    SPLITS,
+    check_disk,
+    convert_recording,
+    count_rows,
+    format_table,
+    list_files,
+    needs_preparation,
+    words_of,
+    write_record,
+    write_splits,
+)
 from speechbrain_taskarith.utils.files import (
     atomic_write,
-    read_json,
     sha256_of,
     temporary_path,
-    write_json,
 )
 from speechbrain_taskarith.utils.progress import progress
 
 logger = get_logger(__name__)
 
-SPLITS = ("train", "valid", "test")
 SAMPLE_RATE = 16000
 MIN_DURATION = 0.1
 TREE = "usr/share/games/fillets-ng"
-RECORD, REJECTED = "prepared.json", "rejected.csv"
-# Version 1.0.1-1.1, which Debian has had since 2021.
+REJECTED = "rejected.csv"
+DIALOGUE, SPOKEN = "fillets-ng-data", "fillets-ng-data-{}"
+# Version 1.0.1-1.1, in Debian since 2021.
 PACKAGES = {
-    "fillets-ng-data": "25de89afd8b1adf7bcace8290248a6a22c89cd42300317e69000e162c032cf84",
-    "fillets-ng-data-cs": "3ecef99b9456f1c80c9625c6f2418642b52d58e7167a46bad7a412db17991b14",
-    "fillets-ng-data-nl": "afb4443fda9ab507dee578b75be857d121718a1cd6017a474f30e0eb13dc9d10",
+    "fillets-ng-data": (
+        "25de89afd8b1adf7bcace8290248a6a22c89cd42300317e69000e162c032cf84"
+    ),
+    "fillets-ng-data-cs": (
+        "3ecef99b9456f1c80c9625c6f2418642b52d58e7167a46bad7a412db17991b14"
+    ),
+    "fillets-ng-data-nl": (
+        "afb4443fda9ab507dee578b75be857d121718a1cd6017a474f30e0eb13dc9d10"
+    ),
 }
-# Recordings with words in that version.
+# Whole recordings with words in that version.
 LINES = {"cs": 1714, "nl": 1526}
 # The game shows what the two fish say in fonts of their own.
 MAIN_ROLES = {"font_small": "m", "font_big": "v"}
-# What choose_levels gives for that version; a level not named here is train.
-TEST_LEVELS = (
+# What choose_levels gives for that version; any other level is train.
+TEST_LEVELS = tuple(
     "atlantis alibaba ending columns stairs airplane society reactor broom "
-    "city cannons cabin2 elevator2 gods"
-).split()
-VALID_LEVELS = (
-    "ufo pyramid windoze hardware creatures captain tank cancan key rush"
-).split()
+    "city cannons cabin2 elevator2 gods".split()
+)
+VALID_LEVELS = tuple(
+    "ufo pyramid windoze hardware creatures captain tank cancan key "
+    "rush".split()
+)
+NO_TEXT, NO_WORDS, BROKEN = "no text", "no words", "broken audio"
+TOO_SHORT = f"shorter than {MIN_DURATION} s"
+TOO_LONG, SAID_IN_TEST = "longer than max_duration", "text of a test line"
 VERSION = 1
 
 
@@ -78,17 +94,17 @@ class Line:
 
     lang: str
     level: str
-    name: str
     source: Path
     role: str
     text: str
     texts: dict
+    split: str
     duration: float = 0.0
-    split: str = ""
+    rejected: str = ""
 
     @property
-    def ID(self):
-        return f"{self.lang}_{self.level}_{self.name}"
+    def name(self):
+        return f"{self.level}_{self.source.stem}"
 
     @property
     def spk_id(self):
@@ -96,6 +112,24 @@ class Line:
         if self.role in MAIN_ROLES.values():
             return f"{self.lang}_{self.role}"
         return f"{self.lang}_{self.level}_{self.role}"
+
+    def row(self, save, languages):
+        """Return the row of a manifest, with the text in all languages."""
+        return {
+            "ID": f"{self.lang}_{self.name}",
+            "duration": round(self.duration, 4),
+            "wav": str(self.target(save)),
+            "spk_id": self.spk_id,
+            "lang": self.lang,
+            "level": self.level,
+            "role": self.role,
+            "wrd": words_of(self.text),
+            "text": self.text,
+            **{f"text_{lang}": self.texts.get(lang, "") for lang in languages},
+        }
+
+    def target(self, save):
+        return save / "audio" / self.lang / f"{self.name}.flac"
 
 
 def prepare_fillets(
@@ -138,6 +172,8 @@ def prepare_fillets(
     ValueError
         A damaged package, a level in two splits, a split without lines, or
         a manifest that was changed since it was written.
+    OSError
+        The disk has no room.
 
     Example
     -------
@@ -145,40 +181,124 @@ def prepare_fillets(
     """
     if skip_prep:
         return
-    twice = sorted(set(test_levels) & set(valid_levels))
+    languages = _checked_languages(languages)
+    levels = _levels(test_levels, valid_levels)
+    data, save = Path(data_folder), Path(save_folder)
+    tree = find_tree(data)
+    packages = {} if tree else find_packages(data, languages)
+    options = {
+        "version": VERSION,
+        "languages": languages,
+        "max_duration": max_duration,
+        "levels": levels,
+        "source": {name: sha256_of(path) for name, path in packages.items()}
+        or list_files(files_of(tree, languages)),
+    }
+    if not needs_preparation(save, options):
+        logger.info(f"{save}: already prepared, nothing to do")
+        return
+    save.mkdir(parents=True, exist_ok=True)
+    for name, path in packages.items():
+        if options["source"][name] != PACKAGES[name]:
+            logger.warning(
+                f"{path}: version {package_fields(path)['Version']} is not the one "
+                "that these splits and counts were made for, 1.0.1-1.1"
+            )
+    with contextlib.ExitStack() as stack:
+        if packages:
+            tree = stack.enter_context(unpacked(packages.values(), save))
+        lines = read_lines(tree, languages, levels)
+        convert(lines, save, max_duration)
+        reject_repeated(lines)
+    compare_with_expected(lines)
+    rows = table_rows(lines, save)
+    names = write_splits(save, rows, "lang")
+    write_rejected(save / REJECTED, lines)
+    distinct = {"speakers": "spk_id", "levels": "level"}
+    counts = count_rows(rows, "lang", distinct)
+    rejected = collections.Counter(
+        f"{line.lang}: {line.rejected.split(':')[0]}"
+        for line in lines
+        if line.rejected
+    )
+    names.append(REJECTED)
+    write_record(save, options, names, counts=counts, rejected=rejected)
+    logger.info(f"{save}:\n{format_table(counts)}\nleft out ({REJECTED}):")
+    for reason, count in sorted(rejected.items()):
+        logger.info(f"{count:5d}  {reason}")
+
+
+def _checked_languages(languages):
+    known = list(LINES)
+    languages = [languages] if isinstance(languages, str) else list(languages)
+    if not languages or not set(languages) <= set(known):
+        raise ValueError(
+            f"languages={languages!r}: expected some of {known}, the ones "
+            "that are spoken"
+        )
+    return sorted(set(languages))
+
+
+def _levels(test, valid):
+    """Return `{level: split}`; a level in two splits is an error."""
+    twice = sorted(set(test) & set(valid))
     if twice:
         raise ValueError(
             f"levels {', '.join(twice)} are in test_levels and in "
             "valid_levels; expected every level in one split"
         )
-    save = Path(save_folder)
-    with _tree(Path(data_folder), save, languages) as tree:
-        lines = read_lines(tree, languages)
-        rejected = {}
-        for line in lines:
-            line.split = "train"
-            if line.level in test_levels:
-                line.split = "test"
-            elif line.level in valid_levels:
-                line.split = "valid"
-        _reject_without_words(lines, rejected)
-        _convert(lines, save, max_duration, rejected)
-        _reject_repeated(lines, rejected)
-    kept = [line for line in lines if line.ID not in rejected]
-    _write(kept, save, languages)
+    return dict.fromkeys(test, "test") | dict.fromkeys(valid, "valid")
 
 
-def words(text):
-    """Return upper-case words without punctuation.
+def find_tree(data):
+    """Return the folder with `script` and `sound`, or None."""
+    for tree in (data / TREE, data):
+        if (tree / "script").is_dir() or (tree / "sound").is_dir():
+            return tree
+    return None
 
-    Example
-    -------
-    >>> words("Zo’n vis - 't is er 1, of 'twee'!")
-    "ZO'N VIS T IS ER 1 OF TWEE"
-    """
-    text = unicodedata.normalize("NFC", text).upper()
-    text = re.sub("[’‘`´ʼ]", "'", text)
-    return " ".join(re.findall(r"[^\W_]+(?:'[^\W_]+)*", text))
+
+def find_packages(data, languages):
+    """Return `{package: path}` of the packages needed."""
+    found = {}
+    for path in sorted(data.glob("*.deb")):
+        if not path.name.startswith(DIALOGUE):
+            continue
+        name = package_fields(path)["Package"]
+        if name in found:
+            raise ValueError(
+                f"{found[name]} and {path} are both {name}. Keep one of them"
+            )
+        found[name] = path
+    needed = [DIALOGUE, *(SPOKEN.format(lang) for lang in languages)]
+    missing = [name for name in needed if name not in found]
+    if missing:
+        raise _missing(data, missing)
+    return {name: found[name] for name in needed}
+
+
+def _missing(place, names):
+    return FileNotFoundError(
+        f"{place}: no package {', '.join(names)}. On Debian or Ubuntu, in "
+        f"that folder: apt-get download {' '.join(names)}"
+    )
+
+
+@contextlib.contextmanager
+def unpacked(packages, save):
+    """Yield a temporary tree of the packages' dialogue and recordings."""
+    wanted = (
+        rf"{TREE}/((?:script/[\w-]+/dialogs_\w+\.lua)"
+        r"|(?:sound/[\w-]+/\w+/[\w.-]+\.ogg))"
+    )
+    check_disk(save, sum(path.stat().st_size for path in packages))
+    tree = temporary_path(save / "unpacked")
+    try:
+        for path in packages:
+            unpack_files(path, wanted, tree)
+        yield tree
+    finally:
+        shutil.rmtree(tree, ignore_errors=True)
 
 
 _LUA = re.compile(
@@ -230,130 +350,170 @@ def _decoded(string, path):
         ) from None
 
 
-def read_lines(tree, languages):
+def files_of(tree, languages):
+    """Return the dialogue files and recordings of a tree."""
+    found = list(tree.glob("script/*/dialogs_*.lua"))
+    if not found:
+        raise _missing(tree, [DIALOGUE])
+    for lang in languages:
+        spoken = list(tree.glob(f"sound/*/{lang}/*.ogg"))
+        if not spoken:
+            raise _missing(tree, [SPOKEN.format(lang)])
+        found += spoken
+    return found
+
+
+def read_lines(tree, languages, levels):
     """Return all recorded lines, those without a known text too."""
-    lines = []
-    for folder in sorted(tree.glob("sound/*")):
-        if not any((folder / lang).is_dir() for lang in languages):
-            continue
-        level = folder.name
-        dialogs = {
-            path.stem.removeprefix("dialogs_"): read_dialogs(path)
-            for path in sorted(tree.glob(f"script/{level}/dialogs_*.lua"))
-        }
-        for lang in languages:
-            for source in sorted((folder / lang).glob("*.ogg")):
-                lines.append(_line(lang, level, source, dialogs))
-    return lines
+    recorded = collections.defaultdict(list)
+    dialogs = collections.defaultdict(dict)
+    for path in sorted(files_of(tree, languages)):
+        if path.suffix == ".lua":
+            lang = path.stem.removeprefix("dialogs_")
+            dialogs[path.parent.name][lang] = read_dialogs(path)
+        else:
+            recorded[path.parents[1].name].append(path)
+    unknown = sorted(set(levels) - set(dialogs))
+    if unknown:
+        raise ValueError(
+            f"{tree}: no level {', '.join(unknown)}; pass test_levels and "
+            f"valid_levels of those there: {', '.join(sorted(dialogs))}"
+        )
+    return [
+        _line(level, path, dialogs[level], levels.get(level, "train"))
+        for level, paths in sorted(recorded.items())
+        for path in paths
+    ]
 
 
-def _line(lang, level, source, dialogs):
-    name = source.stem
+def _line(level, path, dialogs, split):
+    lang, name = path.parent.name, path.stem
     font, english, text = dialogs.get(lang, {}).get(name, ("", "", None))
     texts = {
         other: found[name][2]
         for other, found in dialogs.items()
         if name in found and found[name][2]
     }
-    if "en" in dialogs and name in dialogs["en"]:
-        english = dialogs["en"][name][1]
-    texts["en"] = english
+    # The game's English stands in the first call, in every file.
+    texts["en"] = dialogs.get("en", {}).get(name, ("", english))[1]
     role = MAIN_ROLES.get(font) or font.removeprefix("font_") or "unknown"
-    return Line(lang, level, name, source, role, text or "", texts)
+    return Line(lang, level, path, role, text or "", texts, split)
 
 
-def choose_levels(lines, shares=(0.15, 0.10)):
-    """Return the test and the valid levels by the rule of this file."""
-    counts = collections.Counter(line.level for line in lines)
-    order = sorted(counts, key=lambda name: hashlib.sha256(name.encode()).digest())
-    chosen = []
+def choose_levels(counts, shares=(0.15, 0.10)):
+    """Return test and valid levels by the rule of this file.
+
+    Example
+    -------
+    >>> choose_levels({"a": 5, "b": 5, "c": 5, "d": 5})
+    [['c'], ['b']]
+    """
+    order = sorted(
+        counts, key=lambda name: hashlib.sha256(name.encode()).hexdigest()
+    )
+    chosen, total = [], sum(counts.values())
     for share in shares:
-        levels, held = [], 0
-        while held < share * len(lines):
-            level = order.pop(0)
-            levels.append(level)
-            held += counts[level]
+        levels = []
+        while sum(counts[level] for level in levels) < share * total:
+            levels.append(order.pop(0))
         chosen.append(levels)
     return chosen
 
 
-def _reject_without_words(lines, rejected):
+def convert(lines, save, max_duration):
+    """Write the recordings at 16 kHz; note durations and what is unfit."""
     for line in lines:
-        if not line.text:
-            rejected[line.ID] = "no text"
-        elif not words(line.text):
-            rejected[line.ID] = "no words"
-
-
-def _convert(lines, save, max_duration, rejected):
-    """Write the recordings at 16 kHz; note their durations."""
-    wanted = [line for line in lines if line.ID not in rejected]
+        if not words_of(line.text):
+            line.rejected = NO_WORDS if line.text else NO_TEXT
+    wanted = [line for line in lines if not line.rejected]
+    # 16-bit FLAC at 16 kHz takes less than three times what the OGG takes.
+    missing = [line for line in wanted if not line.target(save).exists()]
+    check_disk(save, 3 * sum(line.source.stat().st_size for line in missing))
     for line in progress(wanted, desc="Fillets", unit="line"):
-        target = audio_path(save, line)
+        target = line.target(save)
         try:
-            wave = read_audio(line.source, SAMPLE_RATE, resample=True)
+            line.duration = convert_recording(line.source, target, SAMPLE_RATE)
         except ValueError:
-            rejected[line.ID] = "broken audio"
+            line.rejected = BROKEN
             continue
-        line.duration = len(wave) / SAMPLE_RATE
         if line.duration < MIN_DURATION:
-            rejected[line.ID] = f"shorter than {MIN_DURATION} s"
+            line.rejected = TOO_SHORT
         elif line.duration > max_duration:
-            rejected[line.ID] = "longer than max_duration"
-        else:
-            write_audio(target, wave, SAMPLE_RATE)
+            line.rejected = TOO_LONG
+        if line.rejected:
+            target.unlink()
 
 
-def audio_path(save, line):
-    return save / "audio" / line.lang / f"{line.level}_{line.name}.flac"
-
-
-def _reject_repeated(lines, rejected):
-    """Leave out lines that are there twice and the text of test lines."""
-    kept = [line for line in lines if line.ID not in rejected]
-    # The test split keeps what others have too.
-    kept.sort(key=lambda line: SPLITS.index(line.split), reverse=True)
+def reject_repeated(lines):
+    """Leave out what is there twice, and the text of test lines elsewhere."""
     first, said = {}, set()
-    for line in kept:
-        text = (line.lang, words(line.text))
-        if line.split == "test":
-            said.add(text)
-        elif text in said:
-            rejected[line.ID] = "text of a test line"
+    # Test comes first: it keeps what others have too.
+    for line in sorted(lines, key=lambda line: -SPLITS.index(line.split)):
+        if line.rejected:
             continue
-        twin = first.setdefault(sha256_of(line.source), line.ID)
-        if twin != line.ID:
-            rejected[line.ID] = f"the same recording as {twin}"
+        key = (line.lang, words_of(line.text))
+        if line.split == "test":
+            said.add(key)
+        elif key in said:
+            line.rejected = SAID_IN_TEST
+            continue
+        twin = first.setdefault(sha256_of(line.source), line)
+        if twin is not line:
+            line.rejected = f"same recording: {twin.lang}_{twin.name}"
 
 
-def _write(kept, save, languages):
-    columns = sorted({lang for line in kept for lang in line.texts})
-    rows = []
-    for line in kept:
-        rows.append(
-            {
-                "ID": line.ID,
-                "duration": round(line.duration, 4),
-                "wav": str(audio_path(save, line)),
-                "spk_id": line.spk_id,
-                "lang": line.lang,
-                "level": line.level,
-                "role": line.role,
-                "wrd": words(line.text),
-                "text": line.text,
-                **{f"text_{lang}": line.texts.get(lang, "") for lang in columns},
-            }
-        )
-    for split in SPLITS:
-        of_split = [
-            row for row, line in zip(rows, kept, strict=True) if line.split == split
-        ]
-        write_manifest(save / f"{split}.csv", of_split, save)
-        for lang in languages:
-            part = [row for row in of_split if row["lang"] == lang]
-            write_manifest(save / f"{lang}_{split}.csv", part, save)
+def compare_with_expected(lines):
+    """Warn where this is not the version that the splits were made for."""
+    unfit = (NO_TEXT, NO_WORDS, BROKEN, TOO_SHORT)
+    lines = [line for line in lines if line.rejected not in unfit]
+    found = collections.Counter(line.lang for line in lines)
+    for lang, count in found.items():
+        if count != LINES[lang]:
+            logger.warning(
+                f"{lang}: {count} recorded lines with words; version 1.0.1 "
+                f"has {LINES[lang]}. Is the copy whole?"
+            )
+    levels = collections.Counter(line.level for line in lines)
+    if found == LINES:
+        rule = choose_levels(levels)
+        if [set(names) for names in rule] != [
+            set(TEST_LEVELS),
+            set(VALID_LEVELS),
+        ]:
+            logger.warning(f"by the rule, other levels are test, valid: {rule}")
 
 
-@contextlib.contextmanager
-def _tree(data, save, languages):
-    yield data / TREE
+def table_rows(lines, save):
+    """Return split and row of all lines that are kept."""
+    kept = [line for line in lines if not line.rejected]
+    languages = sorted({lang for line in kept for lang in line.texts})
+    return [(line.split, line.row(save, languages)) for line in kept]
+
+
+def write_rejected(path, lines):
+    """Write what was left out and why."""
+    with atomic_write(path, "w") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(["ID", "lang", "level", "split", "reason", "text"])
+        for line in lines:
+            if line.rejected:
+                ID = f"{line.lang}_{line.name}"
+                writer.writerow(
+                    [ID, line.lang, line.level, line.split]
+                    + [line.rejected, line.text]
+                )
+
+
+def main():
+    """Prepare from the command line."""
+    parser = argparse.ArgumentParser(description="Prepare Fish Fillets NG.")
+    parser.add_argument("data_folder", help="the packages, or their tree")
+    parser.add_argument("save_folder", help="where everything is written")
+    parser.add_argument("--languages", nargs="+", default=["cs", "nl"])
+    parser.add_argument("--max_duration", type=float, default=30.0)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    prepare_fillets(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
