@@ -25,29 +25,26 @@ import dataclasses
 import hashlib
 import logging
 import re
-import shutil
 from pathlib import Path
 
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_taskarith.data.debian import package_fields, unpack_files
+from speechbrain_taskarith.data.debian import (
+    find_packages,
+    missing_packages,
+    package_fields,
+    unpacked_packages,
+)
 from speechbrain_taskarith.data.preparation import (
     SPLITS,
     check_disk,
     convert_recording,
-    count_rows,
-    format_table,
     list_files,
     needs_preparation,
     words_of,
-    write_record,
-    write_splits,
+    write_prepared,
 )
-from speechbrain_taskarith.utils.files import (
-    atomic_write,
-    sha256_of,
-    temporary_path,
-)
+from speechbrain_taskarith.utils.files import atomic_write, sha256_of
 from speechbrain_taskarith.utils.progress import progress
 
 logger = get_logger(__name__)
@@ -55,21 +52,19 @@ logger = get_logger(__name__)
 SAMPLE_RATE = 16000
 MIN_DURATION = 0.1
 TREE = "usr/share/games/fillets-ng"
+USED_FILES = (
+    rf"{TREE}/((?:script/[\w-]+/dialogs_\w+\.lua)"
+    r"|(?:sound/[\w-]+/\w+/[\w.-]+\.ogg))"
+)
 REJECTED = "rejected.csv"
 DIALOGUE, SPOKEN = "fillets-ng-data", "fillets-ng-data-{}"
-# Version 1.0.1-1.1, in Debian since 2021.
+KNOWN = "1.0.1-1.1"  # In Debian since 2021.
 PACKAGES = {
-    "fillets-ng-data": (
-        "25de89afd8b1adf7bcace8290248a6a22c89cd42300317e69000e162c032cf84"
-    ),
-    "fillets-ng-data-cs": (
-        "3ecef99b9456f1c80c9625c6f2418642b52d58e7167a46bad7a412db17991b14"
-    ),
-    "fillets-ng-data-nl": (
-        "afb4443fda9ab507dee578b75be857d121718a1cd6017a474f30e0eb13dc9d10"
-    ),
+    DIALOGUE: "25de89afd8b1adf7bcace8290248a6a22c89cd42300317e69000e162c032cf84",
+    "fillets-ng-data-cs": "3ecef99b9456f1c80c9625c6f2418642b52d58e7167a46bad7a412db17991b14",
+    "fillets-ng-data-nl": "afb4443fda9ab507dee578b75be857d121718a1cd6017a474f30e0eb13dc9d10",
 }
-# Whole recordings with words in that version.
+# Recordings with words in that version.
 LINES = {"cs": 1714, "nl": 1526}
 # The game shows what the two fish say in fonts of their own.
 MAIN_ROLES = {"font_small": "m", "font_big": "v"}
@@ -109,24 +104,9 @@ class Line:
     @property
     def spk_id(self):
         """The two fish have the same actors in all levels."""
-        if self.role in MAIN_ROLES.values():
-            return f"{self.lang}_{self.role}"
-        return f"{self.lang}_{self.level}_{self.role}"
-
-    def row(self, save, languages):
-        """Return the row of a manifest, with the text in all languages."""
-        return {
-            "ID": f"{self.lang}_{self.name}",
-            "duration": round(self.duration, 4),
-            "wav": str(self.target(save)),
-            "spk_id": self.spk_id,
-            "lang": self.lang,
-            "level": self.level,
-            "role": self.role,
-            "wrd": words_of(self.text),
-            "text": self.text,
-            **{f"text_{lang}": self.texts.get(lang, "") for lang in languages},
-        }
+        main = self.role in MAIN_ROLES.values()
+        place = self.lang if main else f"{self.lang}_{self.level}"
+        return f"{place}_{self.role}"
 
     def target(self, save):
         return save / "audio" / self.lang / f"{self.name}.flac"
@@ -181,11 +161,11 @@ def prepare_fillets(
     """
     if skip_prep:
         return
-    languages = _checked_languages(languages)
-    levels = _levels(test_levels, valid_levels)
+    languages, levels = _checked(languages, test_levels, valid_levels)
     data, save = Path(data_folder), Path(save_folder)
     tree = find_tree(data)
-    packages = {} if tree else find_packages(data, languages)
+    needed = [DIALOGUE, *(SPOKEN.format(lang) for lang in languages)]
+    packages = {} if tree else find_packages(data, needed)
     options = {
         "version": VERSION,
         "languages": languages,
@@ -201,53 +181,58 @@ def prepare_fillets(
     for name, path in packages.items():
         if options["source"][name] != PACKAGES[name]:
             logger.warning(
-                f"{path}: version {package_fields(path)['Version']} is not the one "
-                "that these splits and counts were made for, 1.0.1-1.1"
+                f"{path}: version {package_fields(path)['Version']} differs "
+                f"from {KNOWN}, which splits and counts were made for"
             )
     with contextlib.ExitStack() as stack:
         if packages:
-            tree = stack.enter_context(unpacked(packages.values(), save))
+            tree = stack.enter_context(
+                unpacked_packages(packages.values(), USED_FILES, save)
+            )
         lines = read_lines(tree, languages, levels)
         convert(lines, save, max_duration)
         reject_repeated(lines)
     compare_with_expected(lines)
-    rows = table_rows(lines, save)
-    names = write_splits(save, rows, "lang")
-    write_rejected(save / REJECTED, lines)
-    distinct = {"speakers": "spk_id", "levels": "level"}
-    counts = count_rows(rows, "lang", distinct)
-    rejected = collections.Counter(
-        f"{line.lang}: {line.rejected.split(':')[0]}"
-        for line in lines
-        if line.rejected
+    left_out = [line for line in lines if line.rejected]
+    write_rejected(save / REJECTED, left_out)
+    reasons = collections.Counter(
+        f"{line.lang}: {line.rejected.split(':')[0]}" for line in left_out
     )
-    names.append(REJECTED)
-    write_record(save, options, names, counts=counts, rejected=rejected)
-    logger.info(f"{save}:\n{format_table(counts)}\nleft out ({REJECTED}):")
-    for reason, count in sorted(rejected.items()):
+    if len(left_out) == len(lines):
+        raise ValueError(
+            f"{data}: none of {len(lines)} recordings can be used; see "
+            f"{save / REJECTED}: {dict(reasons)}"
+        )
+    table = write_prepared(
+        save,
+        options,
+        rows_of([line for line in lines if not line.rejected], save),
+        "lang",
+        {"speakers": "spk_id", "levels": "level"},
+        rejected=reasons,
+        others=[REJECTED],
+    )
+    logger.info(f"{save}:\n{table}\nleft out, see {REJECTED}:")
+    for reason, count in sorted(reasons.items()):
         logger.info(f"{count:5d}  {reason}")
 
 
-def _checked_languages(languages):
-    known = list(LINES)
+def _checked(languages, test, valid):
+    """Return languages, and `{level: split}` without what is in two."""
     languages = [languages] if isinstance(languages, str) else list(languages)
-    if not languages or not set(languages) <= set(known):
+    if not languages or not set(languages) <= set(LINES):
         raise ValueError(
-            f"languages={languages!r}: expected some of {known}, the ones "
-            "that are spoken"
+            f"languages={languages!r}: expected some of {list(LINES)}, the "
+            "ones that are spoken"
         )
-    return sorted(set(languages))
-
-
-def _levels(test, valid):
-    """Return `{level: split}`; a level in two splits is an error."""
     twice = sorted(set(test) & set(valid))
     if twice:
         raise ValueError(
             f"levels {', '.join(twice)} are in test_levels and in "
             "valid_levels; expected every level in one split"
         )
-    return dict.fromkeys(test, "test") | dict.fromkeys(valid, "valid")
+    levels = dict.fromkeys(test, "test") | dict.fromkeys(valid, "valid")
+    return sorted(set(languages)), levels
 
 
 def find_tree(data):
@@ -256,49 +241,6 @@ def find_tree(data):
         if (tree / "script").is_dir() or (tree / "sound").is_dir():
             return tree
     return None
-
-
-def find_packages(data, languages):
-    """Return `{package: path}` of the packages needed."""
-    found = {}
-    for path in sorted(data.glob("*.deb")):
-        if not path.name.startswith(DIALOGUE):
-            continue
-        name = package_fields(path)["Package"]
-        if name in found:
-            raise ValueError(
-                f"{found[name]} and {path} are both {name}. Keep one of them"
-            )
-        found[name] = path
-    needed = [DIALOGUE, *(SPOKEN.format(lang) for lang in languages)]
-    missing = [name for name in needed if name not in found]
-    if missing:
-        raise _missing(data, missing)
-    return {name: found[name] for name in needed}
-
-
-def _missing(place, names):
-    return FileNotFoundError(
-        f"{place}: no package {', '.join(names)}. On Debian or Ubuntu, in "
-        f"that folder: apt-get download {' '.join(names)}"
-    )
-
-
-@contextlib.contextmanager
-def unpacked(packages, save):
-    """Yield a temporary tree of the packages' dialogue and recordings."""
-    wanted = (
-        rf"{TREE}/((?:script/[\w-]+/dialogs_\w+\.lua)"
-        r"|(?:sound/[\w-]+/\w+/[\w.-]+\.ogg))"
-    )
-    check_disk(save, sum(path.stat().st_size for path in packages))
-    tree = temporary_path(save / "unpacked")
-    try:
-        for path in packages:
-            unpack_files(path, wanted, tree)
-        yield tree
-    finally:
-        shutil.rmtree(tree, ignore_errors=True)
 
 
 _LUA = re.compile(
@@ -335,30 +277,30 @@ def read_dialogs(path):
 
 
 def _decoded(string, path):
-    string = _ESCAPE.sub(
-        lambda m: (
-            bytes([int(m[1])]) if m[1].isdigit() else _LETTERS.get(m[1], m[1])
-        ),
-        string,
-    )
+    def byte(match):
+        if match[1].isdigit():
+            return bytes([int(match[1])])
+        return _LETTERS.get(match[1], match[1])
+
     try:
-        return " ".join(string.decode("utf-8").split())
-    except UnicodeDecodeError as error:
+        string = _ESCAPE.sub(byte, string).decode("utf-8")
+    except ValueError as error:
         raise ValueError(
             f"{path}: {string!r} is not UTF-8 ({error}). Unpack the package "
             "again"
         ) from None
+    return " ".join(string.split())
 
 
 def files_of(tree, languages):
     """Return the dialogue files and recordings of a tree."""
     found = list(tree.glob("script/*/dialogs_*.lua"))
     if not found:
-        raise _missing(tree, [DIALOGUE])
+        raise missing_packages(tree, [DIALOGUE])
     for lang in languages:
         spoken = list(tree.glob(f"sound/*/{lang}/*.ogg"))
         if not spoken:
-            raise _missing(tree, [SPOKEN.format(lang)])
+            raise missing_packages(tree, [SPOKEN.format(lang)])
         found += spoken
     return found
 
@@ -473,35 +415,43 @@ def compare_with_expected(lines):
                 f"{lang}: {count} recorded lines with words; version 1.0.1 "
                 f"has {LINES[lang]}. Is the copy whole?"
             )
-    levels = collections.Counter(line.level for line in lines)
     if found == LINES:
-        rule = choose_levels(levels)
-        if [set(names) for names in rule] != [
-            set(TEST_LEVELS),
-            set(VALID_LEVELS),
-        ]:
+        rule = choose_levels(collections.Counter(line.level for line in lines))
+        if rule != [list(TEST_LEVELS), list(VALID_LEVELS)]:
             logger.warning(f"by the rule, other levels are test, valid: {rule}")
 
 
-def table_rows(lines, save):
-    """Return split and row of all lines that are kept."""
-    kept = [line for line in lines if not line.rejected]
-    languages = sorted({lang for line in kept for lang in line.texts})
-    return [(line.split, line.row(save, languages)) for line in kept]
+def rows_of(lines, save):
+    """Return split and row of all lines, with the text in all languages."""
+    languages = sorted({lang for line in lines for lang in line.texts})
+    return [
+        (
+            line.split,
+            {
+                "ID": f"{line.lang}_{line.name}",
+                "duration": round(line.duration, 4),
+                "wav": str(line.target(save)),
+                "spk_id": line.spk_id,
+                "lang": line.lang,
+                "level": line.level,
+                "role": line.role,
+                "wrd": words_of(line.text),
+                "text": line.text,
+            }
+            | {f"text_{lang}": line.texts.get(lang, "") for lang in languages},
+        )
+        for line in lines
+    ]
 
 
 def write_rejected(path, lines):
     """Write what was left out and why."""
     with atomic_write(path, "w") as stream:
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["ID", "lang", "level", "split", "reason", "text"])
+        writer.writerow("ID lang level split reason text".split())
         for line in lines:
-            if line.rejected:
-                ID = f"{line.lang}_{line.name}"
-                writer.writerow(
-                    [ID, line.lang, line.level, line.split]
-                    + [line.rejected, line.text]
-                )
+            about = (line.lang, line.level, line.split, line.rejected)
+            writer.writerow((f"{line.lang}_{line.name}", *about, line.text))
 
 
 def main():

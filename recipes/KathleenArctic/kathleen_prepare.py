@@ -30,13 +30,10 @@ from speechbrain_taskarith.data import read_manifest
 from speechbrain_taskarith.data.preparation import (
     check_disk,
     convert_recording,
-    count_rows,
-    format_table,
     list_files,
     needs_preparation,
     words_of,
-    write_record,
-    write_splits,
+    write_prepared,
 )
 from speechbrain_taskarith.utils.files import sha256_of
 from speechbrain_taskarith.utils.progress import progress
@@ -116,10 +113,9 @@ def prepare_kathleen(data_folder, save_folder, part=None, skip_prep=False):
         if part in (None, domain):
             row = _row(key, domain, *found[key], save)
             rows.append((split_of(int(number)), row))
-    names = write_splits(save, rows, "domain")
-    counts = count_rows(rows, "domain", {"speakers": "spk_id"})
-    write_record(save, options, names, counts=counts)
-    logger.info(f"{save}:\n{format_table(counts)}")
+    speakers = {"speakers": "spk_id"}
+    table = write_prepared(save, options, rows, "domain", speakers)
+    logger.info(f"{save}:\n{table}")
 
 
 def split_of(number):

@@ -15,6 +15,9 @@ import tarfile
 import zlib
 from pathlib import Path
 
+from speechbrain_taskarith.data.preparation import check_disk
+from speechbrain_taskarith.utils.files import temporary_path
+
 
 def package_fields(path):
     """Return what a package says of itself: `{"Package": ..., ...}`.
@@ -29,6 +32,53 @@ def package_fields(path):
         raise tarfile.ReadError("no control in it")
 
 
+def find_packages(folder, names):
+    """Return `{name: path}` of packages in a folder.
+
+    A missing one is a FileNotFoundError that says how to get it; one that is
+    there twice is a ValueError.
+    """
+    found = {}
+    for path in sorted(Path(folder).glob("*.deb")):
+        if not path.name.startswith(tuple(names)):
+            continue
+        name = package_fields(path)["Package"]
+        if name in found:
+            raise ValueError(
+                f"{found[name]} and {path} are both {name}. Keep one of them"
+            )
+        found[name] = path
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise missing_packages(folder, missing)
+    return {name: found[name] for name in names}
+
+
+def missing_packages(place, names):
+    """Return the error that says how to get packages."""
+    return FileNotFoundError(
+        f"{place}: no package {', '.join(names)}. On Debian or Ubuntu, in a "
+        f"folder of your own: apt-get download {' '.join(names)}"
+    )
+
+
+@contextlib.contextmanager
+def unpacked_packages(paths, pattern, folder):
+    """Yield a temporary folder, inside another, with files of packages.
+
+    For `pattern` see `unpack_files`.
+    """
+    paths = list(paths)
+    check_disk(folder, sum(Path(path).stat().st_size for path in paths))
+    inside = temporary_path(Path(folder) / "unpacked")
+    try:
+        for path in paths:
+            unpack_files(path, pattern, inside)
+        yield inside
+    finally:
+        shutil.rmtree(inside, ignore_errors=True)
+
+
 def unpack_files(path, pattern, folder):
     """Write a package's files to a folder; return how many.
 
@@ -37,9 +87,8 @@ def unpack_files(path, pattern, folder):
     path : str or pathlib.Path
         The `.deb`.
     pattern : str
-        Regular expression for whole names in the package, such as
-        `r"usr/share/game/(sound/\w+\.ogg)"`. Its first group is the name
-        inside the folder.
+        Regular expression for whole names in the package, without a leading
+        `./`. Its first group is the name inside the folder.
     folder : str or pathlib.Path
         Where to. Files keep their times.
 

@@ -1,7 +1,7 @@
 """What preparation scripts share: words, recordings, and what was prepared.
 
-A script asks `needs_preparation`, converts the recordings, writes manifests,
-and last `write_record`, which vouches for them.
+A script asks `needs_preparation`, converts its recordings one by one, and
+gives all rows to `write_prepared`.
 """
 
 import hashlib
@@ -150,56 +150,76 @@ def needs_preparation(save_folder, options):
     return True
 
 
-def write_splits(save_folder, rows, group):
-    """Write `<split>.csv` and `<group>_<split>.csv`; return their names.
+def write_prepared(save_folder, options, rows, group, distinct, **about):
+    """Write the manifests and, last, the record that vouches for them.
 
     Arguments
     ---------
     save_folder : str or pathlib.Path
         Where to; recordings in it are written as `$data_root/...`.
+    options : dict
+        As for `needs_preparation`.
     rows : list of (str, dict)
-        Split and row of every recording.
+        Split and row of every recording, for `<split>.csv`.
     group : str
-        Column by which parts are written too.
+        Column by which parts are written too, as `<part>_<split>.csv`.
+    distinct : dict
+        See `count_rows`.
+    **about
+        What else the record tells; `others` names further files in the
+        folder that belong to it.
+
+    Returns
+    -------
+    str
+        A table of lines, hours and distinct values.
 
     Raises
     ------
     ValueError
         A split, or that of a part, would be empty.
+
+    Example
+    -------
+    >>> rows = [
+    ...     (split, {"ID": split, "duration": 3.6, "lang": "cs"})
+    ...     for split in SPLITS
+    ... ]
+    >>> print(write_prepared(getfixture("tmp_path"), {}, rows, "lang", {}))
+    lang  split  lines  hours
+    cs    train      1  0.001
+    cs    valid      1  0.001
+    cs    test       1  0.001
+    cs    all        3  0.003
     """
-    names = []
-    values = sorted({row[group] for _, row in rows})
+    save = Path(save_folder)
+    manifests = {}
     for split in SPLITS:
-        for value in (None, *values):
-            chosen = [
+        for value in (None, *sorted({row[group] for _, row in rows})):
+            name = f"{split}.csv" if value is None else f"{value}_{split}.csv"
+            manifests[name] = [
                 row
                 for of, row in rows
                 if of == split and value in (None, row[group])
             ]
-            name = f"{split}.csv" if value is None else f"{value}_{split}.csv"
-            if not chosen:
-                raise ValueError(
-                    f"{Path(save_folder) / name}: no recording for this "
-                    "split. Is the corpus whole, are the splits as meant?"
-                )
-            write_manifest(Path(save_folder) / name, chosen, save_folder)
-            names.append(name)
-    return names
-
-
-def write_record(save_folder, options, names, **about):
-    """Write `prepared.json`: options, hashes of files, and what else is told.
-
-    Example
-    -------
-    >>> folder = getfixture("tmp_path")
-    >>> write_record(folder, {"lang": "cs"}, [], lines=3)
-    >>> read_json(folder / "prepared.json")["lines"]
-    3
-    """
-    files = {name: sha256_of(os.path.join(save_folder, name)) for name in names}
-    content = {"options": options, "files": files, **about}
-    write_json(os.path.join(save_folder, RECORD), content)
+    empty = [name for name, chosen in manifests.items() if not chosen]
+    if empty:
+        raise ValueError(
+            f"{save}: no recording for {', '.join(empty)}. Is the corpus "
+            "whole, are the splits as meant?"
+        )
+    for name, chosen in manifests.items():
+        write_manifest(save / name, chosen, save)
+    names = [*manifests, *about.pop("others", ())]
+    counts = count_rows(rows, group, distinct)
+    record = {
+        "options": options,
+        "files": {name: sha256_of(save / name) for name in names},
+        "counts": counts,
+        **about,
+    }
+    write_json(save / RECORD, record)
+    return format_table(counts)
 
 
 def count_rows(rows, group, distinct):
@@ -226,7 +246,9 @@ def count_rows(rows, group, distinct):
     """
     table = []
     values = sorted({row[group] for _, row in rows})
-    for value in (*values, "all"):
+    if len(values) > 1:
+        values.append("all")
+    for value in values:
         for split in (*SPLITS, "all"):
             chosen = [
                 row
