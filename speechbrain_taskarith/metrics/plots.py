@@ -205,17 +205,7 @@ def plot_heat_map(
             values, cmap=colour_map, vmin=low, vmax=high, aspect="auto"
         )
         size = 9 if len(columns) <= 10 else 7
-        centred = {"ha": "center", "va": "center", "fontsize": size}
-        for r, row in enumerate(values):
-            for c, value in enumerate(row):
-                if not math.isfinite(value):
-                    continue
-                red, green, blue, _ = image.cmap(image.norm(value))
-                # Luminance (ITU-R BT.601) decides whether black or white
-                # text can be read on the cell.
-                light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
-                colour = "black" if light else "white"
-                axes.text(c, r, form.format(value), color=colour, **centred)
+        _write_in_cells(axes, image, values, form, size)
         # About eight characters fit under a cell.
         turned = max(len(str(name)) for name in columns) > 8
         _name_steps(axes, columns, 40 if turned else 0)
@@ -225,6 +215,105 @@ def plot_heat_map(
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.set_title(title, wrap=True)
         axes.figure.colorbar(image, ax=axes, label=unit, fraction=0.05)
+    return Path(path)
+
+
+def plot_scale_surface(
+    surface,
+    path,
+    *,
+    baseline=None,
+    chosen=None,
+    oracle=None,
+    title="",
+    ylabel="scale of the target vector",
+    xlabel="scale of the difference",
+    unit="WER (%)",
+):
+    """Draw WER over two scales, as cells with the figure in each.
+
+    With a baseline, what is better than it is blue and what is worse is red;
+    the palest cells are like it. The points are frames around their cells.
+
+    Arguments
+    ---------
+    surface : dict of (float, float): float
+        `{(scale on the y axis, scale on the x axis): WER in %}`; of a list of
+        values (several seeds) the mean is drawn. NaN and points that are
+        missing stay empty.
+    path
+        See `plot_heat_map`, also for what is returned.
+    baseline : tuple of float or None
+        The point to compare with; of SYN2REAL (1, 0).
+    chosen : tuple of float or None
+        The point that was chosen, on development data.
+    oracle : tuple of float or None
+        The best point on the test data: a bound that no one may choose.
+    title, ylabel, xlabel, unit : str
+        Above the plot, beside and under it, and beside the colour bar.
+
+    Raises
+    ------
+    ValueError
+        No finite value, or a point that is not in the surface.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "surface.png"
+    >>> surface = {(1, 0): 56, (1, 0.5): 50, (0.5, 0): 51, (0.5, 0.5): 48}
+    >>> plot_scale_surface(
+    ...     surface, path, baseline=(1, 0), chosen=(0.5, 0.5)
+    ... ).name
+    'surface.png'
+    """
+    means = {point: _spread(value)[0] for point, value in surface.items()}
+    ys, xs = (sorted({point[axis] for point in means}) for axis in (0, 1))
+    values = [[means.get((y, x), math.nan) for x in xs] for y in ys]
+    _require_matrix(values, ys, xs)
+    known = [v for v in means.values() if math.isfinite(v)]
+    look = {"cmap": "YlOrRd", "vmin": min(known), "vmax": max(known)}
+    marks = {"baseline": baseline, "chosen": chosen, "oracle": oracle}
+    for what, point in marks.items():
+        if point is not None and not math.isfinite(means.get(point, math.nan)):
+            raise ValueError(f"{what}={point}: no value at this point")
+    extend = "neither"
+    if baseline is not None:
+        # As far up as down: one hopeless point would pale all others. Farther
+        # than the best, on whose cell frame and figure are to be seen.
+        middle = means[baseline]
+        reach = 1.5 * (middle - min(known)) or max(known) - middle or 1.0
+        look = {
+            "cmap": "RdBu_r",
+            "vmin": middle - reach,
+            "vmax": middle + reach,
+        }
+        extend = "max" if max(known) > middle + reach else extend
+    width = max(1.6 + 0.44 * len(xs), 3.6)
+    with figure(path, width, max(1.7 + 0.34 * len(ys), 3.4)) as axes:
+        image = axes.imshow(values, origin="lower", aspect="auto", **look)
+        axes.set_facecolor("0.9")
+        _write_in_cells(axes, image, values, "{:.1f}", 8)
+        _name_steps(axes, [f"{x:g}" for x in xs], 0)
+        axes.set_yticks(range(len(ys)), [f"{y:g}" for y in ys])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.set_title(title, wrap=True)
+        framed = []
+        lines = (":", "#000000"), ("-", "#000000"), ("--", "#D55E00")
+        for (what, point), (line, colour) in zip(marks.items(), lines):
+            if point is not None:
+                at = f"({point[0]:g}, {point[1]:g}): {means[point]:.1f}"
+                # One inside the other, where they fall together.
+                inset = 0.05 + 0.08 * framed.count(point)
+                framed.append(point)
+                cell = xs.index(point[1]), ys.index(point[0])
+                _frame(axes, cell, inset, colour, line, f"{what} {at}")
+        drawn = axes.figure
+        drawn.colorbar(image, ax=axes, label=unit, fraction=0.05, extend=extend)
+        if axes.patches:
+            below = {"frameon": False, "loc": "outside lower center"}
+            drawn.legend(fontsize=9, **below)
     return Path(path)
 
 
@@ -309,6 +398,32 @@ def plot_by_layer(
         if not single:
             legend_beside(axes)
     return Path(path)
+
+
+def _write_in_cells(axes, image, values, form, size):
+    """Write each finite value into its cell of an image."""
+    centred = {"ha": "center", "va": "center", "fontsize": size}
+    for r, row in enumerate(values):
+        for c, value in enumerate(row):
+            if not math.isfinite(value):
+                continue
+            red, green, blue, _ = image.cmap(image.norm(value))
+            # Luminance (ITU-R BT.601) decides whether black or white text
+            # can be read on the cell.
+            light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
+            colour = "black" if light else "white"
+            axes.text(c, r, form.format(value), color=colour, **centred)
+
+
+def _frame(axes, cell, inset, colour, line, label):
+    """Frame a cell of an image, with a white rim that shows on dark ones."""
+    patches = require("matplotlib.patches", "plots", "plotting")
+    effects = require("matplotlib.patheffects", "plots", "plotting")
+    corner, side = [place - 0.5 + inset for place in cell], 1 - 2 * inset
+    look = {"fill": False, "edgecolor": colour, "linestyle": line}
+    look["path_effects"] = [effects.withStroke(linewidth=3.6, foreground="w")]
+    frame = {"linewidth": 1.8, "label": label, **look}
+    axes.add_patch(patches.Rectangle(corner, side, side, **frame))
 
 
 def _line(axes, x, y, i, name):
