@@ -187,6 +187,13 @@ class ScaleGrid(ScaleSearch):
         -------
         float or None
             None where it was not evaluated.
+
+        Example
+        -------
+        >>> grid = ScaleGrid("valid", "valid", False, {"own": 1.0, "other": 0})
+        >>> _ = grid.add({"own": 0.5, "other": 0}, wer=51.0, state="ok")
+        >>> grid.wer_at({"own": 0.5}), grid.wer_at({"own": 0.7})
+        (51.0, None)
         """
         columns = self._columns({**self.baseline, **setting}).items()
         found = (row["wer"] for row in self.table if columns <= row.items())
