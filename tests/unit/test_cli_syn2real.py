@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_support import fails, run, run_json, there, weights
+from hugging_face_toy import save_whisper
 
 from speechbrain_taskarith.vectors import TIES, open_state, save_state, syn2real
 
@@ -137,6 +138,41 @@ def test_a_hugging_face_folder_becomes_one_with_a_card(folder):
     check("edited", naive(0.6, 0.3, [("real", "synthetic")]))
     assert Path("edited/config.json").read_text() == '{"model_type": "none"}'
     assert "towards real speech" in Path("edited/README.md").read_text()
+
+
+def test_whisper_folders_load_with_what_was_written(folder):
+    """Also where a source is the checkpoint of SpeechBrain's wrapper."""
+    transformers = pytest.importorskip("transformers")
+    models = {}
+    # Their weights follow from the length of the name.
+    for name in ("target", "real", "synthetic", "start"):
+        save_whisper(name, task="ForConditionalGeneration")
+        load = transformers.WhisperForConditionalGeneration.from_pretrained
+        models[name] = load(name).state_dict()
+    wrapped = {
+        name: tensor
+        for name, tensor in models["real"].items()
+        if name.startswith("model.")
+    }
+    torch.save(wrapped, "real.ckpt")
+    run(
+        *("syn2real", "target", "--source", "real.ckpt", "synthetic"),
+        *("--scale", "0.3", "--target-scale", "0.5", "--base", "start"),
+        *("-o", "edited"),
+    )
+    edited = load("edited").state_dict()
+    assert list(edited) == list(models["target"])
+    for name, tensor in edited.items():
+        t, r, s, b = (m[name].double() for m in models.values())
+        expected = b + 0.5 * (t - b) + 0.3 * (r - s)
+        torch.testing.assert_close(
+            tensor.double(), expected, atol=1e-6, rtol=1e-6
+        )
+    tokens, output = "model.decoder.embed_tokens.weight", "proj_out.weight"
+    assert edited[tokens].data_ptr() == edited[output].data_ptr()
+    transformers.WhisperFeatureExtractor.from_pretrained("edited")
+    card = Path("edited/README.md").read_text()
+    assert "library_name: transformers" in card and "source, real" in card
 
 
 def test_names_and_nested_weights_of_the_others(folder):
