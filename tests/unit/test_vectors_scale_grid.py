@@ -12,6 +12,7 @@ from speechbrain_taskarith.vectors import (
     search_scales,
     syn2real,
 )
+from speechbrain_taskarith.vectors.editing import scale_table
 
 GRID = {"own": [0.0, 0.5, 1.0], "other": [0.0, 0.3, 0.6]}
 
@@ -294,6 +295,36 @@ def test_csv_surface_and_plots(tmp_path):
     with pytest.raises(ValueError, match="expected two of"):
         search.plot(tmp_path / "x.png", y="nobody")
     assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    "options, chosen, framed",
+    [
+        ({}, None, {"chosen": (0.5, 0.3)}),
+        ({}, {"own": 0.0}, {"chosen": (0.0, 0.0)}),
+        ({"select_on": "real_target"}, None, {"oracle": (0.5, 0.3)}),
+        (
+            {"select_on": "real_target"},
+            {"own": 1.0, "other": 0.3},
+            {"oracle": (0.5, 0.3), "chosen": (1.0, 0.3)},
+        ),
+    ],
+)
+def test_what_the_plot_frames(tmp_path, monkeypatch, options, chosen, framed):
+    seen = []
+    plot = scale_table.plot_scale_surface
+    monkeypatch.setattr(
+        scale_table,
+        "plot_scale_surface",
+        lambda *given, **more: seen.append(more) or plot(*given, **more),
+    )
+    search = searched(bowl, baseline={"own": 1.0}, **options)
+    search.plot(tmp_path / "s.png", chosen=chosen)
+    framed = {"baseline": (1.0, 0.0), **framed}
+    marks = ("baseline", "chosen", "oracle")
+    assert {k: v for k, v in seen[0].items() if k in marks} == framed
+    with pytest.raises(ValueError, match="chosen=.*no value"):
+        search.plot(tmp_path / "t.png", chosen={"own": 0.7})
 
 
 def test_three_vectors_and_one(tmp_path):

@@ -234,8 +234,9 @@ class ScaleGrid(ScaleSearch):
         y, x : str or None
             See `surface`.
         chosen : dict or None
-            The setting that was chosen elsewhere, `search.best` of a search
-            on development data: to be shown on the surface of an oracle.
+            The setting to frame as chosen, e.g. that of a search on
+            development data on the surface of an oracle; None frames this
+            search's own, unless it is an oracle.
         title : str
             Above the plot.
         """
@@ -245,19 +246,22 @@ class ScaleGrid(ScaleSearch):
         y, x = self._axes(y, x)
 
         def place(setting):
-            return setting and (setting[y], setting[x])
+            return setting[y], setting[x]
 
-        own = "oracle" if self.oracle else "chosen"
-        marks = {"chosen": place(chosen), own: place(self.best)}
+        marks = {"baseline": place(self.baseline)}
+        if self.oracle:
+            marks["oracle"] = place(self.best)
+        if chosen or not self.oracle:
+            chosen = {**self.baseline, **chosen} if chosen else self.best
+            marks["chosen"] = place(chosen)
         plot_scale_surface(
             self.surface(y, x),
             path,
-            baseline=place(self.baseline),
             **marks,
             title=title,
             ylabel=y.replace("_", " "),
             xlabel=x.replace("_", " "),
-            unit=f"WER on {self.select_on} (%)",
+            unit=f"WER on {self.select_on} (%)".replace("_", " "),
         )
 
     def _axes(self, y, x):
