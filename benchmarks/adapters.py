@@ -105,8 +105,9 @@ def sides(number, bottleneck, arguments):
     again = fusion.for_bank(bank).to(arguments.device)
     again.load_state_dict(fusion.state_dict())
     again.recompute = True
-    found["recomputed"] = (lambda x: again(x, "collapsed"), bank, again)
+    found["recomputed"] = (again, bank, again)
     found["folded"] = (lambda x: fusion(x, "folded"), bank, fusion)
+    found["auto"] = (fusion, bank, fusion)
     return found, fusion
 
 
@@ -297,7 +298,7 @@ def grid(arguments):
             calls = {
                 name: no_grad(run, x)
                 for name, (run, *_) in found.items()
-                if name != "recomputed"
+                if name not in ("recomputed", "auto")
             }
             calls["one adapter"] = no_grad(lambda x, a=one: x + a(x), x)
             flops = 6 * WIDTH * number * bottleneck * BATCH * FRAMES
@@ -314,7 +315,6 @@ def grid(arguments):
                 calls = {
                     name: step(run, x, adapters, combination, trained)
                     for name, (run, adapters, combination) in found.items()
-                    if name != "folded"
                 }
                 show(
                     f"forward + backward, {stage}",
@@ -354,6 +354,8 @@ def memory_table(arguments):
                     "stacked",
                     "collapsed",
                     "recomputed",
+                    "folded",
+                    "auto",
                 ]:
                     found = in_fresh_process(
                         side, number, bottleneck, trained, arguments
@@ -367,6 +369,49 @@ def memory_table(arguments):
                         f"{found['resident'] / 2**20:.1f} | {gain} |",
                         flush=True,
                     )
+
+
+def switch_over(arguments):
+    """Print where training by the folded form begins to be faster.
+
+    By frames in a batch, in units of N b + d / 2, where both need as many
+    products; a ratio above 1 says that the folded form is faster.
+    """
+    units = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0)
+    print("| collapsed / folded | N | b | " + " | ".join(map(str, units)) + " |")
+    print("|---" * (len(units) + 3) + "|")
+    for bottleneck in arguments.bottlenecks:
+        for number in arguments.numbers:
+            fusion = ours(number, bottleneck, arguments.device)
+            even = number * bottleneck + WIDTH / 2
+            for stage, trained in (("ST-A", False), ("MT-A", True)):
+                ratios = []
+                for unit in units:
+                    frames = round(unit * even)
+                    x = torch.randn(
+                        1, frames, WIDTH, device=arguments.device
+                    ).requires_grad_()
+                    calls = {
+                        form: step(
+                            functools.partial(fusion, form=form),
+                            x,
+                            fusion.bank,
+                            fusion,
+                            trained,
+                        )
+                        for form in ("collapsed", "folded")
+                    }
+                    times = in_turn(calls, arguments)
+                    ratios.append(
+                        statistics.median(times["collapsed"])
+                        / statistics.median(times["folded"])
+                    )
+                print(
+                    f"| {stage} | {number} | {bottleneck} | "
+                    + " | ".join(f"{ratio:.2f}" for ratio in ratios)
+                    + " |",
+                    flush=True,
+                )
 
 
 def launches(arguments):
@@ -411,6 +456,11 @@ def main():
         "--compile", action="store_true", help="also the compiled loop"
     )
     parser.add_argument("--skip-memory", action="store_true")
+    parser.add_argument(
+        "--switch-over",
+        action="store_true",
+        help="only: from how many frames the folded form trains faster",
+    )
     parser.add_argument("--json", type=Path, help="write all times here too")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument(
@@ -434,6 +484,9 @@ def main():
                 )
             )
         )
+        return
+    if arguments.switch_over:
+        switch_over(arguments)
         return
     rows = grid(arguments)
     if not arguments.skip_memory:
