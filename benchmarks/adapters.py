@@ -15,6 +15,7 @@ counted. See `benchmarks/README.md` for what came out.
 import argparse
 import functools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -33,6 +34,8 @@ from speechbrain_taskarith.adapters.combination.folding import product
 WIDTH, BATCH, FRAMES = 512, 4, 250
 TOLERANCE = 2e-5  # of the output's norm, float32 against the loop in float64
 PEER = "AdapterHub"
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+CLOCK = CLOCKS["wall"]
 
 
 # ------------------------------------------------------------------- sides
@@ -130,9 +133,9 @@ def check(found, fusion, x):
 def clock(function, device):
     """Return the milliseconds of one call."""
     if device == "cpu":
-        start = time.perf_counter()
+        start = CLOCK()
         function()
-        return 1e3 * (time.perf_counter() - start)
+        return 1e3 * (CLOCK() - start)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     function()
@@ -255,12 +258,17 @@ def in_fresh_process(side, number, bottleneck, trained, arguments):
 
 
 def show(what, number, bottleneck, times, rows, floor=None):
-    """Print one block: medians, spread, ratios to the peer."""
+    """Print one block: medians, spread, ratios to the peer.
+
+    A gain is the median of the rounds' ratios: both sides of a ratio were
+    measured one after the other.
+    """
     medians = {name: statistics.median(t) for name, t in times.items()}
     for name, taken in times.items():
         ratio = ""
         if PEER in medians and name != PEER:
-            ratio = f"{medians[PEER] / medians[name]:.1f} x"
+            pairs = [p / t for p, t in zip(times[PEER], taken)]
+            ratio = f"{statistics.median(pairs):.1f} x"
         print(
             f"| {what} | {number} | {bottleneck} | {name} | "
             f"{medians[name]:.2f} ({min(taken):.2f}-{max(taken):.2f}) | "
@@ -374,23 +382,25 @@ def memory_table(arguments):
 def switch_over(arguments):
     """Print where training by the folded form begins to be faster.
 
-    By frames in a batch, in units of N b + d / 2, where both need as many
-    products; a ratio above 1 says that the folded form is faster.
+    By frames in a batch, in units of those where both forms need as many
+    products; above 1 the folded form is faster.
     """
-    units = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0)
-    print("| collapsed / folded | N | b | " + " | ".join(map(str, units)) + " |")
-    print("|---" * (len(units) + 3) + "|")
+    units = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 4.0)
+    head = ["collapsed / folded", "N", "b", "even at", *units]
+    print("| " + " | ".join(map(str, head)) + " |")
+    print("|---" * len(head) + "|")
     for bottleneck in arguments.bottlenecks:
         for number in arguments.numbers:
             fusion = ours(number, bottleneck, arguments.device)
-            even = number * bottleneck + WIDTH / 2
             for stage, trained in (("ST-A", False), ("MT-A", True)):
-                ratios = []
+                fusion.bank.requires_grad_(trained)
+                even = fusion._even_frames()
+                if not math.isfinite(even):
+                    continue
+                row = [stage, number, bottleneck, round(even)]
                 for unit in units:
-                    frames = round(unit * even)
-                    x = torch.randn(
-                        1, frames, WIDTH, device=arguments.device
-                    ).requires_grad_()
+                    x = torch.randn(1, round(unit * even), WIDTH)
+                    x = x.to(arguments.device).requires_grad_()
                     calls = {
                         form: step(
                             functools.partial(fusion, form=form),
@@ -401,17 +411,10 @@ def switch_over(arguments):
                         )
                         for form in ("collapsed", "folded")
                     }
-                    times = in_turn(calls, arguments)
-                    ratios.append(
-                        statistics.median(times["collapsed"])
-                        / statistics.median(times["folded"])
-                    )
-                print(
-                    f"| {stage} | {number} | {bottleneck} | "
-                    + " | ".join(f"{ratio:.2f}" for ratio in ratios)
-                    + " |",
-                    flush=True,
-                )
+                    times = in_turn(calls, arguments).values()
+                    pairs = [one / other for one, other in zip(*times)]
+                    row.append(f"{statistics.median(pairs):.2f}")
+                print("| " + " | ".join(map(str, row)) + " |", flush=True)
 
 
 def launches(arguments):
@@ -452,6 +455,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument(
         "--compile", action="store_true", help="also the compiled loop"
     )
@@ -468,6 +472,8 @@ def main():
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    global CLOCK
+    CLOCK = CLOCKS[arguments.clock]
     # The folder of this script holds a file of the peer's name.
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [p for p in sys.path if os.path.abspath(p or ".") != here]

@@ -1,6 +1,7 @@
 """Audio-AdapterFusion: attention over adapters, frame by frame."""
 
 import contextvars
+import math
 
 import torch
 from torch.nn import functional as F
@@ -189,14 +190,25 @@ class AudioAdapterFusion(Combination):
         return context + torch.matmul(weights, folded.offset)
 
     def _fold_pays(self, x):
-        # 2 d^2 products less a frame, against d^2 (2 N b + d) once. Even at
-        # N b + d / 2 frames; measured, it is faster from half as many more.
         if torch.compiler.is_compiling():  # one graph for all lengths
             return False
-        width = max(self.bank[name].bottleneck for name in self.names)
-        frames = x[..., 0].numel()
-        even = len(self.names) * width + self.bank.d_model / 2
-        return frames > 1.5 * even
+        # A quarter more than even: measured, see benchmarks/README.md.
+        return x[..., 0].numel() > 1.25 * self._even_frames()
+
+    def _even_frames(self):
+        """Return the frames where both forms of training cost as much.
+
+        In products, with `w = N b`: a frame costs `6 w + 4 d` and `6 w`, the
+        gradients of weights `3 w + 2 d` and `3 w` (adapters train) or `2 d`
+        and `2 w` (they do not); folding costs `6 w d` or `4 w d` a batch.
+        """
+        members = [self.bank[name] for name in self.names]
+        wide = len(members) * max(member.bottleneck for member in members)
+        if any(p.requires_grad for m in members for p in m.parameters()):
+            return wide
+        width = self.bank.d_model
+        gain = 3 * width - wide
+        return 2 * wide * width / gain if gain > 0 else math.inf
 
     def _fold(self):
         stack = self.bank.stacked(self.names)
