@@ -21,6 +21,7 @@ from speechbrain_taskarith.adapters.hooks.layer_loop import (
     require_passed,
 )
 from speechbrain_taskarith.adapters.hooks.route import in_backward
+from speechbrain_taskarith.adapters.hooks.rows import utterances_of
 
 logger = logging.getLogger(__name__)
 
@@ -284,16 +285,19 @@ class LayerAdapters(torch.nn.Module):
 
     def _routed(self, x, choice):
         self._require_batch_first()
-        # Beams and samples of an utterance stand side by side, as do the
-        # blocks of our Emformer.
-        times = len(x) // max(len(choice), 1) if x.dim() == 3 else 0
-        if not len(x) == times * len(choice):
+        if x.dim() != 3:
             raise ValueError(
-                f"layer {self.name!r}: {len(choice)} utterance(s) were named "
-                f"by use(...), but the batch is {tuple(x.shape)}; call "
-                "use(...) for every batch, with one name an utterance"
+                f"layer {self.name!r} returns {tuple(x.shape)}; adapters of "
+                "single utterances need [B, T, d]"
             )
+        blocks = not getattr(self._layer, "frames_in_order", True)
+        try:
+            kept, times = utterances_of(len(x), len(choice), in_blocks=blocks)
+        except ValueError as error:
+            raise ValueError(f"layer {self.name!r}: {error}") from None
         index = self._route.positions(choice, x.device)
+        if kept is not None:
+            index = index[kept]
         if times != 1:
             index = index.repeat_interleave(times)
         added = x + self.bank.routed(x, index.clamp(min=0))
