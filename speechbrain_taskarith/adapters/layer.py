@@ -19,11 +19,11 @@ from speechbrain_taskarith.adapters.combination.running import (
     STRETCH,
     Stretch,
 )
+from speechbrain_taskarith.adapters.hooks import context
 from speechbrain_taskarith.adapters.hooks.layer_loop import (
     PROGRESS,
     require_passed,
 )
-from speechbrain_taskarith.adapters.hooks.route import in_backward
 from speechbrain_taskarith.adapters.hooks.rows import utterances_of
 
 logger = logging.getLogger(__name__)
@@ -145,21 +145,21 @@ class LayerAdapters(torch.nn.Module):
             return
         # Checkpointing computes the layer again in the backward pass, and
         # may have the hooks' part outside.
-        if not in_backward():
+        if not context.in_backward:
             require_passed(self)
             PROGRESS.passed_by = self
 
     def _forward_streaming(self, method, *args, **kwargs):
         self._before_layer(self._layer, args)
         output = method(*args, **kwargs)
-        context = kwargs.get("context", args[1] if len(args) > 1 else None)
-        if self._is_running() and not hasattr(context, "__dict__"):
+        stream = kwargs.get("context", args[1] if len(args) > 1 else None)
+        if self._is_running() and not hasattr(stream, "__dict__"):
             raise ValueError(
                 f"layer {self.name!r} got no streaming context, where the "
                 "running scores are kept; use "
                 "AudioAdapterFusion(running=False)"
             )
-        named = {**kwargs, _STREAM: context}
+        named = {**kwargs, _STREAM: stream}
         return self._forward_hook(self._layer, args, named, output)
 
     def _is_running(self):
@@ -186,9 +186,9 @@ class LayerAdapters(torch.nn.Module):
                     "step; decode with use_cache=False, or combine with "
                     "AudioAdapterFusion(running=False)"
                 )
-        context, step = named.get(_STREAM), None
+        stream, step = named.get(_STREAM), None
         if not getattr(self._layer, "frames_in_order", True):
-            context = named.get("context")
+            stream = named.get("context")
             step = named.get("segment_length")
             if step is None:
                 raise ValueError(
@@ -196,11 +196,11 @@ class LayerAdapters(torch.nn.Module):
                     "over which scores cannot be averaged; use "
                     "AudioAdapterFusion(running=False)"
                 )
-        if context is None and step is None:
+        if stream is None and step is None:
             return self(x)
         kept = {}
-        if context is not None:
-            kept = vars(context).setdefault("running_scores", {})
+        if stream is not None:
+            kept = vars(stream).setdefault("running_scores", {})
         before = kept.get(self.name)
         stretch = Stretch(before, named.get("segments", 1), step)
         x = self._along(stretch, x)

@@ -274,20 +274,6 @@ def test_autograds_own_threads_see_the_choice():
     assert seen == [None, "a", "a"]
 
 
-def test_a_compiled_encoder_follows_with():
-    torch._dynamo.reset()
-    encoder = ToyEncoder().eval()
-    handle = insert_adapters(encoder, ["a", "b"], bottleneck=4)
-    scramble(handle)
-    x = torch.randn(2, 5, 4)
-    run = torch.compile(encoder, backend="eager", fullgraph=True)
-    with torch.no_grad():
-        for choice in ("a", "b", None, ["b", "a"]):
-            with handle.use(choice):
-                torch.testing.assert_close(run(x), encoder(x))
-            torch.testing.assert_close(run(x), encoder(x))
-
-
 class Product(Combination):
     """A combination with the least that one needs."""
 
