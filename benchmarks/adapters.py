@@ -363,7 +363,6 @@ def memory_table(arguments):
                     "collapsed",
                     "recomputed",
                     "folded",
-                    "auto",
                 ]:
                     found = in_fresh_process(
                         side, number, bottleneck, trained, arguments

@@ -1,8 +1,11 @@
-"""Adapters of single recordings while Whisper decodes long ones in windows."""
+"""Adapters of single recordings in searches, and in long-form decoding."""
 
 import pytest
 import torch
 from adapters_toy import scramble
+from speechbrain.decoders.seq2seq import S2STransformerBeamSearcher
+from speechbrain.lobes.models.transformer.TransformerASR import TransformerASR
+from speechbrain.nnet.linear import Linear
 
 from speechbrain_taskarith.adapters import insert_adapters
 
@@ -116,6 +119,48 @@ def test_not_one_name_a_recording_is_refused(model, named):
     with torch.no_grad(), model.handle.use(named):
         with pytest.raises(ValueError, match="one adapter for each"):
             transcribe(model, features, [60, 20, 20, 20])
+
+
+def test_speechbrains_beams_go_through_their_utterances_adapter():
+    torch.manual_seed(0)
+    network = TransformerASR(
+        12,
+        8,
+        16,
+        nhead=2,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        d_ffn=16,
+        causal=False,
+    ).eval()
+    head = Linear(input_size=16, n_neurons=12)
+    torch.nn.init.normal_(head.w.weight)
+    handle = insert_adapters(network, NAMES, bottleneck=4, exclude="custom_*")
+    scramble(handle, scale=2.0)
+    assert any("decoder" in name for name in handle.layer_names)
+    search = S2STransformerBeamSearcher(
+        modules=[network, head],
+        bos_index=1,
+        eos_index=2,
+        min_decode_ratio=0.0,
+        max_decode_ratio=0.5,
+        beam_size=3,
+        using_eos_threshold=False,
+    )
+    src, full = torch.randn(3, 10, 8), torch.ones(3)
+
+    def decode(rows):
+        return search(network.encode(src[rows], full[rows]), full[rows])[0]
+
+    choice, alone = ["us", "german", None], []
+    with torch.no_grad():
+        with handle.use(choice):
+            mixed = decode(slice(None))
+        for i, name in enumerate(choice):
+            with handle.use(name):
+                alone += decode(slice(i, i + 1))
+    assert mixed == alone
+    assert len({tuple(row) for row in alone}) > 1
 
 
 @pytest.mark.parametrize("rows, named", [(4, 2), (3, 2), (1, 2), (2, 4)])
