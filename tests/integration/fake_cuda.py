@@ -51,12 +51,16 @@ class FakeCuda(FakeTensorMode):
 
     def __enter__(self):
         # Torch enters its modes again, inside.
-        patched = () if self._inside else (
-            (FakeTensor, "tolist", self._tolist()),
-            (torch.Tensor, "numpy", _numpy),
-            (torch.Tensor, "backward", _backward),
-            (torch.autograd, "grad", _grad),
-            (torch._VF, "lstm", _lstm),
+        patched = (
+            ()
+            if self._inside
+            else (
+                (FakeTensor, "tolist", self._tolist()),
+                (torch.Tensor, "numpy", _numpy),
+                (torch.Tensor, "backward", _backward),
+                (torch.autograd, "grad", _grad),
+                (torch._VF, "lstm", _lstm),
+            )
         )
         for owner, name, function in patched:
             self._patches.enter_context(
@@ -211,7 +215,9 @@ def _waits(func, args, kwargs):
         return len(devices) > 1
     if "index" in func._overloadpacket.__name__:
         # Indices of the host are copied, masks counted.
-        indices = _tensors(args[1]) if isinstance(args[1], (list, tuple)) else []
+        indices = (
+            _tensors(args[1]) if isinstance(args[1], (list, tuple)) else []
+        )
         if "cuda" in devices:
             return any(
                 i.device.type != "cuda" or i.dtype == torch.bool

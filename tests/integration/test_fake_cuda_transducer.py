@@ -140,7 +140,9 @@ def min_wer(put, source="beam"):
     predictor, joint = networks(put)
     kind = TransducerSampler if source == "sample" else TransducerBeamSearch
     labels = labels.clamp(min=0.2)
-    loss = MinWERLoss(kind(predictor, joint, 0), n_best=3, source=source)
+    loss = MinWERLoss(
+        kind(predictor, joint, 0), n_best=2, source=source, max_symbols=2
+    )
     return loss_and_gradient(loss(x, lens, y, labels), x)
 
 
