@@ -38,6 +38,8 @@ class TranslationBrain(sb.Brain):
       `batch.sig` as it is;
     - `guard` (optional): an `InputGuard`;
     - `consistency` (optional): a `ConsistencyProbe`;
+    - `aggregator` (optional): a `GradientAggregator`, whose gradient takes the
+      place of the weighted sum's; each task's row is that of its weighted loss;
     - `lr_annealing` (optional): called with the optimizer before each update,
       unless `brain.lr_annealing` is set;
     - `train_logger` (optional).
@@ -128,6 +130,13 @@ class TranslationBrain(sb.Brain):
         checkpointer=None,
     ):
         super().__init__(modules, opt_class, hparams, run_opts, checkpointer)
+        aggregator = self._optional("aggregator")
+        if not hasattr(aggregator, "total") and aggregator is not None:
+            raise ValueError(
+                f"aggregator: found {aggregator!r}; expected a "
+                "GradientAggregator (aggregator: !new:speechbrain_taskarith."
+                "translation.GradientAggregator, with name: PCGrad), or none"
+            )
         self.task_losses = RunningMeans()
         self.train_stats, self.stats, self.scores = {}, {}, None
         if self.checkpointer is not None:
@@ -167,7 +176,17 @@ class TranslationBrain(sb.Brain):
         if self.should_step and self._optional("consistency") is not None:
             self.measure(losses)
         self.task_losses.add(losses)
-        return weights.total(losses)
+        total = weights.total(losses)
+        if self._optional("aggregator") is None:
+            return total
+        weighted = {
+            task: weights[task] * loss
+            for task, loss in losses.items()
+            if weights[task] > 0
+        }
+        return self.hparams.aggregator.total(
+            weighted, self.modules, self.scaler.get_scale()
+        )
 
     def tasks_of(self, batch, stage):
         """Return the tasks to compute of a batch; override it for mixed data.

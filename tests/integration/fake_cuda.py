@@ -42,8 +42,6 @@ WAITING = {
     aten._linalg_svd.default,
     aten._linalg_solve_ex.default,
     aten.multinomial.default,
-    aten._ctc_loss.default,
-    aten._ctc_loss.Tensor,
 }
 COPIES = {aten._to_copy.default, aten.copy_.default, aten.copy.default}
 
@@ -70,12 +68,16 @@ class FakeCuda(FakeTensorMode):
             else (
                 (FakeTensor, "tolist", self._tolist()),
                 (torch.Tensor, "numpy", self._of_numbers("numpy")),
-            (torch.Tensor, "data_ptr", self._of_numbers("data_ptr")),
-            (torch.Tensor, "untyped_storage", self._of_numbers("untyped_storage")),
+                (torch.Tensor, "data_ptr", self._of_numbers("data_ptr")),
+                (
+                    torch.Tensor,
+                    "untyped_storage",
+                    self._of_numbers("untyped_storage"),
+                ),
                 (torch.Tensor, "backward", _backward),
                 (torch.autograd, "grad", _grad),
                 (torch._VF, "lstm", _lstm),
-            (torch.utils, "swap_tensors", _take),
+                (torch.utils, "swap_tensors", _take),
             )
         )
         for owner, name, function in patched:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_cuda import EACH, check, public_names, run
+from fake_cuda import check, public_names, run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
@@ -160,14 +160,15 @@ def transformer(put):
         TransformerASR,
     )
 
-    model = put(
-        ShrinkingTransformer(
-            TransformerASR(9, 20, 8, 2, 1, 1, 16, causal=False),
-            torch.nn.Linear(8, 5),
-            CTCShrink(blank_index=0),
-            LookingBack(8, nhead=2),
-        )
-    ).eval()
+    # The head is among the recipe's modules, not one of the model's.
+    head = put(torch.nn.Linear(8, 5))
+    model = ShrinkingTransformer(
+        TransformerASR(9, 20, 8, 2, 1, 1, 16, causal=False),
+        head,
+        CTCShrink(blank_index=0),
+        LookingBack(8, nhead=2),
+    )
+    model = put(model).eval()
     tokens = put(torch.tensor([[1, 3, 4], [1, 5, 5]]))
     lens = put(torch.tensor([1.0, 0.5]))
     return model(put(torch.randn(2, 12, 20)), tokens, lens)
