@@ -105,7 +105,19 @@ CASES = {
     "insert_adapters, guided": guidance,
 }
 REASONS = {"plot_attention": "draws numbers of Python"}
-WAITS = {}
+# Once an adapter, when its composition begins to train.
+UNTRAINED = {"adapters.bank.is_untrained": EACH}
+WAITS = {
+    **dict.fromkeys(CASES, {}),
+    "insert_adapters, one": UNTRAINED,
+    "insert_adapters, combined": UNTRAINED,
+    "insert_adapters, mixed": UNTRAINED,
+    # For the log.
+    "insert_adapters, guided": {
+        "adapters.combination.attention.mean_weights": EACH,
+        "adapters.combination.attention.attention_stats": 1,
+    },
+}
 
 
 @pytest.mark.parametrize("name", CASES)

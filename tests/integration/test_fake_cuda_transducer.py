@@ -271,7 +271,66 @@ REASONS = {
     "TransferReport": "names of tensors",
     "transfer_encoder": "reads a file, once",
 }
-WAITS = {}
+TARGETS = {"transducer.loss.input_checks.check_targets": 1}
+DENSE = TARGETS | {"transducer.loss.transitions.forward": 1}
+STEADY = {"transducer.joints.checks._check_steady": 1}
+NODES = TARGETS | STEADY | {"transducer.joints.chunked_loss.__init__": 1}
+ACTIVE = {"transducer.joints.chunked_loss._active": 1}
+LENGTHS = {"transducer.loss.input_checks.checked_lengths": 1}
+FINITE = {
+    "transducer.search.searcher.only_valid": EACH,
+    "transducer.search.searcher.check_scores": EACH,
+}
+GREEDY = FINITE | {
+    "transducer.search.greedy.advance": EACH,
+    "transducer.search.greedy._step": EACH,
+}
+BEAM = FINITE | {
+    "transducer.search.beam.advance": EACH,
+    "transducer.search.beam._frame": EACH,
+    "transducer.search.prefixes.extend": EACH,
+    "transducer.search.prefixes.add": EACH,
+    "transducer.search.beam.results": EACH,
+}
+SAMPLE = GREEDY | {"transducer.search.greedy._choose": EACH}
+MIN_WER = {
+    "transducer.training.min_wer.forward": EACH,
+    "transducer.training.min_wer._log_probs": EACH,
+    "transducer.training.expected_errors.tables": EACH,
+}
+# Before the search, and of what it found.
+TWICE = dict.fromkeys(TARGETS, 2)
+WAITS = {
+    **dict.fromkeys(CASES, {}),
+    "transducer_loss": DENSE,
+    "transducer_loss, windows": DENSE,
+    "joint_transducer_loss": NODES | ACTIVE,
+    "joint_transducer_loss, HAT": NODES | ACTIVE,
+    "joint_transducer_loss, SpeechBrain's layers": NODES,
+    "sequence_log_prob": NODES,
+    "TransducerGreedySearch": LENGTHS | GREEDY,
+    "TransducerBeamSearch": LENGTHS | BEAM,
+    "TransducerSampler": dict.fromkeys(LENGTHS, 2) | SAMPLE,
+    "MinWERLoss": {
+        **(NODES | ACTIVE | TWICE | LENGTHS | BEAM | MIN_WER),
+        "transducer.training.expected_errors.expected_errors": 1,
+    },
+    "MinWERLoss, sampled": {
+        **(NODES | ACTIVE | TWICE | SAMPLE | MIN_WER),
+        **dict.fromkeys(LENGTHS, 2),
+    },
+    "ChunkedEncoder, a stream": {
+        "transducer.streaming.chunked_encoder.forward_streaming": 1
+    },
+    "LocalFbank, TimeReduction": {"speechbrain.processing.features.forward": 2},
+    "StreamingTransducer": {
+        **(LENGTHS | GREEDY),
+        "transducer.streaming.streaming_transducer._process": EACH,
+        "transducer.streaming.streaming_transducer._features": EACH,
+        "transducer.streaming.streaming_transducer.encode": EACH,
+        "transducer.streaming.frontend.push": EACH,
+    },
+}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -177,7 +177,116 @@ REASONS = {
     "plot_cosine_matrix": "draws numbers of Python",
     "plot_layer_norms": "draws numbers of Python",
 }
-WAITS = {}
+# By place; each tensor, or each part of one, waits anew.
+READING = {"vectors.states.state._bytes", "vectors.checks.all_finite"}
+PLACES = {
+    "rule LinearAverage": READING,
+    "rule TaskArithmetic": READING,
+    "rule TIES": READING
+    | {
+        "vectors.engine.thresholds.collect",
+        "vectors.engine.thresholds.visit",
+        "vectors.engine.workspace.to_numpy",
+        "vectors.rules.sparsifying.ties._elect_undecided",
+        "vectors.rules.sparsifying.ties.elect",
+    },
+    "rule Merge": READING,
+    "rule DARE": READING
+    | {
+        "vectors.engine.workspace.from_numpy",
+        "vectors.engine.workspace.to_numpy",
+    },
+    "rule DELLA": READING
+    | {
+        "vectors.engine.workspace.from_numpy",
+        "vectors.engine.workspace.to_numpy",
+        "vectors.rules.sparsifying.ties._elect_undecided",
+        "vectors.rules.sparsifying.ties.elect",
+    },
+    "rule PCB": READING
+    | {
+        "vectors.engine.thresholds.collect",
+        "vectors.engine.thresholds.visit",
+        "vectors.engine.workspace.to_numpy",
+        "vectors.rules.sparsifying.pcb.<listcomp>",
+    },
+    "rule SCE": READING | {"vectors.engine.workspace.from_numpy"},
+    "rule SLERP": READING | {"vectors.rules.geometric.angular._dot_tables"},
+    "rule SLERP of weights": READING
+    | {
+        "vectors.engine.workspace.from_numpy",
+        "vectors.rules.geometric.angular._dot_tables",
+    },
+    "rule MultiSLERP": READING
+    | {"vectors.rules.geometric.angular._dot_tables"},
+    "rule Karcher": READING | {"vectors.rules.geometric.angular._dot_tables"},
+    "rule ModelStock": READING
+    | {"vectors.rules.geometric.angular._dot_tables"},
+    "rule Breadcrumbs": READING
+    | {
+        "vectors.engine.thresholds.collect",
+        "vectors.engine.thresholds.visit",
+        "vectors.engine.workspace.to_numpy",
+    },
+    "rule Fisher": READING
+    | {
+        "vectors.engine.workspace.from_numpy",
+        "vectors.rules.averaging.fisher.merge",
+    },
+    "rule LiNeS": READING,
+    "rule ByLayer": READING
+    | {
+        "vectors.engine.thresholds.collect",
+        "vectors.engine.thresholds.visit",
+        "vectors.engine.workspace.to_numpy",
+        "vectors.rules.sparsifying.ties._elect_undecided",
+        "vectors.rules.sparsifying.ties.elect",
+    },
+    "rule SelectiveAttention": READING,
+    "rule TSVM": READING
+    | {
+        "vectors.engine.workspace.from_numpy",
+        "vectors.rules.spectral.matrices.merge",
+        "vectors.rules.spectral.matrices.nearest_orthonormal",
+        "vectors.rules.spectral.matrices.svd",
+    },
+    "rule BoostedTSVM": READING
+    | {
+        "vectors.engine.workspace.from_numpy",
+        "vectors.rules.spectral.matrices.merge",
+        "vectors.rules.spectral.matrices.nearest_orthonormal",
+        "vectors.rules.spectral.matrices.svd",
+        "vectors.rules.spectral.tsv_m._boost",
+    },
+    "rule IsoC": READING
+    | {
+        "vectors.engine.workspace.from_numpy",
+        "vectors.rules.spectral.matrices.merge",
+        "vectors.rules.spectral.matrices.svd",
+    },
+    "rule IsoCTS": READING
+    | {
+        "vectors.engine.workspace.from_numpy",
+        "vectors.rules.spectral.matrices.merge",
+        "vectors.rules.spectral.matrices.nearest_orthonormal",
+        "vectors.rules.spectral.matrices.svd",
+    },
+    "TaskVector": READING
+    | {
+        "vectors.analysis._flat",
+        "vectors.analysis._square",
+        "vectors.task_vector.dot",
+    },
+    "TaskVector.apply_": READING | {"vectors.application.edit_into"},
+    "search_scale": READING
+    | {
+        "vectors.application.edit_into",
+        "vectors.editing.scale_search.<lambda>",
+        "vectors.editing.scale_search.<listcomp>",
+    },
+    "reestimate_statistics": {"vectors.checks.all_finite"},
+}
+WAITS = {name: dict.fromkeys(places, EACH) for name, places in PLACES.items()}
 
 
 @pytest.mark.parametrize("name", CASES)
