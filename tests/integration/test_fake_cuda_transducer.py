@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fake_cuda import check, public_names, run
+from fake_cuda import EACH, check, public_names, run
 
 from speechbrain_taskarith.transducer import (
     ChunkedEncoder,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_cuda import check, public_names, run
+from fake_cuda import EACH, check, public_names, run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
