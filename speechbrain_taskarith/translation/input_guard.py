@@ -4,8 +4,11 @@ import logging
 
 import torch
 
-from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
-from speechbrain_taskarith.utils.messages import Refusals
+from speechbrain_taskarith.utils.lengths import (
+    Refusals,
+    absolute_lengths,
+    padding_mask,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -28,8 +28,8 @@ def test_shrink_is_that_of_the_cpu_and_deterministic(pooling):
     shrink = CTCShrink(pooling=pooling, train_weights=train)
     found = []
     for device in ("cpu", DEVICE, DEVICE):
-        a = x.to(device).requires_grad_()
-        b = logits.to(device).requires_grad_()
+        a = x.to(device, copy=True).requires_grad_()
+        b = logits.to(device, copy=True).requires_grad_()
         out = shrink(a, b, lens.to(device))
         out.x.square().sum().backward()
         grads = [a.grad] + ([b.grad] if train else [])

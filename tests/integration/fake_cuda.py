@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 import speechbrain_taskarith
 
 aten = torch.ops.aten
-ASKS = "speechbrain_taskarith.utils.messages"
+ASKS = "speechbrain_taskarith.utils.lengths"
 # Of libraries that are not there.
 OTHER_KERNELS = {"_use_cudnn_ctc_loss", "_use_miopen_ctc_loss"}
 # What only the numbers tell.

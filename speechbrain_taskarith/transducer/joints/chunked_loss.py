@@ -30,8 +30,7 @@ from speechbrain_taskarith.transducer.loss.transitions import (
     scores_gradient_,
     transitions,
 )
-from speechbrain_taskarith.utils.lengths import padding_mask
-from speechbrain_taskarith.utils.messages import Refusals
+from speechbrain_taskarith.utils.lengths import Refusals, padding_mask
 
 # A node with less than this share of its sequence's largest gradient changes
 # no bit of a float32 gradient: 1e-9 of 25,000 nodes together is 2.5e-5 in sums

@@ -2,8 +2,7 @@
 
 import torch
 
-from speechbrain_taskarith.utils.lengths import padding_mask
-from speechbrain_taskarith.utils.messages import Refusals
+from speechbrain_taskarith.utils.lengths import Refusals, padding_mask
 
 
 def checked_lengths(lens, size, what, least=1, refusals=None, wait=True):

@@ -16,7 +16,7 @@ from speechbrain_taskarith.transducer.loss.transitions import (
     dense_transitions,
     next_labels,
 )
-from speechbrain_taskarith.utils.messages import Refusals
+from speechbrain_taskarith.utils.lengths import Refusals
 
 
 def transducer_loss(

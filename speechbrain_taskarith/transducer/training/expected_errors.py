@@ -5,8 +5,7 @@ import itertools
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from speechbrain_taskarith.utils.lengths import padding_mask
-from speechbrain_taskarith.utils.messages import Refusals
+from speechbrain_taskarith.utils.lengths import Refusals, padding_mask
 
 
 def min_wer_loss(log_probs, errors, mask=None):

@@ -29,7 +29,7 @@ from speechbrain_taskarith.transducer.training.expected_errors import (
     sampled_loss,
     tables,
 )
-from speechbrain_taskarith.utils.messages import Refusals
+from speechbrain_taskarith.utils.lengths import Refusals
 from speechbrain_taskarith.utils.training import keep_modes
 
 
