@@ -396,7 +396,8 @@ def test_an_aggregator_of_sums_trains_as_the_weighted_sum():
 
 
 def test_an_aggregator_takes_the_place_of_the_sum():
-    aggregator = aggregated("name: PCGrad")
+    # A mean with weights of its own, never the sum.
+    aggregator = aggregated("name: MGDA")
     brain, batch = make_brain(aggregator=aggregator), [0, 1, 2]
     (batch,) = loader(batch)
     brain.should_step, model = True, brain.modules.model
