@@ -62,7 +62,7 @@ class Route:
         """Return positions on a device, moved there once."""
         known, moved = self._moved.get(device, (None, None))
         if choice is not known:
-            moved = choice.to(device)
+            moved = choice.to(device, non_blocking=True)
             self._moved[device] = (choice, moved)
         return moved
 

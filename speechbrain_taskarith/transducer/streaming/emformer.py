@@ -361,7 +361,8 @@ def _padding(x, lens, what, least):
     batch, time, _ = x.shape
     if lens is None:
         return torch.zeros(batch, time, dtype=torch.bool, device=x.device)
-    frames = checked_lengths(lens, time, what, least).to(x.device)
+    # In the middle of a model: a GPU is not waited for.
+    frames = checked_lengths(lens, time, what, least, wait=False).to(x.device)
     return padding_mask(frames, time)
 
 
