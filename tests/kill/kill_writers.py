@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from kill_training import Training
 
 from speechbrain_taskarith.__main__ import main as taskarith
 from speechbrain_taskarith.adapters import insert_adapters
@@ -218,6 +219,8 @@ WRITERS = {
     "save Hugging Face": Save("out"),
     "save through a link": Link("out.safetensors"),
     "adapter save": Adapter(),
+    "training": Training(begun=1),
+    "training's first epoch": Training(begun=0),
 }
 
 

@@ -11,6 +11,7 @@ from speechbrain_taskarith.vectors.recipe_hooks.provenance import (
     is_adapter,
     mean_state,
     same_tensors,
+    without_adapters,
 )
 from speechbrain_taskarith.vectors.states.readers import as_state, open_state
 from speechbrain_taskarith.vectors.states.speechbrain_folder import (
@@ -19,7 +20,7 @@ from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     plain,
     read_checkpoint_meta,
 )
-from speechbrain_taskarith.vectors.states.state import State, renamed, short
+from speechbrain_taskarith.vectors.states.state import renamed, short
 from speechbrain_taskarith.vectors.states.writers import save_state
 from speechbrain_taskarith.vectors.task_vector import TaskVector
 
@@ -118,15 +119,8 @@ class EditedRecoverable:
 
     def edit(self, finetuned):
         """Return the edited state; what the base lacks stays as trained."""
-        base, label = self.base, finetuned.label
-        own = State(
-            {
-                name: entry
-                for name, entry in finetuned.entries.items()
-                if name in base or not is_adapter(name)
-            }
-        )
-        own.label = label
+        base = self.base
+        own = without_adapters(finetuned, but=base)
         vector = TaskVector.between(
             base,
             own,
@@ -138,8 +132,8 @@ class EditedRecoverable:
         if (scale := self.scale) is None:
             scale = self.rule.scale_for(vector)
         edited = vector.apply(base, scale, any_base=True)
-        kept = {n: finetuned[n] for n in finetuned if n not in own}
-        return as_state({**edited, **kept})
+        trained = {n: finetuned[n] for n in finetuned if n not in base}
+        return as_state({**finetuned.extra, **edited, **trained})
 
     def settings(self):
         """Return what an edit depends on, in plain types."""
