@@ -88,6 +88,10 @@ class Training:
         """Go on to the next epoch, and test."""
         self._train(folder, self.begun + 1)
 
+    def follow(self, folder):
+        """Be the next run, which saves: only then old checkpoints go."""
+        self._train(folder, self.begun + 2)
+
     def content(self, folder):
         """Return the newest checkpoint's content; all listed are whole."""
         checkpointer, _ = self._checkpointer(folder, 1)

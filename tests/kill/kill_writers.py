@@ -73,6 +73,10 @@ class Writer:
     def work(self, folder):
         """Write the new content."""
 
+    def follow(self, folder):
+        """Be the next run."""
+        self.work(folder)
+
     def content(self, folder):
         """Return something that tells old and new content apart."""
         return read(folder / self.output)
@@ -295,7 +299,9 @@ def kill_writer(writer, kills, seed, folder):
     begin = time.monotonic()
     assert not ended(child(writer.work, whole))
     seconds = time.monotonic() - begin
-    new, names = writer.content(whole), listing(whole)
+    new = writer.content(whole)
+    assert not ended(child(writer.follow, whole))
+    last, names = writer.content(whole), listing(whole)
     assert new != old and not names[1], names
     found = {"old": 0, "new": 0, "killed": 0, "in rename": 0, "runs": 0}
     span = {True: 1, False: 40}
@@ -329,8 +335,8 @@ def kill_writer(writer, kills, seed, folder):
         assert now in (old, new), (kind, now)
         found["old" if now == old else "new"] += killed
         # The next run, of a new process.
-        assert not ended(child(writer.work, place))
-        assert writer.content(place) == new
+        assert not ended(child(writer.follow, place))
+        assert writer.content(place) == last
         assert listing(place) == names, (kind, listing(place), names)
         shutil.rmtree(place)
     return found

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from speechbrain_taskarith.utils.patterns import as_tuple, fitting, select
+from speechbrain_taskarith.vectors.checks import scale_by_name
 from speechbrain_taskarith.vectors.engine.vector_header import (
     parted_in,
     read_vector_header,
@@ -136,10 +137,14 @@ class MergeInputs:
             for parent in self.parents:
                 check_tied_values(self.base, parent.state, name)
 
-    def scales(self, rule):
-        """Return the rule's `{name: scale}`, checked."""
+    def scales(self, rule, scale=None):
+        """Return `{name: scale}`, checked: of `scale`, or else the rule's."""
         rule.check_number(self.number)
-        scales = rule.scales(self.names)
+        scales = (
+            rule.scales(self.names)
+            if scale is None
+            else scale_by_name(scale, self.names)
+        )
         check_ties(self.base, scales, scales)
         return scales
 

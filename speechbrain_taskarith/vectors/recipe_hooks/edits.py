@@ -3,6 +3,8 @@
 from speechbrain.utils.checkpoints import torch_recovery
 from speechbrain.utils.logger import get_logger
 
+from speechbrain_taskarith.vectors.engine.inputs import MergeInputs
+from speechbrain_taskarith.vectors.engine.output import edit_in_memory
 from speechbrain_taskarith.vectors.recipe_hooks.bases import load_base
 from speechbrain_taskarith.vectors.recipe_hooks.provenance import (
     Contents,
@@ -22,7 +24,6 @@ from speechbrain_taskarith.vectors.states.speechbrain_folder import (
 )
 from speechbrain_taskarith.vectors.states.state import renamed, short
 from speechbrain_taskarith.vectors.states.writers import save_state
-from speechbrain_taskarith.vectors.task_vector import TaskVector
 
 logger = get_logger(__name__)
 
@@ -119,19 +120,14 @@ class EditedRecoverable:
 
     def edit(self, finetuned):
         """Return the edited state; what the base lacks stays as trained."""
-        base = self.base
+        base, rule = self.base, self.rule
         own = without_adapters(finetuned, but=base)
-        vector = TaskVector.between(
-            base,
-            own,
-            include=self.include,
-            exclude=self.exclude,
-            buffers=self.buffers,
+        own.verify()
+        inputs = MergeInputs(
+            base, [own], self.include, self.exclude, self.buffers
         )
-        vector = self.rule.combine([vector], base=base)
-        if (scale := self.scale) is None:
-            scale = self.rule.scale_for(vector)
-        edited = vector.apply(base, scale, any_base=True)
+        scales = inputs.scales(rule, self.scale)
+        edited = edit_in_memory(inputs, rule, scales)
         trained = {n: finetuned[n] for n in finetuned if n not in base}
         return as_state({**finetuned.extra, **edited, **trained})
 

@@ -51,6 +51,8 @@ def without_adapters(state, but=()):
         {n: part[n] for n in part if n in but or not is_adapter(n)}
         for part in (state.entries, state.extra)
     ]
+    if sum(map(len, parts)) == len(state.entries) + len(state.extra):
+        return state
     result = renamed(state, parts[0])
     result.extra = parts[1]
     return result
