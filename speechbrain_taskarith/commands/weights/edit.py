@@ -235,15 +235,17 @@ def _remove_start(folder, existed):
     """After a first edit that failed: leave the folder as it was found."""
     import shutil
 
+    from speechbrain_taskarith.vectors.editing.lock import LOCK_NAME
     from speechbrain_taskarith.vectors.editing.log import (
-        LOCK_NAME,
+        LAST_NAME,
         LOG_NAME,
         EditLog,
     )
 
     if not (folder / LOG_NAME).is_file() or EditLog.read(folder).edits:
         return
-    for name in (LOG_NAME, LOCK_NAME, "base.ckpt", "base.safetensors"):
+    names = (LOG_NAME, LAST_NAME, LOCK_NAME, "base.ckpt", "base.safetensors")
+    for name in names:
         (folder / name).unlink(missing_ok=True)
     for name in ("vectors", "states"):
         shutil.rmtree(folder / name, ignore_errors=True)
