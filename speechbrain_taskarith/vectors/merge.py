@@ -83,6 +83,9 @@ class MergeReport:
     rounding_loss : float
         Share of the edit that rounding to half precision lost, in [0, about
         1]: norm of what was rounded away over norm of the edit. 0 in float32.
+    extra_of_base : list of str
+        What is no weight (extra states, counters) and differs in what was
+        merged: the base's is kept.
     peak_anonymous : int or None
         Largest anonymous memory of the process seen meanwhile, in bytes;
         None where the system does not tell (it is sampled).
@@ -103,6 +106,7 @@ class MergeReport:
     bytes_written: int
     dtype: str | None
     rounding_loss: float
+    extra_of_base: list
     peak_anonymous: int | None
 
     def to_dict(self):
@@ -309,6 +313,7 @@ def merge_checkpoints(
         bytes_written=sum(info.nbytes for info in infos.values()),
         dtype=dtype,
         rounding_loss=rounding_loss,
+        extra_of_base=inputs.differing_extra(),
         peak_anonymous=memory.peak,
     )
 

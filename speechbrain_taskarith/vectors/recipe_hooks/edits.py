@@ -15,6 +15,7 @@ from speechbrain_taskarith.vectors.recipe_hooks.provenance import (
     same_tensors,
     without_adapters,
 )
+from speechbrain_taskarith.vectors.states.names import differing_extra
 from speechbrain_taskarith.vectors.states.readers import as_state, open_state
 from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     FINETUNED,
@@ -72,8 +73,9 @@ class EditedRecoverable:
         self._open_base, self._base = open_base, None
         self._handed_out, self._normalizers = handed_out, normalizers
         self._told = False
-        # Fingerprints of what was saved last: fine-tuned and edited.
-        self.saved = None
+        # Fingerprints of what was saved last: fine-tuned and edited. And
+        # what of it is no weight, and not as fine-tuned.
+        self.saved, self.kept_extra = None, []
         self.watch = Watch(
             module,
             name,
@@ -248,6 +250,7 @@ class EditedRecoverable:
         self.write(edited, path)
         self.write(finetuned, finetuned_path(path))
         self.saved = (finetuned.fingerprint, edited.fingerprint)
+        self.kept_extra = differing_extra(edited, finetuned)
 
     def parents(self):
         """Return what the card of what was saved last says of its parents."""
