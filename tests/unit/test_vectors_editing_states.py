@@ -13,14 +13,20 @@ from hugging_face_toy import save_whisper
 from speechbrain.utils.checkpoints import Checkpointer, average_checkpoints
 
 from speechbrain_taskarith.vectors import (
+    DARE,
     TIES,
+    Breadcrumbs,
     EditingCheckpointer,
+    IsoC,
+    LiNeS,
     TaskArithmetic,
     TaskVector,
     as_state,
     open_state,
     save_state,
 )
+from speechbrain_taskarith.vectors.engine.inputs import MergeInputs
+from speechbrain_taskarith.vectors.engine.output import edit_in_memory
 
 EMBEDDING, HEAD = "model.decoder.embed_tokens.weight", "proj_out.weight"
 
@@ -280,3 +286,53 @@ def test_an_extra_state_in_a_vector_of_the_run(tmp_path):
     assert found.extra == {"_extra_state": {"seen": 3}}
     for name in found:
         torch.testing.assert_close(found[name], edited[name])
+
+
+# -- one pass ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        TaskArithmetic(scale={"a.*": 0.3, "tied": 0.3, "b": -1.0}),
+        TIES(density=0.3, scale=0.6),
+        TIES(density=0.3, trim="tensor"),
+        DARE(0.5, scale=0.5),
+        Breadcrumbs(),
+        IsoC(),
+        LiNeS(TaskArithmetic(), slope=1.0),
+    ],
+    ids=repr,
+)
+def test_an_edit_in_one_pass_is_the_vector_s(dtype, rule):
+    """Bit for bit what the rule makes of the vector in memory."""
+    noise = torch.Generator().manual_seed(0)
+    kind = getattr(torch, dtype)
+
+    def weights_of(step):
+        matrix = torch.randn(300, 400, generator=noise).to(kind)
+        state = {
+            "a.layers.0.weight": matrix,
+            "a.layers.1.weight": torch.randn(9, 8, generator=noise).to(kind),
+            "b": torch.randn(5, generator=noise).to(kind),
+            "running_mean": torch.randn(2, generator=noise),
+            "empty": torch.empty(0, 3),
+            "scalar": torch.tensor(float(step)),
+            "steps": torch.tensor(step),
+            "_extra_state": {"step": step},
+        }
+        return state | {"tied": matrix}
+
+    base, tuned = as_state(weights_of(1)), as_state(weights_of(2))
+    inputs = MergeInputs(base, [tuned])
+    found = edit_in_memory(inputs, rule, inputs.scales(rule))
+    expected = rule(base, [TaskVector.between(base, tuned)])
+    assert list(found) == list(expected)
+    for name, tensor in found.items():
+        if name == "_extra_state":
+            assert tensor == {"step": 1}
+            continue
+        assert tensor.dtype == expected[name].dtype
+        assert torch.equal(tensor, expected[name]), name
+    assert found["tied"] is found["a.layers.0.weight"]
