@@ -281,8 +281,8 @@ PLACES = {
     "search_scale": READING
     | {
         "vectors.application.edit_into",
-        "vectors.editing.scale_search.<lambda>",
-        "vectors.editing.scale_search.<listcomp>",
+        "vectors.scales.search.<lambda>",
+        "vectors.scales.search.<listcomp>",
     },
     "reestimate_statistics": {"vectors.checks.all_finite"},
 }
