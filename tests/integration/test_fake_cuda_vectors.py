@@ -32,6 +32,7 @@ from speechbrain_taskarith.vectors import (
     layer_norms,
     reestimate_statistics,
     search_scale,
+    search_scales,
     sign_agreement,
 )
 
@@ -148,6 +149,19 @@ def scales(put):
     return search.best, dict(base.state_dict())
 
 
+def two_scales(put):
+    base, tuned = nets(put)
+    taus = {str(n): TaskVector.between(base, t) for n, t in enumerate(tuned)}
+
+    def score(model):
+        return abs(model.norm.weight.sum().item() - 6.0)
+
+    search = search_scales(
+        base, base, taus, score, [0.0, 0.5], enable_progress=False
+    )
+    return search.best, dict(base.state_dict())
+
+
 def statistics(put):
     model, _ = nets(put, 0)
     assert reestimate_statistics(model, [put(torch.randn(2, 9, 6))]) == 1
@@ -159,6 +173,7 @@ CASES = {
     "TaskVector": vector,
     "TaskVector.apply_": edit_in_place,
     "search_scale": scales,
+    "search_scales": two_scales,
     "reestimate_statistics": statistics,
 }
 FILES = "works on files; tests/gpu runs it"
@@ -166,7 +181,7 @@ REASONS = {
     **dict.fromkeys(["merge_checkpoints", "SequentialEditor"], FILES),
     **dict.fromkeys(["EditingCheckpointer", "AtomicCheckpointer"], FILES),
     **dict.fromkeys(["TaskVectorPretrainer", "MergeReport"], FILES),
-    **dict.fromkeys(["ModelCard", "Edit", "ScaleSearch"], FILES),
+    **dict.fromkeys(["ModelCard", "Edit", "ScaleGrid", "ScaleSearch"], FILES),
     **dict.fromkeys(["save_checkpoint", "save_state", "open_state"], FILES),
     **dict.fromkeys(["find_checkpoint_folder", "read_vocabulary"], FILES),
     **dict.fromkeys(["as_state", "State", "align_vocabulary"], FILES),
@@ -208,7 +223,8 @@ PLACES = {
         "vectors.engine.thresholds.collect",
         "vectors.engine.thresholds.visit",
         "vectors.engine.workspace.to_numpy",
-        "vectors.rules.sparsifying.pcb.<listcomp>",
+        "vectors.rules.sparsifying.pcb.highest",
+        "vectors.rules.sparsifying.pcb.smallest",
     },
     "rule SCE": READING | {"vectors.engine.workspace.from_numpy"},
     "rule SLERP": READING | {"vectors.rules.geometric.angular._dot_tables"},
@@ -281,8 +297,14 @@ PLACES = {
     "search_scale": READING
     | {
         "vectors.application.edit_into",
-        "vectors.scales.search.<lambda>",
-        "vectors.scales.search.<listcomp>",
+        "vectors.scales.search.__call__",
+        "vectors.scales.search.__init__",
+    },
+    "search_scales": READING
+    | {
+        "vectors.application.edit_into",
+        "vectors.scales.search.__call__",
+        "vectors.scales.search.__init__",
     },
     "reestimate_statistics": {"vectors.checks.all_finite"},
 }
