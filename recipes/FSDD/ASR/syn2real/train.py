@@ -125,15 +125,18 @@ def dataio_prepare(hparams):
     tested on real strings of its domain, hparams["test_batch_size"] at a time.
     """
     strings, domain = make_strings(hparams), hparams["domain"]
+    without = hparams["without_speaker"]
     side = "real" if hparams["training_of"] == "real" else "synthetic"
     train_data = make_dataset(
-        strings.of_training(hparams["training_of"], domain),
+        strings.of_training(hparams["training_of"], domain, without),
         hparams["tokenizer"],
         hparams["sample_rate"],
     )
     return (
         shard_loader(train_data, hparams["batch_size"]),
-        evaluation_loader(strings.held_out(side, "valid", domain), hparams),
+        evaluation_loader(
+            strings.held_out(side, "valid", domain, without), hparams
+        ),
         evaluation_loader(strings.held_out("real", "test", domain), hparams),
     )
 
