@@ -401,9 +401,14 @@ def add_paired_tests(summary, table, reports, pairs, **run):
     """Add a table: is a row better than another on the same utterances?
 
     `reports` is `{row: WERReport}`, `pairs` a list of (rival, ours); a pair of
-    which a row is missing is left out. A difference is in points of WER,
-    positive where ours is better; see `metrics.paired_bootstrap`.
+    which a row is missing is left out. See `metrics.paired_bootstrap`.
     """
+    summary.note(
+        f"`{table}_paired`: points of WER over all strings together, positive "
+        "where the row named first is better; 95 % interval and two-sided p "
+        "by a paired bootstrap over strings. Strings share recordings and "
+        "speakers, so that the interval is rather too narrow."
+    )
     for rival, ours in pairs:
         if rival == ours or not {rival, ours} <= set(reports):
             continue
