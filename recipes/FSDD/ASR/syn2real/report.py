@@ -78,7 +78,14 @@ MEANINGS = {
     "reported on, a bound that no one may choose",
     "real_target": "tuned on real speech of the target: a bound",
 }
-WHEN = "WHEN"
+WHEN = (
+    "Which to use: the plain mean of the sources' real models "
+    "(`real_source_mean`) where it has the lower WER and the target's own "
+    "words do not matter; it needs neither synthetic target speech nor a task "
+    "vector, and does not know the target's own words. The edit where they "
+    "matter, at a small scale where they matter most. Two scales where the "
+    "base is at hand. Joint training where the sources' recordings are."
+)
 
 
 def write_report(results, output, hparams):
@@ -201,6 +208,8 @@ def summarise(results, output, hparams):
                     selected_on=chosen_on(row, hparams),
                     **run,
                 )
+    for note in notes(summary, results, hparams):
+        summary.note(note)
     against = ("baseline", *CONTROLS)
     add_paired_tests(
         summary,
@@ -212,8 +221,6 @@ def summarise(results, output, hparams):
         [(rival, edit) for edit in EDITS for rival in (*against, "edited")],
         **run,
     )
-    for note in notes(summary, results, hparams):
-        summary.note(note)
     return summary
 
 
