@@ -441,6 +441,8 @@ def test_speakers_are_left_out_in_turn(recipe):
     assert strings.left_out_speaker(None) is None
     with pytest.raises(ValueError, match="'eve' cannot be left out; .*anna"):
         strings.left_out_speaker("eve")
+    with pytest.raises(ValueError, match="no training recording is of 'eve'"):
+        strings.of_training("real", "one_four", "eve")
 
 
 def test_a_word_that_nobody_says_is_named(recipe):

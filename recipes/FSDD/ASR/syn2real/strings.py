@@ -76,6 +76,12 @@ class Strings:
             raise ValueError(
                 f"domain {domain!r}: expected {', '.join(self.words)}"
             )
+        speakers = sorted({t.spk_id for t in self.recordings["real"]["train"]})
+        if without is not None and without not in speakers:
+            raise ValueError(
+                f"without_speaker: no training recording is of {without!r}; "
+                f"the speakers are {', '.join(speakers)}"
+            )
         count = self.steps[training_of] * self.batch_size
         if training_of == "pretrained":
             return self._all_words(count)
