@@ -105,6 +105,18 @@ def states_of(row, material, scales):
         yield syn2real(target, pairs, base=base, **scales)
 
 
+def axes(kind, hparams):
+    """Return the scales to try, of the target's vector and of what is added."""
+    # Of a support language the published form alone: all of the target.
+    shares = hparams["target_scales"] if kind == DIFFERENCE else [1.0]
+    return {"target_scale": shares, "scale": hparams["scales"]}
+
+
+def fixed_scales(hparams):
+    """Return the scales that nothing is chosen by: `{row: scales}`."""
+    return {"paper_scale": {"scale": hparams["paper_scale"]}}
+
+
 def mean_of(models, base):
     """Return the plain mean of some models' weights."""
     vectors = [TaskVector.between(base, model) for model in models]

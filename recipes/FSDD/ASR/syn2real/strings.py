@@ -63,6 +63,8 @@ class Strings:
         self.words[ALL], self.weights[ALL] = everything, [1.0] * len(everything)
         self._takes = {}
         self._check_words()
+        #: Whom the study leaves out, or None.
+        self.left_out_speaker = self._speaker(hparams["left_out_speaker"])
 
     def of_training(self, training_of, domain, without=None):
         """Return the strings that one training learns, in their order.
@@ -109,11 +111,8 @@ class Strings:
             side, split, domain, self.counts[split], 0, without, only
         )
 
-    def left_out_speaker(self, wanted):
-        """Return the speaker that `left_out_speaker` asks for, or None.
-
-        `by_seed` takes the speakers in turn, one for each seed.
-        """
+    def _speaker(self, wanted):
+        """Return the speaker to leave out; `by_seed` takes them in turn."""
         if wanted is None:
             return None
         speakers = sorted({t.spk_id for t in self.recordings["real"]["test"]})

@@ -38,11 +38,12 @@ from report import CHOSEN_ON, PRINTED, TITLE, write_report
 from rows import (
     DIFFERENCE,
     SEARCHES,
-    SUPPORT,
     WHOLE_TARGET,
     Material,
+    axes,
     check_rows,
     choose,
+    fixed_scales,
     mean_surface,
     states_of,
 )
@@ -163,7 +164,7 @@ class Measure:
         )
         return errors, self.brain.report
 
-    def choices(self, case, kind, target_scales):
+    def choices(self, case, kind):
         """Measure a case of `choose_on` at all scales, on strings for that."""
         data = [
             self.loader(side, domain, "valid", without=self.speaker)
@@ -171,7 +172,12 @@ class Measure:
         ]
         select_on = CHOSEN_ON[self.hparams["choose_on"]]
         return self.surface(
-            case.material, kind, target_scales, data, "valid", select_on
+            case.material,
+            kind,
+            axes(kind, self.hparams),
+            data,
+            "valid",
+            select_on,
         )
 
     def oracle(self, material, target):
@@ -179,20 +185,20 @@ class Measure:
         return self.surface(
             material,
             DIFFERENCE,
-            [1.0],
+            {**axes(DIFFERENCE, self.hparams), "target_scale": [1.0]},
             [self.reported(target)],
             self.hparams["report_on"],
             "real_target",
         )
 
-    def surface(self, material, kind, target_scales, data, split, select_on):
+    def surface(self, material, kind, scales, data, split, select_on):
         """Return `{(target scale, scale): mean WER over the data}`."""
         search = search_scales(
             self.model,
             material.base,
             material.vectors(kind),
             lambda model: statistics.fmean(map(self.brain.wer_on, data)),
-            {"target_scale": target_scales, "scale": self.hparams["scales"]},
+            scales,
             baseline={"target_scale": 1.0},
             outside=material.target,
             split=split,
@@ -232,14 +238,12 @@ def leave_out(target, models, measure, hparams):
     )
     cases = CASES[hparams["choose_on"]](target, material)
     surfaces = {}
-    for kind, target_scales in (
-        (DIFFERENCE, hparams["target_scales"]),
-        (SUPPORT, [1.0]),
-    ):
-        if any(SEARCHES.get(row, [0])[0] == kind for row in hparams["rows"]):
-            surfaces[kind] = mean_surface(
-                [measure.choices(case, kind, target_scales) for case in cases]
-            )
+    for kind in {
+        SEARCHES[row][0] for row in hparams["rows"] if row in SEARCHES
+    }:
+        surfaces[kind] = mean_surface(
+            [measure.choices(case, kind) for case in cases]
+        )
     scales = {
         row: choose(where, surfaces[kind])
         for row, (kind, where) in SEARCHES.items()
@@ -247,14 +251,13 @@ def leave_out(target, models, measure, hparams):
     }
     curve = measure.oracle(material, target)
     scales["oracle"] = choose(WHOLE_TARGET, curve)
-    paper = {"paper_scale": {"scale": hparams["paper_scale"]}}
+    scales_of = {**scales, **fixed_scales(hparams)}
 
     rows, reports = {}, {}
     for row in hparams["rows"]:
-        own = {**scales, **paper}.get(row)
         found = [
             measure.errors(state, target)
-            for state in states_of(row, material, own)
+            for state in states_of(row, material, scales_of.get(row))
         ]
         rows[row] = {
             what: statistics.fmean(errors[what] for errors, _ in found)
@@ -364,7 +367,7 @@ def main(argv):
     check_rows(hparams["rows"])
     prepare(hparams)
     strings = make_strings(hparams)
-    speaker = strings.left_out_speaker(hparams["left_out_speaker"])
+    speaker = strings.left_out_speaker
 
     trainings = plan_trainings(hparams, models, speaker)
     with workers(study.options):

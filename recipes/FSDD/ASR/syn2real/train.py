@@ -4,7 +4,9 @@
 A Conformer CTC model learns strings of words from synthetic voices or from
 real recordings. The difference between two such models of one domain is a
 task vector, which brings another domain's synthetic model closer to real
-speech; `study.py` makes the whole table that way.
+speech; `study.py` makes the whole table that way. What it compares stands in
+hparams["rows"], hparams["scales"], hparams["target_scales"] and
+hparams["paper_scale"].
 
 To run this recipe, do the following:
 > python train.py hparams/train.yaml --data_folder /path/to/FSDD \
@@ -109,8 +111,8 @@ def make_strings(hparams):
     """Return what plans the strings of both sides.
 
     That reads hparams["domains"], hparams["shared_words"],
-    hparams["own_share"], hparams["n_words"], hparams["valid_strings"] and
-    hparams["test_strings"].
+    hparams["own_share"], hparams["n_words"], hparams["valid_strings"],
+    hparams["test_strings"] and hparams["left_out_speaker"].
     """
     recordings = {
         side: read_recordings(side, hparams) for side in ("real", "synthetic")
