@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import io
 import os
+import re
 import subprocess
 import sys
 import time
@@ -147,7 +148,7 @@ def runs(folder):
     syn2real = Summary(folder / "syn2real")
     chosen = {
         "baseline": None, "shrunk_target": "real_source",
-        "real_source_mean": None, "baseline_and_real_mean": None,
+        "real_source_mean": None, "mean_of_both": None,
         "joint": None, "edited": "real_source", "ensemble": "real_source",
         "two_scales": "real_source", "oracle": "real_target",
     }  # fmt: skip
@@ -207,7 +208,10 @@ def test_tables_fit_into_80_columns(tmp_path):
             row = "(ensemble)" if row == "ensemble" else row
             assert row in words, "no name is broken"
             assert entry["selected_on"] in [None, *words]
-        shown = [line for line in lines if "." in line and line[1:2].islower()]
+        shown = [line for line in lines if re.match(r" \w+ .*\d\.\d\d", line)]
+        assert len(shown) == len({r["row"] for r in summary.rows()}) - (
+            summary.tables == ["syn2real"]  # the ensemble is the edit
+        )
         assert len(shown) <= 8
     assert words.count("ensemble") == 0
 

@@ -107,7 +107,7 @@ def test_leaves_the_whole_table(finished):
     }
     names = {"pretrained", "baseline", "joint", "edited", "ensemble", "members"}
     names |= {"paper_scale", "oracle", "shrunk_target", "real_source"}
-    names |= {"real_source_mean", "baseline_and_real_mean", "two_scales"}
+    names |= {"real_source_mean", "mean_of_both", "two_scales"}
     names |= {"support_language", "real_target"}
     assert {(name, "wer") for name in names} <= set(main)
     assert main["edited", "relative_reduction"]["unit"] == "%"

@@ -16,7 +16,7 @@ RECIPE = Path(__file__).resolve().parents[2] / "recipes/FSDD/ASR/syn2real"
 DOMAINS = {"a": ["ONE"], "b": ["TWO"], "c": ["SIX"]}
 ROWS = (
     "pretrained baseline shrunk_target real_source real_source_mean "
-    "baseline_and_real_mean support_language joint edited members "
+    "mean_of_both support_language joint edited members "
     "paper_scale two_scales oracle real_target"
 ).split()
 SCALES, TARGET_SCALES = [0.25, 0.5, 1.0], [0.0, 0.5, 1.0]
@@ -194,7 +194,7 @@ def naive(saved, target, hears=""):
         "baseline": [synthetic[target]],
         "real_source": [real[s] for s in sources],
         "real_source_mean": [both],
-        "baseline_and_real_mean": [mean([synthetic[target], both])],
+        "mean_of_both": [mean([synthetic[target], both])],
         "support_language": [support],
         "joint": [read(f"{hears}joint/{target}")],
         "members": [edit(target, [s], *chosen["edited"]) for s in sources],

@@ -40,7 +40,7 @@ RULES = {
 EDITS = ("edited", "two_scales")
 CONTROLS = (
     *("shrunk_target", "real_source", "real_source_mean"),
-    *("baseline_and_real_mean", "support_language", "joint"),
+    *("mean_of_both", "support_language", "joint"),
 )
 NOTE = (
     "Means over the left-out domains. `own_words`, `shared_words`: share of "
@@ -60,8 +60,7 @@ MEANINGS = {
     "over sources",
     "real_source_mean": "the plain mean of these models' weights: no "
     "synthetic speech of the target, no task vector",
-    "baseline_and_real_mean": "the plain mean of `baseline` and "
-    "`real_source_mean`",
+    "mean_of_both": "the plain mean of `baseline` and `real_source_mean`",
     "support_language": "`baseline` plus a share of all that real speech "
     "taught the sources since the base",
     "joint": "tuned as often on the target's synthetic speech together with "

@@ -34,7 +34,7 @@ ROWS = (
     *TRAINED,
     *SEARCHES,
     *("baseline", "real_source", "real_source_mean"),
-    *("baseline_and_real_mean", "paper_scale", "oracle"),
+    *("mean_of_both", "paper_scale", "oracle"),
 )
 
 
@@ -93,7 +93,7 @@ def states_of(row, material, scales):
         yield from real
     elif row == "real_source_mean":
         yield mean_of(real, base)
-    elif row == "baseline_and_real_mean":
+    elif row == "mean_of_both":
         yield mean_of([target, mean_of(real, base)], base)
     elif row == "support_language":
         supports = [(model, base) for model in real]
