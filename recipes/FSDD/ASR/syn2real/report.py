@@ -81,9 +81,10 @@ WHEN = (
     "Which to use: the plain mean of the sources' real models "
     "(`real_source_mean`) where it has the lower WER and the target's own "
     "words do not matter; it needs neither synthetic target speech nor a task "
-    "vector, and does not know the target's own words. The edit where they "
-    "matter, at a small scale where they matter most. Two scales where the "
-    "base is at hand. Joint training where the sources' recordings are."
+    "vector, and does not know the target's own words. The edit where both "
+    "columns count and it is ahead; a small scale, or the baseline, where own "
+    "words count most. Two scales where the base is at hand. Joint training "
+    "where the sources' recordings are."
 )
 
 
