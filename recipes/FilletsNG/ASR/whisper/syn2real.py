@@ -160,36 +160,38 @@ def plan_trainings(manifests, seed):
     ]
 
 
-def rows_of(target, source, b, a, both):
+def rows_of(target, source, chosen):
     """Name the rows of the table: `{row: {model: weight}}`.
 
-    `b`, `a` and `both` are what was chosen: the scale of the target's vector
-    alone, that of the difference alone, and the two together.
+    `chosen`: see `Study.choose`. `model@pattern` is the part of a model's
+    vector whose names fit the pattern.
     """
+    both = chosen["both"]
     synthetic, real = f"synthetic/{target}", f"real/{source}"
-    other, english = f"synthetic/{source}", "real/en"
-    spoken_english = "synthetic/en"
 
-    def edited(b, a):
-        return {synthetic: b, real: a, other: -a}
+    def edited(b, a, part=""):
+        difference = {f"{real}{part}": a, f"synthetic/{source}{part}": -a}
+        return {synthetic: b, **difference}
 
     def ensemble(b, a):
-        half = {real: a / 2, other: -a / 2}
-        return {synthetic: b, **half, english: a / 2, spoken_english: -a / 2}
+        english = {"real/en": a / 2, "synthetic/en": -a / 2}
+        return edited(b, a / 2) | english
 
     return {
         "pretrained": {},
         "baseline": {synthetic: 1.0},
         "real_source": {real: 1.0},
-        "mean_of_real_sources": {real: 0.5, english: 0.5},
+        "mean_of_real_sources": {real: 0.5, "real/en": 0.5},
         "mean_of_baseline_and_real": {synthetic: 0.5, real: 0.5},
         "joint": {f"joint/{target}": 1.0},
-        "support_language": {synthetic: 1.0, real: a["support"]},
-        "shrunk": {synthetic: b},
+        "support_language": {synthetic: 1.0, real: chosen["support"]},
+        "shrunk": {synthetic: chosen["shrunk"]},
         "paper_scale": edited(1.0, 0.25),
-        "edited": edited(1.0, a["edited"]),
+        "edited": edited(1.0, chosen["edited"]),
         "edited_both": edited(*both),
-        "ensemble": ensemble(1.0, a["edited"]),
+        "edited_both_encoder": edited(*both, "@model.encoder.*"),
+        "edited_both_decoder": edited(*both, "@model.decoder.*"),
+        "ensemble": ensemble(1.0, chosen["edited"]),
         "ensemble_both": ensemble(*both),
         "real_target": {f"real/{target}": 1.0},
     }
@@ -229,7 +231,7 @@ class Study:
 
     def errors(self, weights, language, split="test"):
         """Measure a sum of vectors on real lines of a language."""
-        weights = {m: round(w, 4) for m, w in weights.items() if w}
+        weights = {m: w for m, w in weights.items() if w}
         return self.measure(
             weights,
             lambda: self.state(weights),
@@ -286,7 +288,7 @@ class Study:
 def leave_out(study, target, source):
     """Measure all rows of one target language."""
     chosen = study.choose(source)
-    rows = rows_of(target, source, chosen["shrunk"], chosen, chosen["both"])
+    rows = rows_of(target, source, chosen)
     measured = {
         row: study.errors(weights, target)
         for row, weights in progress(rows.items(), desc=f"rows of {target}")
