@@ -30,20 +30,26 @@ class Measure:
         Values that replace those of the file.
     folder : str or pathlib.Path
         Where what was measured is kept: a later run reads it from there.
+    data_root : str or pathlib.Path
+        What stands for `$data_root` in the manifests.
     """
 
-    def __init__(self, hparams_file, overrides, folder):
+    def __init__(self, hparams_file, overrides, folder, data_root="."):
         with open(hparams_file, encoding="utf-8") as stream:
             self.hparams = load_hyperpyyaml(stream, overrides)
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.hparams["data_folder"] = str(data_root)
         whisper = self.hparams["whisper"]
         self.hparams["prompt_length"] = len(whisper.tokenizer.prefix_tokens)
         self.whisper = whisper
         self.brain = Listener(
             modules=self.hparams["modules"],
             hparams=self.hparams,
-            run_opts={"eval_precision": fast_precision(), "noprogressbar": True},
+            run_opts={
+                "eval_precision": fast_precision(),
+                "noprogressbar": True,
+            },
         )
         self._data = {}
 
@@ -60,13 +66,6 @@ class Measure:
             self._data[key] = data.filtered_sorted(sort_key="duration")
         return self._data[key]
 
-    def load(self, state):
-        """Put the weights of a checkpoint or a `transformers` folder in."""
-        state = {k: v for k, v in state.items() if k != "proj_out.weight"}
-        # Constants of the features, which a `transformers` folder lacks.
-        filters = {"_mel_filters": self.whisper._mel_filters}
-        self.whisper.load_state_dict(filters | state)
-
     def __call__(self, name, state, manifest, limit=None, data_root=None):
         """Return the errors of a state on a manifest.
 
@@ -79,9 +78,9 @@ class Measure:
         path = self.folder / f"{key}.json"
         if not path.exists():
             state = state() if callable(state) else state
-            self.load(state)
+            self.whisper.load_weights(state)
             self.brain.evaluate(
-                self.dataset(manifest, limit, data_root),
+                self.dataset(manifest),
                 test_loader_kwargs=self.hparams["test_loader_kwargs"],
             )
             write_json(

@@ -118,9 +118,7 @@ def prepare_data(given, folder, seed):
         for split in ("valid", "test"):
             rows = [
                 row
-                for row in read_csv(
-                    Path(str(pattern).format(split)).resolve()
-                )
+                for row in read_csv(Path(str(pattern).format(split)).resolve())
                 if float(row["duration"]) <= given.longest
             ]
             # The same lines for all seeds.
@@ -225,7 +223,7 @@ class Study:
         return self.vectors[model]
 
     def state(self, weights):
-        """Return `base + sum(weight * vector)` """
+        """Return `base + sum(weight * vector)`"""
         terms = [w * self.vector(m) for m, w in weights.items() if w]
         return sum(terms).apply(self.base) if terms else dict(self.base)
 
@@ -311,7 +309,10 @@ def main(argv):
         ]
         with joblib.parallel_config("sequential"):
             run_trainings(
-                train, plan_trainings(manifests, seed), shared, folder / "models"
+                train,
+                plan_trainings(manifests, seed),
+                shared,
+                folder / "models",
             )
         # Twice as large as the model, and of no use to a finished training.
         for path in (folder / "models").glob("*/*/save/*/optimizer.ckpt"):

@@ -20,6 +20,7 @@ A run that was killed goes on from its newest checkpoint when started again.
 """
 
 import csv
+import math
 import sys
 from pathlib import Path
 
@@ -167,7 +168,8 @@ def check_rows(path, rows, whisper, language):
         raise ValueError(
             f"{path}: {len(long)} utterances are longer than the window of "
             f"{whisper.window:g} s, e.g. {', '.join(long[:3])}; give a model "
-            f"with a window of {longest:.1f} s (whisper_window.py --seconds), "
+            f"with a window of {math.ceil(longest)} s (whisper_window.py "
+            "--seconds), "
             "or --avoid_if_longer_than to leave them out"
         )
     if not whisper.is_multilingual:
@@ -214,9 +216,9 @@ def make_dataset(rows, hparams):
         if whisper.is_multilingual:
             language = tokenizer.convert_tokens_to_ids(f"<|{lang}|>")
             prompt[1] = language
-        tokens = tokenizer.encode(
-            " " + text.strip(), add_special_tokens=False
-        )[: hparams["max_tokens"]]
+        tokens = tokenizer.encode(" " + text.strip(), add_special_tokens=False)[
+            : hparams["max_tokens"]
+        ]
         tokens = torch.tensor([*prompt, *tokens, tokenizer.eos_token_id])
         yield tokens[:-1]
         yield tokens[1:]
@@ -237,7 +239,9 @@ def dataio_prepare(hparams):
         for split in ("train", "valid", "test")
         if hparams[f"{split}_csv"] is not None
     }
-    data = {split: make_dataset(found, hparams) for split, found in rows.items()}
+    data = {
+        split: make_dataset(found, hparams) for split, found in rows.items()
+    }
     for split in ("valid", "test"):
         if split in data:
             data[split] = data[split].filtered_sorted(sort_key="duration")
@@ -271,8 +275,7 @@ def train(argv):
 
     # Another start than the public weights, e.g. an edited model
     if hparams["base"]:
-        state = dict(open_state(hparams["base"]))
-        hparams["whisper"].load_state_dict(state)
+        hparams["whisper"].load_weights(open_state(hparams["base"]))
 
     if hparams["dynamic_batching"]:
         batches = len(train_options["batch_sampler"])
