@@ -71,7 +71,11 @@ def options(whisper, manifest, **more):
     return {
         "whisper_hub": whisper,
         "data_folder": manifest.parent,
+        "data_root": manifest.parent,
+        "prepare": "null",
         "train_csv": manifest,
+        "valid_csv": "null",
+        "test_csv": "null",
         "train_precision": "fp32",
         "batch_size": 2,
         "number_of_epochs": 1,
@@ -172,7 +176,7 @@ def read(recipe, whisper, manifest, tmp_path, **more):
     )
     hparams = {
         "whisper": loaded,
-        "data_folder": str(manifest.parent),
+        "data_root": str(manifest.parent),
         "language": "nl",
         "avoid_if_longer_than": None,
         **more,
@@ -238,7 +242,6 @@ def test_the_loss_is_that_of_transformers(whisper, recipe, tmp_path):
         RECIPE.folder / "hparams" / "train.yaml",
         {
             "whisper_hub": str(whisper),
-            "train_csv": None,
             "output_folder": str(tmp_path / "out"),
             "language": "nl",
         },

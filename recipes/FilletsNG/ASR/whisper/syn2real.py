@@ -206,7 +206,6 @@ class Study:
         self.measure = Measure(
             HPARAMS,
             {
-                "train_csv": None,
                 "whisper_hub": given.whisper_hub,
                 "output_folder": str(self.folder / "measured"),
                 "test_batch_size": 40,
@@ -304,6 +303,10 @@ def main(argv):
         manifests, held_out = prepare_data(given, folder, seed)
         shared = [
             str(HPARAMS),
+            "--data_folder=.",
+            "--prepare=null",
+            "--valid_csv=null",
+            "--test_csv=null",
             f"--whisper_hub={Path(given.whisper_hub).resolve()}",
             f"--avoid_if_longer_than={given.longest}",
         ]

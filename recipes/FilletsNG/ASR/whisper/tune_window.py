@@ -36,7 +36,7 @@ def read_batches(manifests, student, steps, batch_size, seed):
         hparams = load_hyperpyyaml(text, {"train_csv": manifest})
         hparams |= {
             "whisper": student,
-            "data_folder": str(Path(manifest).parent),
+            "data_root": str(Path(manifest).parent),
             "avoid_if_longer_than": student.window,
         }
         sets.append(make_dataset(read_rows(manifest, hparams), hparams))
