@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import torch
 from hyperpyyaml import load_hyperpyyaml
 from train import ASR, make_dataset, read_rows
 
@@ -12,11 +13,19 @@ from speechbrain_taskarith.utils.files import read_json, write_json
 
 
 class Listener(ASR):
-    """Recognises a data set; the counts stay with `references`."""
+    """Recognises a data set; what it found is in `hypotheses`."""
+
+    def evaluate_batch(self, batch, stage):
+        """Search for words, and do nothing else."""
+        batch = batch.to(self.device)
+        wavs, wav_lens = batch.sig
+        whisper = self.hparams.whisper
+        encoded = whisper.forward_encoder(whisper._get_mel(wavs))
+        self.recognise(encoded, wav_lens, batch)
+        return torch.zeros(())
 
     def on_stage_end(self, stage, stage_loss, epoch):
-        """Count, and write nothing."""
-        self.score()
+        """Write nothing."""
 
 
 class Measure:
@@ -47,11 +56,12 @@ class Measure:
         self.brain = Listener(
             modules=self.hparams["modules"],
             hparams=self.hparams,
-            run_opts={
-                "eval_precision": fast_precision(),
-                "noprogressbar": True,
-            },
+            run_opts={"noprogressbar": True},
         )
+        # Autocast rounds the weights at every use; rounded once it is half
+        # again as fast, and measures the same.
+        if fast_precision() == "bf16":
+            whisper.model.to(torch.bfloat16)
         self._data = {}
 
     def dataset(self, manifest):

@@ -74,7 +74,8 @@ class WindowedWhisper(Whisper):
 
     def _get_mel(self, wav):
         length = round(self.window * self.sampling_rate)
-        return self.log_mel_spectrogram(self.pad_or_trim(wav, length))
+        mel = self.log_mel_spectrogram(self.pad_or_trim(wav, length))
+        return mel.to(self.model.dtype)
 
     def log_mel_spectrogram(self, audio, padding=0):
         """Return [batch, mels, frames], each utterance by itself."""
