@@ -20,8 +20,9 @@ class Listener(ASR):
         batch = batch.to(self.device)
         wavs, wav_lens = batch.sig
         whisper = self.hparams.whisper
-        encoded = whisper.forward_encoder(whisper._get_mel(wavs))
-        self.recognise(encoded, wav_lens, batch)
+        with self.evaluation_ctx:
+            encoded = whisper.forward_encoder(whisper._get_mel(wavs))
+            self.recognise(encoded, wav_lens, batch)
         return torch.zeros(())
 
     def on_stage_end(self, stage, stage_loss, epoch):
@@ -56,12 +57,13 @@ class Measure:
         self.brain = Listener(
             modules=self.hparams["modules"],
             hparams=self.hparams,
-            run_opts={"noprogressbar": True},
+            # Autocast: with all of it in bfloat16 the public Whisper base has
+            # 71 % WER where it has 58 % (Dutch), since sums are rounded too.
+            run_opts={
+                "eval_precision": fast_precision(),
+                "noprogressbar": True,
+            },
         )
-        # Autocast rounds the weights at every use; rounded once it is half
-        # again as fast, and measures the same.
-        if fast_precision() == "bf16":
-            whisper.model.to(torch.bfloat16)
         self._data = {}
 
     def dataset(self, manifest):

@@ -336,7 +336,7 @@ class Study:
         """Measure the grid on the target's test lines: chosen by nobody."""
         return {
             (b, a): self.wer(edit(target, sources, b, a), target)
-            for b in [0.0, *TARGET_SCALES]
+            for b in TARGET_SCALES
             for a in SCALES
         }
 

@@ -74,8 +74,7 @@ class WindowedWhisper(Whisper):
 
     def _get_mel(self, wav):
         length = round(self.window * self.sampling_rate)
-        mel = self.log_mel_spectrogram(self.pad_or_trim(wav, length))
-        return mel.to(self.model.dtype)
+        return self.log_mel_spectrogram(self.pad_or_trim(wav, length))
 
     def log_mel_spectrogram(self, audio, padding=0):
         """Return [batch, mels, frames], each utterance by itself."""
