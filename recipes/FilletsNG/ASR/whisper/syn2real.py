@@ -1,0 +1,404 @@
+#!/usr/bin/env python3
+"""SYN2REAL with every control: what does real speech elsewhere add?
+
+A domain (a language, a kind of text) has no recordings: Whisper learns it from
+synthetic speech. Other domains have both. All rows of the table are sums of
+task vectors,
+
+    theta = base + sum_i weight_i (theta_i - base),
+
+of models that `train.py` tuned from one base on equally many lines, so that
+two things are told apart: going back towards the base, and adding what real
+speech taught elsewhere. Every domain takes the target's place in turn; helpers
+never do. Scales are chosen without real speech of the target: each source
+takes its place, all others the sources'.
+
+To run this study on Czech and Dutch, with English as the helper (README.md
+says how the folders are made):
+> python syn2real.py --whisper_hub whisper-base-5s --seeds 0 1 2 \
+>     --domain nl=corpus/nl_{}.csv --domain cs=corpus/cs_{}.csv \
+>     --helper en=arctic/b_{}.csv --output results/syn2real
+
+`{}` stands for train, valid and test. Synthetic speech is made by espeak-ng;
+`--synthetic nl=folder/manifest.csv` takes what another engine made. The study
+goes on where it stopped when started again.
+"""
+
+import argparse
+import csv
+import random
+import shutil
+import statistics
+import sys
+from pathlib import Path
+
+import joblib
+import torch
+from common.study import Training, run_trainings
+from measure import Measure
+from report import write_report
+from synthesize import synthesize
+from train import train
+
+from speechbrain_taskarith.metrics import wer
+from speechbrain_taskarith.utils.files import atomic_write
+from speechbrain_taskarith.utils.progress import progress
+from speechbrain_taskarith.vectors import TaskVector, open_state, save_state
+
+HERE = Path(__file__).resolve().parent
+HPARAMS = HERE / "hparams" / "train.yaml"
+KEPT = "kept.safetensors"
+SPLITS = ("train", "valid", "test")
+TARGET_SCALES = [0.25, 0.5, 0.75, 1.0]
+SCALES = [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+def parse_arguments(argv):
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--whisper_hub", required=True, help="the base: a hub name or folder")
+    for name, text in (
+        ("domain", "takes the target's place in turn"),
+        ("helper", "is a source only"),
+        ("synthetic", "a manifest with the domain's train lines"),
+    ):
+        add(
+            f"--{name}",
+            action="append",
+            default=[],
+            metavar="NAME=PATH",
+            type=lambda word: tuple(word.split("=", 1)),
+            help=text,
+        )
+    add("--output", default="results/syn2real")
+    add("--seeds", type=int, nargs="+", default=[0])
+    add("--lines", type=int, default=400, help="of each domain, for training")
+    add("--longest", type=float, default=5.0, help="seconds")
+    add("--valid", type=int, default=100, help="lines of each domain")
+    add("--test", type=int, default=160, help="lines of each domain")
+    add("--only_train", action="store_true", help="measure nothing")
+    given = parser.parse_args(argv)
+    for pair in (*given.domain, *given.helper, *given.synthetic):
+        if len(pair) != 2:
+            parser.error(f"{pair[0]!r}: expected NAME=PATH")
+    given.domain, given.helper = dict(given.domain), dict(given.helper)
+    given.synthetic = dict(given.synthetic)
+    for name, pattern in (given.domain | given.helper).items():
+        if "{}" not in pattern:
+            parser.error(f"{name}={pattern}: expected {{}} for the split")
+    if len(given.domain) + len(given.helper) < 3:
+        parser.error(
+            "scales are chosen where a source takes the target's place: give "
+            "three domains, or two and a helper"
+        )
+    return given
+
+
+def read_csv(path):
+    """Read a manifest as dicts, paths made absolute."""
+    path = Path(path).resolve()
+    with open(path, encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    for row in rows:
+        row["wav"] = row["wav"].replace("$data_root", str(path.parent))
+    return rows
+
+
+def write_csv(path, rows):
+    """Write what `train.py` needs of rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, "w") as stream:
+        columns = ["ID", "duration", "wav", "lang", "text"]
+        writer = csv.DictWriter(
+            stream, columns, lineterminator="\n", extrasaction="ignore"
+        )
+        writer.writeheader()
+        writer.writerows(rows)
+    return path.resolve()
+
+
+def check_splits(name, splits):
+    """Refuse a line, or a level, that is in two splits."""
+    for column in ("ID", "level"):
+        seen = {}
+        for split, rows in splits.items():
+            for row in rows:
+                value = row.get(column)
+                if value and seen.setdefault(value, split) != split:
+                    raise ValueError(
+                        f"domain {name}: {column} {value!r} is in the splits "
+                        f"{seen[value]!r} and {split!r}; a test on it would "
+                        "be no test"
+                    )
+
+
+def prepare_data(given, folder, seed):
+    """Draw the lines of each domain; the same, spoken by both sides.
+
+    Returns `{name of a training: manifest}`, `{(domain, split): manifest}` of
+    the real development and test lines, and the words of all training lines,
+    `{domain: set}`.
+    """
+    drawn, held_out = {}, {}
+    for name, pattern in (given.domain | given.helper).items():
+        splits = {split: read_csv(pattern.format(split)) for split in SPLITS}
+        check_splits(name, splits)
+        splits = {
+            split: [r for r in rows if float(r["duration"]) <= given.longest]
+            for split, rows in splits.items()
+        }
+        spoken = given.synthetic.get(name)
+        if spoken is None:
+            lang = splits["train"][0]["lang"]
+            spoken = synthesize(
+                pattern.format("train"),
+                Path(given.output).resolve() / "synthetic" / name,
+                {"en": "en-us"}.get(lang, lang),
+            )
+        synthetic = {
+            row["ID"]: row
+            for row in read_csv(spoken)
+            if float(row["duration"]) <= given.longest
+        }
+        both = [row for row in splits["train"] if row["ID"] in synthetic]
+        count = min(given.lines, len(both))
+        chosen = random.Random(f"{seed}/{name}").sample(both, count)
+        drawn[f"real/{name}"] = chosen
+        drawn[f"synthetic/{name}"] = [synthetic[r["ID"]] for r in chosen]
+        for split in ("valid", "test"):
+            # The same lines for all seeds.
+            rows = splits[split]
+            random.Random(f"{split}/{name}").shuffle(rows)
+            held_out[name, split] = write_csv(
+                Path(given.output, "data", f"{name}_{split}.csv"),
+                rows[: vars(given)[split]],
+            )
+    for target in given.domain:
+        sources = [name for name in given.domain if name != target]
+        drawn[f"joint/{target}"] = [
+            row | {"ID": f"{side}_{row['ID']}"}
+            for side, names in (("real", sources), ("synthetic", [target]))
+            for name in names
+            for row in drawn[f"{side}/{name}"]
+        ]
+    return {
+        name: write_csv(folder / "data" / f"{name}.csv", rows)
+        for name, rows in drawn.items()
+    }, held_out
+
+
+def plan_trainings(manifests, seed):
+    """List the trainings of one seed: one call of `train.py` each."""
+    return [
+        Training(name, {"train_csv": str(manifest), "seed": seed})
+        for name, manifest in manifests.items()
+    ]
+
+
+def keep_weights(training):
+    """Keep the weights of a finished training, a third of its checkpoint."""
+    kept = training / KEPT
+    if not kept.exists():
+        [weights] = training.glob("save/CKPT+*/whisper.ckpt")
+        save_state(open_state(weights), kept)
+    shutil.rmtree(training / "save", ignore_errors=True)
+
+
+def edit(target, sources, b, a, part=""):
+    """Return the weights of `b d + a mean(r - s)`, `{model: weight}`.
+
+    `part`: `@pattern` takes the difference where names fit it only.
+    """
+    weights = {f"synthetic/{target}": b}
+    for source in sources:
+        weights[f"real/{source}{part}"] = a / len(sources)
+        weights[f"synthetic/{source}{part}"] = -a / len(sources)
+    return weights
+
+
+def support(target, sources, a):
+    """Return the weights of `d + a mean(r)`: a support language."""
+    reals = {f"real/{source}": a / len(sources) for source in sources}
+    return {f"synthetic/{target}": 1.0, **reals}
+
+
+def rows_of(target, sources, helpers, chosen):
+    """Name the rows of the table: `{row: {model: weight}}`.
+
+    `chosen`: see `Study.choose`.
+    """
+    synthetic, both = f"synthetic/{target}", chosen["both"]
+    everyone = [*sources, *helpers]
+
+    def mean(models):
+        return {model: 1 / len(models) for model in models}
+
+    reals = [f"real/{source}" for source in sources]
+    return {
+        "pretrained": {},
+        "baseline": {synthetic: 1.0},
+        "real_source": mean(reals),
+        "mean_of_real_sources": mean([f"real/{name}" for name in everyone]),
+        "mean_of_baseline_and_real": mean([synthetic, *reals]),
+        "joint": {f"joint/{target}": 1.0},
+        "support_language": support(target, sources, chosen["support"]),
+        "shrunk": {synthetic: chosen["shrunk"]},
+        "paper_scale": edit(target, sources, 1.0, 0.25),
+        "edited": edit(target, sources, 1.0, chosen["edited"]),
+        "edited_both": edit(target, sources, *both),
+        "edited_both_encoder": edit(target, sources, *both, "@model.encoder.*"),
+        "edited_both_decoder": edit(target, sources, *both, "@model.decoder.*"),
+        "ensemble": edit(target, everyone, 1.0, chosen["edited"]),
+        "ensemble_both": edit(target, everyone, *both),
+        "real_target": {f"real/{target}": 1.0},
+    }
+
+
+class Study:
+    """The models of one seed, and what they do on the held-out lines."""
+
+    def __init__(self, given, seed, held_out):
+        self.folder = Path(given.output, str(seed)).resolve()
+        self.base = open_state(given.whisper_hub)
+        self.held_out, self.vectors = held_out, {}
+        torch.set_num_threads(1)
+        self.measure = Measure(
+            HPARAMS,
+            {
+                "whisper_hub": given.whisper_hub,
+                "output_folder": str(self.folder / "measured"),
+                "test_batch_size": 40,
+            },
+            self.folder / "measured",
+        )
+
+    def vector(self, model):
+        """Return what a training added to the base, or a part of it."""
+        if model not in self.vectors:
+            name, _, pattern = model.partition("@")
+            self.vectors[model] = TaskVector.between(
+                self.base,
+                self.folder / "models" / name / KEPT,
+                include=pattern or "*",
+            )
+        return self.vectors[model]
+
+    def state(self, weights):
+        """Return `base + sum(weight * vector)`."""
+        state = dict(self.base)
+        for model, weight in weights.items():
+            # From the second on, not of the state that it is added to.
+            state = self.vector(model).apply(state, weight, any_base=True)
+        return state
+
+    def errors(self, weights, domain, split="test"):
+        """Measure a sum of vectors on real lines of a domain."""
+        weights = {model: w for model, w in weights.items() if w}
+        return self.measure(
+            weights,
+            lambda: self.state(weights),
+            self.held_out[domain, split],
+        )
+
+    def wer(self, weights, domain, split="test"):
+        """Return the WER only."""
+        found = self.errors(weights, domain, split)
+        return wer(found["references"], found["hypotheses"]).wer
+
+    def choose(self, sources, helpers):
+        """Choose all scales where each source takes the target's place.
+
+        All other sources and the helpers take the sources' place: nothing
+        here has heard the target.
+        """
+
+        def mean_wer(weights_of):
+            return statistics.fmean(
+                self.wer(
+                    weights_of(
+                        source,
+                        [n for n in (*sources, *helpers) if n != source],
+                    ),
+                    source,
+                    "valid",
+                )
+                for source in sources
+            )
+
+        grid = {
+            (b, a): mean_wer(lambda t, others: edit(t, others, b, a))  # noqa: B023
+            for b in TARGET_SCALES
+            for a in SCALES
+        }
+        supports = {
+            a: mean_wer(lambda t, others: support(t, others, a))  # noqa: B023
+            for a in SCALES
+        }
+        return {
+            "grid": grid,
+            "shrunk": min(TARGET_SCALES, key=lambda b: grid[b, 0.0]),
+            "edited": min(SCALES, key=lambda a: grid[1.0, a]),
+            "both": min(grid, key=grid.get),
+            "support": min(SCALES, key=supports.get),
+        }
+
+    def surface(self, target, sources):
+        """Measure the grid on the target's test lines: chosen by nobody."""
+        return {
+            (b, a): self.wer(edit(target, sources, b, a), target)
+            for b in TARGET_SCALES
+            for a in SCALES
+        }
+
+
+def leave_out(study, target, given):
+    """Measure all rows of one target."""
+    sources = [name for name in given.domain if name != target]
+    helpers = list(given.helper)
+    chosen = study.choose(sources, helpers)
+    rows = rows_of(target, sources, helpers, chosen)
+    measured = {
+        row: study.errors(weights, target)
+        for row, weights in progress(rows.items(), desc=f"rows of {target}")
+    }
+    surface = study.surface(target, sources)
+    return {"chosen": chosen, "rows": measured, "surface": surface}
+
+
+def main(argv):
+    """Train what is missing, measure, write the tables."""
+    given = parse_arguments(argv)
+    results = {}
+    for seed in given.seeds:
+        folder = Path(given.output, str(seed))
+        manifests, held_out = prepare_data(given, folder, seed)
+        shared = [
+            str(HPARAMS),
+            "--data_folder=.",
+            "--prepare=null",
+            "--valid_csv=null",
+            "--test_csv=null",
+            f"--whisper_hub={given.whisper_hub}",
+            f"--avoid_if_longer_than={given.longest}",
+        ]
+        with joblib.parallel_config("sequential"):
+            run_trainings(
+                train,
+                plan_trainings(manifests, seed),
+                shared,
+                folder / "models",
+            )
+        for name in manifests:
+            keep_weights(folder / "models" / name)
+        if given.only_train:
+            continue
+        study = Study(given, seed, held_out)
+        for target in given.domain:
+            results[seed, target] = leave_out(study, target, given)
+    if results:
+        write_report(results, Path(given.output))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

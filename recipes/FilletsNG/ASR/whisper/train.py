@@ -1,0 +1,330 @@
+#!/usr/bin/env python3
+"""Recipe for fine-tuning Whisper on any manifest, in any of its languages.
+
+A manifest is a CSV file with the columns ID, duration, wav, text and, where
+the languages differ, lang (`nl`, `cs`, ...), as the prepare scripts write it.
+The weights before and after make a task vector: see README.md.
+
+To run this recipe, do the following:
+> python whisper_window.py openai/whisper-base whisper-base-6s --seconds 6
+> python train.py hparams/train.yaml --data_folder /path/to/packages \
+>     --whisper_hub whisper-base-6s --avoid_if_longer_than 6 --language nl
+
+On other data:
+> python train.py hparams/train.yaml --data_folder corpus --prepare null \
+>     --data_root corpus --train_csv corpus/train.csv --valid_csv null \
+>     --test_csv corpus/test.csv --whisper_hub openai/whisper-base
+
+On several GPUs:
+> torchrun --nproc_per_node=2 train.py hparams/train.yaml ...
+
+A run that was killed goes on from its newest checkpoint when started again.
+"""
+
+import csv
+import math
+import sys
+from pathlib import Path
+
+import speechbrain as sb
+import torch
+from hyperpyyaml import load_hyperpyyaml
+from scoring import character_errors, normalize
+from speechbrain.dataio.dataset import DynamicItemDataset
+from speechbrain.dataio.sampler import DynamicBatchSampler
+from speechbrain.utils.distributed import if_main_process, run_on_main
+
+from speechbrain_taskarith.brains import fast_precision
+from speechbrain_taskarith.data import read_audio
+from speechbrain_taskarith.metrics import wer
+from speechbrain_taskarith.utils.files import atomic_write
+from speechbrain_taskarith.vectors import open_state
+
+
+class ASR(sb.Brain):
+    """Whisper: cross-entropy of the next token, greedy search."""
+
+    def compute_forward(self, batch, stage):
+        """Score the next tokens; outside training also search for words."""
+        batch = batch.to(self.device)
+        wavs, wav_lens = batch.sig
+        tokens_bos, _ = batch.tokens_bos
+        encoded, logits, _ = self.modules.whisper(wavs, tokens_bos)
+        if stage != sb.Stage.TRAIN:
+            self.recognise(encoded.detach(), wav_lens, batch)
+        return logits.log_softmax(dim=-1)
+
+    def recognise(self, encoded, wav_lens, batch):
+        """Search for the words of a batch, and keep them for `score`."""
+        search, whisper = self.hparams.search, self.hparams.whisper
+        if whisper.is_multilingual:
+            search.set_lang_tokens(batch.lang_token.data.squeeze(1))
+        hyps, *_ = search(encoded, wav_lens)
+        for key, lang, text, hyp in zip(batch.id, batch.lang, batch.text, hyps):
+            hyp = whisper.tokenizer.decode(hyp, skip_special_tokens=True)
+            self.references[key] = normalize(text, lang, whisper.tokenizer)
+            self.hypotheses[key] = normalize(hyp, lang, whisper.tokenizer)
+
+    def compute_objectives(self, log_probs, batch, stage):
+        """Return the loss of the transcript; the prompt is given."""
+        tokens_eos, lens = batch.tokens_eos
+        given = self.hparams.prompt_length - 1
+        # SpeechBrain's lengths are relative: of what is left, they are less.
+        total = tokens_eos.shape[1]
+        lens = (lens * total - given) / (total - given)
+        return self.hparams.nll_loss(
+            log_probs[:, given:], tokens_eos[:, given:], length=lens
+        )
+
+    def on_fit_batch_end(self, batch, outputs, loss, should_step):
+        """Set the next step's learning rate."""
+        if should_step:
+            self.hparams.lr_annealing(self.optimizer)
+
+    def on_stage_start(self, stage, epoch):
+        """Start a list of transcripts."""
+        self.references, self.hypotheses = {}, {}
+
+    def on_stage_end(self, stage, stage_loss, epoch):
+        """Log and keep what was found."""
+        stats = {"loss": stage_loss}
+        if stage == sb.Stage.TRAIN:
+            self.train_stats = stats
+            if self.hparams.valid_csv is None:
+                self.keep(epoch, {})
+            return
+        stats |= self.score()
+        if stage == sb.Stage.VALID:
+            self.keep(epoch, stats)
+        else:
+            self.hparams.train_logger.log_stats(
+                {"Epoch loaded": self.hparams.epoch_counter.current},
+                test_stats=stats,
+            )
+            if if_main_process():
+                self.write_hypotheses(self.hparams.hypotheses_file)
+
+    def score(self):
+        """Count the errors of what was found."""
+        self.words = wer(self.references, self.hypotheses)
+        self.characters = character_errors(self.references, self.hypotheses)
+        return {"WER": self.words.wer, "CER": self.characters.wer}
+
+    def keep(self, epoch, stats):
+        """Log an epoch, and keep its checkpoint."""
+        self.hparams.train_logger.log_stats(
+            {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]},
+            train_stats=self.train_stats,
+            valid_stats=stats or None,
+        )
+        self.checkpointer.save_and_keep_only(
+            meta={"epoch": epoch, **stats},
+            num_to_keep=1,
+            keep_recent=self.hparams.keep_last,
+            min_keys=None if self.hparams.keep_last else ["WER"],
+        )
+
+    def write_hypotheses(self, path):
+        """Write each utterance as it was scored."""
+        errors = {u.id: u.errors for u in self.words.utterances}
+        with atomic_write(path, "w") as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow(["ID", "errors", "reference", "hypothesis"])
+            for key, reference in self.references.items():
+                writer.writerow(
+                    [key, errors[key], reference, self.hypotheses[key]]
+                )
+
+
+def check_rows(path, rows, whisper, language):
+    """Refuse, before anything is trained, what would go wrong in it.
+
+    `rows`: `{ID: {duration, text, lang}}` of a manifest.
+    """
+    if not rows:
+        raise ValueError(f"{path}: no utterances")
+    first = next(iter(rows.values()))
+    for column in ("duration", "wav", "text"):
+        if column not in first:
+            raise ValueError(
+                f"{path}: no column {column!r}; found {', '.join(first)}"
+            )
+    silent = [key for key, row in rows.items() if not row["text"].strip()]
+    if silent:
+        raise ValueError(
+            f"{path}: {len(silent)} utterances have no text, e.g. "
+            f"{', '.join(silent[:3])}; fill the column or leave them out"
+        )
+    long = [
+        key
+        for key, row in rows.items()
+        if float(row["duration"]) > whisper.window
+    ]
+    if long:
+        longest = max(float(row["duration"]) for row in rows.values())
+        raise ValueError(
+            f"{path}: {len(long)} utterances are longer than the window of "
+            f"{whisper.window:g} s, e.g. {', '.join(long[:3])}; give a model "
+            f"with a window of {math.ceil(longest)} s (whisper_window.py "
+            "--seconds), "
+            "or --avoid_if_longer_than to leave them out"
+        )
+    if not whisper.is_multilingual:
+        return
+    known = set(whisper.all_language_codes)
+    for key, row in rows.items():
+        lang = row.get("lang") or language
+        if lang not in known:
+            raise ValueError(
+                f"{path}: {key}: language {lang!r} is not one of Whisper's; "
+                "set the column lang, or --language, to a code such as 'nl'"
+            )
+
+
+def read_rows(path, hparams):
+    """Read a manifest, without what is too long; check the rest."""
+    data_root = {"data_root": hparams["data_root"]}
+    rows = sb.dataio.dataio.load_data_csv(path, data_root)
+    longest = hparams["avoid_if_longer_than"]
+    if longest is not None:
+        rows = {k: r for k, r in rows.items() if r["duration"] <= longest}
+    check_rows(path, rows, hparams["whisper"], hparams["language"])
+    for row in rows.values():
+        row["lang"] = row.get("lang") or hparams["language"]
+    return rows
+
+
+def make_dataset(rows, hparams):
+    """Make a data set of a manifest's rows."""
+    whisper = hparams["whisper"]
+    tokenizer = whisper.tokenizer
+    data = DynamicItemDataset(rows)
+
+    @sb.utils.data_pipeline.takes("wav")
+    @sb.utils.data_pipeline.provides("sig")
+    def audio_pipeline(wav):
+        return read_audio(wav, hparams["sample_rate"], resample=True)
+
+    @sb.utils.data_pipeline.takes("text", "lang")
+    @sb.utils.data_pipeline.provides("tokens_bos", "tokens_eos", "lang_token")
+    def text_pipeline(text, lang):
+        prompt = list(tokenizer.prefix_tokens)
+        language = prompt[min(1, len(prompt) - 1)]
+        if whisper.is_multilingual:
+            language = tokenizer.convert_tokens_to_ids(f"<|{lang}|>")
+            prompt[1] = language
+        tokens = tokenizer.encode(" " + text.strip(), add_special_tokens=False)[
+            : hparams["max_tokens"]
+        ]
+        tokens = torch.tensor([*prompt, *tokens, tokenizer.eos_token_id])
+        yield tokens[:-1]
+        yield tokens[1:]
+        yield torch.tensor([language])
+
+    data.add_dynamic_item(audio_pipeline)
+    data.add_dynamic_item(text_pipeline)
+    data.set_output_keys(
+        ["id", "sig", "tokens_bos", "tokens_eos", "lang", "lang_token", "text"]
+    )
+    return data
+
+
+def dataio_prepare(hparams):
+    """Make the data sets and the loaders' options: train, valid, test."""
+    rows = {
+        split: read_rows(hparams[f"{split}_csv"], hparams)
+        for split in ("train", "valid", "test")
+        if hparams[f"{split}_csv"] is not None
+    }
+    data = {
+        split: make_dataset(found, hparams) for split, found in rows.items()
+    }
+    for split in ("valid", "test"):
+        if split in data:
+            data[split] = data[split].filtered_sorted(sort_key="duration")
+    options = dict(hparams["train_loader_kwargs"])
+    if hparams["dynamic_batching"]:
+        sampler = DynamicBatchSampler(
+            data["train"],
+            **hparams["dynamic_batch_sampler"],
+            length_func=lambda row: row["duration"],
+        )
+        options = {"batch_sampler": sampler}
+    return data, options
+
+
+def train(argv):
+    """Train one model as the command line says; the studies call it, too."""
+    # CLI
+    hparams_file, run_opts, overrides = sb.parse_arguments(argv)
+    sb.utils.distributed.ddp_init_group(run_opts)
+    # The prepare script stands beside hparams/, also where this file is a link.
+    sys.path.append(str(Path(hparams_file).resolve().parents[1]))
+    with open(hparams_file, encoding="utf-8") as fin:
+        hparams = load_hyperpyyaml(fin, overrides)
+
+    sb.create_experiment_directory(
+        experiment_directory=hparams["output_folder"],
+        hyperparams_to_save=hparams_file,
+        overrides=overrides,
+        save_env_desc=hparams["save_env_desc"],
+    )
+    if hparams["prepare"] is not None:
+        run_on_main(
+            hparams["prepare"],
+            kwargs={
+                "data_folder": hparams["data_folder"],
+                "save_folder": hparams["prepared_folder"],
+                "skip_prep": hparams["skip_prep"],
+            },
+        )
+    hparams["prompt_length"] = len(hparams["whisper"].tokenizer.prefix_tokens)
+    data, train_options = dataio_prepare(hparams)
+
+    # Another start than the public weights, e.g. an edited model
+    if hparams["base"]:
+        hparams["whisper"].load_weights(open_state(hparams["base"]))
+
+    if hparams["dynamic_batching"]:
+        batches = len(train_options["batch_sampler"])
+    else:
+        batches = -(-len(data["train"]) // hparams["batch_size"])
+    steps = batches * hparams["number_of_epochs"]
+    hparams["lr_annealing"] = hparams["lr_annealing"](
+        initial_value=hparams["lr"],
+        num_warmup_steps=round(hparams["warmup_share"] * steps),
+        num_training_steps=steps,
+    )
+    hparams["checkpointer"].add_recoverable(
+        "lr_annealing", hparams["lr_annealing"]
+    )
+    if hparams["train_precision"] == "auto":
+        # What the command line says goes first: --precision fp32
+        precision = fast_precision(run_opts.get("device"))
+        hparams |= {"precision": precision, "eval_precision": precision}
+
+    brain = ASR(
+        modules=hparams["modules"],
+        opt_class=hparams["opt_class"],
+        hparams=hparams,
+        run_opts=run_opts,
+        checkpointer=hparams["checkpointer"],
+    )
+    brain.fit(
+        hparams["epoch_counter"],
+        data["train"],
+        data.get("valid"),
+        train_loader_kwargs=train_options,
+        valid_loader_kwargs=hparams["test_loader_kwargs"],
+    )
+    if "test" in data:
+        brain.evaluate(
+            data["test"],
+            min_key=None if hparams["keep_last"] else "WER",
+            test_loader_kwargs=hparams["test_loader_kwargs"],
+        )
+    return brain
+
+
+if __name__ == "__main__":
+    train(sys.argv[1:])

@@ -1,0 +1,154 @@
+#!/usr/bin/env python3
+"""Whisper with a shorter input window.
+
+Whisper reads 30 s, however short an utterance is. Where the longest utterance
+has 6 s, a window of 6 s takes a fifth of the encoder's work. The positions of
+the encoder are fixed sinusoids: the window is cut by leaving the last ones
+out, and no weight changes. Whisper was trained on 30 s, so a model with a cut
+window is tuned on a little speech before anything is compared.
+
+To write a folder that `transformers` and this recipe load:
+> python whisper_window.py openai/whisper-base whisper-base-6s --seconds 6
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from speechbrain.integrations.huggingface.whisper import Whisper
+
+# The encoder's convolutions halve the rate of the features, 100 a second.
+POSITIONS_PER_SECOND = 50
+
+
+class WindowedWhisper(Whisper):
+    """SpeechBrain's Whisper, with the input window of its folder.
+
+    Two things differ from the parent class. The input is padded to the window
+    of the model (`max_source_positions`), not always to 30 s. The floor of the
+    log-Mel spectrum is that of each utterance, as in Whisper's own code; the
+    parent takes the loudest of the batch, so that an utterance's features
+    depend on its neighbours.
+
+    Arguments
+    ---------
+    source : str
+        Name on the hub, or a folder as `transformers` writes it.
+    save_path : str
+        Where downloads are kept.
+    **kwargs
+        As the parent class takes them.
+    """
+
+    def __init__(self, source, save_path, **kwargs):
+        # Imported where it is used: transformers is an extra.
+        from transformers import AutoConfig
+
+        try:
+            kind = AutoConfig.from_pretrained(source).model_type
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f"whisper_hub {source!r}: neither a folder with a Whisper "
+                "model nor a name that could be downloaded. Without network, "
+                "copy the folder from a machine with it: huggingface-cli "
+                f"download {source} --local-dir whisper"
+            ) from error
+        if kind != "whisper":
+            raise ValueError(
+                f"whisper_hub {source!r}: a {kind} model; expected a Whisper"
+            )
+        super().__init__(source, save_path, **kwargs)
+
+    def load_weights(self, state):
+        """Take weights of a checkpoint or of a `transformers` folder."""
+        state = {k: v for k, v in state.items() if k != "proj_out.weight"}
+        # Constants of the features, which a `transformers` folder lacks.
+        self.load_state_dict({"_mel_filters": self._mel_filters} | state)
+
+    @property
+    def window(self):
+        """Length of the input in seconds."""
+        return self.config.max_source_positions / POSITIONS_PER_SECOND
+
+    def _get_mel(self, wav):
+        length = round(self.window * self.sampling_rate)
+        return self.log_mel_spectrogram(self.pad_or_trim(wav, length))
+
+    def log_mel_spectrogram(self, audio, padding=0):
+        """Return [batch, mels, frames], each utterance by itself."""
+        rows = [
+            super(WindowedWhisper, self).log_mel_spectrogram(row, padding)
+            for row in audio.split(1)
+        ]
+        return torch.cat(rows)
+
+
+def cut_window(source, output, seconds):
+    """Write a Whisper folder whose input window is `seconds` long.
+
+    Whole seconds: `transformers` counts its chunks in them.
+    """
+    from transformers import AutoProcessor, WhisperForConditionalGeneration
+
+    positions = seconds * POSITIONS_PER_SECOND
+    model = WhisperForConditionalGeneration.from_pretrained(source)
+    encoder = model.model.encoder
+    if not 0 < positions <= encoder.config.max_source_positions:
+        whole = encoder.config.max_source_positions / POSITIONS_PER_SECOND
+        raise ValueError(
+            f"--seconds {seconds}: expected more than 0 and at most {whole:g}, "
+            f"the window of {source}"
+        )
+    kept = encoder.embed_positions.weight.detach()[:positions].clone()
+    encoder.embed_positions = torch.nn.Embedding.from_pretrained(kept)
+    encoder.max_source_positions = positions
+    model.config.max_source_positions = positions
+    processor = AutoProcessor.from_pretrained(source)
+    extractor = processor.feature_extractor
+    extractor.chunk_length = seconds
+    extractor.n_samples = seconds * extractor.sampling_rate
+    extractor.nb_max_frames = extractor.n_samples // extractor.hop_length
+    write_folder(output, model, processor)
+
+
+def save_whisper(whisper, source, output):
+    """Write a tuned `WindowedWhisper` as `transformers` folder of `source`."""
+    from transformers import AutoProcessor, WhisperForConditionalGeneration
+
+    model = WhisperForConditionalGeneration.from_pretrained(source)
+    model.model.load_state_dict(whisper.model.state_dict())
+    write_folder(output, model, AutoProcessor.from_pretrained(source))
+
+
+def write_folder(output, *parts):
+    """Write a folder; it has its name only when it is whole."""
+    output = Path(output)
+    if output.exists():
+        raise FileExistsError(f"{output} is there already; give another name")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        whole = Path(folder, "whisper")
+        for part in parts:
+            part.save_pretrained(whole)
+        whole.rename(output)
+
+
+def main(arguments=None):
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("source", help="hub name or folder")
+    parser.add_argument("output", help="the folder to write")
+    parser.add_argument(
+        "--seconds", type=int, required=True, help="length of the window"
+    )
+    given = parser.parse_args(arguments)
+    try:
+        cut_window(given.source, given.output, given.seconds)
+    except (OSError, ValueError) as error:
+        sys.exit(f"whisper_window.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
