@@ -2,16 +2,18 @@
 """Recipe for fine-tuning Whisper on any manifest, in any of its languages.
 
 A manifest is a CSV file with the columns ID, duration, wav, text and, where
-the languages differ, lang (`nl`, `cs`, ...). `fillets_prepare.py` writes such
-files; so do the prepare scripts of the other corpora here. The weights before
-and after make a task vector: see README.md.
+the languages differ, lang (`nl`, `cs`, ...), as the prepare scripts write it.
+The weights before and after make a task vector: see README.md.
 
 To run this recipe, do the following:
-> python ../../fillets_prepare.py /path/to/debs corpus
 > python whisper_window.py openai/whisper-base whisper-base-6s --seconds 6
-> python train.py hparams/train.yaml --whisper_hub whisper-base-6s \
->     --train_csv corpus/nl_train.csv --valid_csv corpus/nl_valid.csv \
->     --test_csv corpus/nl_test.csv --data_folder corpus --language nl
+> python train.py hparams/train.yaml --data_folder /path/to/packages \
+>     --whisper_hub whisper-base-6s --avoid_if_longer_than 6 --language nl
+
+On other data:
+> python train.py hparams/train.yaml --data_folder corpus --prepare null \
+>     --data_root corpus --train_csv corpus/train.csv --valid_csv null \
+>     --test_csv corpus/test.csv --whisper_hub openai/whisper-base
 
 On several GPUs:
 > torchrun --nproc_per_node=2 train.py hparams/train.yaml ...
@@ -20,6 +22,7 @@ A run that was killed goes on from its newest checkpoint when started again.
 """
 
 import csv
+import math
 import sys
 from pathlib import Path
 
@@ -29,7 +32,7 @@ from hyperpyyaml import load_hyperpyyaml
 from scoring import character_errors, normalize
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.dataio.sampler import DynamicBatchSampler
-from speechbrain.utils.distributed import if_main_process
+from speechbrain.utils.distributed import if_main_process, run_on_main
 
 from speechbrain_taskarith.brains import fast_precision
 from speechbrain_taskarith.data import read_audio
@@ -167,7 +170,8 @@ def check_rows(path, rows, whisper, language):
         raise ValueError(
             f"{path}: {len(long)} utterances are longer than the window of "
             f"{whisper.window:g} s, e.g. {', '.join(long[:3])}; give a model "
-            f"with a window of {longest:.1f} s (whisper_window.py --seconds), "
+            f"with a window of {math.ceil(longest)} s (whisper_window.py "
+            "--seconds), "
             "or --avoid_if_longer_than to leave them out"
         )
     if not whisper.is_multilingual:
@@ -184,7 +188,7 @@ def check_rows(path, rows, whisper, language):
 
 def read_rows(path, hparams):
     """Read a manifest, without what is too long; check the rest."""
-    data_root = {"data_root": hparams["data_folder"]}
+    data_root = {"data_root": hparams["data_root"]}
     rows = sb.dataio.dataio.load_data_csv(path, data_root)
     longest = hparams["avoid_if_longer_than"]
     if longest is not None:
@@ -214,9 +218,9 @@ def make_dataset(rows, hparams):
         if whisper.is_multilingual:
             language = tokenizer.convert_tokens_to_ids(f"<|{lang}|>")
             prompt[1] = language
-        tokens = tokenizer.encode(
-            " " + text.strip(), add_special_tokens=False
-        )[: hparams["max_tokens"]]
+        tokens = tokenizer.encode(" " + text.strip(), add_special_tokens=False)[
+            : hparams["max_tokens"]
+        ]
         tokens = torch.tensor([*prompt, *tokens, tokenizer.eos_token_id])
         yield tokens[:-1]
         yield tokens[1:]
@@ -237,7 +241,9 @@ def dataio_prepare(hparams):
         for split in ("train", "valid", "test")
         if hparams[f"{split}_csv"] is not None
     }
-    data = {split: make_dataset(found, hparams) for split, found in rows.items()}
+    data = {
+        split: make_dataset(found, hparams) for split, found in rows.items()
+    }
     for split in ("valid", "test"):
         if split in data:
             data[split] = data[split].filtered_sorted(sort_key="duration")
@@ -257,6 +263,8 @@ def train(argv):
     # CLI
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
     sb.utils.distributed.ddp_init_group(run_opts)
+    # The prepare script stands beside hparams/, also where this file is a link.
+    sys.path.append(str(Path(hparams_file).resolve().parents[1]))
     with open(hparams_file, encoding="utf-8") as fin:
         hparams = load_hyperpyyaml(fin, overrides)
 
@@ -266,13 +274,21 @@ def train(argv):
         overrides=overrides,
         save_env_desc=hparams["save_env_desc"],
     )
+    if hparams["prepare"] is not None:
+        run_on_main(
+            hparams["prepare"],
+            kwargs={
+                "data_folder": hparams["data_folder"],
+                "save_folder": hparams["prepared_folder"],
+                "skip_prep": hparams["skip_prep"],
+            },
+        )
     hparams["prompt_length"] = len(hparams["whisper"].tokenizer.prefix_tokens)
     data, train_options = dataio_prepare(hparams)
 
     # Another start than the public weights, e.g. an edited model
     if hparams["base"]:
-        state = dict(open_state(hparams["base"]))
-        hparams["whisper"].load_state_dict(state)
+        hparams["whisper"].load_weights(open_state(hparams["base"]))
 
     if hparams["dynamic_batching"]:
         batches = len(train_options["batch_sampler"])
