@@ -92,9 +92,7 @@ def prepare_slurp(data_folder, save_folder, held_out=0.1, skip_prep=False):
         "folder": str(Path(data_folder).resolve()),
         "held_out": held_out,
         "texts": [
-            sha256_of(path)
-            for path in (*paths, metadata)
-            if path.is_file()
+            sha256_of(path) for path in (*paths, metadata) if path.is_file()
         ],
     }
     marker = Path(save_folder) / OPTIONS_FILE

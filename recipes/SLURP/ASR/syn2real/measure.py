@@ -3,7 +3,7 @@
 import hashlib
 import importlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,12 +30,15 @@ class Kind:
         Key of the network in it; also its name in the checkpoints.
     hub : str or None
         Key of the public weights in it.
+    options : dict
+        What every training on a manifest gives to it.
     """
 
     script: str
     hparams: Path
     network: str
-    hub: str | None
+    hub: str | None = None
+    options: dict = field(default_factory=dict)
 
     @property
     def recipe(self):
@@ -49,6 +52,14 @@ WHISPER_KIND = Kind(
     WHISPER / "hparams" / "train.yaml",
     "whisper",
     "whisper_hub",
+    {
+        "data_folder": ".",
+        "data_root": ".",
+        "prepare": None,
+        "valid_csv": None,
+        "test_csv": None,
+        "language": "en",
+    },
 )
 
 
@@ -67,7 +78,7 @@ class Measure:
 
     def __init__(self, kind, overrides, folder):
         with open(kind.hparams, encoding="utf-8") as stream:
-            self.hparams = load_hyperpyyaml(stream, overrides)
+            self.hparams = load_hyperpyyaml(stream, kind.options | overrides)
         self.recipe, self.network = kind.recipe, self.hparams[kind.network]
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -105,7 +105,9 @@ def make_dataset(rows, hparams):
 def dataio_prepare(hparams):
     """Make the data sets: train, valid, test."""
     data = {
-        split: make_dataset(read_rows(hparams[f"{split}_csv"], hparams), hparams)
+        split: make_dataset(
+            read_rows(hparams[f"{split}_csv"], hparams), hparams
+        )
         for split in ("train", "valid", "test")
         if hparams[f"{split}_csv"] is not None
     }
