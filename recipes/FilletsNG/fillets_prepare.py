@@ -348,7 +348,7 @@ def choose_levels(counts, shares=(0.15, 0.10)):
     Example
     -------
     >>> choose_levels({"a": 5, "b": 5, "c": 5, "d": 5})
-    [['c'], ['b']]
+    [['d'], ['c']]
     """
     order = sorted(
         counts, key=lambda name: hashlib.sha256(name.encode()).hexdigest()
