@@ -285,11 +285,12 @@ def main(argv):
             f"no scenario {', '.join(unknown)}; there are {', '.join(there)}"
         )
     domains = [d for d in there if d in {*targets, *sources}]
-    if len({*sources}) < 3:
-        raise ValueError(
-            "at least three source scenarios are needed: one takes the "
-            "target's place while another is a source"
-        )
+    for target in targets:
+        if len({*sources} - {target}) < 2:
+            raise ValueError(
+                f"--sources: {target} has fewer than two besides itself; one "
+                "takes its place while another is a source"
+            )
     kind, names = KINDS[given.model], Names(given.mixed_first == "True")
     hub = Path(given.hub)
     hub = str(hub.resolve()) if hub.is_dir() else given.hub
