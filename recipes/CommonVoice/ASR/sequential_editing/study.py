@@ -94,10 +94,8 @@ def read_rows_file():
 
 def read_accents(given):
     """Return `{name: how the corpus writes it}` in the order to learn."""
-    with open(HPARAMS, encoding="utf-8") as stream:
-        # As it stands, without making what its tags name.
-        text = stream.read().split("accents:\n")[1].split("\ntrain_csv")[0]
-    known = YAML(typ="safe").load(text)
+    # As it stands, without making what its tags name.
+    known = {k: list(v) for k, v in YAML().load(HPARAMS)["accents"].items()}
     names = given.accents or list(known)
     odd = [name for name in names if name not in known]
     if odd:
@@ -207,7 +205,7 @@ def run_seed(given, more, accents, prepared, folder, seed):
         shared[kind.hub] = str(hub.resolve()) if hub.is_dir() else given.hub
     shared["seed"] = seed
     own = {"output_folder": str(folder / "measured"), "train_csv": None}
-    measure = Measure(kind, shared | own, folder / "measured")
+    measure = Measure(kind, shared | own, more, folder / "measured")
 
     def run(trainings):
         trainings = [

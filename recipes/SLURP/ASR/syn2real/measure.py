@@ -6,8 +6,9 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
+import speechbrain as sb
 from hyperpyyaml import load_hyperpyyaml
+from ruamel.yaml import YAML
 
 from speechbrain_taskarith.brains import fast_precision
 from speechbrain_taskarith.utils.files import read_json, write_json
@@ -72,25 +73,32 @@ class Measure:
         The network's kind.
     overrides : dict
         Values that replace those of the hparams file.
+    more : list of str
+        Further ones and run options, as `train.py` takes them.
     folder : str or pathlib.Path
         Where what was measured is kept: a later run reads it from there.
     """
 
-    def __init__(self, kind, overrides, folder):
+    def __init__(self, kind, overrides, more, folder):
+        _, run_opts, given = sb.parse_arguments([str(kind.hparams), *more])
+        given = YAML(typ="safe").load(given) or {}
         with open(kind.hparams, encoding="utf-8") as stream:
-            self.hparams = load_hyperpyyaml(stream, kind.options | overrides)
+            self.hparams = load_hyperpyyaml(
+                stream, {**kind.options, **given, **overrides}
+            )
         self.recipe, self.network = kind.recipe, self.hparams[kind.network]
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         if kind.network == "whisper":
             prompt = self.network.tokenizer.prefix_tokens
             self.hparams["prompt_length"] = len(prompt)
+        device = run_opts["device"]
         self.brain = listener(self.recipe.ASR)(
             modules=self.hparams["modules"],
             hparams=self.hparams,
             run_opts={
-                "device": "cuda" if torch.cuda.is_available() else "cpu",
-                "eval_precision": fast_precision(),
+                "device": device,
+                "eval_precision": fast_precision(device),
                 "noprogressbar": True,
             },
         )
@@ -103,30 +111,28 @@ class Measure:
             for name, tensor in self.network.state_dict().items()
         }
 
-    def dataset(self, manifest, limit=None):
-        """Read a manifest's first `limit` utterances, the shortest first."""
-        key = str(manifest), limit
+    def dataset(self, manifest):
+        """Read a manifest, the shortest utterance first."""
+        key = str(manifest)
         if key not in self._data:
-            rows = self.recipe.read_rows(str(manifest), self.hparams)
-            data = self.recipe.make_dataset(
-                dict(list(rows.items())[:limit]), self.hparams
-            )
+            rows = self.recipe.read_rows(key, self.hparams)
+            data = self.recipe.make_dataset(rows, self.hparams)
             self._data[key] = data.filtered_sorted(sort_key="duration")
         return self._data[key]
 
-    def __call__(self, name, state, manifest, limit=None):
+    def __call__(self, name, state, manifest):
         """Recognise a manifest; returns `{references, hypotheses}` by ID.
 
         `name` says what the state is; `state` is a function that makes it,
         called only where this was not measured before.
         """
-        asked = json.dumps([name, str(manifest), limit], sort_keys=True)
+        asked = json.dumps([name, str(manifest)], sort_keys=True)
         key = hashlib.sha256(asked.encode()).hexdigest()[:16]
         path = self.folder / f"{key}.json"
         if not path.exists():
             self.network.load_state_dict(state())
             self.brain.evaluate(
-                self.dataset(manifest, limit),
+                self.dataset(manifest),
                 test_loader_kwargs=self.hparams["test_loader_kwargs"],
             )
             write_json(

@@ -315,6 +315,7 @@ def main(argv):
                 "train_csv": None,
                 "output_folder": str(folder / "measured"),
             },
+            more,
             folder / "measured",
         )
         # One start for all: a head of random weights is the same, too.
