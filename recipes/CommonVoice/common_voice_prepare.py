@@ -29,7 +29,6 @@ from speechbrain_taskarith.utils.files import (
     sha256_of,
     write_json,
 )
-from speechbrain_taskarith.utils.messages import some
 from speechbrain_taskarith.utils.progress import progress
 
 logger = get_logger(__name__)
@@ -136,7 +135,7 @@ def prepare_common_voice(
             if not own:
                 raise ValueError(
                     f"{data_folder}: no {split} clip of {accent!r} "
-                    f"({some(as_list(accents[accent]))}); frequent accents "
+                    f"({', '.join(as_list(accents[accent]))}); frequent accents "
                     f"are {', '.join(frequent(folder / files[0]))}"
                 )
             hours = sum(row["duration"] for row in own) / 3600
@@ -202,10 +201,11 @@ def read_table(path):
 def read_clips(path, names, left_out):
     """Yield the clips of one accent that is asked for."""
     for row in read_table(path):
-        found = {names.get(accent) for accent in accents_of(row["accents"])}
-        if not found:
+        given = accents_of(row["accents"])
+        found = {names[accent] for accent in given if accent in names}
+        if not given:
             left_out["no accent given"] += 1
-        elif found == {None}:
+        elif not found:
             left_out["other accents"] += 1
         elif len(found) > 1:
             left_out["several accents"] += 1
@@ -256,7 +256,7 @@ def add_audio(rows, clips, language, max_seconds, left_out):
     missing = [r["path"] for r in rows if not (clips / r["path"]).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{clips}: {len(missing)} clips are missing: {some(missing)}; "
+            f"{clips}: {len(missing)} clips are missing, e.g. {missing[0]}; "
             "unpack the archive again"
         )
     for row in progress(rows, desc="clips"):

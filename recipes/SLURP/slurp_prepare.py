@@ -32,7 +32,6 @@ from speechbrain_taskarith.utils.files import (
     sha256_of,
     write_json,
 )
-from speechbrain_taskarith.utils.messages import some
 from speechbrain_taskarith.utils.progress import progress
 
 logger = get_logger(__name__)
@@ -220,7 +219,7 @@ def recordings(sentences, audio, speakers):
     ]
     if missing:
         raise FileNotFoundError(
-            f"{audio}: {len(missing)} recordings are missing: {some(missing)}; "
+            f"{audio}: {len(missing)} recordings are missing, e.g. {missing[0]}; "
             "unpack slurp_real.tar.gz again"
         )
     rows = []
