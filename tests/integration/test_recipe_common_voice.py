@@ -167,15 +167,17 @@ def test_ties_keeps_the_larger_half(finished):
     before = kept(finished, "first_model", "")
     after = tuned(finished, "england", before)
     found = kept(finished, "ties", "02_england")
+    # Constants of the positions are entries, too, as the rule counts them.
     names = [n for n, t in before.items() if t.is_floating_point()]
     delta = torch.cat([(after[n] - before[n]).flatten() for n in names])
     got = torch.cat([(found[n] - before[n]).flatten() for n in names])
-    limit = delta.abs().median()
-    large, small = delta.abs() > limit * 1.01, delta.abs() < limit * 0.99
+    count = round(0.5 * len(delta))
+    limit = delta.abs().sort(descending=True).values[count - 1]
+    large, small = delta.abs() > limit, delta.abs() < limit
     torch.testing.assert_close(
         got[large], 0.6 * delta[large], rtol=1e-3, atol=1e-6
     )
-    assert not got[small].any() and small.sum() > 100
+    assert large.sum() > 1000 and not got[small].any()
 
 
 def test_the_table_has_rivals_and_bounds(finished):
@@ -258,9 +260,7 @@ def test_cl_masr_reads_the_logs_and_finds_our_figures(finished):
     assert matrix.domains == tuple(ACCENTS)
 
 
-def test_whisper_learns_a_sequence_and_train_py_edits_alike(
-    recipe, corpus, finished, tmp_path
-):
+def test_whisper_learns_a_sequence(recipe, corpus, tmp_path):
     pytest.importorskip("transformers")
     hub = save_tiny_whisper(tmp_path / "whisper", seconds=3)
     output = tmp_path / "out"
@@ -279,7 +279,11 @@ def test_whisper_learns_a_sequence_and_train_py_edits_alike(
         torch.testing.assert_close(
             edited[name], old + 0.4 * (after[name] - old), rtol=1e-5, atol=1e-6
         )
-    # One step by hand, edited by the checkpointer.
+
+
+def test_one_step_by_hand_is_edited_by_the_checkpointer(
+    recipe, corpus, finished, tmp_path
+):
     by_hand = tmp_path / "by_hand"
     recipe("train").train(
         [
