@@ -58,20 +58,21 @@ def make_tree(folder, split_of):
                 who = speaker(split, accent, split_of)
                 lines.append((who, name, text, "2", written))
     who, name, *_ = lines[0]
-    other = f"common_voice_en_both{name[-4:]}"
-    shutil.copy(folder / "clips" / name, folder / "clips" / other)
+    both, two = (f"common_voice_en_{n}{name[-4:]}" for n in ("both", "two"))
+    for other in (both, two):
+        shutil.copy(folder / "clips" / name, folder / "clips" / other)
     lines += [
         ("nobody", name, "No accent.", "2", ""),
         (
             "somebody",
-            name,
+            two,
             "Two.",
             "2",
             "United States English|England English",
         ),
         ("else", name, "Another.", "2", "Scottish English"),
         # One that is asked for, and one that is not: it has the one.
-        (who, other, "Both.", "2", "United States English,Midwestern"),
+        (who, both, "Both.", "2", "United States English,Midwestern"),
     ]
     write_table(folder / "validated.tsv", lines)
     return folder
