@@ -342,9 +342,10 @@ def main(argv):
                 [str(kind.hparams), *more],
                 folder / "models",
             )
-        # Twice as large as the model, and of no use to a finished training.
+        # Twice as large as the model, and of no use to a finished training;
+        # the checkpoint lists it, so that it stays as an empty file.
         for path in (folder / "models").glob("**/save/*/optimizer.ckpt"):
-            path.unlink()
+            path.write_bytes(b"")
         study = Study(measure, folder, held_out)
         for target in targets:
             others = [source for source in sources if source != target]
