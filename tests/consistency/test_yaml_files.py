@@ -2,10 +2,11 @@
 
 import ast
 import re
+import sys
 
 import pytest
 import yaml
-from house import HPARAMS, PACKAGE, RECIPES, files, parse, shown
+from house import HPARAMS, PACKAGE, RECIPES, ROOT, files, parse, shown
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.run_opts import RunOptions
 
@@ -28,11 +29,38 @@ def placeholders(text):
 
 
 def overrides(text, folder):
-    """Return what makes a YAML load here, without touching the checkout."""
+    """Return what makes a YAML load here, without touching the checkout.
+
+    Public weights are not downloaded: a tiny random model takes their place.
+    """
+    keys = dict(TOP_KEY.findall(text))
     given = {key: str(folder) for key in placeholders(text)}
-    if "output_folder" in dict(TOP_KEY.findall(text)):
+    if "output_folder" in keys:
         given["output_folder"] = str(folder / "results")
+    for key in ("whisper_hub", "wav2vec2_hub"):
+        if key in keys:
+            pytest.importorskip("transformers")
+            given[key] = str(TINY_MODELS[key](folder / "tiny_model"))
     return given
+
+
+def tiny_whisper(folder):
+    """Save a tiny Whisper; returns its folder."""
+    from tiny_whisper import save_tiny_whisper
+
+    return save_tiny_whisper(folder)
+
+
+def tiny_wav2vec2(folder):
+    """Save a tiny wav2vec 2.0 Conformer; returns its folder."""
+    from hugging_face_toy import save_encoder
+
+    return save_encoder(folder, "Wav2Vec2Conformer")
+
+
+# Tests of recipes make them, too.
+sys.path += [str(ROOT / "tests" / part) for part in ("integration", "unit")]
+TINY_MODELS = {"whisper_hub": tiny_whisper, "wav2vec2_hub": tiny_wav2vec2}
 
 
 def used_keys(tree):

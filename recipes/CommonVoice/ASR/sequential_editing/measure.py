@@ -1,0 +1,1 @@
+../../../SLURP/ASR/syn2real/measure.py

@@ -1,0 +1,217 @@
+#!/usr/bin/env python3
+"""Recipe for one step of lifelong learning on accents of Common Voice.
+
+A Conformer with CTC on characters learns one accent: the first from random
+weights, each further one from the model that knows those before, by plain
+fine-tuning or with an edit at its end. `study.py` makes the whole table that
+way, and with Whisper (`whisper_train.py`) too.
+
+To run this recipe, do the following:
+> python train.py hparams/train.yaml --data_folder /path/to/cv-corpus/en \
+>     --accent us
+
+The next accent, edited by TIES (a row of hparams/models/rows.yaml):
+> python train.py hparams/train.yaml --data_folder /path/to/cv-corpus/en \
+>     --accent england --row ties --base results/sequential_editing/us/save
+
+On several GPUs:
+> torchrun --nproc_per_node=2 train.py hparams/train.yaml ...
+
+A run that was killed goes on from its newest checkpoint when started again.
+"""
+
+import sys
+
+import speechbrain as sb
+from characters import make_dataset as make_character_dataset
+from characters import read_manifest, scored
+from common_voice_prepare import prepare_common_voice
+from hyperpyyaml import load_hyperpyyaml
+from scoring import character_errors
+from speechbrain.dataio.sampler import DynamicBatchSampler
+from speechbrain.utils.distributed import run_on_main
+
+from speechbrain_taskarith.brains import CTCBrain, fast_precision
+from speechbrain_taskarith.metrics import wer
+from speechbrain_taskarith.vectors import open_state
+
+PLAIN = "plain"
+
+
+class ASR(CTCBrain):
+    """CTC on characters; forward pass and decoding are `CTCBrain`'s.
+
+    It reads hparams.compute_features, hparams.fea_augment, hparams.ctc_cost
+    and hparams.blank_index.
+    """
+
+    def _collect(self, batch, hypotheses):
+        self.references |= dict(zip(batch.id, batch.text))
+        self.hypotheses |= dict(zip(batch.id, hypotheses))
+
+    def on_stage_start(self, stage, epoch=None):
+        """Start a list of transcripts."""
+        self.references, self.hypotheses = {}, {}
+
+    def on_stage_end(self, stage, stage_loss, epoch=None):
+        """Log, and keep an epoch's checkpoint."""
+        stats = {"loss": stage_loss}
+        if stage == sb.Stage.TRAIN:
+            self.train_stats = stats
+            if self.hparams.valid_csv is None:
+                self.keep(epoch, {})
+            return
+        stats |= self.score()
+        if stage == sb.Stage.VALID:
+            self.keep(epoch, stats)
+        else:
+            self.hparams.train_logger.log_stats(
+                {"Epoch loaded": self.hparams.epoch_counter.current},
+                test_stats=stats,
+            )
+
+    def score(self):
+        """Count the errors of what was found."""
+        self.references = scored(self.references)
+        self.hypotheses = scored(self.hypotheses)
+        words = wer(self.references, self.hypotheses)
+        characters = character_errors(self.references, self.hypotheses)
+        return {"WER": words.wer, "CER": characters.wer}
+
+    def keep(self, epoch, stats):
+        """Log an epoch, and keep its checkpoint."""
+        self.hparams.train_logger.log_stats(
+            {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]},
+            train_stats=self.train_stats,
+            valid_stats=stats or None,
+        )
+        self.checkpointer.save_and_keep_only(
+            meta={"epoch": epoch, **stats}, num_to_keep=1
+        )
+
+
+def read_rows(path, hparams):
+    """Read a manifest; what is too long is left out."""
+    return read_manifest(
+        path,
+        hparams["data_folder"],
+        hparams["characters"],
+        hparams["avoid_if_longer_than"],
+    )
+
+
+def make_dataset(rows, hparams):
+    """Make a data set of a manifest's rows."""
+    return make_character_dataset(
+        rows, hparams["tokenizer"], hparams["sample_rate"]
+    )
+
+
+def dataio_prepare(hparams):
+    """Make the data sets (train, valid, test) and the train loader's options."""
+    data = {
+        split: make_dataset(
+            read_rows(hparams[f"{split}_csv"], hparams), hparams
+        )
+        for split in ("train", "valid", "test")
+        if hparams[f"{split}_csv"] is not None
+    }
+    for split in ("valid", "test"):
+        if split in data:
+            data[split] = data[split].filtered_sorted(sort_key="duration")
+    options = dict(hparams["train_loader_kwargs"])
+    if hparams["dynamic_batching"]:
+        sampler = DynamicBatchSampler(
+            data["train"],
+            **hparams["dynamic_batch_sampler"],
+            length_func=lambda row: row["duration"],
+        )
+        options = {
+            "batch_sampler": sampler,
+            "num_workers": hparams["num_workers"],
+        }
+    return data, options
+
+
+def train(argv):
+    """Train one model as the command line says; `study.py` calls it, too."""
+    # CLI
+    hparams_file, run_opts, overrides = sb.parse_arguments(argv)
+    sb.utils.distributed.ddp_init_group(run_opts)
+    with open(hparams_file, encoding="utf-8") as fin:
+        hparams = load_hyperpyyaml(fin, overrides)
+
+    sb.create_experiment_directory(
+        experiment_directory=hparams["output_folder"],
+        hyperparams_to_save=hparams_file,
+        overrides=overrides,
+        save_env_desc=hparams["save_env_desc"],
+    )
+    run_on_main(
+        prepare_common_voice,
+        kwargs={
+            "data_folder": hparams["data_folder"],
+            "save_folder": hparams["prepared_folder"],
+            "accents": hparams["accents"],
+            "source": hparams["source"],
+            "max_seconds": hparams["avoid_if_longer_than"],
+            "skip_prep": hparams["skip_prep"],
+        },
+    )
+    data, train_options = dataio_prepare(hparams)
+
+    rows = hparams["compared"]["rows"]
+    if hparams["row"] not in {PLAIN, *rows}:
+        raise ValueError(
+            f"row {hparams['row']!r}: expected {PLAIN} or one of "
+            f"{', '.join(rows)}"
+        )
+    rule = rows.get(hparams["row"], {}).get("rule")
+    if hparams["base"]:
+        hparams["model"].load_state_dict(dict(open_state(hparams["base"])))
+    # What is kept and evaluated: base + scale * rule(fine-tuned - base)
+    if rule is not None:
+        hparams["checkpointer"] = hparams["editing_checkpointer"](
+            base=hparams["base"] or "start", rule=rule
+        )
+
+    if hparams["dynamic_batching"]:
+        batches = len(train_options["batch_sampler"])
+    else:
+        batches = -(-len(data["train"]) // hparams["batch_size"])
+    steps = batches * hparams["number_of_epochs"]
+    hparams["lr_annealing"] = hparams["lr_annealing"](
+        initial_value=hparams["lr"],
+        num_warmup_steps=round(hparams["warmup_share"] * steps),
+        num_training_steps=steps,
+    )
+    hparams["checkpointer"].add_recoverable(
+        "lr_annealing", hparams["lr_annealing"]
+    )
+    if hparams["train_precision"] == "auto":
+        # What the command line says goes first: --precision fp32
+        precision = fast_precision(run_opts.get("device"))
+        hparams |= {"precision": precision, "eval_precision": precision}
+
+    brain = ASR(
+        modules=hparams["modules"],
+        opt_class=hparams["opt_class"],
+        hparams=hparams,
+        run_opts=run_opts,
+        checkpointer=hparams["checkpointer"],
+    )
+    brain.fit(
+        hparams["epoch_counter"],
+        data["train"],
+        data.get("valid"),
+        train_loader_kwargs=train_options,
+        valid_loader_kwargs=hparams["test_loader_kwargs"],
+    )
+    if "test" in data:
+        brain.evaluate(
+            data["test"], test_loader_kwargs=hparams["test_loader_kwargs"]
+        )
+
+
+if __name__ == "__main__":
+    train(sys.argv[1:])

@@ -1,0 +1,77 @@
+"""Manifests for CTC on characters: what both recipes of it share.
+
+The columns are those of the Whisper recipe (ID, duration, wav, text), so that
+one manifest serves all models.
+"""
+
+import re
+import unicodedata
+
+import speechbrain as sb
+from scoring import normalize
+from speechbrain.dataio.dataset import DynamicItemDataset
+
+from speechbrain_taskarith.data import read_audio
+
+
+def letters(text, characters):
+    """Return a text in the characters that have a label.
+
+    Accents are taken off letters that have none with it; whatever else has no
+    label separates words.
+    """
+    text = text.lower().replace("’", "'")
+    kept = [c if c in characters else _bare(c) for c in text]
+    kept = [c if c in characters else " " for c in "".join(kept)]
+    return " ".join("".join(kept).split())
+
+
+def _bare(character):
+    """Take the accent off a letter."""
+    apart = unicodedata.normalize("NFKD", character)
+    return re.sub(r"[\u0300-\u036f]", "", apart).lower()
+
+
+def read_manifest(path, data_root, characters, longest=None):
+    """Read a manifest's rows, without what is longer than `longest` seconds.
+
+    Returns `{ID: {duration, wav, text, letters, ...}}`.
+    """
+    rows = sb.dataio.dataio.load_data_csv(path, {"data_root": data_root})
+    for column in ("duration", "wav", "text"):
+        if rows and column not in next(iter(rows.values())):
+            raise ValueError(f"{path}: no column {column!r}")
+    if longest is not None:
+        rows = {k: r for k, r in rows.items() if r["duration"] <= longest}
+    for row in rows.values():
+        row["letters"] = letters(row["text"], characters)
+    silent = [key for key, row in rows.items() if not row["letters"]]
+    if silent:
+        raise ValueError(
+            f"{path}: {len(silent)} utterances have no text in the characters "
+            f"{characters!r}, e.g. {', '.join(silent[:3])}; add characters, "
+            "or leave these utterances out"
+        )
+    if not rows:
+        raise ValueError(f"{path}: no utterances")
+    return rows
+
+
+def make_dataset(rows, tokenizer, sample_rate):
+    """Make a data set with `sig`, `tokens` and `wrd`, as `CTCBrain` needs."""
+    data = DynamicItemDataset(rows)
+
+    @sb.utils.data_pipeline.takes("wav")
+    @sb.utils.data_pipeline.provides("sig")
+    def audio_pipeline(wav):
+        return read_audio(wav, sample_rate, resample=True)
+
+    data.add_dynamic_item(audio_pipeline)
+    data.add_dynamic_item(tokenizer.encode, takes="letters", provides="tokens")
+    data.set_output_keys(["id", "sig", "tokens", "text"])
+    return data
+
+
+def scored(texts):
+    """Return `{ID: text}` as Whisper's normaliser of English writes it."""
+    return {key: normalize(text, "en") for key, text in texts.items()}

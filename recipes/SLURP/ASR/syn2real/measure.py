@@ -1,0 +1,157 @@
+"""Measures sums of task vectors on manifests; nothing is measured twice."""
+
+import hashlib
+import importlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import speechbrain as sb
+from hyperpyyaml import load_hyperpyyaml
+from ruamel.yaml import YAML
+
+from speechbrain_taskarith.brains import fast_precision
+from speechbrain_taskarith.utils.files import read_json, write_json
+
+HERE = Path(__file__).parent.resolve()
+WHISPER = HERE.parents[2] / "FilletsNG" / "ASR" / "whisper"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of model, and the recipe that trains it.
+
+    Arguments
+    ---------
+    script : str
+        Module with `train`, `ASR`, `read_rows` and `make_dataset`.
+    hparams : pathlib.Path
+        Its hparams file.
+    network : str
+        Key of the network in it; also its name in the checkpoints.
+    hub : str or None
+        Key of the public weights in it.
+    options : dict
+        What every training on a manifest gives to it.
+    """
+
+    script: str
+    hparams: Path
+    network: str
+    hub: str | None = None
+    options: dict = field(default_factory=dict)
+
+    @property
+    def recipe(self):
+        """Return the module that trains."""
+        return importlib.import_module(self.script)
+
+
+#: Whisper of any size, by the recipe of another corpus.
+WHISPER_KIND = Kind(
+    "whisper_train",
+    WHISPER / "hparams" / "train.yaml",
+    "whisper",
+    "whisper_hub",
+    {
+        "data_folder": ".",
+        "data_root": ".",
+        "prepare": None,
+        "valid_csv": None,
+        "test_csv": None,
+        "language": "en",
+    },
+)
+
+
+class Measure:
+    """Measures states of one network on manifests.
+
+    Arguments
+    ---------
+    kind : Kind
+        The network's kind.
+    overrides : dict
+        Values that replace those of the hparams file.
+    more : list of str
+        Further ones and run options, as `train.py` takes them.
+    folder : str or pathlib.Path
+        Where what was measured is kept: a later run reads it from there.
+    """
+
+    def __init__(self, kind, overrides, more, folder):
+        _, run_opts, given = sb.parse_arguments([str(kind.hparams), *more])
+        given = YAML(typ="safe").load(given) or {}
+        with open(kind.hparams, encoding="utf-8") as stream:
+            self.hparams = load_hyperpyyaml(
+                stream, {**kind.options, **given, **overrides}
+            )
+        self.recipe, self.network = kind.recipe, self.hparams[kind.network]
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if kind.network == "whisper":
+            prompt = self.network.tokenizer.prefix_tokens
+            self.hparams["prompt_length"] = len(prompt)
+        device = run_opts["device"]
+        self.brain = listener(self.recipe.ASR)(
+            modules=self.hparams["modules"],
+            hparams=self.hparams,
+            run_opts={
+                "device": device,
+                "eval_precision": fast_precision(device),
+                "noprogressbar": True,
+            },
+        )
+        self._data = {}
+
+    def state(self):
+        """Return the weights at hand, as a training would start from them."""
+        return {
+            name: tensor.detach().cpu().clone()
+            for name, tensor in self.network.state_dict().items()
+        }
+
+    def dataset(self, manifest):
+        """Read a manifest, the shortest utterance first."""
+        key = str(manifest)
+        if key not in self._data:
+            rows = self.recipe.read_rows(key, self.hparams)
+            data = self.recipe.make_dataset(rows, self.hparams)
+            self._data[key] = data.filtered_sorted(sort_key="duration")
+        return self._data[key]
+
+    def __call__(self, name, state, manifest):
+        """Recognise a manifest; returns `{references, hypotheses}` by ID.
+
+        `name` says what the state is; `state` is a function that makes it,
+        called only where this was not measured before.
+        """
+        asked = json.dumps([name, str(manifest)], sort_keys=True)
+        key = hashlib.sha256(asked.encode()).hexdigest()[:16]
+        path = self.folder / f"{key}.json"
+        if not path.exists():
+            self.network.load_state_dict(state())
+            self.brain.evaluate(
+                self.dataset(manifest),
+                test_loader_kwargs=self.hparams["test_loader_kwargs"],
+            )
+            write_json(
+                path,
+                {
+                    "name": name,
+                    "manifest": str(manifest),
+                    "references": self.brain.references,
+                    "hypotheses": self.brain.hypotheses,
+                },
+            )
+        return read_json(path)
+
+
+def listener(asr):
+    """Return a recipe's Brain that counts, and writes nothing."""
+
+    class Listener(asr):
+        def on_stage_end(self, stage, stage_loss, epoch=None):
+            self.score()
+
+    return Listener

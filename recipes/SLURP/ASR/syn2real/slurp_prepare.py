@@ -1,0 +1,1 @@
+../../slurp_prepare.py
