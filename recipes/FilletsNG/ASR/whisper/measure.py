@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from hyperpyyaml import load_hyperpyyaml
-from train import ASR, make_dataset, read_rows
+from train import ASR, load_weights, make_dataset, read_rows
 
 from speechbrain_taskarith.brains import fast_precision
 from speechbrain_taskarith.utils.files import read_json, write_json
@@ -43,7 +43,10 @@ class Measure:
         self.brain = Listener(
             modules=self.hparams["modules"],
             hparams=self.hparams,
-            run_opts={"eval_precision": fast_precision(), "noprogressbar": True},
+            run_opts={
+                "eval_precision": fast_precision(),
+                "noprogressbar": True,
+            },
         )
         self._data = {}
 
@@ -62,10 +65,7 @@ class Measure:
 
     def load(self, state):
         """Put the weights of a checkpoint or a `transformers` folder in."""
-        state = {k: v for k, v in state.items() if k != "proj_out.weight"}
-        # Constants of the features, which a `transformers` folder lacks.
-        filters = {"_mel_filters": self.whisper._mel_filters}
-        self.whisper.load_state_dict(filters | state)
+        load_weights(self.whisper, state)
 
     def __call__(self, name, state, manifest, limit=None, data_root=None):
         """Return the errors of a state on a manifest.

@@ -13,6 +13,10 @@ To run this recipe, do the following:
 >     --train_csv corpus/nl_train.csv --valid_csv corpus/nl_valid.csv \
 >     --test_csv corpus/nl_test.csv --data_folder corpus --language nl
 
+The next of several domains, held back by a lifelong method:
+> python train.py hparams/train.yaml ... --base results/.../save --method ewc \
+>     --remember learned_before.csv --memory results/.../memory.safetensors
+
 On several GPUs:
 > torchrun --nproc_per_node=2 train.py hparams/train.yaml ...
 
@@ -27,19 +31,28 @@ import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
 from scoring import character_errors, normalize
+from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.dataio.sampler import DynamicBatchSampler
-from speechbrain.utils.distributed import if_main_process
+from speechbrain.utils.distributed import (
+    ddp_barrier,
+    if_main_process,
+    run_on_main,
+)
 
 from speechbrain_taskarith.brains import fast_precision
 from speechbrain_taskarith.data import read_audio
 from speechbrain_taskarith.metrics import wer
 from speechbrain_taskarith.utils.files import atomic_write
 from speechbrain_taskarith.vectors import open_state
+from speechbrain_taskarith.vectors.lifelong.methods import FineTuning
 
 
 class ASR(sb.Brain):
     """Whisper: cross-entropy of the next token, greedy search."""
+
+    #: The lifelong method at work.
+    method = FineTuning()
 
     def compute_forward(self, batch, stage):
         """Score the next tokens; outside training also search for words."""
@@ -56,27 +69,57 @@ class ASR(sb.Brain):
         return logits.log_softmax(dim=-1), hyps
 
     def compute_objectives(self, predictions, batch, stage):
-        """Return the loss of the transcript; the prompt is given."""
+        """Return the loss of the transcript, and the method's penalty."""
         log_probs, hyps = predictions
+        loss = self.transcript_loss(log_probs, batch)
+        if stage == sb.Stage.TRAIN:
+            penalty = self.penalty(log_probs, batch)
+            return loss if penalty is None else loss + penalty
+        tokenizer = self.hparams.whisper.tokenizer
+        texts = [
+            tokenizer.decode(hyp, skip_special_tokens=True) for hyp in hyps
+        ]
+        for key, lang, ref, hyp in zip(batch.id, batch.lang, batch.text, texts):
+            self.references[key] = normalize(ref, lang, tokenizer)
+            self.hypotheses[key] = normalize(hyp, lang, tokenizer)
+        return loss
+
+    def after_prompt(self, batch):
+        """Return where the transcript begins, and its relative lengths."""
         tokens_eos, lens = batch.tokens_eos
         given = self.hparams.prompt_length - 1
         # SpeechBrain's lengths are relative: of what is left, they are less.
         total = tokens_eos.shape[1]
-        lens = (lens * total - given) / (total - given)
-        loss = self.hparams.nll_loss(
-            log_probs[:, given:], tokens_eos[:, given:], length=lens
+        return given, (lens * total - given) / (total - given)
+
+    def transcript_loss(self, log_probs, batch, **options):
+        """Return the loss of the transcript; the prompt is given."""
+        tokens_eos, _ = batch.tokens_eos
+        given, lens = self.after_prompt(batch)
+        return self.hparams.nll_loss(
+            log_probs[:, given:], tokens_eos[:, given:], length=lens, **options
         )
-        if stage != sb.Stage.TRAIN:
-            tokenizer = self.hparams.whisper.tokenizer
-            texts = [
-                tokenizer.decode(hyp, skip_special_tokens=True) for hyp in hyps
-            ]
-            for key, lang, ref, hyp in zip(
-                batch.id, batch.lang, batch.text, texts
-            ):
-                self.references[key] = normalize(ref, lang, tokenizer)
-                self.hypotheses[key] = normalize(hyp, lang, tokenizer)
-        return loss
+
+    def loss_of(self, batch):
+        """Return the negative log-likelihood of one utterance."""
+        log_probs, _ = self.compute_forward(batch, sb.Stage.TRAIN)
+        # The sum over the tokens.
+        return self.transcript_loss(log_probs, batch, reduction="batchmean")
+
+    def penalty(self, log_probs, batch):
+        """Return what the lifelong method adds to the loss, or None."""
+        given, lens = self.after_prompt(batch)
+        wavs, _ = batch.sig
+        tokens_bos, _ = batch.tokens_bos
+
+        def forward(whisper):
+            _, logits, _ = whisper(wavs, tokens_bos)
+            return logits[:, given:].log_softmax(dim=-1)
+
+        # The bare model: its names carry no `module.`.
+        return self.method.penalty(
+            self.hparams.whisper, forward, log_probs[:, given:], lens
+        )
 
     def on_fit_batch_end(self, batch, outputs, loss, should_step):
         """Set the next step's learning rate."""
@@ -214,9 +257,9 @@ def make_dataset(rows, hparams):
         if whisper.is_multilingual:
             language = tokenizer.convert_tokens_to_ids(f"<|{lang}|>")
             prompt[1] = language
-        tokens = tokenizer.encode(
-            " " + text.strip(), add_special_tokens=False
-        )[: hparams["max_tokens"]]
+        tokens = tokenizer.encode(" " + text.strip(), add_special_tokens=False)[
+            : hparams["max_tokens"]
+        ]
         tokens = torch.tensor([*prompt, *tokens, tokenizer.eos_token_id])
         yield tokens[:-1]
         yield tokens[1:]
@@ -230,6 +273,70 @@ def make_dataset(rows, hparams):
     return data
 
 
+def load_weights(whisper, state):
+    """Load a checkpoint's weights, or those of a `transformers` folder."""
+    state = {k: v for k, v in state.items() if k != "proj_out.weight"}
+    # Constants of the features, which a `transformers` folder lacks.
+    filters = {"_mel_filters": whisper._mel_filters}
+    whisper.load_state_dict(filters | state)
+
+
+def choose_method(hparams):
+    """Return the lifelong method that the command line names."""
+    name, methods = hparams["method"], hparams["methods"]
+    if name is None:
+        if hparams["remember"] or hparams["memory"]:
+            raise ValueError(
+                "--remember and --memory are for a lifelong method: give "
+                f"--method, one of {', '.join(methods)}"
+            )
+        return FineTuning()
+    if name not in methods:
+        raise ValueError(
+            f"--method {name}: unknown; expected one of {', '.join(methods)}"
+        )
+    method = methods[name]
+    stores = type(method).consolidate is not FineTuning.consolidate
+    if stores and hparams["remember"] is None:
+        raise ValueError(
+            f"--method {name}: give --remember, a manifest of the lines "
+            "learned last, by which it knows what to keep"
+        )
+    return method
+
+
+def remember(method, brain, hparams):
+    """Let the method store what it needs of the lines learned last."""
+    if hparams["remember"] is None:
+        return
+    path = Path(hparams["output_folder"]) / "memory.safetensors"
+    if not path.exists():
+        if hparams["memory"]:
+            method.load(hparams["memory"])
+        data = make_dataset(read_rows(hparams["remember"], hparams), hparams)
+        method.consolidate(
+            hparams["whisper"],
+            range(len(data)),
+            lambda number: brain.loss_of(PaddedBatch([data[number]])),
+        )
+        ddp_barrier()  # all have looked before it is there
+        run_on_main(method.save, args=[path])
+    method.load(path)
+
+
+def start_method(method, brain, hparams):
+    """Let the method see the weights that training starts from."""
+    whisper = hparams["whisper"]
+    remember(method, brain, hparams)
+    method.before_task(whisper, 2)
+    # The encoder's positions are fixed, whatever the method trains.
+    fixed = [p for p in whisper.parameters() if not p.requires_grad]
+    method.freeze(whisper)
+    for parameter in fixed:
+        parameter.requires_grad_(False)
+    brain.method = method
+
+
 def dataio_prepare(hparams):
     """Make the data sets and the loaders' options: train, valid, test."""
     rows = {
@@ -237,7 +344,9 @@ def dataio_prepare(hparams):
         for split in ("train", "valid", "test")
         if hparams[f"{split}_csv"] is not None
     }
-    data = {split: make_dataset(found, hparams) for split, found in rows.items()}
+    data = {
+        split: make_dataset(found, hparams) for split, found in rows.items()
+    }
     for split in ("valid", "test"):
         if split in data:
             data[split] = data[split].filtered_sorted(sort_key="duration")
@@ -267,12 +376,12 @@ def train(argv):
         save_env_desc=hparams["save_env_desc"],
     )
     hparams["prompt_length"] = len(hparams["whisper"].tokenizer.prefix_tokens)
+    method = choose_method(hparams)
     data, train_options = dataio_prepare(hparams)
 
     # Another start than the public weights, e.g. an edited model
     if hparams["base"]:
-        state = dict(open_state(hparams["base"]))
-        hparams["whisper"].load_state_dict(state)
+        load_weights(hparams["whisper"], open_state(hparams["base"]))
 
     if hparams["dynamic_batching"]:
         batches = len(train_options["batch_sampler"])
@@ -299,6 +408,7 @@ def train(argv):
         run_opts=run_opts,
         checkpointer=hparams["checkpointer"],
     )
+    start_method(method, brain, hparams)
     brain.fit(
         hparams["epoch_counter"],
         data["train"],
