@@ -79,7 +79,7 @@ def name_of_lines(path):
     return _digest(str(path), Path(path).stat().st_mtime_ns)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _digest(path, changed):
     del changed  # at another time: read it again
     return sha256_of(path)[:12]

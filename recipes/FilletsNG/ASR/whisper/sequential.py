@@ -72,6 +72,14 @@ def add_data_options(parser):
     )
 
 
+def check_names(parser, given):
+    """Return the domains' names; two alike are an error."""
+    names = [domain.name for domain in given.domains]
+    if len({given.original.name, *names}) < len(names) + 1:
+        parser.error("--original and --domains: two domains of one name")
+    return names
+
+
 def parse_arguments(argv):
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -84,9 +92,7 @@ def parse_arguments(argv):
         help="of the domains, e.g. cs,nl,digits (default: the cyclic ones)",
     )
     given = parser.parse_args(argv)
-    names = [domain.name for domain in given.domains]
-    if len({given.original.name, *names}) < len(names) + 1:
-        parser.error("two domains of one name")
+    names = check_names(parser, given)
     given.tune_on = given.tune_on or names[min(1, len(names) - 1)]
     if given.tune_on not in names:
         parser.error(f"--tune_on {given.tune_on}: not one of {names}")
