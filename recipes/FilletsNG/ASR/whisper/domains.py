@@ -38,6 +38,14 @@ class Domain:
         path = Path(self.pattern.format(split)).resolve()
         with open(path, encoding="utf-8", newline="") as stream:
             rows = list(csv.DictReader(stream))
+        missing = {"ID", "duration", "wav", "text"} - set(
+            rows[0] if rows else ()
+        )
+        if missing:
+            raise ValueError(
+                f"{path}: domain {self.name}: no rows with the columns "
+                f"{', '.join(sorted(missing))}"
+            )
         for row in rows:
             row["wav"] = row["wav"].replace("$data_root", str(path.parent))
             # Of several domains together, each keeps its own names.

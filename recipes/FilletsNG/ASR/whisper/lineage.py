@@ -96,6 +96,7 @@ class Models:
     def __init__(self, folder, arguments):
         self.folder, self.arguments = Path(folder).resolve(), list(arguments)
         self._newest = (None, None)
+        self._delete_optimizers()
 
     def state(self, model):
         """Return a model's weights; trains what they need."""
@@ -158,7 +159,9 @@ class Models:
         """Return what a training's lifelong method remembered."""
         path = self.folder / tuned.name / "memory.safetensors"
         if not path.exists():
-            self._run(tuned)  # where it was trained, only this is made
+            # Without its optimizer a finished training cannot be resumed.
+            shutil.rmtree(self.folder / tuned.name / "save", ignore_errors=True)
+            self._run(tuned)
         return path
 
     def _run(self, tuned):
@@ -180,16 +183,24 @@ class Models:
                 self.folder,
                 show_progress=False,
             )
-        # Twice as large as the model, and of no use to a finished training.
-        for path in folder.glob("save/*/optimizer.ckpt"):
-            path.unlink()
+        self._delete_optimizers()
         if tuned.remembers is not None:
             parent = self.folder / tuned.remembers.name
             (parent / "memory.safetensors").unlink(missing_ok=True)
 
+    def _delete_optimizers(self):
+        # Twice as large as the model, and of no use to a finished training.
+        for finished in self.folder.glob(f"*/{FINISHED}"):
+            for path in finished.parent.glob("save/*/optimizer.ckpt"):
+                path.unlink()
+
+    def delete_edits(self):
+        """Delete the edits that trainings started from."""
+        shutil.rmtree(self.folder / "edits", ignore_errors=True)
+
     def keep_only(self, names):
         """Delete the weights of all trainings but these, and all edits."""
-        shutil.rmtree(self.folder / "edits", ignore_errors=True)
+        self.delete_edits()
         for finished in self.folder.glob(f"*/{FINISHED}"):
             if finished.parent.name not in names:
                 shutil.rmtree(finished.parent / "save", ignore_errors=True)

@@ -39,19 +39,27 @@ HPARAMS = HERE / "hparams" / "train.yaml"
 SECONDS = 200.0
 
 
+def domain_option(text):
+    """Read a domain; argparse shows what is wrong with it."""
+    try:
+        return Domain.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def add_data_options(parser):
     """Add the options that say what is learned, from what, and where to."""
     parser.add_argument("--whisper_hub", required=True, help="the base")
     parser.add_argument(
         "--original",
-        type=Domain.parse,
+        type=domain_option,
         required=True,
         metavar="NAME=PATTERN",
         help="what the base knows: manifests, {} for train, valid, test",
     )
     parser.add_argument(
         "--domains",
-        type=Domain.parse,
+        type=domain_option,
         required=True,
         nargs="+",
         metavar="NAME=PATTERN",
@@ -255,14 +263,13 @@ class Study:
             }
             best = min(tried, key=tried.get)
             chosen[name] = row.at(best)
-            if not self.planning:
-                notes[name] = {
-                    "knob": row.knob,
-                    "chosen": best,
-                    "valid_wer": {str(v): wer for v, wer in tried.items()},
-                    "on": domains,
-                }
-                write_json(path, notes)
+            notes[name] = {
+                "knob": row.knob,
+                "chosen": best,
+                "valid_wer": {str(v): wer for v, wer in tried.items()},
+                "on": domains,
+            }
+            write_json(path, notes)
         return chosen
 
     def needed(self, model):
@@ -345,7 +352,9 @@ def main(argv):
                 results[seed, tuple(order), name] = measure_sequence(
                     study, models, order
                 )
-            if not given.only_train:
+            if given.only_train:
+                study.models.delete_edits()
+            else:
                 study.models.keep_only(pinned | used)
                 write_report(results, study.folder, given.original.name)
 
