@@ -370,9 +370,6 @@ def test_ewc_measures_the_fisher_of_each_line(options, recipe, tmp_path):
     window = recipe("whisper_window").WindowedWhisper(
         whisper, str(tmp_path / "hub"), language="en"
     )
-    read_audio = importlib.import_module(
-        "speechbrain_taskarith.data"
-    ).read_audio
     prompt = [
         tokenizer.convert_tokens_to_ids(f"<|{name}|>")
         for name in ("startoftranscript", "en", "transcribe", "notimestamps")
@@ -398,9 +395,9 @@ def test_ewc_measures_the_fisher_of_each_line(options, recipe, tmp_path):
                     square = p.grad.square() / 8
                     expected[name] = expected.get(name, 0) + square
     assert len(expected) > 20
-    for name, value in expected.items():
+    for name, fisher in expected.items():
         torch.testing.assert_close(
-            stored[f"fisher.{name}"], value, rtol=1e-3, atol=1e-7
+            stored[f"fisher.{name}"], fisher, rtol=1e-3, atol=1e-7
         )
         assert torch.equal(
             stored[f"anchor.{name}"],
