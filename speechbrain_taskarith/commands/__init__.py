@@ -12,6 +12,10 @@ VERBS = {
         "store what fine-tuning added: fine-tuned - base",
     ),
     "apply": ("weights.apply", "edit weights: base + scale * vectors"),
+    "syn2real": (
+        "weights.syn2real",
+        "a domain without recordings: add what real speech adds elsewhere",
+    ),
     "merge": (
         "weights.merge",
         "merge many checkpoints, streamed in bounded memory",

@@ -248,7 +248,7 @@ def rule_of(words, scale=None):
     return from_plain(rule_words(words), scale)
 
 
-def scale_of(texts):
+def scale_of(texts, option="--scale"):
     """Return what `--scale` means: a number, `{pattern: number}` or None.
 
     Example
@@ -261,14 +261,14 @@ def scale_of(texts):
         pattern, equals, value = text.rpartition("=")
         if not pattern and (equals or len(texts) > 1):
             raise ValueError(
-                f"--scale {text}: expected one number, or PATTERN=NUMBER "
+                f"{option} {text}: expected one number, or PATTERN=NUMBER "
                 "(in quotes, so that the shell leaves the '*' alone)"
             )
         try:
             scale[pattern] = float(value)
         except ValueError:
             raise ValueError(
-                f"--scale: expected a number, got {value!r}"
+                f"{option}: expected a number, got {value!r}"
             ) from None
     # Without a pattern it is one number, or none.
     return scale if any(scale) else scale.get("")

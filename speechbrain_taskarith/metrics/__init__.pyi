@@ -14,6 +14,9 @@ from .plots import (
     plot_scale_curve as plot_scale_curve,
 )
 from .plots import (
+    plot_scale_surface as plot_scale_surface,
+)
+from .plots import (
     plot_wer_matrix as plot_wer_matrix,
 )
 from .rare_words import (

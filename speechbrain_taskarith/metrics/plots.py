@@ -21,6 +21,12 @@ COLOURS = (
 )
 #: One marker per curve, for print without colour.
 MARKERS = "os^Dv<>"
+# How a point of a surface is framed.
+_LINES = {
+    "baseline": ("#000000", ":"),
+    "chosen": ("#000000", "-"),
+    "oracle": ("#D55E00", "--"),
+}
 _SUFFIXES = (".png", ".pdf", ".svg")
 
 
@@ -204,27 +210,102 @@ def plot_heat_map(
         image = axes.imshow(
             values, cmap=colour_map, vmin=low, vmax=high, aspect="auto"
         )
-        size = 9 if len(columns) <= 10 else 7
-        centred = {"ha": "center", "va": "center", "fontsize": size}
-        for r, row in enumerate(values):
-            for c, value in enumerate(row):
-                if not math.isfinite(value):
-                    continue
-                red, green, blue, _ = image.cmap(image.norm(value))
-                # Luminance (ITU-R BT.601) decides whether black or white
-                # text can be read on the cell.
-                light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
-                colour = "black" if light else "white"
-                axes.text(c, r, form.format(value), color=colour, **centred)
         # About eight characters fit under a cell.
         turned = max(len(str(name)) for name in columns) > 8
         _name_steps(axes, columns, 40 if turned else 0)
-        axes.set_yticks(range(len(rows)), [str(name) for name in rows])
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        axes.set(xlabel=xlabel, ylabel=ylabel)
-        axes.set_title(title, wrap=True)
+        _write_cells(axes, values, rows, form, 9 if len(columns) <= 10 else 7)
+        _label_cells(axes, xlabel, ylabel, title)
         axes.figure.colorbar(image, ax=axes, label=unit, fraction=0.05)
+    return Path(path)
+
+
+def plot_scale_surface(
+    surface,
+    path,
+    *,
+    baseline=None,
+    chosen=None,
+    oracle=None,
+    title="",
+    ylabel="scale of the target vector",
+    xlabel="scale of the difference",
+    unit="WER (%)",
+):
+    """Draw WER over two scales, as cells with the figure in each.
+
+    With a baseline, what is better than it is blue and what is worse is red;
+    the palest cells are like it. The points are frames around their cells.
+
+    Arguments
+    ---------
+    surface : dict of (float, float): float
+        `{(scale on the y axis, scale on the x axis): WER in %}`; of a list of
+        values (several seeds) the mean is drawn. NaN and points that are
+        missing stay empty.
+    path
+        See `plot_heat_map`, also for what is returned.
+    baseline, chosen, oracle : tuple of float or None
+        Points of the surface: the one to compare with, of SYN2REAL (1, 0);
+        the one chosen on development data; and the best on the test data, a
+        bound that no one may choose.
+    title, ylabel, xlabel, unit : str
+        Above the plot, beside and under it, and beside the colour bar.
+
+    Raises
+    ------
+    ValueError
+        No finite value, or a point that is not in the surface.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "surface.png"
+    >>> surface = {(1, 0): 56, (1, 0.5): 50, (0.5, 0): 51, (0.5, 0.5): 48}
+    >>> plot_scale_surface(
+    ...     surface, path, baseline=(1, 0), chosen=(0.5, 0.5)
+    ... ).name
+    'surface.png'
+    """
+    means = {point: _spread(value)[0] for point, value in surface.items()}
+    ys, xs = (sorted({point[axis] for point in means}) for axis in (0, 1))
+    values = [[means.get((y, x), math.nan) for x in xs] for y in ys]
+    known = [v for v in means.values() if math.isfinite(v)]
+    if not known:
+        raise ValueError("the surface holds no finite value; nothing to draw")
+    best, worst = min(known), max(known)
+    marks = {"baseline": baseline, "chosen": chosen, "oracle": oracle}
+    marks = {what: tuple(point) for what, point in marks.items() if point}
+    for what, point in marks.items():
+        if not math.isfinite(means.get(point, math.nan)):
+            raise ValueError(f"{what}={point}: no value at this point")
+    low, high, colours = best, worst, "YlOrRd"
+    if baseline:
+        # As far up as down: one hopeless point would pale all others. Farther
+        # than the best, on whose cell frame and figure are to be seen.
+        middle = means[marks["baseline"]]
+        reach = 1.5 * (middle - best) or worst - middle or 1.0
+        low, high, colours = middle - reach, middle + reach, "RdBu_r"
+    width = max(1.6 + 0.44 * len(xs), 3.6)
+    with figure(path, width, max(1.7 + 0.34 * len(ys), 3.4)) as axes:
+        look = {"cmap": colours, "vmin": low, "vmax": high}
+        image = axes.imshow(values, origin="lower", aspect="auto", **look)
+        axes.set_facecolor("0.9")
+        _name_steps(axes, [f"{x:g}" for x in xs], 0)
+        _write_cells(axes, values, [f"{y:g}" for y in ys], "{:.1f}", 8)
+        _label_cells(axes, xlabel, ylabel, title)
+        framed = []
+        for what, point in marks.items():
+            label = f"{what} ({point[0]:g}, {point[1]:g}): {means[point]:.1f}"
+            # One inside the other, where they fall together.
+            inset = 0.05 + 0.08 * framed.count(point)
+            framed.append(point)
+            cell = xs.index(point[1]), ys.index(point[0])
+            _frame(axes, cell, inset, *_LINES[what], label)
+        beside = {"label": unit, "fraction": 0.05}
+        beside["extend"] = "max" if worst > high else "neither"
+        axes.figure.colorbar(image, ax=axes, **beside)
+        if marks:
+            below = {"loc": "outside lower center", "frameon": False}
+            axes.figure.legend(fontsize=9, **below)
     return Path(path)
 
 
@@ -309,6 +390,41 @@ def plot_by_layer(
         if not single:
             legend_beside(axes)
     return Path(path)
+
+
+def _write_cells(axes, values, rows, form, size):
+    """Name the rows of an image and write each finite value into its cell."""
+    (image,) = axes.get_images()
+    axes.set_yticks(range(len(rows)), [str(name) for name in rows])
+    centred = {"ha": "center", "va": "center", "fontsize": size}
+    for r, row in enumerate(values):
+        for c, value in enumerate(row):
+            if not math.isfinite(value):
+                continue
+            red, green, blue, _ = image.cmap(image.norm(value))
+            # Luminance (ITU-R BT.601) decides whether black or white text
+            # can be read on the cell.
+            light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
+            colour = "black" if light else "white"
+            axes.text(c, r, form.format(value), color=colour, **centred)
+
+
+def _label_cells(axes, xlabel, ylabel, title):
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.set_title(title, wrap=True)
+
+
+def _frame(axes, cell, inset, colour, line, label):
+    """Frame a cell of an image, with a white rim that shows on dark ones."""
+    patches = require("matplotlib.patches", "plots", "plotting")
+    effects = require("matplotlib.patheffects", "plots", "plotting")
+    corner, side = [place - 0.5 + inset for place in cell], 1 - 2 * inset
+    look = {"fill": False, "edgecolor": colour, "linestyle": line}
+    look["path_effects"] = [effects.withStroke(linewidth=3.6, foreground="w")]
+    frame = {"linewidth": 1.8, "label": label, **look}
+    axes.add_patch(patches.Rectangle(corner, side, side, **frame))
 
 
 def _line(axes, x, y, i, name):

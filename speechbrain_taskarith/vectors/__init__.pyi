@@ -19,11 +19,17 @@ from .editing.editor import (
 from .editing.log import (
     Edit as Edit,
 )
+from .editing.scale_grid import (
+    search_scales as search_scales,
+)
 from .editing.scale_search import (
     refuse_test_split as refuse_test_split,
 )
 from .editing.scale_search import (
     search_scale as search_scale,
+)
+from .editing.scale_table import (
+    ScaleGrid as ScaleGrid,
 )
 from .editing.scale_table import (
     ScaleSearch as ScaleSearch,

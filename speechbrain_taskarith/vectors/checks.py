@@ -80,17 +80,18 @@ def scale(value):
     }
 
 
-def scale_by_name(value, names):
+def scale_by_name(value, names, default=0.0):
     """Return `{name: float}` for a scale; the first pattern that fits wins.
 
-    Names that fit no pattern get 0; a pattern that fits no name is an error.
+    Names that fit no pattern get the default; a pattern that fits no name is
+    an error.
     """
     value, names = scale(value), list(names)
     if not isinstance(value, dict):
         return dict.fromkeys(names, float(value))
     for pattern in value:
         require_match(names, pattern)
-    return {name: float(first_match(name, value, 0.0)) for name in names}
+    return {name: float(first_match(name, value, default)) for name in names}
 
 
 def weights(value):

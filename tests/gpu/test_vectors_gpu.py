@@ -34,6 +34,8 @@ from speechbrain_taskarith.vectors import (
     open_state,
     reestimate_statistics,
     search_scale,
+    search_scales,
+    syn2real,
 )
 
 REHEARSAL = os.environ.get("TASKARITH_GPU_TESTS_ON") == "cpu"
@@ -212,6 +214,42 @@ def test_the_scale_search_restores_a_model_on_the_device():
         model, base, tau, wer, [0.25, 0.5, 0.75], enable_progress=False
     )
     assert search.best == 0.5
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.cpu(), base.state_dict()[name])
+
+
+def test_two_scales_are_searched_and_applied_on_the_device():
+    base = Net()
+    target, real, synthetic = (tuned(base, seed) for seed in (1, 2, 3))
+    vectors = {
+        "target_scale": TaskVector.between(base, target),
+        "scale": TaskVector.between(synthetic, real),
+    }
+    how = {"target_scale": 0.5, "scale": 0.25}
+    here = syn2real(target, (real, synthetic), base=base, **how)
+    # Models on two devices.
+    there = syn2real(
+        copy.deepcopy(target).to(DEVICE),
+        (copy.deepcopy(real).to(DEVICE), synthetic),
+        base=base,
+        **how,
+    )
+    for name, tensor in here.items():
+        assert there[name].device.type == torch.device(DEVICE).type
+        torch.testing.assert_close(there[name].cpu(), tensor)
+    model, aim = copy.deepcopy(base).to(DEVICE), there["layers.0.weight"]
+
+    def wer(model):
+        return (model.layers[0].weight - aim).abs().sum().item()
+
+    search = search_scales(
+        *(model, base, vectors, wer, [0.25, 0.5]),
+        baseline={"target_scale": 1.0},
+        outside=target,
+        hopeless=None,
+        enable_progress=False,
+    )
+    assert search.best == how
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor.cpu(), base.state_dict()[name])
 

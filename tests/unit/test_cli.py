@@ -255,7 +255,8 @@ def test_usage_errors_leave_with_status_2(folder, capsys):
 
 @pytest.mark.parametrize(
     "verb",
-    ["vector", "apply", "merge", "rules", "inspect", "plot", "edit"]
+    ["vector", "apply", "syn2real", "merge", "rules", "inspect", "plot"]
+    + ["edit"]
     + [f"edit {a}" for a in ("learn", "undo", "reorder", "log", "export")],
 )
 def test_help_shows_examples(verb, capsys):
@@ -270,7 +271,9 @@ def test_help_shows_examples(verb, capsys):
 READING = ("--recoverable", "--include", "--exclude", "--any-base", "--threads")
 
 
-@pytest.mark.parametrize("verb", ["vector", "apply", "merge", "edit learn"])
+@pytest.mark.parametrize(
+    "verb", ["vector", "apply", "syn2real", "merge", "edit learn"]
+)
 def test_verbs_read_and_edit_by_the_same_options(verb, capsys):
     with pytest.raises(SystemExit):
         main([*verb.split(), "--help"])

@@ -7,11 +7,13 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from speechbrain_taskarith.metrics import (
     plot_by_layer,
     plot_heat_map,
     plot_scale_curve,
+    plot_scale_surface,
     plot_wer_matrix,
     plots,
 )
@@ -159,4 +161,108 @@ def test_what_cannot_be_drawn_is_refused(tmp_path):
         plot_wer_matrix([[math.nan]], ["a"], tmp_path / "a.png")
     with pytest.raises(ValueError, match="kind is 'pie'"):
         plot_by_layer({"l": 1.0}, tmp_path / "a.png", kind="pie")
+    assert not list(tmp_path.iterdir())
+
+
+SURFACE = {
+    (1.0, 0.0): 56.0,
+    (1.0, 0.5): 50.0,
+    (0.5, 0.0): [51.0, 52.0],
+    (0.5, 0.5): 48.0,
+    (0.0, 0.0): 59.0,
+    (0.0, 0.5): float("nan"),
+}
+
+
+def frames(axes):
+    """Return `{label: (column, row)}` of the framed cells' centres."""
+    found = {}
+    for patch in axes.patches:
+        (x, y), side = patch.get_xy(), patch.get_width()
+        assert patch.get_height() == pytest.approx(side)
+        centre = round(x + side / 2, 6), round(y + side / 2, 6)
+        found[patch.get_label()] = centre
+    return found
+
+
+@pytest.mark.parametrize("suffix", ["png", "pdf"])
+def test_surface_has_the_scales_on_its_axes(tmp_path, drawn, suffix):
+    path = plot_scale_surface(
+        SURFACE,
+        tmp_path / f"surface.{suffix}",
+        baseline=(1.0, 0.0),
+        chosen=[0.5, 0.0],
+        oracle=(0.5, 0.5),
+    )
+    assert path.stat().st_size
+    axes = drawn[0]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["0", "0.5", "1"]
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["0", "0.5"]
+    image = axes.get_images()[0]
+    # The first scale upwards, the second to the right; seeds are a mean.
+    shown = np.ma.filled(image.get_array(), np.nan)
+    np.testing.assert_allclose(
+        shown, [[59.0, np.nan], [51.5, 48.0], [56.0, 50.0]]
+    )
+    bottom, top = axes.get_ylim()
+    assert bottom < top
+    texts = {t.get_position(): t.get_text() for t in axes.texts}
+    assert texts[0, 2] == "56.0" and texts[0, 1] == "51.5"
+    assert len(texts) == 5
+    assert frames(axes) == {
+        "baseline (1, 0): 56.0": (0, 2),
+        "chosen (0.5, 0): 51.5": (0, 1),
+        "oracle (0.5, 0.5): 48.0": (1, 1),
+    }
+    # The baseline is the middle of the colours.
+    assert image.norm(56.0) == pytest.approx(0.5)
+    assert image.norm(48.0) > 0
+
+
+def test_surface_keeps_its_legend_off_the_cells(tmp_path, drawn):
+    plot_scale_surface(
+        SURFACE,
+        tmp_path / "s.png",
+        baseline=(1.0, 0.0),
+        chosen=(0.5, 0.5),
+        oracle=(0.5, 0.5),
+    )
+    axes = drawn[0]
+    (legend,) = axes.figure.legends
+    renderer = FigureCanvasAgg(axes.figure).get_renderer()
+    cells = axes.get_window_extent(renderer)
+    assert not legend.get_window_extent(renderer).overlaps(cells)
+    # Two frames of one cell lie one inside the other.
+    chosen, oracle = axes.patches[1:]
+    assert chosen.get_width() > oracle.get_width() + 0.1
+    below = axes.xaxis.get_tightbbox(renderer)
+    assert not legend.get_window_extent(renderer).overlaps(below)
+
+
+def test_one_hopeless_point_does_not_pale_the_surface(tmp_path, drawn):
+    surface = {**SURFACE, (0.0, 0.5): 400.0}
+    plot_scale_surface(surface, tmp_path / "s.png", baseline=(1.0, 0.0))
+    image = drawn[0].get_images()[0]
+    assert image.norm(56.0) - image.norm(48.0) > 0.3
+    # Without anything better the worst gives the range.
+    plot_scale_surface({(1, 0): 5.0, (1, 1): 7.0}, tmp_path / "t.png",
+                       baseline=(1, 0))  # fmt: skip
+    image = drawn[1].get_images()[0]
+    assert (image.norm(5.0), image.norm(7.0)) == pytest.approx((0.5, 1.0))
+    plot_scale_surface({(1, 0): 5.0}, tmp_path / "u.png", baseline=(1, 0))
+
+
+@pytest.mark.parametrize(
+    "surface, options, match",
+    [
+        ({}, {}, "no finite value"),
+        ({(0, 0): math.nan}, {}, "no finite value"),
+        (SURFACE, {"chosen": (0.7, 0.0)}, r"chosen=\(0.7, 0.0\)"),
+        (SURFACE, {"baseline": (0.0, 0.5)}, "baseline=.*no value"),
+        (SURFACE, {"oracle": (9, 9)}, "oracle="),
+    ],
+)
+def test_surfaces_that_cannot_be_drawn(tmp_path, surface, options, match):
+    with pytest.raises(ValueError, match=match):
+        plot_scale_surface(surface, tmp_path / "s.png", **options)
     assert not list(tmp_path.iterdir())

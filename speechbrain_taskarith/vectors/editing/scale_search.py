@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from speechbrain_taskarith.utils.messages import some
 from speechbrain_taskarith.utils.patterns import (
     as_tuple,
     matches,
@@ -27,6 +26,7 @@ from speechbrain_taskarith.vectors.application import (
     edit_into,
 )
 from speechbrain_taskarith.vectors.editing.scale_table import REST, ScaleSearch
+from speechbrain_taskarith.vectors.states.names import match_names
 from speechbrain_taskarith.vectors.states.pairing import under_names_of
 from speechbrain_taskarith.vectors.states.readers import as_model, as_state
 
@@ -162,32 +162,21 @@ def search_scale(
     >>> search.best, [row["wer"] for row in search.table]
     (0.3, [2.0, 0.0, 2.0])
     """
-    checks.one_of("leave", leave, ("initial", "best"))
-    oracle = select_on == ORACLE
-    if not oracle:
-        for name in (split, select_on or split, getattr(wer, "split", split)):
-            refuse_test_split(name)
-    if hopeless is not None:
-        checks.in_range("hopeless", hopeless, 1, math.inf)
-    if max_degradation is not None:
-        checks.in_range("max_degradation", max_degradation, 0, math.inf)
+    how = {"split": split, "select_on": select_on, "hopeless": hopeless}
+    how |= {"max_degradation": max_degradation, "domains": domains}
+    oracle = check_choice(wer, leave, **how)
     patterns = _group_patterns(tau, groups)
     candidates = _candidates(scales, patterns)
     search = ScaleSearch(split, select_on or split, oracle, patterns)
     total = sum(len(values) for values in candidates.values())
     with (
         keep_modes(model),
-        _InPlaceEdits(model, base, tau, patterns) as edits,
+        InPlaceEdits(
+            model, base, {REST: tau}, lambda _, name: _group_of(name, patterns)
+        ) as edits,
         progress(total=total, desc="scales", enable=enable_progress) as bar,
     ):
-        evaluations = _Evaluations(
-            search,
-            lambda setting: wer(edits.write(setting)),
-            bar,
-            math.inf if hopeless is None else hopeless,
-            max_degradation,
-            domains,
-        )
+        evaluations = Evaluations(search, wer, edits, bar, **how)
         if max_degradation is not None:
             # The reference comes first, and may always be chosen.
             candidates[REST] = [0.0, *candidates[REST]]
@@ -206,26 +195,39 @@ def search_scale(
                 )
             if best == before:
                 break
-        if best is None:
-            raise ValueError(
-                "no scale gave a usable word error rate (all were NaN, "
-                "infinite or forbidden by max_degradation); the table: "
-                f"{search.table}"
-            )
-        search.choose(best)
+        evaluations.choose(best)
         if leave == "best":
             edits.write(best, stay=True)
     return search
 
 
+def check_choice(
+    wer, leave, *, split, select_on, hopeless, max_degradation, domains
+):
+    """Check what `search_scale` was told; tell whether it is an oracle."""
+    checks.one_of("leave", leave, ("initial", "best"))
+    oracle = select_on == ORACLE
+    if not oracle:
+        for name in (split, select_on or split, getattr(wer, "split", split)):
+            refuse_test_split(name)
+    if hopeless is not None:
+        checks.in_range("hopeless", hopeless, 1, math.inf)
+    if max_degradation is not None:
+        checks.in_range("max_degradation", max_degradation, 0, math.inf)
+    return oracle
+
+
 @dataclass
-class _Evaluations:
+class Evaluations:
     """Evaluates each setting once and enters it into the table."""
 
     search: ScaleSearch
-    measure: object
+    wer: object
+    edits: object
     bar: object
-    hopeless: float
+    split: str
+    select_on: str | None
+    hopeless: float | None
     max_degradation: float | None
     domains: list | None
     rows: dict = field(default_factory=dict)
@@ -239,7 +241,7 @@ class _Evaluations:
         if key in self.rows:
             return self.rows[key]
         start = time.perf_counter()
-        value = self.measure(setting)
+        value = self.wer(self.edits.write(setting))
         seconds = time.perf_counter() - start
         domains = None
         if isinstance(value, Mapping):
@@ -251,8 +253,8 @@ class _Evaluations:
         if self.max_degradation is not None and not self.limits:
             self._set_limits(domains)
         state = "ok"
-        # `hopeless=None` times 0 is NaN, and nothing is greater than that.
-        if not math.isfinite(value) or value > self.hopeless * self.least:
+        most = math.inf if self.hopeless is None else self.hopeless * self.least
+        if not math.isfinite(value) or value > most:
             state = "hopeless"
         elif any(domains[name] > most for name, most in self.limits.items()):
             state = "forbidden"
@@ -275,6 +277,16 @@ class _Evaluations:
                 setting, wer=None, domains=None, seconds=0.0, state="skipped"
             )
 
+    def choose(self, setting):
+        """Mark the best setting; raise if there is none."""
+        if setting is None:
+            raise ValueError(
+                "no scale gave a usable word error rate (all were NaN, "
+                "infinite or forbidden by max_degradation); the table: "
+                f"{self.search.table}"
+            )
+        self.search.choose(setting)
+
     def _set_limits(self, domains):
         if domains is None:
             raise ValueError(
@@ -291,43 +303,48 @@ class _Evaluations:
         self.limits = {name: share * domains[name] for name in protected}
 
 
-class _InPlaceEdits:
-    """Writes `base + scale * tau` into a model; restores it at the end.
+class InPlaceEdits:
+    """Writes `base + sum of scale * tau` into a model; restores it at the end.
 
-    Holds one copy of the edited part of the base and of the vector on the
+    Holds one copy of the edited part of the base and of the vectors on the
     model's device, and of the model's own weights where they are not the
     base's. Leaving the context restores weights and buffers.
+
+    `vectors` is `{key: vector}`, and `part(key, name)` what a setting calls
+    the scale of a vector's parameter. `outside` holds what no vector edits.
     """
 
-    def __init__(self, model, base, tau, patterns):
+    def __init__(self, model, base, vectors, part, outside=None):
         self._model = model
         live = as_state(model)
-        base, tau = under_names_of(live, as_model(base)), tau.named_as(live)
-        base.verify()
-        for state in (base, live):
-            tau.check_fits(state)
-        if lacking := [name for name in live if name not in base]:
-            raise ValueError(
-                f"{base.label} lacks {some(lacking)} of the model; the base "
-                "must be a state of this model"
-            )
+        base = _model_of(live, base)
+        outside = base if outside is None else _model_of(live, outside)
         parameters = {name for name, _ in model.named_parameters()}
-        self._group = {name: _group_of(name, patterns) for name in tau}
-        check_tied_edits(tau, live, self._group)
+        parts = {}  # {name: [(part, delta), ...]}
+        for key, tau in vectors.items():
+            tau = tau.named_as(live)
+            for state in (base, live):
+                tau.check_fits(state)
+            of = {name: part(key, name) for name in tau}
+            check_tied_edits(tau, live, of)
+            for name, delta in tau.items():
+                parts.setdefault(name, []).append((of[name], delta))
         origins = {name: live.aliases.get(name, name) for name in live}
-        # Of a tied tensor the name that the vector edits, or else the last.
+        # Of a tied tensor the name that a vector edits, or else the last.
         names = {origin: name for name, origin in origins.items()}
-        names |= {origins[name]: name for name in reversed(list(tau))}
-        self._edited, self._buffers, outside = {}, [], []
+        names |= {origins[name]: name for name in reversed(list(parts))}
+        self._edited, self._buffers, other = {}, [], []
         for name in names.values():
             tensor = live[name]
-            pair = (tensor, _copy(base[name], tensor))
-            if name in tau:
-                self._edited[name] = (*pair, tau[name].to(tensor.device))
-            else:
-                # An evaluation may change buffers, never parameters.
-                (outside if name in parameters else self._buffers).append(pair)
-        self._outside = [p for p in outside if not torch.equal(*p)]
+            if name in parts:
+                deltas = [(p, d.to(tensor.device)) for p, d in parts[name]]
+                copy = _copy(base[name], tensor)
+                self._edited[name] = (tensor, copy, deltas)
+                continue
+            pair = (tensor, _copy(outside[name], tensor))
+            # An evaluation may change buffers, never parameters.
+            (other if name in parameters else self._buffers).append(pair)
+        self._outside = [p for p in other if not torch.equal(*p)]
         edited = [e for e in self._edited.values() if not torch.equal(*e[:2])]
         self._initial = [
             (tensor, tensor.clone())
@@ -345,12 +362,26 @@ class _InPlaceEdits:
             _overwrite(self._initial)
 
     def write(self, setting, stay=False):
-        """Edit by `{group: scale}` and return the model."""
+        """Edit by `{part: scale}` and return the model."""
         _overwrite(self._buffers)
-        for name, (tensor, base, delta) in self._edited.items():
-            edit_into(tensor, base, delta, setting[self._group[name]], name)
+        for name, (tensor, base, deltas) in self._edited.items():
+            (part, delta), *more = deltas
+            scale = setting[part]
+            if more:
+                delta, scale = delta * scale, 1.0
+                for part, other in more:
+                    delta += other * setting[part]
+            edit_into(tensor, base, delta, scale, name)
         self._stay = stay
         return self._model
+
+
+def _model_of(live, base):
+    """Return a state that gives all that the model holds."""
+    base = under_names_of(live, as_model(base))
+    base.verify()
+    match_names(base, live, partial=True)
+    return base
 
 
 def _line(evaluations, scales, setting_of, start=None, origin=0.0):

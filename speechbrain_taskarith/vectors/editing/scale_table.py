@@ -2,7 +2,10 @@
 
 import csv
 
-from speechbrain_taskarith.metrics.plots import plot_scale_curve
+from speechbrain_taskarith.metrics.plots import (
+    plot_scale_curve,
+    plot_scale_surface,
+)
 from speechbrain_taskarith.utils.files import atomic_write
 
 # The group of the parameters that no given group holds.
@@ -149,3 +152,124 @@ class ScaleSearch:
         for row in self.table:
             is_best = all(row[column] == s for column, s in columns.items())
             row["best"] = row["state"] == "ok" and is_best
+
+
+class ScaleGrid(ScaleSearch):
+    """What a search over several vectors found; made by `search_scales`.
+
+    As `ScaleSearch`, with one column of scales a vector.
+
+    Arguments
+    ---------
+    split, select_on, oracle
+        See `ScaleSearch`.
+    baseline : dict
+        `{vector: scale}` of the point to compare with.
+    """
+
+    def __init__(self, split, select_on, oracle, baseline):
+        super().__init__(split, select_on, oracle, {n: [n] for n in baseline})
+        self.baseline = dict(baseline)
+
+    def to_dict(self):
+        """Return plain types, as `ScaleSearch.to_dict`, with the baseline."""
+        return {**super().to_dict(), "baseline": dict(self.baseline)}
+
+    def wer_at(self, setting):
+        """Return the (mean) WER at a setting of the table, or None.
+
+        Arguments
+        ---------
+        setting : dict
+            `{vector: scale}`; the others at the baseline's.
+
+        Returns
+        -------
+        float or None
+            None where it was not evaluated.
+
+        Example
+        -------
+        >>> grid = ScaleGrid("valid", "valid", False, {"own": 1.0, "other": 0})
+        >>> _ = grid.add({"own": 0.5, "other": 0}, wer=51.0, state="ok")
+        >>> grid.wer_at({"own": 0.5}), grid.wer_at({"own": 0.7})
+        (51.0, None)
+        """
+        columns = self._columns({**self.baseline, **setting}).items()
+        found = (row["wer"] for row in self.table if columns <= row.items())
+        return next(found, None)
+
+    def surface(self, y=None, x=None):
+        """Return the WER over two of the scales, as `plot_scale_surface` takes.
+
+        Arguments
+        ---------
+        y, x : str or None
+            The vectors; by default the first two. Others are at their best.
+
+        Returns
+        -------
+        dict
+            `{(scale of y, scale of x): WER}`; NaN where not evaluated.
+        """
+        y, x = self._axes(y, x)
+        others = self._columns(self._setting)
+        for name in (y, x):
+            del others[f"scale {name}"]
+        return {
+            (row[f"scale {y}"], row[f"scale {x}"]): float("nan")
+            if row["wer"] is None
+            else row["wer"]
+            for row in self.table
+            if others.items() <= row.items()
+        }
+
+    def plot(self, path, *, y=None, x=None, chosen=None, title=""):
+        """Plot the WER over two of the scales; of one vector, as a curve.
+
+        Arguments
+        ---------
+        path : str or pathlib.Path
+            `.png`, `.pdf` or `.svg`; written atomically.
+        y, x : str or None
+            See `surface`.
+        chosen : dict or None
+            The setting to frame as chosen, e.g. that of a search on
+            development data on the surface of an oracle; None frames this
+            search's own, unless it is an oracle.
+        title : str
+            Above the plot.
+        """
+        if len(self.baseline) == 1:
+            super().plot(path)
+            return
+        y, x = self._axes(y, x)
+
+        def place(setting):
+            return setting[y], setting[x]
+
+        marks = {"baseline": place(self.baseline)}
+        if self.oracle:
+            marks["oracle"] = place(self.best)
+        if chosen or not self.oracle:
+            chosen = {**self.baseline, **chosen} if chosen else self.best
+            marks["chosen"] = place(chosen)
+        plot_scale_surface(
+            self.surface(y, x),
+            path,
+            **marks,
+            title=title,
+            ylabel=y.replace("_", " "),
+            xlabel=x.replace("_", " "),
+            unit=f"WER on {self.select_on} (%)".replace("_", " "),
+        )
+
+    def _axes(self, y, x):
+        names = list(self.baseline)
+        if len(names) < 2:
+            raise ValueError("one vector has a curve, not a surface")
+        y = y or next(name for name in names if name != x)
+        x = x or next(name for name in names if name != y)
+        if y == x or not {y, x} <= set(names):
+            raise ValueError(f"y={y!r}, x={x!r}: expected two of {names}")
+        return y, x

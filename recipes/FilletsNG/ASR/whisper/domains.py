@@ -1,16 +1,16 @@
 """The lines of several domains: what is drawn for training, what is tested."""
 
-import csv
 import functools
 import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from speechbrain_taskarith.metrics import wer
-from speechbrain_taskarith.utils.files import atomic_write, sha256_of
+from syn2real import SPLITS, check_splits, read_csv
 
-COLUMNS = ["ID", "duration", "wav", "lang", "text"]
+from speechbrain_taskarith.metrics import wer
+from speechbrain_taskarith.utils.files import sha256_of
+
 DIGITS = "zero one two three four five six seven eight nine".split()
 
 
@@ -35,9 +35,8 @@ class Domain:
 
     def read(self, split, longest=None):
         """Return a split's rows, not longer than `longest` seconds."""
-        path = Path(self.pattern.format(split)).resolve()
-        with open(path, encoding="utf-8", newline="") as stream:
-            rows = list(csv.DictReader(stream))
+        path = self.pattern.format(split)
+        rows = read_csv(path)
         missing = {"ID", "duration", "wav", "text"} - set(
             rows[0] if rows else ()
         )
@@ -47,7 +46,6 @@ class Domain:
                 f"{', '.join(sorted(missing))}"
             )
         for row in rows:
-            row["wav"] = row["wav"].replace("$data_root", str(path.parent))
             # Of several domains together, each keeps its own names.
             row["ID"] = f"{self.name}/{row['ID']}"
         rows = [r for r in rows if longest is None or _seconds(r) <= longest]
@@ -56,6 +54,10 @@ class Domain:
                 f"{path}: domain {self.name}: no line of at most {longest} s"
             )
         return rows
+
+    def check(self):
+        """Refuse lines that are in two splits."""
+        check_splits(self.name, {split: self.read(split) for split in SPLITS})
 
     def draw(self, split, count, seed, longest=None):
         """Return `count` lines of a split, or all where it has fewer."""
@@ -67,19 +69,6 @@ class Domain:
 
 def _seconds(row):
     return float(row["duration"])
-
-
-def write_lines(path, rows):
-    """Write a manifest for `train.py`; returns its path."""
-    path = Path(path).resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path, "w") as stream:
-        writer = csv.DictWriter(
-            stream, COLUMNS, lineterminator="\n", extrasaction="ignore"
-        )
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
 
 
 def name_of_lines(path):

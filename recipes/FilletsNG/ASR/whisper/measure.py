@@ -4,19 +4,29 @@ import hashlib
 import json
 from pathlib import Path
 
+import torch
 from hyperpyyaml import load_hyperpyyaml
-from train import ASR, load_weights, make_dataset, read_rows
+from train import ASR, make_dataset, read_rows
 
 from speechbrain_taskarith.brains import fast_precision
 from speechbrain_taskarith.utils.files import read_json, write_json
 
 
 class Listener(ASR):
-    """Recognises a data set; the counts stay with `references`."""
+    """Recognises a data set; what it found is in `hypotheses`."""
+
+    def evaluate_batch(self, batch, stage):
+        """Search for words, and do nothing else."""
+        batch = batch.to(self.device)
+        wavs, wav_lens = batch.sig
+        whisper = self.hparams.whisper
+        with self.evaluation_ctx:
+            encoded = whisper.forward_encoder(whisper._get_mel(wavs))
+            self.recognise(encoded, wav_lens, batch)
+        return torch.zeros(())
 
     def on_stage_end(self, stage, stage_loss, epoch):
-        """Count, and write nothing."""
-        self.score()
+        """Write nothing."""
 
 
 class Measure:
@@ -30,19 +40,25 @@ class Measure:
         Values that replace those of the file.
     folder : str or pathlib.Path
         Where what was measured is kept: a later run reads it from there.
+    data_root : str or pathlib.Path
+        What stands for `$data_root` in the manifests.
     """
 
-    def __init__(self, hparams_file, overrides, folder):
+    def __init__(self, hparams_file, overrides, folder, data_root="."):
         with open(hparams_file, encoding="utf-8") as stream:
-            self.hparams = load_hyperpyyaml(stream, overrides)
+            manifests = {"data_folder": ".", "prepare": None}
+            self.hparams = load_hyperpyyaml(stream, manifests | overrides)
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.hparams["data_root"] = str(data_root)
         whisper = self.hparams["whisper"]
         self.hparams["prompt_length"] = len(whisper.tokenizer.prefix_tokens)
         self.whisper = whisper
         self.brain = Listener(
             modules=self.hparams["modules"],
             hparams=self.hparams,
+            # Autocast: with all of it in bfloat16 the public Whisper base has
+            # 71 % WER where it has 58 % (Dutch), since sums are rounded too.
             run_opts={
                 "eval_precision": fast_precision(),
                 "noprogressbar": True,
@@ -50,38 +66,29 @@ class Measure:
         )
         self._data = {}
 
-    def dataset(self, manifest, limit=None, data_root=None):
-        """Read a manifest's first `limit` utterances, the shortest first."""
-        key = str(manifest), limit
+    def dataset(self, manifest):
+        """Read a manifest, the shortest utterance first."""
+        key = str(manifest)
         if key not in self._data:
-            hparams = {**self.hparams}
-            if data_root is not None:
-                hparams["data_folder"] = str(data_root)
-            rows = read_rows(str(manifest), hparams)
-            rows = dict(list(rows.items())[:limit])
-            data = make_dataset(rows, hparams)
+            rows = read_rows(key, self.hparams)
+            data = make_dataset(rows, self.hparams)
             self._data[key] = data.filtered_sorted(sort_key="duration")
         return self._data[key]
 
-    def load(self, state):
-        """Put the weights of a checkpoint or a `transformers` folder in."""
-        load_weights(self.whisper, state)
-
-    def __call__(self, name, state, manifest, limit=None, data_root=None):
-        """Return the errors of a state on a manifest.
+    def __call__(self, name, state, manifest):
+        """Return `{"references", "hypotheses"}` of a state on a manifest.
 
         `name` says what the state is; `state` is a mapping or a function that
-        makes one, called only where this was not measured before. Returns
-        `(words, characters, references, hypotheses)`.
+        makes one, called only where this was not measured before.
         """
-        told = json.dumps([name, str(manifest), limit])
+        told = json.dumps([name, str(manifest)])
         key = hashlib.sha256(told.encode()).hexdigest()[:16]
         path = self.folder / f"{key}.json"
         if not path.exists():
             state = state() if callable(state) else state
-            self.load(state)
+            self.whisper.load_weights(state)
             self.brain.evaluate(
-                self.dataset(manifest, limit, data_root),
+                self.dataset(manifest),
                 test_loader_kwargs=self.hparams["test_loader_kwargs"],
             )
             write_json(

@@ -1,6 +1,185 @@
-"""Tables and plots of syn2real.py."""
+"""What syn2real.py leaves behind: tables, surfaces as CSV and as plots."""
+
+import csv
+import statistics
+
+from common.study import relative_reduction
+
+from speechbrain_taskarith.metrics import (
+    Summary,
+    paired_bootstrap,
+    plot_scale_surface,
+    wer,
+)
+from speechbrain_taskarith.utils.files import atomic_write
+
+TABLE = "syn2real_languages"
+TITLE = "SYN2REAL across languages (Whisper, Fish Fillets NG)"
+# Rows whose scales were chosen on real speech of the source.
+CHOSEN = {
+    "support_language",
+    "shrunk",
+    "edited",
+    "edited_both",
+    "edited_both_encoder",
+    "edited_both_decoder",
+    "ensemble",
+    "ensemble_both",
+}
+NOTE = (
+    "Means over both directions (Czech to Dutch, Dutch to Czech): the target "
+    "is heard from espeak-ng only, the source from actors too. Write d, r and "
+    "s for what synthetic target, real source and synthetic source speech "
+    "added to the base. `baseline`: d. `shrunk`: b d. `edited`: d + a (r - s). "
+    "`edited_both`: b d + a (r - s), `_encoder` and `_decoder` with the "
+    "difference in that part only. `ensemble`: the mean of r - s over the "
+    "source and English. `paper_scale`: a = 0.25. `support_language`: d + a r. "
+    "All scales were chosen where the source takes the target's place and "
+    "English the source's; `oracle` is the best point of the grid on the test "
+    "lines, which no one may choose. `joint`: trained on the recordings of "
+    "the source and the synthetic target together, twice as many steps. "
+    "`real_target`: recordings of the target, the upper bound."
+)
+
+
+def scores(found):
+    """Return WER and CER of what was measured."""
+    pairs = found["references"], found["hypotheses"]
+    letters = [{k: list(t) for k, t in side.items()} for side in pairs]
+    return {"wer": wer(*pairs).wer, "cer": wer(*letters).wer}
 
 
 def write_report(results, folder):
-    """Write what was measured."""
-    raise NotImplementedError
+    """Write all tables and plots; `results` is `{(seed, target): ...}`."""
+    summary = Summary(folder, title=TITLE)
+    seeds = sorted({seed for seed, _ in results})
+    targets = list(dict.fromkeys(target for _, target in results))
+    for seed in seeds:
+        by_row = {}
+        for target in targets:
+            result = results[seed, target]
+            rows = {row: scores(found) for row, found in result["rows"].items()}
+            point = min(result["surface"], key=result["surface"].get)
+            rows["oracle"] = {"wer": result["surface"][point]}
+            for row, found in rows.items():
+                found["relative_reduction"] = relative_reduction(
+                    before=rows["baseline"]["wer"], after=found["wer"]
+                )
+                by_row.setdefault(row, []).append(found)
+                add(summary, f"{TABLE}_{target}", row, found, seed)
+            add_choice(summary, f"{TABLE}_scales", target, result, seed)
+        for row, found in by_row.items():
+            means = {
+                metric: statistics.fmean(f[metric] for f in found)
+                for metric in found[0]
+            }
+            add(summary, TABLE, row, means, seed)
+    summary.note(NOTE)
+    for better, than in (
+        ("edited_both", "baseline"),
+        ("edited_both", "shrunk"),
+        ("edited_both", "joint"),
+        ("edited", "baseline"),
+        ("shrunk", "baseline"),
+    ):
+        summary.note(compare(results, better, than))
+    summary.write()
+    summary.print(only=[TABLE])
+    for target in targets:
+        draw(results, seeds, target, folder)
+
+
+def add(summary, table, row, metrics, seed):
+    """Add a row of one seed."""
+    chosen = "real_source" if row in CHOSEN else None
+    if row == "oracle":
+        chosen = "real_target"
+    for metric, value in metrics.items():
+        summary.add(
+            table=table,
+            row=row,
+            metric=metric,
+            value=value,
+            unit="%",
+            split="test",
+            seed=seed,
+            selected_on=chosen,
+        )
+
+
+def add_choice(summary, table, target, result, seed):
+    """Add the scales that were chosen for a target, and the best ones."""
+    chosen = result["chosen"]
+    best = min(result["surface"], key=result["surface"].get)
+    scales = {
+        "shrunk": (chosen["shrunk"], 0.0),
+        "edited": (1.0, chosen["edited"]),
+        "edited_both": chosen["both"],
+        "support_language": (1.0, chosen["support"]),
+        "oracle": best,
+    }
+    for row, (b, a) in scales.items():
+        for metric, value in (("target_scale", b), ("scale", a)):
+            summary.add(
+                table=table,
+                row=f"{target}: {row}",
+                metric=metric,
+                value=value,
+                unit="1",
+                split="test",
+                seed=seed,
+                selected_on="real_target" if row == "oracle" else "real_source",
+            )
+
+
+def compare(results, better, than):
+    """Say how sure the difference of two rows is, over all lines and seeds."""
+    sides = []
+    for row in (than, better):
+        sides.append(
+            sum(
+                wer(
+                    name_lines(result["rows"][row]["references"], key),
+                    name_lines(result["rows"][row]["hypotheses"], key),
+                )
+                for key, result in results.items()
+            )
+        )
+    found = paired_bootstrap(*sides)
+    return (
+        f"`{better}` against `{than}`: {found.difference:.1f} points lower "
+        f"(95 % interval {found.low:.1f} to {found.high:.1f}, p = "
+        f"{found.p_value:.3f}; utterances drawn in pairs, all seeds and "
+        "directions)."
+    )
+
+
+def name_lines(texts, key):
+    """Give the lines of a seed and direction names of their own."""
+    return {f"{key[0]}/{key[1]}/{line}": text for line, text in texts.items()}
+
+
+def draw(results, seeds, target, folder):
+    """Draw the surface of both scales, mean over seeds, and write it."""
+    surfaces = [results[seed, target]["surface"] for seed in seeds]
+    means = {
+        point: statistics.fmean(surface[point] for surface in surfaces)
+        for point in surfaces[0]
+    }
+    both = [results[seed, target]["chosen"]["both"] for seed in seeds]
+    path = folder / "plots" / f"surface_{target}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot_scale_surface(
+        {point: [s[point] for s in surfaces] for point in means},
+        path,
+        baseline=(1.0, 0.0),
+        chosen=max(set(both), key=both.count),
+        oracle=min(means, key=means.get),
+        title=f"Target {target}: real lines, {len(seeds)} seeds",
+    )
+    with atomic_write(folder / f"surface_{target}.csv", "w") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(["target_scale", "scale", "wer", *map(str, seeds)])
+        for (b, a), mean in means.items():
+            each = [surface[b, a] for surface in surfaces]
+            writer.writerow([b, a, mean, *each])

@@ -24,17 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from domains import Domain, Tests, write_lines
+from domains import Domain, Tests
 from lineage import Base, Models, Tuned
 from measure import Measure
 from sequential_report import write_report
 from sequential_rows import ROWS, Row
+from syn2real import HPARAMS, write_csv
 
 from speechbrain_taskarith.utils.files import read_json, write_json
 from speechbrain_taskarith.utils.progress import progress
 
-HERE = Path(__file__).resolve().parent
-HPARAMS = HERE / "hparams" / "train.yaml"
 # Of one training of 400 lines on one core, before one has been timed.
 SECONDS = 200.0
 
@@ -166,6 +165,8 @@ class Study:
         self.given = given
         self.folder = Path(given.output).resolve()
         domains = [given.original, *given.domains]
+        for domain in domains:
+            domain.check()
         self.rows, self.lines, held_out = {}, {}, {}
         for seed in seeds:
             self.rows[seed] = {
@@ -173,7 +174,7 @@ class Study:
                 for d in domains
             }
             self.lines[seed] = {
-                name: write_lines(
+                name: write_csv(
                     self.folder / "data" / str(seed) / f"{name}.csv", rows
                 )
                 for name, rows in self.rows[seed].items()
@@ -184,7 +185,7 @@ class Study:
                 rows = domain.draw(
                     split, vars(given)[split], split, given.longest
                 )
-                held_out[domain.name, split] = write_lines(
+                held_out[domain.name, split] = write_csv(
                     self.folder / "data" / f"{domain.name}_{split}.csv", rows
                 )
         settings = [
@@ -195,13 +196,18 @@ class Study:
         self.base = Base(given.whisper_hub, settings)
         self.models = Models(
             self.folder / "models",
-            [str(HPARAMS), f"--whisper_hub={self.base.path}", *settings],
+            [
+                str(HPARAMS),
+                f"--whisper_hub={self.base.path}",
+                *("--data_folder=.", "--prepare=null"),
+                *("--valid_csv=null", "--test_csv=null"),
+                *settings,
+            ],
         )
         torch.set_num_threads(1)
         measure = Measure(
             HPARAMS,
             {
-                "train_csv": None,
                 "whisper_hub": str(self.base.path),
                 "output_folder": str(self.folder / "measured"),
                 "test_batch_size": 40,

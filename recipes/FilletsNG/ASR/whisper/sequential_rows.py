@@ -3,8 +3,8 @@
 import dataclasses
 from dataclasses import dataclass
 
-from domains import write_lines
 from lineage import Edited, Tuned
+from syn2real import write_csv
 
 from speechbrain_taskarith.vectors import (
     TIES,
@@ -164,9 +164,7 @@ class Replayed(Row):
             ]
         after = "_".join(step.seen)
         name = f"replay/{step.domain}_after_{after}_{self.share}.csv"
-        return self.tuned(
-            step, train_csv=write_lines(step.folder / name, mixed)
-        )
+        return self.tuned(step, train_csv=write_csv(step.folder / name, mixed))
 
 
 @dataclass(frozen=True)
@@ -180,7 +178,7 @@ class Joint(Row):
         """As `Row.learn`."""
         domains = sorted([step.original, *step.seen, step.domain])
         rows = [row for domain in domains for row in step.rows[domain]]
-        lines = write_lines(step.folder / "joint.csv", rows)
+        lines = write_csv(step.folder / "joint.csv", rows)
         return Tuned(
             step.base,
             "joint",

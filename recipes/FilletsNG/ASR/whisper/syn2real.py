@@ -1,26 +1,34 @@
 #!/usr/bin/env python3
-"""SYN2REAL across languages: what does real speech elsewhere add?
+"""SYN2REAL with every control: what does real speech elsewhere add?
 
-A language has no recordings: Whisper learns it from espeak-ng. Another
-language has both. All rows of the table are sums of task vectors,
+A domain (a language, a kind of text) has no recordings: Whisper learns it from
+synthetic speech. Other domains have both. All rows of the table are sums of
+task vectors,
 
     theta = base + sum_i weight_i (theta_i - base),
 
-of models that `train.py` tuned from one base on the same number of lines, so
-that two things are told apart: going back towards the base, and adding what
-real speech taught. Scales are chosen without real speech of the target: the
-source language takes its place, English the source's.
+of models that `train.py` tuned from one base on equally many lines, so that
+two things are told apart: going back towards the base, and adding what real
+speech taught elsewhere. Every domain takes the target's place in turn; helpers
+never do. Scales are chosen without real speech of the target: each source
+takes its place, all others the sources'.
 
-To run this study, do the following (see README.md for the folders):
+To run this study on Czech and Dutch, with English as the helper (README.md
+says how the folders are made):
 > python syn2real.py --whisper_hub whisper-base-5s --seeds 0 1 2 \
->     --fillets corpus --english arctic --output results/syn2real
+>     --domain nl=corpus/nl_{}.csv --domain cs=corpus/cs_{}.csv \
+>     --helper en=arctic/b_{}.csv --output results/syn2real
 
-It goes on where it stopped when started again.
+`{}` stands for train, valid and test. Synthetic speech is made by espeak-ng;
+`--synthetic nl=folder/manifest.csv` takes what another engine made. The study
+goes on where it stopped when started again.
 """
 
 import argparse
 import csv
 import random
+import shutil
+import statistics
 import sys
 from pathlib import Path
 
@@ -35,13 +43,12 @@ from train import train
 from speechbrain_taskarith.metrics import wer
 from speechbrain_taskarith.utils.files import atomic_write
 from speechbrain_taskarith.utils.progress import progress
-from speechbrain_taskarith.vectors import TaskVector, open_state
+from speechbrain_taskarith.vectors import TaskVector, open_state, save_state
 
 HERE = Path(__file__).resolve().parent
 HPARAMS = HERE / "hparams" / "train.yaml"
-VOICES = {"cs": "cs", "nl": "nl", "en": "en-us"}
-# Each takes the target's place in turn; the other is the source.
-TARGETS = {"nl": "cs", "cs": "nl"}
+KEPT = "kept.safetensors"
+SPLITS = ("train", "valid", "test")
 TARGET_SCALES = [0.25, 0.5, 0.75, 1.0]
 SCALES = [0.0, 0.25, 0.5, 0.75, 1.0]
 
@@ -49,21 +56,48 @@ SCALES = [0.0, 0.25, 0.5, 0.75, 1.0]
 def parse_arguments(argv):
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--whisper_hub", required=True, help="the base")
-    parser.add_argument("--fillets", required=True, help="prepared corpus")
-    parser.add_argument("--english", required=True, help="prepared ARCTIC")
-    parser.add_argument("--output", default="results/syn2real")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--lines", type=int, default=400, help="of a language")
-    parser.add_argument("--longest", type=float, default=5.0, help="seconds")
-    parser.add_argument("--valid", type=int, default=100, help="lines")
-    parser.add_argument("--test", type=int, default=160, help="lines")
-    parser.add_argument("--only_train", action="store_true")
-    return parser.parse_args(argv)
+    add = parser.add_argument
+    add("--whisper_hub", required=True, help="the base: a hub name or folder")
+    for name, text in (
+        ("domain", "takes the target's place in turn"),
+        ("helper", "is a source only"),
+        ("synthetic", "a manifest with the domain's train lines"),
+    ):
+        add(
+            f"--{name}",
+            action="append",
+            default=[],
+            metavar="NAME=PATH",
+            type=lambda word: tuple(word.split("=", 1)),
+            help=text,
+        )
+    add("--output", default="results/syn2real")
+    add("--seeds", type=int, nargs="+", default=[0])
+    add("--lines", type=int, default=400, help="of each domain, for training")
+    add("--longest", type=float, default=5.0, help="seconds")
+    add("--valid", type=int, default=100, help="lines of each domain")
+    add("--test", type=int, default=160, help="lines of each domain")
+    add("--only_train", action="store_true", help="measure nothing")
+    given = parser.parse_args(argv)
+    for pair in (*given.domain, *given.helper, *given.synthetic):
+        if len(pair) != 2:
+            parser.error(f"{pair[0]!r}: expected NAME=PATH")
+    given.domain, given.helper = dict(given.domain), dict(given.helper)
+    given.synthetic = dict(given.synthetic)
+    for name, pattern in (given.domain | given.helper).items():
+        if "{}" not in pattern:
+            parser.error(f"{name}={pattern}: expected {{}} for the split")
+    if len(given.domain) + len(given.helper) < 3:
+        parser.error(
+            "scales are chosen where a source takes the target's place: give "
+            "three domains, or two and a helper"
+        )
+    return given
 
 
 def read_csv(path):
     """Read a manifest as dicts, paths made absolute."""
+    path = Path(path).resolve()
     with open(path, encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
     for row in rows:
@@ -81,116 +115,142 @@ def write_csv(path, rows):
         )
         writer.writeheader()
         writer.writerows(rows)
-    return path
+    return path.resolve()
+
+
+def check_splits(name, splits):
+    """Refuse a line, or a level, that is in two splits."""
+    for column in ("ID", "level"):
+        seen = {}
+        for split, rows in splits.items():
+            for row in rows:
+                value = row.get(column)
+                if value and seen.setdefault(value, split) != split:
+                    raise ValueError(
+                        f"domain {name}: {column} {value!r} is in the splits "
+                        f"{seen[value]!r} and {split!r}; a test on it would "
+                        "be no test"
+                    )
 
 
 def prepare_data(given, folder, seed):
-    """Draw the lines of each language; the same, spoken by both sides.
+    """Draw the lines of each domain; the same, spoken by both sides.
 
-    Returns `{name of a training: manifest}` and `{language: manifest}` of the
-    real development and test lines.
+    Returns `{name of a training: manifest}`, `{(domain, split): manifest}` of
+    the real development and test lines, and the words of all training lines,
+    `{domain: set}`.
     """
-    corpora = {
-        language: Path(given.fillets, f"{language}_{{}}.csv")
-        for language in TARGETS
-    }
-    corpora["en"] = Path(given.english, "b_{}.csv")
     drawn, held_out = {}, {}
-    for language, pattern in corpora.items():
-        real = read_csv(Path(str(pattern).format("train")).resolve())
-        spoken = Path(given.output).resolve() / "synthetic" / language
-        manifest = synthesize(
-            Path(str(pattern).format("train")), spoken, VOICES[language]
-        )
-        synthetic = {row["ID"]: row for row in read_csv(manifest)}
-        both = [
-            row["ID"]
-            for row in real
+    for name, pattern in (given.domain | given.helper).items():
+        splits = {split: read_csv(pattern.format(split)) for split in SPLITS}
+        check_splits(name, splits)
+        splits = {
+            split: [r for r in rows if float(r["duration"]) <= given.longest]
+            for split, rows in splits.items()
+        }
+        spoken = given.synthetic.get(name)
+        if spoken is None:
+            lang = splits["train"][0]["lang"]
+            spoken = synthesize(
+                pattern.format("train"),
+                Path(given.output).resolve() / "synthetic" / name,
+                {"en": "en-us"}.get(lang, lang),
+            )
+        synthetic = {
+            row["ID"]: row
+            for row in read_csv(spoken)
             if float(row["duration"]) <= given.longest
-            and float(synthetic[row["ID"]]["duration"]) <= given.longest
-        ]
-        chosen = random.Random(f"{seed}/{language}").sample(
-            both, min(given.lines, len(both))
-        )
-        real = {row["ID"]: row for row in real}
-        drawn[f"real/{language}"] = [real[key] for key in chosen]
-        drawn[f"synthetic/{language}"] = [synthetic[key] for key in chosen]
+        }
+        both = [row for row in splits["train"] if row["ID"] in synthetic]
+        count = min(given.lines, len(both))
+        chosen = random.Random(f"{seed}/{name}").sample(both, count)
+        drawn[f"real/{name}"] = chosen
+        drawn[f"synthetic/{name}"] = [synthetic[r["ID"]] for r in chosen]
         for split in ("valid", "test"):
-            rows = [
-                row
-                for row in read_csv(
-                    Path(str(pattern).format(split)).resolve()
-                )
-                if float(row["duration"]) <= given.longest
-            ]
             # The same lines for all seeds.
-            random.Random(f"{split}/{language}").shuffle(rows)
-            held_out[language, split] = write_csv(
-                Path(given.output, "data", f"{language}_{split}.csv"),
+            rows = splits[split]
+            random.Random(f"{split}/{name}").shuffle(rows)
+            held_out[name, split] = write_csv(
+                Path(given.output, "data", f"{name}_{split}.csv"),
                 rows[: vars(given)[split]],
             )
-    for target, source in TARGETS.items():
+    for target in given.domain:
+        sources = [name for name in given.domain if name != target]
         drawn[f"joint/{target}"] = [
-            *drawn[f"real/{source}"],
-            *(
-                row | {"ID": f"synthetic_{row['ID']}"}
-                for row in drawn[f"synthetic/{target}"]
-            ),
+            row | {"ID": f"{side}_{row['ID']}"}
+            for side, names in (("real", sources), ("synthetic", [target]))
+            for name in names
+            for row in drawn[f"{side}/{name}"]
         ]
-    manifests = {
+    return {
         name: write_csv(folder / "data" / f"{name}.csv", rows)
         for name, rows in drawn.items()
-    }
-    return manifests, held_out
+    }, held_out
 
 
 def plan_trainings(manifests, seed):
     """List the trainings of one seed: one call of `train.py` each."""
     return [
-        Training(
-            name,
-            {
-                "train_csv": str(manifest.resolve()),
-                # Multilingual models need a default; rows say their own.
-                "language": name.split("/")[1],
-                "seed": seed,
-            },
-        )
+        Training(name, {"train_csv": str(manifest), "seed": seed})
         for name, manifest in manifests.items()
     ]
 
 
-def rows_of(target, source, b, a, both):
+def keep_weights(training):
+    """Keep the weights of a finished training, a third of its checkpoint."""
+    kept = training / KEPT
+    if not kept.exists():
+        [weights] = training.glob("save/CKPT+*/whisper.ckpt")
+        save_state(open_state(weights), kept)
+    shutil.rmtree(training / "save", ignore_errors=True)
+
+
+def edit(target, sources, b, a, part=""):
+    """Return the weights of `b d + a mean(r - s)`, `{model: weight}`.
+
+    `part`: `@pattern` takes the difference where names fit it only.
+    """
+    weights = {f"synthetic/{target}": b}
+    for source in sources:
+        weights[f"real/{source}{part}"] = a / len(sources)
+        weights[f"synthetic/{source}{part}"] = -a / len(sources)
+    return weights
+
+
+def support(target, sources, a):
+    """Return the weights of `d + a mean(r)`: a support language."""
+    reals = {f"real/{source}": a / len(sources) for source in sources}
+    return {f"synthetic/{target}": 1.0, **reals}
+
+
+def rows_of(target, sources, helpers, chosen):
     """Name the rows of the table: `{row: {model: weight}}`.
 
-    `b`, `a` and `both` are what was chosen: the scale of the target's vector
-    alone, that of the difference alone, and the two together.
+    `chosen`: see `Study.choose`.
     """
-    synthetic, real = f"synthetic/{target}", f"real/{source}"
-    other, english = f"synthetic/{source}", "real/en"
-    spoken_english = "synthetic/en"
+    synthetic, both = f"synthetic/{target}", chosen["both"]
+    everyone = [*sources, *helpers]
 
-    def edited(b, a):
-        return {synthetic: b, real: a, other: -a}
+    def mean(models):
+        return {model: 1 / len(models) for model in models}
 
-    def ensemble(b, a):
-        half = {real: a / 2, other: -a / 2}
-        return {synthetic: b, **half, english: a / 2, spoken_english: -a / 2}
-
+    reals = [f"real/{source}" for source in sources]
     return {
         "pretrained": {},
         "baseline": {synthetic: 1.0},
-        "real_source": {real: 1.0},
-        "mean_of_real_sources": {real: 0.5, english: 0.5},
-        "mean_of_baseline_and_real": {synthetic: 0.5, real: 0.5},
+        "real_source": mean(reals),
+        "mean_of_real_sources": mean([f"real/{name}" for name in everyone]),
+        "mean_of_baseline_and_real": mean([synthetic, *reals]),
         "joint": {f"joint/{target}": 1.0},
-        "support_language": {synthetic: 1.0, real: a["support"]},
-        "shrunk": {synthetic: b},
-        "paper_scale": edited(1.0, 0.25),
-        "edited": edited(1.0, a["edited"]),
-        "edited_both": edited(*both),
-        "ensemble": ensemble(1.0, a["edited"]),
-        "ensemble_both": ensemble(*both),
+        "support_language": support(target, sources, chosen["support"]),
+        "shrunk": {synthetic: chosen["shrunk"]},
+        "paper_scale": edit(target, sources, 1.0, 0.25),
+        "edited": edit(target, sources, 1.0, chosen["edited"]),
+        "edited_both": edit(target, sources, *both),
+        "edited_both_encoder": edit(target, sources, *both, "@model.encoder.*"),
+        "edited_both_decoder": edit(target, sources, *both, "@model.decoder.*"),
+        "ensemble": edit(target, everyone, 1.0, chosen["edited"]),
+        "ensemble_both": edit(target, everyone, *both),
         "real_target": {f"real/{target}": 1.0},
     }
 
@@ -206,7 +266,6 @@ class Study:
         self.measure = Measure(
             HPARAMS,
             {
-                "train_csv": None,
                 "whisper_hub": given.whisper_hub,
                 "output_folder": str(self.folder / "measured"),
                 "test_batch_size": 40,
@@ -215,47 +274,65 @@ class Study:
         )
 
     def vector(self, model):
-        """Return what a training added to the base."""
+        """Return what a training added to the base, or a part of it."""
         if model not in self.vectors:
+            name, _, pattern = model.partition("@")
             self.vectors[model] = TaskVector.between(
-                self.base, self.folder / "models" / model / "save"
+                self.base,
+                self.folder / "models" / name / KEPT,
+                include=pattern or "*",
             )
         return self.vectors[model]
 
     def state(self, weights):
-        """Return `base + sum(weight * vector)` """
-        terms = [w * self.vector(m) for m, w in weights.items() if w]
-        return sum(terms).apply(self.base) if terms else dict(self.base)
+        """Return `base + sum(weight * vector)`."""
+        state = dict(self.base)
+        for model, weight in weights.items():
+            # From the second on, not of the state that it is added to.
+            state = self.vector(model).apply(state, weight, any_base=True)
+        return state
 
-    def errors(self, weights, language, split="test"):
-        """Measure a sum of vectors on real lines of a language."""
-        weights = {m: round(w, 4) for m, w in weights.items() if w}
+    def errors(self, weights, domain, split="test"):
+        """Measure a sum of vectors on real lines of a domain."""
+        weights = {model: w for model, w in weights.items() if w}
         return self.measure(
             weights,
             lambda: self.state(weights),
-            self.held_out[language, split],
+            self.held_out[domain, split],
         )
 
-    def wer(self, weights, language, split="test"):
+    def wer(self, weights, domain, split="test"):
         """Return the WER only."""
-        found = self.errors(weights, language, split)
+        found = self.errors(weights, domain, split)
         return wer(found["references"], found["hypotheses"]).wer
 
-    def choose(self, source):
-        """Choose all scales where the source takes the target's place.
+    def choose(self, sources, helpers):
+        """Choose all scales where each source takes the target's place.
 
-        English takes the source's: nothing here has heard the target.
+        All other sources and the helpers take the sources' place: nothing
+        here has heard the target.
         """
-        own = f"synthetic/{source}"
-        grid = {
-            (b, a): self.wer(
-                {own: b, "real/en": a, "synthetic/en": -a}, source, "valid"
+
+        def mean_wer(weights_of):
+            return statistics.fmean(
+                self.wer(
+                    weights_of(
+                        source,
+                        [n for n in (*sources, *helpers) if n != source],
+                    ),
+                    source,
+                    "valid",
+                )
+                for source in sources
             )
+
+        grid = {
+            (b, a): mean_wer(lambda t, others: edit(t, others, b, a))  # noqa: B023
             for b in TARGET_SCALES
             for a in SCALES
         }
-        support = {
-            a: self.wer({own: 1.0, "real/en": a}, source, "valid")
+        supports = {
+            a: mean_wer(lambda t, others: support(t, others, a))  # noqa: B023
             for a in SCALES
         }
         return {
@@ -263,35 +340,29 @@ class Study:
             "shrunk": min(TARGET_SCALES, key=lambda b: grid[b, 0.0]),
             "edited": min(SCALES, key=lambda a: grid[1.0, a]),
             "both": min(grid, key=grid.get),
-            "support": min(SCALES, key=support.get),
+            "support": min(SCALES, key=supports.get),
         }
 
-    def surface(self, target, source, split):
-        """Measure the whole grid on the target: a bound, chosen by nobody."""
+    def surface(self, target, sources):
+        """Measure the grid on the target's test lines: chosen by nobody."""
         return {
-            (b, a): self.wer(
-                {
-                    f"synthetic/{target}": b,
-                    f"real/{source}": a,
-                    f"synthetic/{source}": -a,
-                },
-                target,
-                split,
-            )
-            for b in [0.0, *TARGET_SCALES]
+            (b, a): self.wer(edit(target, sources, b, a), target)
+            for b in TARGET_SCALES
             for a in SCALES
         }
 
 
-def leave_out(study, target, source):
-    """Measure all rows of one target language."""
-    chosen = study.choose(source)
-    rows = rows_of(target, source, chosen["shrunk"], chosen, chosen["both"])
+def leave_out(study, target, given):
+    """Measure all rows of one target."""
+    sources = [name for name in given.domain if name != target]
+    helpers = list(given.helper)
+    chosen = study.choose(sources, helpers)
+    rows = rows_of(target, sources, helpers, chosen)
     measured = {
         row: study.errors(weights, target)
         for row, weights in progress(rows.items(), desc=f"rows of {target}")
     }
-    surface = study.surface(target, source, "test")
+    surface = study.surface(target, sources)
     return {"chosen": chosen, "rows": measured, "surface": surface}
 
 
@@ -304,21 +375,27 @@ def main(argv):
         manifests, held_out = prepare_data(given, folder, seed)
         shared = [
             str(HPARAMS),
-            f"--whisper_hub={Path(given.whisper_hub).resolve()}",
+            "--data_folder=.",
+            "--prepare=null",
+            "--valid_csv=null",
+            "--test_csv=null",
+            f"--whisper_hub={given.whisper_hub}",
             f"--avoid_if_longer_than={given.longest}",
         ]
         with joblib.parallel_config("sequential"):
             run_trainings(
-                train, plan_trainings(manifests, seed), shared, folder / "models"
+                train,
+                plan_trainings(manifests, seed),
+                shared,
+                folder / "models",
             )
-        # Twice as large as the model, and of no use to a finished training.
-        for path in (folder / "models").glob("*/*/save/*/optimizer.ckpt"):
-            path.unlink()
+        for name in manifests:
+            keep_weights(folder / "models" / name)
         if given.only_train:
             continue
         study = Study(given, seed, held_out)
-        for target, source in TARGETS.items():
-            results[seed, target] = leave_out(study, target, source)
+        for target in given.domain:
+            results[seed, target] = leave_out(study, target, given)
     if results:
         write_report(results, Path(given.output))
 

@@ -2,16 +2,18 @@
 """Recipe for fine-tuning Whisper on any manifest, in any of its languages.
 
 A manifest is a CSV file with the columns ID, duration, wav, text and, where
-the languages differ, lang (`nl`, `cs`, ...). `fillets_prepare.py` writes such
-files; so do the prepare scripts of the other corpora here. The weights before
-and after make a task vector: see README.md.
+the languages differ, lang (`nl`, `cs`, ...), as the prepare scripts write it.
+The weights before and after make a task vector: see README.md.
 
 To run this recipe, do the following:
-> python ../../fillets_prepare.py /path/to/debs corpus
 > python whisper_window.py openai/whisper-base whisper-base-6s --seconds 6
-> python train.py hparams/train.yaml --whisper_hub whisper-base-6s \
->     --train_csv corpus/nl_train.csv --valid_csv corpus/nl_valid.csv \
->     --test_csv corpus/nl_test.csv --data_folder corpus --language nl
+> python train.py hparams/train.yaml --data_folder /path/to/packages \
+>     --whisper_hub whisper-base-6s --avoid_if_longer_than 6 --language nl
+
+On other data:
+> python train.py hparams/train.yaml --data_folder corpus --prepare null \
+>     --data_root corpus --train_csv corpus/train.csv --valid_csv null \
+>     --test_csv corpus/test.csv --whisper_hub openai/whisper-base
 
 The next of several domains, held back by a lifelong method:
 > python train.py hparams/train.yaml ... --base results/.../save --method ewc \
@@ -24,6 +26,7 @@ A run that was killed goes on from its newest checkpoint when started again.
 """
 
 import csv
+import math
 import sys
 from pathlib import Path
 
@@ -60,28 +63,28 @@ class ASR(sb.Brain):
         wavs, wav_lens = batch.sig
         tokens_bos, _ = batch.tokens_bos
         encoded, logits, _ = self.modules.whisper(wavs, tokens_bos)
-        hyps = None
         if stage != sb.Stage.TRAIN:
-            search = self.hparams.search
-            if self.hparams.whisper.is_multilingual:
-                search.set_lang_tokens(batch.lang_token.data.squeeze(1))
-            hyps, *_ = search(encoded.detach(), wav_lens)
-        return logits.log_softmax(dim=-1), hyps
+            self.recognise(encoded.detach(), wav_lens, batch)
+        return logits.log_softmax(dim=-1)
 
-    def compute_objectives(self, predictions, batch, stage):
-        """Return the loss of the transcript, and the method's penalty."""
-        log_probs, hyps = predictions
+    def recognise(self, encoded, wav_lens, batch):
+        """Search for the words of a batch, and keep them for `score`."""
+        search, whisper = self.hparams.search, self.hparams.whisper
+        if whisper.is_multilingual:
+            search.set_lang_tokens(batch.lang_token.data.squeeze(1))
+        hyps, *_ = search(encoded, wav_lens)
+        for key, lang, text, hyp in zip(batch.id, batch.lang, batch.text, hyps):
+            hyp = whisper.tokenizer.decode(hyp, skip_special_tokens=True)
+            self.references[key] = normalize(text, lang, whisper.tokenizer)
+            self.hypotheses[key] = normalize(hyp, lang, whisper.tokenizer)
+
+    def compute_objectives(self, log_probs, batch, stage):
+        """Return the transcript's loss; in training with what a method adds."""
         loss = self.transcript_loss(log_probs, batch)
         if stage == sb.Stage.TRAIN:
             penalty = self.penalty(log_probs, batch)
-            return loss if penalty is None else loss + penalty
-        tokenizer = self.hparams.whisper.tokenizer
-        texts = [
-            tokenizer.decode(hyp, skip_special_tokens=True) for hyp in hyps
-        ]
-        for key, lang, ref, hyp in zip(batch.id, batch.lang, batch.text, texts):
-            self.references[key] = normalize(ref, lang, tokenizer)
-            self.hypotheses[key] = normalize(hyp, lang, tokenizer)
+            if penalty is not None:
+                loss = loss + penalty
         return loss
 
     def after_prompt(self, batch):
@@ -101,8 +104,8 @@ class ASR(sb.Brain):
         )
 
     def loss_of(self, batch):
-        """Return the negative log-likelihood of one utterance."""
-        log_probs, _ = self.compute_forward(batch, sb.Stage.TRAIN)
+        """Return the negative log-likelihood of a batch of one utterance."""
+        log_probs = self.compute_forward(batch, sb.Stage.TRAIN)
         # The sum over the tokens.
         return self.transcript_loss(log_probs, batch, reduction="batchmean")
 
@@ -210,7 +213,8 @@ def check_rows(path, rows, whisper, language):
         raise ValueError(
             f"{path}: {len(long)} utterances are longer than the window of "
             f"{whisper.window:g} s, e.g. {', '.join(long[:3])}; give a model "
-            f"with a window of {longest:.1f} s (whisper_window.py --seconds), "
+            f"with a window of {math.ceil(longest)} s (whisper_window.py "
+            "--seconds), "
             "or --avoid_if_longer_than to leave them out"
         )
     if not whisper.is_multilingual:
@@ -227,7 +231,7 @@ def check_rows(path, rows, whisper, language):
 
 def read_rows(path, hparams):
     """Read a manifest, without what is too long; check the rest."""
-    data_root = {"data_root": hparams["data_folder"]}
+    data_root = {"data_root": hparams["data_root"]}
     rows = sb.dataio.dataio.load_data_csv(path, data_root)
     longest = hparams["avoid_if_longer_than"]
     if longest is not None:
@@ -271,14 +275,6 @@ def make_dataset(rows, hparams):
         ["id", "sig", "tokens_bos", "tokens_eos", "lang", "lang_token", "text"]
     )
     return data
-
-
-def load_weights(whisper, state):
-    """Load a checkpoint's weights, or those of a `transformers` folder."""
-    state = {k: v for k, v in state.items() if k != "proj_out.weight"}
-    # Constants of the features, which a `transformers` folder lacks.
-    filters = {"_mel_filters": whisper._mel_filters}
-    whisper.load_state_dict(filters | state)
 
 
 def choose_method(hparams):
@@ -366,6 +362,8 @@ def train(argv):
     # CLI
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
     sb.utils.distributed.ddp_init_group(run_opts)
+    # The prepare script stands beside hparams/, also where this file is a link.
+    sys.path.append(str(Path(hparams_file).resolve().parents[1]))
     with open(hparams_file, encoding="utf-8") as fin:
         hparams = load_hyperpyyaml(fin, overrides)
 
@@ -375,13 +373,22 @@ def train(argv):
         overrides=overrides,
         save_env_desc=hparams["save_env_desc"],
     )
+    if hparams["prepare"] is not None:
+        run_on_main(
+            hparams["prepare"],
+            kwargs={
+                "data_folder": hparams["data_folder"],
+                "save_folder": hparams["prepared_folder"],
+                "skip_prep": hparams["skip_prep"],
+            },
+        )
     hparams["prompt_length"] = len(hparams["whisper"].tokenizer.prefix_tokens)
     method = choose_method(hparams)
     data, train_options = dataio_prepare(hparams)
 
     # Another start than the public weights, e.g. an edited model
     if hparams["base"]:
-        load_weights(hparams["whisper"], open_state(hparams["base"]))
+        hparams["whisper"].load_weights(open_state(hparams["base"]))
 
     if hparams["dynamic_batching"]:
         batches = len(train_options["batch_sampler"])

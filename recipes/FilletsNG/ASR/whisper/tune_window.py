@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import torch
-from hyperpyyaml import load_hyperpyyaml
 from speechbrain.dataio.batch import PaddedBatch
 from train import make_dataset, read_rows
 from whisper_window import WindowedWhisper, save_whisper
@@ -23,21 +22,18 @@ from whisper_window import WindowedWhisper, save_whisper
 from speechbrain_taskarith.brains import fast_precision
 from speechbrain_taskarith.utils.progress import progress
 
-HPARAMS = Path(__file__).resolve().parent / "hparams" / "train.yaml"
-
 
 def read_batches(manifests, student, steps, batch_size, seed):
     """Draw batches of utterances from all manifests alike."""
     sets = []
     for manifest in manifests:
-        with open(HPARAMS, encoding="utf-8") as stream:
-            # Only what reads data; the model is the student.
-            text = stream.read().split("whisper: !new:")[0]
-        hparams = load_hyperpyyaml(text, {"train_csv": manifest})
-        hparams |= {
+        hparams = {
             "whisper": student,
-            "data_folder": str(Path(manifest).parent),
+            "data_root": str(Path(manifest).parent),
+            "language": "en",  # where a manifest has no column lang
             "avoid_if_longer_than": student.window,
+            "sample_rate": student.sampling_rate,
+            "max_tokens": 200,
         }
         sets.append(make_dataset(read_rows(manifest, hparams), hparams))
     draw = random.Random(seed)

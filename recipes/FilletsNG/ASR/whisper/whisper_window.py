@@ -43,20 +43,29 @@ class WindowedWhisper(Whisper):
     """
 
     def __init__(self, source, save_path, **kwargs):
+        # Imported where it is used: transformers is an extra.
+        from transformers import AutoConfig
+
         try:
-            super().__init__(source, save_path, **kwargs)
-        except OSError as error:
+            kind = AutoConfig.from_pretrained(source).model_type
+        except (OSError, ValueError) as error:
             raise OSError(
                 f"whisper_hub {source!r}: neither a folder with a Whisper "
                 "model nor a name that could be downloaded. Without network, "
                 "copy the folder from a machine with it: huggingface-cli "
                 f"download {source} --local-dir whisper"
             ) from error
-        if self.config.model_type != "whisper":
+        if kind != "whisper":
             raise ValueError(
-                f"whisper_hub {source!r}: a {self.config.model_type} model; "
-                "expected a Whisper model"
+                f"whisper_hub {source!r}: a {kind} model; expected a Whisper"
             )
+        super().__init__(source, save_path, **kwargs)
+
+    def load_weights(self, state):
+        """Take weights of a checkpoint or of a `transformers` folder."""
+        state = {k: v for k, v in state.items() if k != "proj_out.weight"}
+        # Constants of the features, which a `transformers` folder lacks.
+        self.load_state_dict({"_mel_filters": self._mel_filters} | state)
 
     @property
     def window(self):
@@ -77,10 +86,13 @@ class WindowedWhisper(Whisper):
 
 
 def cut_window(source, output, seconds):
-    """Write a Whisper folder whose input window is `seconds` long."""
+    """Write a Whisper folder whose input window is `seconds` long.
+
+    Whole seconds: `transformers` counts its chunks in them.
+    """
     from transformers import AutoProcessor, WhisperForConditionalGeneration
 
-    positions = round(seconds * POSITIONS_PER_SECOND)
+    positions = seconds * POSITIONS_PER_SECOND
     model = WhisperForConditionalGeneration.from_pretrained(source)
     encoder = model.model.encoder
     if not 0 < positions <= encoder.config.max_source_positions:
@@ -96,7 +108,7 @@ def cut_window(source, output, seconds):
     processor = AutoProcessor.from_pretrained(source)
     extractor = processor.feature_extractor
     extractor.chunk_length = seconds
-    extractor.n_samples = round(seconds * extractor.sampling_rate)
+    extractor.n_samples = seconds * extractor.sampling_rate
     extractor.nb_max_frames = extractor.n_samples // extractor.hop_length
     write_folder(output, model, processor)
 
@@ -129,7 +141,7 @@ def main(arguments=None):
     parser.add_argument("source", help="hub name or folder")
     parser.add_argument("output", help="the folder to write")
     parser.add_argument(
-        "--seconds", type=float, required=True, help="length of the window"
+        "--seconds", type=int, required=True, help="length of the window"
     )
     given = parser.parse_args(arguments)
     try:

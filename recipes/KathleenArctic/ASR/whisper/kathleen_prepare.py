@@ -1,0 +1,1 @@
+../../kathleen_prepare.py

@@ -1,0 +1,339 @@
+"""The recipe `FilletsNG/ASR/whisper` with a tiny random Whisper."""
+
+import csv
+import importlib
+import sys
+
+import pytest
+import torch
+from processes import Recipe
+from safetensors.torch import load_file
+from tiny_whisper import save_tiny_whisper
+
+from speechbrain_taskarith.__main__ import main as taskarith
+from speechbrain_taskarith.data import write_audio
+from speechbrain_taskarith.vectors import TaskVector, open_state
+
+transformers = pytest.importorskip("transformers")
+
+RECIPE = Recipe("FilletsNG/ASR/whisper")
+TEXTS = ["Hallo.", "Dag, boot!", "Een vis", "Twee vissen", "Drie", "Ja"]
+
+
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory):
+    """A folder of a model with a window of two seconds."""
+    return save_tiny_whisper(tmp_path_factory.mktemp("model") / "whisper")
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    """The recipe's own modules, which have everyday names."""
+    monkeypatch.syspath_prepend(str(RECIPE.folder))
+    names = ("whisper_window", "scoring", "train", "measure", "syn2real")
+    names = (*names, "synthesize", "tune_window", "report")
+    for name in names:
+        sys.modules.pop(name, None)
+    yield importlib.import_module
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def make_manifest(folder, langs=("nl", "cs"), seconds=None, texts=TEXTS):
+    """Write a manifest of noise; `seconds` of the longest utterance."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for number, text in enumerate(texts):
+        length = 0.5 + 0.1 * number
+        if seconds and number == 2:
+            length = seconds
+        wave = torch.rand(int(16000 * length), generator=generator) - 0.5
+        write_audio(folder / f"{number}.flac", wave, 16000)
+        rows.append(
+            {
+                "ID": f"line{number}",
+                "duration": f"{length:.2f}",
+                "wav": f"$data_root/{number}.flac",
+                "lang": langs[number % len(langs)],
+                "text": text,
+            }
+        )
+    path = folder / "manifest.csv"
+    with open(path, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def options(whisper, manifest, **more):
+    return {
+        "whisper_hub": whisper,
+        "data_folder": manifest.parent,
+        "data_root": manifest.parent,
+        "prepare": "null",
+        "train_csv": manifest,
+        "valid_csv": "null",
+        "test_csv": "null",
+        "train_precision": "fp32",
+        "batch_size": 2,
+        "number_of_epochs": 1,
+        "save_env_desc": False,
+        **more,
+    }
+
+
+def test_trains_and_its_vector_makes_a_folder_that_transformers_reads(
+    whisper, tmp_path
+):
+    manifest = make_manifest(tmp_path / "data")
+    output = tmp_path / "run"
+    RECIPE.start(
+        output,
+        options(whisper, manifest, valid_csv=manifest, test_csv=manifest),
+    ).finish()
+    log = (output / "train_log.txt").read_text()
+    assert "valid loss" in log and "test WER" in log
+    with open(output / "hypotheses_test.csv", encoding="utf-8") as stream:
+        heard = {row["ID"]: row for row in csv.DictReader(stream)}
+    assert heard["line1"]["reference"] == "dag boot"
+    assert len(heard) == len(TEXTS)
+
+    before = load_file(whisper / "model.safetensors")
+    [saved] = (output / "save").glob("CKPT+*/whisper.ckpt")
+    after = torch.load(saved, weights_only=True)
+    vector, edited = tmp_path / "tau.safetensors", tmp_path / "edited"
+    base, tuned = str(whisper), str(output / "save")
+    assert taskarith(["vector", base, tuned, "-o", str(vector)]) in (0, None)
+    assert taskarith(
+        ["apply", base, str(vector), "--scale", "0.5", "-o", str(edited)]
+    ) in (0, None)
+    model = transformers.WhisperForConditionalGeneration.from_pretrained(edited)
+    state, changed = model.state_dict(), 0
+    for name, old in before.items():
+        halfway = old + 0.5 * (after[name] - old)
+        torch.testing.assert_close(state[name], halfway)
+        changed += not torch.equal(old, after[name])
+    assert changed > 20
+    processor = transformers.AutoProcessor.from_pretrained(edited)
+    features = processor(
+        torch.rand(8000).numpy(), sampling_rate=16000, return_tensors="pt"
+    ).input_features
+    assert features.shape[-1] == 200  # two seconds
+    model.generate(features, max_new_tokens=3)
+
+
+def test_a_further_training_starts_from_edited_weights(whisper, tmp_path):
+    manifest = make_manifest(tmp_path / "data")
+    state = {k: v + 0.01 for k, v in open_state(whisper).items()}
+    torch.save(state, tmp_path / "edited.pt")
+    output = tmp_path / "run"
+    RECIPE.start(
+        output, options(whisper, manifest, base=tmp_path / "edited.pt", lr=0.0)
+    ).finish()
+    [saved] = (output / "save").glob("CKPT+*/whisper.ckpt")
+    after = torch.load(saved, weights_only=True)
+    for name, value in state.items():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=0)
+
+
+def test_batches_by_seconds(whisper, tmp_path):
+    manifest = make_manifest(tmp_path / "data")
+    RECIPE.start(
+        tmp_path / "run", options(whisper, manifest, dynamic_batching=True)
+    ).finish()
+    assert list((tmp_path / "run" / "save").glob("CKPT+*"))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"seconds": 2.5}, ["1 utterances", "2 s", "line2", "--seconds"]),
+        ({"langs": ["xx"]}, ["line0", "'xx'", "--language"]),
+        ({"texts": ["Ja", " "]}, ["1 utterances", "no text", "line1"]),
+    ],
+)
+def test_what_a_manifest_cannot_be(whisper, recipe, tmp_path, change, words):
+    manifest = make_manifest(tmp_path / "data", **change)
+    with pytest.raises(ValueError) as error:
+        read(recipe, whisper, manifest, tmp_path)
+    assert str(manifest) in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_longer_lines_can_be_left_out(whisper, recipe, tmp_path):
+    manifest = make_manifest(tmp_path / "data", seconds=2.5)
+    rows = read(recipe, whisper, manifest, tmp_path, avoid_if_longer_than=2)
+    assert sorted(rows) == ["line0", "line1", "line3", "line4", "line5"]
+
+
+def read(recipe, whisper, manifest, tmp_path, **more):
+    """Read a manifest as train.py does."""
+    loaded = recipe("whisper_window").WindowedWhisper(
+        str(whisper), str(tmp_path), language="nl"
+    )
+    hparams = {
+        "whisper": loaded,
+        "data_root": str(manifest.parent),
+        "language": "nl",
+        "avoid_if_longer_than": None,
+        **more,
+    }
+    return recipe("train").read_rows(str(manifest), hparams)
+
+
+def test_a_name_that_cannot_be_downloaded(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(OSError, match="huggingface-cli.*download nobody/none"):
+        recipe("whisper_window").WindowedWhisper(
+            "nobody/none", str(tmp_path / "hub")
+        )
+
+
+def test_a_folder_of_another_model(recipe, tmp_path):
+    config = transformers.Wav2Vec2Config(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=20,
+        conv_dim=(8,),
+        conv_stride=(5,),
+        conv_kernel=(10,),
+        num_feat_extract_layers=1,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    )
+    transformers.Wav2Vec2Model(config).save_pretrained(tmp_path / "other")
+    transformers.Wav2Vec2FeatureExtractor().save_pretrained(tmp_path / "other")
+    with pytest.raises((OSError, ValueError), match="expected a Whisper"):
+        recipe("whisper_window").WindowedWhisper(
+            str(tmp_path / "other"), str(tmp_path / "hub")
+        )
+
+
+def test_features_are_those_of_transformers_each_by_itself(
+    whisper, recipe, tmp_path
+):
+    model = recipe("whisper_window").WindowedWhisper(
+        str(whisper), str(tmp_path), language="nl"
+    )
+    waves = torch.rand(3, 12000, generator=torch.Generator().manual_seed(1))
+    # A loud one must not raise the floor of the others.
+    waves = (waves - 0.5) * torch.tensor([[0.001], [0.1], [1.9]])
+    extract = transformers.WhisperFeatureExtractor.from_pretrained(whisper)
+    wanted = torch.cat(
+        [
+            extract(w.numpy(), sampling_rate=16000, return_tensors="pt")[
+                "input_features"
+            ]
+            for w in waves
+        ]
+    )
+    torch.testing.assert_close(
+        model._get_mel(waves), wanted, rtol=1e-3, atol=1e-3
+    )
+
+
+def test_the_loss_is_that_of_transformers(whisper, recipe, tmp_path):
+    manifest = make_manifest(tmp_path / "data", langs=["nl"])
+    measure = recipe("measure").Measure(
+        RECIPE.folder / "hparams" / "train.yaml",
+        {
+            "whisper_hub": str(whisper),
+            "output_folder": str(tmp_path / "out"),
+            "language": "nl",
+        },
+        tmp_path / "measured",
+        data_root=manifest.parent,
+    )
+    data = measure.dataset(manifest)
+    from speechbrain import Stage
+    from speechbrain.dataio.batch import PaddedBatch
+
+    batch = PaddedBatch([data[n] for n in range(len(data))])
+    with torch.no_grad():
+        found = measure.brain.compute_objectives(
+            measure.brain.compute_forward(batch, Stage.TRAIN),
+            batch,
+            Stage.TRAIN,
+        )
+        model = transformers.WhisperForConditionalGeneration.from_pretrained(
+            whisper
+        ).eval()
+        total = count = 0
+        for n in range(len(data)):
+            row = data[n]
+            labels = row["tokens_eos"].clone()
+            labels[:3] = -100  # the prompt is given
+            mel = measure.whisper._get_mel(row["sig"].unsqueeze(0))
+            loss = model(
+                mel,
+                decoder_input_ids=row["tokens_bos"].unsqueeze(0),
+                labels=labels.unsqueeze(0),
+            ).loss
+            total += loss * (len(labels) - 3)
+            count += len(labels) - 3
+    torch.testing.assert_close(found, total / count, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cut_window_keeps_the_weights(whisper, recipe, tmp_path):
+    window = recipe("whisper_window")
+    window.cut_window(whisper, tmp_path / "cut", 1)
+    before = load_file(whisper / "model.safetensors")
+    after = load_file(tmp_path / "cut" / "model.safetensors")
+    positions = "model.encoder.embed_positions.weight"
+    assert torch.equal(after.pop(positions), before.pop(positions)[:50])
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    loaded = window.WindowedWhisper(
+        str(tmp_path / "cut"), str(tmp_path), language="nl"
+    )
+    assert loaded.window == 1.0
+    assert loaded._get_mel(torch.rand(2, 4000)).shape == (2, 80, 100)
+    with pytest.raises(ValueError, match="at most 2"):
+        window.cut_window(whisper, tmp_path / "more", 3)
+    with pytest.raises(FileExistsError, match="another name"):
+        window.cut_window(whisper, tmp_path / "cut", 1)
+
+
+def test_a_cut_window_is_tuned_towards_the_whole_one(whisper, recipe, tmp_path):
+    manifest = make_manifest(tmp_path / "data", texts=TEXTS[:4])
+    recipe("whisper_window").cut_window(whisper, tmp_path / "cut", 1)
+    losses = recipe("tune_window").tune_window(
+        str(whisper),
+        str(tmp_path / "cut"),
+        str(tmp_path / "tuned"),
+        [str(manifest)],
+        steps=30,
+        batch_size=2,
+        lr=1e-2,
+    )
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    before = open_state(tmp_path / "cut")
+    assert TaskVector.between(before, open_state(tmp_path / "tuned")).norm() > 0
+
+
+def test_speech_is_made_again_alike(recipe, tmp_path):
+    pytest.importorskip("espeakng_loader")
+    manifest = make_manifest(tmp_path / "data", langs=["nl"], texts=TEXTS[:2])
+    speak = recipe("synthesize").synthesize
+    paths = [
+        speak(manifest, tmp_path / name, "nl", takes=2, show_progress=False)
+        for name in ("one", "two")
+    ]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    with open(paths[0], encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["ID"] for row in rows] == [
+        "line0-0",
+        "line0-1",
+        "line1-0",
+        "line1-1",
+    ]
+    assert len({row["spk_id"] for row in rows}) > 1
+    for row in rows:
+        name = row["wav"].removeprefix("$data_root/")
+        files = [path.parent / name for path in paths]
+        assert files[0].read_bytes() == files[1].read_bytes()
