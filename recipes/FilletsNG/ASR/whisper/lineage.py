@@ -15,14 +15,10 @@ from pathlib import Path
 import joblib
 from common.study import FINISHED, Training, run_trainings
 from domains import name_of_lines
-from train import train
+from syn2real import KEPT, keep_weights
+from train import MEMORY, train
 
-from speechbrain_taskarith.vectors import (
-    TaskVector,
-    find_checkpoint_folder,
-    open_state,
-    save_state,
-)
+from speechbrain_taskarith.vectors import TaskVector, open_state, save_state
 
 
 def digest(content):
@@ -96,7 +92,6 @@ class Models:
     def __init__(self, folder, arguments):
         self.folder, self.arguments = Path(folder).resolve(), list(arguments)
         self._newest = (None, None)
-        self._delete_optimizers()
 
     def state(self, model):
         """Return a model's weights; trains what they need."""
@@ -144,23 +139,18 @@ class Models:
     def has_weights(self, tuned):
         """Tell whether a training has finished and its weights are there."""
         folder = self.folder / tuned.name
-        return (folder / FINISHED).exists() and any(
-            folder.glob("save/CKPT+*/whisper.ckpt")
-        )
+        return (folder / FINISHED).exists() and (folder / KEPT).exists()
 
     def train(self, tuned):
-        """Train unless it is done; returns the checkpoint's folder."""
-        folder = self.folder / tuned.name
+        """Train unless it is done; returns the weights' file."""
         if not self.has_weights(tuned):
             self._run(tuned)
-        return find_checkpoint_folder(folder / "save")
+        return self.folder / tuned.name / KEPT
 
     def _memory(self, tuned):
         """Return what a training's lifelong method remembered."""
-        path = self.folder / tuned.name / "memory.safetensors"
+        path = self.folder / tuned.name / MEMORY
         if not path.exists():
-            # Without its optimizer a finished training cannot be resumed.
-            shutil.rmtree(self.folder / tuned.name / "save", ignore_errors=True)
             self._run(tuned)
         return path
 
@@ -183,16 +173,10 @@ class Models:
                 self.folder,
                 show_progress=False,
             )
-        self._delete_optimizers()
+        keep_weights(folder)
         if tuned.remembers is not None:
             parent = self.folder / tuned.remembers.name
-            (parent / "memory.safetensors").unlink(missing_ok=True)
-
-    def _delete_optimizers(self):
-        # Twice as large as the model, and of no use to a finished training.
-        for finished in self.folder.glob(f"*/{FINISHED}"):
-            for path in finished.parent.glob("save/*/optimizer.ckpt"):
-                path.unlink()
+            (parent / MEMORY).unlink(missing_ok=True)
 
     def delete_edits(self):
         """Delete the edits that trainings started from."""
@@ -203,6 +187,5 @@ class Models:
         self.delete_edits()
         for finished in self.folder.glob(f"*/{FINISHED}"):
             if finished.parent.name not in names:
-                shutil.rmtree(finished.parent / "save", ignore_errors=True)
-                memory = finished.parent / "memory.safetensors"
-                memory.unlink(missing_ok=True)
+                for name in (KEPT, MEMORY):
+                    (finished.parent / name).unlink(missing_ok=True)

@@ -50,6 +50,9 @@ from speechbrain_taskarith.utils.files import atomic_write
 from speechbrain_taskarith.vectors import open_state
 from speechbrain_taskarith.vectors.lifelong.methods import FineTuning
 
+# What a lifelong method stores, in the output folder.
+MEMORY = "memory.safetensors"
+
 
 class ASR(sb.Brain):
     """Whisper: cross-entropy of the next token, greedy search."""
@@ -305,7 +308,7 @@ def remember(method, brain, hparams):
     """Let the method store what it needs of the lines learned last."""
     if hparams["remember"] is None:
         return
-    path = Path(hparams["output_folder"]) / "memory.safetensors"
+    path = Path(hparams["output_folder"]) / MEMORY
     if not path.exists():
         if hparams["memory"]:
             method.load(hparams["memory"])
