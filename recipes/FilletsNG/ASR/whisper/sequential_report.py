@@ -164,10 +164,11 @@ def plot_averages(matrices, orders, path):
     if not curves:
         return
     old = {row for row in curves if ROWS[row].uses_old_data}
+    no_edit = {BASELINE, *RIVALS, *old}
     groups = [
         [BASELINE],
         [row for row in curves if row in RIVALS and row not in old],
-        [row for row in curves if row not in RIVALS | old | {BASELINE}],
+        [row for row in curves if row not in no_edit],
         list(old),
     ]
     shown = [
