@@ -80,7 +80,12 @@ def notes(orders, original):
 def add_row(summary, matrices, seed, orders, row):
     """Add a row of one seed: means over the orders, and each order."""
     own = [matrices[seed, order, row] for order in orders]
-    common = {"row": row, "seed": seed}
+    selected = ROWS[row].knob or ROWS[row].chooses
+    common = {
+        "row": row,
+        "seed": seed,
+        "selected_on": "valid" if selected else None,
+    }
     values = {"average_wer": [matrix.average_wer() for matrix in own]}
     if not ROWS[row].only_last:
         values["bwt"] = [matrix.bwt() for matrix in own]

@@ -44,6 +44,8 @@ class Row:
     uses_old_data = False
     #: Whether only the model at the end is made.
     only_last = False
+    #: Whether something is chosen at every step, too.
+    chooses = False
     #: How many domains the tuned step has behind it.
     tuned_after = 0
 
@@ -100,6 +102,7 @@ class Chosen(Row):
     on: str = "new"
     share: float | None = None
     scales: tuple = (0.25, 0.5, 0.75, 1.0)
+    chooses = True
 
     def learn(self, step):
         """As `Row.learn`."""
