@@ -328,10 +328,10 @@ def start_method(method, brain, hparams):
     whisper = hparams["whisper"]
     remember(method, brain, hparams)
     method.before_task(whisper, 2)
-    # The encoder's positions are fixed, whatever the method trains.
-    fixed = [p for p in whisper.parameters() if not p.requires_grad]
+    # A method sets it for all: what the YAML has frozen stays so.
+    frozen = [p for p in whisper.parameters() if not p.requires_grad]
     method.freeze(whisper)
-    for parameter in fixed:
+    for parameter in frozen:
         parameter.requires_grad_(False)
     brain.method = method
 
