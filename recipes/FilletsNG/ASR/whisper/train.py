@@ -15,6 +15,10 @@ On other data:
 >     --data_root corpus --train_csv corpus/train.csv --valid_csv null \
 >     --test_csv corpus/test.csv --whisper_hub openai/whisper-base
 
+The next of several domains, held back by a lifelong method:
+> python train.py hparams/train.yaml ... --base results/.../save --method ewc \
+>     --remember learned_before.csv --memory results/.../memory.safetensors
+
 On several GPUs:
 > torchrun --nproc_per_node=2 train.py hparams/train.yaml ...
 
@@ -30,19 +34,31 @@ import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
 from scoring import character_errors, normalize
+from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.dataio.sampler import DynamicBatchSampler
-from speechbrain.utils.distributed import if_main_process, run_on_main
+from speechbrain.utils.distributed import (
+    ddp_barrier,
+    if_main_process,
+    run_on_main,
+)
 
 from speechbrain_taskarith.brains import fast_precision
 from speechbrain_taskarith.data import read_audio
 from speechbrain_taskarith.metrics import wer
 from speechbrain_taskarith.utils.files import atomic_write
 from speechbrain_taskarith.vectors import open_state
+from speechbrain_taskarith.vectors.lifelong.methods import FineTuning
+
+# What a lifelong method stores, in the output folder.
+MEMORY = "memory.safetensors"
 
 
 class ASR(sb.Brain):
     """Whisper: cross-entropy of the next token, greedy search."""
+
+    #: The lifelong method at work.
+    method = FineTuning()
 
     def compute_forward(self, batch, stage):
         """Score the next tokens; outside training also search for words."""
@@ -66,14 +82,49 @@ class ASR(sb.Brain):
             self.hypotheses[key] = normalize(hyp, lang, whisper.tokenizer)
 
     def compute_objectives(self, log_probs, batch, stage):
-        """Return the loss of the transcript; the prompt is given."""
+        """Return the transcript's loss; in training with what a method adds."""
+        loss = self.transcript_loss(log_probs, batch)
+        if stage == sb.Stage.TRAIN:
+            penalty = self.penalty(log_probs, batch)
+            if penalty is not None:
+                loss = loss + penalty
+        return loss
+
+    def after_prompt(self, batch):
+        """Return where the transcript begins, and its relative lengths."""
         tokens_eos, lens = batch.tokens_eos
         given = self.hparams.prompt_length - 1
         # SpeechBrain's lengths are relative: of what is left, they are less.
         total = tokens_eos.shape[1]
-        lens = (lens * total - given) / (total - given)
+        return given, (lens * total - given) / (total - given)
+
+    def transcript_loss(self, log_probs, batch, **options):
+        """Return the loss of the transcript; the prompt is given."""
+        tokens_eos, _ = batch.tokens_eos
+        given, lens = self.after_prompt(batch)
         return self.hparams.nll_loss(
-            log_probs[:, given:], tokens_eos[:, given:], length=lens
+            log_probs[:, given:], tokens_eos[:, given:], length=lens, **options
+        )
+
+    def loss_of(self, batch):
+        """Return the negative log-likelihood of a batch of one utterance."""
+        log_probs = self.compute_forward(batch, sb.Stage.TRAIN)
+        # The sum over the tokens.
+        return self.transcript_loss(log_probs, batch, reduction="batchmean")
+
+    def penalty(self, log_probs, batch):
+        """Return what the lifelong method adds to the loss, or None."""
+        given, lens = self.after_prompt(batch)
+        wavs, _ = batch.sig
+        tokens_bos, _ = batch.tokens_bos
+
+        def forward(whisper):
+            _, logits, _ = whisper(wavs, tokens_bos)
+            return logits[:, given:].log_softmax(dim=-1)
+
+        # The bare model: its names carry no `module.`.
+        return self.method.penalty(
+            self.hparams.whisper, forward, log_probs[:, given:], lens
         )
 
     def on_fit_batch_end(self, batch, outputs, loss, should_step):
@@ -229,6 +280,62 @@ def make_dataset(rows, hparams):
     return data
 
 
+def choose_method(hparams):
+    """Return the lifelong method that the command line names."""
+    name, methods = hparams["method"], hparams["methods"]
+    if name is None:
+        if hparams["remember"] or hparams["memory"]:
+            raise ValueError(
+                "--remember and --memory are for a lifelong method: give "
+                f"--method, one of {', '.join(methods)}"
+            )
+        return FineTuning()
+    if name not in methods:
+        raise ValueError(
+            f"--method {name}: unknown; expected one of {', '.join(methods)}"
+        )
+    method = methods[name]
+    stores = type(method).consolidate is not FineTuning.consolidate
+    if stores and hparams["remember"] is None:
+        raise ValueError(
+            f"--method {name}: give --remember, a manifest of the lines "
+            "learned last, by which it knows what to keep"
+        )
+    return method
+
+
+def remember(method, brain, hparams):
+    """Let the method store what it needs of the lines learned last."""
+    if hparams["remember"] is None:
+        return
+    path = Path(hparams["output_folder"]) / MEMORY
+    if not path.exists():
+        if hparams["memory"]:
+            method.load(hparams["memory"])
+        data = make_dataset(read_rows(hparams["remember"], hparams), hparams)
+        method.consolidate(
+            hparams["whisper"],
+            range(len(data)),
+            lambda number: brain.loss_of(PaddedBatch([data[number]])),
+        )
+        ddp_barrier()  # all have looked before it is there
+        run_on_main(method.save, args=[path])
+    method.load(path)
+
+
+def start_method(method, brain, hparams):
+    """Let the method see the weights that training starts from."""
+    whisper = hparams["whisper"]
+    remember(method, brain, hparams)
+    method.before_task(whisper, 2)
+    # A method sets it for all: what the YAML has frozen stays so.
+    frozen = [p for p in whisper.parameters() if not p.requires_grad]
+    method.freeze(whisper)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    brain.method = method
+
+
 def dataio_prepare(hparams):
     """Make the data sets and the loaders' options: train, valid, test."""
     rows = {
@@ -279,6 +386,7 @@ def train(argv):
             },
         )
     hparams["prompt_length"] = len(hparams["whisper"].tokenizer.prefix_tokens)
+    method = choose_method(hparams)
     data, train_options = dataio_prepare(hparams)
 
     # Another start than the public weights, e.g. an edited model
@@ -310,6 +418,7 @@ def train(argv):
         run_opts=run_opts,
         checkpointer=hparams["checkpointer"],
     )
+    start_method(method, brain, hparams)
     brain.fit(
         hparams["epoch_counter"],
         data["train"],
