@@ -5,6 +5,7 @@ import functools
 import hashlib
 import http.server
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_support import run_cli
+from cli_support import run, run_json
 from hugging_face_toy import save_whisper
 
 from speechbrain_taskarith.utils.optional import is_hub_name, local_path
@@ -26,6 +27,7 @@ from speechbrain_taskarith.vectors import (
 )
 
 NAME = "someone/tiny.en"
+ROOT = Path(__file__).resolve().parents[2]
 TEXTS = {
     "tokenizer.json": '{"version": "1.0"}',
     "generation_config.json": '{"max_length": 7}',
@@ -102,13 +104,13 @@ def test_what_is_merged_from_a_name_is_a_whole_folder(cache, whisper, way):
     elif way == "merge":
         words = f"merge --base {NAME} --finetuned {tuned[0]} {tuned[1]}"
         words += f" --rule TaskArithmetic --scale 0.5 -o {output}"
-        run_cli(*words.split())
+        run(*words.split())
     else:
         for path in tuned:
             TaskVector.between(NAME, path).save(path.with_suffix(".tau"))
         words = [str(path.with_suffix(".tau")) for path in tuned]
         words += ["--scale", "0.5", "-o", str(output)]
-        run_cli("apply", NAME, *words)
+        run("apply", NAME, *words)
     base, *both = map(open_state, (whisper, *tuned))
     found = open_state(output)
     for name in base:
@@ -127,9 +129,8 @@ def test_what_is_merged_from_a_name_is_a_whole_folder(cache, whisper, way):
     )
 
 
-def test_inspect_knows_a_name(cache):
-    result = run_cli("inspect", NAME, "--json")
-    [entry] = json.loads(result)["files"]
+def test_inspect_knows_a_name(cache, capsys):
+    [entry] = run_json(capsys, "inspect", NAME)["files"]
     assert entry["form"] == "Hugging Face folder" and entry["path"] == NAME
 
 
@@ -231,10 +232,11 @@ def ask(endpoint, home, name, cwd):
         "state = open_state(sys.argv[1]); print(state.path, len(state))"
     )
     environment = {
-        **__import__("os").environ,
+        **os.environ,
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(home),
         "HF_HUB_OFFLINE": "0",
+        "PYTHONPATH": str(ROOT),
         "HF_HUB_DISABLE_XET": "1",
     }
     return subprocess.run(
