@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import torch
 from hyperpyyaml import load_hyperpyyaml
 from train import ASR, make_dataset, read_rows
 
@@ -12,11 +13,20 @@ from speechbrain_taskarith.utils.files import read_json, write_json
 
 
 class Listener(ASR):
-    """Recognises a data set; the counts stay with `references`."""
+    """Recognises a data set; what it found is in `hypotheses`."""
+
+    def evaluate_batch(self, batch, stage):
+        """Search for words, and do nothing else."""
+        batch = batch.to(self.device)
+        wavs, wav_lens = batch.sig
+        whisper = self.hparams.whisper
+        with self.evaluation_ctx:
+            encoded = whisper.forward_encoder(whisper._get_mel(wavs))
+            self.recognise(encoded, wav_lens, batch)
+        return torch.zeros(())
 
     def on_stage_end(self, stage, stage_loss, epoch):
-        """Count, and write nothing."""
-        self.score()
+        """Write nothing."""
 
 
 class Measure:
@@ -47,6 +57,8 @@ class Measure:
         self.brain = Listener(
             modules=self.hparams["modules"],
             hparams=self.hparams,
+            # Autocast: with all of it in bfloat16 the public Whisper base has
+            # 71 % WER where it has 58 % (Dutch), since sums are rounded too.
             run_opts={
                 "eval_precision": fast_precision(),
                 "noprogressbar": True,

@@ -27,6 +27,7 @@ goes on where it stopped when started again.
 import argparse
 import csv
 import random
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -42,10 +43,11 @@ from train import train
 from speechbrain_taskarith.metrics import wer
 from speechbrain_taskarith.utils.files import atomic_write
 from speechbrain_taskarith.utils.progress import progress
-from speechbrain_taskarith.vectors import TaskVector, open_state
+from speechbrain_taskarith.vectors import TaskVector, open_state, save_state
 
 HERE = Path(__file__).resolve().parent
 HPARAMS = HERE / "hparams" / "train.yaml"
+KEPT = "kept.safetensors"
 SPLITS = ("train", "valid", "test")
 TARGET_SCALES = [0.25, 0.5, 0.75, 1.0]
 SCALES = [0.0, 0.25, 0.5, 0.75, 1.0]
@@ -194,6 +196,15 @@ def plan_trainings(manifests, seed):
     ]
 
 
+def keep_weights(training):
+    """Keep the weights of a finished training, a third of its checkpoint."""
+    kept = training / KEPT
+    if not kept.exists():
+        [weights] = training.glob("save/CKPT+*/whisper.ckpt")
+        save_state(open_state(weights), kept)
+    shutil.rmtree(training / "save", ignore_errors=True)
+
+
 def edit(target, sources, b, a, part=""):
     """Return the weights of `b d + a mean(r - s)`, `{model: weight}`.
 
@@ -268,7 +279,7 @@ class Study:
             name, _, pattern = model.partition("@")
             self.vectors[model] = TaskVector.between(
                 self.base,
-                self.folder / "models" / name / "save",
+                self.folder / "models" / name / KEPT,
                 include=pattern or "*",
             )
         return self.vectors[model]
@@ -336,7 +347,7 @@ class Study:
         """Measure the grid on the target's test lines: chosen by nobody."""
         return {
             (b, a): self.wer(edit(target, sources, b, a), target)
-            for b in [0.0, *TARGET_SCALES]
+            for b in TARGET_SCALES
             for a in SCALES
         }
 
@@ -378,9 +389,8 @@ def main(argv):
                 shared,
                 folder / "models",
             )
-        # Twice as large as the model, and of no use to a finished training.
-        for path in (folder / "models").glob("*/*/save/*/optimizer.ckpt"):
-            path.unlink()
+        for name in manifests:
+            keep_weights(folder / "models" / name)
         if given.only_train:
             continue
         study = Study(given, seed, held_out)

@@ -50,36 +50,31 @@ class ASR(sb.Brain):
         wavs, wav_lens = batch.sig
         tokens_bos, _ = batch.tokens_bos
         encoded, logits, _ = self.modules.whisper(wavs, tokens_bos)
-        hyps = None
         if stage != sb.Stage.TRAIN:
-            search = self.hparams.search
-            if self.hparams.whisper.is_multilingual:
-                search.set_lang_tokens(batch.lang_token.data.squeeze(1))
-            hyps, *_ = search(encoded.detach(), wav_lens)
-        return logits.log_softmax(dim=-1), hyps
+            self.recognise(encoded.detach(), wav_lens, batch)
+        return logits.log_softmax(dim=-1)
 
-    def compute_objectives(self, predictions, batch, stage):
+    def recognise(self, encoded, wav_lens, batch):
+        """Search for the words of a batch, and keep them for `score`."""
+        search, whisper = self.hparams.search, self.hparams.whisper
+        if whisper.is_multilingual:
+            search.set_lang_tokens(batch.lang_token.data.squeeze(1))
+        hyps, *_ = search(encoded, wav_lens)
+        for key, lang, text, hyp in zip(batch.id, batch.lang, batch.text, hyps):
+            hyp = whisper.tokenizer.decode(hyp, skip_special_tokens=True)
+            self.references[key] = normalize(text, lang, whisper.tokenizer)
+            self.hypotheses[key] = normalize(hyp, lang, whisper.tokenizer)
+
+    def compute_objectives(self, log_probs, batch, stage):
         """Return the loss of the transcript; the prompt is given."""
-        log_probs, hyps = predictions
         tokens_eos, lens = batch.tokens_eos
         given = self.hparams.prompt_length - 1
         # SpeechBrain's lengths are relative: of what is left, they are less.
         total = tokens_eos.shape[1]
         lens = (lens * total - given) / (total - given)
-        loss = self.hparams.nll_loss(
+        return self.hparams.nll_loss(
             log_probs[:, given:], tokens_eos[:, given:], length=lens
         )
-        if stage != sb.Stage.TRAIN:
-            tokenizer = self.hparams.whisper.tokenizer
-            texts = [
-                tokenizer.decode(hyp, skip_special_tokens=True) for hyp in hyps
-            ]
-            for key, lang, ref, hyp in zip(
-                batch.id, batch.lang, batch.text, texts
-            ):
-                self.references[key] = normalize(ref, lang, tokenizer)
-                self.hypotheses[key] = normalize(hyp, lang, tokenizer)
-        return loss
 
     def on_fit_batch_end(self, batch, outputs, loss, should_step):
         """Set the next step's learning rate."""
