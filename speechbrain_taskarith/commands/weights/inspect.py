@@ -15,8 +15,8 @@ from speechbrain_taskarith.commands.output import (
     size,
     table,
 )
-from speechbrain_taskarith.utils.patterns import select
 from speechbrain_taskarith.utils.optional import local_path
+from speechbrain_taskarith.utils.patterns import select
 from speechbrain_taskarith.utils.progress import progress
 from speechbrain_taskarith.vectors.engine.vector_header import (
     read_vector_header,

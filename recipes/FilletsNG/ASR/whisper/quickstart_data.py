@@ -87,7 +87,9 @@ def read_rows(path):
         raise ValueError(f"{path}: no utterances")
     columns = set(rows[0])
     wanted = {"ID", "duration", "wav"} - columns
-    wanted |= {"text (or wrd)"} - ({"text (or wrd)"} if columns & {"text", "wrd"} else set())
+    wanted |= {"text (or wrd)"} - (
+        {"text (or wrd)"} if columns & {"text", "wrd"} else set()
+    )
     if wanted:
         raise ValueError(
             f"{path}: no column {', '.join(sorted(wanted))}; found "
@@ -148,7 +150,7 @@ def domains_of(splits, data, language=None):
             if not row["lang"]:
                 raise ValueError(
                     f"{data}: {row['ID']} has no language; fill the column "
-                    "lang, or give LANGUAGE=en (--language)"
+                    "lang, or give SPOKEN=en (--language)"
                 )
             name = re.sub(r"[^\w-]", "_", row.get(column) or "none")
             parts = found.setdefault(name, {split: [] for split in SPLITS})
@@ -162,9 +164,7 @@ def domains_of(splits, data, language=None):
         )
     for name, parts in whole.items():
         check_splits(name, parts)
-    return dict(
-        sorted(whole.items(), key=lambda item: -len(item[1]["train"]))
-    )
+    return dict(sorted(whole.items(), key=lambda item: -len(item[1]["train"])))
 
 
 def check_languages(domains, languages, model):

@@ -4,7 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from common.study import Training
-from syn2real import Study, edit
+from syn2real import KEPT, Study, edit
 
 from speechbrain_taskarith.metrics import LifelongMatrix, wer
 from speechbrain_taskarith.vectors import (
@@ -66,21 +66,19 @@ def measure_target(whisper, folder, held_out, target, source):
 def write_starts(whisper, folder, first):
     """Write what each rule makes of the first domain's training.
 
-    Returns the trainings on the second domain's manifest, from there.
+    Returns `{row: weights that the second training starts from}`.
     """
-    models, starts = folder / "models", {}
-    base, vector = open_state(whisper), None
+    tuned = folder / "models" / "real" / first / KEPT
+    base, starts = open_state(whisper), {}
+    (folder / "starts").mkdir(exist_ok=True)
     for row, rule in RULES.items():
         if rule is None:
-            starts[row] = models / "real" / first / "save"
+            starts[row] = tuned
             continue
         starts[row] = folder / "starts" / f"{row}.safetensors"
         if not starts[row].exists():
-            starts[row].parent.mkdir(exist_ok=True)
-            if vector is None:
-                tuned = models / "real" / first / "save"
-                vector = TaskVector.between(base, tuned)
-            save_state(rule(base, [vector]), starts[row])
+            edited = rule(base, [TaskVector.between(base, tuned)])
+            save_state(edited, starts[row])
     return starts
 
 
@@ -103,36 +101,32 @@ class Sequence:
         self.folder, self.order = Path(folder), order
         self.held_out = held_out
 
-    def starts(self, row):
-        """Return where the weights after the first domain lie."""
-        if row in (None, "fine_tuning", "separately"):
-            return self.folder / "models" / "real" / self.order[0] / "save"
-        return self.folder / "starts" / f"{row}.safetensors"
-
-    def after(self, row, step):
-        """Return the weights of a row after the first or second domain."""
-        first, second = (f"real/{name}" for name in self.order)
-        if row == "separately":
-            weights = {first: 0.5, second: 0.5} if step else {first: 1.0}
-            return self.study.state(weights)
-        start = open_state(self.starts(row))
+    def edited(self, row, step):
+        """Return the weights of an edited row after a domain."""
+        start = open_state(self.folder / "starts" / f"{row}.safetensors")
         if step == 0:
             return start
-        tuned = self.folder / "models" / "sequence" / row / "save"
-        if row == "fine_tuning":
-            return open_state(tuned)
+        tuned = self.folder / "models" / "sequence" / row / KEPT
         return RULES[row](start, [TaskVector.between(start, tuned)])
 
     def wer(self, row, step, domain):
         """Return the WER of a row on a domain after a step."""
-        manifest = self.held_out[domain, "test"]
-        if step == 0 and row in ("fine_tuning", "separately"):
-            # The same model as a row of SYN2REAL.
-            return self.study.wer({f"real/{self.order[0]}": 1.0}, domain)
+        first, second = (f"real/{name}" for name in self.order)
+        # The same models as in SYN2REAL are not measured again.
+        sums = {
+            ("pretrained", 0): {},
+            ("pretrained", 1): {},
+            ("fine_tuning", 0): {first: 1.0},
+            ("fine_tuning", 1): {"sequence/fine_tuning": 1.0},
+            ("separately", 0): {first: 1.0},
+            ("separately", 1): {first: 0.5, second: 0.5},
+        }
+        if (row, step) in sums:
+            return self.study.wer(sums[row, step], domain)
         found = self.study.measure(
             {"sequence": row, "step": step},
-            lambda: self.after(row, step),
-            manifest,
+            lambda: self.edited(row, step),
+            self.held_out[domain, "test"],
         )
         return wer(found["references"], found["hypotheses"]).wer
 
@@ -146,13 +140,6 @@ class Sequence:
 
 
 def measure_sequence(whisper, folder, held_out, order, rows):
-    """Measure some rows: their matrices, and the domain that none learned."""
+    """Measure some rows; returns their matrices."""
     sequence = Sequence(whisper, folder, held_out, order)
-    others = {name for name, _ in held_out} - set(order)
-    return {
-        row: (
-            sequence.matrix(row),
-            {name: sequence.wer(row, 1, name) for name in sorted(others)},
-        )
-        for row in rows
-    }
+    return {row: sequence.matrix(row) for row in rows}
