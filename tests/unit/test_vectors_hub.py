@@ -228,8 +228,8 @@ def served(folder):
 def ask(endpoint, home, name, cwd):
     """Ask in a process of its own: the hub's client reads its settings once."""
     code = (
-        "import sys; from speechbrain_taskarith.vectors import open_state\n"
-        "state = open_state(sys.argv[1]); print(state.path, len(state))"
+        "import sys; from speechbrain_taskarith.utils.optional import "
+        "local_path; print(local_path(sys.argv[1]))"
     )
     environment = {
         **os.environ,
@@ -260,7 +260,7 @@ def test_download_takes_weights_once_and_what_describes_them(
         question = functools.partial(ask, endpoint, tmp_path / "home", NAME)
         first = question(tmp_path)
         assert first.returncode == 0, first.stderr
-        folder = Path(first.stdout.split()[0])
+        folder = Path(first.stdout.strip())
         wanted = {p.name for p in whisper.iterdir()}
         wanted -= {"README.md", "flax_model.msgpack"}
         assert {p.name for p in folder.iterdir()} == wanted
