@@ -15,6 +15,8 @@ What has been trained is not trained again when it is started again.
 """
 
 import argparse
+import hashlib
+import json
 import os
 import shutil
 import sys
@@ -29,6 +31,7 @@ import joblib
 import torch
 from common.study import run_trainings
 from quickstart_data import (
+    EXPECTED,
     check_languages,
     choose_window,
     domains_of,
@@ -50,7 +53,7 @@ from tune_window import tune_window
 from whisper_window import cut_window
 
 from speechbrain_taskarith.utils.files import read_json, write_json
-from speechbrain_taskarith.utils.optional import is_hub_name, local_path
+from speechbrain_taskarith.utils.optional import local_path
 from speechbrain_taskarith.vectors import open_state
 
 SETTINGS = "quickstart.json"
@@ -95,26 +98,24 @@ def choose_domains(found, data, wanted=None):
     return {name: found[name] for name in chosen}
 
 
-def note_settings(given, output, model):
+def note_settings(given, output, model, domains):
     """Refuse to mix two runs in one folder."""
+    rows = json.dumps(domains, sort_keys=True).encode()
+    own = ("output", "workers")
     settings = {
-        **{
-            k: v
-            for k, v in vars(given).items()
-            if k not in ("output", "workers")
-        },
+        **{key: v for key, v in vars(given).items() if key not in own},
         "data": str(Path(given.data).expanduser().resolve()),
-        "model": str(model),
+        "model": str(model.resolve()),
+        "content of the data": hashlib.sha256(rows).hexdigest(),
     }
     path = output / SETTINGS
-    if path.exists():
-        before = read_json(path)
-        other = [k for k in settings if before.get(k) != settings[k]]
-        if other:
+    before = read_json(path) if path.exists() else settings
+    for key, value in settings.items():
+        if before.get(key) != value:
             raise ValueError(
-                f"{output} holds a run with another {other[0]} "
-                f"({before.get(other[0])!r}, now {settings[other[0]]!r}); "
-                "give another folder (OUTPUT=...), or remove it"
+                f"{output} holds a run with another {key} "
+                f"({before.get(key)!r}, now {value!r}); give another folder "
+                "(OUTPUT=...), or remove it"
             )
     write_json(path, settings)
 
@@ -171,13 +172,13 @@ def spread(tasks):
 def run(given):
     """Do it; returns the summary."""
     start = time.monotonic()
+    if not given.data:
+        raise ValueError(f"a model needs data, too (DATA=...): {EXPECTED}")
     output = Path(given.output).resolve()
     output.mkdir(parents=True, exist_ok=True)
     model = local_path(given.model)
     languages, whole = languages_of(model)
     open_state(model)
-    name = given.model if is_hub_name(given.model) else str(model.resolve())
-    note_settings(given, output, name)
     splits = read_corpus(given.data, output / "prepared")
     found = domains_of(
         splits,
@@ -187,6 +188,7 @@ def run(given):
     domains = choose_domains(found, given.data, given.domains)
     check_languages(domains, languages, given.model)
     longest = choose_window(domains, whole)
+    note_settings(given, output, model, domains)
     folder = output / str(given.seed)
     manifests, held_out, left_out = draw_lines(
         domains,
@@ -264,7 +266,9 @@ def main(argv=None):
     try:
         run(given)
     except (ImportError, OSError, ValueError) as error:
-        sys.exit(textwrap.fill(f"quickstart: {error}", 79))
+        told = f"quickstart: {error}"
+        whole = {"break_long_words": False, "break_on_hyphens": False}
+        sys.exit(textwrap.fill(told, 79, **whole))
     except KeyboardInterrupt:
         sys.exit("\nquickstart: stopped; the same command goes on from there.")
 

@@ -1,5 +1,6 @@
 """The speech of the quickstart: two domains out of a corpus or manifest."""
 
+import collections
 import csv
 import json
 import math
@@ -33,10 +34,7 @@ def read_corpus(data, prepared):
     if data.is_file():
         return by_split(data, read_rows(data))
     if not is_prepared(data):
-        if (found := data / "manifest.csv").is_file() and {
-            "split",
-            *("text", "lang"),
-        } <= set(columns_of(found)):
+        if (found := data / "manifest.csv").is_file() and is_whole(found):
             return by_split(found, read_rows(found))
         prepare(data, prepared)
         data = prepared
@@ -53,6 +51,15 @@ def is_prepared(folder):
     if not (train.is_file() and (folder / "test.csv").is_file()):
         return False
     return bool({"domain", "lang"} & set(columns_of(train)))
+
+
+def is_whole(manifest):
+    """Tell whether a manifest says all that is needed, for all splits."""
+    columns = set(columns_of(manifest))
+    return all(
+        columns & some
+        for some in ({"split"}, {"text", "wrd"}, {"domain", "lang"})
+    )
 
 
 def columns_of(path):
@@ -85,16 +92,13 @@ def read_rows(path):
         rows = list(csv.DictReader(stream))
     if not rows:
         raise ValueError(f"{path}: no utterances")
-    columns = set(rows[0])
-    wanted = {"ID", "duration", "wav"} - columns
-    wanted |= {"text (or wrd)"} - (
-        {"text (or wrd)"} if columns & {"text", "wrd"} else set()
-    )
-    if wanted:
-        raise ValueError(
-            f"{path}: no column {', '.join(sorted(wanted))}; found "
-            f"{', '.join(map(str, rows[0]))}"
-        )
+    needed = ("ID", "duration", "wav", "text" if "text" in rows[0] else "wrd")
+    for column in needed:
+        if column not in rows[0]:
+            name = "text (or wrd)" if column == "wrd" else column
+            raise ValueError(
+                f"{path}: no column {name}; found {', '.join(rows[0])}"
+            )
     for row in rows:
         wav = row["wav"].replace("$data_root", str(path.parent))
         row["wav"] = str(path.parent / wav)
@@ -109,6 +113,10 @@ def read_rows(path):
             ) from None
         # It becomes the name of a file.
         row["ID"] = re.sub(r"[^\w.-]", "_", row["ID"])
+    counts = collections.Counter(row["ID"] for row in rows)
+    key, count = counts.most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"{path}: ID {key!r} stands there {count} times")
     silent = [row["ID"] for row in rows if not row["text"]]
     if silent:
         raise ValueError(
