@@ -106,9 +106,9 @@ def test_what_is_merged_from_a_name_is_a_whole_folder(cache, whisper, way):
         words += f" --rule TaskArithmetic --scale 0.5 -o {output}"
         run(*words.split())
     else:
-        for path in tuned:
-            TaskVector.between(NAME, path).save(path.with_suffix(".tau"))
-        words = [str(path.with_suffix(".tau")) for path in tuned]
+        words = [str(path.with_name(f"tau_{path.name}")) for path in tuned]
+        for path, tau in zip(tuned, words):
+            TaskVector.between(NAME, path).save(tau)
         words += ["--scale", "0.5", "-o", str(output)]
         run("apply", NAME, *words)
     base, *both = map(open_state, (whisper, *tuned))
