@@ -55,7 +55,8 @@ def open_state(path, *, recoverable=None, as_stored=False, key=None) -> "State":
         `.safetensors` file; a Hugging Face folder, sharded or not; the name
         of a model on Hugging Face's hub (`"openai/whisper-base"`), which is
         downloaded with its tokenizer and settings unless the hub's cache has
-        it; the cache's folder of a model. Names come without what wrappers put in front (`module.`, `_orig_mod.`).
+        it; the cache's folder of a model. Names come without what wrappers
+        put in front (`module.`, `_orig_mod.`).
     recoverable : str or None
         In a SpeechBrain folder, whose weights; by default `model`, or else
         the only recoverable that is a state dict. Several (`"wav2vec2,model"`,
