@@ -120,8 +120,9 @@ def test_what_is_merged_from_a_name_is_a_whole_folder(cache, whisper, way):
         assert (output / file).read_text() == text
     assert (output / "preprocessor_config.json").exists()
     assert not (output / "flax_model.msgpack").exists()
-    # The card's front matter names the base as the hub does.
-    assert f"base_model: {NAME}" in (output / "README.md").read_text()
+    if way != "python":
+        # The card's front matter names the base as the hub does.
+        assert f"base_model: {NAME}" in (output / "README.md").read_text()
     model = WhisperForConditionalGeneration.from_pretrained(output)
     assert torch.equal(
         model.state_dict()["model.encoder.conv1.weight"],
