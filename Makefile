@@ -3,12 +3,17 @@
 #   make quickstart                       SYN2REAL and sequential editing on
 #                                         speech that is synthesised here
 #   make quickstart DATA=<fsdd folder>    the same on real recordings
+#   make quickstart MODEL=<whisper> DATA=<corpus>
+#                                         the same with a Whisper, a folder or
+#                                         a hub name, on two of its domains
 #   make test                             everything that needs no GPU
 #   make lint                             what the linters say
 
 PYTHON ?= python3
 VENV ?= .venv
 DATA ?=
+MODEL ?=
+SPOKEN ?=
 OUTPUT ?= results
 PYTEST_ARGS ?=
 BIN := $(VENV)/bin
@@ -18,9 +23,16 @@ export OMP_NUM_THREADS ?= 1
 
 .PHONY: quickstart test lint install install-dev clean
 
+ifeq ($(MODEL),)
 quickstart: $(VENV)/.installed
 	$(BIN)/python recipes/FSDD/ASR/quickstart.py --output "$(OUTPUT)" \
 		$(if $(DATA),--data "$(DATA)")
+else
+quickstart: $(VENV)/.installed-whisper
+	$(BIN)/python recipes/FilletsNG/ASR/whisper/quickstart.py \
+		--model "$(MODEL)" --data "$(DATA)" --output "$(OUTPUT)" \
+		$(if $(SPOKEN),--language "$(SPOKEN)")
+endif
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
@@ -43,6 +55,11 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: setup.cfg constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[recipes]"
+	@touch $@
+
+$(VENV)/.installed-whisper: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt \
+		-e ".[recipes,huggingface]"
 	@touch $@
 
 $(VENV)/.installed-dev: setup.cfg constraints.txt | $(VENV)/bin/python

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from speechbrain_taskarith.utils.optional import local_path
 from speechbrain_taskarith.utils.patterns import first_match, matches
 from speechbrain_taskarith.utils.progress import progress
 
@@ -176,6 +177,7 @@ def write_weights(
     state = as_state(weights)
     if dry_run:
         return written(output, state, dry_run=True)
+    like = like if like is None else local_path(like)
     card.fingerprint, metadata = state.fingerprint, card.provenance()
     if output.name.startswith("CKPT+"):
         save_checkpoint(
@@ -187,7 +189,7 @@ def write_weights(
         )
     else:
         folder = output.suffix == "" and like is not None
-        files_of = Path(like) if folder and Path(like).is_dir() else None
+        files_of = like if folder and like.is_dir() else None
         save_state(state, output, metadata=metadata, like=files_of)
         card.save(output)
     return written(output, state, fingerprint=card.fingerprint)

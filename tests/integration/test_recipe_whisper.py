@@ -337,3 +337,49 @@ def test_speech_is_made_again_alike(recipe, tmp_path):
         name = row["wav"].removeprefix("$data_root/")
         files = [path.parent / name for path in paths]
         assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_two_fine_tuned_models_become_one_that_transcribes(whisper, tmp_path):
+    """The example that stands first in README.md, on tiny models."""
+    from speechbrain_taskarith.vectors import (
+        TIES,
+        merge_checkpoints,
+        save_state,
+    )
+
+    generator = torch.Generator().manual_seed(3)
+    base, vectors = open_state(whisper), []
+    for name in ("dutch", "czech"):
+        vectors.append(
+            {
+                key: 0.05 * torch.randn(value.shape, generator=generator)
+                for key, value in base.items()
+            }
+        )
+        state = {key: base[key] + vectors[-1][key] for key in base}
+        save_state(state, tmp_path / name, like=whisper)
+    merge_checkpoints(
+        whisper,
+        [tmp_path / "dutch", tmp_path / "czech"],
+        TIES(density=0.5, scale=0.5),
+        tmp_path / "merged",
+    )
+    merged = open_state(tmp_path / "merged")
+    assert any(not torch.equal(merged[name], base[name]) for name in base)
+    listen = transformers.pipeline(
+        "automatic-speech-recognition", str(tmp_path / "merged")
+    )
+    wave = torch.rand(8000, generator=generator) - 0.5
+    options = {"max_new_tokens": 4}
+    heard = listen(wave.numpy(), generate_kwargs=options)["text"]
+    # As the model itself hears it, without the pipeline.
+    model = transformers.WhisperForConditionalGeneration.from_pretrained(
+        tmp_path / "merged"
+    )
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "merged")
+    features = processor(
+        wave.numpy(), sampling_rate=16000, return_tensors="pt"
+    ).input_features
+    tokens = model.generate(features, **options)
+    [text] = processor.batch_decode(tokens, skip_special_tokens=True)
+    assert heard.strip() == text.strip()

@@ -20,7 +20,7 @@ def folder(tmp_path, monkeypatch):
 BAD = {
     "missing file": (
         ("vector", "none.ckpt", "us.ckpt", "-o", "x.safetensors"),
-        ["none.ckpt", "no such checkpoint"],
+        ["none.ckpt", "no such file or folder"],
     ),
     "other suffix": (
         ("vector", "base.ckpt", "us.ckpt", "-o", "x.ckpt"),

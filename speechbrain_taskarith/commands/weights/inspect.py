@@ -15,6 +15,7 @@ from speechbrain_taskarith.commands.output import (
     size,
     table,
 )
+from speechbrain_taskarith.utils.optional import local_path
 from speechbrain_taskarith.utils.patterns import select
 from speechbrain_taskarith.utils.progress import progress
 from speechbrain_taskarith.vectors.engine.vector_header import (
@@ -78,7 +79,8 @@ def _look(path, options):
 
         return {"path": str(path), "form": "edits", **describe_log(path)}
     state = open_state(path, recoverable=options.recoverable)
-    entry = {"path": str(path), "form": _form(path, state), **numbers(state)}
+    name, path = path, local_path(path)
+    entry = {"path": str(name), "form": _form(path, state), **numbers(state)}
     dtypes, tied = Counter(), defaultdict(list)
     for info in map(state.info, state):
         dtypes[info.dtype] += info.numel

@@ -31,6 +31,8 @@ _EXAMPLES = """\
   taskarith merge merge.yaml --rule.density 0.3 --output other.safetensors
   taskarith merge --base base.ckpt --finetuned us.ckpt german.ckpt \\
       --rule TIES density=0.2 --scale 0.5 -o merged.ckpt --dry-run
+  taskarith merge --base openai/whisper-base --finetuned dutch/ czech/ \\
+      --rule TIES density=0.5 -o whisper-merged
 
 merge.yaml:
   base: results/base/save               # any form that is read

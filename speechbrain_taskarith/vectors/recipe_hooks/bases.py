@@ -15,6 +15,7 @@ from speechbrain.utils.logger import get_logger
 
 from speechbrain_taskarith.utils.files import read_json
 from speechbrain_taskarith.utils.messages import some
+from speechbrain_taskarith.utils.optional import local_path
 from speechbrain_taskarith.vectors.recipe_hooks.provenance import is_adapter
 from speechbrain_taskarith.vectors.states.names import check_tied_values
 from speechbrain_taskarith.vectors.states.pairing import (
@@ -53,19 +54,6 @@ _FEATURES = (
     "do_normalize",
     "n_fft",
     "hop_length",
-)
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_HUB_FILES = (
-    [
-        "model.safetensors",
-        "model-*.safetensors",
-        "model.safetensors.index.json",
-    ],
-    [
-        "pytorch_model.bin",
-        "pytorch_model-*.bin",
-        "pytorch_model.bin.index.json",
-    ],
 )
 
 
@@ -123,55 +111,6 @@ def is_checkpoint(path):
     """Tell whether a path is a `CKPT+` folder, or a folder of some."""
     path = Path(path)
     return (path / "CKPT.yaml").exists() or any(path.glob("CKPT+*"))
-
-
-def local_path(source, savedir=None):
-    """Return where a base lies; a hub name is looked up or downloaded."""
-    path = Path(source)
-    if not path.exists():
-        if not _HUB_NAME.fullmatch(str(source)) or path.suffix:
-            raise FileNotFoundError(
-                f"{path}: no such file or folder; expected a base: a save or "
-                "CKPT+ folder, a file of weights, a Hugging Face folder or a "
-                "hub name"
-            )
-        return _download(str(source), savedir)
-    # As wrappers of SpeechBrain leave it in their save_path.
-    if path.is_dir() and not is_checkpoint(path):
-        cached = list(path.glob("models--*"))
-        if len(cached) == 1 and not any(path.glob("*.json")):
-            path = cached[0]
-        if snapshots := sorted(path.glob("snapshots/*")):
-            main = path / "refs" / "main"
-            commit = main.read_text().strip() if main.exists() else ""
-            chosen = path / "snapshots" / commit
-            return chosen if commit and chosen.exists() else snapshots[-1]
-    return path
-
-
-def _download(name, savedir):
-    """Return a hub model's folder; safetensors first."""
-    from huggingface_hub import snapshot_download
-
-    reason = "holds neither model.safetensors nor pytorch_model.bin"
-    for files in _HUB_FILES:
-        try:
-            folder = snapshot_download(
-                name,
-                cache_dir=savedir,
-                allow_patterns=["*config.json", *files],
-            )
-        # Offline, unknown, private, no network: each has its own class.
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            continue
-        if any(any(Path(folder).glob(pattern)) for pattern in files):
-            return Path(folder)
-    raise FileNotFoundError(
-        f"{name}: no such file or folder, and no model of Hugging Face's hub "
-        f"or cache that can be read ({reason}). Give a path, or download the "
-        "model first"
-    )
 
 
 def fit_to_module(stored, module, name) -> State:

@@ -13,10 +13,10 @@ from speechbrain.utils.fetching import FetchSource
 from speechbrain.utils.logger import get_logger
 from speechbrain.utils.parameter_transfer import Pretrainer
 
+from speechbrain_taskarith.utils.optional import is_hub_name, local_path
 from speechbrain_taskarith.vectors.recipe_hooks.bases import (
     is_checkpoint,
     load_base,
-    local_path,
     open_base,
 )
 from speechbrain_taskarith.vectors.rules.base import check_rule
@@ -159,7 +159,8 @@ class TaskVectorPretrainer(Pretrainer):
         if isinstance(path, FetchSource):
             return None
         # `org/name/file.ckpt` is a file on the hub.
-        if not _exists(path) and (Path(path).suffix or "://" in str(path)):
+        elsewhere = Path(path).suffix or "://" in str(path)
+        if elsewhere and not (_exists(path) or is_hub_name(path)):
             return None
         place = local_path(path)
         if not is_checkpoint(place):

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from speechbrain_taskarith.utils.files import read_json
+from speechbrain_taskarith.utils.optional import is_hub_name, local_path
 from speechbrain_taskarith.vectors.states.pairing import (
     module_names,
     without_wrappers,
@@ -51,8 +52,11 @@ def open_state(path, *, recoverable=None, as_stored=False, key=None) -> "State":
         such folders (the newest is taken); a `.ckpt`, `.pt`, `.pth` or
         `.bin` file of `torch.save` (the weights may lie inside under
         `state_dict`, `model_state_dict`, `model` or `module`); a
-        `.safetensors` file; a Hugging Face folder, sharded or not. Names
-        come without what wrappers put in front (`module.`, `_orig_mod.`).
+        `.safetensors` file; a Hugging Face folder, sharded or not; the name
+        of a model on Hugging Face's hub (`"openai/whisper-base"`), which is
+        downloaded with its tokenizer and settings unless the hub's cache has
+        it; the cache's folder of a model. Names come without what wrappers
+        put in front (`module.`, `_orig_mod.`).
     recoverable : str or None
         In a SpeechBrain folder, whose weights; by default `model`, or else
         the only recoverable that is a state dict. Several (`"wav2vec2,model"`,
@@ -72,7 +76,8 @@ def open_state(path, *, recoverable=None, as_stored=False, key=None) -> "State":
     Raises
     ------
     FileNotFoundError
-        Nothing stands there; or a shard or recoverable is missing.
+        Nothing stands there, or the hub or its cache does not give it; or a
+        shard or recoverable is missing.
     ValueError
         Damaged, of an unknown format, or a pickle with more than tensors.
 
@@ -84,7 +89,7 @@ def open_state(path, *, recoverable=None, as_stored=False, key=None) -> "State":
     >>> open_state(path).info("weight")
     TensorInfo(dtype='F32', shape=(3, 2))
     """
-    path = Path(path)
+    name, path = path, local_path(path)
     if key is None:
         state = _open(path, recoverable)
     elif path.is_file() and path.suffix in TORCH_SUFFIXES:
@@ -95,18 +100,15 @@ def open_state(path, *, recoverable=None, as_stored=False, key=None) -> "State":
             f"({', '.join(TORCH_SUFFIXES)}); leave it out"
         )
     plain = as_stored or TASK_VECTOR in state.metadata
-    return state if plain else without_wrappers(state)
+    state = state if plain else without_wrappers(state)
+    if is_hub_name(name):
+        state.label = str(name)  # not of the cache's folder
+    return state
 
 
 def _open(path, recoverable):
     if path.is_dir():
         return _open_folder(path, recoverable)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path}: no such checkpoint. Expected a CKPT+ folder, a folder "
-            "that holds some, a Hugging Face folder, or a .ckpt, .pt, .bin "
-            "or .safetensors file"
-        )
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     if path.suffix in TORCH_SUFFIXES:

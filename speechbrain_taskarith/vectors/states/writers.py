@@ -16,6 +16,7 @@ from speechbrain_taskarith.utils.files import (
     write_json,
 )
 from speechbrain_taskarith.utils.messages import some
+from speechbrain_taskarith.utils.optional import DESCRIPTIONS
 from speechbrain_taskarith.utils.patterns import first_match, require_match
 from speechbrain_taskarith.vectors.states.names import (
     check_readable,
@@ -55,20 +56,7 @@ _BLOCK = 1 << 22
 # What a Hugging Face folder takes along from the one that it is written after:
 # what describes model, features and tokenizer. All else may hold or describe
 # the old weights (other formats, the state of a training, a model card).
-_TAKEN_ALONG = (
-    "*config.json",
-    "tokenizer.json",
-    "vocab.*",
-    "merges.txt",
-    "normalizer.json",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "*.model",
-    "*.spm",
-    "*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-)
+_TAKEN_ALONG = DESCRIPTIONS
 # They lead readers to other weights: an adapter's, quantised ones.
 _LEFT_OUT = ("adapter_config.json", "quant*_config.json")
 
