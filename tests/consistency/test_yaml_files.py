@@ -92,6 +92,9 @@ def readers_of(folder):
     ready Brains where they use one: those read `self.hparams` in the script's
     place. What study.py alone reads is an option of its own.
     """
+    # Where train.py is a link, it reads them for a recipe of another corpus.
+    if (folder / "train.py").exists():
+        folder = (folder / "train.py").resolve().parent
     scripts = [p for p in sorted(folder.glob("*.py")) if not p.is_symlink()]
     scripts = [p for p in scripts if p.name != "study.py"]
     # A link to what several recipes share.
@@ -118,6 +121,10 @@ def test_there_are_yaml_files():
 def test_yaml_loads(path, tmp_path, monkeypatch):
     text = path.read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
+    # What stands beside hparams/ and train.py, as a run of train.py has it.
+    recipe = path.parents[1]
+    for folder in (recipe, (recipe / "train.py").resolve().parent):
+        monkeypatch.syspath_prepend(str(folder))
     with open(path, encoding="utf-8") as stream:
         loaded = load_hyperpyyaml(stream, overrides(text, tmp_path))
     assert loaded
