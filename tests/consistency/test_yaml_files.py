@@ -120,6 +120,8 @@ def test_there_are_yaml_files():
 @pytest.mark.parametrize("path", RECIPE_FILES + FRAGMENTS, ids=shown)
 def test_yaml_loads(path, tmp_path, monkeypatch):
     text = path.read_text(encoding="utf-8")
+    # A YAML may name what stands in its recipe's folder.
+    monkeypatch.syspath_prepend(str(path.parents[1]))
     monkeypatch.chdir(tmp_path)
     # What stands beside hparams/ and train.py, as a run of train.py has it.
     recipe = path.parents[1]
