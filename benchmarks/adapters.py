@@ -15,6 +15,7 @@ counted. See `benchmarks/README.md` for what came out.
 import argparse
 import functools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -33,6 +34,8 @@ from speechbrain_taskarith.adapters.combination.folding import product
 WIDTH, BATCH, FRAMES = 512, 4, 250
 TOLERANCE = 2e-5  # of the output's norm, float32 against the loop in float64
 PEER = "AdapterHub"
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+CLOCK = CLOCKS["wall"]
 
 
 # ------------------------------------------------------------------- sides
@@ -105,8 +108,9 @@ def sides(number, bottleneck, arguments):
     again = fusion.for_bank(bank).to(arguments.device)
     again.load_state_dict(fusion.state_dict())
     again.recompute = True
-    found["recomputed"] = (lambda x: again(x, "collapsed"), bank, again)
+    found["recomputed"] = (again, bank, again)
     found["folded"] = (lambda x: fusion(x, "folded"), bank, fusion)
+    found["auto"] = (fusion, bank, fusion)
     return found, fusion
 
 
@@ -129,9 +133,9 @@ def check(found, fusion, x):
 def clock(function, device):
     """Return the milliseconds of one call."""
     if device == "cpu":
-        start = time.perf_counter()
+        start = CLOCK()
         function()
-        return 1e3 * (time.perf_counter() - start)
+        return 1e3 * (CLOCK() - start)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     function()
@@ -254,12 +258,17 @@ def in_fresh_process(side, number, bottleneck, trained, arguments):
 
 
 def show(what, number, bottleneck, times, rows, floor=None):
-    """Print one block: medians, spread, ratios to the peer."""
+    """Print one block: medians, spread, ratios to the peer.
+
+    A gain is the median of the rounds' ratios: both sides of a ratio were
+    measured one after the other.
+    """
     medians = {name: statistics.median(t) for name, t in times.items()}
     for name, taken in times.items():
         ratio = ""
         if PEER in medians and name != PEER:
-            ratio = f"{medians[PEER] / medians[name]:.1f} x"
+            pairs = [p / t for p, t in zip(times[PEER], taken)]
+            ratio = f"{statistics.median(pairs):.1f} x"
         print(
             f"| {what} | {number} | {bottleneck} | {name} | "
             f"{medians[name]:.2f} ({min(taken):.2f}-{max(taken):.2f}) | "
@@ -297,7 +306,7 @@ def grid(arguments):
             calls = {
                 name: no_grad(run, x)
                 for name, (run, *_) in found.items()
-                if name != "recomputed"
+                if name not in ("recomputed", "auto")
             }
             calls["one adapter"] = no_grad(lambda x, a=one: x + a(x), x)
             flops = 6 * WIDTH * number * bottleneck * BATCH * FRAMES
@@ -314,7 +323,6 @@ def grid(arguments):
                 calls = {
                     name: step(run, x, adapters, combination, trained)
                     for name, (run, adapters, combination) in found.items()
-                    if name != "folded"
                 }
                 show(
                     f"forward + backward, {stage}",
@@ -354,6 +362,7 @@ def memory_table(arguments):
                     "stacked",
                     "collapsed",
                     "recomputed",
+                    "folded",
                 ]:
                     found = in_fresh_process(
                         side, number, bottleneck, trained, arguments
@@ -367,6 +376,44 @@ def memory_table(arguments):
                         f"{found['resident'] / 2**20:.1f} | {gain} |",
                         flush=True,
                     )
+
+
+def switch_over(arguments):
+    """Print where training by the folded form begins to be faster.
+
+    By frames in a batch, in units of those where both forms need as many
+    products; above 1 the folded form is faster.
+    """
+    units = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 4.0)
+    head = ["collapsed / folded", "N", "b", "even at", *units]
+    print("| " + " | ".join(map(str, head)) + " |")
+    print("|---" * len(head) + "|")
+    for bottleneck in arguments.bottlenecks:
+        for number in arguments.numbers:
+            fusion = ours(number, bottleneck, arguments.device)
+            for stage, trained in (("ST-A", False), ("MT-A", True)):
+                fusion.bank.requires_grad_(trained)
+                even = fusion._even_frames()
+                if not math.isfinite(even):
+                    continue
+                row = [stage, number, bottleneck, round(even)]
+                for unit in units:
+                    x = torch.randn(1, round(unit * even), WIDTH)
+                    x = x.to(arguments.device).requires_grad_()
+                    calls = {
+                        form: step(
+                            functools.partial(fusion, form=form),
+                            x,
+                            fusion.bank,
+                            fusion,
+                            trained,
+                        )
+                        for form in ("collapsed", "folded")
+                    }
+                    times = in_turn(calls, arguments).values()
+                    pairs = [one / other for one, other in zip(*times)]
+                    row.append(f"{statistics.median(pairs):.2f}")
+                print("| " + " | ".join(map(str, row)) + " |", flush=True)
 
 
 def launches(arguments):
@@ -407,10 +454,16 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument(
         "--compile", action="store_true", help="also the compiled loop"
     )
     parser.add_argument("--skip-memory", action="store_true")
+    parser.add_argument(
+        "--switch-over",
+        action="store_true",
+        help="only: from how many frames the folded form trains faster",
+    )
     parser.add_argument("--json", type=Path, help="write all times here too")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument(
@@ -418,6 +471,8 @@ def main():
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    global CLOCK
+    CLOCK = CLOCKS[arguments.clock]
     # The folder of this script holds a file of the peer's name.
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [p for p in sys.path if os.path.abspath(p or ".") != here]
@@ -434,6 +489,9 @@ def main():
                 )
             )
         )
+        return
+    if arguments.switch_over:
+        switch_over(arguments)
         return
     rows = grid(arguments)
     if not arguments.skip_memory:

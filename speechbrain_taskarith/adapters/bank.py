@@ -1,5 +1,7 @@
 """The adapters of one layer: a bottleneck each, computed together."""
 
+import copy
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -72,7 +74,7 @@ class BottleneckAdapter(torch.nn.Module):
         self.d_model, self.bottleneck = d_model, bottleneck
         self.norm = torch.nn.LayerNorm(d_model, eps) if layer_norm else None
         self.down = torch.nn.Linear(d_model, bottleneck)
-        self.activation = activation()
+        self.activation = _made(activation)
         if any(True for _ in self.activation.parameters()):
             raise ValueError(
                 f"the activation {type(self.activation).__name__} has "
@@ -92,6 +94,21 @@ class BottleneckAdapter(torch.nn.Module):
         """Return a(x), see `BottleneckAdapter`."""
         normed = x if self.norm is None else self.norm(x)
         return self.up(self.activation(self.down(normed)))
+
+
+def _made(activation):
+    """Return the module that `activation` makes."""
+    try:
+        made = activation()
+    except TypeError as error:
+        made = error
+    if not isinstance(made, torch.nn.Module):
+        raise ValueError(
+            f"activation is {activation!r}, which makes no module ({made!r}); "
+            "give a class such as torch.nn.SiLU, or a function without "
+            "arguments that returns a module"
+        )
+    return made
 
 
 class DerivedWeights(dict):
@@ -216,8 +233,7 @@ class AdapterBank(torch.nn.Module):
             raise ValueError("an adapter bank needs at least one task name")
         self.d_model, self.bottleneck = d_model, bottleneck
         self.layer_norm, self.eps = layer_norm, eps
-        self._activation = activation
-        self.activation = activation()
+        self.activation = _made(activation)
         # LN without gain and offset, which `Stacked` holds.
         self.normalise = (
             torch.nn.LayerNorm(d_model, eps, elementwise_affine=False)
@@ -264,7 +280,8 @@ class AdapterBank(torch.nn.Module):
         adapter = BottleneckAdapter(
             self.d_model,
             self.bottleneck if bottleneck is None else bottleneck,
-            self._activation,
+            # Not by what made it, which need not pickle (a lambda).
+            functools.partial(copy.deepcopy, self.activation),
             self.layer_norm,
             self.eps,
         )

@@ -138,14 +138,14 @@ def _rival(entry, here):
     return None
 
 
-def frozen_fingerprints(frozen):
+def frozen_fingerprints(frozen, known):
     """Return what `AdapterHandle.frozen_fingerprints` describes."""
     found = []
     for name, module in frozen:
         state = frozen_state(module)
         if state:
             entry = {"name": name, "class": type(module).__name__}
-            found.append({**entry, "fingerprint": fingerprint(state)})
+            found.append({**entry, "fingerprint": known.of(module, state)})
     return found
 
 
@@ -181,6 +181,42 @@ def fingerprint(state):
         leaf.update(flat.view(torch.uint8).numpy())
         root.update(leaf.digest())
     return root.hexdigest()
+
+
+class Fingerprints(dict):
+    """SHA-256 of modules' states, computed anew where one has changed.
+
+    Whether it has is read off addresses, version counters and the sum of each
+    tensor's bytes: writes through `.data` move no counter. That takes a tenth
+    of the time.
+    """
+
+    def of(self, module, state):
+        """Return the fingerprint of a module's state."""
+        marks = [
+            (name, _mark(tensor))
+            for name, tensor in state.items()
+            if isinstance(tensor, torch.Tensor)
+        ]
+        if self.get(id(module), (None,))[0] != marks:
+            self[id(module)] = marks, fingerprint(state)
+        return self[id(module)][1]
+
+    def __reduce__(self):
+        # A copy's modules are others.
+        return type(self), ()
+
+
+def _mark(tensor):
+    tensor = tensor.detach()
+    version = -1 if tensor.is_inference() else tensor._version
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    if flat.storage_offset() % 8:
+        flat = flat.clone()
+    words = len(flat) // 8 * 8
+    total = flat[:words].view(torch.int64).sum() + flat[words:].sum()
+    shape = tuple(tensor.shape)
+    return tensor.data_ptr(), version, tensor.dtype, shape, int(total)
 
 
 def _short(widths):

@@ -17,6 +17,7 @@ import torch
 from speechbrain_taskarith.adapters.bank import BottleneckAdapter
 from speechbrain_taskarith.adapters.checks import (
     VERSION,
+    Fingerprints,
     check_base,
     check_file,
     fingerprint,
@@ -50,6 +51,7 @@ class AdapterFiles(torch.nn.Module):
     encoder: torch.nn.Module
     #: What `AdapterHandle.freeze` has frozen: (name, module).
     _frozen: list
+    _fingerprints: Fingerprints
 
     def base_fingerprint(self):
         """Return the SHA-256 of the encoder's state without the adapters.
@@ -61,9 +63,10 @@ class AdapterFiles(torch.nn.Module):
             same on every device.
         """
         state = self.encoder.state_dict()
-        return fingerprint(
-            {n: t for n, t in state.items() if not n.startswith(f"{CHILD}.")}
-        )
+        state = {
+            n: t for n, t in state.items() if not n.startswith(f"{CHILD}.")
+        }
+        return self._fingerprints.of(self.encoder, state)
 
     def frozen_fingerprints(self):
         """Return what `freeze` holds still beside the encoder.
@@ -75,7 +78,7 @@ class AdapterFiles(torch.nn.Module):
             weights or statistics: in front of the encoder they decide what
             the adapters see, behind it what is made of their output.
         """
-        return frozen_fingerprints(self._frozen)
+        return frozen_fingerprints(self._frozen, self._fingerprints)
 
     def save_adapter(self, name, path):
         """Write one adapter to a file of its own, atomically.

@@ -9,6 +9,7 @@ from speechbrain_taskarith.adapters.bank import (
     adapter_key,
     adapter_name,
 )
+from speechbrain_taskarith.adapters.checks import Fingerprints
 from speechbrain_taskarith.adapters.combination import attention
 from speechbrain_taskarith.adapters.hooks.layer_loop import LayerLoop
 from speechbrain_taskarith.adapters.hooks.route import Route, Use
@@ -68,6 +69,7 @@ class AdapterHandle(AdapterTraining):
         self.__dict__["encoder"] = encoder
         self._route = Route()
         self._frozen = []  # (name, module), see `freeze`
+        self._fingerprints = Fingerprints()
         self._flags = [(p, p.requires_grad) for p in encoder.parameters()]
         encoder.requires_grad_(False)
         loops = {

@@ -13,19 +13,26 @@ from speechbrain_taskarith.adapters.combination.averaging import (
 )
 from speechbrain_taskarith.adapters.combination.base import Combination
 from speechbrain_taskarith.adapters.combination.fusion import (
-    HISTORY,
     AudioAdapterFusion,
 )
+from speechbrain_taskarith.adapters.combination.running import (
+    STRETCH,
+    Stretch,
+)
+from speechbrain_taskarith.adapters.hooks import context
 from speechbrain_taskarith.adapters.hooks.layer_loop import (
     PROGRESS,
     require_passed,
 )
-from speechbrain_taskarith.adapters.hooks.route import in_backward
+from speechbrain_taskarith.adapters.hooks.rows import utterances_of
 
 logger = logging.getLogger(__name__)
 
 #: The name of the handle among the encoder's children.
 CHILD = "task_adapters"
+
+# Among a layer's named arguments; no name that one could have.
+_STREAM = "context of a stream"
 
 #: The combinations that have a short name.
 KINDS = {
@@ -138,29 +145,22 @@ class LayerAdapters(torch.nn.Module):
             return
         # Checkpointing computes the layer again in the backward pass, and
         # may have the hooks' part outside.
-        if not in_backward():
+        if not context.in_backward:
             require_passed(self)
             PROGRESS.passed_by = self
 
     def _forward_streaming(self, method, *args, **kwargs):
         self._before_layer(self._layer, args)
         output = method(*args, **kwargs)
-        history = None
-        if self._is_running():
-            context = kwargs.get("context", args[1] if len(args) > 1 else None)
-            if not hasattr(context, "__dict__"):
-                raise ValueError(
-                    f"layer {self.name!r} got no streaming context, where the "
-                    "running scores are kept; use "
-                    "AudioAdapterFusion(running=False)"
-                )
-            histories = vars(context).setdefault("running_scores", {})
-            history = histories.setdefault(self.name, [])
-        token = HISTORY.set(history)
-        try:
-            return self._forward_hook(self._layer, args, {}, output)
-        finally:
-            HISTORY.reset(token)
+        stream = kwargs.get("context", args[1] if len(args) > 1 else None)
+        if self._is_running() and not hasattr(stream, "__dict__"):
+            raise ValueError(
+                f"layer {self.name!r} got no streaming context, where the "
+                "running scores are kept; use "
+                "AudioAdapterFusion(running=False)"
+            )
+        named = {**kwargs, _STREAM: stream}
+        return self._forward_hook(self._layer, args, named, output)
 
     def _is_running(self):
         """Tell whether the average of all scores so far is in use."""
@@ -168,24 +168,52 @@ class LayerAdapters(torch.nn.Module):
         combined = isinstance(choice, str) and choice == COMBINED
         return combined and getattr(self.combination, "running", False)
 
-    def _require_whole(self, inputs, named, frames):
-        """Refuse running scores where a call has not all frames so far."""
+    def _over_time(self, x, inputs, named):
+        """Add a combination whose scores are averaged over the frames so far.
+
+        A layer whose frames are not in order, as our Emformer's, says how many
+        `segments` an utterance has as rows one after the other, and how long
+        they are without the copied frames behind; in a stream its `context`
+        keeps what it needs for the next call.
+        """
         self._require_batch_first()
-        if not getattr(self._layer, "frames_in_order", True):
-            raise ValueError(
-                f"layer {self.name!r} works on blocks of an utterance, over "
-                "which scores cannot be averaged; use "
-                "AudioAdapterFusion(running=False)"
-            )
         for given in (*inputs, *named.values()):
             length = getattr(given, "get_seq_length", None)
-            if callable(length) and length() > frames:
+            if callable(length) and length() > x.shape[1]:
                 raise ValueError(
                     f"layer {self.name!r} has a key-value cache, so that the "
                     "running average of the scores would start anew at every "
                     "step; decode with use_cache=False, or combine with "
                     "AudioAdapterFusion(running=False)"
                 )
+        stream, step = named.get(_STREAM), None
+        if not getattr(self._layer, "frames_in_order", True):
+            stream = named.get("context")
+            step = named.get("segment_length")
+            if step is None:
+                raise ValueError(
+                    f"layer {self.name!r} works on blocks of an utterance, "
+                    "over which scores cannot be averaged; use "
+                    "AudioAdapterFusion(running=False)"
+                )
+        if stream is None and step is None:
+            return self(x)
+        kept = {}
+        if stream is not None:
+            kept = vars(stream).setdefault("running_scores", {})
+        before = kept.get(self.name)
+        stretch = Stretch(before, named.get("segments", 1), step)
+        x = self._along(stretch, x)
+        kept[self.name] = stretch.after
+        return x
+
+    @torch.compiler.disable  # a graph does not know which stretch it has
+    def _along(self, stretch, x):
+        token = STRETCH.set(stretch)
+        try:
+            return self(x)
+        finally:
+            STRETCH.reset(token)
 
     def _forward_hook(self, layer, inputs, named, output):
         """Add the adapters to what the layer returns, a tensor or a tuple."""
@@ -220,9 +248,7 @@ class LayerAdapters(torch.nn.Module):
                 f"[B, T, {width}] or a tuple that starts with one; choose "
                 "other layers or another d_model"
             )
-        if self._is_running():
-            self._require_whole(inputs, named, x.shape[1])
-        x = self(x)
+        x = self._over_time(x, inputs, named) if self._is_running() else self(x)
         if frames is not None:
             rows = [row[:number] for row, number in zip(x, frames)]
             x = torch.nested.as_nested_tensor(rows)
@@ -284,16 +310,19 @@ class LayerAdapters(torch.nn.Module):
 
     def _routed(self, x, choice):
         self._require_batch_first()
-        # Beams and samples of an utterance stand side by side, as do the
-        # blocks of our Emformer.
-        times = len(x) // max(len(choice), 1) if x.dim() == 3 else 0
-        if not len(x) == times * len(choice):
+        if x.dim() != 3:
             raise ValueError(
-                f"layer {self.name!r}: {len(choice)} utterance(s) were named "
-                f"by use(...), but the batch is {tuple(x.shape)}; call "
-                "use(...) for every batch, with one name an utterance"
+                f"layer {self.name!r} returns {tuple(x.shape)}; adapters of "
+                "single utterances need [B, T, d]"
             )
+        blocks = not getattr(self._layer, "frames_in_order", True)
+        try:
+            kept, times = utterances_of(len(x), len(choice), in_blocks=blocks)
+        except ValueError as error:
+            raise ValueError(f"layer {self.name!r}: {error}") from None
         index = self._route.positions(choice, x.device)
+        if kept is not None:
+            index = index[kept]
         if times != 1:
             index = index.repeat_interleave(times)
         added = x + self.bank.routed(x, index.clamp(min=0))

@@ -8,7 +8,10 @@ from speechbrain.utils.distributed import get_rank
 
 from speechbrain_taskarith.brains.ctc import bare
 from speechbrain_taskarith.metrics import translation_scores, wer
-from speechbrain_taskarith.translation import greedy_translation
+from speechbrain_taskarith.translation import (
+    GradientAggregator,
+    greedy_translation,
+)
 from speechbrain_taskarith.utils.recoverable import JSONRecoverable
 from speechbrain_taskarith.utils.seeds import seed_random_numbers
 
@@ -38,6 +41,8 @@ class TranslationBrain(sb.Brain):
       `batch.sig` as it is;
     - `guard` (optional): an `InputGuard`;
     - `consistency` (optional): a `ConsistencyProbe`;
+    - `aggregator` (optional): a `GradientAggregator`, whose gradient takes the
+      place of the weighted sum's; each task's row is that of its weighted loss;
     - `lr_annealing` (optional): called with the optimizer before each update,
       unless `brain.lr_annealing` is set;
     - `train_logger` (optional).
@@ -63,22 +68,15 @@ class TranslationBrain(sb.Brain):
     >>> from functools import partial
     >>> from speechbrain.dataio.batch import PaddedBatch
     >>> from speechbrain_taskarith.brains import WordLabels
-    >>> from speechbrain_taskarith.translation import (
-    ...     AcousticEncoder,
-    ...     SpeechTranslationModel,
-    ...     TaskNormWeights,
-    ...     TextEncoder,
-    ...     TranslationDecoder,
-    ...     TranslationObjective,
-    ... )
+    >>> from speechbrain_taskarith import translation as st
     >>> class Tiny(torch.nn.Module):
     ...     def forward(self, x, lens):
     ...         return x
     >>> _ = torch.manual_seed(0)
-    >>> model = SpeechTranslationModel(
-    ...     AcousticEncoder(Tiny(), 8),
-    ...     TextEncoder(8, 2, num_layers=1),
-    ...     TranslationDecoder(6, 8, 2, num_layers=1),
+    >>> model = st.SpeechTranslationModel(
+    ...     st.AcousticEncoder(Tiny(), 8),
+    ...     st.TextEncoder(8, 2, num_layers=1),
+    ...     st.TranslationDecoder(6, 8, 2, num_layers=1),
     ...     source_vocab=3,
     ... )
     >>> source = WordLabels(["good", "day"])
@@ -88,8 +86,8 @@ class TranslationBrain(sb.Brain):
     ...     opt_class=partial(torch.optim.Adam, lr=0.02),
     ...     hparams={
     ...         "main": "st",
-    ...         "objective": TranslationObjective(blank_index=0),
-    ...         "task_weights": TaskNormWeights(["asr", "mt"], interval=10),
+    ...         "objective": st.TranslationObjective(blank_index=0),
+    ...         "task_weights": st.TaskNormWeights(["asr", "mt"], interval=10),
     ...         "source_labels": source,
     ...         "target_labels": target,
     ...         **{"bos_index": 1, "eos_index": 2, "greedy_tokens": 5, "seed": 0},
@@ -128,6 +126,12 @@ class TranslationBrain(sb.Brain):
         checkpointer=None,
     ):
         super().__init__(modules, opt_class, hparams, run_opts, checkpointer)
+        aggregator = self._optional("aggregator")
+        if not isinstance(aggregator, GradientAggregator | None):
+            raise ValueError(
+                f"aggregator: {aggregator!r}; expected a GradientAggregator "
+                "(see its docstring for the YAML)"
+            )
         self.task_losses = RunningMeans()
         self.train_stats, self.stats, self.scores = {}, {}, None
         if self.checkpointer is not None:
@@ -167,7 +171,12 @@ class TranslationBrain(sb.Brain):
         if self.should_step and self._optional("consistency") is not None:
             self.measure(losses)
         self.task_losses.add(losses)
-        return weights.total(losses)
+        total, aggregator = weights.total(losses), self._optional("aggregator")
+        if aggregator is None:
+            return total
+        rows = {t: weights[t] * x for t, x in losses.items() if weights[t] > 0}
+        scale = self.scaler.get_scale()
+        return aggregator.total(rows, self.modules, scale)
 
     def tasks_of(self, batch, stage):
         """Return the tasks to compute of a batch; override it for mixed data.

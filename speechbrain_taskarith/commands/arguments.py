@@ -9,6 +9,9 @@ from pathlib import Path
 
 from speechbrain_taskarith.commands import VERBS
 from speechbrain_taskarith.utils.patterns import matches
+from speechbrain_taskarith.vectors.engine.vector_header import (
+    read_vector_header,
+)
 
 # What is read and edited, in the same way by all verbs.
 _READING = {
@@ -287,20 +290,45 @@ def open_models(base, others, options):
     `options` may have a `key`, a `prefix`, and a `rename` by pattern. Each
     must fit one of the files at least, not all.
     """
+    base, *states = open_at_key([base, *others], options)
+    if options.rename or options.prefix:
+        from speechbrain_taskarith.vectors import TaskVector
+
+        # A file's tensors may have other names than a vector's parameters.
+        states = [
+            state
+            if read_vector_header(state) is None
+            else TaskVector.load(path)
+            for path, state in zip(others, states)
+        ]
+    return [base, *renamed(states, others, options)]
+
+
+def open_at_key(paths, options):
+    """Open weights that lie under a key in one of some files at least."""
     states, unfit = [], []
-    for path in (base, *others):
+    for path in paths:
         try:
             states.append(_open_at(path, options, options.key))
         except (KeyError, ValueError) as error:
             if options.key is None:
                 raise
             unfit.append(error)
-            states.append(_open_at(path, options, None))
+            try:
+                states.append(_open_at(path, options, None))
+            except (KeyError, ValueError):
+                # Most often the key is misspelt.
+                raise error from None
     if len(unfit) == len(states):
         raise unfit[-1]
-    table = options.rename or {}
+    return states
+
+
+def renamed(states, paths, options):
+    """Return states or vectors under a base's names, as `options` say."""
+    table, states = options.rename or {}, list(states)
     unused = {**table, **({options.prefix: ""} if options.prefix else {})}
-    for number, state in enumerate(states[1:], 1):
+    for number, state in enumerate(states):
         prefix = options.prefix
         if not (prefix and any(name.startswith(prefix) for name in state)):
             prefix = None
@@ -317,7 +345,7 @@ def open_models(base, others, options):
         states[number] = state.rename(here) if here else state
     if unused:
         raise ValueError(
-            f"{next(iter(unused))!r} fits no name of {', '.join(others)}; "
+            f"{next(iter(unused))!r} fits no name of {', '.join(paths)}; "
             "look at them with `taskarith inspect --tensors`"
         )
     return states

@@ -204,6 +204,18 @@ def rounding_lines(loss, estimated=False):
     ]
 
 
+def extra_lines(names):
+    """Return the line that says what is no weight and stays the base's."""
+    if not names:
+        return []
+    return [f"  kept from the base, though it differs: {listed(names)}"]
+
+
+def extra_notes(names):
+    """Return the note of a card for `extra_lines`."""
+    return [f"Kept from the base: {', '.join(names)}."] if names else []
+
+
 def stored_size(vector, encoding):
     """Return how many bytes of tensors a stored vector takes."""
     from speechbrain_taskarith.vectors import as_state

@@ -4,7 +4,11 @@ import logging
 
 import torch
 
-from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
+from speechbrain_taskarith.utils.lengths import (
+    Refusals,
+    absolute_lengths,
+    padding_mask,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -16,18 +20,32 @@ def utterance_name(row, ids=None):
     )
 
 
-def check_lengths(lengths, size, what, ids=None):
-    """Refuse absolute lengths of 0, beyond `size` steps, or made of NaN."""
-    for row, length in enumerate(lengths.tolist()):
-        if not 1 <= length <= size:
-            # NaN becomes the least integer there is.
-            shown = "NaN" if length < -(2**62) else length
-            raise ValueError(
-                f"{what} of {utterance_name(row, ids)} have a length of "
-                f"{shown}, expected 1 to {size} steps (lengths are relative "
-                "to the padded tensor, in (0, 1]). Remove the utterance from "
-                "the data, or use InputGuard(skip_bad=True) to leave it out"
-            )
+def check_lengths(lengths, size, what, ids=None, wait=True):
+    """Refuse absolute lengths of 0, beyond `size` steps, or made of NaN.
+
+    With `wait=False` a GPU asserts it itself.
+    """
+    good = (lengths >= 1) & (lengths <= size)
+    wrong = f"{what} have lengths outside of 1 to {size} steps"
+    if torch.compiler.is_compiling():
+        torch._assert_async(good.all(), wrong)
+        return
+
+    def explain():
+        row = int((~good).nonzero()[0])
+        length = int(lengths[row])
+        # NaN becomes the least integer there is.
+        shown = "NaN" if length < -(2**62) else length
+        return (
+            f"{what} of {utterance_name(row, ids)} have a length of "
+            f"{shown}, expected 1 to {size} steps (lengths are relative "
+            "to the padded tensor, in (0, 1]). Remove the utterance from "
+            "the data, or use InputGuard(skip_bad=True) to leave it out"
+        )
+
+    refusals = Refusals()
+    refusals.add(~good, explain, wrong)
+    refusals.settle(wait)
 
 
 class InputGuard:

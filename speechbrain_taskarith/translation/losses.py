@@ -301,7 +301,7 @@ class TranslationObjective:
         logits = speech.logits.to(dtype)
         frames = absolute_lengths(speech.frame_lens, logits.shape[1])
         words = absolute_lengths(source_lens, source.shape[1])
-        # One transfer; `ctc_loss` would make its own for lengths on a device.
+        # One transfer; `ctc_loss` takes lengths from the host.
         frames, words, least = torch.stack(
             [frames, words, _least_frames(source, words)]
         ).cpu()
@@ -320,8 +320,8 @@ class TranslationObjective:
         loss = F.ctc_loss(
             logits.log_softmax(-1).transpose(0, 1),
             source,
-            frames,
-            words,
+            tuple(frames.tolist()),
+            tuple(words.tolist()),
             blank=self.blank_index,
             reduction="sum",
             zero_infinity=True,

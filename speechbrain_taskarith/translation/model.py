@@ -231,7 +231,8 @@ class SpeechTranslationModel(torch.nn.Module):
         # A short utterance keeps a frame; a length of 0 stays an error.
         count = torch.where(lens > 0, count.clamp(min=1), count)
         if self.shrink is None:
-            check_lengths(count, frames.shape[1], "features", ids)
+            size = frames.shape[1]
+            check_lengths(count, size, "features", ids, wait=False)
         frame_lens = relative_lengths(count, frames.shape[1])
         # NaN in the padding would reach the gradient of the CTC head.
         outside = padding_mask(count, frames.shape[1])[..., None]

@@ -8,6 +8,7 @@ import torch
 from speechbrain_taskarith.translation.ctc_head import CTCHeadWatch
 from speechbrain_taskarith.utils.lengths import (
     absolute_lengths,
+    ignore_padding,
     padding_mask,
     relative_lengths,
 )
@@ -40,6 +41,10 @@ class ShrinkingTransformer(torch.nn.Module):
     (arXiv 2311.03810, section 4). `min_decode_ratio` and `max_decode_ratio` of
     a searcher therefore count frames, as without shrinking, and the attention
     that `decode` returns is on frames: a segment's at its first one.
+
+    The encoder's convolutions no longer read padding: an utterance is encoded
+    alike in any batch, and without padding as the wrapped model alone does
+    it, bit for bit.
 
     `encode`, `forward_asr`, `decode_asr` and streaming of the encoder are the
     wrapped model's. `forward_mt` gets `noise` and `textual` as well, so that
@@ -103,7 +108,7 @@ class ShrinkingTransformer(torch.nn.Module):
                 "(num_decoder_layers: 0), and nothing else would see the "
                 "shrunk sequence; wrap a Transformer with a decoder"
             )
-        self.transformer = transformer
+        self.transformer = ignore_padding(transformer)
         self.shrink = shrink
         self.looking_back = looking_back
         self.textual = textual

@@ -1,12 +1,64 @@
-"""Lengths relative and absolute, and padding kept away from frames.
+"""Lengths relative and absolute, their refusal, and padding that nobody reads.
 
 Lengths are [B]; relative ones are SpeechBrain's, in (0, 1], of a padded
 tensor of `size` steps.
 """
 
+import os
 import threading
 
 import torch
+
+
+class Refusals:
+    """What makes a batch bad, asked of the device once.
+
+    On the CPU `add` refuses at once. For tensors on a device `settle` waits for
+    the answers, in one transfer, and then refuses by name; with `wait=False`
+    the device asserts them itself, on CUDA, and the host goes on.
+
+    Example
+    -------
+    >>> refusals = Refusals()
+    >>> lengths = torch.tensor([3, 0])
+    >>> refusals.add(lengths < 1, lambda: "row 1 is empty", "empty rows")
+    Traceback (most recent call last):
+        ...
+    ValueError: row 1 is empty
+    """
+
+    def __init__(self):
+        self._flags, self._reasons = [], []
+
+    def add(self, bad, explain, what):
+        """Refuse where `bad` [...] holds, by the message of `explain()`.
+
+        `what` is wrong is for an assertion, which knows no rows.
+        """
+        if bad.device.type == "cpu":
+            if bool(bad.any()):
+                raise ValueError(explain())
+        else:
+            self._flags.append(bad.any())
+            self._reasons.append((explain, what))
+
+    def settle(self, wait=True):
+        """Refuse the first that is bad."""
+        flags, reasons = self._flags, self._reasons
+        self._flags, self._reasons = [], []
+        if not flags:
+            return
+        # Who debugs with this wants the names, and waits anyway.
+        blocking = os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"
+        if not wait and flags[0].device.type == "cuda" and not blocking:
+            for flag, (_, what) in zip(flags, reasons):
+                torch._assert_async(
+                    ~flag, f"{what}; CUDA_LAUNCH_BLOCKING=1 names the row"
+                )
+            return
+        for bad, (explain, _) in zip(torch.stack(flags).tolist(), reasons):
+            if bad:
+                raise ValueError(explain())
 
 
 def absolute_lengths(lens, size):
@@ -56,25 +108,36 @@ def without_padding(x, lens):
 
 
 def ignore_padding(encoder):
-    """Let the Conformer convolutions of a module read 0 in place of padding.
+    """Keep padding away from the convolutions of a module's encoder.
 
-    SpeechBrain masks what they return, not what they read: the last frames of
-    an utterance depend on the batch that it is in. Now they read 0, as beyond
-    the end of a single utterance. Parameters and their names stay; a second
-    call does nothing. Returns the module.
+    SpeechBrain's Conformer masks what they return, not what they read, and its
+    Branchformer masks nothing: the last frames of an utterance depend on the
+    batch that it is in. Now they read what stands beyond the end of a single
+    utterance: 0, or its own frames mirrored. Parameters and their names stay;
+    a second call does nothing. Returns the module.
     """
+    from speechbrain.lobes.models.transformer.Branchformer import (
+        BranchformerEncoderLayer,
+    )
     from speechbrain.lobes.models.transformer.Conformer import (
         ConvolutionModule,
     )
 
     for part in encoder.modules():
-        if isinstance(part, ConvolutionModule) and not any(
-            isinstance(hook, _Enter)
-            for hook in part._forward_pre_hooks.values()
-        ):
-            masks = {}
-            part.register_forward_pre_hook(_Enter(masks), with_kwargs=True)
+        if any(isinstance(h, _Enter) for h in part._forward_pre_hooks.values()):
+            continue
+        masks = {}
+        if isinstance(part, ConvolutionModule):
+            enter = _Enter(masks, 1, "mask")
             part.bottleneck.register_forward_hook(_Clear(masks))
+        elif isinstance(part, BranchformerEncoderLayer):
+            enter = _Enter(masks, 2, "src_key_padding_mask")
+            conv = part.convolution_branch.csgu.conv
+            conv.register_forward_pre_hook(_Mirror(masks))
+            conv.register_forward_hook(_Crop(masks))
+        else:
+            continue
+        part.register_forward_pre_hook(enter, with_kwargs=True)
     return encoder
 
 
@@ -82,13 +145,15 @@ def ignore_padding(encoder):
 
 
 class _Enter:
-    """Note the mask [B, T, 1] that a convolution module is called with."""
+    """Note the mask, True at padding, that a module is called with."""
 
-    def __init__(self, masks):
+    def __init__(self, masks, place, name):
         self.masks = masks  # by thread: several may share a model
+        self.place, self.name = place, name
 
     def __call__(self, module, args, kwargs):
-        mask = args[1] if len(args) > 1 else kwargs.get("mask")
+        here = len(args) > self.place
+        mask = args[self.place] if here else kwargs.get(self.name)
         self.masks[_thread()] = mask
 
 
@@ -103,6 +168,42 @@ class _Clear:
         # Not kept: it would lie in copies and on the device.
         self.masks[_thread()] = None
         return None if mask is None else out.masked_fill(mask.mT, 0.0)
+
+
+class _Mirror:
+    """Mirror every row [T, C] of a convolution's input at its own end.
+
+    The convolution itself mirrors where the tensor ends. The row is longer
+    then, by as many frames as the kernel reads; `_Crop` drops them.
+    """
+
+    def __init__(self, masks):
+        self.masks = masks
+
+    def __call__(self, conv, args):
+        mask = self.masks.get(_thread())
+        if mask is None:
+            return None
+        x = args[0]
+        last = (~mask).sum(1, keepdim=True) - 1
+        frames = torch.arange(
+            x.shape[1] + conv.kernel_size // 2, device=x.device
+        )
+        index = last - (frames - last).abs()
+        index = index.clamp(min=0)[..., None].expand(-1, -1, x.shape[2])
+        return (x.gather(1, index),)
+
+
+class _Crop:
+    """Drop the frames that `_Mirror` added."""
+
+    def __init__(self, masks):
+        self.masks = masks
+
+    def __call__(self, conv, args, out):
+        mask = self.masks.get(_thread())
+        self.masks[_thread()] = None
+        return None if mask is None else out[:, : mask.shape[1]]
 
 
 def _thread():

@@ -114,6 +114,36 @@ def replace(names, table):
     return renamed
 
 
+def rename(names, table=None, prefix=None, label="the model"):
+    """Return `{name: new name}`: a prefix is taken away, then `replace`.
+
+    Names without the prefix are left out. ValueError where a pattern or the
+    prefix fits no name, or two names become one.
+
+    Example
+    -------
+    >>> rename(["enc.w.g", "head"], {"*.g": "*.gain"}, prefix="enc.")
+    {'enc.w.g': 'w.gain'}
+    """
+    names, start = list(names), prefix or ""
+    plain = {n: n[len(start) :] for n in names if n.startswith(start)}
+    if not plain:
+        require_match(names, f"{prefix}*")
+    table = {str(k): str(v) for k, v in (table or {}).items()}
+    for pattern in table:
+        require_match(plain.values(), pattern)
+    new = replace(plain.values(), table)
+    first = {}
+    for name, inner in plain.items():
+        other = first.setdefault(new[inner], name)
+        if other != name:
+            raise ValueError(
+                f"{label}: rename makes {new[inner]!r} of both {other!r} and "
+                f"{name!r}"
+            )
+    return {name: new[inner] for name, inner in plain.items()}
+
+
 def as_tuple(patterns):
     """Return one pattern or several as a tuple."""
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)

@@ -19,21 +19,6 @@ from .editing.editor import (
 from .editing.log import (
     Edit as Edit,
 )
-from .editing.scale_grid import (
-    search_scales as search_scales,
-)
-from .editing.scale_search import (
-    refuse_test_split as refuse_test_split,
-)
-from .editing.scale_search import (
-    search_scale as search_scale,
-)
-from .editing.scale_table import (
-    ScaleGrid as ScaleGrid,
-)
-from .editing.scale_table import (
-    ScaleSearch as ScaleSearch,
-)
 from .engine.statistics import (
     pool_normalizers as pool_normalizers,
 )
@@ -126,6 +111,21 @@ from .rules import (
 )
 from .rules import (
     TaskArithmetic as TaskArithmetic,
+)
+from .scales.grid import (
+    search_scales as search_scales,
+)
+from .scales.search import (
+    refuse_test_split as refuse_test_split,
+)
+from .scales.search import (
+    search_scale as search_scale,
+)
+from .scales.table import (
+    ScaleGrid as ScaleGrid,
+)
+from .scales.table import (
+    ScaleSearch as ScaleSearch,
 )
 from .states.readers import (
     as_state as as_state,

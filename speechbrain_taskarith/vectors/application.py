@@ -175,3 +175,18 @@ def check_tied_edits(tau, state, scales):
         deltas.label = "the task vector"
         for name in tied:
             check_tied_values(state, deltas, name)
+
+
+def each(function, first, *others):
+    """Return `{name: function(entries)}`.
+
+    Tied parameters share one tensor in a vector, and go on sharing it.
+    """
+    done, results = {}, {}
+    for name in first:
+        entries = [vector[name] for vector in (first, *others)]
+        key = tuple(map(id, entries))
+        if key not in done:
+            done[key] = function(*entries)
+        results[name] = done[key]
+    return results

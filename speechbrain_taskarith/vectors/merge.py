@@ -16,33 +16,23 @@ import time
 import types
 from pathlib import Path
 
-import numpy as np
-
 from speechbrain_taskarith.utils.files import temporary_file
-from speechbrain_taskarith.vectors.checks import (
-    all_finite,
-    floating,
-    overflow_error,
-)
+from speechbrain_taskarith.vectors.checks import floating
 from speechbrain_taskarith.vectors.checks import threads as checked_threads
 from speechbrain_taskarith.vectors.engine.inputs import MergeInputs
+from speechbrain_taskarith.vectors.engine.output import write_edits
 from speechbrain_taskarith.vectors.engine.streaming import Passes, Stream
 from speechbrain_taskarith.vectors.engine.workspace import (
     CHUNK,
+    DEVICE_CHUNK,
     Place,
-    add_scaled,
     places,
-    rounding,
-    stored_finite,
-    to_numpy,
-    to_stored,
 )
 from speechbrain_taskarith.vectors.rules.base import check_rule
 from speechbrain_taskarith.vectors.rules.description import with_each
 from speechbrain_taskarith.vectors.states.readers import form_of, open_state
 from speechbrain_taskarith.vectors.states.safetensors import (
     FLOATING,
-    ITEM_SIZE,
     TORCH_NAME,
     SafetensorsWriter,
     tied_text,
@@ -54,10 +44,7 @@ from speechbrain_taskarith.vectors.states.writers import (
     save_state,
 )
 
-# Elements at a time on a GPU, which wants much work at once.
-_DEVICE_CHUNK = 1 << 23
 _SMALLEST_CHUNK = 1 << 12
-_COPY_CHUNK = 1 << 17
 _MOST_THREADS = 16
 # Stands for a fingerprint until it is known; of the same length.
 _UNKNOWN = "0" * 64
@@ -96,6 +83,9 @@ class MergeReport:
     rounding_loss : float
         Share of the edit that rounding to half precision lost, in [0, about
         1]: norm of what was rounded away over norm of the edit. 0 in float32.
+    extra_of_base : list of str
+        What is no weight (extra states, counters) and differs in what was
+        merged: the base's is kept.
     peak_anonymous : int or None
         Largest anonymous memory of the process seen meanwhile, in bytes;
         None where the system does not tell (it is sampled).
@@ -116,6 +106,7 @@ class MergeReport:
     bytes_written: int
     dtype: str | None
     rounding_loss: float
+    extra_of_base: list
     peak_anonymous: int | None
 
     def to_dict(self):
@@ -291,7 +282,7 @@ def merge_checkpoints(
                         inputs, rule.stages, chunk, threads, progress
                     )
                 with _timed(seconds, "merge"):
-                    rounding_loss = _write(out, stream, rule, scales)
+                    rounding_loss = write_edits(out, stream, rule, scales)
                 if fingerprint:
                     with _timed(seconds, "output fingerprint"):
                         # Read back from the page cache: chunks come in any
@@ -322,6 +313,7 @@ def merge_checkpoints(
         bytes_written=sum(info.nbytes for info in infos.values()),
         dtype=dtype,
         rounding_loss=rounding_loss,
+        extra_of_base=inputs.differing_extra(),
         peak_anonymous=memory.peak,
     )
 
@@ -336,7 +328,7 @@ def _plan(inputs, rule, threads, chunk, memory_limit):
         alone = rule.whole_tensors or not on_cpu
         threads = 1 if alone else min(cores, _MOST_THREADS)
     if chunk is None:
-        chunk = CHUNK if on_cpu else _DEVICE_CHUNK
+        chunk = CHUNK if on_cpu else DEVICE_CHUNK
     threads = checked_threads(threads)
     if chunk < 1:
         raise ValueError(f"chunk={chunk}: expected at least 1")
@@ -393,59 +385,6 @@ def _output_infos(base, dtype):
             if info.floating:
                 infos[name] = info._replace(dtype=code)
     return infos
-
-
-def _write(out, stream, rule, scales):
-    """Write the edited tensors chunk by chunk, and copy the others.
-
-    Returns the share of the edit that was lost by rounding.
-    """
-    inputs, base = stream.source, stream.source.base
-    lost, moved = {}, {}  # sums of squares by place: threads change no bit
-    names = {name: [name] for name in base}
-    for twin, origin in inputs.twins.items():
-        names[origin].append(twin)
-
-    def copy(place, work):
-        info, dtype = base.info(place.name), out.tensors[place.name].dtype
-        if dtype != info.dtype:
-            values = work.read(base, place, "copy")
-            # A mask may hold infinity; it stays.
-            raw = to_stored(values, dtype)
-            if all_finite(values) and not stored_finite(values, raw, dtype):
-                raise overflow_error(place.name, TORCH_NAME[dtype], 0)
-        else:
-            raw = work.bytes("copy", place.size * ITEM_SIZE[dtype])
-            work.bytes_read += len(raw)
-            base.read_into(place.name, place.start, place.stop, raw)
-        for name in names[place.name]:
-            out.write(name, place.start, raw)
-
-    def emit(place, merged, work):
-        scale = scales[place.name]
-        if scale == 0:
-            # Not even the sign of a zero changes.
-            copy(place, work)
-            return
-        before = inputs.base_chunk(place, work)
-        result = work.array("result", place.size)
-        add_scaled(work.xp, before, merged, scale, result, result)
-        dtype = out.tensors[place.name].dtype
-        raw = to_stored(result, dtype)
-        if not stored_finite(result, raw, dtype):
-            raise overflow_error(place.name, TORCH_NAME[dtype], scale)
-        lost[place.index] = rounding(result, raw, dtype)
-        if ITEM_SIZE[dtype] == 2:
-            step = to_numpy(merged)
-            moved[place.index] = scale**2 * float(np.dot(step, step))
-        for name in names[place.name]:
-            out.write(name, place.start, raw)
-
-    stream.merge(rule, emit)
-    shapes = {name: base.info(name).shape for name in inputs.copied}
-    stream.passes.run(copy, places(shapes, _COPY_CHUNK))
-    length = math.fsum(moved.values())
-    return math.sqrt(math.fsum(lost.values()) / length) if length else 0.0
 
 
 def _convert(merged, output, inputs, metadata, recoverable):

@@ -12,29 +12,34 @@ from collections.abc import Mapping
 
 import torch
 
+from speechbrain_taskarith.utils.patterns import rename as rename_all
 from speechbrain_taskarith.utils.patterns import select
 from speechbrain_taskarith.vectors.application import (
     differences,
+    each,
     edit_in_place,
     edited,
 )
 from speechbrain_taskarith.vectors.checks import finite, scale_by_name
 from speechbrain_taskarith.vectors.encodings import read_vector, write_vector
 from speechbrain_taskarith.vectors.engine.vector_header import (
+    KEPT_EXTRA,
     bounded,
     parted,
     parted_in,
+    renamed_parted,
 )
 from speechbrain_taskarith.vectors.states.names import (
     check_alike,
     check_ancestry,
     check_ties,
+    differing_extra,
     editable_names,
     match_names,
 )
 from speechbrain_taskarith.vectors.states.pairing import (
-    renaming,
     under_names_of,
+    vector_under_names_of,
 )
 from speechbrain_taskarith.vectors.states.readers import as_model, as_state
 from speechbrain_taskarith.vectors.states.state import short
@@ -157,6 +162,8 @@ class TaskVector(Mapping):
             "finetuned_fingerprint": fingerprint,
             **parted(base.aliases, deltas),
         }
+        if kept := differing_extra(base, finetuned):
+            metadata[KEPT_EXTRA] = kept
         return cls(deltas, base.fingerprint, metadata)
 
     @classmethod
@@ -405,19 +412,34 @@ class TaskVector(Mapping):
         TaskVector
             Itself, if only its names fit or none do.
         """
-        base = as_model(base)
-        ties = base.aliases.items()
-        split = any((one in self) != (two in self) for one, two in ties)
-        if self.keys() <= base.keys() and not split:
+        parted = parted_in(self.metadata)
+        names = len(self) and vector_under_names_of(
+            as_model(base), as_state(self), parted
+        )
+        if not names:
             return self
-        pairs = renaming(base, as_state(self)) if len(self) else None
-        if pairs is None:
-            return self
-        deltas = {name: self[found] for name, found in pairs.names.items()}
-        deltas |= {name: self[name] for name in pairs.unknown}
-        for name in parted_in(self.metadata):
-            deltas.pop(name, None)
+        deltas = {name: self[found] for name, found in names.items()}
         return TaskVector(deltas, self.base_fingerprint, self.metadata)
+
+    def rename(self, rename=None, prefix=None) -> "TaskVector":
+        """Return the vector under other names, as `State.rename` does.
+
+        Arguments
+        ---------
+        rename : dict or None
+            `{pattern: replacement}`, after the prefix is gone.
+        prefix : str or None
+            What is taken away in front; names without it are left out.
+
+        Returns
+        -------
+        TaskVector
+            Of the same tensors.
+        """
+        new = rename_all(self, rename, prefix, "the task vector")
+        deltas = {name: self[found] for found, name in new.items()}
+        metadata = renamed_parted(self.metadata, rename, prefix)
+        return TaskVector(deltas, self.base_fingerprint, metadata)
 
     def check_fits(self, base):
         """Raise as `apply` unless a `State` holds all parameters, in shape."""
@@ -457,31 +479,16 @@ class TaskVector(Mapping):
         metadata = self.metadata
         if operation is not None:
             metadata = {**operation, "parents": [self.metadata]}
-        deltas = _each(function, self)
+        deltas = each(function, self)
         return TaskVector(deltas, self.base_fingerprint, metadata)
 
     def _pair(self, other, function, operation):
         if not isinstance(other, TaskVector):
             return NotImplemented
         check_alike([self, other])
-        deltas = _each(lambda a, b: function(a, b.to(a.device)), self, other)
+        deltas = each(lambda a, b: function(a, b.to(a.device)), self, other)
         shared = self.base_fingerprint == other.base_fingerprint
         base_fingerprint = self.base_fingerprint if shared else None
         parents = [self.metadata, other.metadata]
         metadata = {"operation": operation, "parents": parents}
         return TaskVector(deltas, base_fingerprint, metadata)
-
-
-def _each(function, first, *others):
-    """Return `{name: function(entries)}`.
-
-    Tied parameters share one tensor in a vector, and go on sharing it.
-    """
-    done, results = {}, {}
-    for name in first:
-        entries = [vector[name] for vector in (first, *others)]
-        key = tuple(map(id, entries))
-        if key not in done:
-            done[key] = function(*entries)
-        results[name] = done[key]
-    return results

@@ -352,6 +352,7 @@ TARGETS = {
     "lora-weights": Lora("adapter_model.safetensors"),
     "lora-config": Lora("adapter_config.json"),
     "edits-log": Edits("edits.jsonl"),
+    "edits-last": Edits("edits.last"),
     "edits-old-log": Edits("edits.json", old=True),
     "edits-base": Edits("base.safetensors"),
     "edits-vector": Edits("vectors/*"),

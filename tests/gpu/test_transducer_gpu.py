@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from machine import DEVICE, needs_gpu, only_gpu
 
 from speechbrain_taskarith.transducer import (
     Emformer,
@@ -15,9 +16,7 @@ from speechbrain_taskarith.transducer import (
     transducer_loss,
 )
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="NO GPU: needs CUDA"
-)
+pytestmark = needs_gpu
 
 
 def batch(device, dtype=torch.float32):
@@ -32,7 +31,7 @@ def batch(device, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_equals_cpu(dtype):
     results = []
-    for device in ("cpu", "cuda"):
+    for device in ("cpu", DEVICE):
         logits, *rest = batch(device, dtype)
         loss = transducer_loss(logits, *rest, 0, "none")
         (grad,) = torch.autograd.grad(loss.sum(), logits)
@@ -44,8 +43,10 @@ def test_loss_equals_cpu(dtype):
 @pytest.mark.parametrize("backend", ["torchaudio", "numba"])
 def test_backends_agree(backend):
     if backend == "numba":
+        if not torch.cuda.is_available():
+            pytest.skip("NO GPU: numba's loss runs on CUDA only")
         pytest.importorskip("numba.cuda")
-    logits, *rest = batch("cuda")
+    logits, *rest = batch(DEVICE)
     found = []
     for name in ("torch", backend):
         loss = transducer_loss(logits, *rest, 0, "none", backend=name)
@@ -55,14 +56,15 @@ def test_backends_agree(backend):
     assert torch.allclose(found[0][1], found[1][1], atol=1e-3)
 
 
+@only_gpu
 @pytest.mark.parametrize("kind", [RNNTJoint, HATJoint])
 def test_more_than_two_to_the_31_scores(kind):
     torch.manual_seed(0)
-    joint = kind(64, 64, 128, 5001, blank_index=0).cuda()
-    x = torch.randn(16, 500, 64, device="cuda", requires_grad=True)
-    g = torch.randn(16, 101, 64, device="cuda", requires_grad=True)
-    y = torch.randint(1, 5001, (16, 100), device="cuda")
-    one = torch.ones(16, device="cuda")
+    joint = kind(64, 64, 128, 5001, blank_index=0).to(DEVICE)
+    x = torch.randn(16, 500, 64, device=DEVICE, requires_grad=True)
+    g = torch.randn(16, 101, 64, device=DEVICE, requires_grad=True)
+    y = torch.randint(1, 5001, (16, 100), device=DEVICE)
+    one = torch.ones(16, device=DEVICE)
     assert 16 * 500 * 101 * 5001 > 2**31
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -87,7 +89,7 @@ def test_searches_equal_cpu():
         TransducerGreedySearch(predictor, joint, 0),
     ):
         here = search.cpu().decode(x, lens)
-        there = search.cuda().decode(x.cuda(), lens.cuda())
+        there = search.to(DEVICE).decode(x.to(DEVICE), lens.to(DEVICE))
         assert [[h.tokens for h in each] for each in here] == [
             [h.tokens for h in each] for each in there
         ]
@@ -95,11 +97,11 @@ def test_searches_equal_cpu():
 
 def test_min_wer_and_emformer_train():
     torch.manual_seed(0)
-    encoder = Emformer(16, 4, 32, 2, 4, 1, 8, 1).cuda()
-    predictor = LSTMPredictor(9, 4, 5, num_layers=1).cuda()
-    joint = HATJoint(16, 5, 8, 9, 0).cuda()
+    encoder = Emformer(16, 4, 32, 2, 4, 1, 8, 1).to(DEVICE)
+    predictor = LSTMPredictor(9, 4, 5, num_layers=1).to(DEVICE)
+    joint = HATJoint(16, 5, 8, 9, 0).to(DEVICE)
     loss = MinWERLoss(TransducerBeamSearch(predictor, joint, 0))
-    x, lens = torch.randn(3, 21, 16).cuda(), torch.ones(3).cuda()
-    y = torch.randint(1, 9, (3, 4)).cuda()
+    x, lens = torch.randn(3, 21, 16).to(DEVICE), torch.ones(3).to(DEVICE)
+    y = torch.randint(1, 9, (3, 4)).to(DEVICE)
     loss(encoder(x, lens), lens, y, lens).backward()
     assert encoder.layers[0].query.weight.grad.isfinite().all()

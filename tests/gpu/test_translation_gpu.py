@@ -1,17 +1,14 @@
 """Speech translation on a GPU: the same numbers, and no waiting for the host.
 
-python -m pytest tests/gpu -o addopts=""
+pytest tests/gpu -o addopts=
 """
-
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from machine import DEVICE, KIND, needs_gpu, only_gpu
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-
-from translation_toy import shrink_batch, toy_batch, toy_model  # noqa: E402
+# isort: split
+from translation_toy import shrink_batch, toy_batch, toy_model
 
 from speechbrain_taskarith.translation import (
     CTCShrink,
@@ -19,9 +16,7 @@ from speechbrain_taskarith.translation import (
     TranslationObjective,
 )
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a GPU"
-)
+pytestmark = needs_gpu
 POOLINGS = ("first", "mean", "weighted", "softmax")
 LENS = [130, 1, 70, 120]
 
@@ -32,9 +27,9 @@ def test_shrink_is_that_of_the_cpu_and_deterministic(pooling):
     train = pooling in ("weighted", "softmax")
     shrink = CTCShrink(pooling=pooling, train_weights=train)
     found = []
-    for device in ("cpu", "cuda", "cuda"):
-        a = x.to(device).requires_grad_()
-        b = logits.to(device).requires_grad_()
+    for device in ("cpu", DEVICE, DEVICE):
+        a = x.to(device, copy=True).requires_grad_()
+        b = logits.to(device, copy=True).requires_grad_()
         out = shrink(a, b, lens.to(device))
         out.x.square().sum().backward()
         grads = [a.grad] + ([b.grad] if train else [])
@@ -44,14 +39,15 @@ def test_shrink_is_that_of_the_cpu_and_deterministic(pooling):
         assert torch.equal(one, two)
 
 
+@only_gpu
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_fixed_capacity_never_waits_for_the_host(pooling):
     x, logits, lens = (
-        t.cuda() for t in shrink_batch(LENS, width=64, dtype=torch.float32)
+        t.to(DEVICE) for t in shrink_batch(LENS, width=64, dtype=torch.float32)
     )
     x.requires_grad_()
     shrink = CTCShrink(pooling=pooling, capacity=80)
-    look = LookingBack(64, 4, window=1).cuda()
+    look = LookingBack(64, 4, window=1).to(DEVICE)
     look(shrink(x, logits, lens), x, lens).sum().backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -70,18 +66,18 @@ def test_looking_back_is_that_of_the_cpu(window, monkeypatch):
     look = LookingBack(64, 4, dropout=0.0, window=window).double()
     shrunk = CTCShrink()(x, logits, lens)
     expected = look(shrunk, x, lens)
-    x, logits, lens = x.cuda(), logits.cuda(), lens.cuda()
-    found = look.cuda()(CTCShrink()(x, logits, lens), x, lens)
+    x, logits, lens = x.to(DEVICE), logits.to(DEVICE), lens.to(DEVICE)
+    found = look.to(DEVICE)(CTCShrink()(x, logits, lens), x, lens)
     torch.testing.assert_close(found.cpu(), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_trains(dtype):
-    model = toy_model().cuda()
+    model = toy_model().to(DEVICE)
     inputs, targets = (
-        {k: v.cuda() for k, v in part.items()} for part in toy_batch()
+        {k: v.to(DEVICE) for k, v in part.items()} for part in toy_batch()
     )
-    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+    with torch.autocast(KIND, dtype, enabled=dtype != torch.float32):
         out = model(tasks=("st", "asr", "mt"), **inputs)
         losses = TranslationObjective(0)(out, **targets)
     sum(losses.values()).backward()

@@ -1,18 +1,13 @@
 """What computes on a GPU equals what computes on the CPU.
 
-Not part of `make test`, which needs no GPU. Where there is one::
-
-    pytest tests/gpu -o addopts=
-
-`TASKARITH_GPU_TESTS_ON=cpu` runs the engine's part on the CPU by the same
-code, on torch instead of NumPy: a rehearsal that finds all but mixed devices.
+pytest tests/gpu -o addopts=
 """
 
 import copy
-import os
 
 import pytest
 import torch
+from machine import DEVICE, needs_gpu
 
 from speechbrain_taskarith.vectors import (
     DARE,
@@ -38,14 +33,7 @@ from speechbrain_taskarith.vectors import (
     syn2real,
 )
 
-REHEARSAL = os.environ.get("TASKARITH_GPU_TESTS_ON") == "cpu"
-if not REHEARSAL and not torch.cuda.is_available():
-    pytest.skip(
-        "NO GPU: torch.cuda.is_available() is False, nothing here was tested",
-        allow_module_level=True,
-    )
-# "cpu:0" is the CPU by way of torch; "cpu" would be NumPy.
-DEVICE = "cpu:0" if REHEARSAL else "cuda"
+pytestmark = needs_gpu
 
 
 class Net(torch.nn.Module):

@@ -4,11 +4,13 @@ import csv
 import importlib.util
 import io
 import os
+import re
 import subprocess
 import sys
 import time
 
 import pytest
+import yaml
 from digit_corpus import make_corpus
 from processes import ROOT, environment
 from rich.console import Console
@@ -145,23 +147,25 @@ def runs(folder):
     """Write what the two studies leave behind."""
     syn2real = Summary(folder / "syn2real")
     chosen = {
-        "pretrained": None, "baseline": None, "joint": None,
-        "edited": "real_source", "ensemble": "real_source",
-        "members": "real_source", "paper_scale": None,
-        "oracle": "real_target",
+        "baseline": None, "shrunk_target": "real_source",
+        "real_source_mean": None, "mean_of_both": None,
+        "joint": None, "edited": "real_source", "ensemble": "real_source",
+        "two_scales": "real_source", "oracle": "real_target",
     }  # fmt: skip
     for number, (row, on) in enumerate(chosen.items()):
         value = 12.5 if row in ("edited", "ensemble") else 10.0 + number
         for metric in ("wer", "own_words", "shared_words"):
             syn2real.add(table="syn2real", row=row, metric=metric,
                          value=value, unit="%", selected_on=on)  # fmt: skip
-        if row != "pretrained":
-            syn2real.add(table="syn2real", row=row,
-                         metric="relative_reduction", value=-12.34,
-                         selected_on=on)  # fmt: skip
-    syn2real.note("`oracle`: a bound; `members`, `joint`: other rows.")
+        syn2real.add(table="syn2real", row=row,
+                     metric="relative_reduction", value=-12.34,
+                     selected_on=on)  # fmt: skip
+    syn2real.note("`oracle`: a bound; `joint`: another row.")
     sequential = Summary(folder / "sequential_editing")
-    for row in ("fine_tuning", "task_arithmetic", "ties", "chosen_scale"):
+    for row in (
+        "fine_tuning", "averaging_half", "task_arithmetic", "ties",
+        "chosen_scale", "joint",
+    ):  # fmt: skip
         for metric in ("average_wer", "bwt", "werr"):
             sequential.add(
                 table="sequential_editing", row=row, metric=metric,
@@ -176,6 +180,22 @@ def runs(folder):
     return syn2real, sequential
 
 
+@pytest.mark.parametrize("study", ["syn2real", "sequential_editing"])
+def test_the_tables_have_their_controls_in_eight_rows(study):
+    class Plain(yaml.SafeLoader):
+        """Reads an hparams file without making its objects."""
+
+    Plain.add_multi_constructor("!", lambda loader, suffix, node: None)
+    text = (SCRIPT.parent / study / "hparams/quickstart.yaml").read_text()
+    rows = list(yaml.load(text, Plain)["rows"])
+    assert len(rows) <= 8
+    needed = {
+        "syn2real": {"real_source_mean", "shrunk_target", "two_scales"},
+        "sequential_editing": {"averaging_half", "fine_tuning", "joint"},
+    }
+    assert needed[study] <= set(rows)
+
+
 def test_tables_fit_into_80_columns(tmp_path):
     for summary in runs(tmp_path):
         stream = io.StringIO()
@@ -188,7 +208,10 @@ def test_tables_fit_into_80_columns(tmp_path):
             row = "(ensemble)" if row == "ensemble" else row
             assert row in words, "no name is broken"
             assert entry["selected_on"] in [None, *words]
-        shown = [line for line in lines if "." in line and line[1:2].islower()]
+        shown = [line for line in lines if re.match(r" \w+ .*\d\.\d\d", line)]
+        assert len(shown) == len({r["row"] for r in summary.rows()}) - (
+            summary.tables == ["syn2real"]  # the ensemble is the edit
+        )
         assert len(shown) <= 8
     assert words.count("ensemble") == 0
 

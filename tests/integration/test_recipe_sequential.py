@@ -108,7 +108,8 @@ def test_leaves_the_whole_table(finished):
     assert {(n, "average_wer") for n in names} <= found
     assert {(n, "bwt") for n in names} <= found
     assert {(n, "werr") for n in names} <= found
-    assert {r["table"] for r in rows} == {"sequential_editing"}
+    paired = [r for r in rows if r["table"] == "sequential_editing_paired"]
+    rows = [r for r in rows if r["table"] == "sequential_editing"]
     chosen = [r for r in rows if r["row"] == "chosen_scale"]
     assert {r["selected_on"] for r in chosen} == {"valid_seen"}
     assert {r["split"] for r in rows} == {"test"}
@@ -121,7 +122,16 @@ def test_leaves_the_whole_table(finished):
             last = matrix.domains[-1]
             naive = sum(matrix[last, d] for d in matrix.domains) / 4
             assert row["value"] == pytest.approx(naive)
+    # The rival stands right before the edits.
+    order = list(dict.fromkeys(r["row"] for r in rows))
+    first_edit = order.index("task_arithmetic")
+    assert order[first_edit - 2 : first_edit] == [
+        "averaging_half",
+        "averaging_one_over_t",
+    ]
+    check_paired(finished, paired)
     text = (finished / "results.md").read_text()
+    assert "the strongest rival that keeps no old data is" in text
     assert text.count("gives back the weights before it, bit for bit") == 4
     for name in (
         "wer_matrix_ties",
@@ -130,6 +140,26 @@ def test_leaves_the_whole_table(finished):
     ):
         assert (finished / "plots" / f"{name}.png").stat().st_size > 1000
     assert len(list((finished / "cl_masr_logs").iterdir())) == len(names) + 1
+
+
+def check_paired(finished, paired):
+    """Its differences are those of the matrices, domains weighed by words."""
+    found = {(r["row"], r["metric"]): r["value"] for r in paired}
+    for rival in ("fine_tuning", "ewc", "averaging_half"):
+        values = [
+            found[f"ties against {rival}", m]
+            for m in ("low", "difference", "high")
+        ]
+        assert values == sorted(values)
+        apart = []
+        for row in (rival, "ties"):
+            matrix = LifelongMatrix.load(
+                finished / "save" / row / "matrix_test.json"
+            )
+            apart.append([matrix["belgian", d] for d in matrix.domains])
+        gains = [a - b for a, b in zip(*apart)]
+        assert min(gains) - 1e-9 <= values[1] <= max(gains) + 1e-9
+        assert 0 < found[f"ties against {rival}", "p_value"] <= 1
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The recipe `FSDD/ASR/syn2real` at toy size, as users run it."""
 
+import csv
 import importlib
 import json
 import statistics
@@ -32,10 +33,16 @@ TINY = {
     "valid_strings": 3,
     "test_strings": 4,
     "train_precision": "fp32",
+    "scales": "[0.5, 1.0]",
+    "target_scales": "[0.5]",
+    "left_out_speaker": "null",
 }
 # Options of the study alone.
-STUDY = {"choose_on": "edited_target", "scales": "[0.5, 1.0]"}
-MODELS = 1 + 3 * (1 + 1 + 1 + 2 * 2)
+STUDY = {"choose_on": "edited_target"}
+# Of each left-out domain: mixed, joint, and three pairs.
+MODELS = 1 + 3 * (1 + 1 + 2 * 3)
+# Every domain's pair once, and the joint models; what hears recordings twice.
+UNHEARD = 1 + 3 * (1 + 2) + 3 * (1 + 1)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +68,12 @@ def weights(output, name):
     return torch.load(path, weights_only=True)
 
 
+def first_speaker(output):
+    """Return the speaker that seed 0 leaves out: the first by name."""
+    with open(output / "prepared/test.csv", newline="") as stream:
+        return min(row["spk_id"] for row in csv.DictReader(stream))
+
+
 def finished_models(output):
     return len(list((output / "models").rglob("finished.json")))
 
@@ -76,7 +89,7 @@ def finished(corpus, tmp_path_factory):
 def recipe(monkeypatch):
     """The recipe's own modules, which have everyday names."""
     monkeypatch.syspath_prepend(str(RECIPE.folder))
-    names = ("train", "strings", "study", "report")
+    names = ("train", "strings", "study", "report", "rows")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield lambda name: importlib.import_module(name)
@@ -93,7 +106,9 @@ def test_leaves_the_whole_table(finished):
         if row["table"] == "syn2real"
     }
     names = {"pretrained", "baseline", "joint", "edited", "ensemble", "members"}
-    names |= {"paper_scale", "oracle"}
+    names |= {"paper_scale", "oracle", "shrunk_target", "real_source"}
+    names |= {"real_source_mean", "mean_of_both", "two_scales"}
+    names |= {"support_language", "real_target"}
     assert {(name, "wer") for name in names} <= set(main)
     assert main["edited", "relative_reduction"]["unit"] == "%"
     for name, chosen in (
@@ -118,7 +133,8 @@ def test_leaves_the_whole_table(finished):
     assert main["oracle", "wer"]["value"] <= main["edited", "wer"]["value"]
     assert "gives its real model back" in (finished / "results.md").read_text()
     for domain in DOMAINS:
-        for plot in (f"scale_{domain}", f"cosines_without_{domain}"):
+        plots = ("scale", "two_scales", "cosines_without")
+        for plot in (f"{name}_{domain}" for name in plots):
             path = finished / "plots" / f"{plot}.png"
             assert path.stat().st_size > 1000
     assert finished_models(finished) == MODELS
@@ -156,11 +172,32 @@ def test_edited_model_is_the_papers_formula(finished):
 
 @pytest.mark.slow
 def test_sources_in_the_targets_place_choose_the_scale(corpus, tmp_path):
-    run(corpus, tmp_path, mixed_steps=0, choose_on="sources_as_targets")
-    assert finished_models(tmp_path) == 1 + 3 * 3
+    run(
+        corpus,
+        tmp_path,
+        mixed_steps=0,
+        choose_on="sources_as_targets",
+        left_out_speaker="by_seed",
+    )
+    assert finished_models(tmp_path) == UNHEARD
     rows = json.loads((tmp_path / "summary.json").read_text())
     edited = [row for row in rows if row["row"] == "edited"]
     assert edited and {row["selected_on"] for row in edited} == {"real_source"}
+    unheard = {
+        metric: {r["row"]: r["value"] for r in rows if r["metric"] == metric
+                 and r["table"] == table}
+        for table, metric in (
+            ("syn2real", "unheard_speaker"), ("syn2real_unheard_speaker", "wer")
+        )
+    }  # fmt: skip
+    assert unheard["unheard_speaker"] == unheard["wer"]
+    assert len(unheard["wer"]) == 15
+    # What has not heard the speaker is another model.
+    one, other = (
+        weights(tmp_path, f"{start}real/two_five")
+        for start in ("", "unheard_" + first_speaker(tmp_path) + "/")
+    )
+    assert not all(torch.equal(one[key], other[key]) for key in one)
     edited = load_file(tmp_path / "save/edited/one_four/model.safetensors")
     scale = next(
         row["value"]
@@ -287,6 +324,7 @@ def hparams_of_strings(**changes):
         "pretraining_steps": 2,
         "mixed_steps": 2,
         "domain_steps": 2,
+        "left_out_speaker": None,
         **changes,
     }
 
@@ -337,19 +375,23 @@ def test_share_of_own_words(recipe):
     }
 
 
-@pytest.mark.parametrize(
-    ("mixed_steps", "count"), [(2, MODELS), (0, 1 + 3 * 3)]
-)
+@pytest.mark.parametrize("speaker", [None, "anna"])
+@pytest.mark.parametrize("mixed_steps", [2, 0])
 def test_no_model_hears_the_target_for_real_before_its_test(
-    recipe, mixed_steps, count
+    recipe, mixed_steps, speaker
 ):
+    """Nor the left-out speaker, where the row is about an unheard one."""
     hparams = hparams_of_strings(mixed_steps=mixed_steps)
     strings = recipe("strings").Strings(all_takes(), hparams)
     module = recipe("study")
-    planned = module.plan_trainings(hparams, "models")
+    planned = module.plan_trainings(hparams, "models", speaker)
     models = {training.name: training for training in planned}
-    assert len(planned) == len(models) == count
-    real = {}
+    assert len(planned) == len(models)
+    if speaker is None:
+        assert len(models) == (MODELS if mixed_steps else 1 + 3 * 3)
+    elif not mixed_steps:
+        assert len(models) == UNHEARD
+    real, voices = {}, {}
     for number, training in enumerate(planned):
         options = training.options
         for parent in training.parents:
@@ -358,26 +400,52 @@ def test_no_model_hears_the_target_for_real_before_its_test(
         heard = [
             item
             for item in strings.of_training(
-                options["training_of"], options.get("domain", "all")
+                options["training_of"],
+                options.get("domain", "all"),
+                options.get("without_speaker"),
             )
             if "-real-" in item["ID"]
         ]
         assert all(w.startswith("train") for i in heard for w in i["wavs"])
         real[training.name] = {w for i in heard for w in i["wrd"].split()}
+        voices[training.name] = {item["spk_id"] for item in heard}
     assert not real[module.PRETRAINED]
     for target, own in DOMAINS.items():
-        name = module.model_name(hparams, target, "synthetic", target)
+        name = module.model_name(hparams, target, "synthetic", target, speaker)
         assert not real[name]
-        used = [name, f"joint/{target}"]
+        used = [name, f"{module.unheard(speaker)}joint/{target}"]
         for source in set(DOMAINS) - {target}:
             for side in ("real", "synthetic"):
-                name = module.model_name(hparams, target, side, source)
+                name = module.model_name(hparams, target, side, source, speaker)
                 assert bool(real[name]) == (side == "real")
                 used.append(name)
+        bound = module.model_name(hparams, target, "real", target, speaker)
+        assert set(own) <= real[bound] and speaker not in voices[bound]
         while used:
             training = models[used.pop()]
             assert not real[training.name] & set(own), (target, training.name)
+            assert speaker not in voices[training.name]
             used += training.parents
+
+
+def test_speakers_are_left_out_in_turn(recipe):
+    def leave_out(speaker, seed=0):
+        return recipe("strings").Strings(
+            all_takes(), hparams_of_strings(seed=seed, left_out_speaker=speaker)
+        )
+
+    for seed, name in enumerate(["anna", "ben", "anna"]):
+        strings = leave_out("by_seed", seed)
+        assert strings.left_out_speaker == name
+        only = strings.held_out("real", "test", "one_four", only=name)
+        assert {string["spk_id"] for string in only} == {name}
+        rest = strings.held_out("real", "valid", "one_four", without=name)
+        assert {string["spk_id"] for string in rest} == {"anna", "ben"} - {name}
+    assert leave_out(None).left_out_speaker is None
+    with pytest.raises(ValueError, match="'eve' cannot be left out; .*anna"):
+        leave_out("eve")
+    with pytest.raises(ValueError, match="no training recording is of 'eve'"):
+        strings.of_training("real", "one_four", "eve")
 
 
 def test_a_word_that_nobody_says_is_named(recipe):

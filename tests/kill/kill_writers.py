@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from kill_training import Training
 
 from speechbrain_taskarith.__main__ import main as taskarith
 from speechbrain_taskarith.adapters import insert_adapters
@@ -71,6 +72,10 @@ class Writer:
 
     def work(self, folder):
         """Write the new content."""
+
+    def follow(self, folder):
+        """Be the next run."""
+        self.work(folder)
 
     def content(self, folder):
         """Return something that tells old and new content apart."""
@@ -218,6 +223,8 @@ WRITERS = {
     "save Hugging Face": Save("out"),
     "save through a link": Link("out.safetensors"),
     "adapter save": Adapter(),
+    "training": Training(begun=1),
+    "training's first epoch": Training(begun=0),
 }
 
 
@@ -292,7 +299,9 @@ def kill_writer(writer, kills, seed, folder):
     begin = time.monotonic()
     assert not ended(child(writer.work, whole))
     seconds = time.monotonic() - begin
-    new, names = writer.content(whole), listing(whole)
+    new = writer.content(whole)
+    assert not ended(child(writer.follow, whole))
+    last, names = writer.content(whole), listing(whole)
     assert new != old and not names[1], names
     found = {"old": 0, "new": 0, "killed": 0, "in rename": 0, "runs": 0}
     span = {True: 1, False: 40}
@@ -326,8 +335,8 @@ def kill_writer(writer, kills, seed, folder):
         assert now in (old, new), (kind, now)
         found["old" if now == old else "new"] += killed
         # The next run, of a new process.
-        assert not ended(child(writer.work, place))
-        assert writer.content(place) == new
+        assert not ended(child(writer.follow, place))
+        assert writer.content(place) == last
         assert listing(place) == names, (kind, listing(place), names)
         shutil.rmtree(place)
     return found

@@ -1,5 +1,6 @@
 """Adapter files: what is saved comes back, what is damaged does not."""
 
+import copy
 import json
 import os
 
@@ -9,7 +10,11 @@ import torch
 from adapters_toy import ToyEncoder, scramble
 from safetensors.torch import save_file
 
-from speechbrain_taskarith.adapters import AdapterMean, insert_adapters
+from speechbrain_taskarith.adapters import (
+    AdapterMean,
+    checks,
+    insert_adapters,
+)
 
 NAMES = ["us", "german"]
 
@@ -316,3 +321,66 @@ def test_bytes_depend_on_the_content_alone(tmp_path):
         handle.save_adapter("us", tmp_path / f"{i}.safetensors")
     first, second = (p.read_bytes() for p in tmp_path.iterdir())
     assert first == second
+
+
+def write_through_numpy(encoder):
+    encoder.front.weight.detach().numpy()[0, 0] += 1
+
+
+def replace_data(encoder):
+    encoder.front.weight.data = encoder.front.weight.data + 1
+
+
+def one_entry_of_data(encoder):
+    encoder.layers[1].mix.weight.data[3, 2, 1] += 1e-3
+
+
+def train_one_step(encoder):
+    encoder.requires_grad_(True)
+    optimizer = torch.optim.AdamW(encoder.front.parameters(), lr=0.1)
+    encoder(torch.randn(2, 5, 4)).sum().backward()
+    optimizer.step()
+
+
+CHANGES = {
+    "numpy": write_through_numpy,
+    "data": replace_data,
+    "one entry": one_entry_of_data,
+    "step": train_one_step,
+    "load": lambda e: e.load_state_dict(ToyEncoder().state_dict()),
+    "statistics": lambda e: e.layers[0].statistics.running_mean.add_(1),
+    "count": lambda e: e.layers[0].statistics.num_batches_tracked.add_(1),
+    "type": lambda e: e.half(),
+    "buffer": lambda e: e.register_buffer("odd", torch.ones(3).char()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_the_base_is_hashed_once_until_it_changes(change, monkeypatch):
+    encoder, handle = make()
+    front = torch.nn.BatchNorm1d(4)
+    handle.freeze({"front": front})
+    hashed, stock = [], checks.fingerprint
+    monkeypatch.setattr(
+        checks, "fingerprint", lambda state: hashed.append(1) or stock(state)
+    )
+
+    def exact():
+        state = encoder.state_dict().items()
+        return stock({n: t for n, t in state if "task_adapters" not in n})
+
+    for _ in range(2):
+        for _ in range(3):
+            assert handle.base_fingerprint() == exact()
+            handle.frozen_fingerprints()
+        scramble(handle, seed=3)  # is no part of it
+        before = exact()
+        assert len(hashed) == 2
+        twin = copy.deepcopy(handle)
+        assert not twin._fingerprints
+    change(encoder)
+    assert handle.base_fingerprint() == exact() != before
+    front.weight.data.mul_(2)
+    (entry,) = handle.frozen_fingerprints()
+    assert entry["fingerprint"] == stock(checks.frozen_state(front))
+    assert len(hashed) == 4

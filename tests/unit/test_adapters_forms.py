@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import math
 
 import numpy as np
 import pytest
@@ -293,23 +292,38 @@ def test_auto_is_collapsed_where_trained_and_folded_elsewhere(monkeypatch):
     assert asked == expected
 
 
-@pytest.mark.parametrize("shape", [(5, 5), (3, 8), (25,), (24,)])
-def test_training_folds_where_a_batch_has_more_frames(shape, monkeypatch):
-    # 1.5 (N b + d / 2) = 24
+# With w = N b = 12 and d = 8 both forms cost as much at w frames where the
+# adapters train, at 2 w d / (3 d - w) = 16 where they do not; 1.5 times that.
+@pytest.mark.parametrize("mode, last", [("MT-A", 18), ("ST-A", 24)])
+@pytest.mark.parametrize("more", [0, 1])
+def test_training_folds_where_a_batch_has_more_frames(
+    mode, last, more, monkeypatch
+):
     fusion = made("fusion", make_bank(3, 8, 4)).train()
+    fusion.bank.requires_grad_(mode == "MT-A")
+    shape = (last + more,) if more else (last // 6, 6)
     x = torch.randn(*shape, 8, dtype=torch.float64)
     asked, folded = [], fusion._as_folded
     monkeypatch.setattr(
         fusion, "_as_folded", lambda x: asked.append("folded") or folded(x)
     )
     fusion(x).square().sum().backward()
-    assert bool(asked) == (math.prod(shape) > 24)
+    assert bool(asked) == bool(more)
     parameters = [*fusion.bank.parameters(), *fusion.parameters()]
+    parameters = [p for p in parameters if p.requires_grad]
     found = [p.grad.clone() for p in parameters]
     fusion.zero_grad(), fusion.bank.zero_grad()
     fusion(x, "loop").square().sum().backward()
     for gradient, parameter in zip(found, parameters):
         torch.testing.assert_close(gradient, parameter.grad)
+
+
+def test_wide_adapters_that_do_not_train_are_never_folded_in_training():
+    fusion = made("fusion", make_bank(3, 8, 8)).train()
+    fusion.bank.requires_grad_(False)
+    x = torch.randn(1000, 8, dtype=torch.float64)
+    fusion._as_folded = None  # not called
+    fusion(x).square().sum().backward()
 
 
 def test_folded_weights_follow_the_parameters():

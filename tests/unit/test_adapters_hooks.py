@@ -12,76 +12,8 @@ from adapters_toy import ToyEncoder, scramble
 
 from speechbrain_taskarith.adapters import AudioAdapterFusion, insert_adapters
 from speechbrain_taskarith.adapters.combination.base import Combination
-from speechbrain_taskarith.transducer import Emformer
 
 NAMES = ["us", "german"]
-
-
-def emformer(memory=1, layers=2):
-    torch.manual_seed(0)
-    return Emformer(
-        input_dim=16,
-        num_heads=2,
-        ffn_dim=32,
-        num_layers=layers,
-        segment_length=4,
-        right_context=2,
-        left_context=4,
-        memory_size=memory,
-    ).eval()
-
-
-def stream(encoder, x):
-    context = encoder.make_streaming_context(batch=len(x))
-    return torch.cat(
-        [
-            encoder.forward_streaming(x[:, t : t + 6], context)
-            for t in range(0, x.shape[1], 4)
-        ],
-        1,
-    )
-
-
-@pytest.mark.parametrize("memory", [0, 2])
-@pytest.mark.parametrize("choice", ["us", "combined", ["us", None]])
-def test_our_emformer_goes_through_its_adapters(memory, choice):
-    encoder = emformer(memory)
-    x, lens = torch.randn(2, 22, 16), torch.tensor([1.0, 0.5])
-    with torch.no_grad():
-        base = encoder(x, lens)
-    handle = insert_adapters(encoder, NAMES, bottleneck=4, combination="fusion")
-    scramble(handle)
-    with torch.no_grad():
-        assert torch.equal(encoder(x, lens), base)
-        handle.use(choice)
-        whole = encoder(x)
-        torch.testing.assert_close(stream(encoder, x), whole)
-        # The whole batch equals its utterances alone.
-        short = encoder(x, lens)[1:, :11]
-        if isinstance(choice, list):
-            torch.testing.assert_close(short, base[1:, :11])
-            handle.use("us")
-            torch.testing.assert_close(encoder(x[:1]), whole[:1])
-        else:
-            torch.testing.assert_close(encoder(x[1:, :11]), short)
-    assert (whole[0] - base[0]).abs().max() > 0.1
-    for parameters in (
-        handle.train_extraction("us"),
-        handle.train_composition("MT-A"),
-    ):
-        encoder.train()
-        handle.zero_grad()
-        encoder(x, lens).square().sum().backward()
-        assert all(p.grad.abs().sum() > 0 for p in parameters[:3])
-
-
-def test_our_emformer_refuses_running_scores():
-    encoder = emformer()
-    fusion = AudioAdapterFusion(running=True)
-    handle = insert_adapters(encoder, NAMES, bottleneck=4, combination=fusion)
-    handle.use("combined")
-    with pytest.raises(ValueError, match="works on blocks"):
-        encoder(torch.randn(2, 22, 16))
 
 
 class Layer(torch.nn.Module):
@@ -340,20 +272,6 @@ def test_autograds_own_threads_see_the_choice():
     with handle.use("a"):
         y.backward()
     assert seen == [None, "a", "a"]
-
-
-def test_a_compiled_encoder_follows_with():
-    torch._dynamo.reset()
-    encoder = ToyEncoder().eval()
-    handle = insert_adapters(encoder, ["a", "b"], bottleneck=4)
-    scramble(handle)
-    x = torch.randn(2, 5, 4)
-    run = torch.compile(encoder, backend="eager", fullgraph=True)
-    with torch.no_grad():
-        for choice in ("a", "b", None, ["b", "a"]):
-            with handle.use(choice):
-                torch.testing.assert_close(run(x), encoder(x))
-            torch.testing.assert_close(run(x), encoder(x))
 
 
 class Product(Combination):

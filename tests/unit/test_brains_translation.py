@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import speechbrain as sb
 import torch
+from hyperpyyaml import load_hyperpyyaml
 from speechbrain.dataio.batch import PaddedBatch
 from translation_toy import toy_model
 
@@ -375,3 +376,60 @@ def test_means_go_on_where_they_were_saved(tmp_path):
     assert whole.means()["a"] == pytest.approx(float(figures.double().mean()))
     second.clear()
     assert second.means() == {}
+
+
+def aggregated(settings):
+    """Return an aggregator as a YAML makes it."""
+    pytest.importorskip("torchjd", reason="TORCHJD ABSENT: extra translation")
+    name = "speechbrain_taskarith.translation.GradientAggregator"
+    return load_hyperpyyaml(f"it: !new:{name}\n    {settings}\n")["it"]
+
+
+def test_an_aggregator_of_sums_trains_as_the_weighted_sum():
+    brains = [make_brain(), make_brain(aggregator=aggregated("name: Sum"))]
+    for brain in brains:
+        brain.fit(range(2), loader([0, 1], [2, 3, 4]))
+    one, other = (brain.modules.model.state_dict() for brain in brains)
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-6)
+    assert brains[1].train_stats == pytest.approx(brains[0].train_stats)
+
+
+def test_an_aggregator_takes_the_place_of_the_sum():
+    # A mean with weights of its own, never the sum.
+    aggregator = aggregated("name: MGDA")
+    brain, batch = make_brain(aggregator=aggregator), [0, 1, 2]
+    (batch,) = loader(batch)
+    brain.should_step, model = True, brain.modules.model
+    out = brain.compute_forward(batch, sb.Stage.TRAIN)
+    brain.compute_objectives(out, batch, sb.Stage.TRAIN).backward()
+    found = {n: p.grad for n, p in model.named_parameters()}
+    # By hand: the same class of torchjd, in place of backward.
+    model.zero_grad()
+    names = ("source", "source_lens", "target_eos", "target_lens")
+    targets = {name: brain.inputs[name] for name in names}
+    out = brain.compute_forward(batch, sb.Stage.TRAIN)
+    losses = brain.hparams.objective(out, **targets)
+    summed = torch.autograd.grad(
+        sum(losses.values()), model.ctc_lin.weight, retain_graph=True
+    )[0]
+    aggregator.backward(losses, model)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad)
+    assert not torch.allclose(found["ctc_lin.weight"], summed, rtol=1e-2)
+
+
+def test_an_aggregator_accumulates_and_scales():
+    aggregator = aggregated("name: Sum")
+    weight = torch.nn.Parameter(torch.ones(3))
+    unused = torch.nn.Parameter(torch.ones(3))
+    losses = {"st": weight.sum(), "asr": 2 * weight[0]}
+    total = aggregator.total(losses, [weight, unused], scale=2.0**16)
+    (total / 2).backward()
+    assert total.item() == 5.0 and unused.grad is None
+    assert weight.grad.tolist() == [1.5, 0.5, 0.5]
+
+
+def test_an_aggregator_of_another_kind_is_refused():
+    with pytest.raises(ValueError, match="expected a GradientAggregator"):
+        make_brain(aggregator="PCGrad")

@@ -218,35 +218,6 @@ def test_compiles_whole(pooling):
     torch.testing.assert_close(a.grad, b.grad)
 
 
-def asked_of_the_device(function):
-    """Return how often a call turns a tensor into Python numbers."""
-    with torch.profiler.profile() as profile:
-        function()
-    names = ("aten::_local_scalar_dense", "aten::item", "aten::nonzero")
-    found = [e.name for e in profile.events() if e.name in names]
-    return found
-
-
-def test_asks_the_device_once_or_never():
-    x, logits, lens = shrink_batch(LENS)
-    tolist, calls = torch.Tensor.tolist, []
-
-    def counted(tensor):
-        calls.append(tensor.shape)
-        return tolist(tensor)
-
-    for pooling in POOLINGS:
-        for capacity, most in ((None, 1), (8, 0)):
-            shrink = CTCShrink(pooling=pooling, capacity=capacity)
-            calls.clear()
-            torch.Tensor.tolist = counted
-            try:
-                found = asked_of_the_device(lambda s=shrink: s(x, logits, lens))
-            finally:
-                torch.Tensor.tolist = tolist
-            assert len(calls) == most and not found, (pooling, calls, found)
-
-
 def test_a_collapsed_head_is_reported_and_cut_evenly(caplog):
     x = torch.randn(2, 200, 3)
     logits = torch.zeros(2, 200, 4)

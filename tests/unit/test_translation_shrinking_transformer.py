@@ -36,6 +36,12 @@ KINDS = {
         "kernel_size": 3,
     },
     "rope": {"encoder_module": "conformer", "attention_type": "RoPEMHA"},
+    "branchformer": {
+        "encoder_module": "branchformer",
+        "attention_type": "RelPosMHAXL",
+        "kernel_size": 7,
+        "csgu_linear_units": 24,
+    },
 }
 
 
@@ -137,8 +143,11 @@ def test_forward_and_decode_equal_utterances_alone(kind, textual):
     src, tgt, lens = batch()
     with torch.no_grad():
         frames, out = recipe.shrinking(src, tgt, lens, pad_idx=PAD)
-        assert torch.equal(frames, plain(src, tgt, lens, PAD)[0])
         assert torch.equal(frames, recipe.shrinking.encode(src, lens))
+        full = torch.ones_like(lens)
+        assert torch.equal(
+            recipe.shrinking.encode(src, full), plain.encode(src, full)
+        )
         lengths = (lens * frames.shape[1]).round().int()
         # What lies in the padding is of no matter to the decoder.
         outside = torch.arange(frames.shape[1]) >= lengths[:, None]
@@ -146,6 +155,8 @@ def test_forward_and_decode_equal_utterances_alone(kind, textual):
         found, attention = recipe.shrinking.decode(tgt, dirty, lengths)
         counts = []
         for row, length in enumerate(lengths.tolist()):
+            single = plain.encode(src[row : row + 1, :length])
+            torch.testing.assert_close(frames[row, :length], single[0])
             size = int((tgt[row] != PAD).sum())
             expected, count = alone(
                 recipe, plain, frames[row, :length], tgt[row, :size]

@@ -1,9 +1,12 @@
-"""A SpeechBrain Conformer encodes an utterance alike in any batch."""
+"""SpeechBrain's encoders encode an utterance alike in any batch."""
 
 import copy
 
 import pytest
 import torch
+from speechbrain.lobes.models.transformer.Branchformer import (
+    BranchformerEncoderLayer,
+)
 from speechbrain.lobes.models.transformer.Conformer import ConvolutionModule
 from speechbrain.lobes.models.transformer.TransformerASR import (
     EncoderWrapper,
@@ -18,7 +21,7 @@ from speechbrain_taskarith.utils.lengths import ignore_padding
 FRAMES = [24, 10, 1]
 
 
-def conformer(kernel=15, decoders=0):
+def conformer(kernel=15, decoders=0, module="conformer"):
     torch.manual_seed(0)
     return TransformerASR(
         tgt_vocab=5,
@@ -30,7 +33,8 @@ def conformer(kernel=15, decoders=0):
         d_ffn=16,
         attention_type="RelPosMHAXL",
         positional_encoding=None,
-        encoder_module="conformer",
+        encoder_module=module,
+        csgu_linear_units=12,
         normalize_before=True,
         causal=False,
         kernel_size=kernel,
@@ -45,6 +49,9 @@ WRAPPED = {
         EncoderWrapper(conformer()), torch.nn.Linear(16, 5)
     ),
     "seq2seq": lambda: Encoded(),
+    "branchformer": lambda: AcousticEncoder(
+        EncoderWrapper(conformer(5, module="branchformer")), 16
+    ),
 }
 
 
@@ -89,8 +96,9 @@ def test_a_stream_equals_the_utterance_inside_a_batch(past):
     assert torch.allclose(torch.cat(pieces, 1)[0], batch, atol=1e-4)
 
 
-def test_without_padding_nothing_changes_and_names_stay():
-    plain, x = conformer(), torch.randn(2, 24, 8)
+@pytest.mark.parametrize("module", ["conformer", "branchformer"])
+def test_without_padding_nothing_changes_and_names_stay(module):
+    plain, x = conformer(module=module), torch.randn(2, 24, 8)
     before = plain.encode(x, torch.ones(2))
     names = list(plain.state_dict())
     guarded = ignore_padding(plain)
@@ -118,15 +126,27 @@ def test_it_compiles_in_one_piece():
     assert torch.equal(compiled(x), layer(x))
 
 
-def test_copies_and_second_calls_are_alike():
-    once = ignore_padding(conformer())
+def test_a_layer_with_mirrored_ends_compiles_in_one_piece():
+    layer = ignore_padding(conformer(module="branchformer")).encoder.layers[0]
+    x, mask = torch.randn(2, 24, 16), torch.zeros(2, 24, dtype=torch.bool)
+    mask[1, 10:] = True
+    positions = torch.randn(1, 47, 16)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    found = compiled(x, src_key_padding_mask=mask, pos_embs=positions)[0]
+    expected = layer(x, src_key_padding_mask=mask, pos_embs=positions)[0]
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("module", ["conformer", "branchformer"])
+def test_copies_and_second_calls_are_alike(module):
+    once = ignore_padding(conformer(module=module))
     x, lens = torch.randn(2, 24, 8), torch.tensor([1.0, 10 / 24])
     expected = once.encode(x, lens)
     twin = ignore_padding(copy.deepcopy(once))
     hooks = [
         len(part._forward_pre_hooks)
         for part in twin.modules()
-        if isinstance(part, ConvolutionModule)
+        if isinstance(part, (ConvolutionModule, BranchformerEncoderLayer))
     ]
     assert hooks == [1, 1]
     assert torch.equal(twin.encode(x, lens), expected)

@@ -417,6 +417,9 @@ def test_a_half_deleted_checkpoint_is_not_the_newest(tmp_path):
         )
     (tmp_path / "CKPT+b" / "model.ckpt").unlink()
     assert open_state(tmp_path)["w"].item() == 0.0
+    (tmp_path / "CKPT+a" / "model.ckpt").unlink()
+    with pytest.raises(ValueError, match=r"CKPT\+a lacks model\.ckpt"):
+        open_state(tmp_path)
 
 
 # -- vocabularies --------------------------------------------------------------

@@ -259,3 +259,71 @@ def test_a_normaliser_is_no_network(tmp_path):
         assert set(open_state(tmp_path)) == {"weight", "bias"}
     with pytest.raises(ValueError, match="normaliser"):
         open_state(tmp_path, recoverable="normalize")
+
+
+def differing(folder):
+    """Write a base and two models of which one has another extra state."""
+    for name, seen, step in (("base", 3, 1), ("same", 3, 1), ("other", 4, 2)):
+        model = torch.nn.Sequential(Gain(2, 2), Gain(2, 2))
+        model[0].extra = {"seen": seen, "scale": torch.tensor([1.0, step])}
+        model[1].extra = [1, (2,)]
+        torch.save({**model.state_dict(), "step": step}, folder / f"{name}.pt")
+    return ["0._extra_state", "step"]
+
+
+@pytest.mark.parametrize("output", ["out.ckpt", "CKPT+out"])
+def test_what_stays_the_base_s_is_reported(
+    tmp_path, monkeypatch, capsys, output
+):
+    monkeypatch.chdir(tmp_path)
+    names, line = differing(tmp_path), "kept from the base, though it differs"
+
+    def said(*words):
+        """Return what is reported by a run, and on its card."""
+        dry = cli.run_json(capsys, *words, "--overwrite", "--dry-run")
+        result = cli.run_json(capsys, *words, "--overwrite")
+        path = tmp_path / words[-1]
+        card = path / "model_card.md" if path.is_dir() else f"{path}.card.md"
+        text = (tmp_path / card).read_text()
+        found = result["extra_of_base"]
+        assert dry["extra_of_base"] == found
+        assert ("Kept from the base" in text) == bool(found)
+        assert all(name in text for name in found)
+        return sorted(found)
+
+    for model, expected in (("same", []), ("other", names)):
+        vector = ["vector", "base.pt", f"{model}.pt"]
+        assert said(*vector, "-o", f"{model}.safetensors") == expected
+        apply = ["apply", "base.pt", f"{model}.safetensors"]
+        assert said(*apply, "-o", output) == expected
+    merge = ["merge", "--base", "base.pt", "--rule", "TaskArithmetic"]
+    merge += ["--finetuned", "same.pt"]
+    for last in ("other.pt", "other.safetensors"):
+        assert said(*merge, last, "-o", output) == names
+    found = torch.load(
+        output if output.endswith(".ckpt") else f"{output}/model.ckpt",
+        weights_only=True,
+    )
+    assert found["0._extra_state"]["seen"] == 3
+    cli.run(*merge, "other.pt", "-o", "again.ckpt")
+    assert line in capsys.readouterr().out
+    learn = ["edit", "learn", "edits", "other", "other.pt", "--base"]
+    learn += ["base.pt", "--rule", "TIES", "density=1"]
+    dry = cli.run_json(capsys, *learn, "--dry-run")
+    assert dry["extra_of_base"] == sorted(names)
+    assert cli.run_json(capsys, *learn)["extra_of_base"] == sorted(names)
+
+
+def test_extra_states_are_compared_under_the_base_s_names(tmp_path):
+    inner = Gain(2, 2)
+    inner.extra = {"seen": 1}
+    base = {"model.layer." + n: t for n, t in inner.state_dict().items()}
+    inner.extra = {"seen": 2}
+    other = {"model.model.layer." + n: t for n, t in inner.state_dict().items()}
+    report = merge_checkpoints(
+        base, [base, other], TaskArithmetic(), tmp_path / "o.ckpt"
+    )
+    assert report.extra_of_base == ["model.layer._extra_state"]
+    assert open_state(tmp_path / "o.ckpt").extra == {
+        "model.layer._extra_state": {"seen": 1}
+    }

@@ -152,3 +152,64 @@ def test_the_command_line_maps_names(tmp_path, monkeypatch, capsys):
         (["--rename", "dec.*"], "PATTERN=NEW"),
     ):
         assert named in cli.fails(capsys, *words, *more)
+
+
+@pytest.mark.parametrize("encoding", ["lossless", "bf16", "int8", "sparse"])
+@pytest.mark.parametrize("verb", ["apply", "merge"])
+def test_stored_vectors_by_other_names(
+    tmp_path, monkeypatch, capsys, encoding, verb
+):
+    """`apply` and `merge` bring vectors to the base's names as models."""
+    monkeypatch.chdir(tmp_path)
+    base = {f"enc.{name[4:]}": tensor for name, tensor in ours(3.0).items()}
+    torch.save({"ema": base, "step": 3}, "base.pt")
+    tau = TaskVector.between(theirs(), theirs(2.0))
+    tau.save("tau.safetensors", encoding=encoding)
+    words = {
+        "apply": ["apply", "base.pt", "tau.safetensors", "--scale", "0.5"],
+        "merge": ["merge", "--base", "base.pt", "--finetuned"]
+        + ["tau.safetensors", "--rule", "TaskArithmetic", "--scale", "0.5"],
+    }[verb]
+    words += ["--key", "ema", "--any-base"]
+    how = ["--prefix", "net.", "--rename"]
+    how += [f"{pattern}={new}" for pattern, new in TABLE.items()]
+    said = cli.fails(capsys, *words, "-o", "out.ckpt")
+    assert "net.encoder" in said
+    said = cli.fails(capsys, *words, *how, "no.*=*", "-o", "out.ckpt")
+    assert "'no.*' fits no name of tau.safetensors" in said
+    wrong = [w if w != "ema" else "nothing" for w in words]
+    assert "nothing" in cli.fails(capsys, *wrong, *how, "-o", "out.ckpt")
+    cli.run(*words, *how, "--dry-run", "-o", "out.ckpt")
+    cli.run(*words, *how, "-o", "out.ckpt")
+    edited = open_state("out.ckpt")
+    assert set(edited) == set(base)
+    for name, tensor in base.items():
+        torch.testing.assert_close(edited[name], tensor + 1.0)
+
+
+def test_a_renamed_vector_keeps_ties_and_what_it_was_parted_from():
+    weight = torch.ones(2)
+    base = {"m.in": weight, "m.out": weight, "m.other": torch.zeros(1)}
+    tuned = {name: torch.full_like(t, 3.0) for name, t in base.items()}
+    tuned["m.out"] = tuned["m.in"]
+    tau = TaskVector.between(base, tuned).rename({"*.in": "*.table"})
+    assert tau["m.table"] is tau["m.out"]
+    tau = tau.rename(prefix="m.")
+    assert list(tau) == ["table", "out", "other"]
+    both = {"table": weight, "out": weight, "other": torch.zeros(1)}
+    edited = tau.apply(both, any_base=True)
+    assert edited["table"] is edited["out"] and edited["out"][0] == 3
+    # One of two names was left out by choice: the other is not its edit.
+    alone = {name: t.clone() for name, t in base.items()}
+    parted = TaskVector.between(base, tuned).restrict(exclude=["m.out"])
+    parted = (0.5 * parted).rename(prefix="m.")
+    for plain, name in (("in", "m.in"), ("out", "m.out")):
+        both[plain] = alone[name]
+    edited = parted.apply(
+        {n: both[n] for n in ("in", "out", "other")}, any_base=True
+    )
+    assert edited["in"][0] == 2 and edited["out"][0] == 1
+    with pytest.raises(ValueError, match="missing"):
+        tau.rename({"missing.*": "*"})
+    with pytest.raises(ValueError, match="of both"):
+        tau.rename({"table": "x", "out": "x"})

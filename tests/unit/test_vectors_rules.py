@@ -200,6 +200,26 @@ def test_the_order_of_the_vectors_changes_nothing(rule):
         assert_close(again, merged, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("same", range(6))
+def test_vectors_that_agree_in_their_first_tensors_have_an_order(same):
+    """As where layers were frozen: the first ones that differ decide."""
+    noise = torch.Generator().manual_seed(same)
+    vectors = []
+    for _ in range(3):
+        vectors.append(
+            {
+                f"layer{i}": torch.full((300,), float(i))
+                if i < same
+                else torch.randn(300, generator=noise)
+                for i in range(6)
+            }
+        )
+    merged = DARE(0.4, seed=3).combine(vectors)
+    assert_close(merged, reference.dare(vectors, 0.4, 3))
+    again = DARE(0.4, seed=3).combine(vectors[::-1])
+    assert_close(again, merged, rtol=1e-6, atol=1e-6)
+
+
 def test_equal_vectors_are_dropped_independently():
     ones = {"a": torch.ones(1000)}
     both = DARE(0.5).combine([ones, dict(ones)])["a"]
@@ -654,7 +674,19 @@ def test_vectors_that_do_not_match():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("rule", [TaskArithmetic(), TIES(), ModelStock()])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        TaskArithmetic(),
+        TIES(),
+        ModelStock(),
+        # Also where the entry is dropped.
+        DARE(0.9, seed=1),
+        DARE(0.9, then=TIES(1)),
+        DARE([0, 0.9]),
+    ],
+    ids=repr,
+)
 def test_nan_and_infinity_are_named(rule, bad):
     vectors = make(2)
     vectors[1]["norm"][3] = bad

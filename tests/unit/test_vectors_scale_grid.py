@@ -12,7 +12,7 @@ from speechbrain_taskarith.vectors import (
     search_scales,
     syn2real,
 )
-from speechbrain_taskarith.vectors.editing import scale_table
+from speechbrain_taskarith.vectors.scales import table as scale_table
 
 GRID = {"own": [0.0, 0.5, 1.0], "other": [0.0, 0.3, 0.6]}
 

@@ -248,6 +248,9 @@ def test_a_last_line_cut_short_by_a_kill_never_happened(tmp_path):
     path = tmp_path / "e" / log.LOG_NAME
     content = path.read_bytes()
     begin = content.rindex(b"\n", 0, -1) + 1
+    # How many lines there are is noted after them.
+    last = tmp_path / "e" / log.LAST_NAME
+    check = json.loads(content[:begin].splitlines()[-1])["check"]
     vectors = {
         file: file.read_bytes() for file in (tmp_path / "e/vectors").iterdir()
     }
@@ -256,6 +259,7 @@ def test_a_last_line_cut_short_by_a_kill_never_happened(tmp_path):
     for cut in sorted(cuts):
         for tail in (b"", b"\0" * 50):
             path.write_bytes(content[:cut] + tail)
+            last.write_text(f"{3:012d} {check}\n")
             for file, data in vectors.items():
                 file.write_bytes(data)
             reader = SequentialEditor.resume(tmp_path / "e", read_only=True)
@@ -300,6 +304,45 @@ def test_any_other_damage_of_the_log_is_refused(tmp_path):
     path.unlink()
     with pytest.raises(FileNotFoundError, match="edits.jsonl"):
         SequentialEditor.resume(tmp_path / "e")
+
+
+def test_whole_lines_that_are_gone_are_missed(tmp_path):
+    """Also those of acts that leave no file behind."""
+    sequence(tmp_path / "e")
+    with SequentialEditor.resume(tmp_path / "e") as editor:
+        editor.undo("d1")
+        editor.undo("d0")
+        editor.redo()
+        editor.undo("d0")
+        editor.state("bfloat16")
+        editor.reorder(["d2"])
+        state = editor.state()
+    path, last = (tmp_path / "e" / n for n in (log.LOG_NAME, log.LAST_NAME))
+    content, note = path.read_bytes(), last.read_bytes()
+    lines = content.splitlines(keepends=True)
+    assert len(lines) == 10
+    for count in range(len(lines)):
+        for rest in (b"", lines[count][:-1]):
+            path.write_bytes(b"".join(lines[:count]) + rest)
+            for read_only in (True, False):
+                with pytest.raises(ValueError, match=r"edits\.jsonl"):
+                    SequentialEditor.resume(tmp_path / "e", read_only=read_only)
+    path.write_bytes(content)
+    # Killed between act and note; and written by an earlier version.
+    check = json.loads(lines[-2])["check"]
+    for before in (f"{9:012d} {check}\n".encode(), None):
+        last.unlink()
+        if before:
+            last.write_bytes(before)
+        reader = SequentialEditor.resume(tmp_path / "e", read_only=True)
+        same_bytes(reader.state(), state)
+        assert last.exists() == bool(before)
+        SequentialEditor.resume(tmp_path / "e").close()
+        assert last.read_bytes() == note
+    for damaged in (b"", b"x", note[:9], note[:-3], b"\0" * 30, note * 2):
+        last.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"edits\.(last|jsonl)"):
+            SequentialEditor.resume(tmp_path / "e")
 
 
 def test_a_log_of_another_version_is_refused(tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from hugging_face_toy import save_whisper
 
 from speechbrain_taskarith.vectors import as_state, open_state, save_state
 from speechbrain_taskarith.vectors.states.safetensors import (
@@ -83,25 +84,8 @@ def test_sharded_folder(tmp_path):
 
 def test_transformers_reads_our_folder(tmp_path):
     transformers = pytest.importorskip("transformers")
-    config = transformers.WhisperConfig(
-        d_model=8,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=8,
-        decoder_ffn_dim=8,
-        vocab_size=60,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=1,
-        max_source_positions=10,
-        max_target_positions=10,
-        num_mel_bins=4,
-    )
-    model = transformers.WhisperForConditionalGeneration(config)
-    model.save_pretrained(tmp_path / "theirs")
+    theirs = save_whisper(tmp_path / "theirs", "ForConditionalGeneration")
+    model = transformers.WhisperForConditionalGeneration.from_pretrained(theirs)
     state = open_state(tmp_path / "theirs")
     save_state(
         state, tmp_path / "ours", shard_size=2000, like=tmp_path / "theirs"

@@ -27,6 +27,7 @@ import torch
 from hyperpyyaml import load_hyperpyyaml
 from ruamel.yaml import YAML
 
+from speechbrain_taskarith.metrics import paired_bootstrap
 from speechbrain_taskarith.utils.files import read_json, write_json
 from speechbrain_taskarith.utils.progress import progress
 
@@ -394,3 +395,35 @@ def _as_option(item):
 def relative_reduction(*, before, after):
     """Return the relative reduction in %; 0 where there was nothing before."""
     return 100.0 * (before - after) / before if before else 0.0
+
+
+def add_paired_tests(summary, table, reports, pairs, **run):
+    """Add a table: is a row better than another on the same utterances?
+
+    `reports` is `{row: WERReport}`, `pairs` a list of (rival, ours); a pair of
+    which a row is missing is left out. See `metrics.paired_bootstrap`.
+    """
+    summary.note(
+        f"`{table}_paired`: points of WER over all strings together, positive "
+        "where the row named first is better; 95 % interval and two-sided p "
+        "by a paired bootstrap over strings. Strings share recordings and "
+        "speakers, so that the interval is rather too narrow."
+    )
+    for rival, ours in pairs:
+        if rival == ours or not {rival, ours} <= set(reports):
+            continue
+        test = paired_bootstrap(reports[rival], reports[ours])
+        for metric, value, unit in (
+            ("difference", test.difference, "points"),
+            ("low", test.low, "points"),
+            ("high", test.high, "points"),
+            ("p_value", test.p_value, "1"),
+        ):
+            summary.add(
+                table=f"{table}_paired",
+                row=f"{ours} against {rival}",
+                metric=metric,
+                value=value,
+                unit=unit,
+                **run,
+            )

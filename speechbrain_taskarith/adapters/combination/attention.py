@@ -64,13 +64,17 @@ def guidance_cost(weights, names, tasks, lens):
             f"are {', '.join(names)}"
         )
     _require_batch(weights, tasks, "tasks")
-    index = [names.index(task) for task in tasks]
-    own = weights[list(range(len(tasks))), :, index]
+    # Nothing here makes the host wait for a GPU.
+    index = torch.tensor([names.index(task) for task in tasks])
+    index = index.to(weights.device, non_blocking=True)
+    index = index.view(-1, 1, 1).expand(-1, weights.shape[1], 1)
+    own = weights.gather(2, index)[..., 0]
     # Not log(0): a softmax may underflow in single precision.
     costs = -own.clamp_min(torch.finfo(own.dtype).tiny).log()
-    if lens is not None:
-        costs = costs[_valid_frames(costs, lens)]
-    return costs.mean()
+    if lens is None:
+        return costs.mean()
+    valid = _valid_frames(costs, lens)
+    return costs.masked_fill(~valid, 0.0).sum() / valid.sum()
 
 
 def _require_batch(weights, given, what):
@@ -84,9 +88,8 @@ def _require_batch(weights, given, what):
 def _valid_frames(values, lens):
     """Return which of [B, T] are no padding, by relative lengths."""
     frames = values.shape[1]
-    return ~padding_mask(
-        absolute_lengths(lens.to(values.device), frames), frames
-    )
+    lens = lens.to(values.device, non_blocking=True)
+    return ~padding_mask(absolute_lengths(lens, frames), frames)
 
 
 def attention_stats(attention, names):

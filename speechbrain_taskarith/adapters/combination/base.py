@@ -6,6 +6,9 @@ holds [B, T, N, d]; `collapsed` never leaves the bottlenecks and is what
 trains; `folded` multiplies frozen weights with one another beforehand.
 """
 
+import contextvars
+import functools
+
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -159,6 +162,10 @@ class Combination(torch.nn.Module):
             form = "collapsed" if collapsed else "folded"
         compute = getattr(self, f"_as_{form}")
         if self.recompute and torch.is_grad_enabled():
+            if not torch.compiler.is_compiling():
+                # The backward pass has another one.
+                here = contextvars.copy_context()
+                compute = functools.partial(here.run, compute)
             return checkpoint(compute, x, use_reentrant=False)
         return compute(x)
 

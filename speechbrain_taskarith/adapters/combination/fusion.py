@@ -1,6 +1,6 @@
 """Audio-AdapterFusion: attention over adapters, frame by frame."""
 
-import contextvars
+import math
 
 import torch
 from torch.nn import functional as F
@@ -11,10 +11,10 @@ from speechbrain_taskarith.adapters.combination.folding import (
     FoldedFusion,
     product,
 )
-
-#: The running scores of the stream that is being computed, see
-#: `running_mean`; None where there is no stream.
-HISTORY = contextvars.ContextVar("running scores", default=None)
+from speechbrain_taskarith.adapters.combination.running import (
+    STRETCH,
+    running_mean,
+)
 
 
 class AudioAdapterFusion(Combination):
@@ -53,9 +53,10 @@ class AudioAdapterFusion(Combination):
         time) before the softmax. Beyond the paper, whose attention looks at
         one frame alone: a frame seldom tells the task, an utterance does.
         It looks at no later frame, and goes on from chunk to chunk where
-        layers have SpeechBrain's `forward_streaming`: the state is part of
-        the streaming context. Refused where it would start anew: with the
-        key-value cache of `generate` (`use_cache=False`), in our `Emformer`.
+        layers have SpeechBrain's `forward_streaming` and in our `Emformer`:
+        the state is part of the streaming context. Refused where it would
+        start anew: with the key-value cache of `generate`
+        (`use_cache=False`).
     guided : bool
         True keeps what `AdapterHandle.attention_loss` needs. Beyond the
         paper as well: it teaches the attention which task an utterance of
@@ -129,9 +130,8 @@ class AudioAdapterFusion(Combination):
 
     def _softmax(self, scores):
         if self.running:
-            is_compiling = torch.compiler.is_compiling()
-            history = None if is_compiling else HISTORY.get()
-            scores = running_mean(scores, history)
+            is_graph = torch.compiler.is_dynamo_compiling()
+            scores = running_mean(scores, None if is_graph else STRETCH.get())
         weights = scores.softmax(-1)
         self.last_weights = weights.detach()
         if self.guided:
@@ -189,14 +189,25 @@ class AudioAdapterFusion(Combination):
         return context + torch.matmul(weights, folded.offset)
 
     def _fold_pays(self, x):
-        # 2 d^2 products less a frame, against d^2 (2 N b + d) once. Even at
-        # N b + d / 2 frames; measured, it is faster from half as many more.
         if torch.compiler.is_compiling():  # one graph for all lengths
             return False
-        width = max(self.bank[name].bottleneck for name in self.names)
-        frames = x[..., 0].numel()
-        even = len(self.names) * width + self.bank.d_model / 2
-        return frames > 1.5 * even
+        # Half as many more than even: measured, see benchmarks/README.md.
+        return x[..., 0].numel() > 1.5 * self._even_frames()
+
+    def _even_frames(self):
+        """Return the frames where both forms of training cost as much.
+
+        In products, with `w = N b`: a frame costs `6 w + 4 d` and `6 w`, the
+        gradients of weights `3 w + 2 d` and `3 w` (adapters train) or `2 d`
+        and `2 w` (they do not); folding costs `6 w d` or `4 w d` a batch.
+        """
+        members = [self.bank[name] for name in self.names]
+        wide = len(members) * max(member.bottleneck for member in members)
+        if any(p.requires_grad for m in members for p in m.parameters()):
+            return wide
+        width = self.bank.d_model
+        gain = 3 * width - wide
+        return 2 * wide * width / gain if gain > 0 else math.inf
 
     def _fold(self):
         stack = self.bank.stacked(self.names)
@@ -222,26 +233,3 @@ def sum_of_parts(values, number):
     """
     exact = torch.promote_types(values.dtype, torch.float32)
     return values.unflatten(-1, (number, -1)).sum(-1, dtype=exact)
-
-
-def running_mean(scores, history=None):
-    """Average scores [..., T, N] over each frame and all before it.
-
-    `history` is that of a stream: a list, empty at its beginning, which
-    keeps the sum and the number of the frames so far.
-    """
-    frames = scores.shape[-2]
-    total = scores.cumsum(-2)
-    number = 0
-    if history:
-        before, number = history
-        total = total + before
-    count = torch.arange(
-        number + 1,
-        number + frames + 1,
-        dtype=scores.dtype,
-        device=scores.device,
-    )
-    if history is not None and frames:
-        history[:] = total[..., -1:, :].detach(), number + frames
-    return total / count.unsqueeze(-1)

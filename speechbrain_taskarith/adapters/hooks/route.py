@@ -1,8 +1,10 @@
 """What is in use: everywhere, or in a `with` of one thread or task."""
 
-import contextvars
+import itertools
 
-import torch
+from speechbrain_taskarith.adapters.hooks import context
+
+_NAMES = map("route {}".format, itertools.count())
 
 
 class Chosen:
@@ -10,10 +12,6 @@ class Chosen:
 
     def __init__(self, value):
         self.value, self.instead = value, None
-
-
-#: The choices of the `with` blocks around: (route, its `Chosen`, the next).
-_AROUND = contextvars.ContextVar("adapters in use", default=None)
 
 
 class Route:
@@ -24,10 +22,11 @@ class Route:
     """
 
     def __init__(self):
+        # Compiled graphs compare it, and could not compare routes.
+        self.name = next(_NAMES)
         #: Where no `with` says something else; `Chosen`.
         self.everywhere = Chosen(None)
-        #: Chosen last, by any thread: for compiled graphs, which cannot look
-        #: into contexts, and for autograd's threads, which have none.
+        #: Chosen last, by any thread: for autograd's, which have no context.
         self.latest = None
         self.has_warned = False
         #: The next batch's tasks, where a loop says them.
@@ -39,17 +38,15 @@ class Route:
     @property
     def choice(self):
         """Return what is in use here: in this thread or asyncio task."""
-        if torch.compiler.is_compiling():
-            return self.latest
         own = self.own()
         if own is not None:
             return own.value
-        return self.latest if in_backward() else self.everywhere.value
+        return self.latest if context.in_backward else self.everywhere.value
 
     def own(self):
         """Return the `Chosen` of the innermost `with`, None without one."""
-        around = _AROUND.get()
-        while around is not None and around[0] is not self:
+        around = context.around
+        while around is not None and around[0] != self.name:
             around = around[2]
         return None if around is None else around[1]
 
@@ -58,11 +55,14 @@ class Route:
         everywhere = Chosen(self.choice)
         return {**vars(self), "everywhere": everywhere, "_moved": {}}
 
+    def __setstate__(self, state):
+        vars(self).update(state, name=next(_NAMES))
+
     def positions(self, choice, device):
         """Return positions on a device, moved there once."""
         known, moved = self._moved.get(device, (None, None))
         if choice is not known:
-            moved = choice.to(device)
+            moved = choice.to(device, non_blocking=True)
             self._moved[device] = (choice, moved)
         return moved
 
@@ -93,14 +93,10 @@ class Use:
             chosen.instead = self._before
             if route.everywhere is chosen:
                 route.everywhere = self._before
-        self._token = _AROUND.set((route, chosen, _AROUND.get()))
+        entry = (route.name, chosen, context.around)
+        self._token = context.AROUND.set(entry)
         return self
 
     def __exit__(self, *error):
-        _AROUND.reset(self._token)
+        context.AROUND.reset(self._token)
         self._route.latest = self._route.choice
-
-
-def in_backward():
-    """Tell whether autograd is running a backward pass in this thread."""
-    return torch._C._current_graph_task_id() != -1

@@ -2,11 +2,14 @@
 
 from speechbrain_taskarith.commands import arguments as shared
 from speechbrain_taskarith.commands.output import (
+    extra_lines,
+    extra_notes,
     matched,
     rounding_lines,
     write_weights,
 )
 from speechbrain_taskarith.utils.progress import progress
+from speechbrain_taskarith.vectors.engine.vector_header import kept_extra_in
 
 _EXAMPLES = """\
   taskarith apply base.ckpt us.safetensors --scale 0.4 -o edited.ckpt
@@ -18,6 +21,8 @@ _EXAMPLES = """\
   # SYN2REAL: the mean of the source domains' vectors on the target's model
   taskarith apply target_synthetic.ckpt news.safetensors music.safetensors \\
       --mean --any-base --scale 0.2 -o target.ckpt
+  taskarith apply other.pt us.safetensors --key ema --rename 'enc.*=encoder.*' \\
+      --any-base -o edited.pt
   # Take an edit back (up to rounding; keep the base for the exact way)
   taskarith apply edited.ckpt us.safetensors --any-base --scale -0.4 -o u.ckpt
 """
@@ -27,7 +32,7 @@ def add_parser(verbs, summary):
     """Add the verb's parser."""
     parents = [
         shared.reading(),
-        shared.reading("dtype"),
+        shared.reading("rename", "prefix", "key", "dtype"),
         shared.rule_and_scale("the vectors are added"),
         shared.writing(),
     ]
@@ -47,6 +52,7 @@ def run(options):
     inputs = [options.base, *options.vectors]
     output = shared.check_output(options.output, inputs, options.overwrite)
     rule = _rule(options)
+    options.rename = shared.rename_of(options.rename)
     import torch
 
     from speechbrain_taskarith.vectors import TaskVector
@@ -54,16 +60,17 @@ def run(options):
     from speechbrain_taskarith.vectors.states.writers import check_networks
 
     with shared.threads(options):
-        base = shared.open_weights(options.base, options)
+        [base] = shared.open_at_key([options.base], options)
         check_networks(base, output)
         base.verify()
         files = progress(
             options.vectors, desc="reading", enable=not options.no_progress
         )
         chosen = shared.patterns(options)
+        vectors = map(TaskVector.load, files)
         vectors = [
-            TaskVector.load(path).named_as(base).restrict(**chosen)
-            for path in files
+            tau.named_as(base).restrict(**chosen)
+            for tau in shared.renamed(vectors, options.vectors, options)
         ]
         merged = rule.combine(vectors, base=base)
         scale, how = rule.scale_for(merged), {"dtype": options.dtype}
@@ -83,6 +90,9 @@ def run(options):
     result.data = {**data, **result.data}
     result.data["rounding_loss"] = loss
     result.lines += rounding_lines(loss)
+    kept = kept_extra_in(merged.metadata)
+    result.data["extra_of_base"] = kept
+    result.lines += extra_lines(kept)
     if options.dry_run:
         if isinstance(rule.scale, dict):
             lines, found = matched(vectors[0], rule.scale, "scale")
@@ -119,5 +129,11 @@ def _card(base, vectors, rule, options):
     for tau, path in zip(vectors, options.vectors):
         parents.append({**ModelCard.parent("vector", tau), "file": str(path)})
     return ModelCard(
-        "Edited model", parents=parents, rule=rule, scale=rule.scale
+        "Edited model",
+        parents=parents,
+        rule=rule,
+        scale=rule.scale,
+        notes=extra_notes(
+            kept_extra_in({"parents": [t.metadata for t in vectors]})
+        ),
     )

@@ -6,11 +6,16 @@ from pathlib import Path
 from speechbrain_taskarith.commands import arguments as shared
 from speechbrain_taskarith.commands.output import (
     Result,
+    extra_lines,
     size,
     steps,
     stored_size,
     table,
     write_weights,
+)
+from speechbrain_taskarith.vectors.engine.vector_header import (
+    kept_extra_in,
+    read_vector_header,
 )
 
 _EXAMPLES = {
@@ -167,8 +172,12 @@ def learn_domain(options):
         f"learned {edit.name!r} with scale {edit.scale}; its vector takes "
         f"{size(stored)}; the model is now {edit.state[:12]}"
     )
+    from speechbrain_taskarith.vectors import open_state
+
+    history = read_vector_header(open_state(folder / edit.vector))[2]
+    kept = kept_extra_in(history)
     data = {"verb": "edit learn", "dry_run": False, **edit.to_dict()}
-    return Result([line], data)
+    return Result([line, *extra_lines(kept)], {**data, "extra_of_base": kept})
 
 
 def _is_new(options):
@@ -235,15 +244,17 @@ def _remove_start(folder, existed):
     """After a first edit that failed: leave the folder as it was found."""
     import shutil
 
+    from speechbrain_taskarith.vectors.editing.lock import LOCK_NAME
     from speechbrain_taskarith.vectors.editing.log import (
-        LOCK_NAME,
+        LAST_NAME,
         LOG_NAME,
         EditLog,
     )
 
     if not (folder / LOG_NAME).is_file() or EditLog.read(folder).edits:
         return
-    for name in (LOG_NAME, LOCK_NAME, "base.ckpt", "base.safetensors"):
+    names = (LOG_NAME, LAST_NAME, LOCK_NAME, "base.ckpt", "base.safetensors")
+    for name in names:
         (folder / name).unlink(missing_ok=True)
     for name in ("vectors", "states"):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -298,8 +309,9 @@ def _would_learn(options, finetuned, scale):
         "norm": norm,
         "bytes": count,
         "encoding": encoding,
+        "extra_of_base": kept_extra_in(vector.metadata),
     }
-    return Result([line], data)
+    return Result([line, *extra_lines(data["extra_of_base"])], data)
 
 
 def undo_edit(options):

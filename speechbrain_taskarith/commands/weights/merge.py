@@ -11,6 +11,8 @@ from speechbrain_taskarith.commands import arguments as shared
 from speechbrain_taskarith.commands.output import (
     Result,
     counted,
+    extra_lines,
+    extra_notes,
     listed,
     matched,
     rounding_lines,
@@ -144,6 +146,7 @@ def run(options):
         + (f", at most {size(memory)} of anonymous memory" if memory else ""),
         f"  fingerprint {report.fingerprint}",
         *rounding_lines(report.rounding_loss),
+        *extra_lines(report.extra_of_base),
     ]
     return Result(lines, {**data, "output": str(output)})
 
@@ -161,13 +164,17 @@ def rule_of(plan, file=None):
 def _merge(plan, base, states, rule, output, progress):
     """Merge into the output, and write its card."""
     from speechbrain_taskarith.vectors import merge_checkpoints, open_state
+    from speechbrain_taskarith.vectors.engine.inputs import MergeInputs
 
     # A checkpoint folder holds more than the engine knows of: that writes
     # beside it.
     folder, target = output.name.startswith("CKPT+"), output
     extra, base = base.extra, copy.copy(base)
     recoverable = ",".join(base.networks) or plan.recoverable
+    kept = None
     if folder:
+        chosen = (plan.include, plan.exclude, plan.buffers)
+        kept = MergeInputs(base, states, *chosen).differing_extra()
         base.extra, base.networks = {}, ()
         target = temporary_path(output).with_suffix(".safetensors")
     keys = ("device", "memory_limit", "threads", "include", "exclude")
@@ -175,6 +182,8 @@ def _merge(plan, base, states, rule, output, progress):
     how = {"progress": progress, **{key: getattr(plan, key) for key in keys}}
     try:
         report = merge_checkpoints(base, states, rule, target, **how)
+        if kept is not None:
+            report.extra_of_base = kept
         card = _card(report)
         if not folder:
             card.save(output)
@@ -210,6 +219,7 @@ def _card(report):
         rule=report.rule,
         scale=report.rule.get("scale"),
         fingerprint=report.fingerprint,
+        notes=extra_notes(report.extra_of_base),
     )
 
 
@@ -236,9 +246,12 @@ def _would_merge(plan, base, states, rule, output):
     result.lines.append(f"  copied from the base: {listed(inputs.copied)}")
     loss = _estimated_loss(inputs, rule, plan.dtype)
     result.lines += rounding_lines(loss, estimated=True)
+    kept = inputs.differing_extra()
+    result.lines += extra_lines(kept)
     result.data = {
         "verb": "merge",
         "rounding_loss": loss,
+        "extra_of_base": kept,
         "rule": rule.describe(),
         "patterns": found,
         **result.data,

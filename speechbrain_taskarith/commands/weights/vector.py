@@ -4,12 +4,15 @@ from speechbrain_taskarith.commands import arguments as shared
 from speechbrain_taskarith.commands.output import (
     Result,
     counted,
+    extra_lines,
+    extra_notes,
     listed,
     matched,
     size,
     steps,
     stored_size,
 )
+from speechbrain_taskarith.vectors.engine.vector_header import kept_extra_in
 
 _EXAMPLES = """\
   taskarith vector results/base/save results/us/save -o us.safetensors
@@ -78,7 +81,8 @@ def run(options):
         f"{counted(parameters, 'parameter')}, {size(count)} "
         f"{options.encoding}, norm {norm:.4g}"
     )
-    lines, patterns = [line], {}
+    kept = kept_extra_in(tau.metadata)
+    lines, patterns = [line, *extra_lines(kept)], {}
     if options.dry_run:
         for what, chosen in shared.patterns(options).items():
             more, patterns[what] = matched(base, chosen, what)
@@ -96,6 +100,7 @@ def run(options):
         "encoding": options.encoding,
         "base_fingerprint": tau.base_fingerprint,
         "patterns": patterns,
+        "extra_of_base": kept,
     }
     return Result(lines, data)
 
@@ -130,10 +135,11 @@ def _store(tau, output, base, options):
     finetuned = {"role": "fine-tuned", "path": options.finetuned}
     if "finetuned_fingerprint" in tau.metadata:
         finetuned["fingerprint"] = tau.metadata["finetuned_fingerprint"]
+    notes = [f"stored {options.encoding}; norm {tau.norm():.6g}"]
     ModelCard(
         "Task vector",
         parents=[ModelCard.parent("base", base), finetuned],
         fingerprint=open_state(output).fingerprint,
-        notes=[f"stored {options.encoding}; norm {tau.norm():.6g}"],
+        notes=[*notes, *extra_notes(kept_extra_in(tau.metadata))],
     ).save(output)
     return output.stat().st_size

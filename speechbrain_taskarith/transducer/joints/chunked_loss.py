@@ -30,7 +30,7 @@ from speechbrain_taskarith.transducer.loss.transitions import (
     scores_gradient_,
     transitions,
 )
-from speechbrain_taskarith.utils.lengths import padding_mask
+from speechbrain_taskarith.utils.lengths import Refusals, padding_mask
 
 # A node with less than this share of its sequence's largest gradient changes
 # no bit of a float32 gradient: 1e-9 of 25,000 nodes together is 2.5e-5 in sums
@@ -115,18 +115,25 @@ def joint_transducer_loss(
         encoder_out = encoder_out.squeeze(2)
     if predictor_out.dim() == 4:
         predictor_out = predictor_out.squeeze(1)
-    frames = checked_lengths(input_lens, encoder_out.shape[1], "input")
-    labels = checked_lengths(target_lens, targets.shape[1], "target", least=0)
-    log_prob = sequence_log_prob(
+    refusals = Refusals()
+    frames = checked_lengths(
+        input_lens, encoder_out.shape[1], "input", refusals=refusals
+    )
+    labels = checked_lengths(
+        target_lens, targets.shape[1], "target", 0, refusals
+    )
+    log_prob = _log_prob(
         joint,
         encoder_out,
         predictor_out,
         targets,
         frames,
         labels,
-        memory_budget=memory_budget,
-        windows=windows,
-        fastemit_lambda=fastemit_lambda,
+        None,
+        memory_budget,
+        windows,
+        fastemit_lambda,
+        refusals,
     )
     frames = frames.to(log_prob.device)
     return reduced(-log_prob, reduction, frames, zero_infinity)
@@ -181,6 +188,35 @@ def sequence_log_prob(
     >>> sequence_log_prob(joint, x, g, y, five, three, encoder_rows=rows).shape
     torch.Size([2])
     """
+    return _log_prob(
+        joint,
+        encoder_out,
+        predictor_out,
+        targets,
+        frames,
+        labels,
+        encoder_rows,
+        memory_budget,
+        windows,
+        fastemit_lambda,
+        Refusals(),
+    )
+
+
+def _log_prob(
+    joint,
+    encoder_out,
+    predictor_out,
+    targets,
+    frames,
+    labels,
+    encoder_rows,
+    memory_budget,
+    windows,
+    fastemit_lambda,
+    refusals,
+):
+    """`sequence_log_prob`, which settles what is refused of lengths, too."""
     refuse_dropout(joint)
     if memory_budget <= 0:
         raise ValueError(f"memory_budget {memory_budget}: expected bytes, > 0")
@@ -200,7 +236,9 @@ def sequence_log_prob(
         _cleared(predictor_out, labels + 1)[:, : targets.shape[1] + 1]
     )
     vocab_size, leaves = try_joint(joint, encoder, predictor)
-    check_targets(targets, labels, joint.blank_index, vocab_size, longest)
+    check_targets(
+        targets, labels, joint.blank_index, vocab_size, longest, refusals
+    )
     targets, frames = targets[:, :longest], frames[encoder_rows]
     shape = (len(predictor), encoder.shape[1], predictor.shape[1])
     if windows is not None:

@@ -2,14 +2,15 @@
 
 import torch
 
-from speechbrain_taskarith.utils.lengths import padding_mask
+from speechbrain_taskarith.utils.lengths import Refusals, padding_mask
 
 
-def checked_lengths(lens, size, what, least=1):
+def checked_lengths(lens, size, what, least=1, refusals=None, wait=True):
     """Return `round(lens * size)`, int64, of relative lengths [B].
 
     Refuses lengths that are NaN, below `least` steps or beyond `size`; `what`
-    they are lengths of is for the message.
+    they are lengths of is for the message. With `refusals`, the caller settles
+    those.
     """
     lens = torch.as_tensor(lens)
     if lens.dim() != 1:
@@ -19,23 +20,31 @@ def checked_lengths(lens, size, what, least=1):
         )
     # As `absolute_lengths`, but NaN stays NaN, and so is refused anywhere.
     steps = (lens.double() * size).round()
-    good = (steps >= least) & (steps <= size)
-    if not bool(good.all()):
-        row = int((~good).nonzero()[0])
-        raise ValueError(
+    bad = ~((steps >= least) & (steps <= size))
+
+    def explain():
+        row = int(bad.nonzero()[0])
+        return (
             f"{what} length of row {row} is {float(lens[row]):g}, which makes "
             f"{float(steps[row]):g} of {size} steps; expected relative "
             f"lengths in (0, 1] with at least {least} step(s). Absolute "
             "lengths have to be divided by the padded length first."
         )
+
+    own = Refusals() if refusals is None else refusals
+    own.add(bad, explain, f"{what} lengths outside of (0, 1]")
+    if refusals is None:
+        own.settle(wait)
     return steps.long()
 
 
-def check_targets(targets, labels, blank_index, vocab_size, max_labels=None):
+def check_targets(
+    targets, labels, blank_index, vocab_size, max_labels=None, refusals=None
+):
     """Refuse targets [B, U] (`labels` [B] of them count) that no lattice holds.
 
     `vocab_size` may be None: not known. `max_labels` is the longest target for
-    which there are scores.
+    which there are scores. Settles `refusals` of the lengths in the same wait.
     """
     if not len(targets):
         raise ValueError(
@@ -57,16 +66,13 @@ def check_targets(targets, labels, blank_index, vocab_size, max_labels=None):
         raise ValueError(
             f"{len(targets)} rows of targets but {len(labels)} lengths"
         )
-    if max_labels is not None and bool((labels > max_labels).any()):
-        row = int(labels.argmax())
-        raise ValueError(
-            f"targets of row {row} hold {int(labels[row])} labels, but the "
-            f"scores have room for {max_labels} (their third dimension must be "
-            "the longest target + 1: feed the predictor a blank, then targets)"
-        )
+    refusals = Refusals() if refusals is None else refusals
+    if max_labels is not None:
+        _refuse_long(labels, max_labels, refusals)
     bad = (targets == blank_index) | (targets < 0) | (targets >= vocab_size)
     bad &= ~padding_mask(labels.to(targets.device), targets.shape[1])
-    if bool(bad.any()):
+
+    def explain():
         row, column = bad.nonzero()[0].tolist()
         value = int(targets[row, column])
         why = (
@@ -76,7 +82,22 @@ def check_targets(targets, labels, blank_index, vocab_size, max_labels=None):
             else f"is outside of the vocabulary of {vocab_size}; do output "
             "layer and tokenizer belong together?"
         )
-        raise ValueError(f"targets: row {row}, label {column}: {value} {why}")
+        return f"targets: row {row}, label {column}: {value} {why}"
+
+    refusals.add(bad, explain, "targets hold blanks or unknown labels")
+    refusals.settle()
+
+
+def _refuse_long(labels, max_labels, refusals):
+    def explain():
+        row = int(labels.argmax())
+        return (
+            f"targets of row {row} hold {int(labels[row])} labels, but the "
+            f"scores have room for {max_labels} (their third dimension must be "
+            "the longest target + 1: feed the predictor a blank, then targets)"
+        )
+
+    refusals.add(labels > max_labels, explain, "targets longer than scores")
 
 
 def check_vocabulary(vocab_size, blank_index):

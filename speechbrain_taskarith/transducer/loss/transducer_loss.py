@@ -16,6 +16,7 @@ from speechbrain_taskarith.transducer.loss.transitions import (
     dense_transitions,
     next_labels,
 )
+from speechbrain_taskarith.utils.lengths import Refusals
 
 
 def transducer_loss(
@@ -109,14 +110,18 @@ def transducer_loss(
         raise ValueError(
             f"{len(logits)} rows of logits but {len(targets)} rows of targets"
         )
-    frames = checked_lengths(input_lens, logits.shape[1], "input")
-    labels = checked_lengths(target_lens, targets.shape[1], "target", least=0)
-    device = logits.device
+    size, refusals = targets.shape[1], Refusals()
+    frames = checked_lengths(
+        input_lens, logits.shape[1], "input", refusals=refusals
+    )
+    labels = checked_lengths(target_lens, size, "target", 0, refusals)
+    device, width = logits.device, logits.shape[3]
+    # Where they lie: on the CPU that costs no wait.
+    check_targets(
+        targets, labels, blank_index, width, logits.shape[2] - 1, refusals
+    )
     frames, labels = frames.to(device), labels.to(device)
     targets = targets.to(device)
-    check_targets(
-        targets, labels, blank_index, logits.shape[3], logits.shape[2] - 1
-    )
     # Longer targets than scores can only be padding now.
     targets = targets[:, : logits.shape[2] - 1]
     if backend not in ("auto", "torch"):

@@ -97,7 +97,9 @@ class _DenseTransitions(torch.autograd.Function):
             torch.zeros(shape, dtype=dtype, device=logits.device)
             for _ in range(3)
         )
-        for nodes in _pieces(usable, size):
+        # Kept for backward: to count them again, a GPU would be waited for.
+        every = usable.nonzero()
+        for nodes in _pieces(every, size):
             b, _, u = nodes
             # Indexing copies, so that the copy may be overwritten.
             blank[nodes], label[nodes], norm[nodes] = transitions(
@@ -106,16 +108,16 @@ class _DenseTransitions(torch.autograd.Function):
                 blank_index,
                 normalization,
             )
-        ctx.save_for_backward(logits, following, norm, usable)
+        ctx.save_for_backward(logits, following, norm, every)
         ctx.options = blank_index, normalization
         return blank, label
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, by_blank, by_label):
-        logits, following, norm, usable = ctx.saved_tensors
+        logits, following, norm, every = ctx.saved_tensors
         grad = torch.zeros_like(logits)
-        for nodes in _pieces(usable, logits.shape[-1]):
+        for nodes in _pieces(every, logits.shape[-1]):
             b, _, u = nodes
             grad[nodes] = scores_gradient_(
                 logits[nodes],
@@ -131,9 +133,8 @@ class _DenseTransitions(torch.autograd.Function):
 dense_transitions = _DenseTransitions.apply
 
 
-def _pieces(usable, vocab_size):
-    """Yield index triples (b, t, u) of the usable nodes, some at a time."""
+def _pieces(nodes, vocab_size):
+    """Yield index triples (b, t, u) of nodes [R, 3], some at a time."""
     rows = max(1, _PIECE // vocab_size)
-    nodes = usable.nonzero()
     for start in range(0, len(nodes), rows):
         yield nodes[start : start + rows].unbind(1)

@@ -5,7 +5,7 @@ bounded on both sides by construction: the right context is copied once, at the
 input, so that the look-ahead does not add up over layers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -22,6 +22,8 @@ class EmformerContext:
     left_mask: torch.Tensor  # [B, L], True where a frame exists
     memory: list  # [B, M, d]
     memory_mask: torch.Tensor  # [B, M]
+    # What inserted adapters keep from chunk to chunk, by layer.
+    running_scores: dict = field(default_factory=dict)
 
 
 class Emformer(torch.nn.Module):
@@ -138,7 +140,9 @@ class Emformer(torch.nn.Module):
             in_order = own[:, :, :size].flatten(1, 2)
             left = _preceding(in_order, self.left_context, size, segments)
             given = [x.flatten(0, 1) for x in (blocks, left, own, memory)]
-            out, new_memory = layer(*given, masks, size)
+            out, new_memory = layer(
+                *given, masks, segment_length=size, segments=segments
+            )
             blocks = out.unflatten(0, (batch, segments))
             if new_memory is not None:
                 new_memory = new_memory.view(batch, segments, width)
@@ -222,7 +226,15 @@ class Emformer(torch.nn.Module):
             context.left[index] = _append(left, own[:, :size])
             if self.memory_size:
                 context.memory[index] = _append(memory, new_memory)
-            x, new_memory = layer(x, left, own, memory, masks, size)
+            x, new_memory = layer(
+                x,
+                left,
+                own,
+                memory,
+                masks,
+                segment_length=size,
+                context=context,
+            )
         context.left_mask = _append(context.left_mask, own_mask[:, :size])
         context.memory_mask = _append(
             context.memory_mask, own_mask[:, :size].any(1, keepdim=True)
@@ -274,14 +286,26 @@ class _EmformerLayer(torch.nn.Module):
         """Project frames [..., d] to keys and values [..., 2 d]."""
         return self.key_value(self.norm_in(x))
 
-    def forward(self, queries, left, own, memory, masks, segment_length):
+    def forward(
+        self,
+        queries,
+        left,
+        own,
+        memory,
+        masks,
+        *,
+        segment_length,
+        segments=1,
+        context=None,
+    ):
         """Process N blocks; return frames [N, C + R, d], new memory [N, 1, d].
 
         `queries` [N, C + R, d] are segment and right context, `left`
         [N, L, 2 d] and `own` [N, C + R, 2 d] keys and values of the frames
         before and of these, `memory` [N, M, d]. `masks` are True where memory
         [N, M], left [N, L] and own frames [N, C + R] exist. The new memory is
-        None without memory.
+        None without memory. Of use to hooks alone: an utterance's `segments`
+        are blocks side by side; a stream's `context` keeps their state, too.
         """
         asking, keys_values = [self.norm_in(queries)], [left, own]
         key_mask = torch.cat(masks, 1)[:, None]
@@ -337,7 +361,8 @@ def _padding(x, lens, what, least):
     batch, time, _ = x.shape
     if lens is None:
         return torch.zeros(batch, time, dtype=torch.bool, device=x.device)
-    frames = checked_lengths(lens, time, what, least).to(x.device)
+    # In the middle of a model: a GPU is not waited for.
+    frames = checked_lengths(lens, time, what, least, wait=False).to(x.device)
     return padding_mask(frames, time)
 
 

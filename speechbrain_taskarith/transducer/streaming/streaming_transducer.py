@@ -197,7 +197,7 @@ class StreamingTransducer(torch.nn.Module):
         Arguments
         ---------
         waves : torch.Tensor
-            [B, T]; padding is ignored, even NaN.
+            [B, T], on any device; padding is ignored, even NaN.
         lens : torch.Tensor or None
             [B], relative lengths.
 
@@ -208,12 +208,15 @@ class StreamingTransducer(torch.nn.Module):
         lens : torch.Tensor
             [B], relative lengths of that.
         """
+        waves = waves.to(next(self.encoder.parameters()).device)
+        if lens is None:
+            lens = torch.ones(len(waves))
+        lens = lens.to(waves.device)
         x = self.features(without_padding(waves, lens))
-        lens = torch.ones(len(waves)) if lens is None else lens.cpu()
         samples = absolute_lengths(lens, waves.shape[1])
         # A centred analysis gives one frame more than strides.
         frames = (samples // self.stride + 1).double()
-        lens = (frames / x.shape[1]).clamp(max=1.0).to(x.device)
+        lens = (frames / x.shape[1]).clamp(max=1.0)
         if self.normalize is not None:
             x = self.normalize(x, lens)
         if self.frontend is not None:

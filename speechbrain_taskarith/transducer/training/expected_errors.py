@@ -5,7 +5,7 @@ import itertools
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from speechbrain_taskarith.utils.lengths import padding_mask
+from speechbrain_taskarith.utils.lengths import Refusals, padding_mask
 
 
 def min_wer_loss(log_probs, errors, mask=None):
@@ -52,11 +52,16 @@ def min_wer_loss(log_probs, errors, mask=None):
             "shape [batch, hypotheses]"
         )
     empty = ~mask.any(1)
-    if bool(empty.any()):
-        raise ValueError(
+    refusals = Refusals()
+    refusals.add(
+        empty,
+        lambda: (
             f"row {int(empty.nonzero()[0])} has no hypothesis; an n-best list "
             "needs at least one (the empty sequence is one)"
-        )
+        ),
+        "an n-best list without a hypothesis",
+    )
+    refusals.settle(wait=False)
     # Minus infinity, not 0: a missing hypothesis has probability 0.
     probs = log_probs.masked_fill(~mask, float("-inf")).softmax(1)
     errors = errors.to(probs.dtype).masked_fill(~mask, 0.0)

@@ -29,6 +29,7 @@ from speechbrain_taskarith.transducer.training.expected_errors import (
     sampled_loss,
     tables,
 )
+from speechbrain_taskarith.utils.lengths import Refusals
 from speechbrain_taskarith.utils.training import keep_modes
 
 
@@ -152,10 +153,15 @@ class MinWERLoss(torch.nn.Module):
             An empty batch or n-best list, a hypothesis with a blank or an
             unknown label; lengths and targets as in `transducer_loss`.
         """
-        frames = checked_lengths(input_lens, encoder_out.shape[1], "input")
-        labels = checked_lengths(target_lens, targets.shape[1], "target", 0)
+        refusals, blank_index = Refusals(), self.searcher.blank_index
+        frames = checked_lengths(
+            input_lens, encoder_out.shape[1], "input", refusals=refusals
+        )
+        labels = checked_lengths(
+            target_lens, targets.shape[1], "target", 0, refusals
+        )
         size = self._vocab_size(encoder_out)
-        check_targets(targets, labels, self.searcher.blank_index, size)
+        check_targets(targets, labels, blank_index, size, refusals=refusals)
         truth = [y[:n] for y, n in zip(targets.tolist(), labels.tolist())]
         given = self._hypotheses(encoder_out, input_lens, hypotheses, size)
         # Different ones, and how often each is there.

@@ -16,12 +16,20 @@ def isolated_gradients(loss, parameters, across_processes=True):
     `across_processes` all processes have to call this.
     """
     parameters = list(parameters)
-    grads = [None] * len(parameters)
-    if loss.requires_grad and parameters:
-        # Hooks of DDP sit where gradients are accumulated: not reached.
-        grads = torch.autograd.grad(
-            loss, parameters, retain_graph=True, allow_unused=True
-        )
+    grads = _own_gradients(loss, parameters)
+    return _filled(grads, parameters, across_processes)
+
+
+def _own_gradients(loss, parameters):
+    if not loss.requires_grad or not parameters:
+        return [None] * len(parameters)
+    # Hooks of DDP sit where gradients are accumulated: not reached.
+    return torch.autograd.grad(
+        loss, parameters, retain_graph=True, allow_unused=True
+    )
+
+
+def _filled(grads, parameters, across_processes):
     grads = [
         torch.zeros_like(p) if g is None else g.detach().clone()
         for p, g in zip(parameters, grads)
@@ -66,6 +74,11 @@ class GradientAggregator:
     >>> if pcgrad is not None:
     ...     pcgrad.backward({"st": weight.sum(), "asr": -weight[0]}, [weight])
     ...     assert weight.grad is not None
+
+    In a YAML, `TranslationBrain` finds it as `aggregator`::
+
+        aggregator: !new:speechbrain_taskarith.translation.GradientAggregator
+            name: PCGrad
     """
 
     def __init__(self, name, **settings):
@@ -100,21 +113,60 @@ class GradientAggregator:
             What is trained. Parameters of one task alone take part, too: the
             other rows are 0 there.
         """
-        if not losses:
-            raise ValueError("no losses: expected one for each task")
-        parameters = trained_parameters(parameters)
-        rows = []
-        for task in sorted(losses):
-            grads = isolated_gradients(losses[task], parameters)
-            rows.append(torch.cat([g.reshape(-1).float() for g in grads]))
-        whole = self.aggregator(torch.stack(rows))
-        parts = whole.split([p.numel() for p in parameters])
-        for parameter, part in zip(parameters, parts):
-            part = part.view_as(parameter).to(parameter)
+        for parameter, part in self._combined(losses, parameters):
             if parameter.grad is None:
                 parameter.grad = part.clone()
             else:
                 parameter.grad += part
+
+    def total(self, losses, parameters, scale=1.0):
+        """Return the sum of losses, with the aggregated gradient as its own.
+
+        For a loop that calls `backward` itself, as `Brain.fit_batch` does: with
+        a gradient scaler, accumulation and DDP as ever.
+
+        Arguments
+        ---------
+        losses, parameters
+            As of `backward`.
+        scale : float
+            Gradients are computed of losses times this, and divided by it:
+            that of a gradient scaler.
+
+        Returns
+        -------
+        torch.Tensor
+            A scalar.
+        """
+        found = self._combined(losses, parameters, scale)
+        value = sum(loss.detach() for loss in losses.values())
+        # Linear in the parameters, so that its gradient is the aggregated one.
+        products = [(p * part).sum().to(value) for p, part in found]
+        if not products:
+            return value
+        linear = torch.stack(products).sum()
+        return value + (linear - linear.detach())
+
+    def _combined(self, losses, parameters, scale=1.0):
+        """Return pairs of a parameter that has a gradient, and that."""
+        if not losses:
+            raise ValueError("no losses: expected one for each task")
+        parameters = trained_parameters(parameters)
+        rows, reached = [], set()
+        for task in sorted(losses):
+            grads = _own_gradients(losses[task] * scale, parameters)
+            reached.update(i for i, g in enumerate(grads) if g is not None)
+            grads = _filled(grads, parameters, across_processes=True)
+            row = torch.cat([g.reshape(-1).float() for g in grads])
+            rows.append(row / scale)
+        whole = self.aggregator(torch.stack(rows))
+        parts = whole.split([p.numel() for p in parameters])
+        # DDP takes what no loss depends on for done: a second gradient of it
+        # would be an error.
+        return [
+            (parameters[i], parts[i].view_as(parameters[i]).to(parameters[i]))
+            for i in sorted(reached)
+        ]
 
 
 def _make(kind, settings):

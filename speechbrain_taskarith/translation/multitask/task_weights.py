@@ -249,7 +249,9 @@ class TaskNormWeights(JSONRecoverable):
         for task, part in sorted(self._grad_sums):
             grads = self._grad_sums[task, part]
             average_(grads)
-            squares = sum(float(g.double().square().sum()) for g in grads)
+            # In one transfer: a GPU is waited for once, not for each.
+            each = [g.double().square().sum() for g in grads]
+            squares = sum(torch.stack(each).tolist()) if each else 0.0
             if not math.isfinite(squares):
                 logger.warning(
                     f"update {self.updates + 1}: the gradient norm of "

@@ -126,7 +126,8 @@ def ctc_segments(
         The blank.
     capacity : int, optional
         Fixed number S of segments. What an utterance has beyond it goes into
-        its last segment. Lengths are then not checked.
+        its last segment. Lengths are then asserted by the device, where
+        that is a GPU: without the row's name, and without a wait.
 
     Returns
     -------
@@ -150,6 +151,8 @@ def ctc_segments(
         capacity, shortest, longest = extremes.tolist()
         if shortest < 1 or longest > labels.shape[1]:
             check_lengths(lengths, labels.shape[1], "labels")
+    else:
+        check_lengths(lengths, labels.shape[1], "labels", wait=False)
     return make_segments(labels, lengths, starts, inside, capacity)
 
 

@@ -89,7 +89,7 @@ class CTCShrink(torch.nn.Module):
         `"softmax"` only).
     capacity : int, optional
         See `ctc_segments`; `torch.compile(..., fullgraph=True)` works then,
-        NaN is not checked either, and collapse not reported (see `watch`).
+        NaN is not checked, and collapse not reported (see `watch`).
     max_ratio, min_ratio : float
         More than `max_ratio` frames a segment, over an utterance, is a
         collapse into blanks; fewer than `min_ratio`, over a batch, a
@@ -219,6 +219,9 @@ class CTCShrink(torch.nn.Module):
         size = self.capacity
         if size is None:
             size = self._check(best, lengths, counts, collapsed, ids)
+        else:
+            frames = starts.shape[1]
+            check_lengths(lengths, frames, "features", ids, wait=False)
         return make_segments(labels, lengths, starts, inside, size)
 
     def _check(self, best, lengths, counts, collapsed, ids):

@@ -129,7 +129,8 @@ class BlankNoise(torch.nn.Module):
             return tokens, lens
         size = tokens.shape[1]
         chosen, share, places = (
-            drawn.to(tokens.device) for drawn in self._draw(len(tokens), size)
+            drawn.to(tokens.device, non_blocking=True)
+            for drawn in self._draw(len(tokens), size)
         )
         lengths = absolute_lengths(lens, size)
         inside = ~padding_mask(lengths, size)
@@ -200,5 +201,5 @@ def _blanks_at(starts, lengths, places, count):
 
 
 def _isin(tokens, kinds):
-    kinds = torch.tensor(kinds, dtype=tokens.dtype, device=tokens.device)
-    return torch.isin(tokens, kinds)
+    kinds = torch.tensor(kinds, dtype=tokens.dtype)
+    return torch.isin(tokens, kinds.to(tokens.device, non_blocking=True))

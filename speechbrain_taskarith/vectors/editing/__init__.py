@@ -1,1 +1,1 @@
-"""Sequential editing: the editor, its folder and log, the scale search."""
+"""Sequential editing: the editor, its folder and log."""

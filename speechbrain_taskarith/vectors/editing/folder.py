@@ -8,9 +8,9 @@ import torch
 from speechbrain_taskarith.utils.files import remove_leftovers, sha256_of
 from speechbrain_taskarith.vectors.checks import all_finite
 from speechbrain_taskarith.vectors.editing.copies import StateCopies
+from speechbrain_taskarith.vectors.editing.lock import FolderLock
 from speechbrain_taskarith.vectors.editing.log import (
     EditLog,
-    FolderLock,
     has_log,
     slug,
 )

@@ -3,13 +3,13 @@
 One line of JSON for each act, appended and flushed before the act counts: an
 act costs the same however long the sequence is. What the log does not hold
 never happened, so a process killed in between has lost nothing that was
-reported done. Each line carries a check of itself and all lines before it.
+reported done. Each line carries a check of itself and all lines before it;
+how many were written stands beside the log.
 """
 
-import errno
-import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -27,14 +27,15 @@ from speechbrain_taskarith.utils.files import (
 LOG_NAME = "edits.jsonl"
 # One file that was replaced whole at every act, in format version 1.
 OLD_LOG_NAME = "edits.json"
-LOCK_NAME = ".lock"
+# How many lines were written, and the check of the last: a log that lost whole
+# lines is whole by itself.
+LAST_NAME = "edits.last"
 _FORMAT = "speechbrain_taskarith edit log"
 _VERSION = 2
+logger = logging.getLogger(__name__)
+
 # Each line starts with this and 16 digits.
 _CHECK = '{"check": "'
-
-# Locks of this process: POSIX locks do not keep a process from itself.
-_own_locks = set()
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class EditLog:
     undone: list = field(default_factory=list)
 
     # Of the file: name, bytes that count, check of its last line.
-    path, _size, _check = None, 0, ""
+    path, _size, _check, _lines = None, 0, "", 0
     # A killed process has written a part of an act, which does not count.
     cut_short = False
 
@@ -148,9 +149,11 @@ class EditLog:
         content = {"format": _FORMAT, "version": _VERSION, **asdict(self)}
         del content["undone"]
         line, self._check = _line("", content)
+        self.path.with_name(LAST_NAME).unlink(missing_ok=True)
         with atomic_write(self.path) as stream:
             stream.write(line)
-        self._size = len(line)
+        self._size, self._lines = len(line), 1
+        self._note_last()
 
     def append(self, **act):
         """Put an act into force: the last step of a change."""
@@ -165,12 +168,31 @@ class EditLog:
                 raise write_error(error, self.path) from error
         self._apply(act)
         self._size, self._check = self._size + len(line), check
+        self._lines += 1
+        self._note_last()
 
     def repair(self):
         """Remove what a killed process wrote of an act that never counted."""
         if self.cut_short:
             os.truncate(self.path, self._size)
             self.cut_short = False
+        self._note_last()
+
+    def _note_last(self):
+        """Note how many lines were written; the act is in force already.
+
+        A note that lags behind, as after a kill, only shows less.
+        """
+        text = f"{self._lines:012d} {self._check}\n".encode()
+        try:
+            flags = os.O_WRONLY | os.O_CREAT
+            descriptor = os.open(self.path.with_name(LAST_NAME), flags, 0o666)
+            try:
+                os.pwrite(descriptor, text, 0)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            logger.warning("%s: %s", LAST_NAME, error)
 
     def upgrade(self, folder):
         """Write the log of a sequence in format version 1 as this version."""
@@ -197,7 +219,9 @@ class EditLog:
                 log = cls._of(content | {"precision": "base"})
                 log.path = path
                 return log
-            log, size, check = None, 0, ""
+            # Before the log, to which others may add meanwhile.
+            last = _read_last(Path(folder) / LAST_NAME)
+            log, size, check, checks = None, 0, "", []
             # What is not ended by a newline was cut short by a kill.
             *lines, rest = path.read_bytes().split(b"\n")
             for number, line in enumerate(lines, 1):
@@ -213,12 +237,18 @@ class EditLog:
                 else:
                     log._apply(content)
                 size += len(line) + 1
+                checks.append(check)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             what = f"an entry is missing or unknown ({error})"
             raise ValueError(_altered(path, what)) from None
         if log is None:
             raise ValueError(_altered(path, "its first line is not whole"))
+        if last and checks[last[0] - 1 : last[0]] != [last[1]]:
+            what = f"has {len(checks)} whole lines; {LAST_NAME} knows of "
+            what += f"{last[0]}, with the check {last[1]}"
+            raise ValueError(_altered(path, what))
         log.path, log._size, log._check = path, size, check
+        log._lines = len(checks)
         log.cut_short = bool(rest)
         return log
 
@@ -284,6 +314,20 @@ def _check_of(previous, text):
     return hashlib.sha256(previous.encode() + text).hexdigest()[:16]
 
 
+def _read_last(path):
+    """Return number and check of the last line written; None: not noted."""
+    try:
+        count, check = path.read_bytes().decode().split()
+        return int(count), check
+    except FileNotFoundError:  # written by an earlier version
+        return None
+    except ValueError:
+        raise ValueError(
+            f"{path}: is damaged; restore it from a copy, or remove it if "
+            f"{LOG_NAME} is known to hold all acts"
+        ) from None
+
+
 def _checked(path, content, version):
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"{path}: is JSON, but not an edit log")
@@ -298,77 +342,3 @@ def _checked(path, content, version):
 
 def _altered(path, what):
     return f"{path}: {what}; the log was altered. Restore it from a copy"
-
-
-_REMEDY = (
-    "Close it there (editor.close()), or open it for reading with "
-    "SequentialEditor.resume(folder, read_only=True)"
-)
-
-
-_REMEDY = (
-    "Close it there (editor.close()), or open it for reading with "
-    "SequentialEditor.resume(folder, read_only=True)"
-)
-
-
-class FolderLock:
-    """One process at a time may edit a folder.
-
-    A POSIX record lock: it ends with the process, however that ends, and
-    data-loading workers forked from the process do not inherit it.
-    """
-
-    _descriptor = None
-
-    def __init__(self, folder, remedy=_REMEDY):
-        self._remedy = remedy
-        self._path = (Path(folder) / LOCK_NAME).resolve()
-        self._process = os.getpid()
-        self._key = (self._process, str(self._path))
-        if self._key in _own_locks:
-            raise self._busy("another editor of this process")
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                os.close(descriptor)
-                raise OSError(
-                    error.errno,
-                    f"this file system cannot lock files ({error.strerror});"
-                    " edit on another one, e.g. a local disk",
-                    str(self._path),
-                ) from error
-            owner = os.read(descriptor, 64).decode(errors="replace").strip()
-            os.close(descriptor)
-            raise self._busy(f"process {owner or 'unknown'}") from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{self._process}\n".encode(), 0)
-        self._descriptor = descriptor
-        _own_locks.add(self._key)
-
-    def _busy(self, owner):
-        return RuntimeError(
-            f"{self._path.parent}: {owner} has this folder open for editing. "
-            f"{self._remedy}"
-        )
-
-    def check(self):
-        """Raise after `release`, and in a child (the lock is its parent's)."""
-        if self._descriptor is None or os.getpid() != self._process:
-            raise RuntimeError(
-                f"{self._path.parent}: this editor was opened in process "
-                f"{self._process} and is closed here; open the folder again "
-                "with SequentialEditor.resume(folder)"
-            )
-
-    def release(self):
-        """Let others edit. A second call does nothing."""
-        if self._descriptor is not None and os.getpid() == self._process:
-            _own_locks.discard(self._key)
-            os.close(self._descriptor)
-            self._descriptor = None
-
-    def __del__(self):
-        self.release()

@@ -11,7 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from speechbrain_taskarith.utils.patterns import as_tuple, fitting, select
+from speechbrain_taskarith.vectors.checks import scale_by_name
 from speechbrain_taskarith.vectors.engine.vector_header import (
+    kept_extra_in,
     parted_in,
     read_vector_header,
 )
@@ -22,6 +24,7 @@ from speechbrain_taskarith.vectors.states.names import (
     check_readable,
     check_tied_values,
     check_ties,
+    differing_extra,
     editable_names,
     not_finite_error,
 )
@@ -40,6 +43,7 @@ class Parent(NamedTuple):
     kind: str  # "checkpoint" or "task vector"
     base_fingerprint: str | None = None
     parted: frozenset = frozenset()  # see `vector_header.parted`
+    extra: tuple = ()  # see `vector_header.kept_extra_in`
 
 
 def open_parent(source, recoverable=None):
@@ -53,7 +57,8 @@ def open_parent(source, recoverable=None):
             state.label = label
             parted = parted_in(source.metadata)
             found = source.base_fingerprint
-            return Parent(state, label, "task vector", found, parted)
+            extra = kept_extra_in(source.metadata)
+            return Parent(state, label, "task vector", found, parted, extra)
     state = as_state(source, recoverable=recoverable)
     header = read_vector_header(state)
     if header is None:
@@ -67,7 +72,8 @@ def open_parent(source, recoverable=None):
         deltas, *_ = read_vector(state.path)
         state = as_state(deltas)
         state.label = label
-    return Parent(state, label, "task vector", fingerprint, parted_in(history))
+    more = parted_in(history), kept_extra_in(history)
+    return Parent(state, label, "task vector", fingerprint, *more)
 
 
 class MergeInputs:
@@ -136,10 +142,14 @@ class MergeInputs:
             for parent in self.parents:
                 check_tied_values(self.base, parent.state, name)
 
-    def scales(self, rule):
-        """Return the rule's `{name: scale}`, checked."""
+    def scales(self, rule, scale=None):
+        """Return `{name: scale}`, checked: of `scale`, or else the rule's."""
         rule.check_number(self.number)
-        scales = rule.scales(self.names)
+        scales = (
+            rule.scales(self.names)
+            if scale is None
+            else scale_by_name(scale, self.names)
+        )
         check_ties(self.base, scales, scales)
         return scales
 
@@ -154,6 +164,16 @@ class MergeInputs:
         for parent in vectors:
             label = f"the task vector {parent.label}"
             check_ancestry(self.base, parent.base_fingerprint, label)
+
+    def differing_extra(self):
+        """Return what is no weight and not alike everywhere: the base's stays."""
+        found = {}
+        for parent in self.parents:
+            names = parent.extra
+            if parent.kind == "checkpoint":
+                names = differing_extra(self.base, parent.state)
+            found |= dict.fromkeys(names)
+        return list(found)
 
     def rounding(self, index, name):
         """Return the relative steps of the weights and of a vector's entries.

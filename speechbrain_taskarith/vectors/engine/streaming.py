@@ -237,7 +237,8 @@ class Stream:
         prepared, passes = rule.prepare(self), self.passes
         chunks = self.places(rule.granularity)
         # One look at the result is cheaper than one at every vector.
-        carried = rule.carries_nan and not self.ready and not self.finite
+        carried = rule.carries_nan and not self.finite
+        carried = carried and all(stage.carries_nan for stage in self.ready)
         self.finite = self.finite or carried
 
         majorities = {}

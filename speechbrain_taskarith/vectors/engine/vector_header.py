@@ -8,6 +8,7 @@ one of the tensors does.
 import hashlib
 import json
 
+from speechbrain_taskarith.utils.patterns import replace
 from speechbrain_taskarith.vectors.states.safetensors import damaged
 from speechbrain_taskarith.vectors.states.state import TASK_VECTOR
 
@@ -20,6 +21,8 @@ _VERSION = 2
 _LONGEST_HISTORY = 64
 # Where it notes names that were left out by choice, see `parted`.
 _PARTED = "parted"
+# Where it notes what is no tensor and differs from the base's, which stays.
+KEPT_EXTRA = "extra_of_base"
 _CHECKSUM = f"{TASK_VECTOR}_checksum"
 
 
@@ -101,6 +104,27 @@ def parted(aliases, names, history=None):
     found = {n for n, o in aliases.items() if o in taken and n not in names}
     found.update((history or {}).get(_PARTED, ()))
     return {_PARTED: sorted(found)} if found else {}
+
+
+def renamed_parted(history, rename=None, prefix=None):
+    """Return a history whose `parted` names are others, see `State.rename`."""
+    result = dict(history)
+    if _PARTED in result:
+        plain = [name.removeprefix(prefix or "") for name in result[_PARTED]]
+        result[_PARTED] = sorted(replace(plain, rename or {}).values())
+    if "parents" in result:
+        result["parents"] = [
+            renamed_parted(parent, rename, prefix)
+            for parent in result["parents"]
+        ]
+    return result
+
+
+def kept_extra_in(history):
+    """Return the extra states that models of a vector had otherwise."""
+    found = set(history.get(KEPT_EXTRA, ()))
+    found.update(*map(kept_extra_in, history.get("parents", ())))
+    return sorted(found)
 
 
 def parted_in(history):

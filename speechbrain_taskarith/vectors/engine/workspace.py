@@ -16,6 +16,8 @@ from speechbrain_taskarith.vectors.states.safetensors import ITEM_SIZE
 # size stay in a core's second-level cache, which is what makes a pass cost
 # little more than reading the files; much smaller, Python's calls would show.
 CHUNK = 1 << 16
+# On a GPU, which wants much work at once.
+DEVICE_CHUNK = 1 << 23
 
 # Bits of a float32 that is infinite; those of NaN are more, all others less.
 INFINITE = 0x7F800000

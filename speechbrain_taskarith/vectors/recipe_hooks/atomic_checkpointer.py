@@ -18,7 +18,7 @@ from speechbrain_taskarith.utils.files import (
     publish_folder,
     remove_leftovers,
 )
-from speechbrain_taskarith.vectors.editing.log import FolderLock
+from speechbrain_taskarith.vectors.editing.lock import FolderLock
 from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     META_KEY,
     is_whole,

@@ -16,6 +16,7 @@ from speechbrain.utils.logger import get_logger
 from speechbrain_taskarith.utils.files import read_json
 from speechbrain_taskarith.utils.messages import some
 from speechbrain_taskarith.vectors.recipe_hooks.provenance import is_adapter
+from speechbrain_taskarith.vectors.states.names import check_tied_values
 from speechbrain_taskarith.vectors.states.pairing import (
     CONSTANTS,
     HOLDERS,
@@ -23,12 +24,14 @@ from speechbrain_taskarith.vectors.states.pairing import (
     pair_names,
 )
 from speechbrain_taskarith.vectors.states.readers import as_state, open_state
+from speechbrain_taskarith.vectors.states.safetensors import TORCH_NAME
 from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     find_checkpoint_folder,
 )
 from speechbrain_taskarith.vectors.states.state import (
     LoadedTensor,
     State,
+    is_extra,
     renamed,
 )
 
@@ -176,17 +179,26 @@ def fit_to_module(stored, module, name) -> State:
     own = as_state(module)
     # SpeechBrain's own table of names that have changed since.
     stored_names = hook_on_loading_state_dict_checkpoint({n: n for n in stored})
-    pairs = pair_names(own, stored_names, own.aliases)
+    # What is no tensor goes by the same names; it is no weight.
+    stored_names |= {n: n for n in stored.extra if is_extra(n)}
+    names = [*own, *filter(is_extra, own.extra)]
+    pairs = pair_names(names, stored_names, own.aliases)
     _check_settings(stored, module, name)
     left_out = list(filter(is_adapter, pairs.missing))
     constants = [n for n in pairs.missing if n in CONSTANTS]
+    kept = [n for n in pairs.missing if is_extra(n) and n not in left_out]
     untrained = [n for n in pairs.missing if n.split(".")[-1] == _UNTRAINED]
-    absent = {*left_out, *constants, *untrained}
-    heads, unknown = pairs.heads, pairs.unknown
+    absent = {*left_out, *constants, *kept, *untrained}
+    heads, unknown = (
+        [n for n in found if not is_extra(n)]
+        for found in (pairs.heads, pairs.unknown)
+    )
+    gone = [n for n in (*pairs.heads, *pairs.unknown) if is_extra(n)]
     if _described(module, "config") is None:
         heads, unknown = [], [*unknown, *heads]
     switched_off = [n for n in unknown if _is_switched_off(n, module)]
     sources = {n: stored_names[found] for n, found in pairs.names.items()}
+    gone += [*heads, *switched_off]
     problems = [
         f"{n}: not in the file" for n in pairs.missing if n not in absent
     ]
@@ -196,6 +208,7 @@ def fit_to_module(stored, module, name) -> State:
     shapes = {
         n: (stored.info(found).shape, own.info(n).shape)
         for n, found in sources.items()
+        if not is_extra(n)
     }
     unlike = {n: two for n, two in shapes.items() if two[0] != two[1]}
     problems += [
@@ -204,36 +217,63 @@ def fit_to_module(stored, module, name) -> State:
     ]
     if problems:
         raise _misfit(stored, name, problems, unlike)
-    entries, cast = {}, {}
-    for n in own:
-        if n in sources:
-            found = sources[n]
-            entries[n] = stored.entries[found]
-            if entries[n].info.dtype != own.info(n).dtype:
-                # One for all that is tied.
-                cast.setdefault(found, _Cast(entries[n], own[n].dtype))
-                entries[n] = cast[found]
-        elif n in constants:
-            entries[n] = LoadedTensor(own[n].clone())
-        elif n in untrained:
-            entries[n] = LoadedTensor(torch.zeros_like(own[n]))
-    for what, names in (
-        ("in the module only, taken from it", constants),
+    _check_ties(stored, own, sources)
+    entries, extra = _taken(stored, own, sources, constants, untrained)
+    for what, which in (
+        ("in the module only, taken from it", [*constants, *kept]),
         ("not trained in the base, set to zero", untrained),
-        ("left out, the module goes without", [*heads, *switched_off]),
+        ("left out, the module goes without", gone),
     ):
-        if names:
-            logger.info(f"{name} from {stored.label}: {what}: {some(names)}")
+        if which:
+            logger.info(f"{name} from {stored.label}: {what}: {some(which)}")
     # Not compared as dicts: an entry that is a tuple would be compared by value.
     same = list(entries) == list(stored)
     same = same and all(stored.entries[n] is e for n, e in entries.items())
+    same = same and list(extra) == list(stored.extra)
     state = stored if same else renamed(stored, entries)
+    # Not the counters beside the weights: the module would refuse them.
+    state.extra = extra
     state.left_out = tuple(left_out)
     return state
 
 
+def _check_ties(stored, own, sources):
+    """Raise where the file holds two values for what the module ties."""
+    entries = {n: stored.entries.get(found) for n, found in sources.items()}
+    given = renamed(stored, {n: e for n, e in entries.items() if e})
+    for name, origin in own.aliases.items():
+        if name in given and origin in given:
+            check_tied_values(own, given, name)
+
+
+def _taken(stored, own, sources, constants, untrained):
+    """Return a module's entries, and what is no tensor, out of a file."""
+    entries, extra, used = {}, {}, {}
+    for n in (*own, *own.extra):
+        found, origin = sources.get(n), own.aliases.get(n, n)
+        if found in stored.extra:
+            extra[n] = stored.extra[found]
+        elif origin in entries:
+            entries[n] = entries[origin]
+        elif found is not None:
+            entries[n] = entry = stored.entries[found]
+            # Also where one tensor becomes two, which are trained apart.
+            apart = used.setdefault(entry.identity or id(entry), n) != n
+            kind = own.info(n).dtype if not is_extra(n) else entry.info.dtype
+            if apart or kind != entry.info.dtype:
+                entries[n] = _Cast(entry, getattr(torch, TORCH_NAME[kind]))
+        elif n in constants:
+            entries[n] = LoadedTensor(own[n].clone())
+        elif n in untrained:
+            entries[n] = LoadedTensor(torch.zeros_like(own[n]))
+    return entries, extra
+
+
 def load_base(module, state):
-    """Load what `open_base` gave, or an edit of it; adapters stay."""
+    """Load what `open_base` gave, or an edit of it.
+
+    Adapters stay, and an extra state that the base lacks.
+    """
     state, own = as_state(state), module_names(module, module.state_dict())
     # Under the names of what is wrapped; what is no tensor comes along.
     content = {
@@ -242,7 +282,7 @@ def load_base(module, state):
     content |= {n: state.extra[p] for n, p in own.items() if p in state.extra}
     missing, unexpected = module.load_state_dict(content, strict=False)
     unexpected += [n for n in state if n not in own.values()]
-    missing = [n for n in missing if not is_adapter(n)]
+    missing = [n for n in missing if not (is_adapter(n) or is_extra(n))]
     if missing or unexpected:
         raise ValueError(
             f"the module changed since the base was opened for it: lacks "

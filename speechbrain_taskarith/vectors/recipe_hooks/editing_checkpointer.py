@@ -440,6 +440,11 @@ class EditingCheckpointer(AtomicCheckpointer):
             notes=[
                 "Scores were measured during fine-tuning, before the edit.",
                 f"Weights before the edit: {FINETUNED.lstrip('.')} files.",
+                *(
+                    f"Kept from the base: {name} of {part.name}."
+                    for part in parts
+                    for name in part.kept_extra
+                ),
             ],
         ).save(folder)
         return {"editing": {part.name: part.entry() for part in parts}}

@@ -3,6 +3,8 @@
 from speechbrain.utils.checkpoints import torch_recovery
 from speechbrain.utils.logger import get_logger
 
+from speechbrain_taskarith.vectors.engine.inputs import MergeInputs
+from speechbrain_taskarith.vectors.engine.output import edit_in_memory
 from speechbrain_taskarith.vectors.recipe_hooks.bases import load_base
 from speechbrain_taskarith.vectors.recipe_hooks.provenance import (
     Contents,
@@ -11,7 +13,9 @@ from speechbrain_taskarith.vectors.recipe_hooks.provenance import (
     is_adapter,
     mean_state,
     same_tensors,
+    without_adapters,
 )
+from speechbrain_taskarith.vectors.states.names import differing_extra
 from speechbrain_taskarith.vectors.states.readers import as_state, open_state
 from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     FINETUNED,
@@ -19,9 +23,8 @@ from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     plain,
     read_checkpoint_meta,
 )
-from speechbrain_taskarith.vectors.states.state import State, renamed, short
+from speechbrain_taskarith.vectors.states.state import renamed, short
 from speechbrain_taskarith.vectors.states.writers import save_state
-from speechbrain_taskarith.vectors.task_vector import TaskVector
 
 logger = get_logger(__name__)
 
@@ -70,8 +73,9 @@ class EditedRecoverable:
         self._open_base, self._base = open_base, None
         self._handed_out, self._normalizers = handed_out, normalizers
         self._told = False
-        # Fingerprints of what was saved last: fine-tuned and edited.
-        self.saved = None
+        # Fingerprints of what was saved last: fine-tuned and edited. And
+        # what of it is no weight, and not as fine-tuned.
+        self.saved, self.kept_extra = None, []
         self.watch = Watch(
             module,
             name,
@@ -118,28 +122,16 @@ class EditedRecoverable:
 
     def edit(self, finetuned):
         """Return the edited state; what the base lacks stays as trained."""
-        base, label = self.base, finetuned.label
-        own = State(
-            {
-                name: entry
-                for name, entry in finetuned.entries.items()
-                if name in base or not is_adapter(name)
-            }
+        base, rule = self.base, self.rule
+        own = without_adapters(finetuned, but=base)
+        own.verify()
+        inputs = MergeInputs(
+            base, [own], self.include, self.exclude, self.buffers
         )
-        own.label = label
-        vector = TaskVector.between(
-            base,
-            own,
-            include=self.include,
-            exclude=self.exclude,
-            buffers=self.buffers,
-        )
-        vector = self.rule.combine([vector], base=base)
-        if (scale := self.scale) is None:
-            scale = self.rule.scale_for(vector)
-        edited = vector.apply(base, scale, any_base=True)
-        kept = {n: finetuned[n] for n in finetuned if n not in own}
-        return as_state({**edited, **kept})
+        scales = inputs.scales(rule, self.scale)
+        edited = edit_in_memory(inputs, rule, scales)
+        trained = {n: finetuned[n] for n in finetuned if n not in base}
+        return as_state({**finetuned.extra, **edited, **trained})
 
     def settings(self):
         """Return what an edit depends on, in plain types."""
@@ -258,6 +250,7 @@ class EditedRecoverable:
         self.write(edited, path)
         self.write(finetuned, finetuned_path(path))
         self.saved = (finetuned.fingerprint, edited.fingerprint)
+        self.kept_extra = differing_extra(edited, finetuned)
 
     def parents(self):
         """Return what the card of what was saved last says of its parents."""

@@ -13,6 +13,7 @@ from speechbrain.utils.checkpoints import average_checkpoints
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from speechbrain_taskarith.vectors.states.readers import as_state
+from speechbrain_taskarith.vectors.states.state import is_extra, renamed
 
 # Modules below this name are task adapters: parameters that a base lacks.
 ADAPTERS = "task_adapters"
@@ -42,6 +43,19 @@ class Contents:
 def is_adapter(name):
     """Tell whether a parameter's (or module's) name lies in an adapter."""
     return ADAPTERS in name.split(".")
+
+
+def without_adapters(state, but=()):
+    """Return a state without what lies in adapters, except the names `but`."""
+    parts = [
+        {n: part[n] for n in part if n in but or not is_adapter(n)}
+        for part in (state.entries, state.extra)
+    ]
+    if sum(map(len, parts)) == len(state.entries) + len(state.extra):
+        return state
+    result = renamed(state, parts[0])
+    result.extra = parts[1]
+    return result
 
 
 class Watch:
@@ -229,6 +243,7 @@ def find_origin(content, handed_out, names):
         `{name: tensor}`, what is about to be loaded.
     handed_out : sequence of list of Checkpoint
         What `find_checkpoints` gave, the last first.
+        What is no tensor is not compared.
     names : sequence of str
         Recoverables that it may be.
 
@@ -237,6 +252,7 @@ def find_origin(content, handed_out, names):
     tuple or None
         The name, and the checkpoints: all of one list, or a single one.
     """
+    content = _tensors(content)
     groups = [group for group in handed_out if group]
     singles = {c.path: [c] for group in groups for c in group}
     groups += singles.values()
@@ -244,9 +260,19 @@ def find_origin(content, handed_out, names):
         for group in groups:
             # Without such a file, or deleted meanwhile: not this one.
             with contextlib.suppress(KeyError, OSError):
-                if same_tensors(content, average_checkpoints(group, name)):
+                mean = average_checkpoints(group, name, _load_tensors)
+                if same_tensors(content, mean):
                     return name, group
     return None
+
+
+def _load_tensors(path, map_location=None):
+    return _tensors(torch.load(path, map_location=map_location))
+
+
+def _tensors(content):
+    found = {n: t for n, t in content.items() if torch.is_tensor(t)}
+    return {n: t for n, t in found.items() if not is_extra(n)}
 
 
 def same_tensors(one, other):
@@ -260,8 +286,8 @@ def same_tensors(one, other):
 def mean_state(states):
     """Return the mean of several states.
 
-    As SpeechBrain's averager, but integers stay whole (they are the
-    first's), tied tensors tied, and half precision is summed in float32.
+    As SpeechBrain's averager, but integers and what is no tensor are the
+    first's, tied tensors stay tied, half precision is summed in float32.
     """
     first = states[0]
     if len(states) == 1:
@@ -273,7 +299,7 @@ def mean_state(states):
             mean[name] = mean[origin]
             continue
         tensor = first[name]
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or is_extra(name):
             mean[name] = tensor.clone()
             continue
         total = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -281,4 +307,4 @@ def mean_state(states):
         for state in states[1:]:
             total += state[name]
         mean[name] = (total / len(states)).to(tensor.dtype)
-    return as_state(mean)
+    return as_state({**mean, **first.extra})

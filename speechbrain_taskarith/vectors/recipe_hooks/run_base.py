@@ -15,7 +15,9 @@ from speechbrain_taskarith.vectors.recipe_hooks.normalizers import (
     normalizers_of,
     read_statistics,
 )
-from speechbrain_taskarith.vectors.recipe_hooks.provenance import is_adapter
+from speechbrain_taskarith.vectors.recipe_hooks.provenance import (
+    without_adapters,
+)
 from speechbrain_taskarith.vectors.recipe_hooks.vocabularies import (
     check_same_tokens,
 )
@@ -23,7 +25,6 @@ from speechbrain_taskarith.vectors.states.readers import as_state
 from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     find_checkpoint_folder,
 )
-from speechbrain_taskarith.vectors.states.state import State
 from speechbrain_taskarith.vectors.states.writers import save_state
 
 logger = logging.getLogger(__name__)
@@ -124,8 +125,7 @@ class RunBase:
             with atomic_folder(folder) as temporary:
                 for name in self._edited:
                     state = as_state(recoverables[name])
-                    own = [n for n in state if not is_adapter(n)]
-                    state = State({n: state.entries[n] for n in own})
+                    state = without_adapters(state)
                     save_state(state, temporary / f"{name}.ckpt")
                 for name, obj in normalizers_of(recoverables).items():
                     if obj.count:

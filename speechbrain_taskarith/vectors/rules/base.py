@@ -26,7 +26,12 @@ IN_MEMORY = "weights in memory"
 
 
 class Stage:
-    """What a rule does to each vector alone, e.g. trimming."""
+    """What a rule does to each vector alone, e.g. trimming.
+
+    `carries_nan` is as `Rule`'s.
+    """
+
+    carries_nan = False
 
     def prepare(self, stream):
         """Return the stage to use, after a look at the vectors so far."""

@@ -6,6 +6,7 @@ has to be explained.
 """
 
 import warnings
+from collections.abc import Mapping
 from operator import attrgetter
 
 import numpy as np
@@ -238,6 +239,41 @@ def check_tied_values(base, state, name):
             f"two different ones in {state.label}; tie them there too, or "
             "exclude both"
         )
+
+
+def differing_extra(base, other):
+    """Return names of what is no weight and differs, or one of them lacks.
+
+    Results have the base's.
+    """
+    sides = [
+        {**state.extra, **{n: state[n] for n in state if is_extra(n)}}
+        for state in (base, other)
+    ]
+    one, two = sides
+    return [
+        name
+        for name in {**one, **two}
+        if name not in one
+        or name not in two
+        or not _same_value(one[name], two[name])
+    ]
+
+
+def _same_value(one, two):
+    """Compare plain values, and what holds some, also tensors and arrays."""
+    if isinstance(one, Mapping) and isinstance(two, Mapping):
+        return one.keys() == two.keys() and all(
+            _same_value(one[key], two[key]) for key in one
+        )
+    if isinstance(one, (list, tuple)) and isinstance(two, (list, tuple)):
+        same = len(one) == len(two)
+        return same and all(map(_same_value, one, two))
+    shapes = [getattr(value, "shape", None) for value in (one, two)]
+    if shapes[0] != shapes[1]:
+        return False
+    same = one == two
+    return bool(same.all() if hasattr(same, "all") else same)
 
 
 def not_finite_error(base, other, name):

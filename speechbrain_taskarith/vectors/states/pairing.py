@@ -252,4 +252,36 @@ def under_names_of(base, other, *, partial=False, parted=()):
         message += f"; left out: {some(pairs.heads)}"
     heads = {*untrained, *pairs.heads} - CONSTANTS
     logger.log(logging.WARNING if heads else logging.INFO, message)
-    return renamed(other, entries)
+    result = renamed(other, entries)
+    result.extra = _extra_under(pairs, other.extra)
+    return result
+
+
+def vector_under_names_of(base, vector, parted):
+    """Return `{name: the vector's name}` under a base's; None: as they are.
+
+    `vector` is a State of its tensors, `parted` are names to leave out.
+    """
+    ties = base.aliases.items()
+    split = any((one in vector) != (two in vector) for one, two in ties)
+    if vector.keys() <= base.keys() and not split:
+        return None
+    pairs = renaming(base, vector)
+    if pairs is None:
+        return None
+    names = {**pairs.names, **{name: name for name in pairs.unknown}}
+    return {n: found for n, found in names.items() if n not in parted}
+
+
+def _extra_under(pairs, extra):
+    """Give extra states the names of the modules that they belong to."""
+    modules = {
+        found.rpartition(".")[0]: name.rpartition(".")[0]
+        for name, found in pairs.names.items()
+    }
+    result = {}
+    for name, value in extra.items():
+        module, _, end = name.rpartition(".")
+        there = modules.get(module, module)
+        result[f"{there}.{end}" if there else end] = value
+    return result

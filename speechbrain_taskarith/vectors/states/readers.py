@@ -25,6 +25,7 @@ from speechbrain_taskarith.vectors.states.safetensors import (
 from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     META_FILE,
     PREFIX,
+    missing_files,
     newest_checkpoint,
     open_checkpoint,
 )
@@ -247,6 +248,13 @@ def _open_folder(folder, recoverable):
             return _open_shards(folder, index)
         if (folder / file).exists():
             return opener(folder / file, folder)
+    for broken in sorted(folder.glob(f"{PREFIX}*")):
+        if (broken / META_FILE).is_file():
+            raise ValueError(
+                f"{folder}: no whole checkpoint. {broken.name} lacks "
+                f"{', '.join(missing_files(broken))}, which it was written "
+                "with; put it back, or open the file of its weights itself"
+            )
     raise ValueError(
         f"{folder}: holds no weights that can be read. Expected CKPT.yaml "
         "or CKPT+ folders (SpeechBrain), or model.safetensors, "

@@ -104,11 +104,16 @@ def is_whole(folder, meta=None):
     meanwhile leaves a folder that looks like a checkpoint and is none.
     Checkpoints that list no files (SpeechBrain's own) count as whole.
     """
+    return not missing_files(folder, meta)
+
+
+def missing_files(folder, meta=None):
+    """Return the files that a checkpoint lists and that are not there."""
     if meta is None:
         meta = read_checkpoint_meta(folder)
     ours = meta.get(META_KEY)
     files = ours.get("files", ()) if isinstance(ours, dict) else ()
-    return all((Path(folder) / file).exists() for file in files)
+    return [file for file in files if not (Path(folder) / file).exists()]
 
 
 def read_checkpoint_meta(folder):

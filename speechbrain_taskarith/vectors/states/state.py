@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from speechbrain_taskarith.utils.patterns import replace, require_match
+from speechbrain_taskarith.utils.patterns import rename as rename_all
 from speechbrain_taskarith.vectors.states.safetensors import (
     ITEM_SIZE,
     TORCH_NAME,
@@ -257,24 +257,9 @@ class State(Mapping):
         """
         held = (self.entries, self.extra, self.unreadable)
         names = [name for part in held for name in part]
-        start = prefix or ""
-        plain = {n: n[len(start) :] for n in names if n.startswith(start)}
-        if not plain:
-            require_match(names, f"{prefix}*")
-        table = {str(k): str(v) for k, v in (rename or {}).items()}
-        for pattern in table:
-            require_match(plain.values(), pattern)
-        new = replace(plain.values(), table)
-        first = {}
-        for name, inner in plain.items():
-            other = first.setdefault(new[inner], name)
-            if other != name:
-                raise ValueError(
-                    f"{self.label}: rename makes {new[inner]!r} of both "
-                    f"{other!r} and {name!r}"
-                )
+        new = rename_all(names, rename, prefix, self.label)
         entries, extra, unreadable = (
-            {new[plain[name]]: part[name] for name in part if name in plain}
+            {new[name]: part[name] for name in part if name in new}
             for part in held
         )
         result = renamed(self, entries)

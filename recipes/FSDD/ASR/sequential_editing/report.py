@@ -4,6 +4,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from common.study import add_paired_tests
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_taskarith.metrics import (
@@ -26,30 +27,50 @@ TITLE = "Sequential editing of a speech recogniser"
 BASELINE = "fine_tuning"
 
 
-def write_report(matrices, output, hparams):
+# The edits, and what they have to be ahead of: the rivals that keep no old
+# data. The mean of the weights before and after is one of these: it is older
+# than the edits, and has nothing to choose.
+EDITS = ("task_arithmetic", "ties", "chosen_scale_new", "chosen_scale")
+RIVALS = (
+    *("fine_tuning", "fine_tuning_same_lr", "encoder_only", "ewc", "lwf"),
+    *("averaging_half", "averaging_one_over_t"),
+)
+# What each edit is tested against, on the same utterances.
+AGAINST = ("fine_tuning", "ewc", "averaging_half", "averaging_one_over_t")
+PAIRED = (*AGAINST, *EDITS)
+
+
+def with_earlier_rows(matrices, output, hparams):
+    """Add rows that earlier runs with another `--only` left, in table order."""
+    if hparams["report_on"] != "test":
+        output = output / hparams["report_on"]
+    matrices = {**earlier_rows(output, hparams), **matrices}
+    return {n: matrices[n] for n in hparams["rows"] if n in matrices}
+
+
+def write_report(matrices, reports, output, hparams):
     """Write summary, tables, plots and logs of one seed, and show the table.
 
-    Rows that earlier runs with another `--only` left in the folder are added.
+    `reports` are the errors at the end, of the rows of `PAIRED`.
     """
     save = output / "save"
     if hparams["report_on"] != "test":
         output = output / hparams["report_on"]
-    matrices = {**earlier_rows(output, hparams), **matrices}
-    matrices = {n: matrices[n] for n in hparams["rows"] if n in matrices}
     summary = Summary(output, title=TITLE)
+    run = {"split": hparams["report_on"], "seed": hparams["seed"]}
     summary.note(
         "Average WER over all domains at the end of the sequence "
         f"{' > '.join(hparams['domains'])}; BWT: mean change of earlier "
         "domains (negative: forgetting); WERR: relative reduction of the "
         f"average WER against `{BASELINE}`."
     )
+    summary.note(verdict(matrices, hparams))
     for name, matrix in matrices.items():
         choose_on = hparams["rows"][name].get("choose_on")
         common = {
             "table": TABLE,
             "row": name,
-            "split": hparams["report_on"],
-            "seed": hparams["seed"],
+            **run,
             "selected_on": choose_on and f"valid_{choose_on}",
         }
         values = {"average_wer": matrix.average_wer(), "bwt": matrix.bwt()}
@@ -67,8 +88,30 @@ def write_report(matrices, output, hparams):
             folder = save / name
             plot_cosines(folder / "editor", output / "plots", name)
             summary.note(undo_last(folder, name))
+    pairs = [(rival, edit) for edit in EDITS for rival in AGAINST]
+    add_paired_tests(summary, TABLE, reports, pairs, **run)
     summary.write()
-    summary.print()
+    summary.print(only=[TABLE])
+
+
+def verdict(matrices, hparams):
+    """Say which rival without old data is the strongest, and who is ahead."""
+    wers = {name: matrix.average_wer() for name, matrix in matrices.items()}
+    rivals = [name for name in RIVALS if name in wers]
+    edits = [name for name in EDITS if name in wers]
+    if not rivals or not edits:
+        return "No edit and rival to compare."
+    best = min(rivals, key=wers.get)
+    behind = [name for name in edits if wers[name] >= wers[best]]
+    shown = ", ".join(f"`{name}` {wers[name]:.1f} %" for name in edits)
+    return (
+        f"Seed {hparams['seed']}: the strongest rival that keeps no old data "
+        f"is `{best}`, {wers[best]:.1f} %; the edits have {shown}. Not ahead "
+        f"of it: {', '.join(f'`{name}`' for name in behind) or 'none'}. "
+        "(`averaging_half`, `averaging_one_over_t`: the plain mean of the "
+        "weights before and after, a rival. `chosen_scale` keeps development "
+        "recordings of the domains before.)"
+    )
 
 
 def earlier_rows(output, hparams):

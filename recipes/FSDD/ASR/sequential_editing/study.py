@@ -24,7 +24,7 @@ from pathlib import Path
 
 from common.dataio import evaluation_loader, in_memory
 from common.study import Training, run_trainings, start_study, workers
-from report import TITLE, write_report
+from report import PAIRED, TABLE, TITLE, with_earlier_rows, write_report
 from speechbrain.utils.logger import get_logger
 from train import ASR, PLAIN, domain_strings, prepare, train
 
@@ -146,18 +146,33 @@ class Measure:
             matrix = LifelongMatrix.load(path)
         state = open_state(row.kept)
         digest = fingerprint(state)
-        self.model.load_state_dict(dict(state))
         for domain in matrix.domains:
             if (after, domain) in matrix:
                 continue
-            if (digest, domain) not in self.tested:
-                wer = self.brain.wer_on(self.loader(domain, split))
-                self.tested[digest, domain] = wer
-            wer = self.tested[digest, domain]
-            matrix.record(after=after, on=domain, wer=wer)
-            logger.info(f"{row.name}: after {after} on {domain}: {wer:.1f} %")
+            report = self.errors(state, digest, domain)
+            matrix.record(after=after, on=domain, wer=report)
+            logger.info(f"{row.name}: after {after} on {domain}: {report}")
         matrix.save(path)
         return matrix
+
+    def errors(self, state, digest, domain):
+        """Return the `WERReport` of a state on a domain's reported strings."""
+        if (digest, domain) not in self.tested:
+            self.model.load_state_dict(dict(state))
+            split = self.hparams["report_on"]
+            self.brain.wer_on(self.loader(domain, split))
+            self.tested[digest, domain] = self.brain.report
+        return self.tested[digest, domain]
+
+    def reports(self, rows, save):
+        """Return the errors of rows on all domains, at the sequence's end."""
+        domains, found = list(self.hparams["domains"]), {}
+        for row in rows:
+            last = f"{len(domains):02d}_{domains[-1]}"
+            state = open_state(save / row / last / "kept.safetensors")
+            digest = fingerprint(state)
+            found[row] = sum(self.errors(state, digest, d) for d in domains)
+        return found
 
     def choose_scale(self, row, before, tau, seen, domain):
         """Choose a scale on valid recordings, as the row's `choose_on` says.
@@ -220,7 +235,7 @@ def wanted_rows(hparams):
 def main(argv):
     """Learn the sequence of domains once for each row; report."""
     if argv[:1] == ["--merge"]:
-        merge_seeds(argv[1], title=TITLE)
+        merge_seeds(argv[1], title=TITLE, only=[TABLE])
         return
     study = start_study(argv, OPTIONS)
     hparams, models = study.hparams, study.models
@@ -257,7 +272,9 @@ def main(argv):
                 row.keep(seen, domain, measure.choose_scale)
                 matrices[row.name] = measure.test(row, domain)
             seen = [*seen, domain]
-    write_report(matrices, study.folder, hparams)
+    matrices = with_earlier_rows(matrices, study.folder, hparams)
+    reports = measure.reports([row for row in PAIRED if row in matrices], save)
+    write_report(matrices, reports, study.folder, hparams)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ TRAININGS = {
 
 # Stands for all domains together.
 ALL = "all"
+# Leaves another speaker out for each seed.
+BY_SEED = "by_seed"
 
 
 class Strings:
@@ -61,23 +63,34 @@ class Strings:
         self.words[ALL], self.weights[ALL] = everything, [1.0] * len(everything)
         self._takes = {}
         self._check_words()
+        #: Whom the study leaves out, or None.
+        self.left_out_speaker = self._speaker(hparams["left_out_speaker"])
 
-    def of_training(self, training_of, domain):
+    def of_training(self, training_of, domain, without=None):
         """Return the strings that one training learns, in their order.
 
         `pretrained`: synthetic voices say all words. `synthetic`, `real`: the
         domain's strings. `mixed`: those of all other domains, synthetic and
-        real. `joint`: the same, and the domain's synthetic ones.
+        real. `joint`: the same, and the domain's synthetic ones. No recording
+        of the speaker `without` is in them.
         """
         if domain not in self.words:
             raise ValueError(
                 f"domain {domain!r}: expected {', '.join(self.words)}"
             )
+        speakers = sorted({t.spk_id for t in self.recordings["real"]["train"]})
+        if without is not None and without not in speakers:
+            raise ValueError(
+                f"without_speaker: no training recording is of {without!r}; "
+                f"the speakers are {', '.join(speakers)}"
+            )
         count = self.steps[training_of] * self.batch_size
         if training_of == "pretrained":
             return self._all_words(count)
         if training_of in ("synthetic", "real"):
-            return self._draw(training_of, "train", domain, count, self.seed)
+            return self._draw(
+                training_of, "train", domain, count, self.seed, without=without
+            )
         parts = [
             (side, other)
             for other in self.domains
@@ -86,11 +99,33 @@ class Strings:
         ]
         if training_of == "joint":
             parts.append(("synthetic", domain))
-        return self._mix(parts, count)
+        return self._mix(parts, count, without)
 
-    def held_out(self, side, split, domain):
-        """Return strings to measure on; they are the same for all seeds."""
-        return self._draw(side, split, domain, self.counts[split], 0)
+    def held_out(self, side, split, domain, without=None, only=None):
+        """Return strings to measure on; they are the same for all seeds.
+
+        Recordings are of all speakers, of all but `without`, or of the
+        speaker `only`.
+        """
+        return self._draw(
+            side, split, domain, self.counts[split], 0, without, only
+        )
+
+    def _speaker(self, wanted):
+        """Return the speaker to leave out; `by_seed` takes them in turn."""
+        if wanted is None:
+            return None
+        speakers = sorted({t.spk_id for t in self.recordings["real"]["test"]})
+        others = {t.spk_id for t in self.recordings["real"]["train"]}
+        if wanted == BY_SEED:
+            wanted = speakers[self.seed % len(speakers)]
+        if wanted not in speakers or others <= {wanted}:
+            raise ValueError(
+                f"left_out_speaker: {wanted!r} cannot be left out; expected "
+                f"{BY_SEED}, one of the test speakers ({', '.join(speakers)}) "
+                "who is not the only training speaker, or null for none"
+            )
+        return wanted
 
     def _check_words(self):
         for side, splits in self.recordings.items():
@@ -116,24 +151,30 @@ class Strings:
         )
         return [{"ID": key, **item} for key, item in items.items()]
 
-    def _mix(self, parts, count):
+    def _mix(self, parts, count, without):
         """Mix strings of several sides and domains, in equal parts."""
         each = -(-count // len(parts))
         items = [
             item
             for side, domain in parts
-            for item in self._draw(side, "train", domain, each, self.seed)
+            for item in self._draw(
+                side, "train", domain, each, self.seed, without=without
+            )
         ]
         random.Random(f"mixed {self.seed}").shuffle(items)
         return items[:count]
 
-    def _draw(self, side, split, domain, count, seed):
+    def _draw(self, side, split, domain, count, seed, without=None, only=None):
         # Two random streams: words are drawn alike on both sides, speakers
         # and takes are not.
         text = random.Random(f"words {split} {domain} {seed}")
         voice = random.Random(f"{side} {split} {domain} {seed}")
         takes = self._by_speaker(side, split)
         speakers = sorted(takes)
+        if side == "real":
+            speakers = [
+                s for s in speakers if s != without and only in (None, s)
+            ]
         strings = []
         for number in range(count):
             words = text.choices(

@@ -23,6 +23,7 @@ A study that was killed goes on where it stopped when started again.
 
 import statistics
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.dataio import evaluation_loader, in_memory
@@ -33,17 +34,24 @@ from common.study import (
     workers,
 )
 from jiwer import process_words
-from report import CHOSEN_ON, TABLE, TITLE, write_report
+from report import CHOSEN_ON, PRINTED, TITLE, write_report
+from rows import (
+    DIFFERENCE,
+    SEARCHES,
+    WHOLE_TARGET,
+    Material,
+    axes,
+    check_rows,
+    choose,
+    fixed_scales,
+    mean_surface,
+    states_of,
+)
 from train import ASR, make_strings, prepare, train
 
 from speechbrain_taskarith.metrics import merge_seeds
 from speechbrain_taskarith.utils.progress import progress
-from speechbrain_taskarith.vectors import (
-    TaskVector,
-    open_state,
-    search_scale,
-    syn2real,
-)
+from speechbrain_taskarith.vectors import open_state, search_scales, syn2real
 
 PRETRAINED = "pretrained/all"
 
@@ -51,9 +59,6 @@ PRETRAINED = "pretrained/all"
 OPTIONS = {
     # What the tables show: test, or valid while something is being tuned
     "report_on": "test",
-    # What may be added of the vector; the paper's scripts used 0.2 and 0.25
-    "paper_scale": 0.25,
-    "scales": [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0],
     # sources_as_targets: each source domain takes the target's place, with the
     # other sources' vectors; edited_target (with a mixed model, which has heard
     # the sources' real speech): the edited target model on the sources' real
@@ -62,197 +67,260 @@ OPTIONS = {
 }
 
 
-def plan_trainings(hparams, folder):
+def plan_trainings(hparams, folder, speaker=None):
     """List all trainings, in `folder`: one call of `train.py` each.
 
     The first model; with `mixed_steps`, for each left-out domain a model
     tuned on the other domains; from there (else from the first model, once
     for all left-out domains) each domain's models of synthetic and of real
-    speech. The left-out domain's has synthetic speech only. Beside it a model
-    tuned on the left-out domain together with the others.
+    speech. The left-out domain's model of real speech is a bound alone. Beside
+    it a model tuned on the left-out domain together with the others. With a
+    speaker, what hears recordings is trained once more without that speaker.
     """
     trainings = [Training(PRETRAINED, {"training_of": "pretrained"})]
 
-    def add(name, training_of, domain, parent):
+    def add(name, training_of, domain, parent, without):
         base = str(Path(folder, parent, "save"))
         options = {"training_of": training_of, "domain": domain, "base": base}
+        if without and name.startswith(unheard(without)):
+            options["without_speaker"] = without
         trainings.append(Training(name, options, (parent,)))
 
-    for target in hparams["domains"]:
-        sources = [name for name in hparams["domains"] if name != target]
-        start = PRETRAINED
-        if hparams["mixed_steps"]:
-            start = f"mixed/{target}"
-            add(start, "mixed", target, PRETRAINED)
-        add(f"joint/{target}", "joint", target, start)
-        heard = [(side, d) for d in sources for side in ("real", "synthetic")]
-        for side, domain in [("synthetic", target), *heard]:
-            add(model_name(hparams, target, side, domain), side, domain, start)
+    for without in dict.fromkeys((None, speaker)):
+        for target in hparams["domains"]:
+            start = start_name(hparams, target, without)
+            if hparams["mixed_steps"]:
+                add(start, "mixed", target, PRETRAINED, without)
+            joint = f"{unheard(without)}joint/{target}"
+            add(joint, "joint", target, start, without)
+            for domain in hparams["domains"]:
+                for side in ("real", "synthetic"):
+                    name = model_name(hparams, target, side, domain, without)
+                    add(name, side, domain, start, without)
     # Without a mixed model the left-out domains share their models.
     return list({training.name: training for training in trainings}.values())
 
 
-def model_name(hparams, target, side, domain):
+def unheard(speaker):
+    """Begin the names of models that have not heard a speaker."""
+    return "" if speaker is None else f"unheard_{speaker}/"
+
+
+def start_name(hparams, target, speaker=None):
+    """Name what all models of a left-out target are tuned from."""
+    if hparams["mixed_steps"]:
+        return f"{unheard(speaker)}mixed/{target}"
+    return PRETRAINED
+
+
+def model_name(hparams, target, side, domain, speaker=None):
     """Name a domain's model for a left-out target."""
     if hparams["mixed_steps"]:
-        return f"without_{target}/{side}/{domain}"
-    return f"{side}/{domain}"
+        return f"{unheard(speaker)}without_{target}/{side}/{domain}"
+    # What hears no person, nor starts from what did, is the same for all.
+    return f"{unheard(speaker) if side == 'real' else ''}{side}/{domain}"
 
 
 class Measure:
-    """Measures WERs on strings of words; every set of strings is made once."""
+    """Measures WERs on strings of words; every set of strings is made once.
 
-    def __init__(self, hparams, run_opts):
+    With a speaker, the table's strings are this speaker's, and choices are
+    made on all others'.
+    """
+
+    def __init__(self, hparams, run_opts, strings, speaker=None):
         self.hparams, self.model = hparams, hparams["model"]
         self.brain = ASR(
             modules=hparams["modules"],
             hparams=hparams,
             run_opts=run_opts,
         )
-        self.strings, self.loaders = make_strings(hparams), {}
+        self.strings, self.speaker, self.loaders = strings, speaker, {}
 
-    def loader(self, side, domain, split):
-        key = (side, domain, split)
+    def loader(self, side, domain, split, **speakers):
+        key = (side, domain, split, *speakers)
         if key not in self.loaders:
-            strings = self.strings.held_out(side, split, domain)
+            strings = self.strings.held_out(side, split, domain, **speakers)
             loader = evaluation_loader(strings, self.hparams)
             self.loaders[key] = in_memory(loader)
         return self.loaders[key]
 
-    def errors(self, state, target):
-        """Count a model's errors on real strings of the target."""
-        self.model.load_state_dict(dict(state))
+    def reported(self, target):
+        """Return the real strings of the target that the table is about."""
         split = self.hparams["report_on"]
-        self.brain.wer_on(self.loader("real", target, split))
-        return count_errors(
+        return self.loader("real", target, split, only=self.speaker)
+
+    def errors(self, state, target):
+        """Count a model's errors on real strings of the target.
+
+        Returns them in %, and the report for a paired test.
+        """
+        self.model.load_state_dict(dict(state))
+        self.brain.wer_on(self.reported(target))
+        errors = count_errors(
             self.brain.references,
             self.brain.hypotheses,
             own=set(self.hparams["domains"][target]),
         )
+        return errors, self.brain.report
 
-    def curve(self, base, tau, heard, split, select_on):
-        """Measure WER against scale: `{scale: mean WER over what is heard}`.
+    def choices(self, case, kind):
+        """Measure a case of `choose_on` at all scales, on strings for that."""
+        data = [
+            self.loader(side, domain, "valid", without=self.speaker)
+            for side, domain in case.heard
+        ]
+        select_on = CHOSEN_ON[self.hparams["choose_on"]]
+        return self.surface(
+            case.material,
+            kind,
+            axes(kind, self.hparams),
+            data,
+            "valid",
+            select_on,
+        )
 
-        `heard` is a list of `(side, domain)`.
-        """
-        data = {"/".join(key): self.loader(*key, split) for key in heard}
-        search = search_scale(
+    def oracle(self, material, target):
+        """Measure what no one may choose by: the strings of the table."""
+        return self.surface(
+            material,
+            DIFFERENCE,
+            {**axes(DIFFERENCE, self.hparams), "target_scale": [1.0]},
+            [self.reported(target)],
+            self.hparams["report_on"],
+            "real_target",
+        )
+
+    def surface(self, material, kind, scales, data, split, select_on):
+        """Return `{(target scale, scale): mean WER over the data}`."""
+        search = search_scales(
             self.model,
-            base,
-            tau,
-            lambda model: {k: self.brain.wer_on(d) for k, d in data.items()},
-            [0.0, *self.hparams["scales"]],
+            material.base,
+            material.vectors(kind),
+            lambda model: statistics.fmean(map(self.brain.wer_on, data)),
+            scales,
+            baseline={"target_scale": 1.0},
+            outside=material.target,
             split=split,
             select_on=select_on,
             hopeless=None,
             enable_progress=False,
         )
-        return {row["scale"]: row["wer"] for row in search.table}
+        return search.surface("target_scale", "scale")
 
 
 def leave_out(target, models, measure, hparams):
-    """Do without a domain's recordings: choose a scale, edit, measure.
+    """Do without a domain's recordings: choose scales, edit, measure.
 
     `models` reads a model by its name. Returns a dict: `rows` (`{row:
-    errors}`), the chosen and the best scale with the curves over the scales,
-    the weights that went into the edit, and the edited ones.
+    errors}`), `reports` of the rows that are one model, the chosen `scales` of
+    the rows that have any, the surfaces that they were chosen by, the
+    `oracle`'s, the models that went into the edit, and the edited one.
     """
-    sources = [name for name in hparams["domains"] if name != target]
+    speaker = measure.speaker
 
     def state(side, domain):
-        return models(model_name(hparams, target, side, domain))
+        return models(model_name(hparams, target, side, domain, speaker))
 
-    base = state("synthetic", target)
-    pairs = {s: (state("real", s), state("synthetic", s)) for s in sources}
-    vectors = {
-        source: TaskVector.between(synthetic, real)
-        for source, (real, synthetic) in pairs.items()
-    }
-    ensemble = TaskVector.mean(list(vectors.values()))
-
-    def edited(vector, scale):
-        state = vector.apply(base, scale, any_base=True)
-        return measure.errors(state, target)
-
-    rows = {
-        "pretrained": measure.errors(models(PRETRAINED), target),
-        "joint": measure.errors(models(f"joint/{target}"), target),
-        "baseline": measure.errors(base, target),
-    }
-    choose = CHOOSERS[hparams["choose_on"]]
-    selection = choose(target, base, ensemble, pairs, vectors, measure)
-    scale = best_scale(selection)
-    rows["edited"] = edited(ensemble, scale)
-    rows["paper_scale"] = edited(ensemble, hparams["paper_scale"])
-    members = [edited(vector, scale) for vector in vectors.values()]
-    rows["members"] = {
-        what: statistics.fmean(member[what] for member in members)
-        for what in rows["baseline"]
-    }
-    # What no one may choose: the best scale on the strings reported on.
-    curve = measure.curve(
-        base, ensemble, [("real", target)], hparams["report_on"], "real_target"
+    material = Material(
+        base=models(start_name(hparams, target, speaker)),
+        target=state("synthetic", target),
+        pairs={
+            source: (state("real", source), state("synthetic", source))
+            for source in hparams["domains"]
+            if source != target
+        },
+        trained={
+            "pretrained": models(PRETRAINED),
+            "joint": models(f"{unheard(speaker)}joint/{target}"),
+            "real_target": state("real", target),
+        },
     )
-    oracle_scale = best_scale(curve)
-    rows["oracle"] = edited(ensemble, oracle_scale)
+    cases = CASES[hparams["choose_on"]](target, material)
+    surfaces = {}
+    for kind in {
+        SEARCHES[row][0] for row in hparams["rows"] if row in SEARCHES
+    }:
+        surfaces[kind] = mean_surface(
+            [measure.choices(case, kind) for case in cases]
+        )
+    scales = {
+        row: choose(where, surfaces[kind])
+        for row, (kind, where) in SEARCHES.items()
+        if row in hparams["rows"]
+    }
+    curve = measure.oracle(material, target)
+    scales["oracle"] = choose(WHOLE_TARGET, curve)
+    scales_of = {**scales, **fixed_scales(hparams)}
+
+    rows, reports = {}, {}
+    for row in hparams["rows"]:
+        found = [
+            measure.errors(state, target)
+            for state in states_of(row, material, scales_of.get(row))
+        ]
+        rows[row] = {
+            what: statistics.fmean(errors[what] for errors, _ in found)
+            for what in found[0][0]
+        }
+        if len(found) == 1:
+            reports[row] = found[0][1]
+    [edited] = states_of("edited", material, scales["edited"])
     return {
         "rows": rows,
-        "scale": scale,
-        "selection": selection,
-        "oracle_scale": oracle_scale,
+        "reports": reports,
+        "scales": scales,
+        "selection": surfaces[DIFFERENCE],
         "curve": curve,
-        "base": base,
-        "pairs": pairs,
-        "vectors": vectors,
-        "proof": real_models_come_back(pairs),
-        "state": syn2real(base, list(pairs.values()), scale=scale),
+        "material": material,
+        "proof": real_models_come_back(material.pairs),
+        "state": edited,
     }
 
 
-def sources_as_targets(target, base, ensemble, pairs, vectors, measure):
+@dataclass(frozen=True)
+class Case:
+    """Models in the place of the left-out domain's, and what they decode."""
+
+    material: Material
+    heard: list  # (side, domain)
+
+
+def sources_as_targets(target, material):
     """Let each source domain take the target's place.
 
     Its model of synthetic speech, plus the mean of the *other* sources'
-    vectors, decodes its real development strings. Returns the mean WER by
-    scale; no real speech of the target is used.
+    vectors, decodes its real development strings: no real speech of the
+    target is used.
     """
-    curves = []
-    for source, (_, synthetic) in pairs.items():
-        others = [tau for name, tau in vectors.items() if name != source]
-        curves.append(
-            measure.curve(
-                synthetic,
-                TaskVector.mean(others),
-                [("real", source)],
-                "valid",
-                CHOSEN_ON["sources_as_targets"],
-            )
+    return [
+        Case(
+            replace(
+                material,
+                target=synthetic,
+                pairs={s: p for s, p in material.pairs.items() if s != source},
+            ),
+            [("real", source)],
         )
-    return {s: statistics.fmean(c[s] for c in curves) for s in curves[0]}
+        for source, (_, synthetic) in material.pairs.items()
+    ]
 
 
-def edited_target(target, base, ensemble, pairs, vectors, measure):
+def edited_target(target, material):
     """Let the target's edited model decode what is not real target speech.
 
     That is real development strings of the sources and synthetic ones of the
-    target. Returns the mean WER by scale.
+    target.
     """
-    heard = [*(("real", source) for source in pairs), ("synthetic", target)]
-    return measure.curve(
-        base, ensemble, heard, "valid", CHOSEN_ON["edited_target"]
-    )
+    heard = [*(("real", s) for s in material.pairs), ("synthetic", target)]
+    return [Case(material, heard)]
 
 
 # What `choose_on` may name.
-CHOOSERS = {
+CASES = {
     "sources_as_targets": sources_as_targets,
     "edited_target": edited_target,
 }
-
-
-def best_scale(curve):
-    """Return the scale with the least WER, of equals the smallest."""
-    return min(curve, key=lambda scale: (curve[scale], scale))
 
 
 def real_models_come_back(pairs):
@@ -292,26 +360,36 @@ def count_errors(references, hypotheses, own):
 def main(argv):
     """Train all models, edit and measure for each left-out domain, report."""
     if argv[:1] == ["--merge"]:
-        merge_seeds(argv[1], title=TITLE, only=[TABLE])
+        merge_seeds(argv[1], title=TITLE, only=PRINTED)
         return
     study = start_study(argv, OPTIONS)
     hparams, models = study.hparams, study.models
+    check_rows(hparams["rows"])
     prepare(hparams)
+    strings = make_strings(hparams)
+    speaker = strings.left_out_speaker
 
-    trainings = plan_trainings(hparams, models)
+    trainings = plan_trainings(hparams, models, speaker)
     with workers(study.options):
         run_trainings(train, trainings, study.arguments, models)
 
-    measure = Measure(hparams, study.run_opts)
+    measures = [
+        Measure(hparams, study.run_opts, strings, unheard_one)
+        for unheard_one in dict.fromkeys((None, speaker))
+    ]
     results = {}
     for target in progress(hparams["domains"], desc="domains measured"):
-        results[target] = leave_out(
-            target,
-            lambda name: open_state(models / name / "save"),
-            measure,
-            hparams,
+        results[target], *others = (
+            leave_out(
+                target,
+                lambda name: open_state(models / name / "save"),
+                measure,
+                hparams,
+            )
+            for measure in measures
         )
-    write_report(results, study.folder, hparams)
+        results[target]["unheard"] = [other["rows"] for other in others]
+    write_report(results, study.folder, {**hparams, "speaker": speaker})
 
 
 if __name__ == "__main__":

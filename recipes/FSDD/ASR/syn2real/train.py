@@ -4,7 +4,9 @@
 A Conformer CTC model learns strings of words from synthetic voices or from
 real recordings. The difference between two such models of one domain is a
 task vector, which brings another domain's synthetic model closer to real
-speech; `study.py` makes the whole table that way.
+speech; `study.py` makes the whole table that way. What it compares stands in
+hparams["rows"], hparams["scales"], hparams["target_scales"] and
+hparams["paper_scale"].
 
 To run this recipe, do the following:
 > python train.py hparams/train.yaml --data_folder /path/to/FSDD \
@@ -109,8 +111,8 @@ def make_strings(hparams):
     """Return what plans the strings of both sides.
 
     That reads hparams["domains"], hparams["shared_words"],
-    hparams["own_share"], hparams["n_words"], hparams["valid_strings"] and
-    hparams["test_strings"].
+    hparams["own_share"], hparams["n_words"], hparams["valid_strings"],
+    hparams["test_strings"] and hparams["left_out_speaker"].
     """
     recordings = {
         side: read_recordings(side, hparams) for side in ("real", "synthetic")
@@ -125,15 +127,18 @@ def dataio_prepare(hparams):
     tested on real strings of its domain, hparams["test_batch_size"] at a time.
     """
     strings, domain = make_strings(hparams), hparams["domain"]
+    without = hparams["without_speaker"]
     side = "real" if hparams["training_of"] == "real" else "synthetic"
     train_data = make_dataset(
-        strings.of_training(hparams["training_of"], domain),
+        strings.of_training(hparams["training_of"], domain, without),
         hparams["tokenizer"],
         hparams["sample_rate"],
     )
     return (
         shard_loader(train_data, hparams["batch_size"]),
-        evaluation_loader(strings.held_out(side, "valid", domain), hparams),
+        evaluation_loader(
+            strings.held_out(side, "valid", domain, without), hparams
+        ),
         evaluation_loader(strings.held_out("real", "test", domain), hparams),
     )
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from speechbrain_taskarith.utils.progress import progress
 from speechbrain_taskarith.utils.training import keep_modes
 from speechbrain_taskarith.vectors import checks
-from speechbrain_taskarith.vectors.editing.scale_search import (
+from speechbrain_taskarith.vectors.scales.search import (
     Evaluations,
     InPlaceEdits,
     check_choice,
 )
-from speechbrain_taskarith.vectors.editing.scale_table import ScaleGrid
+from speechbrain_taskarith.vectors.scales.table import ScaleGrid
 
 
 def search_scales(

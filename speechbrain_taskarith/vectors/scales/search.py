@@ -25,7 +25,7 @@ from speechbrain_taskarith.vectors.application import (
     check_tied_edits,
     edit_into,
 )
-from speechbrain_taskarith.vectors.editing.scale_table import REST, ScaleSearch
+from speechbrain_taskarith.vectors.scales.table import REST, ScaleSearch
 from speechbrain_taskarith.vectors.states.names import match_names
 from speechbrain_taskarith.vectors.states.pairing import under_names_of
 from speechbrain_taskarith.vectors.states.readers import as_model, as_state

@@ -1,0 +1,1 @@
+"""Choosing how much of a task vector is added."""
