@@ -134,6 +134,7 @@ def damage(data, seed):
 
 @pytest.mark.parametrize("form", ["zip.ckpt", "legacy.ckpt", "a.safetensors"])
 def test_damaged_files_are_refused_or_whole(tmp_path, form):
+    torch.manual_seed(0)
     network = torch.nn.Linear(3, 2)
     path = tmp_path / form
     if path.suffix == ".ckpt":
@@ -154,6 +155,17 @@ def test_damaged_files_are_refused_or_whole(tmp_path, form):
             refused += 1
             assert form in str(error)
     assert refused > 40
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_view_that_claims_to_be_endless(tmp_path, new):
+    path = tmp_path / "views.pt"
+    content = {"a": torch.ones(1).expand(5), "b": torch.ones(1).expand(1 << 32)}
+    torch.save(content, path, _use_new_zipfile_serialization=new)
+    with pytest.raises(ValueError, match="b claims the shape"):
+        open_state(path)
+    torch.save({"a": content["a"]}, path, _use_new_zipfile_serialization=new)
+    assert open_state(path)["a"].tolist() == [1.0] * 5
 
 
 @pytest.mark.parametrize(

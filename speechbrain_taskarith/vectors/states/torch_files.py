@@ -4,6 +4,7 @@ import errno
 import re
 import zipfile
 from collections.abc import Mapping
+from pathlib import Path
 
 from speechbrain_taskarith.utils.files import atomic_write, write_json
 from speechbrain_taskarith.vectors.states.safetensors import damaged
@@ -12,6 +13,9 @@ from speechbrain_taskarith.vectors.states.state import (
     from_mapping,
     inside,
 )
+
+# Bytes of a tensor up to which a view may be larger than its file.
+_ENDLESS = 1 << 28
 
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
@@ -62,7 +66,7 @@ def load_torch_file(path):
         # Only the zip form can be mapped; the form of torch < 1.6 is read.
         mapped = stream.read(4) == b"PK\x03\x04"
     try:
-        return torch.load(
+        content = torch.load(
             path, map_location="cpu", mmap=mapped, weights_only=True
         )
     except pickle.UnpicklingError as error:
@@ -83,6 +87,30 @@ def load_torch_file(path):
         # IndexError for a counter's text.
         reason = str(error).strip().splitlines()[0] if str(error) else error
         raise damaged(path, f"torch cannot read it ({reason})") from None
+    _refuse_endless(content, path)
+    return content
+
+
+def _refuse_endless(content, path):
+    """Refuse tensors that repeat a few stored numbers without end.
+
+    A view with stride 0 may claim any size; one flipped bit is enough.
+    """
+    import torch
+
+    most = max(_ENDLESS, 16 * Path(path).stat().st_size)
+    waiting = [(str(path), content)]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting += [(str(key), inner) for key, inner in value.items()]
+        elif isinstance(value, torch.Tensor) and (
+            value.numel() * value.element_size() > most
+        ):
+            shape = tuple(value.shape)
+            raise damaged(
+                path, f"{name} claims the shape {shape}, far beyond the file"
+            )
 
 
 def save_torch_file(state, path, metadata=None):
