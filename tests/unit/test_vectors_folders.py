@@ -67,11 +67,10 @@ def test_several_networks_have_to_be_named(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "tau.safetensors").exists()
 
 
-def test_a_folder_without_a_network(tmp_path, capsys):
+def test_a_folder_without_a_network(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     save(tmp_path / "a")
-    text = fails(
-        capsys, "vector", str(tmp_path / "a"), "b", "-o", "t.safetensors"
-    )
+    text = fails(capsys, "vector", "a", "b", "-o", "t.safetensors")
     assert "there are: none" in text
 
 
