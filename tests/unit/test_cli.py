@@ -338,7 +338,10 @@ def test_help_lists_every_verb(capsys):
         assert re.search(rf"^ +{verb} +{summary[:20]}", text, re.M), verb
 
 
-def test_rules_are_listed_with_arguments_and_papers(capsys):
+def test_rules_are_listed_with_arguments_and_papers(
+    capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
     found = run_json(capsys, "rules")["rules"]
     assert [rule["rule"] for rule in found] == list(RULES)
     ties = found[[rule["rule"] for rule in found].index("TIES")]
