@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from syn2real import SPLITS, check_splits, read_csv
+from lines import SPLITS, check_splits, read_csv
 
 from speechbrain_taskarith.metrics import wer
 from speechbrain_taskarith.utils.files import sha256_of

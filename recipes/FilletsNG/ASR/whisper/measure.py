@@ -1,15 +1,13 @@
 """Measures models on manifests; nothing is measured twice."""
 
-import hashlib
-import json
 from pathlib import Path
 
 import torch
 from hyperpyyaml import load_hyperpyyaml
+from scoring import recognised_once
 from train import ASR, make_dataset, read_rows
 
 from speechbrain_taskarith.brains import fast_precision
-from speechbrain_taskarith.utils.files import read_json, write_json
 
 
 class Listener(ASR):
@@ -81,23 +79,14 @@ class Measure:
         `name` says what the state is; `state` is a mapping or a function that
         makes one, called only where this was not measured before.
         """
-        told = json.dumps([name, str(manifest)])
-        key = hashlib.sha256(told.encode()).hexdigest()[:16]
-        path = self.folder / f"{key}.json"
-        if not path.exists():
-            state = state() if callable(state) else state
-            self.whisper.load_weights(state)
+
+        def recognise():
+            weights = state() if callable(state) else state
+            self.whisper.load_weights(weights)
             self.brain.evaluate(
                 self.dataset(manifest),
                 test_loader_kwargs=self.hparams["test_loader_kwargs"],
             )
-            write_json(
-                path,
-                {
-                    "name": name,
-                    "manifest": str(manifest),
-                    "references": self.brain.references,
-                    "hypotheses": self.brain.hypotheses,
-                },
-            )
-        return read_json(path)
+            return self.brain.references, self.brain.hypotheses
+
+        return recognised_once(self.folder, name, manifest, recognise)

@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from syn2real import check_splits, write_csv
+from lines import check_splits, write_csv
 from synthesize import synthesize
 
 RECIPES = Path(__file__).resolve().parents[3]

@@ -1,6 +1,9 @@
 """Words and characters, counted as Whisper's authors count them."""
 
 import functools
+import hashlib
+import json
+from pathlib import Path
 
 from transformers.models.whisper.english_normalizer import (
     BasicTextNormalizer,
@@ -8,6 +11,7 @@ from transformers.models.whisper.english_normalizer import (
 )
 
 from speechbrain_taskarith.metrics import wer
+from speechbrain_taskarith.utils.files import read_json, write_json
 
 
 @functools.lru_cache
@@ -35,3 +39,26 @@ def character_errors(references, hypotheses):
         {key: list(text) for key, text in references.items()},
         {key: list(text) for key, text in hypotheses.items()},
     )
+
+
+def recognised_once(folder, name, manifest, recognise):
+    """Return `{"references", "hypotheses"}` of a model on a manifest.
+
+    `name`, plain values, says what the model is. `recognise()` returns both
+    texts by ID; it is called only where `folder` does not hold them yet.
+    """
+    asked = json.dumps([name, str(manifest)])
+    key = hashlib.sha256(asked.encode()).hexdigest()[:16]
+    path = Path(folder) / f"{key}.json"
+    if not path.exists():
+        references, hypotheses = recognise()
+        write_json(
+            path,
+            {
+                "name": name,
+                "manifest": str(manifest),
+                "references": references,
+                "hypotheses": hypotheses,
+            },
+        )
+    return read_json(path)

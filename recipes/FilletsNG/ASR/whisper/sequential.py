@@ -26,10 +26,11 @@ from pathlib import Path
 import torch
 from domains import Domain, Tests
 from lineage import Base, Models, Tuned
+from lines import write_csv
 from measure import Measure
 from sequential_report import write_report
 from sequential_rows import ROWS, Row
-from syn2real import HPARAMS, write_csv
+from syn2real import HPARAMS
 
 from speechbrain_taskarith.utils.files import read_json, write_json
 from speechbrain_taskarith.utils.progress import progress

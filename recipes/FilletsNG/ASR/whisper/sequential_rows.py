@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from lineage import Edited, Tuned
-from syn2real import write_csv
+from lines import write_csv
 
 from speechbrain_taskarith.vectors import (
     TIES,

@@ -25,7 +25,6 @@ goes on where it stopped when started again.
 """
 
 import argparse
-import csv
 import random
 import shutil
 import statistics
@@ -35,20 +34,19 @@ from pathlib import Path
 import joblib
 import torch
 from common.study import Training, run_trainings
+from lines import SPLITS, check_splits, read_csv, write_csv
 from measure import Measure
 from report import write_report
 from synthesize import synthesize
 from train import train
 
 from speechbrain_taskarith.metrics import wer
-from speechbrain_taskarith.utils.files import atomic_write
 from speechbrain_taskarith.utils.progress import progress
 from speechbrain_taskarith.vectors import TaskVector, open_state, save_state
 
 HERE = Path(__file__).resolve().parent
 HPARAMS = HERE / "hparams" / "train.yaml"
 KEPT = "kept.safetensors"
-SPLITS = ("train", "valid", "test")
 TARGET_SCALES = [0.25, 0.5, 0.75, 1.0]
 SCALES = [0.0, 0.25, 0.5, 0.75, 1.0]
 
@@ -95,50 +93,11 @@ def parse_arguments(argv):
     return given
 
 
-def read_csv(path):
-    """Read a manifest as dicts, paths made absolute."""
-    path = Path(path).resolve()
-    with open(path, encoding="utf-8", newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    for row in rows:
-        row["wav"] = row["wav"].replace("$data_root", str(path.parent))
-    return rows
-
-
-def write_csv(path, rows):
-    """Write what `train.py` needs of rows."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path, "w") as stream:
-        columns = ["ID", "duration", "wav", "lang", "text"]
-        writer = csv.DictWriter(
-            stream, columns, lineterminator="\n", extrasaction="ignore"
-        )
-        writer.writeheader()
-        writer.writerows(rows)
-    return path.resolve()
-
-
-def check_splits(name, splits):
-    """Refuse a line, or a level, that is in two splits."""
-    for column in ("ID", "level"):
-        seen = {}
-        for split, rows in splits.items():
-            for row in rows:
-                value = row.get(column)
-                if value and seen.setdefault(value, split) != split:
-                    raise ValueError(
-                        f"domain {name}: {column} {value!r} is in the splits "
-                        f"{seen[value]!r} and {split!r}; a test on it would "
-                        "be no test"
-                    )
-
-
 def prepare_data(given, folder, seed):
     """Draw the lines of each domain; the same, spoken by both sides.
 
-    Returns `{name of a training: manifest}`, `{(domain, split): manifest}` of
-    the real development and test lines, and the words of all training lines,
-    `{domain: set}`.
+    Returns `{name of a training: manifest}`, and `{(domain, split): manifest}`
+    of the real development and test lines.
     """
     drawn, held_out = {}, {}
     for name, pattern in (given.domain | given.helper).items():

@@ -1,4 +1,4 @@
-"""Manifests for CTC on characters: what both recipes of it share.
+"""CTC on characters, on manifests: what both recipes of it share.
 
 The columns are those of the Whisper recipe (ID, duration, wav, text), so that
 one manifest serves all models.
@@ -8,10 +8,12 @@ import re
 import unicodedata
 
 import speechbrain as sb
-from scoring import normalize
+from scoring import character_errors, normalize
 from speechbrain.dataio.dataset import DynamicItemDataset
 
+from speechbrain_taskarith.brains import CTCBrain
 from speechbrain_taskarith.data import read_audio
+from speechbrain_taskarith.metrics import wer
 
 
 def letters(text, characters):
@@ -75,3 +77,54 @@ def make_dataset(rows, tokenizer, sample_rate):
 def scored(texts):
     """Return `{ID: text}` as Whisper's normaliser of English writes it."""
     return {key: normalize(text, "en") for key, text in texts.items()}
+
+
+class CharacterBrain(CTCBrain):
+    """CTC on characters, scored as Whisper is.
+
+    It reads hparams.valid_csv, hparams.train_logger and hparams.epoch_counter.
+    """
+
+    def _collect(self, batch, hypotheses):
+        self.references |= dict(zip(batch.id, batch.text))
+        self.hypotheses |= dict(zip(batch.id, hypotheses))
+
+    def on_stage_start(self, stage, epoch=None):
+        """Start a list of transcripts."""
+        self.references, self.hypotheses = {}, {}
+
+    def on_stage_end(self, stage, stage_loss, epoch=None):
+        """Log, and keep an epoch's checkpoint."""
+        stats = {"loss": stage_loss}
+        if stage == sb.Stage.TRAIN:
+            self.train_stats = stats
+            if self.hparams.valid_csv is None:
+                self.keep(epoch, {})
+            return
+        stats |= self.score()
+        if stage == sb.Stage.VALID:
+            self.keep(epoch, stats)
+        else:
+            self.hparams.train_logger.log_stats(
+                {"Epoch loaded": self.hparams.epoch_counter.current},
+                test_stats=stats,
+            )
+
+    def score(self):
+        """Count the errors of what was found."""
+        self.references = scored(self.references)
+        self.hypotheses = scored(self.hypotheses)
+        words = wer(self.references, self.hypotheses)
+        characters = character_errors(self.references, self.hypotheses)
+        return {"WER": words.wer, "CER": characters.wer}
+
+    def keep(self, epoch, stats):
+        """Log an epoch, and keep its checkpoint."""
+        self.hparams.train_logger.log_stats(
+            {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]},
+            train_stats=self.train_stats,
+            valid_stats=stats or None,
+        )
+        self.checkpointer.save_and_keep_only(
+            meta={"epoch": epoch, **stats}, num_to_keep=1
+        )

@@ -1,21 +1,10 @@
 """The manifests of one seed: what each model learns, what is held out."""
 
-import csv
 import random
-from pathlib import Path
 
 from characters import scored
+from lines import read_csv
 from slurp_prepare import COLUMNS, write_rows
-
-
-def read_csv(path):
-    """Read a manifest as dicts, paths made absolute."""
-    path = Path(path)
-    with open(path, encoding="utf-8", newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    for row in rows:
-        row["wav"] = row["wav"].replace("$data_root", str(path.parent))
-    return rows
 
 
 def prepare_manifests(

@@ -1,17 +1,15 @@
 """Measures sums of task vectors on manifests; nothing is measured twice."""
 
-import hashlib
 import importlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import speechbrain as sb
 from hyperpyyaml import load_hyperpyyaml
 from ruamel.yaml import YAML
+from scoring import recognised_once
 
 from speechbrain_taskarith.brains import fast_precision
-from speechbrain_taskarith.utils.files import read_json, write_json
 
 HERE = Path(__file__).parent.resolve()
 WHISPER = HERE.parents[2] / "FilletsNG" / "ASR" / "whisper"
@@ -126,25 +124,16 @@ class Measure:
         `name` says what the state is; `state` is a function that makes it,
         called only where this was not measured before.
         """
-        asked = json.dumps([name, str(manifest)], sort_keys=True)
-        key = hashlib.sha256(asked.encode()).hexdigest()[:16]
-        path = self.folder / f"{key}.json"
-        if not path.exists():
+
+        def recognise():
             self.network.load_state_dict(state())
             self.brain.evaluate(
                 self.dataset(manifest),
                 test_loader_kwargs=self.hparams["test_loader_kwargs"],
             )
-            write_json(
-                path,
-                {
-                    "name": name,
-                    "manifest": str(manifest),
-                    "references": self.brain.references,
-                    "hypotheses": self.brain.hypotheses,
-                },
-            )
-        return read_json(path)
+            return self.brain.references, self.brain.hypotheses
+
+        return recognised_once(self.folder, name, manifest, recognise)
 
 
 def listener(asr):

@@ -22,67 +22,21 @@ A run that was killed goes on from its newest checkpoint when started again.
 import sys
 
 import speechbrain as sb
+from characters import CharacterBrain, read_manifest
 from characters import make_dataset as make_character_dataset
-from characters import read_manifest, scored
 from hyperpyyaml import load_hyperpyyaml
-from scoring import character_errors
 from slurp_prepare import prepare_slurp
 from speechbrain.utils.distributed import run_on_main
 
-from speechbrain_taskarith.brains import CTCBrain, fast_precision
-from speechbrain_taskarith.metrics import wer
+from speechbrain_taskarith.brains import fast_precision
 from speechbrain_taskarith.vectors import open_state
 
 
-class ASR(CTCBrain):
+class ASR(CharacterBrain):
     """CTC on characters; forward pass and decoding are `CTCBrain`'s.
 
-    It reads hparams.ctc_cost and hparams.blank_index.
+    It reads hparams.ctc_cost, hparams.blank_index and hparams.train_logger.
     """
-
-    def _collect(self, batch, hypotheses):
-        self.references |= dict(zip(batch.id, batch.text))
-        self.hypotheses |= dict(zip(batch.id, hypotheses))
-
-    def on_stage_start(self, stage, epoch=None):
-        """Start a list of transcripts."""
-        self.references, self.hypotheses = {}, {}
-
-    def on_stage_end(self, stage, stage_loss, epoch=None):
-        """Log, and keep an epoch's checkpoint."""
-        stats = {"loss": stage_loss}
-        if stage == sb.Stage.TRAIN:
-            self.train_stats = stats
-            if self.hparams.valid_csv is None:
-                self.keep(epoch, {})
-            return
-        stats |= self.score()
-        if stage == sb.Stage.VALID:
-            self.keep(epoch, stats)
-        else:
-            self.hparams.train_logger.log_stats(
-                {"Epoch loaded": self.hparams.epoch_counter.current},
-                test_stats=stats,
-            )
-
-    def score(self):
-        """Count the errors of what was found."""
-        self.references = scored(self.references)
-        self.hypotheses = scored(self.hypotheses)
-        words = wer(self.references, self.hypotheses)
-        characters = character_errors(self.references, self.hypotheses)
-        return {"WER": words.wer, "CER": characters.wer}
-
-    def keep(self, epoch, stats):
-        """Log an epoch, and keep its checkpoint."""
-        self.hparams.train_logger.log_stats(
-            {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]},
-            train_stats=self.train_stats,
-            valid_stats=stats or None,
-        )
-        self.checkpointer.save_and_keep_only(
-            meta={"epoch": epoch, **stats}, num_to_keep=1
-        )
 
 
 def read_rows(path, hparams):

@@ -1,0 +1,1 @@
+../../../FilletsNG/ASR/whisper/lines.py
