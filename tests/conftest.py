@@ -1,6 +1,5 @@
 """Fixtures of all tests: the device and the real recordings."""
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -20,26 +19,6 @@ def pytest_addoption(parser):
         "--speechbrain",
         help="a checkout of SpeechBrain, whose recipes tests/drop_in runs",
     )
-
-
-@pytest.fixture(autouse=True)
-def logging_as_before():
-    """Undo what a recipe that ran in this process made of the logging."""
-    root, manager = logging.getLogger(), logging.root.manager
-    handlers, level, off = list(root.handlers), root.level, manager.disable
-    before = {
-        logger: (logger.level, logger.propagate, logger.disabled)
-        for logger in manager.loggerDict.values()
-        if isinstance(logger, logging.Logger)
-    }
-    yield
-    root.handlers[:], root.level, manager.disable = handlers, level, off
-    for logger in list(manager.loggerDict.values()):
-        if logger in before:
-            logger.level, logger.propagate, logger.disabled = before[logger]
-        elif isinstance(logger, logging.Logger):
-            logger.disabled = False
-    manager._clear_cache()
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """A training with `EditingCheckpointer`, as something that writes."""
 
-import logging
 import multiprocessing
 
 import speechbrain as sb
@@ -14,8 +13,6 @@ from speechbrain_taskarith.vectors import (
 )
 
 _SCALE = 0.4
-
-logging.getLogger("speechbrain_taskarith").setLevel(logging.ERROR)
 
 
 class _Tied(torch.nn.Module):
