@@ -14,7 +14,9 @@ SHOWN = 6000  # the end of what a process said, in a failure's message
 
 def environment():
     """Return what a user's shell would have, with one thread."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ours = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ours.pop("SB_LOG_LEVEL", None)  # SpeechBrain leaves it in this process
+    return ours
 
 
 def taskarith(*words):

@@ -3,7 +3,6 @@
 import csv
 import importlib.util
 import io
-import os
 import re
 import subprocess
 import sys
@@ -90,7 +89,7 @@ def test_the_studies_are_quiet_whatever_the_level_was(
         started.append(env)
 
     monkeypatch.setattr(quickstart.subprocess, "Popen", start)
-    os.environ["SB_LOG_LEVEL"] = "INFO"  # as SpeechBrain leaves it
+    monkeypatch.setenv("SB_LOG_LEVEL", "INFO")  # as SpeechBrain leaves it
     quickstart.start_study("syn2real", tmp_path, tmp_path, 0)
     assert started[0]["SB_LOG_LEVEL"] == "WARNING"
     assert "TASKARITH_PROGRESS" not in started[0]

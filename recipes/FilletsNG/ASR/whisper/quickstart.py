@@ -25,7 +25,8 @@ import time
 from pathlib import Path
 
 # Before SpeechBrain is imported, which takes the level of its logs from here.
-os.environ["SB_LOG_LEVEL"] = "WARNING"
+if __name__ == "__main__":
+    os.environ["SB_LOG_LEVEL"] = "WARNING"
 
 import joblib
 import torch
