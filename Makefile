@@ -8,12 +8,18 @@
 #                                         a hub name, on two of its domains
 #   make test                             everything that needs no GPU
 #   make lint                             what the linters say
+#   make tutorials                        runs the notebooks of docs/tutorials
+#                                         and keeps their outputs
+#   make tutorials TUTORIAL="<name> DATA=<corpus> MODEL=<whisper>"
+#                                         one of them, with other values in its
+#                                         first cell; paths count from here
 
 PYTHON ?= python3
 VENV ?= .venv
 DATA ?=
 MODEL ?=
 SPOKEN ?=
+TUTORIAL ?=
 OUTPUT ?= results
 PYTEST_ARGS ?=
 BIN := $(VENV)/bin
@@ -21,7 +27,7 @@ BIN := $(VENV)/bin
 # threads a process, and results do not depend on the number of cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test lint install install-dev clean
+.PHONY: quickstart test lint tutorials install install-dev clean
 
 ifeq ($(MODEL),)
 quickstart: $(VENV)/.installed
@@ -44,6 +50,9 @@ lint:
 	$(BIN)/codespell speechbrain_taskarith recipes hparams tests docs \
 		benchmarks examples .github *.md *.cff setup.cfg Makefile
 
+tutorials: $(VENV)/.installed-tutorials
+	$(BIN)/python docs/tutorials/run.py $(if $(TUTORIAL),--folder . $(TUTORIAL))
+
 install: $(VENV)/.installed
 
 install-dev: $(VENV)/.installed-dev
@@ -65,6 +74,10 @@ $(VENV)/.installed-whisper: $(VENV)/.installed
 $(VENV)/.installed-dev: setup.cfg constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-tutorials: setup.cfg constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[tutorials]"
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
