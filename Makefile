@@ -8,6 +8,7 @@
 #                                         a hub name, on two of its domains
 #   make test                             everything that needs no GPU
 #   make lint                             what the linters say
+#   make docs                             the pages, build/docs/index.html
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,7 +22,7 @@ BIN := $(VENV)/bin
 # threads a process, and results do not depend on the number of cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test lint install install-dev clean
+.PHONY: quickstart test lint docs install install-dev clean
 
 ifeq ($(MODEL),)
 quickstart: $(VENV)/.installed
@@ -44,6 +45,11 @@ lint:
 	$(BIN)/codespell speechbrain_taskarith recipes hparams tests docs \
 		benchmarks examples .github *.md *.cff setup.cfg Makefile
 
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx -c docs --fail-on-warning --keep-going --quiet \
+		-d build/doctrees . build/docs
+	@echo "build/docs/index.html"
+
 install: $(VENV)/.installed
 
 install-dev: $(VENV)/.installed-dev
@@ -65,6 +71,10 @@ $(VENV)/.installed-whisper: $(VENV)/.installed
 $(VENV)/.installed-dev: setup.cfg constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: setup.cfg constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

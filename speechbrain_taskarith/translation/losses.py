@@ -142,13 +142,13 @@ def distillation_loss(student, teacher, lens, temperature=1.0):
 class TranslationObjective:
     """One loss a task: `L_ST + w_asr L_asr + w_mt L_mt` is the whole.
 
-    | task | loss |
-    |---|---|
-    | `"st"` | `L_ST = 0.7 CE + 0.3 (CTC + contrastive)` |
-    | `"asr"` | `CTC + contrastive` |
-    | `"mt"` | CE with label smoothing 0.2 |
+    The losses (arXiv 2311.03810):
 
-    (arXiv 2311.03810). Where an auxiliary task stops, only its own term goes:
+    - `"st"`: `L_ST = 0.7 CE + 0.3 (CTC + contrastive)`;
+    - `"asr"`: `CTC + contrastive`;
+    - `"mt"`: CE with label smoothing 0.2.
+
+    Where an auxiliary task stops, only its own term goes:
     the main loss keeps CTC, without which the head decays and the shrink with
     it. The contrastive loss is the mean of two: where text is embedded, and at
     the textual encoder's output. Cross-entropy and CTC are
