@@ -1,6 +1,7 @@
 """The documentation runs: its Python, its commands, its YAML, its links.
 
-In a page, all blocks run in order in one empty folder. A YAML block that
+In a page, all blocks run in order in one empty folder, after those of the page
+that it goes on from (`<!-- after: page.md -->`). A YAML block that
 starts with the comment `# <name>.yaml` is saved under that name, for the
 commands below it. A block after `<!-- not run: why -->` is only looked at.
 """
@@ -10,10 +11,11 @@ import inspect
 import re
 import shlex
 import textwrap
+from pathlib import Path
 
 import pytest
 import yaml
-from house import ROOT, files, shown
+from house import PACKAGE, ROOT, files, pages_before, shown
 
 from speechbrain_taskarith.__main__ import main
 from speechbrain_taskarith.fragments import fragment_path
@@ -24,7 +26,12 @@ BLOCK = re.compile(
     r"(?P<mark><!-- not run: [^>]+ -->\n+)?^```(?P<kind>\w+)\n(?P<text>.*?)^```",
     re.M | re.S,
 )
-LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[\w-]+)?\)")
+LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
+# Words of a guide, code aside; more only where a page waits to be cut.
+LONGEST = {"translation.md": 1900}
+FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
+API = re.compile(r"^```\{api\} (\S+)\n(.*?)^```$", re.M | re.S)
+TREE = re.compile(r"^```\{toctree\}\n(.*?)^```$", re.M | re.S)
 
 
 def blocks(path):
@@ -43,36 +50,44 @@ def commands(text):
             yield shlex.split(line, comments=True)[1:]
 
 
-@pytest.mark.parametrize(
-    "path", [page for page in PAGES if page.exists()], ids=shown
-)
+@pytest.mark.parametrize("path", PAGES, ids=shown)
 def test_page_runs(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "page"}
-    for kind, text, runs, line in blocks(path):
-        label = f"{shown(path)}:{line}"
-        if kind == "yaml":
-            check_yaml(text, label)
-            found = re.match(r"# ([\w/]+\.yaml)\n", text)
-            if found:
-                target = tmp_path / found[1]
-                target.parent.mkdir(exist_ok=True)
-                target.write_text(text)
-        elif not runs:
-            continue
-        elif kind == "python":
-            code = compile("\n" * (line - 1) + text, str(path), "exec")
-            exec(code, names)  # the documentation is ours
-        elif kind in ("bash", "sh", "shell"):
-            for words in commands(text):
-                status = main(words)
-                assert status == 0, f"{label}: {words}: {capsys.readouterr()}"
-        elif kind == "diff":
-            for hunk in text.split("\n@@\n")[1:]:
-                new = [x[1:] for x in hunk.splitlines() if x[:1] in ("+", " ")]
-                check_yaml(textwrap.dedent("\n".join(new)), label)
-        else:
-            assert kind in ("text", "console", "json"), f"{label}: {kind}"
+    for page in (*pages_before(path), path):
+        for kind, text, runs, line in blocks(page):
+            if kind == "yaml":
+                save_named(text)
+            if runs or kind == "yaml":
+                run_block(kind, text, page, line, names, capsys)
+
+
+def save_named(text):
+    """Save a YAML block that starts with its file's name."""
+    if found := re.match(r"# ([\w/]+\.yaml)\n", text):
+        target = Path(found[1])
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(text)
+
+
+def run_block(kind, text, page, line, names, capsys):
+    """Run a block of a page among the names of those before it."""
+    label = f"{shown(page)}:{line}"
+    if kind == "yaml":
+        check_yaml(text, label)
+    elif kind == "python":
+        code = compile("\n" * (line - 1) + text, str(page), "exec")
+        exec(code, names)  # the documentation is ours
+    elif kind in ("bash", "sh", "shell"):
+        for words in commands(text):
+            status = main(words)
+            assert status == 0, f"{label}: {words}: {capsys.readouterr()}"
+    elif kind == "diff":
+        for hunk in text.split("\n@@\n")[1:]:
+            new = [x[1:] for x in hunk.splitlines() if x[:1] in ("+", " ")]
+            check_yaml(textwrap.dedent("\n".join(new)), label)
+    else:
+        assert kind in ("text", "console", "json", "math"), f"{label}: {kind}"
 
 
 def check_yaml(text, label):
@@ -126,22 +141,72 @@ def tagged(node):
 
 @pytest.mark.parametrize("path", ALL_PAGES, ids=shown)
 def test_links_lead_somewhere(path):
-    text = path.read_text(encoding="utf-8")
-    for target in LINK.findall(re.sub(r"```.*?```", "", text, flags=re.S)):
-        if not re.match(r"[a-z]+:", target):
-            there = (path.parent / target).exists()
-            assert there, f"{shown(path)}: nothing at {target}"
+    text = FENCE.sub("", path.read_text(encoding="utf-8"))
+    for target, anchor in LINK.findall(text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        there = path.parent / target if target else path
+        assert there.exists(), f"{shown(path)}: nothing at {target}"
+        if anchor:
+            assert anchor in anchors(there), f"{shown(path)}: no #{anchor}"
 
 
-def test_every_capability_has_its_pages():
-    for name in ("task_vectors.md", "results.md"):
-        assert (ROOT / "docs" / name).is_file()
+def anchors(page):
+    """Return the anchors of a page's headings, as GitHub and MyST name them."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    found = set()
+    for heading in re.findall(r"^#+ (.+)$", text, re.M):
+        words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
+        found.add(re.sub(r"[^\w\- ]", "", words).replace(" ", "-"))
+    return found
+
+
+def test_every_public_name_is_on_a_page():
+    listed = [
+        f"{module}.{name}"
+        for page in files(".md", under=ROOT / "docs" / "api")
+        for module, names in API.findall(page.read_text(encoding="utf-8"))
+        for name in names.split()
+    ]
+    assert len(listed) == len(set(listed)), "a name stands on two pages"
+    public = {
+        ".".join((*stub.parent.relative_to(ROOT).parts, name))
+        for stub in files(".pyi", under=PACKAGE)
+        for name in re.findall(r" as (\w+)", stub.read_text(encoding="utf-8"))
+    }
+    room = "speechbrain_taskarith.vectors."
+    # `vectors` exports what its `rules` do; it stands there once.
+    public -= {
+        name
+        for name in public
+        if name.startswith(room + "rules.")
+        and room + name.rpartition(".")[2] in public
+    }
+    assert set(listed) == public
+
+
+def test_every_page_is_on_the_map():
+    index = ROOT / "docs" / "index.md"
+    trees = TREE.findall(index.read_text(encoding="utf-8"))
+    lines = {line for tree in trees for line in tree.splitlines()}
+    for page in files(".md", under=ROOT / "docs"):
+        name = str(page.relative_to(index.parent).with_suffix(""))
+        assert page == index or name in lines, f"{shown(page)}: not in index.md"
+
+
+def test_guides_are_short():
+    long = {}
+    for page in (ROOT / "docs").glob("*.md"):
+        count = len(FENCE.sub("", page.read_text(encoding="utf-8")).split())
+        if count > LONGEST.get(page.name, 1200):
+            long[page.name] = count
+    assert not long, f"a guide is read in ten minutes, 1200 words: {long}"
 
 
 def test_every_rule_is_in_the_table():
     from speechbrain_taskarith.vectors.rules.description import RULES
 
-    page = (ROOT / "docs" / "task_vectors.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
     missing = [n for n in RULES if f"| `{n}" not in page]
     assert not missing, missing
 
