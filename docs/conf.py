@@ -53,6 +53,7 @@ napoleon_use_rtype = False
 napoleon_use_ivar = True
 napoleon_preprocess_types = False
 default_role = "py:obj"
+suppress_warnings = ["ref.python"]  # `best` is the name of two attributes
 autosummary_generate = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
@@ -97,14 +98,24 @@ class Api(SphinxDirective):
         return self.parse_text_to_nodes(text)
 
 
+SENTENCES = {}
+
+
 def keep_sentence(app, what, name, obj, options, lines):
-    """Keep napoleon from reading "type: text" into a property's sentence."""
+    """Note what a property says, before napoleon reads "type: text" there."""
     if what in ("attribute", "property"):
-        lines.insert(0, "")
+        SENTENCES[name] = list(lines)
+
+
+def put_sentence_back(app, what, name, obj, options, lines):
+    """Put back what a property says."""
+    if name in SENTENCES:
+        lines[:] = SENTENCES.pop(name)
 
 
 def setup(app):
-    """Make `{api}` known, and come before napoleon."""
+    """Make `{api}` known, and frame napoleon."""
     app.add_directive("api", Api)
     app.connect("autodoc-process-docstring", keep_sentence, priority=400)
+    app.connect("autodoc-process-docstring", put_sentence_back, priority=600)
     return {"parallel_read_safe": True}
