@@ -7,6 +7,7 @@ commands below it. A block after `<!-- not run: why -->` is only looked at.
 """
 
 import importlib
+import importlib.util
 import inspect
 import re
 import shlex
@@ -198,6 +199,20 @@ def test_every_page_is_on_the_map():
     for page in ALL_PAGES:
         if page.parts[len(ROOT.parts)] in ("docs", "recipes", "benchmarks"):
             assert page in there, f"{shown(page)}: not in docs/index.md"
+
+
+def test_the_tables_of_results_are_those_of_the_summaries():
+    spec = importlib.util.spec_from_file_location(
+        "results", ROOT / "docs" / "results.py"
+    )
+    results = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(results)
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert results.written(page) == page, "run python docs/results.py"
+    changed = page.replace("| 60.1 |", "| 59.1 |")
+    assert changed != page and results.written(changed) == page
+    with pytest.raises(ValueError, match="places for"):
+        results.written(page.replace("figures: ", "figure: "))
 
 
 def test_guides_are_short():
