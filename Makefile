@@ -46,7 +46,7 @@ lint:
 		benchmarks examples .github *.md *.cff setup.cfg Makefile
 
 docs: $(VENV)/.installed-docs
-	SB_LOG_LEVEL=WARNING $(BIN)/python -m sphinx -c docs --fail-on-warning --keep-going --quiet \
+	$(BIN)/python -m sphinx -c docs --fail-on-warning --keep-going --quiet \
 		-d build/doctrees . build/docs
 	@echo "build/docs/index.html"
 
