@@ -6,6 +6,7 @@ starts with the comment `# <name>.yaml` is saved under that name, for the
 commands below it. A block after `<!-- not run: why -->` is only looked at.
 """
 
+import configparser
 import importlib
 import importlib.util
 import inspect
@@ -199,6 +200,14 @@ def test_every_page_is_on_the_map():
     for page in ALL_PAGES:
         if page.parts[len(ROOT.parts)] in ("docs", "recipes", "benchmarks"):
             assert page in there, f"{shown(page)}: not in docs/index.md"
+
+
+def test_every_extra_is_on_the_install_page():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)` \|", page, re.M)
+    assert sorted(listed) == sorted(setup["options.extras_require"])
 
 
 def test_the_tables_of_results_are_those_of_the_summaries():
