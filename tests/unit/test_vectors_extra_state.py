@@ -283,7 +283,7 @@ def test_what_stays_the_base_s_is_reported(
         dry = cli.run_json(capsys, *words, "--overwrite", "--dry-run")
         result = cli.run_json(capsys, *words, "--overwrite")
         path = tmp_path / words[-1]
-        card = path / "model_card.md" if path.is_dir() else f"{path}.card.md"
+        card = path / "README.md" if path.is_dir() else f"{path}.md"
         text = (tmp_path / card).read_text()
         found = result["extra_of_base"]
         assert dry["extra_of_base"] == found
