@@ -8,6 +8,7 @@ import pytest
 import torch
 from hub_server import TOKEN, Hub, serving
 from hugging_face_toy import save_whisper
+from huggingface_hub import constants
 
 from speechbrain_taskarith.vectors import (
     ModelCard,
@@ -26,7 +27,6 @@ BASE = {"w": torch.zeros(3, 2), "b": torch.ones(2)}
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """Serve an empty hub, to which the client of this process is sent."""
-    constants = huggingface_hub.constants
     found = Hub()
     with serving(found) as endpoint:
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
@@ -36,6 +36,8 @@ def hub(tmp_path, monkeypatch):
             endpoint + "/{repo_id}/resolve/{revision}/{filename}",
         )
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        # Large files go the old way (LFS), not to the store's own client.
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         yield found
 
@@ -153,7 +155,6 @@ def test_without_network_nothing_goes_up_and_the_cache_is_read(
     tau = vector()
     tau.push_to_hub(NAME, token=TOKEN)
     same(TaskVector.from_pretrained(NAME), tau)
-    constants = huggingface_hub.constants
     # Nobody listens at this address.
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ConnectionError, match="cannot be reached"):
