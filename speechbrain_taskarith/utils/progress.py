@@ -4,6 +4,12 @@ import os
 import sys
 
 
+def is_watched():
+    """Tell whether bars are shown: on a terminal, or where one asked."""
+    asked = os.environ.get("TASKARITH_PROGRESS", "0") not in ("", "0")
+    return asked or sys.stderr.isatty()
+
+
 def progress(iterable=None, *, total=None, desc=None, unit="it", enable=True):
     """Wrap an iterable in a bar, or make one to be moved by `.update(n)`.
 
@@ -18,7 +24,6 @@ def progress(iterable=None, *, total=None, desc=None, unit="it", enable=True):
     """
     from tqdm import tqdm
 
-    watched = sys.stderr.isatty() or os.environ.get("TASKARITH_PROGRESS")
     return tqdm(
         iterable,
         total=total,
@@ -26,5 +31,5 @@ def progress(iterable=None, *, total=None, desc=None, unit="it", enable=True):
         unit=unit,
         unit_scale=unit == "B",
         dynamic_ncols=True,
-        disable=not (enable and watched),
+        disable=not (enable and is_watched()),
     )

@@ -10,6 +10,7 @@ import http.server
 import json
 import re
 import threading
+from urllib.parse import unquote
 
 COMMIT = "0" * 40
 TOKEN = "hf_of_a_test"
@@ -154,7 +155,7 @@ def serving(hub):
             return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
         def reply(self):
-            path = self.path.partition("?")[0]
+            path = unquote(self.path.partition("?")[0])
             status, headers, content = hub.answer(
                 self.command, path, self.body(), self.headers
             )

@@ -74,12 +74,13 @@ def test_a_vector_comes_back_as_it_went_up(hub, tmp_path, large):
     assert content["fingerprint"] == open_state(path).fingerprint
 
 
-def test_nothing_but_the_vector_is_downloaded(hub):
+def test_nothing_but_the_vector_is_downloaded_and_pipes_stay_quiet(hub, capfd):
     vector().push_to_hub(NAME, token=TOKEN)
     hub.repositories[NAME]["modeling.py"] = b"raise SystemExit"
     hub.repositories[NAME]["pytorch_model.bin"] = b"a pickle"
     TaskVector.from_pretrained(NAME)
     assert set(hub.downloaded) == {"task_vector.safetensors"}
+    assert "%|" not in capfd.readouterr().err
 
 
 def test_a_folder_here_needs_no_hub(tmp_path):

@@ -1,9 +1,11 @@
 """Models of Hugging Face's hub: which texts name one, and where it lies."""
 
+import contextlib
 import re
 from pathlib import Path
 
 from speechbrain_taskarith.utils.optional import require
+from speechbrain_taskarith.utils.progress import is_watched
 
 # What describes a model, its features and its tokenizer, beside its weights.
 DESCRIPTIONS = (
@@ -142,16 +144,31 @@ def shared_folder(source, files, cache=None, revision=None):
     )
 
 
+@contextlib.contextmanager
+def bars_if_watched():
+    """Let the hub's client show its bars only where ours are shown."""
+    bars = require("huggingface_hub.utils", "huggingface", "the hub")
+    if is_watched() or bars.are_progress_bars_disabled():
+        yield
+        return
+    bars.disable_progress_bars()
+    try:
+        yield
+    finally:
+        bars.enable_progress_bars()
+
+
 def _snapshot(name, files, cache=None, revision=None):
     """Return a hub repository's folder, or None and why there is none."""
     hub = require("huggingface_hub", "huggingface", f"the hub name {name}")
     try:
-        folder = hub.snapshot_download(
-            str(name),
-            cache_dir=cache,
-            revision=revision,
-            allow_patterns=list(files),
-        )
+        with bars_if_watched():
+            folder = hub.snapshot_download(
+                str(name),
+                cache_dir=cache,
+                revision=revision,
+                allow_patterns=list(files),
+            )
     # Offline, unknown, private, no network: each has its own class.
     except (OSError, ValueError) as error:
         return None, str(error).strip().splitlines()[0]

@@ -3,7 +3,10 @@
 from pathlib import Path
 
 from speechbrain_taskarith.utils.hub.cards import FILE
-from speechbrain_taskarith.utils.hub.download import DESCRIPTIONS
+from speechbrain_taskarith.utils.hub.download import (
+    DESCRIPTIONS,
+    bars_if_watched,
+)
 from speechbrain_taskarith.utils.optional import require
 
 #: Files of weights: an upload that replaces a model takes older ones away.
@@ -67,13 +70,14 @@ def upload_folder(
     api = hub.HfApi(token=token)
     try:
         address = _make(api, failed, name, private, overwrite)
-        api.upload_folder(
-            repo_id=name,
-            folder_path=folder,
-            allow_patterns=list(SHARED),
-            delete_patterns=list(WEIGHTS) if overwrite else None,
-            commit_message=message or f"Upload {folder.name}",
-        )
+        with bars_if_watched():
+            api.upload_folder(
+                repo_id=name,
+                folder_path=folder,
+                allow_patterns=list(SHARED),
+                delete_patterns=list(WEIGHTS) if overwrite else None,
+                commit_message=message or f"Upload {folder.name}",
+            )
     except FileExistsError:
         raise
     # A refused connection is an error of the client's own library, the one
