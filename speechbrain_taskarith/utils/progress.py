@@ -10,7 +10,9 @@ def is_watched():
     return asked or sys.stderr.isatty()
 
 
-def progress(iterable=None, *, total=None, desc=None, unit="it", enable=True):
+def progress(
+    iterable=None, *, total=None, desc=None, unit="it", show_progress=True
+):
     """Wrap an iterable in a bar, or make one to be moved by `.update(n)`.
 
     The bar goes to standard error, so that piped results stay clean. It is
@@ -19,7 +21,7 @@ def progress(iterable=None, *, total=None, desc=None, unit="it", enable=True):
 
     Example
     -------
-    >>> list(progress([1, 2], desc="adding", enable=False))
+    >>> list(progress([1, 2], desc="adding", show_progress=False))
     [1, 2]
     """
     from tqdm import tqdm
@@ -31,5 +33,5 @@ def progress(iterable=None, *, total=None, desc=None, unit="it", enable=True):
         unit=unit,
         unit_scale=unit == "B",
         dynamic_ncols=True,
-        disable=not (enable and is_watched()),
+        disable=not (show_progress and is_watched()),
     )

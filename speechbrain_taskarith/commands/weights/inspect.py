@@ -63,8 +63,8 @@ def add_parser(verbs, summary):
 def run(options):
     """Look at every file."""
     lines, entries = [], []
-    enable = not options.no_progress
-    for path in progress(options.files, desc="inspecting", enable=enable):
+    shown = not options.no_progress
+    for path in progress(options.files, desc="inspecting", show_progress=shown):
         entries.append(_look(Path(path), options))
         lines += ["", *_shown(entries[-1])]
     return Result(lines[1:], {"verb": "inspect", "files": entries})
@@ -256,7 +256,7 @@ def draw(options):
     from speechbrain_taskarith.vectors import TaskVector
 
     files = progress(
-        options.vectors, desc="reading", enable=not options.no_progress
+        options.vectors, desc="reading", show_progress=not options.no_progress
     )
     vectors = dict(zip(names, map(TaskVector.load, files)))
     draw = _cosine if options.what == "cosine" else _layers
