@@ -6,10 +6,12 @@ import sys
 import huggingface_hub
 import pytest
 import torch
+from cli_support import run, run_json
 from hub_server import TOKEN, Hub, serving
 from hugging_face_toy import save_whisper
 from huggingface_hub import constants
 
+from speechbrain_taskarith.__main__ import main
 from speechbrain_taskarith.vectors import (
     ModelCard,
     TaskArithmetic,
@@ -230,3 +232,22 @@ def test_a_shared_pickle_runs_nothing(hub, tmp_path):
     with pytest.raises(ValueError, match="task_vector.safetensors"):
         TaskVector.from_pretrained(NAME)
     assert not mark.exists()
+
+
+def test_the_command_uploads_what_it_says(hub, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    base = save_whisper(tmp_path / "base", "ForConditionalGeneration")
+    run("vector", base, base, "-o", tmp_path / "tau.safetensors")
+    run("apply", base, tmp_path / "tau.safetensors", "-o", tmp_path / "edited")
+    (tmp_path / "edited" / "notes.py").write_text("mine")
+    capsys.readouterr()
+    words = ("push", str(tmp_path / "edited"), NAME)
+    planned = run_json(capsys, *words, "--dry-run")
+    assert hub.repositories == {}
+    done = run_json(capsys, *words)
+    assert done["address"] == f"{hub.endpoint}/{NAME}"
+    files = set(hub.repositories[NAME]) - {".gitattributes"}
+    assert files == set(planned["files"]) == set(done["files"])
+    assert "notes.py" not in files and "model.safetensors" in files
+    assert main(list(words)) == 1
+    assert "; --overwrite replaces its weights" in capsys.readouterr().err
