@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from speechbrain_taskarith.utils.optional import local_path
+from speechbrain_taskarith.utils.hub.download import local_path
 from speechbrain_taskarith.utils.patterns import first_match, matches
 from speechbrain_taskarith.utils.progress import progress
 
@@ -35,9 +35,9 @@ def show(result, as_json):
 
 
 @contextlib.contextmanager
-def steps(total, enable):
+def steps(total, show_progress):
     """Show progress by step: call the yielded `step(name)` as each begins."""
-    with progress(total=total, unit="step", enable=enable) as bar:
+    with progress(total=total, unit="step", show_progress=show_progress) as bar:
         begun = 0
 
         def step(name):

@@ -4,20 +4,23 @@ from .lifelong import (
 from .lifelong_files import (
     write_cl_masr_log as write_cl_masr_log,
 )
-from .plots import (
+from .plots.bars import (
+    plot_before_after as plot_before_after,
+)
+from .plots.bars import (
     plot_by_layer as plot_by_layer,
 )
-from .plots import (
+from .plots.cells import (
     plot_heat_map as plot_heat_map,
 )
-from .plots import (
-    plot_scale_curve as plot_scale_curve,
-)
-from .plots import (
+from .plots.cells import (
     plot_scale_surface as plot_scale_surface,
 )
-from .plots import (
+from .plots.cells import (
     plot_wer_matrix as plot_wer_matrix,
+)
+from .plots.curves import (
+    plot_scale_curve as plot_scale_curve,
 )
 from .rare_words import (
     RareWordReport as RareWordReport,

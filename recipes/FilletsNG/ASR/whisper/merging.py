@@ -182,7 +182,7 @@ def add_row(summary, seed, row, wers, original):
 def plot(summary, path):
     """Draw in-domain WER against the original one, a point for each row."""
     rows = dict.fromkeys(entry["row"] for entry in summary.rows(TABLE))
-    with plots.figure(path, width=3.4, height=3.4) as axes:
+    with plots.figure(path, height=3.0) as axes:
         for row in rows:
             if row.startswith("only_"):
                 continue
@@ -202,14 +202,14 @@ def plot(summary, path):
             )
             if chosen or not rule or row == "LinearAverage":
                 axes.annotate(
-                    row.removesuffix("_chosen").replace("_", " "),
+                    plots.words(row.removesuffix("_chosen")),
                     (x, y),
                     xytext=(4, 2),
                     textcoords="offset points",
                     fontsize=6,
                 )
-        axes.set_xlabel("original WER (%)")
-        axes.set_ylabel("in-domain WER (%)")
+        axes.set_xlabel("WER on what the base knew (%)")
+        axes.set_ylabel("WER on the new domains, mean (%)")
 
 
 def main(argv):

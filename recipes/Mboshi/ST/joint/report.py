@@ -8,7 +8,7 @@ from speechbrain.dataio.batch import PaddedBatch
 
 from speechbrain_taskarith.brains.ctc import bare
 from speechbrain_taskarith.metrics import Summary
-from speechbrain_taskarith.metrics.plots import MARKERS, figure, legend_beside
+from speechbrain_taskarith.metrics.plots import MARKERS, figure, legend_below
 from speechbrain_taskarith.translation import (
     plot_window_entropy,
     window_entropy,
@@ -173,7 +173,7 @@ def plot_scores(done, path):
             )
         axes.set_xlabel("minutes of training")
         axes.set_ylabel("BLEU, validation data")
-        legend_beside(axes)
+        legend_below(axes)
 
 
 def plot_weights(task_weights, path, title):
@@ -194,4 +194,4 @@ def plot_weights(task_weights, path, title):
         axes.set_xlabel("update")
         axes.set_ylabel("task weight")
         axes.set_title(title)
-        legend_beside(axes)
+        legend_below(axes)
