@@ -228,7 +228,7 @@ WAITS = {
     },
     "model and TranslationObjective": SHRINK | CTC,
     "the same without shrink": CTC,
-    "TaskNormWeights": {"translation.multitask.task_weights._add_norms": 2},
+    "TaskNormWeights": {"translation.multitask.norms._norm": 2},
     "gradient_consistency": {"translation.multitask.consistency._cosine": 1},
     "greedy_translation": {
         "translation.search.searchers.greedy_translation": EACH
