@@ -211,7 +211,9 @@ REASONS = {
     "Segments": "what ctc_segments returns",
     "Shrunk": "what CTCShrink returns",
     "initialise_from_text_translation": "reads a file, once",
+    "plot_task_weights": "draws numbers of Python",
     "plot_window_entropy": "draws numbers of Python",
+    "write_task_weights": "writes numbers of Python",
 }
 SHRINK = {"translation.reduction.shrink._check": 1}
 CTC = {"translation.losses._ctc_and_contrast": 3}

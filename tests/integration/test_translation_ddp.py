@@ -48,6 +48,8 @@ def train(rank=None, rule="isolated", updates=4):
             own = slice(2 * rank, 2 * rank + 2)
             parts = [{k: v[own] for k, v in p.items()} for p in parts]
         tasks = weights.active if update < 3 else ("st",)
+        for parameter in model.acoustic.parameters():
+            parameter.requires_grad_(not weights.warming_up)
         losses = objective(forward(tasks=tasks, **parts[0]), **parts[1])
         if weights.due:
             weights.observe(losses, model.parts())

@@ -61,6 +61,7 @@ class TaskNormWeights:
         interval=5000,
         floor=0.1,
         exponent=1.0,
+        *,
         norms="isolated",
         last_update=None,
         warm_up=0,
