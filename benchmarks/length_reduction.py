@@ -327,6 +327,7 @@ def conformer(d_model):
         EncoderWrapper,
         TransformerASR,
     )
+    from speechbrain.nnet.CNN import Conv1d
 
     front = ConvolutionFrontEnd(
         input_shape=[None, None, 80],
@@ -336,6 +337,7 @@ def conformer(d_model):
         kernel_sizes=[5, 5],
         strides=[2, 2],
         residuals=[False, False],
+        conv_module=Conv1d,
         dropout=0.0,
     )
     transformer = TransformerASR(
