@@ -1,6 +1,9 @@
 from .encoders.acoustic import (
     AcousticEncoder as AcousticEncoder,
 )
+from .encoders.cache import (
+    EncoderCache as EncoderCache,
+)
 from .encoders.whisper import (
     WhisperAcousticEncoder as WhisperAcousticEncoder,
 )

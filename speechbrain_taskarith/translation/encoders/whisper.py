@@ -56,9 +56,8 @@ class WhisperAcousticEncoder(AcousticEncoder):
     -------
     >>> import transformers
     >>> small = transformers.WhisperConfig(
-    ...     **{"d_model": 8, "encoder_layers": 1, "encoder_ffn_dim": 8},
-    ...     **{"encoder_attention_heads": 2, "max_source_positions": 50},
-    ...     **{"decoder_layers": 1, "decoder_ffn_dim": 8},
+    ...     **{"d_model": 12, "encoder_layers": 1, "decoder_layers": 1},
+    ...     **{"encoder_ffn_dim": 8, "max_source_positions": 50},
     ... )
     >>> whisper = transformers.WhisperModel(small)
     >>> encoder = WhisperAcousticEncoder(whisper, d_model=6)
