@@ -91,6 +91,7 @@ class Whisper(Layered):
         super().__init__("Whisper", config.d_model)
         self.mels = config.num_mel_bins
         self.window = config.max_source_positions
+        self.constants = {}  # by device and type: copying waits for a GPU
 
     def layers(self, module):
         """As `Layered.layers`."""
@@ -125,19 +126,28 @@ class Whisper(Layered):
         size = min(size, self.window * FRAME)
         x = wavs.to(torch.promote_types(wavs.dtype, torch.float32))
         x = pad(x, (0, max(0, size - x.shape[1])))
-        filters = mel_filters(self.mels).to(x)
+        if (x.device, x.dtype) not in self.constants:
+            self._make_constants(x)
+        filters, window = self.constants[x.device, x.dtype]
         with torch.autocast(x.device.type, enabled=False):
             spectrum = torch.stft(
                 x,
                 WINDOW,
                 HOP,
-                window=torch.hann_window(WINDOW, device=x.device).to(x),
+                window=window,
                 return_complex=True,
             )
             power = spectrum[..., :-1].abs().square()
             mel = (filters @ power).clamp(min=1e-10).log10()
         floor = mel.amax((1, 2), keepdim=True) - 8.0
         return (torch.maximum(mel, floor) + 4.0) / 4.0
+
+    def _make_constants(self, x):
+        # Not tensors of inference mode, which could not be trained behind.
+        with torch.inference_mode(False):
+            made = mel_filters(self.mels), torch.hann_window(WINDOW)
+            made = tuple(tensor.to(x.device, x.dtype) for tensor in made)
+        self.constants[x.device, x.dtype] = made
 
     def _cut(self, wavs, lengths, ids):
         """Refuse what is longer than the window; padding may be."""
