@@ -34,6 +34,7 @@ from speechbrain_taskarith.translation import (  # noqa: E402
     TranslationBeamSearch,
     TranslationDecoder,
     TranslationObjective,
+    WhisperAcousticEncoder,
     ctc_segments,
     distillation_loss,
     gradient_consistency,
@@ -47,6 +48,20 @@ LENS = [13, 1, 7]
 def acoustic(put):
     encoder = put(AcousticEncoder(Front(5, 8), 8))
     return encoder(put(torch.randn(2, 9, 5)), put(torch.tensor([1.0, 0.5])))
+
+
+def whisper(put):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.WhisperConfig(
+        **{"d_model": 12, "encoder_layers": 2, "decoder_layers": 1},
+        **{"encoder_ffn_dim": 8, "max_source_positions": 50},
+    )
+    torch.manual_seed(0)
+    source = transformers.WhisperModel(config)
+    encoder = put(WhisperAcousticEncoder(source, 8, trained_layers=1))
+    x, lens = put(torch.randn(2, 3000)), put(torch.tensor([1.0, 0.5]))
+    kept, counts = encoder.frozen(x, lens)
+    return encoder(x, lens), encoder(kept, counts / kept.shape[1])
 
 
 def shrink(pooling, capacity=None, window=None):
@@ -185,6 +200,7 @@ def entropy(put):
 
 CASES = {
     "AcousticEncoder": acoustic,
+    "WhisperAcousticEncoder": whisper,
     **{
         f"CTCShrink, {pooling}": shrink(pooling)
         for pooling in ("first", "mean", "weighted", "softmax")
@@ -208,6 +224,8 @@ CASES = {
 }
 REASONS = {
     "ConsistencyProbe": "gradient_consistency, into a file",
+    "EncoderCache": "writes what the encoder's frozen part returns",
+    "TargetLanguages": "tokens, on the CPU as a batch's labels are",
     "Segments": "what ctc_segments returns",
     "Shrunk": "what CTCShrink returns",
     "initialise_from_text_translation": "reads a file, once",
@@ -223,6 +241,9 @@ CTC = {
 DECODER = "speechbrain.decoders.seq2seq."
 WAITS = {
     **dict.fromkeys(CASES, {}),
+    "WhisperAcousticEncoder": {
+        "translation.encoders.whisper._make_constants": 2
+    },
     **{name: SHRINK for name in CASES if name.startswith("CTCShrink, ")},
     "LookingBack in a window": SHRINK,
     "ShrinkingTransformer": SHRINK,
