@@ -84,7 +84,9 @@ class SpeechTranslator(Pretrained):
     MODULES_NEEDED = ["model"]
 
     def __init__(self, modules=None, hparams=None, **options):
-        missing = [f"modules.{n}" for n in self.MODULES_NEEDED if n not in modules]
+        missing = [
+            f"modules.{n}" for n in self.MODULES_NEEDED if n not in modules
+        ]
         missing += [n for n in self.HPARAMS_NEEDED if n not in hparams]
         if missing:
             raise ValueError(
@@ -170,7 +172,9 @@ class SpeechTranslator(Pretrained):
             the encoder refuses, e.g. speech beyond its window; by name.
         """
         encoded = self.encode_file(path, resample)
-        return self.decode([encoded], target, [str(path)])[0]
+        (found,) = self.decode([encoded], target)
+        _warn_of_empty([found], [str(path)])
+        return found
 
     def translate_batch(self, wavs, wav_lens=None, target=None):
         """Translate waveforms.
@@ -196,11 +200,14 @@ class SpeechTranslator(Pretrained):
         if wav_lens is None:
             wav_lens = torch.ones(len(wavs))
         counts = absolute_lengths(wav_lens, wavs.shape[1]).tolist()
+        names = [f"row {row}" for row in range(len(wavs))]
         encoded = [
-            self.encode(wav[:count], f"row {row}")
-            for row, (wav, count) in enumerate(zip(wavs, counts))
+            self.encode(wav[:count], name)
+            for wav, count, name in zip(wavs, counts, names)
         ]
-        return self.decode(encoded, target)
+        found = self.decode(encoded, target)
+        _warn_of_empty(found, names)
+        return found
 
     def forward(self, wavs, wav_lens=None, target=None):
         """As `translate_batch`."""
@@ -263,7 +270,7 @@ class SpeechTranslator(Pretrained):
         return EncodedSpeech(speech, len(wave) / self.sample_rate)
 
     @torch.no_grad()
-    def decode(self, encoded, target=None, names=None):
+    def decode(self, encoded, target=None):
         """Translate what `encode` or `encode_file` has returned.
 
         Arguments
@@ -272,8 +279,6 @@ class SpeechTranslator(Pretrained):
             A batch.
         target : str or sequence of str, optional
             Target language, of all or of each.
-        names : sequence of str, optional
-            Of the recordings, for warnings.
 
         Returns
         -------
@@ -293,15 +298,9 @@ class SpeechTranslator(Pretrained):
         translations = []
         for row, (one, tokens) in enumerate(zip(encoded, found)):
             tokens = [int(token) for token in tokens]
-            text = self._text("target", tokens)
-            if not text:
-                name = names[row] if names else f"row {row}"
-                logger.warning(
-                    f"{name}: the translation is empty; is there speech in it?"
-                )
             translations.append(
                 Translation(
-                    text,
+                    self._text("target", tokens),
                     self._segments(one),
                     self._transcript(one.speech),
                     one.seconds,
@@ -309,6 +308,16 @@ class SpeechTranslator(Pretrained):
                 )
             )
         return translations
+
+    def check_target(self, target):
+        """Raise the ValueError that `decode` would, for a target language.
+
+        Arguments
+        ---------
+        target : str or None
+            See `translate_file`.
+        """
+        self._targets(target, 1)
 
     def set_search(self, beam_size=None, length_penalty=None):
         """Change how translations are searched.
@@ -402,7 +411,9 @@ class SpeechTranslator(Pretrained):
         times = found.seconds(shift)[0, :count].tolist()
         labels = found.labels[0, :count].tolist()
         return [
-            TranslatedSegment(round(start, 4), round(end, 4), self._label(label))
+            TranslatedSegment(
+                round(start, 4), round(end, 4), self._label(label)
+            )
             for (start, end), label in zip(times, labels)
         ]
 
@@ -422,3 +433,11 @@ class SpeechTranslator(Pretrained):
 
     def _blank(self):
         return getattr(self.hparams, "blank_index", 0)
+
+
+def _warn_of_empty(translations, names):
+    for translation, name in zip(translations, names):
+        if not translation.text:
+            logger.warning(
+                f"{name}: the translation is empty; is there speech in it?"
+            )
