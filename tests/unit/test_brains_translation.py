@@ -25,6 +25,7 @@ from speechbrain_taskarith.translation import (
 from speechbrain_taskarith.vectors import AtomicCheckpointer
 
 SOURCE = WordLabels(["a", "b", "c", "d", "e"])
+CTC = {"CTC_WER", "CTC_CER"}
 TARGET = WordLabels(["<s>", "</s>", "A", "B", "C", "D", "E"])
 
 
@@ -175,11 +176,11 @@ def test_development_data_are_translated_greedily():
 @pytest.mark.parametrize(
     ("main", "tasks", "scores"),
     [
-        ("st", (), {"BLEU", "chrF", "length_ratio", "CTC_WER"}),
-        ("st", ("mt",), {"BLEU", "chrF", "length_ratio", "CTC_WER"}),
-        ("st", ("asr",), {"BLEU", "chrF", "length_ratio", "CTC_WER"}),
+        ("st", (), {"BLEU", "chrF", "length_ratio", *CTC}),
+        ("st", ("mt",), {"BLEU", "chrF", "length_ratio", *CTC}),
+        ("st", ("asr",), {"BLEU", "chrF", "length_ratio", *CTC}),
         ("mt", (), {"BLEU", "chrF", "length_ratio"}),
-        ("asr", (), {"CTC_WER"}),
+        ("asr", (), CTC),
     ],
 )
 def test_scores_are_those_of_the_tasks(main, tasks, scores, tmp_path):
