@@ -78,7 +78,10 @@ class Search:
 
 def test_each_utterance_begins_with_its_languages_token():
     brain = make_brain(search=Search(), greedy_tokens=3)
-    brain.modules["model"].decoder.embedding.emb.Embedding.weight.data *= 5
+    decoder = brain.modules["model"].decoder
+    decoder.embedding.emb.Embedding.weight.data *= 5
+    decoder.seq_lin.weight.data *= 5
+    decoder.seq_lin.bias.data[2] = -99
     into = {}
     for token in ("A", "E"):
         target = TARGET.encode(f"{token} B C D")
