@@ -154,9 +154,7 @@ def test_a_global_normaliser_and_other_settings_come_back(tmp_path):
         translator.translate_batch(wave)
     with pytest.raises(ValueError, match=r"unknown .*'nl'.* has fr, de"):
         translator.translate_batch(wave, target="nl")
-    both = translator.translate_batch(
-        wave.repeat(2, 1), target=["fr", "de"]
-    )
+    both = translator.translate_batch(wave.repeat(2, 1), target=["fr", "de"])
     assert [one.target for one in both] == ["fr", "de"]
     (tmp_path / "translator/normalize.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"normalize\.safetensors"):
