@@ -19,8 +19,8 @@ from speechbrain_taskarith.utils.files import (
     write_json,
 )
 
-TABLE = "mboshi_joint"
-TITLE = "Speech translation with auxiliary tasks on Mboshi-French"
+TABLE = "joint"
+TITLE = "Speech translation with auxiliary tasks"
 METRICS = (
     ("bleu", "BLEU", "points"),
     ("chrf", "chrF", "points"),

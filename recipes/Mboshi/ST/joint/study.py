@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""The table of speech translation with auxiliary tasks on Mboshi-French.
+"""The table of speech translation with auxiliary tasks.
 
 Trains the rows of one seed by calls of train.py: speech translation alone,
-with text translation, with recognition, the whole method, and the whole method
-without each of its parts. Before them come the models that rows start from.
+with text translation, with recognition, the whole method by each rule of the
+task weights, and the whole method without each of its parts. Before them come
+the models that rows start from.
 
 To run this study, do the following:
-> python study.py hparams/train.yaml --data_folder /path/to/mboshi --seed 0
+> python study.py hparams/train.yaml --data_folder /path/to/corpus --seed 0
 
 Some rows only; the recognition model of another seed; a table over seeds:
 > python study.py hparams/train.yaml --data_folder ... --only st,whole
@@ -76,10 +77,16 @@ START = {"acoustic_from": "asr", "text_from": "mt_local"}
 ROWS = {
     "st": {**PLAIN, "text_from": None},
     "st_from_mt": {**PLAIN, "text_from": "mt"},
+    # From the text model that the whole method starts from
+    "st_from_mt_local": {**PLAIN, "local": True},
     "st_mt": {**PLAIN, "text_from": "mt", "tasks": ["mt"]},
     "st_asr": {**PLAIN, "text_from": None, "tasks": ["asr"]},
     "st_mt_asr": {**PLAIN, "text_from": "mt", "tasks": ["asr", "mt"]},
+    "st_mt_asr_local": {**PLAIN, "local": True, "tasks": ["asr", "mt"]},
+    # The loss of "st" keeps CTC; the rule of the weights is that of the YAML
     "whole": {},
+    # CTC and contrastive loss are the task "asr" alone
+    "ctc_in_asr": {"ctc_in_st": False},
     "no_shrink": {"shrink": None, "looking_back": None},
     "no_looking_back": {"looking_back": None},
     "no_local_to_global": {"local": False, "text_from": "mt"},
@@ -176,6 +183,9 @@ def main(argv):
     if argv[:1] == ["--merge"]:
         merge_seeds(argv[1], title=TITLE)
         return
+    # The prepare script stands beside hparams/, also where this file is a link.
+    files = [word for word in argv if word.endswith(".yaml")]
+    sys.path += [str(Path(name).resolve().parents[1]) for name in files]
     study = start_study(argv, OPTIONS)
     hparams = {**study.hparams, "study_folder": str(study.folder)}
     given, rest = split_options(study.arguments)
