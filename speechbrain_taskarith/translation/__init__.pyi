@@ -25,6 +25,12 @@ from .multitask.consistency import (
 from .multitask.gradients import (
     GradientAggregator as GradientAggregator,
 )
+from .multitask.history import (
+    plot_task_weights as plot_task_weights,
+)
+from .multitask.history import (
+    write_task_weights as write_task_weights,
+)
 from .multitask.task_weights import (
     TaskNormWeights as TaskNormWeights,
 )
