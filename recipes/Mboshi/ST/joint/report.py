@@ -10,8 +10,10 @@ from speechbrain_taskarith.brains.ctc import bare
 from speechbrain_taskarith.metrics import Summary
 from speechbrain_taskarith.metrics.plots import MARKERS, figure, legend_beside
 from speechbrain_taskarith.translation import (
+    plot_task_weights,
     plot_window_entropy,
     window_entropy,
+    write_task_weights,
 )
 from speechbrain_taskarith.utils.files import (
     atomic_write,
@@ -83,7 +85,9 @@ def write_result(brain, history, task_weights, entropies, hparams):
         for ID, reference, hypothesis in sorted(lines):
             stream.write(f"{ID}\n  {reference}\n  {hypothesis}\n")
     if task_weights:
-        plot_weights(task_weights, plots / f"task_weights_{row}.png", row)
+        name = f"task_weights_{row}"
+        plot_task_weights(task_weights, plots / f"{name}.png", row)
+        write_task_weights(task_weights, plots / f"{name}.csv")
     probe = hparams["consistency"]
     for first, second in sorted({(r[2], r[3]) for r in probe.rows}):
         name = f"consistency_{row}_{first}_{second}.png"
@@ -173,25 +177,4 @@ def plot_scores(done, path):
             )
         axes.set_xlabel("minutes of training")
         axes.set_ylabel("BLEU, validation data")
-        legend_beside(axes)
-
-
-def plot_weights(task_weights, path, title):
-    """Plot the weights of the auxiliary tasks against updates."""
-    with figure(path) as axes:
-        updates = [0, *(entry["update"] for entry in task_weights)]
-        for number, task in enumerate(task_weights[0]["weights"]):
-            values = [1.0, *(entry["weights"][task] for entry in task_weights)]
-            axes.step(
-                updates,
-                values,
-                where="post",
-                label=task,
-                marker=MARKERS[number % len(MARKERS)],
-                markersize=3,
-            )
-        axes.set_ylim(0, 1.05)
-        axes.set_xlabel("update")
-        axes.set_ylabel("task weight")
-        axes.set_title(title)
         legend_beside(axes)
