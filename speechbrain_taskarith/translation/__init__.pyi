@@ -1,5 +1,11 @@
-from .acoustic_encoder import (
+from .encoders.acoustic import (
     AcousticEncoder as AcousticEncoder,
+)
+from .encoders.cache import (
+    EncoderCache as EncoderCache,
+)
+from .encoders.whisper import (
+    WhisperAcousticEncoder as WhisperAcousticEncoder,
 )
 from .input_guard import (
     InputGuard as InputGuard,
@@ -72,6 +78,9 @@ from .text.encoder import (
 )
 from .text.initialise import (
     initialise_from_text_translation as initialise_from_text_translation,
+)
+from .text.languages import (
+    TargetLanguages as TargetLanguages,
 )
 from .text.local_to_global import (
     LocalToGlobal as LocalToGlobal,
