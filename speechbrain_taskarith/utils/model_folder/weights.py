@@ -1,0 +1,36 @@
+"""The weights of a model in a folder: tensors alone, and all that fit."""
+
+from pathlib import Path
+
+from speechbrain_taskarith.utils.model_folder.description import DESCRIPTION
+
+
+def load_weights(module, folder, names, remedy):
+    """Load the first file there is of `names` into a module, strictly.
+
+    `remedy` says how such a file is made. Tensors that the module shares may
+    be stored once.
+    """
+    folder = Path(folder)
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if not found:
+        raise FileNotFoundError(
+            f"{folder / names[0]}: no such file; {remedy}"
+        )
+    path = found[0]
+    import torch
+
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_model
+
+            load_model(module, path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            module.load_state_dict(state)
+    except Exception as error:  # an unpickler raises what it trips over
+        text = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{path}: these weights do not fit {folder / DESCRIPTION}, or the "
+            f"file is damaged: {text}"
+        ) from error
