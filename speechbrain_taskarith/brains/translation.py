@@ -32,7 +32,7 @@ class TranslationBrain(sb.Brain):
       `PieceLabels` and SentencePiece have it; where "asr" is a task, or the
       objective has CTC in "st", also `source_labels`, whose index 0 is the
       blank;
-    - `bos_index`, `eos_index`: of the decoder;
+    - `eos_index`: of the decoder;
     - `greedy_tokens`: longest translation of the greedy search;
     - `seed`: int;
     - `search` (optional): a `TranslationBeamSearch`, used in tests only;
@@ -49,7 +49,8 @@ class TranslationBrain(sb.Brain):
 
     A batch holds `id`, `sig`, `source` (labels of the transcript),
     `target_bos` and `target_eos` (labels of the translation, after the
-    beginning token and before the end token), `wrd` and `translation` (both
+    beginning token, which translations begin with as well, and before the end
+    token), `wrd` and `translation` (both
     as text).
 
     Random numbers are seeded for every batch, so that a resumed run ends with
@@ -90,7 +91,7 @@ class TranslationBrain(sb.Brain):
     ...         "task_weights": st.TaskNormWeights(["asr", "mt"], interval=10),
     ...         "source_labels": source,
     ...         "target_labels": target,
-    ...         **{"bos_index": 1, "eos_index": 2, "greedy_tokens": 5, "seed": 0},
+    ...         **{"eos_index": 2, "greedy_tokens": 5, "seed": 0},
     ...     },
     ...     run_opts={"device": "cpu", "noprogressbar": True},
     ... )
@@ -272,14 +273,17 @@ class TranslationBrain(sb.Brain):
 
     def _translate(self, encoding, stage):
         """Translate. Validation is greedy: a beam takes several times as long."""
+        # Each utterance's own: it may name the target language.
+        begin = self.inputs["target_bos"][:, 0]
         if stage == sb.Stage.TEST and self._optional("search") is not None:
-            found = self.hparams.search(encoding.encoded, encoding.lens)[0]
+            search = self.hparams.search
+            found = search(encoding.encoded, encoding.lens, begin)[0]
         else:
             found = greedy_translation(
                 bare(self.modules.model).decoder,
                 encoding.encoded,
                 encoding.lens,
-                self.hparams.bos_index,
+                begin,
                 self.hparams.eos_index,
                 self.hparams.greedy_tokens,
             )

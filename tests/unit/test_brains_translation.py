@@ -154,10 +154,11 @@ class Search:
     """A search that always finds the same."""
 
     def __init__(self):
-        self.calls = 0
+        self.calls, self.began = 0, []
 
-    def __call__(self, encoded, lens):
+    def __call__(self, encoded, lens, begin):
         self.calls += 1
+        self.began += begin.tolist()
         found = [[torch.tensor(3), torch.tensor(4)]] * len(encoded)
         return found, None, None, None
 
@@ -170,6 +171,21 @@ def test_development_data_are_translated_greedily():
     brain.evaluate(loader([0, 1], [2]))
     assert search.calls == 2
     assert brain.hypotheses == ["A B"] * 3
+
+
+def test_translations_begin_as_their_references_do():
+    # The first token names the language to write: the same speech twice.
+    other = item(0, translation="D E")
+    other["target_bos"] = torch.cat([torch.tensor([7]), TARGET.encode("D E")])
+    other["target_eos"] = TARGET.encode("D E </s>")
+    both = loader([0, other])
+    brain = make_brain(tasks=(), lr=0.2)
+    brain.fit(range(60), both)
+    brain.evaluate(both)
+    assert brain.hypotheses == ["A B", "D E"]
+    search = Search()
+    make_brain(search=search).evaluate(both)
+    assert search.began == [1, 7]
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,10 @@ from speechbrain.utils.logger import get_logger
 
 from speechbrain_taskarith.brains import PieceLabels, TranslationBrain, best_key
 from speechbrain_taskarith.data import read_audio
-from speechbrain_taskarith.translation import initialise_from_text_translation
+from speechbrain_taskarith.translation import (
+    TargetLanguages,
+    initialise_from_text_translation,
+)
 from speechbrain_taskarith.utils.files import atomic_write
 
 logger = get_logger(__name__)
@@ -120,6 +123,7 @@ def read_rows(split, hparams):
                 continue
             name = ID if len(targets) == 1 else f"{ID}-{target}"
             found[language][name] = {
+                "utterance": ID,
                 "wav": row["wav"],
                 "duration": row["duration"],
                 "wrd": row[hparams["transcript"]],
@@ -138,22 +142,17 @@ def read_rows(split, hparams):
     return {ID: row for rows in found.values() for ID, row in rows.items()}
 
 
-def begin_symbol(target):
-    """Return the piece that tells the decoder the language to write."""
-    return f"<2{target}>"
-
-
 def make_labels(hparams):
     """Train the tokenizers of both languages, or load them.
 
-    Returns the labels of `source` and `target`, and in `begin` the decoder's
-    first token for each target language.
+    Returns the labels of `source` and `target`, and in `languages` the
+    decoder's first token for each target language.
     """
     labels, targets = {}, hparams["targets"]
     train = read_rows("train", hparams)
     marks = {"bos_id": hparams["bos_index"], "eos_id": hparams["eos_index"]}
     if len(targets) > 1:
-        marks["user_defined_symbols"] = ",".join(map(begin_symbol, targets))
+        marks["user_defined_symbols"] = ",".join(f"<{t}>" for t in targets)
     for side, column, reserved, settings in (
         # The CTC head writes the source labels.
         ("source", "wrd", ["<blank>"], {}),
@@ -181,16 +180,11 @@ def make_labels(hparams):
                 f"{hparams[f'{side}_pieces']}; give --{side}_pieces {found}"
             )
         labels[side] = PieceLabels(tokenizer.sp, reserved)
-    labels["begin"] = {targets[0]: hparams["bos_index"]}
+    languages = TargetLanguages({targets[0]: hparams["bos_index"]})
     if len(targets) > 1:
         pieces = labels["target"].pieces
-        missing = [t for t in targets if begin_symbol(t) not in pieces]
-        if missing:
-            raise ValueError(
-                f"{hparams['tokenizer_folder']}: trained without the target "
-                f"language {', '.join(missing)}; use another study_folder"
-            )
-        labels["begin"] = {t: pieces.index(begin_symbol(t)) for t in targets}
+        languages = TargetLanguages.for_pieces(pieces, targets)
+    labels["languages"] = languages
     return labels
 
 
@@ -209,7 +203,7 @@ def read_features(wav, hparams):
 
 def dataio_prepare(hparams, labels):
     """Prepare the datasets and the sampler of the training batches."""
-    begin, eos = labels["begin"], hparams["eos_index"]
+    languages, eos = labels["languages"], hparams["eos_index"]
     datasets = {}
     for split in ("train", "valid", "test"):
         data = DynamicItemDataset(read_rows(split, hparams))
@@ -218,15 +212,22 @@ def dataio_prepare(hparams, labels):
         datasets[split] = data
     all_datasets = list(datasets.values())
     speech = {hparams["main"], *hparams["tasks"]} != {"mt"}
+    cache = hparams["cache"] if speech else None
+    if cache is not None:
+        rows = [row for data in all_datasets for row in data.data.values()]
+        rows = {row["utterance"]: {"wav": row["wav"]} for row in rows}
+        run_on_main(cache.fill, args=[rows])
 
-    @sb.utils.data_pipeline.takes("wav")
+    @sb.utils.data_pipeline.takes("utterance", "wav")
     @sb.utils.data_pipeline.provides("sig")
-    def audio_pipeline(wav):
+    def audio_pipeline(utterance, wav):
         if not speech:
             return torch.zeros(1)
+        if cache is not None:
+            return cache(utterance, wav).float()
         if not hparams["keep_features"]:
             return read_features(wav, hparams)
-        key = (wav, hparams["sample_rate"], hparams["feature_size"])
+        key = (wav, hparams["sample_rate"], hparams.get("n_mels"))
         if key not in FEATURES:
             FEATURES[key] = read_features(wav, hparams)
         return FEATURES[key]
@@ -240,7 +241,7 @@ def dataio_prepare(hparams, labels):
     @sb.utils.data_pipeline.provides("target_bos", "target_eos")
     def translation_pipeline(translation, target):
         pieces = labels["target"].encode(translation)
-        yield torch.cat([torch.tensor([begin[target]]), pieces])
+        yield torch.cat([torch.tensor([languages.bos(target)]), pieces])
         yield torch.cat([pieces, torch.tensor([eos])])
 
     for pipeline in (audio_pipeline, transcript_pipeline, translation_pipeline):
@@ -306,6 +307,7 @@ def train(argv):
         model.noise = hparams["make_noise"](
             labels["source"].pieces, blank_token=hparams["blank_index"]
         )
+    model.languages = labels["languages"]
     parts = ("acoustic", "ctc_lin")
     load_start(hparams["acoustic_from"], "asr", parts, model)
     parts = ("source_embedding", "textual", "decoder")
