@@ -12,7 +12,7 @@ from speechbrain_taskarith.translation import (
     GradientAggregator,
     greedy_translation,
 )
-from speechbrain_taskarith.utils.recoverable import JSONRecoverable
+from speechbrain_taskarith.utils.recoverable import RunningMeans
 from speechbrain_taskarith.utils.seeds import seed_random_numbers
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,8 @@ class TranslationBrain(sb.Brain):
       `batch.sig` as it is;
     - `guard` (optional): an `InputGuard`;
     - `consistency` (optional): a `ConsistencyProbe`;
+    - `warm_up_frozen` (optional): names of the model's parts, such as
+      `acoustic.encoder`, that train only after the task weights' `warm_up`;
     - `aggregator` (optional): a `GradientAggregator`, whose gradient takes the
       place of the weighted sum's; each task's row is that of its weighted loss;
     - `lr_annealing` (optional): called with the optimizer before each update,
@@ -135,13 +137,14 @@ class TranslationBrain(sb.Brain):
             )
         self.task_losses = RunningMeans()
         self.train_stats, self.stats, self.scores = {}, {}, None
+        self._held_parameters = None
         if self.checkpointer is not None:
             self.checkpointer.add_recoverable("task_losses", self.task_losses)
 
     def compute_forward(self, batch, stage):
         """Forward computations from the waveforms to all tasks' outputs."""
         batch = batch.to(self.device)
-        tasks = self.tasks_of(batch, stage)
+        tasks = self.tasks_of(batch, stage) or (self.hparams.main,)
         x = lens = None
         if "st" in tasks or "asr" in tasks:
             x, lens = self.features(batch)
@@ -176,6 +179,8 @@ class TranslationBrain(sb.Brain):
         if aggregator is None:
             return total
         rows = {t: weights[t] * x for t, x in losses.items() if weights[t] > 0}
+        if not rows:
+            return total
         scale = self.scaler.get_scale()
         return aggregator.total(rows, self.modules, scale)
 
@@ -292,18 +297,35 @@ class TranslationBrain(sb.Brain):
         )
 
     def fit_batch(self, batch):
-        """Train on a batch, unless all of its tasks have stopped.
+        """Train on a batch, unless none of its tasks is active.
 
         Of the batches that share an update the last one has to be of the main
-        task, which never stops.
+        task, which never stops, and counts as 0 while it waits for the warm-up.
         """
-        if not self.tasks_of(batch, sb.Stage.TRAIN):
+        last = self.step % self.grad_accumulation_factor == 0
+        waits = self.hparams.task_weights.warming_up and last
+        if not waits and not self.tasks_of(batch, sb.Stage.TRAIN):
             return torch.zeros(())
         return super().fit_batch(batch)
+
+    def _hold_parameters(self):
+        """Let what `warm_up_frozen` names train only after the warm-up."""
+        if self._held_parameters is None:
+            model = bare(self.modules.model)
+            self._held_parameters = [
+                parameter
+                for name in self._optional("warm_up_frozen") or ()
+                for parameter in model.get_submodule(name).parameters()
+                if parameter.requires_grad
+            ]
+        for parameter in self._held_parameters:
+            trains = not self.hparams.task_weights.warming_up
+            parameter.requires_grad_(trains)
 
     def on_fit_batch_start(self, batch, should_step):
         """Seed this batch and update the rate; see `TranslationBrain`."""
         self.should_step = should_step
+        self._hold_parameters()
         seed_random_numbers(
             self.hparams.seed, self.epoch, self.step, get_rank()
         )
@@ -443,62 +465,3 @@ def select_inputs(batch, x, lens, rows=None):
         tensors = {n: t[rows.to(t.device)] for n, t in tensors.items()}
         lists = {n: [v[i] for i in rows.tolist()] for n, v in lists.items()}
     return {**tensors, **lists}
-
-
-class RunningMeans(JSONRecoverable):
-    """The mean of each of several numbers since `clear`; a recoverable.
-
-    A resumed run continues the means of its epoch. Sums are kept in float64 on
-    the numbers' own device: a GPU is synchronised only by `means`.
-
-    Example
-    -------
-    >>> import torch
-    >>> losses = RunningMeans()
-    >>> losses.add({"st": torch.tensor(1.0), "asr": torch.tensor(5.0)})
-    >>> losses.add({"st": torch.tensor(2.0)})
-    >>> losses.means()
-    {'st': 1.5, 'asr': 5.0}
-    """
-
-    def __init__(self):
-        self.clear()
-
-    def clear(self):
-        """Start anew."""
-        self._sums, self._counts = {}, {}
-
-    def add(self, figures):
-        """Add one value of each name.
-
-        Arguments
-        ---------
-        figures : dict of str: torch.Tensor
-            Scalars.
-        """
-        for name, figure in figures.items():
-            figure = figure.detach().double()
-            self._sums[name] = self._sums.get(name, 0.0) + figure
-            self._counts[name] = self._counts.get(name, 0) + 1
-
-    def means(self):
-        """Return the means.
-
-        Returns
-        -------
-        dict of str: float
-            Of every name that was added since `clear`.
-        """
-        return {
-            name: float(total) / self._counts[name]
-            for name, total in self._sums.items()
-        }
-
-    def state(self):
-        """See `JSONRecoverable.state`."""
-        sums = {name: float(total) for name, total in self._sums.items()}
-        return {"sums": sums, "counts": self._counts}
-
-    def restore(self, state):
-        """See `JSONRecoverable.restore`."""
-        self._sums, self._counts = state["sums"], state["counts"]

@@ -211,7 +211,9 @@ REASONS = {
     "Segments": "what ctc_segments returns",
     "Shrunk": "what CTCShrink returns",
     "initialise_from_text_translation": "reads a file, once",
+    "plot_task_weights": "draws numbers of Python",
     "plot_window_entropy": "draws numbers of Python",
+    "write_task_weights": "writes numbers of Python",
 }
 SHRINK = {"translation.reduction.shrink._check": 1}
 CTC = {"translation.losses._ctc_and_contrast": 3}
@@ -228,7 +230,7 @@ WAITS = {
     },
     "model and TranslationObjective": SHRINK | CTC,
     "the same without shrink": CTC,
-    "TaskNormWeights": {"translation.multitask.task_weights._add_norms": 2},
+    "TaskNormWeights": {"translation.multitask.norms._norm": 2},
     "gradient_consistency": {"translation.multitask.consistency._cosine": 1},
     "greedy_translation": {
         "translation.search.searchers.greedy_translation": EACH

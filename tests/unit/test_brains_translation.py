@@ -449,3 +449,74 @@ def test_an_aggregator_accumulates_and_scales():
 def test_an_aggregator_of_another_kind_is_refused():
     with pytest.raises(ValueError, match="expected a GradientAggregator"):
         make_brain(aggregator="PCGrad")
+
+
+def test_a_warm_up_trains_auxiliary_tasks_and_holds_the_encoder():
+    weights = TaskNormWeights(interval=1000, warm_up=2)
+    brain = make_brain(
+        weights=weights, warm_up_frozen=["acoustic.encoder"], lr=0.1
+    )
+    brain.modules.model.source_embedding.requires_grad_(False)
+    seen = [state(brain)]
+    for epoch in (1, 2, 3):
+        brain.fit([epoch], loader([0, 1]))
+        seen.append(state(brain))
+        tasks = {"asr", "mt"} if epoch < 3 else {"st", "asr", "mt"}
+        assert set(brain.train_stats) == {"loss", *tasks}
+
+    def moved(name):
+        pairs = zip(seen, seen[1:])
+        return [not torch.equal(one[name], two[name]) for one, two in pairs]
+
+    conv = next(n for n in seen[0] if n.startswith("acoustic.encoder."))
+    assert moved(conv) == [False, False, True]
+    assert moved("ctc_lin.weight") == [True, True, True]
+    assert moved("decoder.seq_lin.weight") == [True, True, True]
+    # What was frozen before stays so.
+    assert moved("source_embedding.weight") == [False, False, False]
+
+
+class OfKinds(TranslationBrain):
+    """Utterance 0 is text, all others are speech without transcripts."""
+
+    def tasks_of(self, batch, stage):
+        active = super().tasks_of(batch, stage)
+        kind = ("mt",) if batch.id[0] == "u0" else ("st",)
+        return tuple(task for task in kind if task in active)
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_batches_of_the_main_task_alone_count_in_the_warm_up(factor):
+    weights = TaskNormWeights(["mt"], interval=1000, warm_up=3)
+    brain = make_brain(
+        kind=OfKinds,
+        weights=weights,
+        run_opts={"grad_accumulation_factor": factor},
+    )
+    before = state(brain)
+    brain.fit([1], loader([0], [1], [0], [2]))
+    assert weights.updates == 4 // factor
+    after = state(brain)
+    # Text alone was learned from, until the fourth update.
+    learned = not torch.equal(before["ctc_lin.weight"], after["ctc_lin.weight"])
+    assert learned == (factor == 1)
+    name = "decoder.seq_lin.weight"
+    assert not torch.equal(before[name], after[name])
+    text = make_brain(
+        kind=OfKinds,
+        weights=TaskNormWeights(["mt"], warm_up=99),
+        run_opts={"grad_accumulation_factor": factor},
+    )
+    text.fit([1], loader([0], [1], [0], [2]))
+    if factor == 2:
+        assert same(after, state(text))
+
+
+def test_an_aggregator_waits_for_the_warm_up():
+    weights = TaskNormWeights(["mt"], interval=1000, warm_up=9)
+    brain = make_brain(
+        kind=OfKinds, weights=weights, aggregator=aggregated("name: Sum")
+    )
+    before = state(brain)
+    brain.fit([1], loader([1], [2]))
+    assert same(before, state(brain)) and weights.updates == 2

@@ -15,9 +15,8 @@ from speechbrain_taskarith.translation.multitask.gradients import (
 logger = logging.getLogger(__name__)
 
 MEASURED = ("all", "attention")
-# Attention to another sequence, by the names of torch, SpeechBrain and
-# transformers.
-_CROSS = ("multihead_attn", "mutihead_attn", "encoder_attn", "crossattention")
+# Attention to another sequence: SpeechBrain's name, and transformers'.
+_CROSS = ("multihead_attn", "encoder_attn")
 
 
 def measured_groups(source, measured, part):
