@@ -117,7 +117,8 @@ class AcousticEncoder(torch.nn.Module):
         Returns
         -------
         torch.Tensor or tuple of torch.Tensor
-            Frames [B, T, d], or these and their absolute lengths [B].
+            Frames [B, T, d]; or these, 0 in the padding, and their absolute
+            lengths [B].
         """
         if len(x) == 0:
             raise ValueError("an empty batch: there is no utterance to encode")
@@ -126,7 +127,7 @@ class AcousticEncoder(torch.nn.Module):
         else:
             x, counts = self._pretrained(x, lens, ids)
         x = self._project(x, lens, counts)
-        return x if counts is None else (x, counts)
+        return x if counts is None else (_silent(x, counts), counts)
 
     def frozen(self, x, lens, ids=None):
         """Return what comes out of the frozen part, without gradient.
@@ -162,8 +163,7 @@ class AcousticEncoder(torch.nn.Module):
         lengths = absolute_lengths(lens, x.shape[1])
         with torch.no_grad():
             x, counts = self.reader.run(self.encoder, x, lengths, first, ids)
-        outside = padding_mask(counts, x.shape[1])
-        return x.masked_fill(outside[..., None], 0.0), counts
+        return _silent(x, counts), counts
 
     def first_trained(self):
         """Return the first stage that is trained; None: nothing is frozen.
@@ -264,8 +264,7 @@ class AcousticEncoder(torch.nn.Module):
         # NaN in the padding would reach the projection's gradient.
         if counts is None:
             return self.projection(without_padding(x, lens))
-        outside = padding_mask(counts, x.shape[1])
-        return self.projection(x.masked_fill(outside[..., None], 0.0))
+        return self.projection(_silent(x, counts))
 
     def _watch(self, size, frames):
         """Warn where the output's length does not follow the input's."""
@@ -296,6 +295,11 @@ def _reader(encoder):
             "WhisperAcousticEncoder, which takes the same module"
         )
     return Wav2Vec(encoder) if is_wav2vec(encoder) else None
+
+
+def _silent(x, counts):
+    """Return x [B, T, D] with 0 behind the frames of each row."""
+    return x.masked_fill(padding_mask(counts, x.shape[1])[..., None], 0.0)
 
 
 def _is_frozen(module):

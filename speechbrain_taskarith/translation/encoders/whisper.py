@@ -207,10 +207,19 @@ def _encoder(source, weights):
     if not weights:
         return transformers.WhisperModel(config).encoder
     try:
-        model = transformers.WhisperModel.from_pretrained(folder)
-    except OSError as error:
+        model, loaded = transformers.WhisperModel.from_pretrained(
+            folder, output_loading_info=True
+        )
+    except Exception as error:  # a reader raises what it trips over
         raise ValueError(
             f"{folder}: its weights are missing or damaged "
             f"({str(error).splitlines()[0]}); copy the folder again"
         ) from error
+    # What a file lacks is drawn at random, with no more than a warning.
+    lacking = [n for n in loaded["missing_keys"] if n.startswith("encoder.")]
+    if lacking:
+        raise ValueError(
+            f"{folder}: its weights lack {len(lacking)} tensors of the "
+            f"encoder, {min(lacking)} among them; copy the folder again"
+        )
     return model.encoder
