@@ -35,4 +35,5 @@ VERBS = {
     ),
     "fragments": ("fragments", "YAML fragments: list, show, copy"),
     "transcribe": ("transcribe", "recordings to text, whole or as a stream"),
+    "translate": ("translate", "recordings to text of another language"),
 }

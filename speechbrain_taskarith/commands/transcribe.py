@@ -1,12 +1,16 @@
 """`taskarith transcribe`: recordings to text, whole or as a stream."""
 
-import re
 import sys
 import time
 from pathlib import Path
 
 from speechbrain_taskarith.commands import arguments as shared
-from speechbrain_taskarith.commands.output import Result, complain, message
+from speechbrain_taskarith.commands.output import (
+    Result,
+    about_recording,
+    complain,
+    message,
+)
 from speechbrain_taskarith.utils.model_folder.description import (
     DESCRIPTION,
     read_description,
@@ -86,7 +90,7 @@ def run(options):
             try:
                 data.append(_recognised(model, path, options))
             except (ValueError, OSError, RuntimeError) as error:
-                text = message(_in_words(error, path), options.remedies)
+                text = message(about_recording(error, path), options.remedies)
                 bad += 1
                 if bad == len(options.files):
                     raise ValueError(text) from error
@@ -126,20 +130,6 @@ def _recognised(model, path, options):
         found["text"] = model.transcribe(wave.to(options.device))
     took = time.perf_counter() - began
     return {**found, "real_time_factor": took / found["seconds"]}
-
-
-def _in_words(error, path):
-    """Return an error that names the file, and options instead of Python."""
-    text = str(error)
-    if not Path(path).is_file():
-        text = f"{path}: no such recording"
-    text = re.sub(
-        r"set the recipe's sample_rate to \d+, or read it with resample=True",
-        "or let --resample do so",
-        text,
-    )
-    text = text.replace(" or take its row out of the manifest", "")
-    return ValueError(text if path in text else f"{path}: {text}")
 
 
 def _streamed(model, wave, options):

@@ -87,9 +87,7 @@ def test_a_batch_is_its_utterances_one_by_one(folder, waves):
             assert one.tolist() == [count] and alone.shape[1] == count
             torch.testing.assert_close(found[row, :count], alone[0])
             expected = encoder.projection(naive(encoder.encoder, wave))
-            torch.testing.assert_close(
-                alone[0], expected, atol=1e-5, rtol=1e-5
-            )
+            torch.testing.assert_close(alone[0], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_do_not_depend_on_padding(folder, waves):

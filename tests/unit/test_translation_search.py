@@ -96,15 +96,15 @@ def test_one_is_speechbrains_normalisation():
     decoder, memory, lens = tiny(7)
     with torch.no_grad():
         plain = TranslationBeamSearch(decoder, BOS, EOS, 3)(memory, lens)
-        one = TranslationBeamSearch(
-            decoder, BOS, EOS, 3, length_penalty=1.0
-        )(memory, lens)
+        one = TranslationBeamSearch(decoder, BOS, EOS, 3, length_penalty=1.0)(
+            memory, lens
+        )
         off = TranslationBeamSearch(
             decoder, BOS, EOS, 3, length_normalization=False
         )(memory, lens)
-        none = TranslationBeamSearch(
-            decoder, BOS, EOS, 3, length_penalty=0
-        )(memory, lens)
+        none = TranslationBeamSearch(decoder, BOS, EOS, 3, length_penalty=0)(
+            memory, lens
+        )
     assert plain[0] == one[0] and torch.equal(plain[2], one[2])
     assert off[0] == none[0] and torch.equal(off[2], none[2])
 

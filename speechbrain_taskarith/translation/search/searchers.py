@@ -62,19 +62,15 @@ class TranslationBeamSearch(S2STransformerBeamSearcher):
         length_penalty=None,
         **settings,
     ):
-        if length_penalty is not None:
-            length_penalty = float(length_penalty)
-            if not 0 <= length_penalty < math.inf:
-                raise ValueError(
-                    f"length_penalty {length_penalty}: expected a number from "
-                    "0 (none) on; the paper has 1.2"
-                )
-            if "length_normalization" in settings:
-                raise ValueError(
-                    "length_penalty and length_normalization: give one of "
-                    "them; the latter means a penalty of 1, or of 0"
-                )
-            settings["length_normalization"] = length_penalty > 0
+        if length_penalty is None:
+            length_penalty = float(settings.get("length_normalization", True))
+        elif "length_normalization" in settings:
+            raise ValueError(
+                "length_penalty and length_normalization: give one of them; "
+                "the latter means a penalty of 1, or of 0"
+            )
+        # With a penalty of 0 there may be a scorer that rewards length.
+        settings["length_normalization"] = length_penalty != 0
         settings.setdefault("min_decode_ratio", 0.0)
         settings.setdefault("using_eos_threshold", False)
         super().__init__(
@@ -88,6 +84,21 @@ class TranslationBeamSearch(S2STransformerBeamSearcher):
         self.least_steps = least_steps
         self.length_penalty = length_penalty
         self._begin = None
+
+    @property
+    def length_penalty(self):
+        """The exponent of the length; it may be changed."""
+        return self._length_penalty
+
+    @length_penalty.setter
+    def length_penalty(self, value):
+        if not 0 <= value < math.inf:
+            raise ValueError(
+                f"length_penalty {value}: expected a number from 0 (none) on; "
+                "the paper has 1.2"
+            )
+        self._length_penalty = float(value)
+        self.length_normalization = value > 0
 
     def forward(self, enc_states, wav_len, bos_index=None):
         """As `S2SBeamSearcher.forward`; `bos_index` may be a tensor [B]."""
@@ -108,12 +119,9 @@ class TranslationBeamSearch(S2STransformerBeamSearcher):
         return hypotheses, tokens, *rest
 
     def _compute_scores_and_next_inp_tokens(self, alived_hyps, log_probs, step):
-        if self.length_penalty in (None, 0, 1):
-            return super()._compute_scores_and_next_inp_tokens(
-                alived_hyps, log_probs, step
-            )
         # Upstream's divides by the length, and multiplies by it afterwards.
-        step = (step + 1) ** self.length_penalty - 1
+        if self.length_penalty not in (0, 1):
+            step = (step + 1) ** self.length_penalty - 1
         return super()._compute_scores_and_next_inp_tokens(
             alived_hyps, log_probs, step
         )

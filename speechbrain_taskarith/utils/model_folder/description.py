@@ -19,6 +19,8 @@ _MODULES = (
     "speechbrain.decoders",
     "torch.nn",
 )
+# What may be imported to find them.
+_IMPORTED = ("speechbrain_taskarith", *_MODULES)
 # What they pass on to transformers could ask for code of a hub's.
 _WRAPPERS = tuple(
     f"speechbrain.integrations.huggingface.{name}"
@@ -29,13 +31,19 @@ _PLAIN = "tag:yaml.org,2002:"
 _PLAIN_KINDS = ("map", "seq", "str", "int", "float", "bool", "null", "merge")
 
 
-def read_description(folder, trusted=False, needs=""):
+def read_description(folder, trusted=False, needs="", overrides=None):
     """Make what a folder's `hyperparams.yaml` describes, a dict.
 
     `needs` says what else such a folder holds, for an error. A description
     that would do more than make models is refused, unless it is `trusted`.
+    `overrides` are other values, as HyperPyYAML takes them.
     """
     path = Path(folder) / DESCRIPTION
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(
+            f"{folder}: no such folder; that of a model holds "
+            f"{DESCRIPTION}{needs}"
+        )
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no such file; the folder of a model holds "
@@ -46,10 +54,20 @@ def read_description(folder, trusted=False, needs=""):
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text in UTF-8 ({error})") from None
     keys = check_description(text, path, trusted)
-    overrides = {FOLDER_KEY: str(folder)} if FOLDER_KEY in keys else {}
+    overrides = dict(overrides or {})
+    if FOLDER_KEY in keys:
+        overrides[FOLDER_KEY] = str(folder)
     from hyperpyyaml import load_hyperpyyaml
 
-    return load_hyperpyyaml(text, overrides)
+    try:
+        return load_hyperpyyaml(text, overrides)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path} names a file that is not there: {error}"
+        ) from error
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        text = " ".join(str(error).split())[:500]
+        raise ValueError(f"{path}: cannot make the model: {text}") from error
 
 
 def check_description(text, path, trusted=False):
@@ -95,7 +113,8 @@ def _check_tag(node, path):
         return
     where = f"{path}, line {node.start_mark.line + 1}"
     kind, _, name = node.tag.partition(":")
-    if kind in ("!new", "!name") and (_within(name) or name in _WRAPPERS):
+    importable = _within(name, _IMPORTED) or name in _WRAPPERS
+    if kind in ("!new", "!name") and importable:
         # What the name leads to may come from elsewhere, by way of imports.
         found = pydoc.locate(name)
         if found is None:
@@ -131,5 +150,5 @@ def _pairs(node):
     return [pair for pair in pairs if isinstance(pair, tuple)]
 
 
-def _within(name):
-    return any(f"{name}.".startswith(f"{module}.") for module in _MODULES)
+def _within(name, modules=_MODULES):
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)

@@ -14,23 +14,32 @@ def load_weights(module, folder, names, remedy):
     folder = Path(folder)
     found = [folder / name for name in names if (folder / name).is_file()]
     if not found:
-        raise FileNotFoundError(
-            f"{folder / names[0]}: no such file; {remedy}"
-        )
+        raise FileNotFoundError(f"{folder / names[0]}: no such file; {remedy}")
     path = found[0]
-    import torch
-
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_model
 
             load_model(module, path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            module.load_state_dict(state)
+            module.load_state_dict(read_tensors(path))
     except Exception as error:  # an unpickler raises what it trips over
         text = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{path}: these weights do not fit {folder / DESCRIPTION}, or the "
             f"file is damaged: {text}"
         ) from error
+
+
+def read_tensors(path):
+    """Return what is in a file of tensors."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if Path(path).suffix != ".safetensors":
+        return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: the file is damaged ({error})") from error

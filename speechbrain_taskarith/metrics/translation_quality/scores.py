@@ -84,6 +84,23 @@ def translation_scores(
     0.75
     """
     sacrebleu = require("sacrebleu", "translation", "BLEU")
+    sets, hypotheses = checked(references, hypotheses)
+    bleu = sacrebleu.BLEU(lowercase=lowercase, tokenize=tokenize)
+    chrf = sacrebleu.CHRF(lowercase=lowercase)
+    words = sum(len(line.split()) for one in sets for line in one) / len(sets)
+    written = sum(len(line.split()) for line in hypotheses)
+    return TranslationReport(
+        bleu=bleu.corpus_score(hypotheses, sets).score,
+        chrf=chrf.corpus_score(hypotheses, sets).score,
+        length_ratio=written / words if words else float(written > 0),
+        sentences=len(hypotheses),
+        bleu_signature=str(bleu.get_signature()),
+        chrf_signature=str(chrf.get_signature()),
+    )
+
+
+def checked(references, hypotheses):
+    """Return sets of references and hypotheses, as lists that fit."""
     if isinstance(references, str) or isinstance(hypotheses, str):
         raise TypeError(
             "expected lists of sentences, got a single string; write "
@@ -107,15 +124,4 @@ def translation_scores(
             f"{len(hypotheses)} hypotheses, {[len(one) for one in sets]} "
             "references: expected as many, and at least one"
         )
-    bleu = sacrebleu.BLEU(lowercase=lowercase, tokenize=tokenize)
-    chrf = sacrebleu.CHRF(lowercase=lowercase)
-    words = sum(len(line.split()) for one in sets for line in one) / len(sets)
-    written = sum(len(line.split()) for line in hypotheses)
-    return TranslationReport(
-        bleu=bleu.corpus_score(hypotheses, sets).score,
-        chrf=chrf.corpus_score(hypotheses, sets).score,
-        length_ratio=written / words if words else float(written > 0),
-        sentences=len(hypotheses),
-        bleu_signature=str(bleu.get_signature()),
-        chrf_signature=str(chrf.get_signature()),
-    )
+    return sets, hypotheses
