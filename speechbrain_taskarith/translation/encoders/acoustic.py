@@ -99,7 +99,7 @@ class AcousticEncoder(torch.nn.Module):
         self._seen = None
         if trained_layers is not None:
             self._freeze(trained_layers)
-        self.train(self.training)
+        self._rest()
 
     def forward(self, x, lens, ids=None):
         """Encode a batch, see `AcousticEncoder`.
@@ -191,15 +191,23 @@ class AcousticEncoder(torch.nn.Module):
             Itself.
         """
         super().train(mode)
+        self._rest()
+        return self
+
+    def _rest(self):
+        """Put what is frozen into evaluation mode, and leave the rest."""
         for part in (self.encoder, self.frontend):
             if part is not None and _is_frozen(part):
                 part.eval()
         first = self.first_trained()
         if first is not None:
+            trained = self.reader.stages(self.encoder)[first:]
+            modes = {
+                m: m.training for stage in trained for m in stage.modules()
+            }
             self.encoder.eval()
-            for stage in self.reader.stages(self.encoder)[first:]:
-                stage.train(mode)
-        return self
+            for module, mode in modes.items():
+                module.training = mode
 
     def _freeze(self, trained_layers):
         if self.reader is not None:
