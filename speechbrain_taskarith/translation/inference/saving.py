@@ -102,6 +102,9 @@ def save_translator(
     if not isinstance(modules.get("model"), torch.nn.Module):
         raise ValueError(f"{key}: no `model`, the SpeechTranslationModel")
     section = _section(hyperparams, key)
+    if translator.get("languages") is not None:
+        # A tokenizer of many languages is known only after its training.
+        section["languages"] = dict(translator["languages"])
     with atomic_folder(folder) as temporary:
         labels = {
             "target_text": describe_labels(target_labels, temporary, "target")

@@ -80,6 +80,8 @@ STAGES = {
     "mt": {**PLAIN, "main": "mt"},
     "mt_local": {**PLAIN, "main": "mt", "local": True},
 }
+# The row whose translator is kept for use; others are in their checkpoints.
+KEPT = "whole"
 # What a row starts from, unless it or the command line says otherwise.
 START = {"acoustic_from": "asr", "text_from": "mt_local"}
 # Each row is train.yaml with these values.
@@ -128,6 +130,8 @@ def plan_trainings(given, folder, hparams):
                 "lr": hparams["stage_lr"],
                 "max_batch_seconds": hparams["stage_batch_seconds"],
             }
+        if name != KEPT:
+            options["translator_folder"] = None
         parents = []
         for key in START:
             stage = options[key]

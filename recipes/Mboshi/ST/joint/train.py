@@ -39,6 +39,7 @@ from speechbrain_taskarith.data import read_audio
 from speechbrain_taskarith.translation import (
     TargetLanguages,
     initialise_from_text_translation,
+    save_translator,
 )
 from speechbrain_taskarith.utils.files import atomic_write
 
@@ -365,6 +366,20 @@ def train(argv):
         hparams["entropy_windows"],
         hparams["entropy_utterances"],
     )
+    if hparams["translator_folder"] and hparams["main"] == "st":
+        translator = dict(hparams["translator"])
+        if len(hparams["targets"]) > 1:
+            translator["languages"] = labels["languages"].tokens
+        run_on_main(
+            save_translator,
+            kwargs={
+                "folder": hparams["translator_folder"],
+                "translator": translator,
+                "hyperparams": f"{hparams['output_folder']}/hyperparams.yaml",
+                "target_labels": labels["target"],
+                "source_labels": labels["source"],
+            },
+        )
     run_on_main(
         write_result,
         args=[st_brain, history, task_weights, entropies, hparams],
