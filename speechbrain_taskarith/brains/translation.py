@@ -6,6 +6,7 @@ import speechbrain as sb
 import torch
 from speechbrain.utils.distributed import get_rank
 
+from speechbrain_taskarith.brains.averaging import load_average
 from speechbrain_taskarith.brains.ctc import bare
 from speechbrain_taskarith.metrics import translation_scores, wer
 from speechbrain_taskarith.translation import (
@@ -32,10 +33,12 @@ class TranslationBrain(sb.Brain):
       `PieceLabels` and SentencePiece have it; where "asr" is a task, or the
       objective has CTC in "st", also `source_labels`, whose index 0 is the
       blank;
-    - `eos_index`: of the decoder;
+    - `bos_index`, `eos_index`: of the decoder;
     - `greedy_tokens`: longest translation of the greedy search;
     - `seed`: int;
     - `search` (optional): a `TranslationBeamSearch`, used in tests only;
+    - `average_last` (optional): tests the mean of the last so many epochs'
+      checkpoints, which are kept for it, in place of the best one;
     - `compute_features`, `fea_augment` (optional): waveforms to features, and
       their augmentation in training; without the first, the model takes
       `batch.sig` as it is;
@@ -51,8 +54,7 @@ class TranslationBrain(sb.Brain):
 
     A batch holds `id`, `sig`, `source` (labels of the transcript),
     `target_bos` and `target_eos` (labels of the translation, after the
-    beginning token, which translations begin with as well, and before the end
-    token), `wrd` and `translation` (both
+    beginning token and before the end token), `wrd` and `translation` (both
     as text).
 
     Random numbers are seeded for every batch, so that a resumed run ends with
@@ -93,7 +95,7 @@ class TranslationBrain(sb.Brain):
     ...         "task_weights": st.TaskNormWeights(["asr", "mt"], interval=10),
     ...         "source_labels": source,
     ...         "target_labels": target,
-    ...         **{"eos_index": 2, "greedy_tokens": 5, "seed": 0},
+    ...         **{"bos_index": 1, "eos_index": 2, "greedy_tokens": 5, "seed": 0},
     ...     },
     ...     run_opts={"device": "cpu", "noprogressbar": True},
     ... )
@@ -114,7 +116,7 @@ class TranslationBrain(sb.Brain):
     >>> brain.hypotheses
     ['bon jour .']
     >>> sorted(brain.stats)
-    ['BLEU', 'CTC_WER', 'chrF', 'length_ratio', 'loss']
+    ['BLEU', 'CTC_CER', 'CTC_WER', 'chrF', 'length_ratio', 'loss']
     """
 
     #: Called with the optimizer before every update, if set.
@@ -278,11 +280,13 @@ class TranslationBrain(sb.Brain):
 
     def _translate(self, encoding, stage):
         """Translate. Validation is greedy: a beam takes several times as long."""
-        # Each utterance's own: it may name the target language.
+        # It names the target language, where there are several.
         begin = self.inputs["target_bos"][:, 0]
         if stage == sb.Stage.TEST and self._optional("search") is not None:
-            search = self.hparams.search
-            found = search(encoding.encoded, encoding.lens, begin)[0]
+            usual = bool((begin == self.hparams.bos_index).all())
+            found = self.hparams.search(
+                encoding.encoded, encoding.lens, *([] if usual else [begin])
+            )[0]
         else:
             found = greedy_translation(
                 bare(self.modules.model).decoder,
@@ -343,6 +347,14 @@ class TranslationBrain(sb.Brain):
         whole = self.step % self.grad_accumulation_factor == 0
         return super()._should_save_intra_epoch_ckpt(*when) and whole
 
+    def on_evaluate_start(self, max_key=None, min_key=None):
+        """Load what is tested: the best checkpoint, or the mean of the last."""
+        super().on_evaluate_start(max_key, min_key)
+        count = self._optional("average_last") or 1
+        if self.checkpointer is not None and count > 1:
+            model = bare(self.modules.model)
+            load_average(self.checkpointer, model, count)
+
     def on_stage_start(self, stage, epoch=None):
         """Start with empty lists of texts."""
         self.epoch = epoch
@@ -371,8 +383,14 @@ class TranslationBrain(sb.Brain):
             if self._optional("guard") is not None:
                 logger.info(self.hparams.guard.summary())
             self._save_epoch(epoch)
-        elif train_logger is not None:
+            return
+        if train_logger is not None:
             train_logger.log_stats({"stage": "test"}, test_stats=self.stats)
+        if self.scores is not None:
+            logger.info(
+                f"BLEU: {self.scores.bleu_signature}, chrF: "
+                f"{self.scores.chrf_signature}"
+            )
 
     def on_validated(self, epoch):
         """Hook for subclasses: after the scores, before the checkpoint.
@@ -393,6 +411,9 @@ class TranslationBrain(sb.Brain):
         if self.transcripts:
             report = wer(self.transcripts, self.ctc_hypotheses)
             self.stats["CTC_WER"] = report.wer
+            characters = (self.transcripts, self.ctc_hypotheses)
+            report = wer(*([list(t) for t in side] for side in characters))
+            self.stats["CTC_CER"] = report.wer
 
     def epoch_meta(self, epoch):
         """Return what the log shows of an epoch besides losses and scores.
@@ -421,6 +442,7 @@ class TranslationBrain(sb.Brain):
         (key,) = best.values()
         self.checkpointer.save_and_keep_only(
             meta={key: float(self.stats[key]), "epoch": epoch},
+            num_to_keep=max(1, self._optional("average_last") or 1),
             **{f"{which}s": [key] for which in best},
         )
 

@@ -183,8 +183,9 @@ def save(folder, made, **changed):
     )
 
 
-def write_wavs(folder, numbers=range(5)):
-    """Write recordings u0.wav, ...; return their paths."""
+def write_wavs(folder):
+    """Write recordings u0.wav to u4.wav; return their paths."""
+    numbers = range(5)
     paths = [Path(folder) / f"u{number}.wav" for number in numbers]
     for number, path in zip(numbers, paths):
         write_audio(path, wave_of(number), RATE)

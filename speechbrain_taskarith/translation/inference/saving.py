@@ -57,8 +57,9 @@ def save_translator(
         A section of a recipe's YAML, as `load_hyperpyyaml` made it: `model`,
         and where they are used `features` and `normalize`; `search`, or
         `greedy_tokens`; `sample_rate`, `bos_index`, `eos_index`,
-        `blank_index`; `languages`, a dict of target language: beginning token.
-        Other plain values are stored as they are.
+        `blank_index`; `languages`, a dict of target language: beginning token
+        (without it, the model's own). Other plain values are stored as they
+        are.
     hyperparams : str or pathlib.Path
         The YAML that made it, with overrides and includes resolved:
         `create_experiment_directory` writes `hyperparams.yaml` into the output
@@ -102,9 +103,11 @@ def save_translator(
     if not isinstance(modules.get("model"), torch.nn.Module):
         raise ValueError(f"{key}: no `model`, the SpeechTranslationModel")
     section = _section(hyperparams, key)
-    if translator.get("languages") is not None:
-        # A tokenizer of many languages is known only after its training.
-        section["languages"] = dict(translator["languages"])
+    # A tokenizer of many languages is known only after its training.
+    known = getattr(modules["model"], "languages", None)
+    languages = translator.get("languages") or getattr(known, "tokens", None)
+    if languages:
+        section["languages"] = dict(languages)
     with atomic_folder(folder) as temporary:
         labels = {
             "target_text": describe_labels(target_labels, temporary, "target")
