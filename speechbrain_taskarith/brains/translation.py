@@ -37,6 +37,8 @@ class TranslationBrain(sb.Brain):
     - `greedy_tokens`: longest translation of the greedy search;
     - `seed`: int;
     - `search` (optional): a `TranslationBeamSearch`, used in tests only;
+    - `bleu_tokenize` (optional): sacrebleu's tokeniser (see
+      `bleu_tokenizer`), 13a by default;
     - `average_last` (optional): tests the mean of the last so many epochs'
       checkpoints, which are kept for it, in place of the best one;
     - `compute_features`, `fea_augment` (optional): waveforms to features, and
@@ -137,6 +139,10 @@ class TranslationBrain(sb.Brain):
                 f"aggregator: {aggregator!r}; expected a GradientAggregator "
                 "(see its docstring for the YAML)"
             )
+        tokenize = self._optional("bleu_tokenize")
+        if tokenize is not None and self.hparams.main != "asr":
+            # One that is not installed is an error before the training.
+            translation_scores(["a"], ["a"], tokenize=tokenize)
         self.task_losses = RunningMeans()
         self.train_stats, self.stats, self.scores = {}, {}, None
         self._held_parameters = None
@@ -404,7 +410,11 @@ class TranslationBrain(sb.Brain):
     def _score(self, loss):
         self.stats, self.scores = {"loss": loss}, None
         if self.hypotheses:
-            self.scores = translation_scores(self.references, self.hypotheses)
+            self.scores = translation_scores(
+                self.references,
+                self.hypotheses,
+                tokenize=self._optional("bleu_tokenize") or "13a",
+            )
             self.stats["BLEU"] = self.scores.bleu
             self.stats["chrF"] = self.scores.chrf
             self.stats["length_ratio"] = self.scores.length_ratio

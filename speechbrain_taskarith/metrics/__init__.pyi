@@ -62,6 +62,9 @@ from .translation_quality.scores import (
     TranslationReport as TranslationReport,
 )
 from .translation_quality.scores import (
+    bleu_tokenizer as bleu_tokenizer,
+)
+from .translation_quality.scores import (
     translation_scores as translation_scores,
 )
 from .word_errors import (

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -294,6 +295,24 @@ def spoil(folder, what):
         path.write_text("\n".join(lines))
 
 
+@pytest.mark.parametrize("language", ["zh", "ja", "ar", "cs", "fa", "tr", "vi"])
+def test_any_language_that_is_there_is_prepared(tmp_path, prepare, language):
+    make_must_c(tmp_path, language)
+    prepare(str(tmp_path), str(tmp_path / "out"), language)
+    assert len(prepared(tmp_path / "out", "test")) == COUNTS["tst-COMMON"]
+
+
+def test_the_test_set_may_be_another(tmp_path, prepare):
+    make_must_c(tmp_path)
+    place = tmp_path / "en-de/data"
+    shutil.copytree(place / "dev", place / "tst-HE")
+    for path in (place / "tst-HE/txt").iterdir():
+        path.rename(path.with_stem("tst-HE"))
+    prepare(str(tmp_path), str(tmp_path / "out"), test_set="tst-HE")
+    test, valid = (prepared(tmp_path / "out", s) for s in ("test", "valid"))
+    assert [row["wrd"] for row in test] == [row["wrd"] for row in valid]
+
+
 @pytest.mark.parametrize(
     ("what", "message", "gone"),
     [
@@ -323,10 +342,12 @@ def test_bad_segment_is_named_or_left_out(
 def test_faults_of_the_corpus_are_named(tmp_path, prepare):
     make_must_c(tmp_path)
     out = str(tmp_path / "out")
-    with pytest.raises(ValueError, match="language 'xx': expected one of de"):
-        prepare(str(tmp_path), out, "xx")
-    with pytest.raises(FileNotFoundError, match="there are: en-de"):
+    match = "no target language 'fr'; there are: en-de[.]"
+    with pytest.raises(FileNotFoundError, match=match):
         prepare(str(tmp_path), out, "fr")
+    match = "tst-HE: missing; there are: dev, train, tst-COMMON[.]"
+    with pytest.raises(FileNotFoundError, match=match):
+        prepare(str(tmp_path), out, test_set="tst-HE")
     with pytest.raises(FileNotFoundError, match="train.en: missing"):
         prepare(str(tmp_path), out, wmt_folder=str(tmp_path))
     path = tmp_path / "en-de/data/dev/txt/dev.de"

@@ -173,6 +173,18 @@ def test_development_data_are_translated_greedily():
     assert brain.hypotheses == ["A B"] * 3
 
 
+def test_translations_begin_as_their_references_do():
+    # The first token names the language to write: the same speech twice.
+    other = item(0, translation="D E")
+    other["target_bos"] = torch.cat([torch.tensor([7]), TARGET.encode("D E")])
+    other["target_eos"] = TARGET.encode("D E </s>")
+    both = loader([0, other])
+    brain = make_brain(tasks=(), lr=0.2)
+    brain.fit(range(60), both)
+    brain.evaluate(both)
+    assert brain.hypotheses == ["A B", "D E"]
+
+
 @pytest.mark.parametrize(
     ("main", "tasks", "scores"),
     [

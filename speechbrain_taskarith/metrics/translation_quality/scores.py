@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from speechbrain_taskarith.utils.optional import require
 
+# Languages without spaces between words; others have "13a".
+_TOKENIZERS = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}
+
 
 @dataclass(frozen=True)
 class TranslationReport:
@@ -97,6 +100,35 @@ def translation_scores(
         bleu_signature=str(bleu.get_signature()),
         chrf_signature=str(chrf.get_signature()),
     )
+
+
+def bleu_tokenizer(languages):
+    """Return the tokeniser for BLEU of a language, for `translation_scores`.
+
+    Arguments
+    ---------
+    languages : str or sequence of str
+        Codes: `"de"`, `"zh-CN"`, ... Of several that need different ones,
+        characters are counted (`"char"`).
+
+    Returns
+    -------
+    str
+        Of sacrebleu. Japanese and Korean need its own extras (`sacrebleu[ja]`).
+
+    Example
+    -------
+    >>> bleu_tokenizer("zh-CN"), bleu_tokenizer(["de", "fr"])
+    ('zh', '13a')
+    >>> bleu_tokenizer(["de", "zh-CN"])
+    'char'
+    """
+    languages = [languages] if isinstance(languages, str) else languages
+    found = {
+        _TOKENIZERS.get(language.replace("_", "-").split("-")[0].lower(), "13a")
+        for language in languages
+    }
+    return found.pop() if len(found) == 1 else "char"
 
 
 def checked(references, hypotheses):

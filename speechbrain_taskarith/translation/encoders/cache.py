@@ -122,6 +122,7 @@ class EncoderCache:
             another rate, is too long for the encoder, or gives values beyond
             `dtype`; each by name.
         """
+        self._known()
         missing = [
             (name, *_place(row))
             for name, row in rows.items()

@@ -225,6 +225,7 @@ if __name__ == "__main__":
             "save_folder": hparams["prepared_folder"],
             "data_folder": hparams["data_folder"],
             "language": hparams["language"],
+            "test_set": hparams["test_set"],
             "wmt_folder": hparams["wmt_folder"],
             "wmt_lines": hparams["wmt_lines"],
             "librispeech_folder": hparams["librispeech_folder"],
