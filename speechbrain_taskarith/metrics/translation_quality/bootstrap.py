@@ -133,7 +133,7 @@ def compare_translations(
         sizes = np.abs(differences)
         beyond = (sizes - sizes.mean() > abs(difference)).sum()
         found[name] = PairedBootstrap(
-            difference=difference,
+            difference=float(difference),
             low=low,
             high=high,
             probability_of_improvement=float((differences > 0).mean()),
