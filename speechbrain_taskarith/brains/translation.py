@@ -6,6 +6,7 @@ import speechbrain as sb
 import torch
 from speechbrain.utils.distributed import get_rank
 
+from speechbrain_taskarith.brains.averaging import load_average
 from speechbrain_taskarith.brains.ctc import bare
 from speechbrain_taskarith.metrics import translation_scores, wer
 from speechbrain_taskarith.translation import (
@@ -36,6 +37,10 @@ class TranslationBrain(sb.Brain):
     - `greedy_tokens`: longest translation of the greedy search;
     - `seed`: int;
     - `search` (optional): a `TranslationBeamSearch`, used in tests only;
+    - `bleu_tokenize` (optional): sacrebleu's tokeniser (see
+      `bleu_tokenizer`), 13a by default;
+    - `average_last` (optional): tests the mean of the last so many epochs'
+      checkpoints, which are kept for it, in place of the best one;
     - `compute_features`, `fea_augment` (optional): waveforms to features, and
       their augmentation in training; without the first, the model takes
       `batch.sig` as it is;
@@ -113,7 +118,7 @@ class TranslationBrain(sb.Brain):
     >>> brain.hypotheses
     ['bon jour .']
     >>> sorted(brain.stats)
-    ['BLEU', 'CTC_WER', 'chrF', 'length_ratio', 'loss']
+    ['BLEU', 'CTC_CER', 'CTC_WER', 'chrF', 'length_ratio', 'loss']
     """
 
     #: Called with the optimizer before every update, if set.
@@ -134,6 +139,10 @@ class TranslationBrain(sb.Brain):
                 f"aggregator: {aggregator!r}; expected a GradientAggregator "
                 "(see its docstring for the YAML)"
             )
+        tokenize = self._optional("bleu_tokenize")
+        if tokenize is not None and self.hparams.main != "asr":
+            # One that is not installed is an error before the training.
+            translation_scores(["a"], ["a"], tokenize=tokenize)
         self.task_losses = RunningMeans()
         self.train_stats, self.stats, self.scores = {}, {}, None
         self._held_parameters = None
@@ -277,14 +286,19 @@ class TranslationBrain(sb.Brain):
 
     def _translate(self, encoding, stage):
         """Translate. Validation is greedy: a beam takes several times as long."""
+        # It names the target language, where there are several.
+        begin = self.inputs["target_bos"][:, 0]
         if stage == sb.Stage.TEST and self._optional("search") is not None:
-            found = self.hparams.search(encoding.encoded, encoding.lens)[0]
+            usual = bool((begin == self.hparams.bos_index).all())
+            found = self.hparams.search(
+                encoding.encoded, encoding.lens, *([] if usual else [begin])
+            )[0]
         else:
             found = greedy_translation(
                 bare(self.modules.model).decoder,
                 encoding.encoded,
                 encoding.lens,
-                self.hparams.bos_index,
+                begin,
                 self.hparams.eos_index,
                 self.hparams.greedy_tokens,
             )
@@ -339,6 +353,14 @@ class TranslationBrain(sb.Brain):
         whole = self.step % self.grad_accumulation_factor == 0
         return super()._should_save_intra_epoch_ckpt(*when) and whole
 
+    def on_evaluate_start(self, max_key=None, min_key=None):
+        """Load what is tested: the best checkpoint, or the mean of the last."""
+        super().on_evaluate_start(max_key, min_key)
+        count = self._optional("average_last") or 1
+        if self.checkpointer is not None and count > 1:
+            model = bare(self.modules.model)
+            load_average(self.checkpointer, model, count)
+
     def on_stage_start(self, stage, epoch=None):
         """Start with empty lists of texts."""
         self.epoch = epoch
@@ -367,8 +389,14 @@ class TranslationBrain(sb.Brain):
             if self._optional("guard") is not None:
                 logger.info(self.hparams.guard.summary())
             self._save_epoch(epoch)
-        elif train_logger is not None:
+            return
+        if train_logger is not None:
             train_logger.log_stats({"stage": "test"}, test_stats=self.stats)
+        if self.scores is not None:
+            logger.info(
+                f"BLEU: {self.scores.bleu_signature}, chrF: "
+                f"{self.scores.chrf_signature}"
+            )
 
     def on_validated(self, epoch):
         """Hook for subclasses: after the scores, before the checkpoint.
@@ -382,13 +410,20 @@ class TranslationBrain(sb.Brain):
     def _score(self, loss):
         self.stats, self.scores = {"loss": loss}, None
         if self.hypotheses:
-            self.scores = translation_scores(self.references, self.hypotheses)
+            self.scores = translation_scores(
+                self.references,
+                self.hypotheses,
+                tokenize=self._optional("bleu_tokenize") or "13a",
+            )
             self.stats["BLEU"] = self.scores.bleu
             self.stats["chrF"] = self.scores.chrf
             self.stats["length_ratio"] = self.scores.length_ratio
         if self.transcripts:
             report = wer(self.transcripts, self.ctc_hypotheses)
             self.stats["CTC_WER"] = report.wer
+            characters = (self.transcripts, self.ctc_hypotheses)
+            report = wer(*([list(t) for t in side] for side in characters))
+            self.stats["CTC_CER"] = report.wer
 
     def epoch_meta(self, epoch):
         """Return what the log shows of an epoch besides losses and scores.
@@ -417,6 +452,7 @@ class TranslationBrain(sb.Brain):
         (key,) = best.values()
         self.checkpointer.save_and_keep_only(
             meta={key: float(self.stats[key]), "epoch": epoch},
+            num_to_keep=max(1, self._optional("average_last") or 1),
             **{f"{which}s": [key] for which in best},
         )
 

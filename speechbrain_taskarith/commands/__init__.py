@@ -36,4 +36,5 @@ VERBS = {
     "push": ("weights.push", "share a folder of weights on the hub"),
     "fragments": ("fragments", "YAML fragments: list, show, copy"),
     "transcribe": ("transcribe", "recordings to text, whole or as a stream"),
+    "translate": ("translate", "recordings to text of another language"),
 }

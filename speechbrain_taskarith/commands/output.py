@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +72,20 @@ def message(error, remedies):
     for python, here in remedies.items():
         text = text.replace(python, here)
     return text
+
+
+def about_recording(error, path):
+    """Return an error that names the file, and options instead of Python."""
+    text = str(error)
+    if not Path(path).is_file():
+        text = f"{path}: no such recording"
+    text = re.sub(
+        r"set the recipe's sample_rate to \d+, or read it with resample=True",
+        "or let --resample do so",
+        text,
+    )
+    text = text.replace(" or take its row out of the manifest", "")
+    return ValueError(text if str(path) in text else f"{path}: {text}")
 
 
 def size(count):

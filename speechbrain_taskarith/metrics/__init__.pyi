@@ -52,10 +52,22 @@ from .summary import (
 from .summary import (
     merge_summaries as merge_summaries,
 )
-from .translation import (
+from .translation_quality.bootstrap import (
+    compare_translations as compare_translations,
+)
+from .translation_quality.bootstrap import (
+    translation_intervals as translation_intervals,
+)
+from .translation_quality.comet import (
+    comet_score as comet_score,
+)
+from .translation_quality.scores import (
     TranslationReport as TranslationReport,
 )
-from .translation import (
+from .translation_quality.scores import (
+    bleu_tokenizer as bleu_tokenizer,
+)
+from .translation_quality.scores import (
     translation_scores as translation_scores,
 )
 from .word_errors import (

@@ -7,6 +7,18 @@ from .encoders.cache import (
 from .encoders.whisper import (
     WhisperAcousticEncoder as WhisperAcousticEncoder,
 )
+from .inference.results import (
+    TranslatedSegment as TranslatedSegment,
+)
+from .inference.results import (
+    Translation as Translation,
+)
+from .inference.saving import (
+    save_translator as save_translator,
+)
+from .inference.translator import (
+    SpeechTranslator as SpeechTranslator,
+)
 from .input_guard import (
     InputGuard as InputGuard,
 )

@@ -25,6 +25,7 @@ from speechbrain_taskarith.translation import (
 from speechbrain_taskarith.vectors import AtomicCheckpointer
 
 SOURCE = WordLabels(["a", "b", "c", "d", "e"])
+CTC = {"CTC_WER", "CTC_CER"}
 TARGET = WordLabels(["<s>", "</s>", "A", "B", "C", "D", "E"])
 
 
@@ -172,14 +173,26 @@ def test_development_data_are_translated_greedily():
     assert brain.hypotheses == ["A B"] * 3
 
 
+def test_translations_begin_as_their_references_do():
+    # The first token names the language to write: the same speech twice.
+    other = item(0, translation="D E")
+    other["target_bos"] = torch.cat([torch.tensor([7]), TARGET.encode("D E")])
+    other["target_eos"] = TARGET.encode("D E </s>")
+    both = loader([0, other])
+    brain = make_brain(tasks=(), lr=0.2)
+    brain.fit(range(60), both)
+    brain.evaluate(both)
+    assert brain.hypotheses == ["A B", "D E"]
+
+
 @pytest.mark.parametrize(
     ("main", "tasks", "scores"),
     [
-        ("st", (), {"BLEU", "chrF", "length_ratio", "CTC_WER"}),
-        ("st", ("mt",), {"BLEU", "chrF", "length_ratio", "CTC_WER"}),
-        ("st", ("asr",), {"BLEU", "chrF", "length_ratio", "CTC_WER"}),
+        ("st", (), {"BLEU", "chrF", "length_ratio", *CTC}),
+        ("st", ("mt",), {"BLEU", "chrF", "length_ratio", *CTC}),
+        ("st", ("asr",), {"BLEU", "chrF", "length_ratio", *CTC}),
         ("mt", (), {"BLEU", "chrF", "length_ratio"}),
-        ("asr", (), {"CTC_WER"}),
+        ("asr", (), CTC),
     ],
 )
 def test_scores_are_those_of_the_tasks(main, tasks, scores, tmp_path):

@@ -13,6 +13,7 @@ from speechbrain_taskarith.utils.lengths import (
     absolute_lengths,
     ignore_padding,
     padding_mask,
+    relative_lengths,
     without_padding,
 )
 
@@ -52,6 +53,10 @@ class AcousticEncoder(torch.nn.Module):
         2.0 are trained. None (default): parameters are left as they are.
     reader : Layered, optional
         How to run the encoder, for subclasses.
+    adaptor : torch.nn.Module, optional
+        `adaptor(x, lens) -> [B, T, d]` behind all of this, with relative
+        lengths, e.g. an `EncoderWrapper` around a few layers that are trained
+        on the outputs of a frozen encoder.
 
     Raises
     ------
@@ -78,6 +83,7 @@ class AcousticEncoder(torch.nn.Module):
         frontend=None,
         trained_layers=None,
         reader=None,
+        adaptor=None,
     ):
         super().__init__()
         if reader is None:
@@ -95,6 +101,7 @@ class AcousticEncoder(torch.nn.Module):
         self.projection = None
         if d_encoder not in (None, d_model):
             self.projection = torch.nn.Linear(d_encoder, d_model)
+        self.adaptor = None if adaptor is None else ignore_padding(adaptor)
         self.d_model = d_model
         self._seen = None
         if trained_layers is not None:
@@ -127,6 +134,10 @@ class AcousticEncoder(torch.nn.Module):
         else:
             x, counts = self._pretrained(x, lens, ids)
         x = self._project(x, lens, counts)
+        if self.adaptor is not None:
+            if counts is not None:
+                lens = relative_lengths(counts, x.shape[1])
+            x = self.adaptor(without_padding(x, lens), lens)
         return x if counts is None else (_silent(x, counts), counts)
 
     def frozen(self, x, lens, ids=None):

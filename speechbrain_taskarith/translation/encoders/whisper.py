@@ -40,6 +40,8 @@ class WhisperAcousticEncoder(AcousticEncoder):
         0 (default): Whisper is frozen, and stays in evaluation mode. N: the
         last N layers are trained. None: parameters are left as they are,
         those of a folder to be trained.
+    adaptor : torch.nn.Module, optional
+        See `AcousticEncoder`.
     weights : bool
         False: random ones, of the configuration in `source` alone, for a
         model whose own checkpoint is loaded next.
@@ -68,13 +70,16 @@ class WhisperAcousticEncoder(AcousticEncoder):
     (torch.Size([2, 50, 6]), tensor([50, 25]))
     """
 
-    def __init__(self, source, d_model, trained_layers=0, weights=True):
+    def __init__(
+        self, source, d_model, trained_layers=0, adaptor=None, weights=True
+    ):
         encoder = _encoder(source, weights)
         super().__init__(
             encoder,
             d_model,
             trained_layers=trained_layers,
             reader=Whisper(encoder.config),
+            adaptor=adaptor,
         )
 
 

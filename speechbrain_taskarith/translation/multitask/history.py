@@ -5,7 +5,7 @@ import csv
 from speechbrain_taskarith.metrics.plots import (
     MARKERS,
     figure,
-    legend_beside,
+    legend_below,
 )
 from speechbrain_taskarith.utils.files import atomic_write
 
@@ -125,7 +125,7 @@ def plot_task_weights(history, path, title=None):
         axes.set_xlabel("update")
         axes.set_ylabel("task weight")
         axes.set_title(title or f"task weights, rule {history[0]['rule']}")
-        legend_beside(axes)
+        legend_below(axes)
 
 
 def _weight(entry, task):
