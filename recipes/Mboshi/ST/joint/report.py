@@ -67,7 +67,10 @@ def representation_entropy(brain, data, windows, utterances):
     model = bare(brain.modules.model).eval()
     x, lens = brain.features(batch)
     speech = model.encode_speech(x, lens, batch.id)
-    found = {"frames": (model.acoustic(x, lens), speech.frame_lens)}
+    frames = model.acoustic(x, lens)
+    if isinstance(frames, tuple):  # and their lengths
+        frames = frames[0]
+    found = {"frames": (frames, speech.frame_lens)}
     if model.shrink is not None:
         found["shrunk"] = (speech.embedded, speech.lens)
     if "mt" in brain.hparams.tasks:
