@@ -372,7 +372,7 @@ def test_without_auxiliary_tasks_there_is_no_warm_up():
     assert TaskNormWeights([], warm_up=9).active == ("st",)
 
 
-def test_last_update_of_a_resumed_run(tmp_path, caplog):
+def test_last_update_of_a_resumed_run(tmp_path):
     first = TaskNormWeights(norms="none", interval=2)
     for _ in range(5):
         first.step()
@@ -388,12 +388,19 @@ def test_last_update_of_a_resumed_run(tmp_path, caplog):
         other.load(tmp_path / "weights.json")
 
 
-def test_table_and_plot_of_the_history(tmp_path):
+def test_table_plot_and_log_of_the_history(tmp_path, caplog):
+    caplog.set_level("INFO")
     weights = TaskNormWeights(["asr"], interval=1, average=1, floor=0.3)
     losses, weight = linear_losses(torch.ones(2), 2 * torch.ones(2), 0.0)
     for _ in range(2):
         weights.observe(losses, {"acoustic": [weight]})
         weights.step()
+    lines = [record.getMessage() for record in caplog.records]
+    by_rule = "task weights by the rule 'isolated': asr"
+    assert lines == [
+        f"update 1: {by_rule} 0.5 (ratio 0.5)",
+        f"update 2: {by_rule} 0.25 (ratio 0.5) and stopped",
+    ]
     write_task_weights(weights.history, tmp_path / "weights.csv")
     with open(tmp_path / "weights.csv", newline="") as stream:
         rows = list(csv.DictReader(stream))
@@ -401,6 +408,7 @@ def test_table_and_plot_of_the_history(tmp_path):
     assert {row["ratio"] for row in rows} == {"0.5000"}
     assert {row["rule"] for row in rows} == {"isolated"}
     plot_task_weights(weights.history, tmp_path / "weights.svg")
+    assert (tmp_path / "weights.svg").stat().st_size > 5000
     with pytest.raises(ValueError, match="no history"):
         plot_task_weights([], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()

@@ -12,6 +12,20 @@ from speechbrain_taskarith.utils.files import atomic_write
 COLUMNS = ("update", "rule", "exponent", "task", "ratio", "weight")
 
 
+def describe(entry):
+    """Return an entry of the history as a line for the log."""
+    tasks = []
+    for task, weight in entry["weights"].items():
+        ratio = entry["ratios"].get(task)
+        shown = "" if ratio is None else f" (ratio {ratio:.3g})"
+        stopped = " and stopped" if task in entry["stopped"] else ""
+        tasks.append(f"{task} {weight:.3g}{shown}{stopped}")
+    return (
+        f"update {entry['update']}: task weights by the rule "
+        f"{entry['rule']!r}: {', '.join(tasks)}"
+    )
+
+
 def write_task_weights(history, path):
     """Write the history of task weights as a CSV file, a row a task and entry.
 

@@ -3,6 +3,7 @@
 import logging
 import math
 
+from speechbrain_taskarith.translation.multitask.history import describe
 from speechbrain_taskarith.translation.multitask.norms import (
     MEASURED,
     GradientNorms,
@@ -278,11 +279,6 @@ class TaskNormWeights(JSONRecoverable):
             found[task] = max(ratios)
             weight = self._weights[task] * found[task] ** (k / len(parts))
             self._weights[task] = min(weight, self._most[task])
-            if self[task] == 0:
-                logger.info(
-                    f"update {self.updates}: task {task!r} has fallen below "
-                    f"{self.floor:g} and stops"
-                )
         self._record(k, self._norms.means(), found)
 
     def _end_tasks(self):
@@ -294,25 +290,21 @@ class TaskNormWeights(JSONRecoverable):
         ]
         for task in over:
             self._weights[task] = 0.0
-            logger.info(
-                f"update {self.updates}: task {task!r} ends, as last_update "
-                "has it"
-            )
         if over:
             self._record(None, {}, {})
 
     def _record(self, exponent, norms, ratios):
-        self.history.append(
-            {
-                "update": self.updates,
-                "rule": self.norms,
-                "exponent": exponent,
-                "norms": norms,
-                "ratios": ratios,
-                "weights": dict(self._weights),
-                "stopped": sorted(set(self.tasks) - set(self.active)),
-            }
-        )
+        entry = {
+            "update": self.updates,
+            "rule": self.norms,
+            "exponent": exponent,
+            "norms": norms,
+            "ratios": ratios,
+            "weights": dict(self._weights),
+            "stopped": sorted(set(self.tasks) - set(self.active)),
+        }
+        self.history.append(entry)
+        logger.info(describe(entry))
 
     def _warn_not_measured(self, task):
         parts = self.parts[task]
