@@ -152,6 +152,29 @@ def text_stage(corpus, tmp_path_factory):
     return output
 
 
+def check_translator(output, corpus):
+    """Compare what the folder translates with what the recipe did."""
+    from speechbrain_taskarith.data import read_audio
+    from speechbrain_taskarith.translation import SpeechTranslator
+
+    lines = (output / "translations.txt").read_text().splitlines()
+    expected = dict(zip(lines[::3], lines[2::3]))
+    with open(output / "prepared/test.csv") as stream:
+        rows = {row["ID"]: row for row in csv.DictReader(stream)}
+    translator = SpeechTranslator.from_hparams(
+        output / "translator", run_opts={"device": "cpu"}
+    )
+    for name, text in expected.items():
+        row = rows[name]
+        start = round(float(row["start"]) * RATE)
+        wave = read_audio(row["wav"], RATE)[start:]
+        wave = wave[: round(float(row["duration"]) * RATE)]
+        (found,) = translator.translate_batch(wave[None], target="de")
+        assert found.text == " ".join(text.split())
+    with pytest.raises(ValueError, match="this model has de"):
+        translator.check_target("fr")
+
+
 @pytest.mark.slow
 def test_joint_training_starts_from_text(corpus, text_stage, tmp_path):
     more = {
@@ -170,9 +193,12 @@ def test_joint_training_starts_from_text(corpus, text_stage, tmp_path):
             assert torch.equal(tensor, text[name]), name
     rows = json.loads((tmp_path / "still" / "summary.json").read_text())
     metrics = {row["metric"] for row in rows}
-    assert metrics == {"bleu", "chrf", "length_ratio", "ctc_wer"}
+    ctc = {"ctc_wer", "ctc_cer"}
+    assert metrics == {"bleu", "chrf", "length_ratio", *ctc}
     assert {r["row"] for r in rows} == {"whole, de"}
     assert (tmp_path / "still/plots/consistency_st_asr.png").exists()
+
+    check_translator(tmp_path / "still", corpus)
 
     # All kinds of data take part, until a task stops.
     said = run("train", corpus, tmp_path / "stops", task_interval=3, **more)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from cli_support import fails, run, run_json
-from translator_toy import RATE, save, trained, wave_of, write_wavs
+from translator_toy import RATE, trained_once, wave_of
 
 from speechbrain_taskarith.__main__ import main
 from speechbrain_taskarith.data import write_audio
@@ -18,26 +18,16 @@ TEXTS = ["A B", "B C D", "C D", "D E A", "E A"]
 WAVS = [f"u{number}.wav" for number in range(5)]
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A folder with a trained translator and recordings."""
-    folder = tmp_path_factory.mktemp("made")
-    _, hparams = trained(folder, epochs=30)
-    save(folder, hparams)
-    write_wavs(folder)
-    write_audio(folder / "fast.wav", wave_of(0), 2 * RATE)
-    (folder / "text.wav").write_text("no sound")
-    return folder
-
-
 @pytest.fixture(autouse=True)
-def here(made, monkeypatch):
-    """Make it the present folder."""
-    monkeypatch.chdir(made)
-    return made
+def here(tmp_path, monkeypatch):
+    """Make a copy of translator and recordings the present folder."""
+    shutil.copytree(trained_once()[0], tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    write_audio("fast.wav", wave_of(0), 2 * RATE)
+    Path("text.wav").write_text("no sound")
 
 
-def test_in_a_process_of_its_own(here):
+def test_in_a_process_of_its_own():
     done = subprocess.run(
         [sys.executable, "-m", "speechbrain_taskarith", *MODEL, *WAVS],
         capture_output=True,
@@ -89,7 +79,7 @@ def test_bad_recordings_do_not_take_the_others_along(capsys):
     assert found["files"][0]["seconds"] == pytest.approx(0.24)
 
 
-def test_an_empty_translation_is_said_to_be_one(capsys, tmp_path, here):
+def test_an_empty_translation_is_said_to_be_one(capsys, tmp_path):
     from safetensors.torch import load_file, save_file
 
     shutil.copytree("translator", tmp_path / "silent")

@@ -17,8 +17,8 @@ from translator_toy import (
     loader,
     save,
     trained,
+    trained_once,
     wave_of,
-    write_wavs,
 )
 
 from speechbrain_taskarith.brains import CharacterLabels
@@ -26,13 +26,10 @@ from speechbrain_taskarith.data import write_audio
 from speechbrain_taskarith.translation import SpeechTranslator, save_translator
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
+@pytest.fixture
+def made():
     """A folder with a trained translator, its Brain and recordings."""
-    folder = tmp_path_factory.mktemp("made")
-    brain, hparams = trained(folder, epochs=30)
-    save(folder, hparams)
-    return folder, brain, hparams, write_wavs(folder)
+    return trained_once()
 
 
 @pytest.fixture
@@ -367,5 +364,8 @@ def test_recordings_that_cannot_be_used(made, tmp_path, caplog):
     write_audio(tmp_path / "short.wav", wave[:1], RATE)
     translator.mods.model.decoder.seq_lin.bias[2] = 99
     caplog.clear()
+    with pytest.raises(ValueError, match=r"short\.wav.*0\.0001 s.*too short"):
+        translator.translate_file(tmp_path / "short.wav")
+    write_audio(tmp_path / "short.wav", wave[:500], RATE)
     found = translator.translate_file(tmp_path / "short.wav")
     assert found.text == "" and "short.wav: the translation is" in caplog.text

@@ -1,6 +1,9 @@
 """A small translator of recordings, as a recipe's YAML makes it."""
 
-from functools import partial
+import atexit
+import functools
+import shutil
+import tempfile
 from pathlib import Path
 
 import speechbrain as sb
@@ -132,16 +135,29 @@ def item(number):
     }
 
 
-def loader(*numbers):
-    """Return a loader of these utterances, one in a batch."""
+def loader(*numbers, batch_size=1):
+    """Return a loader of these utterances."""
     return torch.utils.data.DataLoader(
         [item(number) for number in numbers],
-        batch_size=1,
+        batch_size=batch_size,
         collate_fn=PaddedBatch,
     )
 
 
-def trained(folder, epochs=8, text=YAML, **overrides):
+@functools.cache
+def trained_once():
+    """Train it until it translates; return a folder, the Brain and the rest.
+
+    The folder holds its translator, and recordings u0.wav to u4.wav.
+    """
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    brain, made = trained(folder, epochs=60)
+    save(folder, made)
+    return folder, brain, made, write_wavs(folder)
+
+
+def trained(folder, epochs, text=YAML, **overrides):
     """Train it for some epochs; return the Brain and what the YAML made."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +169,7 @@ def trained(folder, epochs=8, text=YAML, **overrides):
     )
     brain = TranslationBrain(
         made["modules"],
-        opt_class=partial(torch.optim.Adam, lr=0.01),
+        opt_class=functools.partial(torch.optim.Adam, lr=0.02),
         hparams={
             **made,
             "compute_features": made["features"],
@@ -166,8 +182,7 @@ def trained(folder, epochs=8, text=YAML, **overrides):
         },
         run_opts={"device": "cpu", "noprogressbar": True},
     )
-    data = loader(*range(5))
-    brain.fit(range(epochs), data)
+    brain.fit(range(epochs), loader(*range(5), batch_size=5))
     return brain, made
 
 

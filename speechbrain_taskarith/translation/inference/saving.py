@@ -1,13 +1,18 @@
 """A trained translator into a folder, as a whole or not at all."""
 
-import io
 import logging
-import shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from speechbrain_taskarith.translation.inference.describing import (
+    MODULES,
+    TRAINING_PART,
+    read_section,
+    store_encoders,
+    write_description,
+)
 from speechbrain_taskarith.translation.inference.loading import (
     WEIGHTS,
     global_normalisers,
@@ -22,17 +27,8 @@ from speechbrain_taskarith.utils.model_folder.description import (
     DESCRIPTION,
     FOLDER_KEY,
 )
-from speechbrain_taskarith.utils.optional import DESCRIPTIONS, local_path
 
 logger = logging.getLogger(__name__)
-
-_MODULES = ("model", "features", "normalize")
-_HEADER = (
-    "A speech translator: SpeechTranslator.from_hparams(source=<this folder>)\n"
-    "Written by save_translator of speechbrain_taskarith"
-)
-# What is only wanted in training, and may be attached after the YAML was read.
-_TRAINING_PART = "noise"
 
 
 def save_translator(
@@ -61,9 +57,9 @@ def save_translator(
         (without it, the model's own). Other plain values are stored as they
         are.
     hyperparams : str or pathlib.Path
-        The YAML that made it, with overrides and includes resolved:
-        `create_experiment_directory` writes `hyperparams.yaml` into the output
-        folder.
+        The YAML that made it, with the overrides there were:
+        `create_experiment_directory` writes such a `hyperparams.yaml` into the
+        output folder.
     target_labels : PieceLabels or WordLabels or CharacterLabels
         Labels of the decoder.
     source_labels : PieceLabels or WordLabels or CharacterLabels, optional
@@ -97,12 +93,12 @@ def save_translator(
     _check_folder(folder)
     modules = {
         name: translator[name]
-        for name in _MODULES
+        for name in MODULES
         if translator.get(name) is not None
     }
     if not isinstance(modules.get("model"), torch.nn.Module):
         raise ValueError(f"{key}: no `model`, the SpeechTranslationModel")
-    section = _section(hyperparams, key)
+    section = read_section(hyperparams, key)
     # A tokenizer of many languages is known only after its training.
     known = getattr(modules["model"], "languages", None)
     languages = translator.get("languages") or getattr(known, "tokens", None)
@@ -116,8 +112,8 @@ def save_translator(
             labels["source_text"] = describe_labels(
                 source_labels, temporary, "source"
             )
-        _store_encoders(section, temporary)
-        _write_description(temporary / DESCRIPTION, section, labels)
+        store_encoders(section, temporary)
+        write_description(temporary / DESCRIPTION, section, labels)
         state = _state(modules)
         save_file(state, temporary / WEIGHTS)
         for name, module in global_normalisers(modules).items():
@@ -146,55 +142,12 @@ def _check_folder(folder):
         )
 
 
-def _section(hyperparams, key):
-    """Return a section of a resolved YAML, a tree of nodes."""
-    from ruamel.yaml import YAML
-
-    path = Path(hyperparams)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file; create_experiment_directory writes it into "
-            "the output folder"
-        )
-    tree = YAML().load(path.read_text(encoding="utf-8"))
-    if not isinstance(tree, dict) or not isinstance(tree.get(key), dict):
-        raise ValueError(
-            f"{path}: no section {key!r}; it names the parts of the translator"
-        )
-    return tree[key]
-
-
-def _write_description(path, section, labels):
-    """Write the YAML that makes the translator."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.comments import CommentedMap, TaggedScalar
-
-    root = CommentedMap()
-    root[FOLDER_KEY] = TaggedScalar("", tag="!PLACEHOLDER", style=None)
-    root["modules"] = CommentedMap()
-    for name, node in section.items():
-        if name in _MODULES:
-            if node is not None:
-                root["modules"][name] = node
-        else:
-            root[name] = node
-    model = root["modules"]["model"]
-    if isinstance(model, dict):
-        model.pop(_TRAINING_PART, None)
-    for name, text in labels.items():
-        root[name] = YAML().load(text)
-    root.yaml_set_start_comment(_HEADER)
-    text = io.StringIO()
-    YAML().dump(root, text)
-    path.write_text(text.getvalue(), encoding="utf-8")
-
-
 def _state(modules):
     """Return all tensors by name; what modules share, once."""
     found, stored = {}, set()
     state = torch.nn.ModuleDict(modules).state_dict()
     for name, tensor in state.items():
-        if name.startswith(f"model.{_TRAINING_PART}."):
+        if name.startswith(f"model.{TRAINING_PART}."):
             continue
         if not torch.is_tensor(tensor):
             raise ValueError(
@@ -234,63 +187,3 @@ def _check_it_loads(temporary, modules, folder):
             f"{folder}: {wrong[0]} and {len(wrong) - 1} more tensor(s) do not "
             "come back as they were; is the model as its YAML describes it?"
         )
-
-
-# -- encoders of Hugging Face, whose configuration comes along ----------------
-
-
-def _store_encoders(section, folder):
-    """Copy what wrappers read at their `source`, and make it their source.
-
-    Weights are not copied: those of the model hold all of them.
-    """
-    from ruamel.yaml.comments import TaggedScalar
-
-    number = 0
-    for node in _nodes(section):
-        source = node.get("source")
-        if not isinstance(source, str):
-            continue
-        origin = local_path(node.get("save_path") or source)
-        if not (origin / "config.json").is_file():
-            origin = local_path(source)
-        name = f"encoder{number or ''}"
-        number += 1
-        target = folder / name
-        target.mkdir()
-        for pattern in DESCRIPTIONS:
-            for path in origin.glob(pattern):
-                shutil.copyfile(path, target / path.name)
-        where = f"<{FOLDER_KEY}>/{name}"
-        for argument in ("source", "save_path"):
-            if argument in node:
-                node[argument] = TaggedScalar(where, tag="!ref", style=None)
-        if _takes_no_weights(node):
-            node["weights"] = False
-        else:
-            # SpeechBrain's wrappers look for a file of weights.
-            empty = {"unused": torch.zeros(1)}
-            save_file(empty, target / WEIGHTS, metadata={"format": "pt"})
-
-
-def _takes_no_weights(node):
-    import inspect
-    import pydoc
-
-    made = pydoc.locate((node.tag.value or "").removeprefix("!new:"))
-    return made is not None and "weights" in inspect.signature(made).parameters
-
-
-def _nodes(tree):
-    """Yield every mapping of a tree of nodes once."""
-    todo, seen = [tree], set()
-    while todo:
-        node = todo.pop()
-        if id(node) in seen or not isinstance(node, dict | list):
-            continue
-        seen.add(id(node))
-        if isinstance(node, dict):
-            yield node
-            todo += node.values()
-        else:
-            todo += node

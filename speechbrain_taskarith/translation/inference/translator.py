@@ -227,13 +227,7 @@ class SpeechTranslator(Pretrained):
             Of this recording.
         """
         wave = read_audio(path, self.sample_rate, resample)
-        try:
-            return self.encode(wave, str(path))
-        except (ValueError, RuntimeError) as error:
-            text = str(error)
-            if str(path) in text:
-                raise
-            raise ValueError(f"{path}: {text}") from error
+        return self.encode(wave, str(path))
 
     @torch.no_grad()
     def encode(self, wave, name="the recording"):
@@ -259,15 +253,26 @@ class SpeechTranslator(Pretrained):
             )
         if not torch.isfinite(wave).all():
             raise ValueError(f"{name}: the samples hold NaN or infinity")
-        x = wave[None].float().to(self.device)
+        seconds = len(wave) / self.sample_rate
+        try:
+            with self.inference_ctx:
+                speech = self._encode(wave[None].float().to(self.device), name)
+        except (ValueError, RuntimeError) as error:
+            if name in str(error):
+                raise
+            raise ValueError(
+                f"{name}: {seconds:.4f} s could not be encoded ({error}); is it "
+                "too short, or too long for the encoder?"
+            ) from error
+        return EncodedSpeech(speech, seconds)
+
+    def _encode(self, x, name):
         lens = torch.ones(1, device=self.device)
-        with self.inference_ctx:
-            if "features" in self.mods:
-                x = self.mods.features(x)
-            if "normalize" in self.mods:
-                x = self.mods.normalize(x, lens)
-            speech = self.mods.model.encode_speech(x, lens, [name])
-        return EncodedSpeech(speech, len(wave) / self.sample_rate)
+        if "features" in self.mods:
+            x = self.mods.features(x)
+        if "normalize" in self.mods:
+            x = self.mods.normalize(x, lens)
+        return self.mods.model.encode_speech(x, lens, [name])
 
     @torch.no_grad()
     def decode(self, encoded, target=None):

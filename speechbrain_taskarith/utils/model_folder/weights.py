@@ -17,18 +17,33 @@ def load_weights(module, folder, names, remedy):
         raise FileNotFoundError(f"{folder / names[0]}: no such file; {remedy}")
     path = found[0]
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_model
-
-            load_model(module, path)
-        else:
-            module.load_state_dict(read_tensors(path))
+        found = module.load_state_dict(read_tensors(path), strict=False)
+        shared = _shared(module, found.missing_keys)
+        wrong = [f"missing: {n}" for n in found.missing_keys if n not in shared]
+        wrong += [f"left over: {name}" for name in found.unexpected_keys]
+        if wrong:
+            raise ValueError("; ".join(wrong))
     except Exception as error:  # an unpickler raises what it trips over
         text = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{path}: these weights do not fit {folder / DESCRIPTION}, or the "
             f"file is damaged: {text}"
         ) from error
+
+
+def _shared(module, names):
+    """Return those names whose tensors have others, too, not among them."""
+    state = module.state_dict()
+    loaded = {
+        tensor.data_ptr()
+        for name, tensor in state.items()
+        if name not in names and tensor.numel()
+    }
+    return {
+        name
+        for name in names
+        if name in state and state[name].data_ptr() in loaded
+    }
 
 
 def read_tensors(path):

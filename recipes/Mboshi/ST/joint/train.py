@@ -54,7 +54,7 @@ class ST(TranslationBrain):
     """Class that manages the training loop, and measures its time.
 
     `compute_forward` and `compute_objectives` are those of `TranslationBrain`.
-    It reads hparams.fea_augment,
+    It reads hparams.fea_augment, hparams.average_last,
     hparams.guard, hparams.objective, hparams.search, hparams.greedy_tokens and
     hparams.train_logger.
     """
@@ -367,14 +367,11 @@ def train(argv):
         hparams["entropy_utterances"],
     )
     if hparams["translator_folder"] and hparams["main"] == "st":
-        translator = dict(hparams["translator"])
-        if len(hparams["targets"]) > 1:
-            translator["languages"] = labels["languages"].tokens
         run_on_main(
             save_translator,
             kwargs={
                 "folder": hparams["translator_folder"],
-                "translator": translator,
+                "translator": hparams["translator"],
                 "hyperparams": f"{hparams['output_folder']}/hyperparams.yaml",
                 "target_labels": labels["target"],
                 "source_labels": labels["source"],
