@@ -203,3 +203,99 @@ def test_what_is_not_in_a_manifest_is_named(corpus, changed, match):
     with modules_of(RECIPE.folder) as module:
         with pytest.raises(ValueError, match=match):
             module("train").read_rows("train", settings(corpus, **changed))
+
+
+def parallel(folder, name="text.tsv", count=60):
+    """Write sentences of three languages, a line each."""
+    path = folder / name
+    path.write_text(
+        "".join(
+            f"dog {n} runs\tHund {n} läuft\tchien {n} court\n"
+            for n in range(count)
+        ),
+        "utf-8",
+    )
+    return path
+
+
+def manifest(folder, split):
+    with open(folder / f"{split}.csv", encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def speak(*words):
+    with modules_of(RECIPE.folder) as module:
+        module("speak_text").main([str(word) for word in words])
+
+
+def options_to_speak(text):
+    return ("--train", text, "--source", "en", "--targets", "de", "fr")
+
+
+def test_parallel_text_is_spoken(tmp_path):
+    pytest.importorskip("espeakng_loader")
+    text, out = parallel(tmp_path, count=30), tmp_path / "spoken"
+    words = (out, *options_to_speak(text), "--voice", "en-us", "--takes", 2)
+    speak(*words)
+    rows = {split: manifest(out, split) for split in COUNTS}
+    said = {s: {row["text"] for row in found} for s, found in rows.items()}
+    # No sentence is in two splits; training sentences are spoken twice.
+    assert sum(map(len, said.values())) == len(set().union(*said.values()))
+    assert sum(map(len, said.values())) == 30
+    assert len(rows["train"]) == 2 * len(said["train"])
+    assert len(rows["test"]) == len(said["test"])
+    row = rows["train"][1]
+    number = row["text"].split()[1]
+    assert row["text_de"] == f"Hund {number} läuft"
+    assert row["text_fr"] == f"chien {number} court"
+    path = out / row["wav"].removeprefix("$data_root/")
+    assert soundfile.info(path).duration == pytest.approx(
+        float(row["duration"]), abs=1e-4
+    )
+    # Another voice for the other take.
+    assert len({row["spk_id"] for row in rows["train"]}) > 5
+    # What a killed run has spoken is kept; what it has not, is spoken alike.
+    times = {p: p.stat().st_mtime_ns for p in (out / "audio").iterdir()}
+    before = path.read_bytes()
+    path.unlink()
+    (out / "train.csv").unlink()
+    speak(*words)
+    assert path.read_bytes() == before
+    assert manifest(out, "train") == rows["train"]
+    del times[path]
+    assert all(p.stat().st_mtime_ns == time for p, time in times.items())
+
+
+def test_a_sentence_of_the_test_is_not_trained_on(tmp_path, capsys):
+    pytest.importorskip("espeakng_loader")
+    text, out = parallel(tmp_path, count=6), tmp_path / "spoken"
+    few = tmp_path / "few.tsv"
+    few.write_text(
+        "".join(text.open(encoding="utf-8").readlines()[:2]), "utf-8"
+    )
+    splits = ("--valid", few, "--test", few)
+    speak(out, *options_to_speak(text), *splits, "--voice", "en-us")
+    assert len(manifest(out, "train")) == 4
+    assert (
+        "2 line(s) left out: also in valid or test" in capsys.readouterr().out
+    )
+    with pytest.raises(SystemExit, match="give --valid and --test"):
+        speak(out, *options_to_speak(text), *splits[:2], "--voice", "en-us")
+
+
+@pytest.mark.parametrize("bad", ["only one text", "two\ttexts", "a\t\tc"])
+def test_a_line_with_other_texts_is_named_or_counted(tmp_path, capsys, bad):
+    pytest.importorskip("espeakng_loader")
+    text, out = parallel(tmp_path), tmp_path / "spoken"
+    lines = text.read_text("utf-8").split("\n")
+    lines[2] = bad
+    text.write_text("\n".join(lines), "utf-8")
+    words = (out, *options_to_speak(text), "--voice", "en-us")
+    with pytest.raises(SystemExit, match="text.tsv, line 3: .* expected 3"):
+        speak(*words)
+    assert not list(out.glob("*.csv"))
+    with modules_of(RECIPE.folder) as module:
+        read_lines = module("speak_text").read_lines
+        left_out = {"not 3 texts": 0}
+        rows = list(read_lines(text, 3, skip_bad=True, left_out=left_out))
+    assert len(rows) == 59 and left_out == {"not 3 texts": 1}
