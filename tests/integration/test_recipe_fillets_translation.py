@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy
 import pytest
 import soundfile
-from processes import Recipe, taskarith
+from processes import Recipe
 from recipe_modules import modules_of
 from tiny_whisper import save_tiny_whisper
+
+from speechbrain_taskarith.translation import SpeechTranslator
 
 RECIPE = Recipe("FilletsNG/ST/joint", "--noprogressbar", script="study.py")
 RATE = 16000
@@ -158,12 +160,13 @@ def test_whisper_encodes_each_utterance_once(corpus, finished):
 @pytest.mark.slow
 def test_the_translator_writes_both_languages(corpus, finished):
     folder = finished / "models/whole/translator"
-    wav = corpus / "test_17.flac"
+    translator = SpeechTranslator.from_hparams(source=folder)
+    assert set(translator.languages) == set(MEANT)
     for language in MEANT:
-        said = taskarith(
-            "translate", wav, "--model", folder, "--to", language, "--json"
-        )
-        assert json.loads(said.splitlines()[0])["segments"]
+        found = translator.translate_file(corpus / "test_17.flac", language)
+        assert found.segments and found.seconds == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="'fr'"):
+        translator.translate_file(corpus / "test_17.flac", "fr")
     assert not (finished / "models/released_rule/translator").exists()
 
 
