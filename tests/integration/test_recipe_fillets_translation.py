@@ -199,6 +199,7 @@ def test_rows_are_an_utterance_and_a_translation(corpus):
     [
         ({"targets": ["xx"]}, "no column text_xx; there are .*text_de"),
         ({"transcript": "words"}, "no column words"),
+        ({"targets": "de"}, "targets: 'de'.* expected lists"),
         ({"languages": ["cs", "pl"]}, "no utterance of language 'pl'"),
     ],
 )

@@ -102,6 +102,11 @@ def read_rows(split, hparams):
     root = {"data_root": hparams["prepared_folder"]}
     given = sb.dataio.dataio.load_data_csv(str(path), root)
     targets, languages = hparams["targets"], hparams["languages"]
+    if isinstance(targets, str) or isinstance(languages, str):
+        raise ValueError(
+            f"targets: {targets!r}, languages: {languages!r}; expected lists, "
+            "such as --targets [de]"
+        )
     columns = {t: hparams["translation"].format(t) for t in targets}
     needed = {hparams["transcript"], *columns.values()}
     needed |= {"lang"} if languages else set()
