@@ -85,8 +85,8 @@ def representation_entropy(brain, data, windows, utterances):
 def write_result(brain, history, task_weights, entropies, hparams):
     """Write scores, translations and plots of a tested model.
 
-    `history` is `TrainingHistory.state()`, `task_weights` is
-    `TaskNormWeights.history`, both at the end of training.
+    `history` is `TrainingHistory.state()` and the number of updates,
+    `task_weights` is `TaskNormWeights.history`, all at the end of training.
     """
     row = hparams["row"]
     path = result_path(row, hparams)
@@ -175,6 +175,7 @@ def columns(result, target):
             reached = seconds_to(result["epochs"], "BLEU", target, metric)
         if reached is not None:
             yield f"{metric}_to_bleu", reached, "s"
+    yield "updates", result["updates"], "1"
     yield "trained_parameters", result["parameters"], "parameters"
 
 

@@ -357,6 +357,7 @@ def train(argv):
     )
     # Before the test, which loads the best checkpoint and its history.
     history = st_brain.history.state()
+    history["updates"] = hparams["task_weights"].updates
     task_weights = list(hparams["task_weights"].history)
 
     # Testing
