@@ -40,6 +40,7 @@ from speechbrain_taskarith.translation import (
     TranslationObjective,
     gradient_consistency,
 )
+from speechbrain_taskarith.translation.multitask.ctc_loss import ctc_loss
 from speechbrain_taskarith.translation.reduction.windowed_attention import (
     windowed_attention,
 )
@@ -327,6 +328,7 @@ def conformer(d_model):
         EncoderWrapper,
         TransformerASR,
     )
+    from speechbrain.nnet.CNN import Conv1d
 
     front = ConvolutionFrontEnd(
         input_shape=[None, None, 80],
@@ -336,6 +338,7 @@ def conformer(d_model):
         kernel_sizes=[5, 5],
         strides=[2, 2],
         residuals=[False, False],
+        conv_module=Conv1d,
         dropout=0.0,
     )
     transformer = TransformerASR(
@@ -447,6 +450,32 @@ def bench_step(rounds, device):
         table(f"step, {name}", taken, "speech translation alone", share=True)
 
 
+def bench_ctc(rounds, device):
+    """The CTC loss on its own labels against torch's on all, with backward."""
+    for frames, vocab, words in ((200, 3000, 15), (75, 34, 30)):
+        torch.manual_seed(0)
+        logits = torch.randn(BATCH, frames, vocab, device=device)
+        labels = torch.randint(1, vocab, (BATCH, words), device=device)
+        lengths = [
+            torch.full((BATCH,), n, device=device) for n in (frames, words)
+        ]
+
+        def ours(logits, labels=labels, lengths=lengths):
+            return ctc_loss(logits, labels, *lengths, 0)
+
+        def of_torch(logits, labels=labels, lengths=lengths):
+            scores = logits.log_softmax(-1).transpose(0, 1)
+            return F.ctc_loss(
+                scores, labels, *lengths, reduction="none", zero_infinity=True
+            )
+
+        functions = {"ours": ours, "torch": of_torch}
+        same(functions, logits.double())
+        steps = {n: backward(f, logits) for n, f in functions.items()}
+        taken = seconds(steps, rounds, device)
+        table(f"CTC, T={frames}, V={vocab}, U={words}", taken, "torch")
+
+
 def _anonymous():
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
@@ -511,6 +540,7 @@ PARTS = {
     "shrink": bench_shrink,
     "memory": bench_memory,
     "look": bench_look,
+    "ctc": bench_ctc,
     "step": bench_step,
     "probe": bench_probe,
     "compile": bench_compile,

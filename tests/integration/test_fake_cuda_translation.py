@@ -216,7 +216,10 @@ REASONS = {
     "write_task_weights": "writes numbers of Python",
 }
 SHRINK = {"translation.reduction.shrink._check": 1}
-CTC = {"translation.losses._ctc_and_contrast": 3}
+CTC = {
+    "translation.losses._ctc_and_contrast": 1,
+    "translation.multitask.ctc_loss.forward": 2,
+}
 DECODER = "speechbrain.decoders.seq2seq."
 WAITS = {
     **dict.fromkeys(CASES, {}),
