@@ -95,6 +95,16 @@ class InputGuard:
 
 class AcousticEncoder: ...
 
+class WhisperAcousticEncoder:
+    def __init__(self, source, d_model, trained_layers=0, weights=True): ...
+
+class EncoderCache:
+    def fill(self, rows): ...
+
+class TargetLanguages:
+    tokens: dict
+    def bos(self, languages): ...
+
 class TextEncoder:
     def forward(self, x, lens): ...
 
