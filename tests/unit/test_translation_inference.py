@@ -291,8 +291,8 @@ BAD = {
     ),
     "wrong argument": (
         "hyperparams.yaml",
-        edit("uniform: 4", "unifrom: 4"),
-        "unifrom",
+        edit("uniform: 4", "evenly: 4"),
+        "evenly",
     ),
     "no text of labels": (
         "hyperparams.yaml",

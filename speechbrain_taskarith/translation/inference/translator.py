@@ -297,7 +297,6 @@ class SpeechTranslator(Pretrained):
         memory = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
         counts = torch.tensor([len(state) for state in states])
         lens = (counts / memory.shape[1]).to(memory.device)
-        begin = torch.tensor(begin, device=memory.device)
         with self.inference_ctx:
             found = self._search(memory, lens, begin)
         translations = []
@@ -370,8 +369,11 @@ class SpeechTranslator(Pretrained):
         return getattr(self.hparams, "greedy_tokens", 200)
 
     def _search(self, memory, lens, begin):
+        # A searcher of SpeechBrain's begins as it was told to.
+        usual = set(begin) == {self.hparams.bos_index}
+        begin = torch.tensor(begin, device=memory.device)
         if self.search is not None:
-            return self.search(memory, lens, begin)[0]
+            return self.search(memory, lens, *([] if usual else [begin]))[0]
         return greedy_translation(
             self.mods.model.decoder,
             memory,

@@ -92,6 +92,7 @@ class TranslationBeamSearch(S2STransformerBeamSearcher):
 
     @length_penalty.setter
     def length_penalty(self, value):
+        """Set it, if it is a number from 0 on."""
         if not 0 <= value < math.inf:
             raise ValueError(
                 f"length_penalty {value}: expected a number from 0 (none) on; "
@@ -137,8 +138,9 @@ class TranslationBeamSearch(S2STransformerBeamSearcher):
         # Not `scores`: these are divided by lengths.
         real = alived_hyps.sequence_scores > self.minus_inf / 2
         ended = inp_tokens == self.eos_index
-        if not ended.all():
-            inp_tokens = inp_tokens.where(real | ~ended, -1)
+        # All of them at once: the search is over, and takes what there is.
+        kept = real | ~ended | ended.all()
+        inp_tokens = inp_tokens.where(kept, -1)
         super()._update_hyps_and_scores_if_eos_token(
             inp_tokens, alived_hyps, found, scores
         )
@@ -174,7 +176,9 @@ class TranslationBeamSearch(S2STransformerBeamSearcher):
 
 def beginning_tokens(bos_index, memory):
     """Return a beginning token for every row: of an int, or of a tensor [B]."""
-    tokens = torch.as_tensor(bos_index, device=memory.device)
+    if not torch.is_tensor(bos_index):
+        return torch.full((len(memory),), bos_index, device=memory.device)
+    tokens = bos_index.to(memory.device)
     if tokens.is_floating_point() or tokens.shape not in ((), (len(memory),)):
         raise ValueError(
             f"bos_index: expected a token, or one for each of {len(memory)} "

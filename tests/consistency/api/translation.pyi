@@ -124,3 +124,22 @@ def greedy_translation(
     decoder, memory, lens, bos_index, eos_index, max_tokens=100
 ): ...
 def initialise_from_text_translation(model, source): ...
+
+class SpeechTranslator:
+    def from_hparams(source): ...
+    def translate_file(self, path, target=None): ...
+    def translate_batch(self, wavs, wav_lens=None, target=None): ...
+
+class Translation:
+    text: property
+    segments: property
+    transcript: property
+
+class TranslatedSegment:
+    start: property
+    end: property
+    transcript: property
+
+def save_translator(
+    folder, translator, hyperparams, target_labels, source_labels=None
+): ...
