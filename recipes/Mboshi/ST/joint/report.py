@@ -67,7 +67,10 @@ def representation_entropy(brain, data, windows, utterances):
     model = bare(brain.modules.model).eval()
     x, lens = brain.features(batch)
     speech = model.encode_speech(x, lens, batch.id)
-    found = {"frames": (model.acoustic(x, lens), speech.frame_lens)}
+    frames = model.acoustic(x, lens)
+    if isinstance(frames, tuple):  # and their lengths
+        frames = frames[0]
+    found = {"frames": (frames, speech.frame_lens)}
     if model.shrink is not None:
         found["shrunk"] = (speech.embedded, speech.lens)
     if "mt" in brain.hparams.tasks:
@@ -82,8 +85,8 @@ def representation_entropy(brain, data, windows, utterances):
 def write_result(brain, history, task_weights, entropies, hparams):
     """Write scores, translations and plots of a tested model.
 
-    `history` is `TrainingHistory.state()`, `task_weights` is
-    `TaskNormWeights.history`, both at the end of training.
+    `history` is `TrainingHistory.state()` and the number of updates,
+    `task_weights` is `TaskNormWeights.history`, all at the end of training.
     """
     row = hparams["row"]
     path = result_path(row, hparams)
@@ -172,6 +175,7 @@ def columns(result, target):
             reached = seconds_to(result["epochs"], "BLEU", target, metric)
         if reached is not None:
             yield f"{metric}_to_bleu", reached, "s"
+    yield "updates", result["updates"], "1"
     yield "trained_parameters", result["parameters"], "parameters"
 
 
@@ -234,7 +238,7 @@ def add_tests(summary, done, hparams):
 def plot_scores(done, path):
     """Plot BLEU on validation data against processor time, a curve per row."""
     curves = {n: r for n, r in done.items() if "BLEU" in r["scores"]}
-    with figure(path, width=8) as axes:
+    with figure(path) as axes:
         for number, (row, result) in enumerate(curves.items()):
             axes.plot(
                 [epoch["cpu_seconds"] / 60 for epoch in result["epochs"]],

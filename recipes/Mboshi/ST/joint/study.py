@@ -61,6 +61,7 @@ RELEASED = {
     "task_average": 1,
     "last_update": "{asr: !ref <task_interval> * 4, mt: !ref <task_interval> * 6}",
     "warm_up": "!ref <task_interval> * 3 // 5",
+    "warm_up_frozen": ["acoustic.encoder"],
 }
 # Speech translation without any part of the method.
 PLAIN = {

@@ -102,6 +102,11 @@ def read_rows(split, hparams):
     root = {"data_root": hparams["prepared_folder"]}
     given = sb.dataio.dataio.load_data_csv(str(path), root)
     targets, languages = hparams["targets"], hparams["languages"]
+    if isinstance(targets, str) or isinstance(languages, str):
+        raise ValueError(
+            f"targets: {targets!r}, languages: {languages!r}; expected lists, "
+            "such as --targets [de]"
+        )
     columns = {t: hparams["translation"].format(t) for t in targets}
     needed = {hparams["transcript"], *columns.values()}
     needed |= {"lang"} if languages else set()
@@ -352,6 +357,7 @@ def train(argv):
     )
     # Before the test, which loads the best checkpoint and its history.
     history = st_brain.history.state()
+    history["updates"] = hparams["task_weights"].updates
     task_weights = list(hparams["task_weights"].history)
 
     # Testing
@@ -367,14 +373,11 @@ def train(argv):
         hparams["entropy_utterances"],
     )
     if hparams["translator_folder"] and hparams["main"] == "st":
-        translator = dict(hparams["translator"])
-        if len(hparams["targets"]) > 1:
-            translator["languages"] = labels["languages"].tokens
         run_on_main(
             save_translator,
             kwargs={
                 "folder": hparams["translator_folder"],
-                "translator": translator,
+                "translator": hparams["translator"],
                 "hyperparams": f"{hparams['output_folder']}/hyperparams.yaml",
                 "target_labels": labels["target"],
                 "source_labels": labels["source"],
