@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from speechbrain_taskarith.metrics.translation_quality.scores import checked
-from speechbrain_taskarith.utils.optional import is_hub_name, require
+from speechbrain_taskarith.utils.hub.download import is_hub_name
+from speechbrain_taskarith.utils.optional import require
 
 
 def comet_score(

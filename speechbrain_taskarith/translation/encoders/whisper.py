@@ -8,7 +8,8 @@ from torch.nn.functional import gelu, pad
 from speechbrain_taskarith.translation.encoders.acoustic import AcousticEncoder
 from speechbrain_taskarith.translation.encoders.layered import Layered
 from speechbrain_taskarith.translation.input_guard import utterance_name
-from speechbrain_taskarith.utils.optional import local_path, require
+from speechbrain_taskarith.utils.hub.download import local_path
+from speechbrain_taskarith.utils.optional import require
 
 SAMPLE_RATE = 16000
 WINDOW, HOP = 400, 160  # samples, of the spectrogram

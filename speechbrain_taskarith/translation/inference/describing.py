@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from speechbrain_taskarith.fragments import fragment_text
 from speechbrain_taskarith.translation.inference.loading import WEIGHTS
+from speechbrain_taskarith.utils.hub.download import DESCRIPTIONS, local_path
 from speechbrain_taskarith.utils.model_folder.description import FOLDER_KEY
-from speechbrain_taskarith.utils.optional import DESCRIPTIONS, local_path
 
 MODULES = ("model", "features", "normalize")
 # What is only wanted in training, and may be attached after the YAML was read.

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from speechbrain.processing.features import InputNormalization
 
+from speechbrain_taskarith.utils.hub.download import is_hub_name
 from speechbrain_taskarith.utils.model_folder.description import (
     DESCRIPTION,
     read_description,
@@ -14,7 +15,7 @@ from speechbrain_taskarith.utils.model_folder.weights import (
     load_weights,
     read_tensors,
 )
-from speechbrain_taskarith.utils.optional import is_hub_name, require
+from speechbrain_taskarith.utils.optional import require
 
 WEIGHTS = "model.safetensors"
 _WRITTEN = "save_translator writes it"
