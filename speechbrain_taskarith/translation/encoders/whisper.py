@@ -72,7 +72,7 @@ class WhisperAcousticEncoder(AcousticEncoder):
     """
 
     def __init__(
-        self, source, d_model, trained_layers=0, adaptor=None, weights=True
+        self, source, d_model, trained_layers=0, weights=True, adaptor=None
     ):
         encoder = _encoder(source, weights)
         super().__init__(
