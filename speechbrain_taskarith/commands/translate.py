@@ -128,7 +128,7 @@ def _translated(translator, options):
     """Return what is to be said of every recording, in order."""
     data, batch = [{"file": path} for path in options.files], []
     show = not options.no_progress and len(data) > 1
-    for one in progress(data, unit="file", enable=show):
+    for one in progress(data, unit="file", show_progress=show):
         try:
             encoded = translator.encode_file(one["file"], options.resample)
             batch.append((one, encoded))

@@ -132,7 +132,7 @@ class EncoderCache:
             total=len(missing),
             desc="encoding",
             unit="utt",
-            enable=self.show_progress,
+            show_progress=self.show_progress,
         )
         training = self.encoder.training
         self.encoder.eval()

@@ -132,7 +132,9 @@ def speak(
     for split, lines in splits.items():
         rows = []
         for number, (text, *texts) in enumerate(
-            progress(lines, desc=f"speaking {split}", enable=show_progress)
+            progress(
+                lines, desc=f"speaking {split}", show_progress=show_progress
+            )
         ):
             for take in range(takes if split == "train" else 1):
                 key = f"{split}_{number:06d}_{take}"
