@@ -123,7 +123,7 @@ def merge_checkpoints(
     device="cpu",
     memory_limit=None,
     show_progress=True,
-    progress=None,
+    progress=True,
     threads=None,
     fingerprint=True,
     include=("*",),
@@ -164,8 +164,8 @@ def merge_checkpoints(
     show_progress : bool
         Show progress bars: on a terminal, or where `TASKARITH_PROGRESS=1` is
         set; piped output stays quiet.
-    progress : bool or None
-        The older name of `show_progress`, which it overrides.
+    progress : bool
+        The older name of `show_progress`: False shows none, too.
     threads : int or None
         None: one for each core, at most 16; 1 for rules on whole matrices,
         whose linear algebra has threads of its own.
@@ -236,7 +236,7 @@ def merge_checkpoints(
     output = Path(output)
     form, seconds = form_of(output), {}
     dtype = None if dtype is None else floating(dtype)
-    show_progress = show_progress if progress is None else progress
+    show_progress = show_progress and progress
     metadata = dict(metadata or {})
     rule = with_each(check_rule(rule), weights=weights, densities=densities)
     with watch_memory() as memory:

@@ -287,7 +287,8 @@ ALL = {
         [[9.0, 12.3], [8.0, 100.4]], ["us", "French-Belgian"], path
     ),
     "cosines": lambda path: plot_cosine_matrix(
-        torch.eye(3), ["news", "music_and_more", "weather"], path
+        torch.eye(3), ["news", "music_and_more", "weather"], path,
+        title="A title that is longer than what is left beside the names",
     ),
     "layers": lambda path: plot_by_layer(
         {n: {f"encoder.layers.{i}": i for i in range(6)} for n in "ab"}, path

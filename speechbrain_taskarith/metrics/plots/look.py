@@ -211,10 +211,12 @@ def label_axes(axes, xlabel, ylabel, title):
 
 
 def set_title(axes, title):
-    """Set a title, broken into lines as wide as the figure."""
+    """Set a title, broken into lines that fit beside the names of y."""
     if title:
-        room = int(axes.figure.get_figwidth() * 72 / (0.54 * SIZE)) - 4
-        axes.set_title("\n".join(textwrap.wrap(title, room)))
+        names = [len(text.get_text()) for text in axes.get_yticklabels()]
+        left = 0.35 + 0.055 * max(4, *names, 4)
+        room = (axes.figure.get_figwidth() - left) * 72 / (0.54 * SIZE)
+        axes.set_title("\n".join(textwrap.wrap(title, max(int(room), 12))))
 
 
 def spread(value):
