@@ -92,7 +92,13 @@ class TranslationBeamSearch(S2STransformerBeamSearcher):
 
     @length_penalty.setter
     def length_penalty(self, value):
-        """Set it, if it is a number from 0 on."""
+        """Set the exponent of the length.
+
+        Arguments
+        ---------
+        value : float
+            A number from 0 on, else a `ValueError`.
+        """
         if not 0 <= value < math.inf:
             raise ValueError(
                 f"length_penalty {value}: expected a number from 0 (none) on; "

@@ -54,7 +54,7 @@ class ST(TranslationBrain):
     """Class that manages the training loop, and measures its time.
 
     `compute_forward` and `compute_objectives` are those of `TranslationBrain`.
-    It reads hparams.fea_augment, hparams.average_last,
+    It reads hparams.fea_augment, hparams.average_last, hparams.warm_up_frozen,
     hparams.guard, hparams.objective, hparams.search, hparams.greedy_tokens and
     hparams.train_logger.
     """
