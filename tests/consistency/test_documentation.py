@@ -29,8 +29,7 @@ BLOCK = re.compile(
     re.M | re.S,
 )
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
-# Words of a guide, code aside; more only where a page waits to be cut.
-LONGEST = {"translation.md": 3100}
+LONGEST = 1200  # words of a guide, code aside
 FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
 API = re.compile(r"^```\{api\} (\S+)\n(.*?)^```$", re.M | re.S)
 TREE = re.compile(r"^```\{toctree\}\n(.*?)^```$", re.M | re.S)
@@ -228,9 +227,9 @@ def test_guides_are_short():
     long = {}
     for page in (ROOT / "docs").glob("*.md"):
         count = len(FENCE.sub("", page.read_text(encoding="utf-8")).split())
-        if count > LONGEST.get(page.name, 1200):
+        if count > LONGEST:
             long[page.name] = count
-    assert not long, f"a guide is read in ten minutes, 1200 words: {long}"
+    assert not long, f"a guide is read in ten minutes, {LONGEST} words: {long}"
 
 
 def test_every_rule_is_in_the_table():

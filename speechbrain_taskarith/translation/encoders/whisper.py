@@ -24,7 +24,7 @@ class WhisperAcousticEncoder(AcousticEncoder):
     `ceil(samples / 320)`. An utterance is encoded alike in any batch, and its
     frames enter the first layer as they do in 30 s; but attention no longer
     sees the silence behind the speech, which costs a twelfth for 4 s, and
-    changes the output (see docs/translation.md for how much).
+    changes the output (docs/translation_encoders.md says how much).
 
     Also called with [B, T, D], what an `EncoderCache` holds.
 
