@@ -19,7 +19,7 @@ COUNTS = {"train": 14, "valid": 3, "test": 4}
 SAID = "ryby plavou vodou; kde je ten ostrov?".split()
 MEANT = {
     "en": "the fish swim here; where is it?".split(),
-    "de": "die Fische schwimmen; wo leben sie?".split(),
+    "de": "die Fische schwimmen; wo sind wir?".split(),
 }
 TINY = {
     "d_model": 16,
