@@ -31,11 +31,11 @@ class TaskNormWeights(JSONRecoverable):
     weight falls below `floor` is no longer computed, which saves training
     time. Three rules say what the norms are:
 
-    | `norms` | n_asr, n_mt | n_st | |
-    |---|---|---|---|
-    | `"isolated"` | of the task's own loss | of the main loss alone | the method |
-    | `"joint"` | of the weighted loss | of the whole weighted sum | the authors' code, which leaves each gradient in the next |
-    | `"none"` | | | weights stay; tasks end by `last_update` alone |
+    - `"isolated"`, the method: `n_asr` and `n_mt` of the task's own loss,
+      `n_st` of the main loss alone;
+    - `"joint"`, the authors' code, which leaves each gradient in the next:
+      `n_asr` and `n_mt` of the weighted loss, `n_st` of the whole weighted sum;
+    - `"none"`: weights stay; tasks end by `last_update` alone.
 
     With `"joint"` the auxiliary gradient is in both norms: where "st" holds
     0.3 of the loss of "asr" and no gradient points against it, the first ratio
