@@ -7,6 +7,7 @@ adapters' output.
 import logging
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -21,6 +22,7 @@ from speechbrain_taskarith.adapters.placement import (
 )
 from speechbrain_taskarith.adapters.recipe import Watch
 from speechbrain_taskarith.adapters.storage.loading import load_files
+from speechbrain_taskarith.adapters.storage.sharing import put_into
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +164,59 @@ def insert_adapters(
     if train is not None:
         logger.info("adapters: %s", handle.training_summary())
     return handle
+
+
+def load_adapters(encoder, file_or_folder, *, freeze=(), any_base=False):
+    """Put adapters that were saved into an encoder that has none.
+
+    Where they go, how wide they are and how they are combined is read from
+    the files. On an error the encoder has not changed.
+
+    Arguments
+    ---------
+    encoder : torch.nn.Module
+        With the weights that the adapters were trained on.
+    file_or_folder : str or pathlib.Path
+        What `handle.save_adapter` or `handle.save` wrote. For a name on the
+        hub see `AdapterHandle.from_pretrained`.
+    freeze : module, sequence or dict of modules
+        See `AdapterHandle.freeze`.
+    any_base : bool
+        See `AdapterHandle.load_adapter`.
+
+    Returns
+    -------
+    AdapterHandle
+        Nothing is in use and nothing trains yet: `use`, or `train_*`.
+
+    Raises
+    ------
+    FileNotFoundError
+        No such file or folder, or no adapters there.
+    ValueError
+        An encoder that has adapters or other layers, another base, a damaged
+        file.
+
+    Example
+    -------
+    >>> def make_encoder():
+    ...     torch.manual_seed(0)
+    ...     layer = torch.nn.TransformerEncoderLayer(
+    ...         8, 2, 16, batch_first=True
+    ...     )
+    ...     return torch.nn.TransformerEncoder(layer, 2)
+    >>> file = getfixture("tmp_path") / "us.safetensors"
+    >>> insert_adapters(make_encoder(), ["us"]).save_adapter("us", file)
+    >>> load_adapters(make_encoder(), file).names
+    ['us']
+    """
+    path = Path(file_or_folder)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path}: no such file or folder; adapters are written by "
+            "handle.save_adapter(name, file) or handle.save(folder)"
+        )
+    return put_into(AdapterHandle, encoder, path, path, freeze, any_base)
 
 
 def _configure(handle, watch, train, penalty, guide, tasks):

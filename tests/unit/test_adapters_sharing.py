@@ -12,7 +12,11 @@ from hub_server import TOKEN, Hub, serving
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from speechbrain_taskarith.adapters import AdapterHandle, insert_adapters
+from speechbrain_taskarith.adapters import (
+    AdapterHandle,
+    insert_adapters,
+    load_adapters,
+)
 
 NAMES = ["us", "en/de. x"]
 
@@ -223,3 +227,37 @@ def test_the_files_say_all_that_is_needed(tmp_path):
     with safetensors.safe_open(str(path), framework="pt") as file:
         header = json.loads(file.metadata()["speechbrain_taskarith"])
     assert header["name"] == "us"
+
+
+def test_one_file_is_loaded_into_a_bare_encoder(tmp_path):
+    encoder, handle = make()
+    handle.save_adapter("wide", tmp_path / "w.safetensors")
+    other = bare()
+    loaded = load_adapters(other, tmp_path / "w.safetensors")
+    assert tuple(loaded.names) == ("wide",)
+    assert torch.equal(
+        output(other, loaded, "wide"), output(encoder, handle, "wide")
+    )
+
+
+def test_load_adapters_takes_a_folder_and_refuses_the_rest(tmp_path):
+    encoder, handle = make()
+    handle.save(tmp_path / "all")
+    other = bare()
+    loaded = load_adapters(other, tmp_path / "all")
+    assert torch.equal(
+        output(other, loaded, "combined"), output(encoder, handle, "combined")
+    )
+    with pytest.raises(ValueError, match="adapters"):
+        load_adapters(other, tmp_path / "all")  # has some
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_adapters(bare(), tmp_path / "none")
+    handle.save_combination(tmp_path / "c.safetensors")
+    with pytest.raises(FileNotFoundError, match="no adapters"):
+        load_adapters(bare(), tmp_path / "c.safetensors")
+    with torch.no_grad():
+        another = bare()
+        next(another.parameters()).add_(1.0)
+    with pytest.raises(ValueError, match="base"):
+        load_adapters(another, tmp_path / "all")
+    assert load_adapters(another, tmp_path / "all", any_base=True).names

@@ -203,35 +203,9 @@ class SharedAdapters(AdapterFiles):
             An encoder that has adapters or other layers, another base, a
             damaged file.
         """
-        require_bare(encoder)
+        require_bare(encoder)  # before anything is downloaded
         folder = shared_folder(source, (f"*{_SUFFIX}",), cache, revision)
-        headers = _headers(folder, source)
-        first = next(iter(headers.values()))
-        try:
-            found = find_layers(encoder, first["layers"])
-        except ValueError as error:
-            raise ValueError(
-                f"{source}: made for another encoder: {error}"
-            ) from None
-        widths = set(first["d_model"])
-        banks = make_banks(
-            found,
-            list(headers),
-            first["bottleneck"],
-            _activation(first["activation"], source),
-            first["layer_norm"],
-            d_model=widths.pop() if len(widths) == 1 else None,
-        )
-        handle = cls(encoder, found, banks)
-        try:
-            handle.freeze(freeze)
-            for loaded in load_files(handle, folder, any_base):
-                loaded.check(handle)
-        except BaseException:
-            handle.remove()
-            raise
-        handle._route.watch = Watch(handle)
-        return handle
+        return put_into(cls, encoder, folder, source, freeze, any_base)
 
     def _facts(self, base_model):
         """Return what the card says of the adapters."""
@@ -264,10 +238,43 @@ class SharedAdapters(AdapterFiles):
         return facts
 
 
-def _headers(folder, source):
-    """Return `{adapter's name: header}` of a folder's files."""
+def put_into(cls, encoder, load, source, freeze=(), any_base=False):
+    """Put the adapters of a file or a folder into a bare encoder."""
+    require_bare(encoder)
+    headers = _headers(load, source)
+    first = next(iter(headers.values()))
+    try:
+        found = find_layers(encoder, first["layers"])
+    except ValueError as error:
+        raise ValueError(
+            f"{source}: made for another encoder: {error}"
+        ) from None
+    widths = set(first["d_model"])
+    banks = make_banks(
+        found,
+        list(headers),
+        first["bottleneck"],
+        _activation(first["activation"], source),
+        first["layer_norm"],
+        d_model=widths.pop() if len(widths) == 1 else None,
+    )
+    handle = cls(encoder, found, banks)
+    try:
+        handle.freeze(freeze)
+        for loaded in load_files(handle, load, any_base):
+            loaded.check(handle)
+    except BaseException:
+        handle.remove()
+        raise
+    handle._route.watch = Watch(handle)
+    return handle
+
+
+def _headers(load, source):
+    """Return `{adapter's name: header}` of a file, or of a folder's files."""
     headers = {}
-    for path in sorted(folder.glob(f"*{_SUFFIX}")):
+    paths = sorted(load.glob(f"*{_SUFFIX}")) if load.is_dir() else [load]
+    for path in paths:
         header = read_file(path)[1]
         if header is None:
             raise ValueError(
