@@ -29,8 +29,6 @@ BLOCK = re.compile(
     re.M | re.S,
 )
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
-# Words of a guide, code aside; more only where a page waits to be cut.
-LONGEST = {"translation.md": 3100}
 FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
 API = re.compile(r"^```\{api\} (\S+)\n(.*?)^```$", re.M | re.S)
 TREE = re.compile(r"^```\{toctree\}\n(.*?)^```$", re.M | re.S)
@@ -231,7 +229,7 @@ def test_guides_are_short():
     long = {}
     for page in (ROOT / "docs").glob("*.md"):
         count = len(FENCE.sub("", page.read_text(encoding="utf-8")).split())
-        if count > LONGEST.get(page.name, 1200):
+        if count > 1200:
             long[page.name] = count
     assert not long, f"a guide is read in ten minutes, 1200 words: {long}"
 
