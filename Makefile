@@ -13,6 +13,7 @@
 #   make tutorials TUTORIAL="<name> DATA=<corpus> MODEL=<whisper>"
 #                                         one of them, with other values in its
 #                                         first cell; paths count from here
+#   make docs                             the pages, build/docs/index.html
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -27,7 +28,7 @@ BIN := $(VENV)/bin
 # threads a process, and results do not depend on the number of cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test lint tutorials install install-dev clean
+.PHONY: quickstart test lint docs tutorials install install-dev clean
 
 ifeq ($(MODEL),)
 quickstart: $(VENV)/.installed
@@ -53,6 +54,11 @@ lint:
 tutorials: $(VENV)/.installed-tutorials
 	$(BIN)/python docs/tutorials/run.py $(if $(TUTORIAL),--folder . $(TUTORIAL))
 
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx -c docs --fail-on-warning --keep-going --quiet \
+		-d build/doctrees . build/docs
+	@echo "build/docs/index.html"
+
 install: $(VENV)/.installed
 
 install-dev: $(VENV)/.installed-dev
@@ -77,6 +83,10 @@ $(VENV)/.installed-dev: setup.cfg constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-tutorials: setup.cfg constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[tutorials]"
+	@touch $@
+
+$(VENV)/.installed-docs: setup.cfg constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
 	@touch $@
 
 clean:

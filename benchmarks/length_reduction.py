@@ -1,5 +1,7 @@
 """Length reduction: CTC shrink and looking back, against loops and SDPA.
 
+And what it is for: a training step of the whole method against plain ones.
+
 Outputs and gradients of all sides are compared before a time counts; times
 are taken in turn (A B A B) on the same inputs, memory in fresh processes::
 
@@ -28,10 +30,17 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 from speechbrain_taskarith.translation import (
+    AcousticEncoder,
+    BlankNoise,
     CTCShrink,
     LookingBack,
+    SpeechTranslationModel,
+    TextEncoder,
+    TranslationDecoder,
+    TranslationObjective,
     gradient_consistency,
 )
+from speechbrain_taskarith.translation.multitask.ctc_loss import ctc_loss
 from speechbrain_taskarith.translation.reduction.windowed_attention import (
     windowed_attention,
 )
@@ -67,6 +76,23 @@ def loop(x, logits, lens):
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
+def by_utterance(x, logits, lens):
+    """As one would write it in five lines: no loop over segments.
+
+    `unbind`, since slices of x would each fill a gradient of its whole size.
+    """
+    rows = []
+    labels = logits.max(-1).indices
+    lengths = (lens * x.shape[1]).round().long().tolist()
+    for frames, best, n in zip(x.unbind(), labels, lengths):
+        _, ids, counts = best[:n].unique_consecutive(
+            return_inverse=True, return_counts=True
+        )
+        total = frames.new_zeros(len(counts), x.shape[2])
+        rows.append(total.index_add(0, ids, frames[:n]) / counts[:, None])
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
 def matrices(x, logits, lens):
     """As FBK's CTC compression does: a [T, S] matrix for each utterance."""
     lengths = (lens * x.shape[1]).round().long().tolist()
@@ -88,7 +114,25 @@ def ours(pooling="mean", **settings):
     return lambda x, logits, lens: shrink(x, logits, lens).x
 
 
-SHRINKS = {"ours": ours(), "loop": loop, "matrices": matrices}
+SHRINKS = {
+    "ours": ours(),
+    "by utterance": by_utterance,
+    "loop": loop,
+    "matrices": matrices,
+}
+
+
+def floor(x, logits, out, gradient=False):
+    """Return a function that reads and writes what any shrink has to."""
+
+    def passes():
+        logits.max(-1)
+        x.sum()
+        torch.zeros_like(out)
+        if gradient:
+            torch.zeros_like(x)
+
+    return passes
 
 
 def seconds(functions, rounds, device="cpu"):
@@ -114,13 +158,18 @@ def _one(function, device):
     return begin.elapsed_time(end) / 1e3
 
 
-def table(title, taken, against=None):
-    """Print medians, spread and ratios."""
+def table(title, taken, against=None, share=False):
+    """Print medians, spread, and how often `against` takes as long.
+
+    With `share` the other way round: as a share of `against`.
+    """
     print(f"\n| {title} | ms | ratio |\n|---|---|---|")
     base = statistics.median(taken[against]) if against else None
     for name, times in taken.items():
         middle = statistics.median(times)
-        ratio = f"{base / middle:.2f} x" if base else ""
+        ratio = ""
+        if base:
+            ratio = f"{middle / base if share else base / middle:.2f} x"
         print(
             f"| {name} | {1e3 * middle:.3g} ({1e3 * min(times):.3g}-"
             f"{1e3 * max(times):.3g}) | {ratio} |"
@@ -160,12 +209,17 @@ def bench_shrink(rounds, device):
         functions.update(
             {f"ours, {n}": partial(f, *given) for n, f in kinds.items()}
         )
+        least = partial(floor, *given[:2], ours()(*given))
+        functions["reading and writing alone"] = least()
         with torch.no_grad():
             taken = seconds(functions, rounds, device)
-        table(f"shrink, forward, T={frames}", taken, "loop")
+        table(f"shrink, forward, T={frames}", taken, "by utterance")
         steps = {n: backward(f, *given) for n, f in SHRINKS.items()}
+        steps["reading and writing alone"] = least(gradient=True)
         taken = seconds(steps, rounds, device)
-        table(f"shrink, forward and backward, T={frames}", taken, "loop")
+        table(
+            f"shrink, forward and backward, T={frames}", taken, "by utterance"
+        )
 
 
 def bench_compile(rounds, device):
@@ -260,6 +314,168 @@ def bench_probe(rounds, device):
     print(f"\nshare of training time at interval 100: {100 * share:.2f} %")
 
 
+class Cached(torch.nn.Module):
+    """Features that a frozen encoder has computed before."""
+
+    def forward(self, x, lens):
+        return x
+
+
+def conformer(d_model):
+    """Return a small Conformer on 80 filters, 40 ms a frame."""
+    from speechbrain.lobes.models.convolution import ConvolutionFrontEnd
+    from speechbrain.lobes.models.transformer.TransformerASR import (
+        EncoderWrapper,
+        TransformerASR,
+    )
+    from speechbrain.nnet.CNN import Conv1d
+
+    front = ConvolutionFrontEnd(
+        input_shape=[None, None, 80],
+        num_blocks=2,
+        num_layers_per_block=1,
+        out_channels=[d_model, d_model],
+        kernel_sizes=[5, 5],
+        strides=[2, 2],
+        residuals=[False, False],
+        conv_module=Conv1d,
+        dropout=0.0,
+    )
+    transformer = TransformerASR(
+        tgt_vocab=8,
+        input_size=d_model,
+        d_model=d_model,
+        nhead=4,
+        num_encoder_layers=3,
+        num_decoder_layers=0,
+        d_ffn=3 * d_model,
+        dropout=0.0,
+        encoder_module="conformer",
+        attention_type="RoPEMHA",
+        kernel_size=15,
+        normalize_before=True,
+        causal=False,
+    )
+    return AcousticEncoder(EncoderWrapper(transformer), d_model, frontend=front)
+
+
+# Acoustic encoder, width, layers of text, source and target vocabulary, input
+# frames and features, frames behind the encoder, source and target tokens.
+STEPS = {
+    "cached features of a frozen encoder": (
+        *(lambda d: AcousticEncoder(Cached(), d, d_encoder=384), 192, 3),
+        *(3000, 3000, 200, 384, 200, 15, 15),
+    ),
+    "a Conformer that trains": (
+        *(conformer, 96, 2, 34, 500, 300, 80, 75, 30, 14),
+    ),
+}
+
+
+def step_functions(setting, whole_objective, plain_objective):
+    """Return a training step for each row of the table."""
+    acoustic, width, layers, source, target, *sizes = setting
+    long, features, frames, words, pieces = sizes
+
+    def build(whole):
+        torch.manual_seed(0)
+        model = SpeechTranslationModel(
+            acoustic(width),
+            TextEncoder(width, 4, layers, d_ffn=4 * width, local=whole),
+            TranslationDecoder(target, width, 4, layers, d_ffn=4 * width),
+            source_vocab=source,
+            shrink=CTCShrink() if whole else None,
+            looking_back=LookingBack(width, 4) if whole else None,
+            noise=BlankNoise(0, seed=1) if whole else None,
+            contrast=whole,
+        )
+        if whole:
+            # An untrained head has no runs: those of a trained one.
+            labels = torch.randint(source, (BATCH, -(-frames // 7)))
+            labels = labels.repeat_interleave(7, 1)[:, :frames]
+            sure = F.one_hot(labels, source).float()
+            shrink = model.shrink.forward
+            model.shrink.forward = lambda x, _, lens, ids: shrink(
+                x, sure, lens, ids
+            )
+        return model
+
+    lens = torch.ones(BATCH)
+    given = {
+        "x": torch.randn(BATCH, long, features),
+        "lens": lens,
+        "source": torch.randint(1, source, (BATCH, words)),
+        "source_lens": lens,
+        "target_bos": torch.randint(3, target, (BATCH, pieces)),
+    }
+    goals = {
+        "source": given["source"],
+        "source_lens": lens,
+        "target_eos": given["target_bos"],
+        "target_lens": lens,
+    }
+
+    def step(model, objective, tasks):
+        model.zero_grad()
+        losses = objective(model(tasks=tasks, **given), **goals)
+        sum(losses.values()).backward()
+
+    plain, whole = build(False), build(True)
+    split = TranslationObjective(0, contrastive=0.0, ctc_in_st=False)
+    rows = {
+        "speech translation alone": (plain, split, ("st",)),
+        "joint, no shrink, no stop": (plain, split, ("st", "asr", "mt")),
+        "whole method": (whole, whole_objective, ("st", "asr", "mt")),
+        "whole, asr stopped": (whole, whole_objective, ("st", "mt")),
+        "whole, both stopped": (whole, whole_objective, ("st",)),
+        "whole, CTC only in asr, both stopped": (
+            whole,
+            plain_objective,
+            ("st",),
+        ),
+    }
+    return {name: partial(step, *row) for name, row in rows.items()}
+
+
+def bench_step(rounds, device):
+    """A training step: forward and backward of all tasks that are active."""
+    del device
+    for name, setting in STEPS.items():
+        functions = step_functions(
+            setting,
+            TranslationObjective(0),
+            TranslationObjective(0, ctc_in_st=False),
+        )
+        taken = seconds(functions, rounds)
+        table(f"step, {name}", taken, "speech translation alone", share=True)
+
+
+def bench_ctc(rounds, device):
+    """The CTC loss on its own labels against torch's on all, with backward."""
+    for frames, vocab, words in ((200, 3000, 15), (75, 34, 30)):
+        torch.manual_seed(0)
+        logits = torch.randn(BATCH, frames, vocab, device=device)
+        labels = torch.randint(1, vocab, (BATCH, words), device=device)
+        lengths = [
+            torch.full((BATCH,), n, device=device) for n in (frames, words)
+        ]
+
+        def ours(logits, labels=labels, lengths=lengths):
+            return ctc_loss(logits, labels, *lengths, 0)
+
+        def of_torch(logits, labels=labels, lengths=lengths):
+            scores = logits.log_softmax(-1).transpose(0, 1)
+            return F.ctc_loss(
+                scores, labels, *lengths, reduction="none", zero_infinity=True
+            )
+
+        functions = {"ours": ours, "torch": of_torch}
+        same(functions, logits.double())
+        steps = {n: backward(f, logits) for n, f in functions.items()}
+        taken = seconds(steps, rounds, device)
+        table(f"CTC, T={frames}, V={vocab}, U={words}", taken, "torch")
+
+
 def _anonymous():
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
@@ -324,6 +540,8 @@ PARTS = {
     "shrink": bench_shrink,
     "memory": bench_memory,
     "look": bench_look,
+    "ctc": bench_ctc,
+    "step": bench_step,
     "probe": bench_probe,
     "compile": bench_compile,
 }

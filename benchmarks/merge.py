@@ -208,7 +208,7 @@ rule = {{
     "ties-global": TIES({DENSITY}, {SCALE}),
 }}[rule]
 merge_checkpoints(
-    base, tuned, rule, out, progress=False,
+    base, tuned, rule, out, show_progress=False,
     threads=int(threads) or None, fingerprint=fingerprint == "1",
 )
 """

@@ -16,7 +16,7 @@ from speechbrain_taskarith.commands import VERBS, arguments, output
 
 _DESCRIPTION = """\
 Task vectors of speech models: subtract, apply, merge, edit, look; YAML
-fragments; streaming transducers.
+fragments; streaming transducers; speech translation.
 
 verbs:
 """

@@ -69,15 +69,9 @@ def fragment(name, **overrides) -> Fragment:
     ValueError: no key 'poolng' in fragment models/looking_back; did you ...
     """
     from hyperpyyaml import load_hyperpyyaml
-    from ruamel.yaml import YAML, Loader
+    from ruamel.yaml import Loader
 
-    path, objects = fragment_path(name), []
-    tree = YAML().load(path.read_text(encoding="utf-8"))
-    _override(tree, overrides, f"fragment {fragment_name(path)}", objects)
-    text = io.StringIO()
-    YAML().dump(tree, text)
-    text.seek(0)
-    text.name = str(path)  # what an !include: inside is relative to
+    text, objects = _text(name, overrides)
 
     class WithObjects(Loader):
         """Knows the objects among the overrides."""
@@ -86,6 +80,32 @@ def fragment(name, **overrides) -> Fragment:
         "!override", lambda _, node: objects[int(node.value)]
     )
     return Fragment(load_hyperpyyaml(text, loader=WithObjects))
+
+
+def fragment_text(name, **overrides):
+    """Return a fragment as a stream of YAML, with other plain values."""
+    text, objects = _text(name, overrides)
+    if objects:
+        raise ValueError(
+            f"fragment {name} with a {type(objects[0]).__name__} in the place "
+            "of a plain value: it cannot be written down; name the parts "
+            "without the fragment"
+        )
+    return text
+
+
+def _text(name, overrides):
+    """Return a fragment with other values, and the objects among these."""
+    from ruamel.yaml import YAML
+
+    path, objects = fragment_path(name), []
+    tree = YAML().load(path.read_text(encoding="utf-8"))
+    _override(tree, overrides, f"fragment {fragment_name(path)}", objects)
+    text = io.StringIO()
+    YAML().dump(tree, text)
+    text.seek(0)
+    text.name = str(path)  # what an !include: inside is relative to
+    return text, objects
 
 
 def fragments_folder():

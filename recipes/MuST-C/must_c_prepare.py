@@ -4,7 +4,7 @@ Data preparation for MuST-C, with WMT text and LibriSpeech beside it.
 Download: https://mt.fbk.eu/must-c/ ; https://www.statmt.org/ ;
 https://www.openslr.org/12
 
-Takes the folder in which the archives were unpacked:
+Takes the folder in which the archives of a version (1 to 3) were unpacked:
 
     en-de/data/{train,dev,tst-COMMON}/
         wav/<talk>.wav
@@ -40,12 +40,11 @@ from speechbrain_taskarith.utils.progress import progress
 
 logger = get_logger(__name__)
 
-LANGUAGES = ("de", "es", "fr", "it", "nl", "pt", "ro", "ru")
-SPLITS = {"train": "train", "valid": "dev", "test": "tst-COMMON"}
+SPLITS = {"train": "train", "valid": "dev"}
 COLUMNS = ("ID", "duration", "wav", "start", "spk_id", "wrd", "translation")
 OPTIONS_FILE = "must_c_prepare.json"
 LABELS_TEXT = "text_for_labels.txt"
-VERSION = 1
+VERSION = 2
 # By rounding, a segment may end this many seconds after its wav.
 TOLERANCE = 0.05
 _REMEDY = (
@@ -57,6 +56,7 @@ def prepare_must_c(
     data_folder,
     save_folder,
     language="de",
+    test_set="tst-COMMON",
     wmt_folder=None,
     wmt_lines=None,
     librispeech_folder=None,
@@ -75,7 +75,9 @@ def prepare_must_c(
     save_folder : str
         Where the CSV files go.
     language : str
-        Target language: de, es, fr, it, nl, pt, ro or ru.
+        Target language, any that the folder has.
+    test_set : str
+        The corpus's set for `test.csv`, e.g. `"tst-HE"`.
     wmt_folder : str or None
         Holds `train.en` and `train.<language>`.
     wmt_lines : int or None
@@ -106,11 +108,18 @@ def prepare_must_c(
     if skip_prep:
         return
     folder = language_folder(data_folder, language)
+    splits = {**SPLITS, "test": test_set}
+    if not (folder / test_set).is_dir():
+        there = sorted(path.name for path in folder.iterdir())
+        raise FileNotFoundError(
+            f"{folder / test_set}: missing; there are: {', '.join(there)}. "
+            "Give one of them as test_set"
+        )
     options = {
         "version": VERSION,
         "lists": {
             name: sha256_of(_existing(folder / name / "txt" / f"{name}.yaml"))
-            for name in SPLITS.values()
+            for name in splits.values()
         },
         "folder": str(folder),
         "wmt": [wmt_folder and str(wmt_folder), wmt_lines],
@@ -130,7 +139,7 @@ def prepare_must_c(
         os.unlink(marker)
     left_out = collections.Counter()
     texts = []
-    for split, name in SPLITS.items():
+    for split, name in splits.items():
         rows = read_split(folder / name, language, skip_bad, left_out)
         if split == "train":
             total = len(rows)
@@ -155,17 +164,16 @@ def prepare_must_c(
 
 
 def language_folder(data_folder, language):
-    """Return the data folder of a language pair (languages of MuST-C v1)."""
-    if language not in LANGUAGES:
-        raise ValueError(
-            f"language {language!r}: expected one of {', '.join(LANGUAGES)}"
-        )
+    """Return the data folder of a language pair, of any version."""
     folder = Path(data_folder) / f"en-{language}" / "data"
     if not folder.is_dir():
-        there = sorted(path.name for path in Path(data_folder).glob("en-*"))
+        there = [
+            path.parent.name for path in Path(data_folder).glob("en-*/data")
+        ]
         raise FileNotFoundError(
-            f"{folder}: missing; there are: {', '.join(there) or 'none'}. "
-            "Unpack the archive of https://mt.fbk.eu/must-c/ there"
+            f"{folder}: missing, no target language {language!r}; there are: "
+            f"{', '.join(sorted(there)) or 'none'}. Unpack the archive of "
+            "https://mt.fbk.eu/must-c/ there"
         )
     return folder
 
@@ -377,7 +385,7 @@ def _write(path, rows, split=None):
 def _is_prepared(save_folder, options):
     """Tell whether these options have been prepared already."""
     path = os.path.join(save_folder, OPTIONS_FILE)
-    names = (*SPLITS, "text", "asr")
+    names = (*SPLITS, "test", "text", "asr")
     written = [f"{name}.csv" for name in names] + [LABELS_TEXT]
     if not os.path.isfile(path) or not all(
         os.path.isfile(os.path.join(save_folder, name)) for name in written

@@ -25,3 +25,6 @@ from .handle import (
 from .insertion import (
     insert_adapters as insert_adapters,
 )
+from .insertion import (
+    load_adapters as load_adapters,
+)

@@ -4,39 +4,27 @@ The encoder's code does not change: forward hooks on its layers add the
 adapters' output.
 """
 
-import collections
 import logging
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
-from speechbrain_taskarith.adapters.bank import MODES, AdapterBank
+from speechbrain_taskarith.adapters.bank import MODES
 from speechbrain_taskarith.adapters.handle import AdapterHandle
-from speechbrain_taskarith.adapters.layer import CHILD
-from speechbrain_taskarith.adapters.loading import load_files
-from speechbrain_taskarith.adapters.recipe import Watch
-from speechbrain_taskarith.utils.patterns import (
-    as_tuple,
-    matches,
-    require_match,
+from speechbrain_taskarith.adapters.placement import (
+    NOT_ENCODER_LAYERS,
+    USUAL_LAYERS,
+    find_layers,
+    make_banks,
+    require_bare,
 )
+from speechbrain_taskarith.adapters.recipe import Watch
+from speechbrain_taskarith.adapters.storage.loading import load_files
+from speechbrain_taskarith.adapters.storage.sharing import put_into
 
 logger = logging.getLogger(__name__)
-
-#: Of most encoders. What has no LayerNorm with weights is left out.
-USUAL_LAYERS = "*layers.*"
-
-# Called `layers` as well, and no layers of an encoder: wav2vec2's front-end
-# convolutions, what may follow it, SpeechBrain's input projections, decoders.
-NOT_ENCODER_LAYERS = (
-    "adapter.*",
-    "*.adapter.*",
-    "*conv_layers.*",
-    "*custom_*_module.*",
-    "decoder.*",
-    "*.decoder.*",
-)
 
 
 def insert_adapters(
@@ -152,24 +140,10 @@ def insert_adapters(
     >>> encoder(torch.randn(3, 5, 8)).shape
     torch.Size([3, 5, 8])
     """
-    if any(child == CHILD for child, _ in encoder.named_children()):
-        raise ValueError(
-            "the encoder has adapters already: add to them with "
-            "handle.add_adapter(name), or remove them with handle.remove()"
-        )
+    require_bare(encoder)
     found = find_layers(encoder, layers, exclude)
-    banks = []
-    for name, layer in found:
-        width = layer_width(name, layer, d_model)
-        bank = AdapterBank(names, width, bottleneck, activation, layer_norm)
-        like = next(
-            (p for p in layer.parameters() if p.is_floating_point()), None
-        )
-        if like is not None:
-            # Half precision, and less, does not train.
-            double = like.dtype == torch.float64
-            bank.to(like.device, like.dtype if double else torch.float32)
-        banks.append(bank)
+    settings = (bottleneck, activation, layer_norm)
+    banks = make_banks(found, names, *settings, d_model=d_model)
     handle = AdapterHandle(encoder, found, banks, combination)
     try:
         handle.freeze(freeze)
@@ -190,6 +164,59 @@ def insert_adapters(
     if train is not None:
         logger.info("adapters: %s", handle.training_summary())
     return handle
+
+
+def load_adapters(encoder, file_or_folder, *, freeze=(), any_base=False):
+    """Put adapters that were saved into an encoder that has none.
+
+    Where they go, how wide they are and how they are combined is read from
+    the files. On an error the encoder has not changed.
+
+    Arguments
+    ---------
+    encoder : torch.nn.Module
+        With the weights that the adapters were trained on.
+    file_or_folder : str or pathlib.Path
+        What `handle.save_adapter` or `handle.save` wrote. For a name on the
+        hub see `AdapterHandle.from_pretrained`.
+    freeze : module, sequence or dict of modules
+        See `AdapterHandle.freeze`.
+    any_base : bool
+        See `AdapterHandle.load_adapter`.
+
+    Returns
+    -------
+    AdapterHandle
+        Nothing is in use and nothing trains yet: `use`, or `train_*`.
+
+    Raises
+    ------
+    FileNotFoundError
+        No such file or folder, or no adapters there.
+    ValueError
+        An encoder that has adapters or other layers, another base, a damaged
+        file.
+
+    Example
+    -------
+    >>> def make_encoder():
+    ...     torch.manual_seed(0)
+    ...     layer = torch.nn.TransformerEncoderLayer(
+    ...         8, 2, 16, batch_first=True
+    ...     )
+    ...     return torch.nn.TransformerEncoder(layer, 2)
+    >>> file = getfixture("tmp_path") / "us.safetensors"
+    >>> insert_adapters(make_encoder(), ["us"]).save_adapter("us", file)
+    >>> load_adapters(make_encoder(), file).names
+    ['us']
+    """
+    path = Path(file_or_folder)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path}: no such file or folder; adapters are written by "
+            "handle.save_adapter(name, file) or handle.save(folder)"
+        )
+    return put_into(AdapterHandle, encoder, path, path, freeze, any_base)
 
 
 def _configure(handle, watch, train, penalty, guide, tasks):
@@ -265,74 +292,3 @@ def _checked_tasks(tasks, names):
             f"there are {', '.join(map(repr, names))}"
         )
     return dict(tasks)
-
-
-def find_layers(encoder, layers, exclude=()):
-    """Return `(name, module)` of the outermost modules whose names fit.
-
-    Patterns in `exclude` need not match; one in `layers` that matches nothing
-    is an error. Adapters of an encoder inside this one are no layers.
-    """
-    modules = {
-        name: m
-        for name, m in encoder.named_modules()
-        if name and CHILD not in name.split(".")
-    }
-    exclude = as_tuple(exclude)
-    names = [n for n in modules if not any(matches(n, p) for p in exclude)]
-    patterns = as_tuple(layers)
-    for pattern in patterns:
-        require_match(names, pattern, "module")
-    chosen = []
-    # Parents come before their children.
-    for name in names:
-        inside = any(name.startswith(f"{outer}.") for outer in chosen)
-        if not inside and any(matches(name, p) for p in patterns):
-            chosen.append(name)
-    found = [(name, modules[name]) for name in chosen]
-    if layers != USUAL_LAYERS:
-        return found
-    others = {n.rpartition(".")[0] for n, m in found if not _is_normed(m)}
-    usual = [(n, m) for n, m in found if n.rpartition(".")[0] not in others]
-    if usual and others:
-        logger.info(
-            "no adapters behind the members of %s, which have no LayerNorm "
-            "with weights; name them by layers to adapt them, too",
-            ", ".join(sorted(others)),
-        )
-    return usual or found
-
-
-def _is_normed(layer):
-    """Tell whether a layer has a LayerNorm with weights."""
-    return any(
-        isinstance(m, torch.nn.LayerNorm) and m.elementwise_affine
-        for m in layer.modules()
-    )
-
-
-def layer_width(name, layer, d_model=None):
-    """Return the width that most of a layer's normalisations have.
-
-    `d_model` is the width where it is known: one of them has to have it.
-    """
-    widths = collections.Counter(
-        module.normalized_shape[-1]
-        for module in layer.modules()
-        if isinstance(module, torch.nn.LayerNorm)
-    )
-    if d_model is None:
-        if not widths:
-            raise ValueError(
-                f"layer {name!r} ({type(layer).__name__}) has no LayerNorm "
-                "to read its width off; give d_model, or choose other modules "
-                "by layers"
-            )
-        return widths.most_common(1)[0][0]
-    if widths and d_model not in widths:
-        raise ValueError(
-            f"d_model is {d_model}, but layer {name!r} has the width "
-            f"{', '.join(map(str, sorted(widths)))}; leave d_model out, or "
-            "choose other layers"
-        )
-    return d_model

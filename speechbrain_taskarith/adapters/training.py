@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 
 from speechbrain_taskarith.adapters.bank import COMBINED, MODES
-from speechbrain_taskarith.adapters.files import AdapterFiles
+from speechbrain_taskarith.adapters.storage.sharing import SharedAdapters
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class StatisticsGuard(torch.nn.Module):
         return x
 
 
-class AdapterTraining(AdapterFiles):
+class AdapterTraining(SharedAdapters):
     """The part of `AdapterHandle` that says what is trained."""
 
     def freeze(self, *modules):

@@ -6,13 +6,14 @@ import speechbrain as sb
 import torch
 from speechbrain.utils.distributed import get_rank
 
+from speechbrain_taskarith.brains.averaging import load_average
 from speechbrain_taskarith.brains.ctc import bare
 from speechbrain_taskarith.metrics import translation_scores, wer
 from speechbrain_taskarith.translation import (
     GradientAggregator,
     greedy_translation,
 )
-from speechbrain_taskarith.utils.recoverable import JSONRecoverable
+from speechbrain_taskarith.utils.recoverable import RunningMeans
 from speechbrain_taskarith.utils.seeds import seed_random_numbers
 
 logger = logging.getLogger(__name__)
@@ -36,11 +37,17 @@ class TranslationBrain(sb.Brain):
     - `greedy_tokens`: longest translation of the greedy search;
     - `seed`: int;
     - `search` (optional): a `TranslationBeamSearch`, used in tests only;
+    - `bleu_tokenize` (optional): sacrebleu's tokeniser (see
+      `bleu_tokenizer`), 13a by default;
+    - `average_last` (optional): tests the mean of the last so many epochs'
+      checkpoints, which are kept for it, in place of the best one;
     - `compute_features`, `fea_augment` (optional): waveforms to features, and
       their augmentation in training; without the first, the model takes
       `batch.sig` as it is;
     - `guard` (optional): an `InputGuard`;
     - `consistency` (optional): a `ConsistencyProbe`;
+    - `warm_up_frozen` (optional): names of the model's parts, such as
+      `acoustic.encoder`, that train only after the task weights' `warm_up`;
     - `aggregator` (optional): a `GradientAggregator`, whose gradient takes the
       place of the weighted sum's; each task's row is that of its weighted loss;
     - `lr_annealing` (optional): called with the optimizer before each update,
@@ -111,7 +118,7 @@ class TranslationBrain(sb.Brain):
     >>> brain.hypotheses
     ['bon jour .']
     >>> sorted(brain.stats)
-    ['BLEU', 'CTC_WER', 'chrF', 'length_ratio', 'loss']
+    ['BLEU', 'CTC_CER', 'CTC_WER', 'chrF', 'length_ratio', 'loss']
     """
 
     #: Called with the optimizer before every update, if set.
@@ -132,15 +139,20 @@ class TranslationBrain(sb.Brain):
                 f"aggregator: {aggregator!r}; expected a GradientAggregator "
                 "(see its docstring for the YAML)"
             )
+        tokenize = self._optional("bleu_tokenize")
+        if tokenize is not None and self.hparams.main != "asr":
+            # One that is not installed is an error before the training.
+            translation_scores(["a"], ["a"], tokenize=tokenize)
         self.task_losses = RunningMeans()
         self.train_stats, self.stats, self.scores = {}, {}, None
+        self._held_parameters = None
         if self.checkpointer is not None:
             self.checkpointer.add_recoverable("task_losses", self.task_losses)
 
     def compute_forward(self, batch, stage):
         """Forward computations from the waveforms to all tasks' outputs."""
         batch = batch.to(self.device)
-        tasks = self.tasks_of(batch, stage)
+        tasks = self.tasks_of(batch, stage) or (self.hparams.main,)
         x = lens = None
         if "st" in tasks or "asr" in tasks:
             x, lens = self.features(batch)
@@ -175,6 +187,8 @@ class TranslationBrain(sb.Brain):
         if aggregator is None:
             return total
         rows = {t: weights[t] * x for t, x in losses.items() if weights[t] > 0}
+        if not rows:
+            return total
         scale = self.scaler.get_scale()
         return aggregator.total(rows, self.modules, scale)
 
@@ -272,14 +286,19 @@ class TranslationBrain(sb.Brain):
 
     def _translate(self, encoding, stage):
         """Translate. Validation is greedy: a beam takes several times as long."""
+        # It names the target language, where there are several.
+        begin = self.inputs["target_bos"][:, 0]
         if stage == sb.Stage.TEST and self._optional("search") is not None:
-            found = self.hparams.search(encoding.encoded, encoding.lens)[0]
+            usual = bool((begin == self.hparams.bos_index).all())
+            found = self.hparams.search(
+                encoding.encoded, encoding.lens, *([] if usual else [begin])
+            )[0]
         else:
             found = greedy_translation(
                 bare(self.modules.model).decoder,
                 encoding.encoded,
                 encoding.lens,
-                self.hparams.bos_index,
+                begin,
                 self.hparams.eos_index,
                 self.hparams.greedy_tokens,
             )
@@ -288,18 +307,35 @@ class TranslationBrain(sb.Brain):
         )
 
     def fit_batch(self, batch):
-        """Train on a batch, unless all of its tasks have stopped.
+        """Train on a batch, unless none of its tasks is active.
 
         Of the batches that share an update the last one has to be of the main
-        task, which never stops.
+        task, which never stops, and counts as 0 while it waits for the warm-up.
         """
-        if not self.tasks_of(batch, sb.Stage.TRAIN):
+        last = self.step % self.grad_accumulation_factor == 0
+        waits = self.hparams.task_weights.warming_up and last
+        if not waits and not self.tasks_of(batch, sb.Stage.TRAIN):
             return torch.zeros(())
         return super().fit_batch(batch)
+
+    def _hold_parameters(self):
+        """Let what `warm_up_frozen` names train only after the warm-up."""
+        if self._held_parameters is None:
+            model = bare(self.modules.model)
+            self._held_parameters = [
+                parameter
+                for name in self._optional("warm_up_frozen") or ()
+                for parameter in model.get_submodule(name).parameters()
+                if parameter.requires_grad
+            ]
+        for parameter in self._held_parameters:
+            trains = not self.hparams.task_weights.warming_up
+            parameter.requires_grad_(trains)
 
     def on_fit_batch_start(self, batch, should_step):
         """Seed this batch and update the rate; see `TranslationBrain`."""
         self.should_step = should_step
+        self._hold_parameters()
         seed_random_numbers(
             self.hparams.seed, self.epoch, self.step, get_rank()
         )
@@ -316,6 +352,14 @@ class TranslationBrain(sb.Brain):
         """Save only after whole updates: a checkpoint holds no gradients."""
         whole = self.step % self.grad_accumulation_factor == 0
         return super()._should_save_intra_epoch_ckpt(*when) and whole
+
+    def on_evaluate_start(self, max_key=None, min_key=None):
+        """Load what is tested: the best checkpoint, or the mean of the last."""
+        super().on_evaluate_start(max_key, min_key)
+        count = self._optional("average_last") or 1
+        if self.checkpointer is not None and count > 1:
+            model = bare(self.modules.model)
+            load_average(self.checkpointer, model, count)
 
     def on_stage_start(self, stage, epoch=None):
         """Start with empty lists of texts."""
@@ -345,8 +389,14 @@ class TranslationBrain(sb.Brain):
             if self._optional("guard") is not None:
                 logger.info(self.hparams.guard.summary())
             self._save_epoch(epoch)
-        elif train_logger is not None:
+            return
+        if train_logger is not None:
             train_logger.log_stats({"stage": "test"}, test_stats=self.stats)
+        if self.scores is not None:
+            logger.info(
+                f"BLEU: {self.scores.bleu_signature}, chrF: "
+                f"{self.scores.chrf_signature}"
+            )
 
     def on_validated(self, epoch):
         """Hook for subclasses: after the scores, before the checkpoint.
@@ -360,13 +410,20 @@ class TranslationBrain(sb.Brain):
     def _score(self, loss):
         self.stats, self.scores = {"loss": loss}, None
         if self.hypotheses:
-            self.scores = translation_scores(self.references, self.hypotheses)
+            self.scores = translation_scores(
+                self.references,
+                self.hypotheses,
+                tokenize=self._optional("bleu_tokenize") or "13a",
+            )
             self.stats["BLEU"] = self.scores.bleu
             self.stats["chrF"] = self.scores.chrf
             self.stats["length_ratio"] = self.scores.length_ratio
         if self.transcripts:
             report = wer(self.transcripts, self.ctc_hypotheses)
             self.stats["CTC_WER"] = report.wer
+            characters = (self.transcripts, self.ctc_hypotheses)
+            report = wer(*([list(t) for t in side] for side in characters))
+            self.stats["CTC_CER"] = report.wer
 
     def epoch_meta(self, epoch):
         """Return what the log shows of an epoch besides losses and scores.
@@ -395,6 +452,7 @@ class TranslationBrain(sb.Brain):
         (key,) = best.values()
         self.checkpointer.save_and_keep_only(
             meta={key: float(self.stats[key]), "epoch": epoch},
+            num_to_keep=max(1, self._optional("average_last") or 1),
             **{f"{which}s": [key] for which in best},
         )
 
@@ -439,62 +497,3 @@ def select_inputs(batch, x, lens, rows=None):
         tensors = {n: t[rows.to(t.device)] for n, t in tensors.items()}
         lists = {n: [v[i] for i in rows.tolist()] for n, v in lists.items()}
     return {**tensors, **lists}
-
-
-class RunningMeans(JSONRecoverable):
-    """The mean of each of several numbers since `clear`; a recoverable.
-
-    A resumed run continues the means of its epoch. Sums are kept in float64 on
-    the numbers' own device: a GPU is synchronised only by `means`.
-
-    Example
-    -------
-    >>> import torch
-    >>> losses = RunningMeans()
-    >>> losses.add({"st": torch.tensor(1.0), "asr": torch.tensor(5.0)})
-    >>> losses.add({"st": torch.tensor(2.0)})
-    >>> losses.means()
-    {'st': 1.5, 'asr': 5.0}
-    """
-
-    def __init__(self):
-        self.clear()
-
-    def clear(self):
-        """Start anew."""
-        self._sums, self._counts = {}, {}
-
-    def add(self, figures):
-        """Add one value of each name.
-
-        Arguments
-        ---------
-        figures : dict of str: torch.Tensor
-            Scalars.
-        """
-        for name, figure in figures.items():
-            figure = figure.detach().double()
-            self._sums[name] = self._sums.get(name, 0.0) + figure
-            self._counts[name] = self._counts.get(name, 0) + 1
-
-    def means(self):
-        """Return the means.
-
-        Returns
-        -------
-        dict of str: float
-            Of every name that was added since `clear`.
-        """
-        return {
-            name: float(total) / self._counts[name]
-            for name, total in self._sums.items()
-        }
-
-    def state(self):
-        """See `JSONRecoverable.state`."""
-        sums = {name: float(total) for name, total in self._sums.items()}
-        return {"sums": sums, "counts": self._counts}
-
-    def restore(self, state):
-        """See `JSONRecoverable.restore`."""
-        self._sums, self._counts = state["sums"], state["counts"]

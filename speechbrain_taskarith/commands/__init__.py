@@ -33,6 +33,8 @@ VERBS = {
         "weights.inspect",
         "draw cosine matrix or norms by layer of vectors",
     ),
+    "push": ("weights.push", "share a folder of weights on the hub"),
     "fragments": ("fragments", "YAML fragments: list, show, copy"),
     "transcribe": ("transcribe", "recordings to text, whole or as a stream"),
+    "translate": ("translate", "recordings to text of another language"),
 }

@@ -2,11 +2,12 @@
 
 import contextlib
 import json
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from speechbrain_taskarith.utils.optional import local_path
+from speechbrain_taskarith.utils.hub.download import local_path
 from speechbrain_taskarith.utils.patterns import first_match, matches
 from speechbrain_taskarith.utils.progress import progress
 
@@ -35,9 +36,9 @@ def show(result, as_json):
 
 
 @contextlib.contextmanager
-def steps(total, enable):
+def steps(total, show_progress):
     """Show progress by step: call the yielded `step(name)` as each begins."""
-    with progress(total=total, unit="step", enable=enable) as bar:
+    with progress(total=total, unit="step", show_progress=show_progress) as bar:
         begun = 0
 
         def step(name):
@@ -71,6 +72,20 @@ def message(error, remedies):
     for python, here in remedies.items():
         text = text.replace(python, here)
     return text
+
+
+def about_recording(error, path):
+    """Return an error that names the file, and options instead of Python."""
+    text = str(error)
+    if not Path(path).is_file():
+        text = f"{path}: no such recording"
+    text = re.sub(
+        r"set the recipe's sample_rate to \d+, or read it with resample=True",
+        "or let --resample do so",
+        text,
+    )
+    text = text.replace(" or take its row out of the manifest", "")
+    return ValueError(text if str(path) in text else f"{path}: {text}")
 
 
 def size(count):

@@ -1,14 +1,21 @@
 """`taskarith transcribe`: recordings to text, whole or as a stream."""
 
-import inspect
-import pydoc
-import re
 import sys
 import time
 from pathlib import Path
 
 from speechbrain_taskarith.commands import arguments as shared
-from speechbrain_taskarith.commands.output import Result, complain, message
+from speechbrain_taskarith.commands.output import (
+    Result,
+    about_recording,
+    complain,
+    message,
+)
+from speechbrain_taskarith.utils.model_folder.description import (
+    DESCRIPTION,
+    read_description,
+)
+from speechbrain_taskarith.utils.model_folder.weights import load_weights
 
 _EXAMPLES = """\
   taskarith transcribe --model results/model speech.wav
@@ -16,22 +23,13 @@ _EXAMPLES = """\
   taskarith transcribe --model results/model --stream --chunk 0.1 *.wav --json
 """
 
-DESCRIPTION = "hyperparams.yaml"
 KEY = "transcriber"
 WEIGHTS = ("transcriber.ckpt", "transcriber.safetensors")
 
-# Where the classes that a description may name are defined.
-_MODULES = (
-    "speechbrain_taskarith.transducer",
-    "speechbrain.lobes",
-    "speechbrain.nnet",
-    "speechbrain.processing",
-    "torch.nn",
+_REMEDY = (
+    "save the recogniser's weights there: "
+    "torch.save(transcriber.state_dict(), ...)"
 )
-_HARMLESS = ("!ref", "!copy", "!PLACEHOLDER", "!tuple")
-_PLAIN = "tag:yaml.org,2002:"
-_PLAIN_KINDS = ("map", "seq", "str", "int", "float", "bool", "null")
-_FOLDER_KEY = "model_folder"
 
 
 def add_parser(verbs, summary):
@@ -92,7 +90,7 @@ def run(options):
             try:
                 data.append(_recognised(model, path, options))
             except (ValueError, OSError, RuntimeError) as error:
-                text = message(_in_words(error, path), options.remedies)
+                text = message(about_recording(error, path), options.remedies)
                 bad += 1
                 if bad == len(options.files):
                     raise ValueError(text) from error
@@ -134,20 +132,6 @@ def _recognised(model, path, options):
     return {**found, "real_time_factor": took / found["seconds"]}
 
 
-def _in_words(error, path):
-    """Return an error that names the file, and options instead of Python."""
-    text = str(error)
-    if not Path(path).is_file():
-        text = f"{path}: no such recording"
-    text = re.sub(
-        r"set the recipe's sample_rate to \d+, or read it with resample=True",
-        "or let --resample do so",
-        text,
-    )
-    text = text.replace(" or take its row out of the manifest", "")
-    return ValueError(text if path in text else f"{path}: {text}")
-
-
 def _streamed(model, wave, options):
     stream, partial = model.stream(), []
     size = max(1, round(options.chunk * model.sample_rate))
@@ -168,19 +152,8 @@ def load_transcriber(folder, device="cpu"):
     `model_folder: !PLACEHOLDER` becomes the folder itself; `transcriber.ckpt`
     is its state dict.
     """
-    folder = Path(folder)
-    path = folder / DESCRIPTION
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file; the folder of a model holds "
-            f"{DESCRIPTION} and {WEIGHTS[0]}"
-        )
-    text = path.read_text(encoding="utf-8")
-    names_folder = _FOLDER_KEY in check_description(text, path)
-    from hyperpyyaml import load_hyperpyyaml
-
-    overrides = {_FOLDER_KEY: str(folder)} if names_folder else {}
-    found = load_hyperpyyaml(text, overrides)
+    path = Path(folder) / DESCRIPTION
+    found = read_description(folder, needs=f" and {WEIGHTS[0]}")
     if KEY not in found:
         raise ValueError(f"{path}: no key {KEY!r}; it names the recogniser")
     transcriber = found[KEY]
@@ -189,87 +162,5 @@ def load_transcriber(folder, device="cpu"):
             f"{path}: {KEY!r} is a {type(transcriber).__name__}; expected a "
             "speechbrain_taskarith.transducer.StreamingTransducer"
         )
-    _load_weights(transcriber, folder)
+    load_weights(transcriber, folder, WEIGHTS, _REMEDY)
     return transcriber.to(device).eval()
-
-
-def check_description(text, path):
-    """Return a YAML's keys; refuse one that would do more than make models.
-
-    Only classes of a few packages are made, no function is called, nothing
-    else is included.
-
-    Example
-    -------
-    >>> check_description("a: !new:torch.nn.Linear [3, 4]", "m.yaml")
-    ['a']
-    >>> check_description("a: !apply:os.getcwd []", "m.yaml")
-    Traceback (most recent call last):
-      ...
-    ValueError: m.yaml, line 1: '!apply:os.getcwd' is refused...
-    """
-    import yaml
-
-    try:
-        root = yaml.compose(text, yaml.BaseLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML ({error})") from None
-    if not isinstance(root, yaml.MappingNode):
-        raise ValueError(f"{path}: expected keys and values")
-    todo = [root]
-    while todo:
-        node = todo.pop()
-        _check_tag(node, path)
-        if isinstance(node, yaml.SequenceNode):
-            todo += node.value
-        elif isinstance(node, yaml.MappingNode):
-            todo += [part for pair in node.value for part in pair]
-    return [key.value for key, _ in root.value]
-
-
-def _check_tag(node, path):
-    if node.tag in _HARMLESS or node.tag.removeprefix(_PLAIN) in _PLAIN_KINDS:
-        return
-    where = f"{path}, line {node.start_mark.line + 1}"
-    kind, _, name = node.tag.partition(":")
-    if kind == "!new" and _within(name):
-        # What the name leads to may come from elsewhere, by way of imports.
-        found = pydoc.locate(name)
-        if found is None:
-            raise ValueError(f"{where}: there is no {name}")
-        if inspect.isclass(found) and _within(found.__module__):
-            return
-    raise ValueError(
-        f"{where}: {node.tag!r} is refused: a model's description makes "
-        f"objects (!new:) of classes in {', '.join(_MODULES)}, and nothing else"
-    )
-
-
-def _within(name):
-    return any(f"{name}.".startswith(f"{module}.") for module in _MODULES)
-
-
-def _load_weights(transcriber, folder):
-    import torch
-
-    found = [folder / name for name in WEIGHTS if (folder / name).is_file()]
-    if not found:
-        raise FileNotFoundError(
-            f"{folder / WEIGHTS[0]}: no such file; save the recogniser's "
-            "weights there: torch.save(transcriber.state_dict(), ...)"
-        )
-    path = found[0]
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        transcriber.load_state_dict(state)
-    except Exception as error:  # an unpickler raises what it trips over
-        text = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{path}: these weights do not fit {folder / DESCRIPTION}, or the "
-            f"file is damaged: {text}"
-        ) from error

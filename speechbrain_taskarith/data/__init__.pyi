@@ -34,3 +34,9 @@ from .manifests import (
 from .manifests import (
     write_manifest as write_manifest,
 )
+from .text import (
+    LabelText as LabelText,
+)
+from .text import (
+    SentencePieceText as SentencePieceText,
+)

@@ -4,20 +4,23 @@ from .lifelong import (
 from .lifelong_files import (
     write_cl_masr_log as write_cl_masr_log,
 )
-from .plots import (
+from .plots.bars import (
+    plot_before_after as plot_before_after,
+)
+from .plots.bars import (
     plot_by_layer as plot_by_layer,
 )
-from .plots import (
+from .plots.cells import (
     plot_heat_map as plot_heat_map,
 )
-from .plots import (
-    plot_scale_curve as plot_scale_curve,
-)
-from .plots import (
+from .plots.cells import (
     plot_scale_surface as plot_scale_surface,
 )
-from .plots import (
+from .plots.cells import (
     plot_wer_matrix as plot_wer_matrix,
+)
+from .plots.curves import (
+    plot_scale_curve as plot_scale_curve,
 )
 from .rare_words import (
     RareWordReport as RareWordReport,
@@ -49,10 +52,22 @@ from .summary import (
 from .summary import (
     merge_summaries as merge_summaries,
 )
-from .translation import (
+from .translation_quality.bootstrap import (
+    compare_translations as compare_translations,
+)
+from .translation_quality.bootstrap import (
+    translation_intervals as translation_intervals,
+)
+from .translation_quality.comet import (
+    comet_score as comet_score,
+)
+from .translation_quality.scores import (
     TranslationReport as TranslationReport,
 )
-from .translation import (
+from .translation_quality.scores import (
+    bleu_tokenizer as bleu_tokenizer,
+)
+from .translation_quality.scores import (
     translation_scores as translation_scores,
 )
 from .word_errors import (

@@ -16,7 +16,8 @@ class PairedBootstrap:
     ---------
     difference : float
         WER of the first system minus that of the second, in percentage
-        points: positive where the second is better.
+        points; of BLEU and chrF the second's minus the first's. Positive
+        where the second is better.
     low, high : float
         Ends of the confidence interval of the difference.
     probability_of_improvement : float

@@ -1,5 +1,23 @@
-from .acoustic_encoder import (
+from .encoders.acoustic import (
     AcousticEncoder as AcousticEncoder,
+)
+from .encoders.cache import (
+    EncoderCache as EncoderCache,
+)
+from .encoders.whisper import (
+    WhisperAcousticEncoder as WhisperAcousticEncoder,
+)
+from .inference.results import (
+    TranslatedSegment as TranslatedSegment,
+)
+from .inference.results import (
+    Translation as Translation,
+)
+from .inference.saving import (
+    save_translator as save_translator,
+)
+from .inference.translator import (
+    SpeechTranslator as SpeechTranslator,
 )
 from .input_guard import (
     InputGuard as InputGuard,
@@ -24,6 +42,12 @@ from .multitask.consistency import (
 )
 from .multitask.gradients import (
     GradientAggregator as GradientAggregator,
+)
+from .multitask.history import (
+    plot_task_weights as plot_task_weights,
+)
+from .multitask.history import (
+    write_task_weights as write_task_weights,
 )
 from .multitask.task_weights import (
     TaskNormWeights as TaskNormWeights,
@@ -66,6 +90,9 @@ from .text.encoder import (
 )
 from .text.initialise import (
     initialise_from_text_translation as initialise_from_text_translation,
+)
+from .text.languages import (
+    TargetLanguages as TargetLanguages,
 )
 from .text.local_to_global import (
     LocalToGlobal as LocalToGlobal,

@@ -10,6 +10,7 @@ from speechbrain_taskarith.translation.distributed import (
     process_count,
 )
 from speechbrain_taskarith.translation.input_guard import utterance_name
+from speechbrain_taskarith.translation.multitask.ctc_loss import ctc_loss
 from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
 
 logger = logging.getLogger(__name__)
@@ -142,13 +143,13 @@ def distillation_loss(student, teacher, lens, temperature=1.0):
 class TranslationObjective:
     """One loss a task: `L_ST + w_asr L_asr + w_mt L_mt` is the whole.
 
-    | task | loss |
-    |---|---|
-    | `"st"` | `L_ST = 0.7 CE + 0.3 (CTC + contrastive)` |
-    | `"asr"` | `CTC + contrastive` |
-    | `"mt"` | CE with label smoothing 0.2 |
+    The losses (arXiv 2311.03810):
 
-    (arXiv 2311.03810). Where an auxiliary task stops, only its own term goes:
+    - `"st"`: `L_ST = 0.7 CE + 0.3 (CTC + contrastive)`;
+    - `"asr"`: `CTC + contrastive`;
+    - `"mt"`: CE with label smoothing 0.2.
+
+    Where an auxiliary task stops, only its own term goes:
     the main loss keeps CTC, without which the head decays and the shrink with
     it. The contrastive loss is the mean of two: where text is embedded, and at
     the textual encoder's output. Cross-entropy and CTC are
@@ -302,9 +303,13 @@ class TranslationObjective:
         frames = absolute_lengths(speech.frame_lens, logits.shape[1])
         words = absolute_lengths(source_lens, source.shape[1])
         # One transfer; `ctc_loss` takes lengths from the host.
-        frames, words, least = torch.stack(
+        on_host = torch.stack(
             [frames, words, _least_frames(source, words)]
         ).cpu()
+        loss = ctc_loss(
+            *(logits, source, frames, words, self.blank_index), on_host[:2]
+        )
+        frames, words, least = on_host
         for row in (frames < least).nonzero().flatten().tolist():
             name = utterance_name(row, ids)
             many = len(self._warned) >= MOST_NAMED
@@ -317,15 +322,7 @@ class TranslationObjective:
                 f"{int(frames[row])}: its CTC loss is 0. Use fewer labels "
                 "(pieces, not characters) or shorter frames, or remove it",
             )
-        loss = F.ctc_loss(
-            logits.log_softmax(-1).transpose(0, 1),
-            source,
-            tuple(frames.tolist()),
-            tuple(words.tolist()),
-            blank=self.blank_index,
-            reduction="sum",
-            zero_infinity=True,
-        ) / len(source)
+        loss = loss.sum() / len(source)
         if self.contrastive and text is not None:
             contrast = self.contrast(
                 speech.embedded, speech.lens, text.embedded, text.lens

@@ -5,8 +5,11 @@ from typing import NamedTuple
 
 import torch
 
+from speechbrain_taskarith.translation.encoders.acoustic import AcousticEncoder
 from speechbrain_taskarith.translation.input_guard import check_lengths
 from speechbrain_taskarith.translation.reduction.segments import Segments
+from speechbrain_taskarith.translation.text.languages import TargetLanguages
+from speechbrain_taskarith.translation.text.tying import tie
 from speechbrain_taskarith.utils.lengths import (
     absolute_lengths,
     padding_mask,
@@ -58,7 +61,8 @@ class SpeechTranslationModel(torch.nn.Module):
     Arguments
     ---------
     acoustic : torch.nn.Module
-        `acoustic(x, lens) -> [B, T, d]`, e.g. `AcousticEncoder`.
+        `acoustic(x, lens) -> [B, T, d]`, or that and absolute lengths [B],
+        e.g. `AcousticEncoder` or `WhisperAcousticEncoder`.
     textual : TextEncoder
         Shared by speech and text.
     decoder : TranslationDecoder
@@ -74,6 +78,16 @@ class SpeechTranslationModel(torch.nn.Module):
     contrast : bool
         True: transcripts of speech are encoded, for the contrastive loss of
         "st" and "asr"; "asr" then needs them.
+    tie_ctc : bool
+        True: the CTC head's matrix is the transcripts' embedding, which puts
+        speech where its text is.
+    languages : dict of str: int or TargetLanguages, optional
+        Target languages and their beginning tokens, kept in `languages`.
+
+    Raises
+    ------
+    ValueError
+        Parts that do not fit one another.
 
     Example
     -------
@@ -111,16 +125,25 @@ class SpeechTranslationModel(torch.nn.Module):
         looking_back=None,
         noise=None,
         contrast=True,
+        tie_ctc=False,
+        languages=None,
     ):
         super().__init__()
         d_model = textual.norm.normalized_shape[0]
+        _check_widths(d_model, acoustic, decoder)
         self.acoustic = acoustic
         self.ctc_lin = torch.nn.Linear(d_model, source_vocab)
         self.source_embedding = torch.nn.Embedding(source_vocab, d_model)
         # Its output has the size of what comes from looking back.
         torch.nn.init.normal_(self.source_embedding.weight, std=d_model**-0.5)
+        if tie_ctc:
+            tie(self, "source_embedding.weight", "ctc_lin.weight")
         self.textual = textual
         self.decoder = decoder
+        if languages is not None and not isinstance(languages, TargetLanguages):
+            languages = TargetLanguages(languages)
+        self.languages = languages
+        _check_languages(languages, decoder)
         self.shrink = shrink
         self.looking_back = looking_back
         self.noise = noise
@@ -225,11 +248,15 @@ class SpeechTranslationModel(torch.nn.Module):
         Returns `.logits` [B, T, V], `.frame_lens` [B], `.embedded` [B, S, d],
         `.encoded` [B, S, d], `.lens` [B] and `.segments`.
         """
-        frames = self.acoustic(x, lens)
-        # Rounded once, for everything on this axis.
-        count = absolute_lengths(lens, frames.shape[1])
-        # A short utterance keeps a frame; a length of 0 stays an error.
-        count = torch.where(lens > 0, count.clamp(min=1), count)
+        named = isinstance(self.acoustic, AcousticEncoder)
+        frames = self.acoustic(x, lens, **({"ids": ids} if named else {}))
+        if isinstance(frames, tuple):
+            frames, count = frames
+        else:
+            # Rounded once, for everything on this axis.
+            count = absolute_lengths(lens, frames.shape[1])
+            # A short utterance keeps a frame; a length of 0 stays an error.
+            count = torch.where(lens > 0, count.clamp(min=1), count)
         if self.shrink is None:
             size = frames.shape[1]
             check_lengths(count, size, "features", ids, wait=False)
@@ -262,3 +289,31 @@ class SpeechTranslationModel(torch.nn.Module):
         width = self.source_embedding.embedding_dim
         embedded = self.source_embedding(tokens) * math.sqrt(width)
         return TextEncoding(embedded, self.textual(embedded, lens), lens)
+
+
+def _check_widths(d_model, acoustic, decoder):
+    """Refuse parts of another width than the textual encoder's."""
+    head = getattr(decoder, "seq_lin", None)
+    widths = {
+        "acoustic encoder": getattr(acoustic, "d_model", d_model),
+        "decoder": getattr(head, "in_features", d_model),
+    }
+    for part, width in widths.items():
+        if width != d_model:
+            raise ValueError(
+                f"the {part} has a width of {width}, the textual encoder of "
+                f"{d_model}; give both the same d_model"
+            )
+
+
+def _check_languages(languages, decoder):
+    """Refuse a language's token that the decoder does not have."""
+    size = getattr(decoder, "vocab_size", None)
+    if languages is None or size is None:
+        return
+    for name, token in languages.tokens.items():
+        if not 0 <= token < size:
+            raise ValueError(
+                f"language {name!r} has token {token}; the decoder has tokens "
+                f"0 to {size - 1}"
+            )

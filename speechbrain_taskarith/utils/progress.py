@@ -4,7 +4,15 @@ import os
 import sys
 
 
-def progress(iterable=None, *, total=None, desc=None, unit="it", enable=True):
+def is_watched():
+    """Tell whether bars are shown: on a terminal, or where one asked."""
+    asked = os.environ.get("TASKARITH_PROGRESS", "0") not in ("", "0")
+    return asked or sys.stderr.isatty()
+
+
+def progress(
+    iterable=None, *, total=None, desc=None, unit="it", show_progress=True
+):
     """Wrap an iterable in a bar, or make one to be moved by `.update(n)`.
 
     The bar goes to standard error, so that piped results stay clean. It is
@@ -13,12 +21,11 @@ def progress(iterable=None, *, total=None, desc=None, unit="it", enable=True):
 
     Example
     -------
-    >>> list(progress([1, 2], desc="adding", enable=False))
+    >>> list(progress([1, 2], desc="adding", show_progress=False))
     [1, 2]
     """
     from tqdm import tqdm
 
-    watched = sys.stderr.isatty() or os.environ.get("TASKARITH_PROGRESS")
     return tqdm(
         iterable,
         total=total,
@@ -26,5 +33,5 @@ def progress(iterable=None, *, total=None, desc=None, unit="it", enable=True):
         unit=unit,
         unit_scale=unit == "B",
         dynamic_ncols=True,
-        disable=not (enable and watched),
+        disable=not (show_progress and is_watched()),
     )

@@ -1,4 +1,4 @@
-"""State that a SpeechBrain checkpoint holds as JSON."""
+"""State that a SpeechBrain checkpoint holds as JSON: the base, and means."""
 
 from speechbrain.utils.checkpoints import (
     mark_as_loader,
@@ -45,3 +45,62 @@ class JSONRecoverable:
                 f"({type(error).__name__}: {error}); delete its checkpoint, "
                 "and the run continues from the one before"
             ) from None
+
+
+class RunningMeans(JSONRecoverable):
+    """The mean of each of several numbers since `clear`; a recoverable.
+
+    A resumed run continues the means of its epoch. Sums are kept in float64 on
+    the numbers' own device: a GPU is synchronised only by `means`.
+
+    Example
+    -------
+    >>> import torch
+    >>> losses = RunningMeans()
+    >>> losses.add({"st": torch.tensor(1.0), "asr": torch.tensor(5.0)})
+    >>> losses.add({"st": torch.tensor(2.0)})
+    >>> losses.means()
+    {'st': 1.5, 'asr': 5.0}
+    """
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self):
+        """Start anew."""
+        self._sums, self._counts = {}, {}
+
+    def add(self, figures):
+        """Add one value of each name.
+
+        Arguments
+        ---------
+        figures : dict of str: torch.Tensor
+            Scalars.
+        """
+        for name, figure in figures.items():
+            figure = figure.detach().double()
+            self._sums[name] = self._sums.get(name, 0.0) + figure
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def means(self):
+        """Return the means.
+
+        Returns
+        -------
+        dict of str: float
+            Of every name that was added since `clear`.
+        """
+        return {
+            name: float(total) / self._counts[name]
+            for name, total in self._sums.items()
+        }
+
+    def state(self):
+        """See `JSONRecoverable.state`."""
+        sums = {name: float(total) for name, total in self._sums.items()}
+        return {"sums": sums, "counts": self._counts}
+
+    def restore(self, state):
+        """See `JSONRecoverable.restore`."""
+        self._sums, self._counts = state["sums"], state["counts"]

@@ -34,9 +34,6 @@ from .merge import (
 from .merge import (
     merge_checkpoints as merge_checkpoints,
 )
-from .model_card import (
-    ModelCard as ModelCard,
-)
 from .recipe_hooks.atomic_checkpointer import (
     AtomicCheckpointer as AtomicCheckpointer,
 )
@@ -126,6 +123,12 @@ from .scales.table import (
 )
 from .scales.table import (
     ScaleSearch as ScaleSearch,
+)
+from .sharing.card import (
+    ModelCard as ModelCard,
+)
+from .sharing.stored_vector import (
+    push_folder as push_folder,
 )
 from .states.readers import (
     as_state as as_state,

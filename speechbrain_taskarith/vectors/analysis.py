@@ -188,14 +188,14 @@ def layer_norms(vector, depth=None, *, base=None, include=("*",), exclude=()):
 def plot_cosine_matrix(
     matrix, names, path, *, title="Cosine similarity of task vectors"
 ):
-    """Draw a cosine matrix as an annotated heat map.
+    """Draw a cosine matrix as an annotated heat map, of two vectors as a bar.
 
     Arguments
     ---------
     matrix : torch.Tensor
-        [N, N], from `cosine_matrix`.
+        [N, N] with N >= 2, from `cosine_matrix`.
     names : sequence of str
-        N names.
+        N names; another number is a `ValueError`.
     path : str or pathlib.Path
         `.png`, `.pdf` or `.svg`.
     title : str
@@ -212,15 +212,29 @@ def plot_cosine_matrix(
     >>> plot_cosine_matrix(torch.eye(2), ["news", "music"], path).name
     'cosine.png'
     """
+    matrix, names = torch.as_tensor(matrix).tolist(), list(names)
+    if len(names) != len(matrix) or len(names) < 2:
+        raise ValueError(
+            f"the matrix is of {len(matrix)} vectors, there are {len(names)} "
+            "names; give one each, of two vectors or more"
+        )
+    # Below the diagonal: it is 1, and the other half the same.
+    below = [
+        [row[c] if c <= r else math.nan for c in range(len(names) - 1)]
+        for r, row in enumerate(matrix[1:])
+    ]
+    most = max(abs(v) for line in below for v in line if math.isfinite(v))
+    # Not paler than they are, where all of them are small.
+    reach = 1.0 if len(names) == 2 else max(0.1, most)
     return plot_heat_map(
-        torch.as_tensor(matrix).tolist(),
-        names,
-        names,
+        below,
+        names[1:],
+        names[:-1],
         path,
         title=title,
         # Opposite vectors in one colour, alike ones in another, white at 0.
         colours="RdBu_r",
-        limits=(-1.0, 1.0),
+        limits=(-reach, reach),
         form="{:.2f}",
         unit="cosine",
     )

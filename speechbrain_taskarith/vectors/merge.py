@@ -122,6 +122,7 @@ def merge_checkpoints(
     *,
     device="cpu",
     memory_limit=None,
+    show_progress=True,
     progress=True,
     threads=None,
     fingerprint=True,
@@ -160,8 +161,11 @@ def merge_checkpoints(
         Most bytes of buffers; fewer threads and smaller chunks are used to
         keep to it. None: as is fastest (a few MiB a thread, for rules on
         whole matrices a few times the largest).
+    show_progress : bool
+        Show progress bars: on a terminal, or where `TASKARITH_PROGRESS=1` is
+        set; piped output stays quiet.
     progress : bool
-        Show progress bars (on a terminal).
+        The older name of `show_progress`: False shows none, too.
     threads : int or None
         None: one for each core, at most 16; 1 for rules on whole matrices,
         whose linear algebra has threads of its own.
@@ -232,6 +236,7 @@ def merge_checkpoints(
     output = Path(output)
     form, seconds = form_of(output), {}
     dtype = None if dtype is None else floating(dtype)
+    show_progress = show_progress and progress
     metadata = dict(metadata or {})
     rule = with_each(check_rule(rule), weights=weights, densities=densities)
     with watch_memory() as memory:
@@ -246,7 +251,7 @@ def merge_checkpoints(
 
             inputs.xp, inputs.device = torch, torch.device(device)
         threads, chunk = _plan(inputs, rule, threads, chunk, memory_limit)
-        hashing = Passes(threads, progress=progress)
+        hashing = Passes(threads, show_progress=show_progress)
         parents = [parent.state for parent in inputs.parents]
         states = [inputs.base, *(state.source or state for state in parents)]
         hashed = 0
@@ -279,7 +284,7 @@ def merge_checkpoints(
             with SafetensorsWriter(merged, infos, header) as out:
                 with _timed(seconds, "statistics"):
                     stream = Stream(
-                        inputs, rule.stages, chunk, threads, progress
+                        inputs, rule.stages, chunk, threads, show_progress
                     )
                 with _timed(seconds, "merge"):
                     rounding_loss = write_edits(out, stream, rule, scales)

@@ -21,7 +21,6 @@ from speechbrain_taskarith.vectors.application import (
     edited,
 )
 from speechbrain_taskarith.vectors.checks import finite, scale_by_name
-from speechbrain_taskarith.vectors.encodings import read_vector, write_vector
 from speechbrain_taskarith.vectors.engine.vector_header import (
     KEPT_EXTRA,
     bounded,
@@ -29,6 +28,7 @@ from speechbrain_taskarith.vectors.engine.vector_header import (
     parted_in,
     renamed_parted,
 )
+from speechbrain_taskarith.vectors.sharing.stored_vector import StoredVector
 from speechbrain_taskarith.vectors.states.names import (
     check_alike,
     check_ancestry,
@@ -45,7 +45,7 @@ from speechbrain_taskarith.vectors.states.readers import as_model, as_state
 from speechbrain_taskarith.vectors.states.state import short
 
 
-class TaskVector(Mapping):
+class TaskVector(StoredVector, Mapping):
     """A difference of weights, with an algebra and a memory of its base.
 
     Usually made by `TaskVector.between`. A mapping from parameter name to
@@ -447,33 +447,6 @@ class TaskVector(Mapping):
             vector = as_state(self)
             vector.label = "the task vector"
             match_names(base, vector, partial=True)
-
-    def save(self, path, *, encoding="lossless"):
-        """Store the vector as safetensors, atomically.
-
-        Arguments
-        ---------
-        path : str or pathlib.Path
-            Must end in `.safetensors`.
-        encoding : str
-            `"lossless"`, `"bf16"`, `"int8"`, `"sparse"` (exact; small for a
-            trimmed vector), `"sparse-bf16"` or `"sparse-int8"`; see
-            `encodings.encode`.
-
-        Returns
-        -------
-        pathlib.Path
-            The path.
-        """
-        return write_vector(self, path, encoding)
-
-    @classmethod
-    def load(cls, path) -> "TaskVector":
-        """Load, onto the CPU, what `save` wrote to a path (see `save`).
-
-        ValueError for a damaged file, and for weights that are no vector.
-        """
-        return cls(*read_vector(path))
 
     def _map(self, function, operation):
         metadata = self.metadata

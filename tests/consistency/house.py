@@ -2,6 +2,7 @@
 
 import ast
 import fnmatch
+import re
 import shutil
 import subprocess
 from functools import lru_cache
@@ -74,6 +75,18 @@ def files(*suffixes, under=ROOT):
 def shown(path):
     """Return a path as it reads from the checkout's root."""
     return str(Path(path).relative_to(ROOT))
+
+
+def pages_before(page):
+    """Return the pages that a page's examples go on from, the first first.
+
+    A page names the one before it: `<!-- after: task_vectors.md -->`.
+    """
+    named = re.search(r"^<!-- after: (\S+) -->$", page.read_text("utf-8"), re.M)
+    if not named:
+        return []
+    before = page.parent / named[1]
+    return [*pages_before(before), before]
 
 
 def parse(path):

@@ -1,19 +1,23 @@
 """The documentation runs: its Python, its commands, its YAML, its links.
 
-In a page, all blocks run in order in one empty folder. A YAML block that
+In a page, all blocks run in order in one empty folder, after those of the page
+that it goes on from (`<!-- after: page.md -->`). A YAML block that
 starts with the comment `# <name>.yaml` is saved under that name, for the
 commands below it. A block after `<!-- not run: why -->` is only looked at.
 """
 
+import configparser
 import importlib
+import importlib.util
 import inspect
 import re
 import shlex
 import textwrap
+from pathlib import Path
 
 import pytest
 import yaml
-from house import ROOT, files, shown
+from house import PACKAGE, ROOT, files, pages_before, shown
 
 from speechbrain_taskarith.__main__ import main
 from speechbrain_taskarith.fragments import fragment_path
@@ -24,7 +28,10 @@ BLOCK = re.compile(
     r"(?P<mark><!-- not run: [^>]+ -->\n+)?^```(?P<kind>\w+)\n(?P<text>.*?)^```",
     re.M | re.S,
 )
-LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[\w-]+)?\)")
+LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
+FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
+API = re.compile(r"^```\{api\} (\S+)\n(.*?)^```$", re.M | re.S)
+TREE = re.compile(r"^```\{toctree\}\n(.*?)^```$", re.M | re.S)
 
 
 def blocks(path):
@@ -43,36 +50,44 @@ def commands(text):
             yield shlex.split(line, comments=True)[1:]
 
 
-@pytest.mark.parametrize(
-    "path", [page for page in PAGES if page.exists()], ids=shown
-)
+@pytest.mark.parametrize("path", PAGES, ids=shown)
 def test_page_runs(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "page"}
-    for kind, text, runs, line in blocks(path):
-        label = f"{shown(path)}:{line}"
-        if kind == "yaml":
-            check_yaml(text, label)
-            found = re.match(r"# ([\w/]+\.yaml)\n", text)
-            if found:
-                target = tmp_path / found[1]
-                target.parent.mkdir(exist_ok=True)
-                target.write_text(text)
-        elif not runs:
-            continue
-        elif kind == "python":
-            code = compile("\n" * (line - 1) + text, str(path), "exec")
-            exec(code, names)  # the documentation is ours
-        elif kind in ("bash", "sh", "shell"):
-            for words in commands(text):
-                status = main(words)
-                assert status == 0, f"{label}: {words}: {capsys.readouterr()}"
-        elif kind == "diff":
-            for hunk in text.split("\n@@\n")[1:]:
-                new = [x[1:] for x in hunk.splitlines() if x[:1] in ("+", " ")]
-                check_yaml(textwrap.dedent("\n".join(new)), label)
-        else:
-            assert kind in ("text", "console", "json"), f"{label}: {kind}"
+    for page in (*pages_before(path), path):
+        for kind, text, runs, line in blocks(page):
+            if kind == "yaml":
+                save_named(text)
+            if runs or kind == "yaml":
+                run_block(kind, text, page, line, names, capsys)
+
+
+def save_named(text):
+    """Save a YAML block that starts with its file's name."""
+    if found := re.match(r"# ([\w/]+\.yaml)\n", text):
+        target = Path(found[1])
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(text)
+
+
+def run_block(kind, text, page, line, names, capsys):
+    """Run a block of a page among the names of those before it."""
+    label = f"{shown(page)}:{line}"
+    if kind == "yaml":
+        check_yaml(text, label)
+    elif kind == "python":
+        code = compile("\n" * (line - 1) + text, str(page), "exec")
+        exec(code, names)  # the documentation is ours
+    elif kind in ("bash", "sh", "shell"):
+        for words in commands(text):
+            status = main(words)
+            assert status == 0, f"{label}: {words}: {capsys.readouterr()}"
+    elif kind == "diff":
+        for hunk in text.split("\n@@\n")[1:]:
+            new = [x[1:] for x in hunk.splitlines() if x[:1] in ("+", " ")]
+            check_yaml(textwrap.dedent("\n".join(new)), label)
+    else:
+        assert kind in ("text", "console", "json", "math"), f"{label}: {kind}"
 
 
 def check_yaml(text, label):
@@ -126,22 +141,103 @@ def tagged(node):
 
 @pytest.mark.parametrize("path", ALL_PAGES, ids=shown)
 def test_links_lead_somewhere(path):
-    text = path.read_text(encoding="utf-8")
-    for target in LINK.findall(re.sub(r"```.*?```", "", text, flags=re.S)):
-        if not re.match(r"[a-z]+:", target):
-            there = (path.parent / target).exists()
-            assert there, f"{shown(path)}: nothing at {target}"
+    text = FENCE.sub("", path.read_text(encoding="utf-8"))
+    for target, anchor in LINK.findall(text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        # A badge: GitHub's page of a workflow, from the README's folder.
+        target = target.removesuffix("/badge.svg")
+        target = target.replace("../../actions", ".github")
+        there = path.parent / target if target else path
+        assert there.exists(), f"{shown(path)}: nothing at {target}"
+        if anchor:
+            assert anchor in anchors(there), f"{shown(path)}: no #{anchor}"
 
 
-def test_every_capability_has_its_pages():
-    for name in ("task_vectors.md", "results.md"):
-        assert (ROOT / "docs" / name).is_file()
+def anchors(page):
+    """Return the anchors of a page's headings, as GitHub and MyST name them."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    found = set()
+    for heading in re.findall(r"^#+ (.+)$", text, re.M):
+        words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
+        found.add(re.sub(r"[^\w\- ]", "", words).replace(" ", "-"))
+    return found
+
+
+def test_every_public_name_is_on_a_page():
+    listed = [
+        f"{module}.{name}"
+        for page in files(".md", under=ROOT / "docs" / "api")
+        for module, names in API.findall(page.read_text(encoding="utf-8"))
+        for name in names.split()
+    ]
+    assert len(listed) == len(set(listed)), "a name stands on two pages"
+    public = {
+        ".".join((*stub.parent.relative_to(ROOT).parts, name))
+        for stub in files(".pyi", under=PACKAGE)
+        for name in re.findall(r" as (\w+)", stub.read_text(encoding="utf-8"))
+    }
+    assert set(listed) <= public
+    # What two rooms export stands on the page of one of them.
+    shown_once = {id(resolve(name)) for name in listed}
+    left = {n for n in public - set(listed) if id(resolve(n)) not in shown_once}
+    assert not left, f"on no page of docs/api: {sorted(left)}"
+    assert len(shown_once) == len(listed), "one object under two names"
+
+
+def resolve(name):
+    """Return an object by its full name."""
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def test_every_page_is_on_the_map():
+    index = ROOT / "docs" / "index.md"
+    trees = TREE.findall(index.read_text(encoding="utf-8"))
+    there = {index}
+    for line in "".join(trees).splitlines():
+        name = re.sub(r".* <(.*)>$", r"\1", line)
+        there.add((index.parent / f"{name}.md").resolve())
+    for page in ALL_PAGES:
+        if page.parts[len(ROOT.parts)] in ("docs", "recipes", "benchmarks"):
+            assert page in there, f"{shown(page)}: not in docs/index.md"
+
+
+def test_every_extra_is_on_the_install_page():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)` \|", page, re.M)
+    assert sorted(listed) == sorted(setup["options.extras_require"])
+
+
+def test_the_tables_of_results_are_those_of_the_summaries():
+    spec = importlib.util.spec_from_file_location(
+        "results", ROOT / "docs" / "results.py"
+    )
+    results = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(results)
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert results.written(page) == page, "run python docs/results.py"
+    changed = page.replace("| 60.1 |", "| 59.1 |")
+    assert changed != page and results.written(changed) == page
+    with pytest.raises(ValueError, match="places for"):
+        results.written(page.replace("figures: ", "figure: "))
+
+
+def test_guides_are_short():
+    long = {}
+    for page in (ROOT / "docs").glob("*.md"):
+        count = len(FENCE.sub("", page.read_text(encoding="utf-8")).split())
+        if count > 1200:
+            long[page.name] = count
+    assert not long, f"a guide is read in ten minutes, 1200 words: {long}"
 
 
 def test_every_rule_is_in_the_table():
     from speechbrain_taskarith.vectors.rules.description import RULES
 
-    page = (ROOT / "docs" / "task_vectors.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
     missing = [n for n in RULES if f"| `{n}" not in page]
     assert not missing, missing
 

@@ -97,6 +97,17 @@ def test_github_reads_its_files(path):
         assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
+def test_what_ci_makes_is_in_the_makefile():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([\w-]+):", makefile, re.M))
+    scripts = [*files(".yml", under=ROOT / ".github"), ROOT / ".ci" / "run"]
+    for path in scripts:
+        made = re.findall(
+            r"\bmake (?:--[\w-]+ )?([\w-]+)", path.read_text("utf-8")
+        )
+        assert set(made) <= targets, shown(path)
+
+
 def test_the_citation_names_the_papers():
     content = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
     papers = {

@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from house import PACKAGE, ROOMS, ROOT, files
+from house import PACKAGE, ROOMS, ROOT, files, pages_before
 
 pytest.importorskip("mypy")
 
@@ -99,7 +99,11 @@ def test_the_documentation_is_well_typed(check):
     pages = [ROOT / "README.md", *files(".md", under=ROOT / "docs")]
     sources = {}
     for page in pages:
-        found = PYTHON_BLOCK.findall(page.read_text("utf-8"))
+        found = [
+            block
+            for part in (*pages_before(page), page)
+            for block in PYTHON_BLOCK.findall(part.read_text("utf-8"))
+        ]
         code = "\n".join(text for mark, text in found if not mark)
         if code:
             sources[f"{page.stem.replace('-', '_')}_page.py"] = code

@@ -78,7 +78,7 @@ def used_keys(tree):
                 used.add(node.attr)
         elif isinstance(node, ast.Call):
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            if name in ("getattr", "hasattr", "get", "pop"):
+            if name in ("getattr", "hasattr", "get", "pop", "_optional"):
                 for value in node.args[:2]:
                     if isinstance(value, ast.Constant):
                         used.add(value.value)

@@ -2,7 +2,7 @@
 
     python tests/drop_in/scan.py <checkout> [--write]
 
-prints the table of docs/drop_in.md, or writes it there.
+prints the table of docs/drop_in_recipes.md, or writes it there.
 
 A recipe is a training script with the YAML files that SpeechBrain's own
 `tests/recipes/*.csv` list for it, or else those beside it. Only source text is
@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "drop_in.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "drop_in_recipes.md"
 BEGIN = "<!-- by tests/drop_in/scan.py -->"
 END = "<!-- up to here -->"
 

@@ -1,6 +1,5 @@
-"""docs/drop_in.md: its diffs fit the recipes, its table is the scan's."""
+"""docs/drop_in.md: its diffs fit the recipes; the table is the scan's."""
 
-import runner
 import scan
 import yaml
 from runner import apply_hunks, page_diffs
@@ -15,7 +14,7 @@ def test_diffs_fit_the_recipes(checkout):
 
 
 def test_the_table_is_what_the_scan_finds(checkout):
-    page = runner.PAGE.read_text(encoding="utf-8")
+    page = scan.PAGE.read_text(encoding="utf-8")
     shown = page.split(scan.BEGIN)[1].split(scan.END)[0]
     assert shown.strip() == "\n".join(scan.table(checkout)).strip(), (
         "run tests/drop_in/scan.py <checkout> --write"

@@ -113,7 +113,13 @@ def test_the_merge_engine(rule, dtype, tmp_path):
     for device in ("cpu", DEVICE):
         output = tmp_path / f"{device.replace(':', '')}.safetensors"
         merge_checkpoints(
-            base, models, made, output, device=device, progress=False, chunk=500
+            base,
+            models,
+            made,
+            output,
+            device=device,
+            show_progress=False,
+            chunk=500,
         )
         results[device] = open_state(output)
     for name, tensor in results["cpu"].items():
@@ -199,7 +205,7 @@ def test_the_scale_search_restores_a_model_on_the_device():
         return (model.layers[0].weight - aim).abs().sum().item()
 
     search = search_scale(
-        model, base, tau, wer, [0.25, 0.5, 0.75], enable_progress=False
+        model, base, tau, wer, [0.25, 0.5, 0.75], show_progress=False
     )
     assert search.best == 0.5
     for name, tensor in model.state_dict().items():
@@ -235,7 +241,7 @@ def test_two_scales_are_searched_and_applied_on_the_device():
         baseline={"target_scale": 1.0},
         outside=target,
         hopeless=None,
-        enable_progress=False,
+        show_progress=False,
     )
     assert search.best == how
     for name, tensor in model.state_dict().items():
@@ -279,6 +285,6 @@ def test_nan_on_the_device_is_blamed_on_its_file(tmp_path):
                 rule,
                 tmp_path / "x.safetensors",
                 device=DEVICE,
-                progress=False,
+                show_progress=False,
             )
     assert not list(tmp_path.iterdir())

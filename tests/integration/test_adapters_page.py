@@ -1,4 +1,4 @@
-"""docs/adapters.md, "In a SpeechBrain recipe": a recipe trains with its YAML.
+"""docs/adapters_in_recipes.md: a recipe trains with its YAML.
 
 The recipe here has the parts and the habits of LibriSpeech/ASR/transformer
 (averaging at test, one checkpoint kept), at toy size. What it starts from
@@ -15,7 +15,7 @@ import torch
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.dataio.batch import PaddedBatch
 
-PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
+PAGE = Path(__file__).parents[2] / "docs" / "adapters_in_recipes.md"
 RECIPE = """
 output_folder: !PLACEHOLDER
 save_folder: !ref <output_folder>/save
@@ -72,10 +72,9 @@ checkpointer: !new:speechbrain.utils.checkpoints.Checkpointer
 
 
 def page_blocks():
-    """Return the YAML blocks of the page's section, in order."""
+    """Return the page's YAML blocks, in order."""
     text = PAGE.read_text(encoding="utf-8")
-    section = re.search(r"\n## In a SpeechBrain recipe\n(.*?)\n## ", text, re.S)
-    return re.findall(r"^```yaml\n(.*?)^```", section[1], re.M | re.S)
+    return re.findall(r"^```yaml\n(.*?)^```", text, re.M | re.S)
 
 
 ADAPTERS, PRETRAINER, PARALLEL, RECOVERABLES, SETTINGS = page_blocks()

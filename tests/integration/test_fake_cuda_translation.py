@@ -34,6 +34,7 @@ from speechbrain_taskarith.translation import (  # noqa: E402
     TranslationBeamSearch,
     TranslationDecoder,
     TranslationObjective,
+    WhisperAcousticEncoder,
     ctc_segments,
     distillation_loss,
     gradient_consistency,
@@ -47,6 +48,20 @@ LENS = [13, 1, 7]
 def acoustic(put):
     encoder = put(AcousticEncoder(Front(5, 8), 8))
     return encoder(put(torch.randn(2, 9, 5)), put(torch.tensor([1.0, 0.5])))
+
+
+def whisper(put):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.WhisperConfig(
+        **{"d_model": 12, "encoder_layers": 2, "decoder_layers": 1},
+        **{"encoder_ffn_dim": 8, "max_source_positions": 50},
+    )
+    torch.manual_seed(0)
+    source = transformers.WhisperModel(config)
+    encoder = put(WhisperAcousticEncoder(source, 8, trained_layers=1))
+    x, lens = put(torch.randn(2, 3000)), put(torch.tensor([1.0, 0.5]))
+    kept, counts = encoder.frozen(x, lens)
+    return encoder(x, lens), encoder(kept, counts / kept.shape[1])
 
 
 def shrink(pooling, capacity=None, window=None):
@@ -185,6 +200,7 @@ def entropy(put):
 
 CASES = {
     "AcousticEncoder": acoustic,
+    "WhisperAcousticEncoder": whisper,
     **{
         f"CTCShrink, {pooling}": shrink(pooling)
         for pooling in ("first", "mean", "weighted", "softmax")
@@ -208,16 +224,30 @@ CASES = {
 }
 REASONS = {
     "ConsistencyProbe": "gradient_consistency, into a file",
+    "EncoderCache": "writes what the encoder's frozen part returns",
+    "TargetLanguages": "tokens, on the CPU as a batch's labels are",
     "Segments": "what ctc_segments returns",
     "Shrunk": "what CTCShrink returns",
+    "SpeechTranslator": "what comes out are numbers of Python",
+    "TranslatedSegment": "numbers of Python",
+    "Translation": "numbers of Python",
     "initialise_from_text_translation": "reads a file, once",
+    "plot_task_weights": "draws numbers of Python",
     "plot_window_entropy": "draws numbers of Python",
+    "save_translator": "writes files, once",
+    "write_task_weights": "writes numbers of Python",
 }
 SHRINK = {"translation.reduction.shrink._check": 1}
-CTC = {"translation.losses._ctc_and_contrast": 3}
-DECODER = "speechbrain.decoders.seq2seq."
+CTC = {
+    "translation.losses._ctc_and_contrast": 1,
+    "translation.multitask.ctc_loss.forward": 2,
+}
+SEARCH = "translation.search.searchers."
 WAITS = {
     **dict.fromkeys(CASES, {}),
+    "WhisperAcousticEncoder": {
+        "translation.encoders.whisper._make_constants": 2
+    },
     **{name: SHRINK for name in CASES if name.startswith("CTCShrink, ")},
     "LookingBack in a window": SHRINK,
     "ShrinkingTransformer": SHRINK,
@@ -228,16 +258,15 @@ WAITS = {
     },
     "model and TranslationObjective": SHRINK | CTC,
     "the same without shrink": CTC,
-    "TaskNormWeights": {"translation.multitask.task_weights._add_norms": 2},
+    "TaskNormWeights": {"translation.multitask.norms._norm": 2},
     "gradient_consistency": {"translation.multitask.consistency._cosine": 1},
     "greedy_translation": {
         "translation.search.searchers.greedy_translation": EACH
     },
+    # Upstream's, each under the function of ours that calls it.
     "TranslationBeamSearch": {
-        DECODER + "_update_sequences_and_log_probs": EACH,
-        DECODER + "_update_hyps_and_scores_if_eos_token": EACH,
-        DECODER + "_get_topk_prediction": EACH,
-        "speechbrain.utils.data_utils.undo_padding": EACH,
+        SEARCH + "forward": EACH,
+        SEARCH + "_update_hyps_and_scores_if_eos_token": EACH,
     },
     "InputGuard": {"translation.input_guard._bad_features": 1},
     "window_entropy": {"translation.reduction.entropy.window_entropy": EACH},

@@ -144,7 +144,7 @@ def scales(put):
     def score(model):
         return abs(model.norm.weight.sum().item() - 6.0)
 
-    search = search_scale(base, base, tau, score, [0.5], enable_progress=False)
+    search = search_scale(base, base, tau, score, [0.5], show_progress=False)
     del edited
     return search.best, dict(base.state_dict())
 
@@ -157,7 +157,7 @@ def two_scales(put):
         return abs(model.norm.weight.sum().item() - 6.0)
 
     search = search_scales(
-        base, base, taus, score, [0.0, 0.5], enable_progress=False
+        base, base, taus, score, [0.0, 0.5], show_progress=False
     )
     return search.best, dict(base.state_dict())
 

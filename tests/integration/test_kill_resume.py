@@ -281,7 +281,7 @@ def test_merging_killed_at_random_moments(tmp_path, suffix):
             parents[1:],
             TIES(density=0.3),
             output,
-            progress=False,
+            show_progress=False,
             threads=1,
         )
         report(1)

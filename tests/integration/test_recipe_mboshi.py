@@ -11,8 +11,9 @@ import numpy
 import pytest
 import soundfile
 import torch
-from pretrained_encoder import tiny_hubert, with_hubert
+from pretrained_encoder import tiny_hubert, with_hubert, with_whisper
 from processes import Recipe, texts_of
+from tiny_whisper import save_tiny_whisper
 
 RECIPE = Recipe("Mboshi/ST/joint", "--noprogressbar", script="study.py")
 RATE = 16000
@@ -115,6 +116,7 @@ def finished(corpus, tmp_path_factory):
 
 
 ROWS = {"st", "st_from_mt", "st_mt", "st_asr", "st_mt_asr", "whole"}
+ROWS |= {"st_from_mt_local", "st_mt_asr_local", "released_rule", "ctc_in_asr"}
 ROWS |= {"no_shrink", "no_looking_back", "no_local_to_global", "no_noise"}
 ROWS |= {"no_contrastive", "no_task_weights", "no_shrink_no_task_weights"}
 STAGES = {"asr", "mt", "mt_local"}
@@ -123,8 +125,9 @@ STAGES = {"asr", "mt", "mt_local"}
 @pytest.mark.slow
 def test_leaves_the_whole_table(finished):
     rows = json.loads((finished / "summary.json").read_text())
-    assert {row["row"] for row in rows} == ROWS | STAGES
-    found = {(row["row"], row["metric"]) for row in rows}
+    table = [row for row in rows if row["table"] == "joint"]
+    assert {row["row"] for row in table} == ROWS | STAGES
+    found = {(row["row"], row["metric"]) for row in table}
     for metric in ("bleu", "chrf", "length_ratio", "seconds"):
         assert {(name, metric) for name in ROWS} <= found
     # A target of 0 is reached after the first epoch.
@@ -134,7 +137,12 @@ def test_leaves_the_whole_table(finished):
         assert seconds[name, "seconds_to_bleu"] < seconds[name, "seconds"]
     # Words of the CTC head where it was trained, and only there.
     heard = {name for name, metric in found if metric == "ctc_wer"}
-    assert heard == ROWS - {"st", "st_from_mt", "st_mt"} | {"asr"}
+    silent = {"st", "st_from_mt", "st_from_mt_local", "st_mt"}
+    assert heard == ROWS - silent | {"asr"}
+    assert {name for name, metric in found if metric == "ctc_cer"} == heard
+    # The whole method is tested against every row that translates speech.
+    tested = {r["row"] for r in rows if r["table"] == "joint_paired"}
+    assert tested == {f"whole against {name}" for name in ROWS - {"whole"}}
     assert ("asr", "bleu") not in found and ("mt_local", "bleu") in found
     assert "nrefs:1" in (finished / "results.md").read_text()
     for plot in (
@@ -168,6 +176,7 @@ def test_each_row_is_what_its_name_says(finished):
         looks = row not in without_shrink | {"no_looking_back"}
         assert has(row, "looking_back.") == looks, row
         local = row != "no_local_to_global" and not row.startswith("st")
+        local |= row.endswith("_local")
         assert has(row, "textual.local.") == local, row
         noisy = row != "no_noise" and not row.startswith("st")
         assert has(row, "noise.calls") == noisy, row
@@ -356,6 +365,20 @@ def test_hubert_of_a_local_folder_takes_the_conformers_place(corpus, tmp_path):
     assert any(n.startswith("acoustic.encoder.model.") for n in names)
     result = json.loads((tmp_path / "out/rows/whole.json").read_text())
     assert set(result["entropy"]) == {"frames", "shrunk", "text"}
+
+
+@pytest.mark.slow
+def test_whisper_of_a_local_folder_is_encoded_once(corpus, tmp_path):
+    save_tiny_whisper(tmp_path / "whisper")
+    recipe = Recipe("Mboshi/ST/joint", "--noprogressbar", script="study.py")
+    path = "hparams/train.yaml"
+    with_whisper(recipe, tmp_path / "recipe", path, tmp_path / "whisper")
+    options = {**TINY, **STUDY, "only": "whole", "data_folder": corpus}
+    recipe.run(tmp_path / "out", options)
+    assert len(list((tmp_path / "out/encoded").iterdir())) == 29
+    names = set(weights(tmp_path / "out", "whole"))
+    assert any(n.startswith("acoustic.adaptor.") for n in names)
+    assert (tmp_path / "out/models/whole/translator").is_dir()
 
 
 @pytest.mark.slow

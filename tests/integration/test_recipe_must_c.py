@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -151,6 +152,29 @@ def text_stage(corpus, tmp_path_factory):
     return output
 
 
+def check_translator(output, corpus):
+    """Compare what the folder translates with what the recipe did."""
+    from speechbrain_taskarith.data import read_audio
+    from speechbrain_taskarith.translation import SpeechTranslator
+
+    lines = (output / "translations.txt").read_text().splitlines()
+    expected = dict(zip(lines[::3], lines[2::3]))
+    with open(output / "prepared/test.csv") as stream:
+        rows = {row["ID"]: row for row in csv.DictReader(stream)}
+    translator = SpeechTranslator.from_hparams(
+        output / "translator", run_opts={"device": "cpu"}
+    )
+    for name, text in expected.items():
+        row = rows[name]
+        start = round(float(row["start"]) * RATE)
+        wave = read_audio(row["wav"], RATE)[start:]
+        wave = wave[: round(float(row["duration"]) * RATE)]
+        (found,) = translator.translate_batch(wave[None], target="de")
+        assert found.text == " ".join(text.split())
+    with pytest.raises(ValueError, match="this model has de"):
+        translator.check_target("fr")
+
+
 @pytest.mark.slow
 def test_joint_training_starts_from_text(corpus, text_stage, tmp_path):
     more = {
@@ -169,9 +193,12 @@ def test_joint_training_starts_from_text(corpus, text_stage, tmp_path):
             assert torch.equal(tensor, text[name]), name
     rows = json.loads((tmp_path / "still" / "summary.json").read_text())
     metrics = {row["metric"] for row in rows}
-    assert metrics == {"bleu", "chrf", "length_ratio", "ctc_wer"}
+    ctc = {"ctc_wer", "ctc_cer"}
+    assert metrics == {"bleu", "chrf", "length_ratio", *ctc}
     assert {r["row"] for r in rows} == {"whole, de"}
     assert (tmp_path / "still/plots/consistency_st_asr.png").exists()
+
+    check_translator(tmp_path / "still", corpus)
 
     # All kinds of data take part, until a task stops.
     said = run("train", corpus, tmp_path / "stops", task_interval=3, **more)
@@ -294,6 +321,24 @@ def spoil(folder, what):
         path.write_text("\n".join(lines))
 
 
+@pytest.mark.parametrize("language", ["zh", "ja", "ar", "cs", "fa", "tr", "vi"])
+def test_any_language_that_is_there_is_prepared(tmp_path, prepare, language):
+    make_must_c(tmp_path, language)
+    prepare(str(tmp_path), str(tmp_path / "out"), language)
+    assert len(prepared(tmp_path / "out", "test")) == COUNTS["tst-COMMON"]
+
+
+def test_the_test_set_may_be_another(tmp_path, prepare):
+    make_must_c(tmp_path)
+    place = tmp_path / "en-de/data"
+    shutil.copytree(place / "dev", place / "tst-HE")
+    for path in (place / "tst-HE/txt").iterdir():
+        path.rename(path.with_stem("tst-HE"))
+    prepare(str(tmp_path), str(tmp_path / "out"), test_set="tst-HE")
+    test, valid = (prepared(tmp_path / "out", s) for s in ("test", "valid"))
+    assert [row["wrd"] for row in test] == [row["wrd"] for row in valid]
+
+
 @pytest.mark.parametrize(
     ("what", "message", "gone"),
     [
@@ -323,10 +368,12 @@ def test_bad_segment_is_named_or_left_out(
 def test_faults_of_the_corpus_are_named(tmp_path, prepare):
     make_must_c(tmp_path)
     out = str(tmp_path / "out")
-    with pytest.raises(ValueError, match="language 'xx': expected one of de"):
-        prepare(str(tmp_path), out, "xx")
-    with pytest.raises(FileNotFoundError, match="there are: en-de"):
+    match = "no target language 'fr'; there are: en-de[.]"
+    with pytest.raises(FileNotFoundError, match=match):
         prepare(str(tmp_path), out, "fr")
+    match = "tst-HE: missing; there are: dev, train, tst-COMMON[.]"
+    with pytest.raises(FileNotFoundError, match=match):
+        prepare(str(tmp_path), out, test_set="tst-HE")
     with pytest.raises(FileNotFoundError, match="train.en: missing"):
         prepare(str(tmp_path), out, wmt_folder=str(tmp_path))
     path = tmp_path / "en-de/data/dev/txt/dev.de"

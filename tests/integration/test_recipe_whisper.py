@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import re
 import sys
 
 import pytest
@@ -381,3 +382,31 @@ def test_two_fine_tuned_models_become_one_that_transcribes(
         model.generate(features, max_new_tokens=256), skip_special_tokens=True
     )
     assert heard.strip() == text.strip()
+
+
+def test_the_yamls_tensorboard_block_logs_a_training(whisper, recipe, tmp_path):
+    pytest.importorskip(
+        "tensorboard",
+        reason="tensorboard is not installed: the YAML's logger is not tried",
+    )
+    from tensorboard.backend.event_processing import event_accumulator
+
+    text = (RECIPE.folder / "hparams/train.yaml").read_text(encoding="utf-8")
+    usual, block = re.search(
+        r"(train_logger:[^#]+?\n\n)# TensorBoard[^\n]*\n((?:#[^\n]*\n)+)", text
+    ).groups()
+    block = re.sub(r"^# ?", "", block, flags=re.M)
+    # hparams/ lies in the recipe: its prepare script is found beside it.
+    (tmp_path / "recipe" / "hparams").mkdir(parents=True)
+    path = tmp_path / "recipe" / "hparams" / "train.yaml"
+    path.write_text(text.replace(usual, block), encoding="utf-8")
+    manifest, output = make_manifest(tmp_path / "data"), tmp_path / "run"
+    given = options(whisper, manifest, valid_csv=manifest, test_csv=manifest)
+    argv = [f"--{k}={v}" for k, v in {**given, "output_folder": output}.items()]
+    recipe("train").train([str(path), *argv])
+    events = event_accumulator.EventAccumulator(str(output / "tensorboard"))
+    events.Reload()
+    assert {"loss/train", "WER/valid", "WER/test", "lr"} <= set(
+        events.Tags()["scalars"]
+    )
+    assert not (output / "train_log.txt").exists()

@@ -20,7 +20,16 @@ from speechbrain_taskarith.translation import (
 TASKS = ("st", "asr", "mt")
 
 
-def train(rank=None, updates=4):
+RULES = {
+    "isolated": {"exponent": 0.5},
+    "joint": {"norms": "joint", "exponent": 0.5, "last_update": {"mt": 3}},
+    # The main task begins with the second update.
+    "growing": {"exponent": "growing", "warm_up": 1},
+    "none": {"norms": "none", "last_update": {"asr": 2}},
+}
+
+
+def train(rank=None, rule="isolated", updates=4):
     """Train with task weights; `rank` sees half of every batch."""
     from torch.nn.parallel import DistributedDataParallel
 
@@ -30,7 +39,7 @@ def train(rank=None, updates=4):
         forward = DistributedDataParallel(model, find_unused_parameters=True)
     # Not Adam: it makes the sign of a rounding error a whole step.
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    weights = TaskNormWeights(interval=2, exponent=0.5, floor=0.05)
+    weights = TaskNormWeights(interval=2, floor=0.05, **RULES[rule])
     objective = TranslationObjective(0)
     cosines = []
     for update in range(updates):
@@ -39,9 +48,12 @@ def train(rank=None, updates=4):
             own = slice(2 * rank, 2 * rank + 2)
             parts = [{k: v[own] for k, v in p.items()} for p in parts]
         tasks = weights.active if update < 3 else ("st",)
+        for parameter in model.acoustic.parameters():
+            parameter.requires_grad_(not weights.warming_up)
         losses = objective(forward(tasks=tasks, **parts[0]), **parts[1])
-        if weights.due and len(losses) > 1:
+        if weights.due:
             weights.observe(losses, model.parts())
+        if len(losses) > 1 and rule == "isolated":
             table = gradient_consistency(losses, model, by="module")
             cosines += [v for pairs in table.values() for v in pairs.values()]
         optimizer.zero_grad()
@@ -53,6 +65,9 @@ def train(rank=None, updates=4):
         "cosines": torch.tensor(cosines),
         "norms": torch.tensor(
             [n for h in weights.history for n in h["norms"].values()]
+        ),
+        "weights": torch.tensor(
+            [w for h in weights.history for w in h["weights"].values()]
         ),
     }
 
@@ -84,7 +99,8 @@ def process(rank, folder):
     torch.distributed.init_process_group(
         "gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
-    found = {**train(rank), "sides": sides(rank)}
+    found = {rule: train(rank, rule) for rule in RULES}
+    found["sides"] = sides(rank)
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -96,7 +112,14 @@ def test_two_processes_equal_one(tmp_path):
         torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for rank in range(2)
     )
-    alone, start = train(), toy_model().state_dict()
+    start = toy_model().state_dict()
+    for rule in RULES:
+        same(first[rule], second[rule], train(rule=rule), start)
+    torch.testing.assert_close(first["sides"], sides(), atol=1e-5, rtol=1e-4)
+
+
+def same(first, second, alone, start):
+    """Assert that both processes found what one found, and learned."""
     for name, tensor in alone["model"].items():
         assert torch.equal(first["model"][name], second["model"][name]), name
         torch.testing.assert_close(
@@ -106,9 +129,9 @@ def test_two_processes_equal_one(tmp_path):
         n for n, t in alone["model"].items() if not torch.equal(t, start[n])
     ]
     assert len(moved) > 40
-    for name in ("norms", "cosines"):
-        assert torch.equal(first[name], second[name]) and len(first[name])
+    for name in ("norms", "cosines", "weights"):
+        assert torch.equal(first[name], second[name])
         torch.testing.assert_close(
             first[name], alone[name], atol=1e-3, rtol=1e-3
         )
-    torch.testing.assert_close(first["sides"], sides(), atol=1e-5, rtol=1e-4)
+    assert len(alone["weights"]) > 0

@@ -10,7 +10,7 @@ import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
 
-PAGE = Path(__file__).parents[2] / "docs" / "translation.md"
+PAGE = Path(__file__).parents[2] / "docs" / "translation_in_recipes.md"
 STOCK = """
 d_model: 32
 nhead: 2

@@ -103,7 +103,7 @@ class Merge(Writer):
         else:
             merge_checkpoints(
                 base, [tuned, tuned], TIES(0.3), folder / self.output,
-                threads=1, progress=False,
+                threads=1, show_progress=False,
             )  # fmt: skip
 
 

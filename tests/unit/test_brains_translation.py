@@ -25,6 +25,7 @@ from speechbrain_taskarith.translation import (
 from speechbrain_taskarith.vectors import AtomicCheckpointer
 
 SOURCE = WordLabels(["a", "b", "c", "d", "e"])
+CTC = {"CTC_WER", "CTC_CER"}
 TARGET = WordLabels(["<s>", "</s>", "A", "B", "C", "D", "E"])
 
 
@@ -172,14 +173,26 @@ def test_development_data_are_translated_greedily():
     assert brain.hypotheses == ["A B"] * 3
 
 
+def test_translations_begin_as_their_references_do():
+    # The first token names the language to write: the same speech twice.
+    other = item(0, translation="D E")
+    other["target_bos"] = torch.cat([torch.tensor([7]), TARGET.encode("D E")])
+    other["target_eos"] = TARGET.encode("D E </s>")
+    both = loader([0, other])
+    brain = make_brain(tasks=(), lr=0.2)
+    brain.fit(range(60), both)
+    brain.evaluate(both)
+    assert brain.hypotheses == ["A B", "D E"]
+
+
 @pytest.mark.parametrize(
     ("main", "tasks", "scores"),
     [
-        ("st", (), {"BLEU", "chrF", "length_ratio", "CTC_WER"}),
-        ("st", ("mt",), {"BLEU", "chrF", "length_ratio", "CTC_WER"}),
-        ("st", ("asr",), {"BLEU", "chrF", "length_ratio", "CTC_WER"}),
+        ("st", (), {"BLEU", "chrF", "length_ratio", *CTC}),
+        ("st", ("mt",), {"BLEU", "chrF", "length_ratio", *CTC}),
+        ("st", ("asr",), {"BLEU", "chrF", "length_ratio", *CTC}),
         ("mt", (), {"BLEU", "chrF", "length_ratio"}),
-        ("asr", (), {"CTC_WER"}),
+        ("asr", (), CTC),
     ],
 )
 def test_scores_are_those_of_the_tasks(main, tasks, scores, tmp_path):
@@ -433,3 +446,74 @@ def test_an_aggregator_accumulates_and_scales():
 def test_an_aggregator_of_another_kind_is_refused():
     with pytest.raises(ValueError, match="expected a GradientAggregator"):
         make_brain(aggregator="PCGrad")
+
+
+def test_a_warm_up_trains_auxiliary_tasks_and_holds_the_encoder():
+    weights = TaskNormWeights(interval=1000, warm_up=2)
+    brain = make_brain(
+        weights=weights, warm_up_frozen=["acoustic.encoder"], lr=0.1
+    )
+    brain.modules.model.source_embedding.requires_grad_(False)
+    seen = [state(brain)]
+    for epoch in (1, 2, 3):
+        brain.fit([epoch], loader([0, 1]))
+        seen.append(state(brain))
+        tasks = {"asr", "mt"} if epoch < 3 else {"st", "asr", "mt"}
+        assert set(brain.train_stats) == {"loss", *tasks}
+
+    def moved(name):
+        pairs = zip(seen, seen[1:])
+        return [not torch.equal(one[name], two[name]) for one, two in pairs]
+
+    conv = next(n for n in seen[0] if n.startswith("acoustic.encoder."))
+    assert moved(conv) == [False, False, True]
+    assert moved("ctc_lin.weight") == [True, True, True]
+    assert moved("decoder.seq_lin.weight") == [True, True, True]
+    # What was frozen before stays so.
+    assert moved("source_embedding.weight") == [False, False, False]
+
+
+class OfKinds(TranslationBrain):
+    """Utterance 0 is text, all others are speech without transcripts."""
+
+    def tasks_of(self, batch, stage):
+        active = super().tasks_of(batch, stage)
+        kind = ("mt",) if batch.id[0] == "u0" else ("st",)
+        return tuple(task for task in kind if task in active)
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_batches_of_the_main_task_alone_count_in_the_warm_up(factor):
+    weights = TaskNormWeights(["mt"], interval=1000, warm_up=3)
+    brain = make_brain(
+        kind=OfKinds,
+        weights=weights,
+        run_opts={"grad_accumulation_factor": factor},
+    )
+    before = state(brain)
+    brain.fit([1], loader([0], [1], [0], [2]))
+    assert weights.updates == 4 // factor
+    after = state(brain)
+    # Text alone was learned from, until the fourth update.
+    learned = not torch.equal(before["ctc_lin.weight"], after["ctc_lin.weight"])
+    assert learned == (factor == 1)
+    name = "decoder.seq_lin.weight"
+    assert not torch.equal(before[name], after[name])
+    text = make_brain(
+        kind=OfKinds,
+        weights=TaskNormWeights(["mt"], warm_up=99),
+        run_opts={"grad_accumulation_factor": factor},
+    )
+    text.fit([1], loader([0], [1], [0], [2]))
+    if factor == 2:
+        assert same(after, state(text))
+
+
+def test_an_aggregator_waits_for_the_warm_up():
+    weights = TaskNormWeights(["mt"], interval=1000, warm_up=9)
+    brain = make_brain(
+        kind=OfKinds, weights=weights, aggregator=aggregated("name: Sum")
+    )
+    before = state(brain)
+    brain.fit([1], loader([1], [2]))
+    assert same(before, state(brain)) and weights.updates == 2

@@ -20,6 +20,7 @@ from cli_support import (
 
 from speechbrain_taskarith.__main__ import main
 from speechbrain_taskarith.commands import VERBS
+from speechbrain_taskarith.utils.hub.cards import read_card
 from speechbrain_taskarith.vectors import TaskVector, open_state, save_state
 from speechbrain_taskarith.vectors.rules.description import RULES
 
@@ -47,7 +48,7 @@ def test_vector_holds_the_difference(folder, capsys):
         assert torch.equal(tau[name], after[name] - before[name])
     assert found["parameters"] == 12 + 16 + 5
     assert found["norm"] == pytest.approx(tau.norm())
-    card = json.loads(Path("us.safetensors.json").read_text())
+    card = read_card("us.safetensors")
     prints = [parent["fingerprint"] for parent in card["parents"]]
     assert prints == [
         open_state("base.ckpt").fingerprint,
@@ -80,7 +81,7 @@ def test_apply_adds_the_scaled_vector(folder):
         assert torch.allclose(edited[name], expected, atol=1e-7)
     for name in ("encoder.norm.running_var", "ctc.steps"):
         assert torch.equal(edited[name], before[name])
-    assert "Edited model" in Path("e.ckpt.card.md").read_text()
+    assert "Edited model" in Path("e.ckpt.md").read_text()
 
 
 def test_apply_mean_and_any_base_is_syn2real(folder):
@@ -195,7 +196,7 @@ def test_inspect_shows_provenance_of_every_form(folder, capsys):
         capsys.readouterr()
         run("inspect", output)
         assert output in capsys.readouterr().out
-    assert Path("hf/model_card.md").is_file()
+    assert Path("hf/README.md").is_file()
 
 
 def test_tied_tensors_are_shown_and_stay_tied(folder, capsys):

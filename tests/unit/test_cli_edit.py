@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from speechbrain_taskarith.__main__ import main
+from speechbrain_taskarith.utils.hub.cards import read_card
 from speechbrain_taskarith.vectors import (
     SequentialEditor,
     open_state,
@@ -80,7 +81,7 @@ def test_learned_edits_follow_the_formula(folder, capsys):
         second = first + 0.5 * (gr[name] - first)
         assert torch.allclose(now[name], second, atol=1e-6)
     assert torch.equal(now["count"], us["count"])
-    card = json.loads(Path("now.ckpt.json").read_text())
+    card = read_card("now.ckpt")
     assert [p["role"] for p in card["parents"]] == [
         "base",
         "edit 'de'",

@@ -10,6 +10,7 @@ import torch
 
 from speechbrain_taskarith.__main__ import main
 from speechbrain_taskarith.commands.weights.merge import read_plan
+from speechbrain_taskarith.utils.hub.cards import read_card
 from speechbrain_taskarith.vectors import (
     TIES,
     TaskVector,
@@ -87,7 +88,7 @@ def test_merge_file_is_the_rule_in_memory(folder, capsys):
         assert torch.equal(merged[name], wanted[name]), name
     assert found["fingerprint"] == merged.fingerprint
     assert (found["edited"], found["copied"]) == (3, 1)
-    card = json.loads(Path("merged.safetensors.json").read_text())
+    card = read_card("merged.safetensors")
     assert [p["role"] for p in card["parents"]] == [
         "base",
         "fine-tuned",
@@ -324,4 +325,4 @@ def test_merging_safetensors_never_imports_torch(folder):
     )
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout)["edited"] == 3
-    assert Path("merged.safetensors.card.md").is_file()
+    assert Path("merged.safetensors.md").is_file()

@@ -1,6 +1,5 @@
 """`taskarith syn2real`: every form in, every form out, and what it refuses."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 from cli_support import fails, run, run_json, there, weights
 from hugging_face_toy import save_whisper
 
+from speechbrain_taskarith.utils.hub.cards import read_card
 from speechbrain_taskarith.vectors import TIES, open_state, save_state, syn2real
 
 NAMES = ("target", "real", "synthetic", "base", "real2", "synthetic2")
@@ -71,7 +71,7 @@ def test_two_scales_and_two_sources(folder, capsys):
     own = [model("target")[n] - model("base")[n] for n in EDITED]
     norm = torch.cat([delta.flatten() for delta in own]).norm().item()
     assert found["target_norm"] == pytest.approx(norm, rel=1e-5)
-    card = json.loads(Path("edited.safetensors.json").read_text())
+    card = read_card("edited.safetensors")
     assert card["rule"] == {
         "rule": "syn2real",
         "scale": 0.3,

@@ -1,6 +1,6 @@
 """Plots: what is drawn, files that are whole, input that cannot be drawn."""
 
-import contextlib
+import itertools
 import math
 
 import matplotlib
@@ -8,37 +8,40 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.container import BarContainer
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from speechbrain_taskarith.metrics import (
+    plot_before_after,
     plot_by_layer,
     plot_heat_map,
     plot_scale_curve,
     plot_scale_surface,
     plot_wer_matrix,
-    plots,
 )
+from speechbrain_taskarith.vectors import plot_cosine_matrix, plot_layer_norms
 
 CURVES = {"a": {0.4: 18.0, 0.0: 20.0, 0.2: 17.0}, "b": {0.0: 21.0, 0.4: 19.0}}
 
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Axes that the plot functions drew on."""
-    seen = []
-    original = plots.figure
+    """Axes that the plot functions drew on, when they are written."""
+    seen, save = [], Figure.savefig
 
-    @contextlib.contextmanager
-    def spy(*arguments):
-        with original(*arguments) as axes:
-            seen.append(axes)
-            yield axes
+    def spy(figure, *arguments, **options):
+        if figure.axes[0] not in seen:
+            seen.append(figure.axes[0])
+        return save(figure, *arguments, **options)
 
-    monkeypatch.setattr(plots, "figure", spy)
+    monkeypatch.setattr(Figure, "savefig", spy)
     return seen
 
 
 def legend(axes):
-    return [text.get_text() for text in axes.get_legend().get_texts()]
+    [found] = axes.figure.legends
+    return [text.get_text() for text in found.get_texts()]
 
 
 def test_scale_curve_draws_its_points_in_order(tmp_path, drawn):
@@ -57,9 +60,9 @@ def test_scale_curve_draws_its_points_in_order(tmp_path, drawn):
     assert legend(axes) == [
         "a",
         "b",
-        "baseline: 20.50",
-        "chosen: 0.2 (17.00)",
+        "baseline: 20.5",
         "oracle: 0.25",
+        "chosen: 0.2 (WER 17.0)",
     ]
     assert [p.name for p in path.parent.iterdir()] == ["scale.png"]
 
@@ -90,6 +93,7 @@ def test_wer_matrix_writes_every_figure(tmp_path, drawn):
     assert [t.get_position() for t in axes.texts] == [(0, 0), (0, 1), (1, 1)]
     ticks = [t.get_text() for t in axes.get_xticklabels()]
     assert ticks == ["us", "French-Belgian"]
+    assert {t.get_rotation() for t in axes.get_xticklabels()} == {0.0}
 
 
 def test_text_can_be_read_on_its_cell(tmp_path, drawn):
@@ -123,7 +127,7 @@ def test_layers_keep_their_order_and_values(tmp_path, drawn, kind):
 
 def test_one_model_needs_no_legend(tmp_path, drawn):
     plot_by_layer({"l.0": 1.0}, tmp_path / "l.png")
-    assert drawn[0].get_legend() is None
+    assert drawn[0].figure.legends == []
 
 
 @pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
@@ -266,3 +270,167 @@ def test_surfaces_that_cannot_be_drawn(tmp_path, surface, options, match):
     with pytest.raises(ValueError, match=match):
         plot_scale_surface(surface, tmp_path / "s.png", **options)
     assert not list(tmp_path.iterdir())
+
+
+ALL = {
+    "curve": lambda path: plot_scale_curve(
+        {"recordings of the left-out one (test)": CURVES["a"], "b": {0.1: 2}},
+        path, baseline=20.5, chosen=(0.2, 17.0), oracle=(0.2, 17.0),
+        title="A title that is longer than a column of a paper is wide, so "
+        "that it has to be broken",
+    ),
+    "surface": lambda path: plot_scale_surface(
+        SURFACE, path, baseline=(1.0, 0.0), chosen=(0.5, 0.5),
+        oracle=(0.5, 0.5), title="A target that was left out",
+    ),
+    "matrix": lambda path: plot_wer_matrix(
+        [[9.0, 12.3], [8.0, 100.4]], ["us", "French-Belgian"], path
+    ),
+    "cosines": lambda path: plot_cosine_matrix(
+        torch.eye(3), ["news", "music_and_more", "weather"], path,
+        title="A title that is longer than what is left beside the names",
+    ),
+    "layers": lambda path: plot_by_layer(
+        {n: {f"encoder.layers.{i}": i for i in range(6)} for n in "ab"}, path
+    ),
+    "effect": lambda path: plot_before_after(
+        {"us": {"baseline": [20.0, 22.0], "edited": [11.0, 12.0]},
+         "French-Belgian": {"baseline": 30.0, "real_target": 10.0}},
+        path, bounds=["real_target"],
+    ),
+}  # fmt: skip
+
+
+def shown(axis):
+    """Return the labels of the ticks that are inside the axes."""
+    low, high = sorted(axis.get_view_interval())
+    pairs = zip(axis.get_ticklocs(), axis.get_ticklabels())
+    return [text for place, text in pairs if low <= place <= high]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_plot_fits_a_column_and_nothing_overlaps(tmp_path, drawn, name):
+    ALL[name](tmp_path / "plot.png")
+    axes = drawn[0]
+    figure = axes.figure
+    assert figure.get_figwidth() * 2.54 == pytest.approx(8.5, abs=0.02)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    page = figure.get_window_extent(renderer)
+    labels = [*shown(axes.xaxis), axes.xaxis.label]
+    boxes = [
+        text.get_window_extent(renderer) for text in labels if text.get_text()
+    ]
+    boxes += [found.get_window_extent(renderer) for found in figure.legends]
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.overlaps(other)
+    # Titles, and figures in cells or above bars.
+    inside = [t for t in axes.get_children() if isinstance(t, Text)]
+    boxes += [t.get_window_extent(renderer) for t in inside if t.get_text()]
+    boxes += [text.get_window_extent(renderer) for text in shown(axes.yaxis)]
+    for box in boxes:
+        # To a pixel.
+        assert page.x0 - 1 <= box.x0 and box.x1 <= page.x1 + 1
+        assert page.y0 - 1 <= box.y0 and box.y1 <= page.y1 + 1
+    # Labels that fit are not turned, and none is smaller than 6 points.
+    assert {t.get_rotation() for t in axes.get_xticklabels()} == {0.0}
+    texts = [*axes.get_xticklabels(), *axes.get_yticklabels(), *axes.texts]
+    assert min(text.get_fontsize() for text in texts) >= 6
+    assert not any("_" in text.get_text() for text in texts)
+
+
+def test_chosen_and_oracle_are_seen_where_they_coincide(tmp_path, drawn):
+    ALL["curve"](tmp_path / "c.png")
+    points = {
+        line.get_label().partition(":")[0]: line
+        for line in drawn[0].get_lines()
+        if line.get_linestyle() == "None"
+    }
+    star, ring = points["chosen"], points["oracle"]
+    assert list(star.get_xydata()[0]) == list(ring.get_xydata()[0])
+    assert ring.get_markerfacecolor() == "none"
+    assert ring.get_markersize() > star.get_markersize() + 2
+
+
+def test_further_formats_come_beside(tmp_path, monkeypatch):
+    monkeypatch.setenv("TASKARITH_PLOT_FORMATS", "pdf, svg")
+    path = plot_scale_curve(CURVES, tmp_path / "a.png")
+    assert path == tmp_path / "a.png"
+    found = {p.suffix: p.read_bytes() for p in tmp_path.iterdir()}
+    assert found[".pdf"].startswith(b"%PDF") and b"<svg" in found[".svg"]
+    assert set(found) == {".png", ".pdf", ".svg"}
+    monkeypatch.setenv("TASKARITH_PLOT_FORMATS", "eps")
+    with pytest.raises(ValueError, match="TASKARITH_PLOT_FORMATS=eps"):
+        plot_scale_curve(CURVES, tmp_path / "b.png")
+    assert not (tmp_path / "b.png").exists()
+
+
+def test_one_number_is_no_heat_map(tmp_path, drawn):
+    plot_cosine_matrix(
+        torch.tensor([[1.0, -0.25], [-0.25, 1.0]]), "ab", tmp_path / "c.png"
+    )
+    plot_wer_matrix([[5.0]], ["us"], tmp_path / "w.png")
+    for axes, value in zip(drawn, (-0.25, 5.0)):
+        assert not axes.get_images()
+        assert [bar.get_width() for bar in axes.patches] == [value]
+    assert drawn[0].get_xlim() == (-1.0, 1.0)
+
+
+def test_cosines_leave_out_what_is_known(tmp_path, drawn):
+    matrix = torch.tensor([[1.0, 0.1, 0.2], [0.1, 1.0, 0.3], [0.2, 0.3, 1.0]])
+    plot_cosine_matrix(matrix, ["a", "b", "c"], tmp_path / "c.png")
+    axes = drawn[0]
+    texts = {t.get_position(): t.get_text() for t in axes.texts}
+    assert texts == {(0, 0): "0.10", (0, 1): "0.20", (1, 1): "0.30"}
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["b", "c"]
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["a", "b"]
+    assert axes.get_images()[0].get_clim() == pytest.approx((-0.3, 0.3))
+
+
+def test_layers_are_named_by_what_tells_them_apart(tmp_path, drawn):
+    norms = {f"encoder.layers.{i}": 1.0 for i in range(24)}
+    plot_layer_norms(norms, tmp_path / "l.png")
+    axes = drawn[0]
+    assert axes.get_xlabel() == "layer (of encoder.layers)"
+    ticks = {
+        place: text.get_text()
+        for place, text in zip(axes.get_xticks(), axes.get_xticklabels())
+    }
+    assert all(text == str(place) for place, text in ticks.items())
+    assert len(ticks) > 5
+
+
+def test_effects_have_their_heights_errors_and_bounds(tmp_path, drawn):
+    plot_before_after(
+        {"us": {"before": [20.0, 24.0], "after": [10.0, 12.0]},
+         "de": {"before": 30.0, "after": 25.0, "real": 20.0}},
+        tmp_path / "e.png",
+        intervals={"de": {"after": (22.0, 29.0)}},
+        bounds=["real"],
+    )  # fmt: skip
+    axes = drawn[0]
+    bars = [c for c in axes.containers if isinstance(c, BarContainer)]
+    heights = {c.get_label(): [bar.get_height() for bar in c] for c in bars}
+    assert heights == {
+        "before": [22.0, 30.0], "after": [11.0, 25.0], "real": [20.0]
+    }  # fmt: skip
+    ends = {
+        tuple(segment[:, 1].round(6))
+        for lines in axes.collections
+        for segment in lines.get_segments()
+    }
+    two = math.sqrt(8.0), math.sqrt(2.0)
+    assert ends == {
+        (round(22 - two[0], 6), round(22 + two[0], 6)),
+        (round(11 - two[1], 6), round(11 + two[1], 6)),
+        (22.0, 29.0),
+    }
+    hatched = [c.get_label() for c in bars if c[0].get_hatch()]
+    assert hatched == ["real"]
+    # Bars of one domain stand together, in the order given.
+    places = sorted((bar.get_x(), c.get_label()) for c in bars for bar in c)
+    assert [label for _, label in places] == [
+        "before", "after", "before", "after", "real"
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="nothing to draw for us"):
+        plot_before_after({"us": {}}, tmp_path / "x.png")

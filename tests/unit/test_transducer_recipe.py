@@ -1,4 +1,4 @@
-"""The YAML of docs/transducers.md inside SpeechBrain's transducer recipe.
+"""The YAML of docs/transducers_in_recipes.md inside SpeechBrain's transducer recipe.
 
 The Brain below has the lines of that recipe's train.py which the YAML touches.
 """
@@ -16,7 +16,7 @@ from speechbrain.decoders.transducer import TransducerBeamSearcher
 
 from speechbrain_taskarith.transducer import HATOutput, transfer_encoder
 
-PAGE = Path(__file__).parents[2] / "docs" / "transducers.md"
+PAGE = Path(__file__).parents[2] / "docs" / "transducers_in_recipes.md"
 
 # The keys of LibriSpeech/ASR/transducer/hparams/conformer_transducer.yaml that
 # decoding and loss refer to, as they stand there, with a small encoder.
@@ -112,8 +112,8 @@ def keys(text):
 
 def changed(without=()):
     """Return the recipe's YAML with the page's keys in their places."""
-    section = PAGE.read_text().partition("\n## In a SpeechBrain recipe")[2]
-    block = keys(re.search(r"```yaml\n(.*?)```", section, re.S)[1])
+    page = PAGE.read_text(encoding="utf-8")
+    block = keys(re.search(r"```yaml\n(.*?)```", page, re.S)[1])
     assert {"transducer_cost", "Greedysearcher", "Beamsearcher"} <= set(block)
     for name in without:
         del block[name]

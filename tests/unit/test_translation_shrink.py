@@ -301,3 +301,13 @@ def test_bad_input_is_named():
             ctc_segments(*wrong)
     with pytest.raises(ValueError, match="capacity 0"):
         ctc_segments(labels, torch.tensor([3, 3]), capacity=0)
+
+
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_second_derivatives_are_refused(pooling):
+    x, logits, lens = shrink_batch([6, 4])
+    x.requires_grad_()
+    out = CTCShrink(pooling=pooling)(x, logits, lens).x.square().sum()
+    (grad,) = torch.autograd.grad(out, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()

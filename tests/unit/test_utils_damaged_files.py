@@ -26,9 +26,9 @@ def of_translation(path):
 
 
 def of_transcribe(path):
-    from speechbrain_taskarith.commands.transcribe import _load_weights
+    from speechbrain_taskarith.utils.model_folder.weights import load_weights
 
-    _load_weights(torch.nn.Linear(1, 1), path.parent)
+    load_weights(torch.nn.Linear(1, 1), path.parent, [path.name], "save it")
 
 
 @pytest.mark.parametrize("content", CONTENT)

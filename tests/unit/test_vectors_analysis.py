@@ -248,5 +248,5 @@ def test_plots(tmp_path):
     ]
     for path in paths:
         assert path.read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="the names are 1"):
+    with pytest.raises(ValueError, match="2 vectors, there are 1 names"):
         plot_cosine_matrix(matrix, ["news"], tmp_path / "bad.png")

@@ -4,7 +4,6 @@ The recipe below is written as upstream's are; the tests change its YAML, never
 its code.
 """
 
-import json
 import os
 import shutil
 
@@ -19,6 +18,7 @@ from speechbrain.utils.checkpoints import (
 )
 from speechbrain.utils.parameter_transfer import Pretrainer
 
+from speechbrain_taskarith.utils.hub.cards import read_card
 from speechbrain_taskarith.vectors import (
     TIES,
     EditingCheckpointer,
@@ -265,7 +265,7 @@ def test_stock_tools_see_the_edited_model(us, tmp_path):
     pretrainer.collect_files()
     pretrainer.load_collected()
     assert_same(as_copy(model), edited)
-    card = json.loads((found.path / "model_card.json").read_text())
+    card = read_card(found.path)
     assert card["rule"]["rule"] == "TIES"
 
 

@@ -279,7 +279,7 @@ def test_every_layout_and_type_against_float64(layout, dtype, tmp_path):
     torch.testing.assert_close(edited.double(), wide, **tolerance)
     output = tmp_path / "merged.safetensors"
     merge_checkpoints(
-        first, [second], TaskArithmetic(0.3), output, progress=False
+        first, [second], TaskArithmetic(0.3), output, show_progress=False
     )
     merged = open_state(output)["w"]
     assert torch.equal(merged, edited), "the engine gives the same bytes"
@@ -335,7 +335,7 @@ def test_groups_are_searched_outwards_from_where_they_start():
 
     scales = [round(0.1 * n, 1) for n in range(11)]
     search = search_scale(
-        model, base, tau, wer, scales, groups=["a", "b"], enable_progress=False
+        model, base, tau, wer, scales, groups=["a", "b"], show_progress=False
     )
     assert search.best_by_group == {"a": 0.8, "b": 0.6}
     assert any(row["state"] == "skipped" for row in search.table)

@@ -92,7 +92,11 @@ def test_merged_recognisers_load_strictly(tmp_path, output):
         torch.save(recogniser(number).state_dict(), tmp_path / f"{number}.ckpt")
     parents = [tmp_path / "1.ckpt", tmp_path / "2.ckpt"]
     merge_checkpoints(
-        base, parents, TaskArithmetic(0.5), tmp_path / output, progress=False
+        base,
+        parents,
+        TaskArithmetic(0.5),
+        tmp_path / output,
+        show_progress=False,
     )
     fresh = recogniser(9)
     fresh.normalize.glob_mean *= 0
@@ -109,7 +113,7 @@ def test_safetensors_cannot_hold_an_extra_state(tmp_path, output):
     base, tuned = recogniser(), recogniser(1)
     with pytest.raises(ValueError, match=r"_extra_state.*\.ckpt"):
         merge_checkpoints(
-            base, [tuned], TIES(), tmp_path / output, progress=False
+            base, [tuned], TIES(), tmp_path / output, show_progress=False
         )
     with pytest.raises(ValueError, match=r"_extra_state.*\.ckpt"):
         save_state(base, tmp_path / output)
@@ -283,7 +287,7 @@ def test_what_stays_the_base_s_is_reported(
         dry = cli.run_json(capsys, *words, "--overwrite", "--dry-run")
         result = cli.run_json(capsys, *words, "--overwrite")
         path = tmp_path / words[-1]
-        card = path / "model_card.md" if path.is_dir() else f"{path}.card.md"
+        card = path / "README.md" if path.is_dir() else f"{path}.md"
         text = (tmp_path / card).read_text()
         found = result["extra_of_base"]
         assert dry["extra_of_base"] == found

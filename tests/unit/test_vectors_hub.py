@@ -1,23 +1,19 @@
 """Hub names: the hub's cache, its protocol from a server here, no network."""
 
-import contextlib
 import functools
-import hashlib
-import http.server
-import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 import torch
 from cli_support import run, run_json
+from hub_server import Hub, serving
 from hugging_face_toy import save_whisper
 
-from speechbrain_taskarith.utils.optional import is_hub_name, local_path
+from speechbrain_taskarith.utils.hub.download import is_hub_name, local_path
 from speechbrain_taskarith.vectors import (
     TaskArithmetic,
     TaskVector,
@@ -168,68 +164,10 @@ def test_without_network_the_error_says_how_to_get_a_folder(cache):
     assert "hf download someone/else --local-dir" in str(error.value)
 
 
-def serve(folder):
-    """Serve a folder as the hub does: its API, and files by commit."""
-    commit = "0" * 40
-    asked = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def log_message(self, *arguments):
-            pass
-
-        def reply(self, status, body, **headers):
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name.replace("_", "-"), value)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        def do_GET(self):
-            path = self.path.partition("?")[0]
-            files = sorted(p.name for p in folder.iterdir())
-            if path.startswith(f"/api/models/{NAME}"):
-                siblings = [{"rfilename": name} for name in files]
-                body = {"id": NAME, "sha": commit, "siblings": siblings}
-                tree = [
-                    {"type": "file", "path": n, "size": 1, "oid": "0" * 40}
-                    for n in files
-                ]
-                content = tree if "/tree/" in path else body
-                content = json.dumps(content).encode()
-                return self.reply(200, content, Content_Type="application/json")
-            file = folder / Path(path).name
-            if path.startswith(f"/{NAME}/resolve/") and file.exists():
-                asked.append(file.name)
-                body = file.read_bytes()
-                etag = hashlib.sha256(body).hexdigest()
-                return self.reply(
-                    200, body, ETag=f'"{etag}"', X_Repo_Commit=commit
-                )
-            return self.reply(404, b"", X_Error_Code="RepoNotFound")
-
-        do_HEAD = do_GET
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server, asked
-
-
-@contextlib.contextmanager
-def served(folder):
-    server, asked = serve(folder)
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
 def ask(endpoint, home, name, cwd):
     """Ask in a process of its own: the hub's client reads its settings once."""
     code = (
-        "import sys; from speechbrain_taskarith.utils.optional import "
+        "import sys; from speechbrain_taskarith.utils.hub.download import "
         "local_path; print(local_path(sys.argv[1]))"
     )
     environment = {
@@ -257,7 +195,8 @@ def test_download_takes_weights_once_and_what_describes_them(
     if form == "bin":
         torch.save(dict(open_state(whisper)), whisper / "pytorch_model.bin")
         (whisper / "model.safetensors").unlink()
-    with served(whisper) as (endpoint, asked):
+    hub = Hub({NAME: {p.name: p.read_bytes() for p in whisper.iterdir()}})
+    with serving(hub) as endpoint:
         question = functools.partial(ask, endpoint, tmp_path / "home", NAME)
         first = question(tmp_path)
         assert first.returncode == 0, first.stderr
@@ -266,7 +205,7 @@ def test_download_takes_weights_once_and_what_describes_them(
         wanted -= {"README.md", "flax_model.msgpack"}
         assert {p.name for p in folder.iterdir()} == wanted
         assert open_state(folder).fingerprint == open_state(whisper).fingerprint
-        assert set(asked) == wanted
+        assert set(hub.downloaded) == wanted
         missing = ask(endpoint, tmp_path / "home", "someone/else", tmp_path)
         assert "someone/else: no such file" in missing.stderr
     # Nobody answers there any more: the cache does.

@@ -2,10 +2,12 @@
 
 import json
 
+import huggingface_hub
 import pytest
 import torch
-import yaml
+from cli_support import run_json
 
+from speechbrain_taskarith.utils.hub.cards import read_card, read_front
 from speechbrain_taskarith.vectors import (
     TIES,
     ModelCard,
@@ -37,14 +39,12 @@ def card(**fields):
     return ModelCard(**{**given, **fields}), base, tau
 
 
-def test_everything_is_in_both_forms(tmp_path):
+def test_people_and_programs_read_the_same_file(tmp_path):
     made, base, tau = card()
-    paths = made.save(tmp_path / "merged.safetensors")
-    assert [p.name for p in paths] == [
-        "merged.safetensors.card.md",
-        "merged.safetensors.json",
-    ]
-    content = json.loads(paths[1].read_text())
+    path = made.save(tmp_path / "merged.safetensors")
+    assert path.name == "merged.safetensors.md"
+    assert list(tmp_path.iterdir()) == [path]
+    content = read_card(tmp_path / "merged.safetensors")
     assert content["parents"][0]["fingerprint"] == base.fingerprint
     assert content["parents"][1]["base_fingerprint"] == base.fingerprint
     assert (
@@ -57,39 +57,123 @@ def test_everything_is_in_both_forms(tmp_path):
     assert content["selected_on"] == "synthetic_target"
     for package in ("python", "torch", "speechbrain", "speechbrain_taskarith"):
         assert content["versions"][package]
-    text = paths[0].read_text()
+    text = path.read_text().split("---\n", 2)[2]
     for piece in (
         "# Merged", "12.35", "TIES(density=0.5", "`encoder.*`: 0.2",
         "synthetic_target", "f" * 64, base.fingerprint, "Made for a test.",
     ):  # fmt: skip
         assert piece in text
-    assert ModelCard(**content).to_dict() == content
+    loaded = ModelCard.load(tmp_path / "merged.safetensors")
+    assert loaded.to_dict() == content == made.to_dict()
 
 
-def test_a_folder_gets_its_card_inside(tmp_path):
+def test_the_hubs_own_reader_finds_base_metrics_and_licence(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    made = ModelCard(
+        "Whisper, merged",
+        parents=[
+            {"role": "base", "path": "openai/whisper-tiny.en"},
+            {"role": "fine-tuned", "path": "some/other"},
+            {"role": "fine-tuned", "path": "results/a/save"},
+            {"role": "fine-tuned", "path": "no/path.ckpt"},
+        ],
+        wer=[
+            {"row": "baseline", "wer": 9.0},
+            {"row": "merged", "wer": 4.2, "dataset": "My Corpus",
+             "split": "test"},
+            {"row": "lost", "wer": float("nan"), "dataset": "My Corpus"},
+        ],
+        license="apache-2.0",
+        language=["en", "nl"],
+        tags=["whisper"],
+    )  # fmt: skip
+    path = made.save(tmp_path)
+    assert path == tmp_path / "README.md"
+    found = huggingface_hub.ModelCard.load(path)
+    wanted = huggingface_hub.metadata_eval_result(
+        model_pretty_name="Whisper, merged",
+        task_pretty_name="-",
+        task_id="automatic-speech-recognition",
+        metrics_pretty_name="WER (%)",
+        metrics_id="wer",
+        metrics_value=4.2,
+        dataset_pretty_name="My Corpus",
+        dataset_id="my_corpus",
+        dataset_split="test",
+    )["model-index"]
+    # What the hub writes of its own accord says no more.
+    [[result]] = [entry["results"] for entry in wanted]
+    del result["task"]["name"], result["metrics"][0]["verified"]
+    data = found.data.to_dict()
+    assert data.pop("speechbrain_taskarith")["title"] == "Whisper, merged"
+    [index] = data.pop("model-index")
+    [shown] = index["results"]
+    assert index["name"] == "Whisper, merged" and shown == result
+    assert data == {
+        "license": "apache-2.0",
+        "language": ["en", "nl"],
+        "library_name": "transformers",
+        "base_model": ["openai/whisper-tiny.en", "some/other"],
+        "base_model_relation": "merge",
+        "tags": ["speechbrain_taskarith", "merge", "whisper"],
+    }
+    assert found.text.strip() == made.to_markdown().strip()
+
+
+def test_a_vectors_card_links_the_base_that_it_needs(tmp_path):
+    tau = TaskVector(
+        {"w": torch.ones(2)},
+        "f" * 64,
+        {"base": "openai/whisper-tiny", "finetuned": "some/finetuned",
+         "finetuned_fingerprint": "e" * 64},
+    )  # fmt: skip
+    path = tau.card(language="en").save(tmp_path)
+    data = huggingface_hub.ModelCard.load(path).data
+    assert data.base_model == "openai/whisper-tiny"
+    assert data.base_model_relation == "adapter"
+    assert data.language == ["en"] and "task-vector" in data.tags
+    roles = [p["role"] for p in ModelCard.load(tmp_path).parents]
+    assert roles == ["base", "fine-tuned"]
+
+
+def test_a_local_base_is_no_link(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    parents = [{"role": "base", "path": "results/base"}]
+    front = read_front(ModelCard(parents=parents).save(tmp_path / "m.pt"))
+    assert "base_model" not in front and "base_model_relation" not in front
+
+
+def test_a_speechbrain_folder_gets_its_card_inside(tmp_path):
     made, _, _ = card()
     made.save(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "model_card.json",
-        "model_card.md",
-    ]
+    assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
+    assert read_front(tmp_path / "README.md")["library_name"] == "speechbrain"
 
 
-def test_a_hugging_face_folder_gets_its_card_where_the_hub_shows_it(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    parents = [
-        {"role": "base", "path": "openai/whisper-tiny.en"},
-        {"role": "fine-tuned", "path": "some/other"},
-    ]
-    ModelCard(parents=parents).save(tmp_path)
-    head, front, text = (tmp_path / "README.md").read_text().split("---\n", 2)
-    assert head == "" and "# Edited model" in text
-    assert yaml.safe_load(front) == {
-        "library_name": "transformers",
-        "base_model": "openai/whisper-tiny.en",
-        "tags": ["merge", "speechbrain_taskarith"],
-    }
-    assert not (tmp_path / "model_card.md").exists()
+def test_anothers_readme_is_kept(tmp_path):
+    (tmp_path / "README.md").write_text("# My notes\n")
+    with pytest.raises(FileExistsError, match="README.md: stands there"):
+        ModelCard().save(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "# My notes\n"
+    with pytest.raises(FileNotFoundError, match="README.md: no card"):
+        ModelCard.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "front", ["a: [1", "- 1", "!!python/object/apply:os.getcwd []", "\x00: 1"]
+)
+def test_a_damaged_card_is_refused_by_name_and_runs_nothing(tmp_path, front):
+    path = tmp_path / "m.ckpt.md"
+    path.write_text(f"---\n{front}\n---\n# Mine\n")
+    with pytest.raises(ValueError, match=r"m\.ckpt\.md: its front matter"):
+        ModelCard.load(tmp_path / "m.ckpt")
+
+
+def test_dashes_inside_a_text_do_not_end_the_front_matter(tmp_path):
+    made = ModelCard(notes=["a\n---\nb: 1", "---"], title="Ünï: 'x'")
+    made.save(tmp_path / "m.ckpt")
+    assert ModelCard.load(tmp_path / "m.ckpt").to_dict() == made.to_dict()
 
 
 def test_tables_survive_pipes_and_line_breaks():
@@ -129,10 +213,33 @@ def test_a_torch_files_metadata_and_card_share_one_file(tmp_path):
         {"w": torch.ones(2)}, tmp_path / "m.ckpt", metadata={"step": 3}
     )
     made.save(path)
-    content = json.loads((tmp_path / "m.ckpt.json").read_text())
-    assert content == {"step": 3, **made.to_dict()}
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "m.ckpt",
-        "m.ckpt.card.md",
-        "m.ckpt.json",
-    ]
+    assert read_card(path) == {"step": 3, **made.to_dict()}
+    assert ModelCard.load(path).to_dict() == made.to_dict()
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["m.ckpt", "m.ckpt.md"]
+    # Other weights under this name: the card told of those before.
+    save_state({"w": torch.zeros(2)}, path)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.ckpt"]
+
+
+def test_inspect_reads_cards_old_metadata_and_sees_a_card_of_others(
+    tmp_path, capsys
+):
+    old, new = tmp_path / "old.ckpt", tmp_path / "new.safetensors"
+    save_state({"w": torch.ones(2)}, old)
+    (tmp_path / "old.ckpt.json").write_text('{"step": 3}')
+    save_state({"w": torch.ones(2)}, new)
+    ModelCard(fingerprint="0" * 64).save(new)
+    first, second = run_json(capsys, "inspect", str(old), str(new))["files"]
+    assert first["metadata"] == {"step": 3}
+    assert second["card_of_other_weights"] == "0" * 64
+    ModelCard(fingerprint=second["fingerprint"]).save(new)
+    [entry] = run_json(capsys, "inspect", str(new))["files"]
+    assert "card_of_other_weights" not in entry
+
+
+def test_what_is_no_rule_or_relation_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="expected a Rule"):
+        ModelCard(rule=lambda base, vectors: None)
+    with pytest.raises(ValueError, match="relation is 'child'"):
+        ModelCard(relation="child").save(tmp_path)

@@ -100,7 +100,7 @@ def test_python_edits_all(tmp_path):
 
 def test_without_a_word_one_is_taken_and_the_others_named(capsys):
     with pytest.warns(UserWarning, match=r"wav2vec2 \(20 parameters\).*all"):
-        merge_checkpoints("A", ["B"], TIES(), "m.ckpt", progress=False)
+        merge_checkpoints("A", ["B"], TIES(), "m.ckpt", show_progress=False)
     assert len(open_state("m.ckpt")) == 2
     cli.run("vector", "A", "B", "-o", "v.safetensors")
     assert "wav2vec2 (20 parameters)" in capsys.readouterr().err

@@ -43,7 +43,7 @@ def attempts(tmp_path, base, tuned, **how):
         lambda: TaskVector.between(base, tuned, **how).apply(base),
         lambda: TaskVector.between(*pair, **how).apply(pair[0]),
         lambda: merge_checkpoints(
-            pair[0], [pair[1]], rule, out, progress=False, **how
+            pair[0], [pair[1]], rule, out, show_progress=False, **how
         ),
     )
 

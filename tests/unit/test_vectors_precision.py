@@ -16,7 +16,7 @@ from speechbrain_taskarith.vectors import (
 )
 from speechbrain_taskarith.vectors.application import rounding_loss
 
-merge = functools.partial(merge_checkpoints, progress=False)
+merge = functools.partial(merge_checkpoints, show_progress=False)
 
 HALF = [torch.float16, torch.bfloat16]
 

@@ -238,7 +238,13 @@ def test_streams_the_same_bytes(rule, threads, tmp_path):
     expected = rule(base, taus)
     output = tmp_path / "merged.safetensors"
     merge_checkpoints(
-        base, models, rule, output, progress=False, threads=threads, chunk=7
+        base,
+        models,
+        rule,
+        output,
+        show_progress=False,
+        threads=threads,
+        chunk=7,
     )
     merged = open_state(output)
     for name, value in expected.items():

@@ -73,7 +73,7 @@ def test_own_rule_streams_the_same_bytes(rule, threads, tmp_path):
     expected = rule(base, taus)
     output = tmp_path / "merged.safetensors"
     merge_checkpoints(
-        base, tuned, rule, output, progress=False, threads=threads, chunk=7
+        base, tuned, rule, output, show_progress=False, threads=threads, chunk=7
     )
     merged = open_state(output)
     for name, value in expected.items():

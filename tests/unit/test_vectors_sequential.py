@@ -1,6 +1,5 @@
 """SequentialEditor against the paper's formula, and against a harsh life."""
 
-import json
 import multiprocessing
 import os
 
@@ -9,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from speechbrain_taskarith.utils.hub.cards import read_card
 from speechbrain_taskarith.vectors import (
     TIES,
     LiNeS,
@@ -569,12 +569,11 @@ def test_saving_writes_weights_and_card(tmp_path):
     final = learn_all(editor, ["german"])[-1]
     path = editor.save(tmp_path / "edited.safetensors", wer={"german": 4.5})
     assert open_state(path).fingerprint == as_state(final).fingerprint
-    card = json.loads((tmp_path / "edited.safetensors.json").read_text())
+    card = read_card(tmp_path / "edited.safetensors")
     assert card["fingerprint"] == editor.fingerprint
     assert card["wer"] == [{"name": "german", "wer": 4.5}]
     assert (
-        "TIES(density=0.5"
-        in (tmp_path / "edited.safetensors.card.md").read_text()
+        "TIES(density=0.5" in (tmp_path / "edited.safetensors.md").read_text()
     )
 
 

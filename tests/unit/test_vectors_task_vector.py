@@ -377,7 +377,7 @@ def both_readers(path):
         TaskArithmetic(),
         output,
         any_base=True,
-        progress=False,
+        show_progress=False,
     )
     assert not output.exists()
 

@@ -111,7 +111,7 @@ def test_a_stored_vector_fits_every_form(whisper, tmp_path, taken, encoding):
             TaskArithmetic(weights=[1.0, 0.0]),
             path,
             any_base=True,
-            progress=False,
+            show_progress=False,
         )
         model.load_state_dict(dict(open_state(path)), strict=False)
         check(model, edited)

@@ -124,7 +124,11 @@ def test_stored_and_in_mappings(tmp_path, kind, form):
         assert set(open_state(path)) == set(net.state_dict())
         open_state(path).verify()
         merge_checkpoints(
-            net, [path], TaskArithmetic(1.0), tmp_path / "o.pt", progress=False
+            net,
+            [path],
+            TaskArithmetic(1.0),
+            tmp_path / "o.pt",
+            show_progress=False,
         )
         net.load_state_dict(torch.load(tmp_path / "o.pt", weights_only=True))
 
@@ -184,7 +188,7 @@ def test_a_module_s_own_name_stays(tmp_path):
         Holder().load_state_dict(editor.state())
     for output in ("o.pt", "o.safetensors"):
         path = tmp_path / output
-        merge_checkpoints(net, [tuned], rule, path, progress=False)
+        merge_checkpoints(net, [tuned], rule, path, show_progress=False)
         assert list(open_state(path, as_stored=True)) == names
         open_state(path).verify()
         assert TaskVector.between(net, path).norm() == pytest.approx(10**0.5)

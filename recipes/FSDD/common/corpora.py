@@ -187,7 +187,7 @@ def _make_side(audio, make, settings, show_progress):
             total=len(make),
             desc=label,
             unit="voice",
-            enable=show_progress,
+            show_progress=show_progress,
         )
         return [row for rows in done for row in rows]
     finally:

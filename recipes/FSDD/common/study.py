@@ -247,7 +247,7 @@ def run_trainings(train, trainings, arguments, folder, show_progress=True):
         total=len(trainings),
         desc="trainings",
         unit="training",
-        enable=show_progress,
+        show_progress=show_progress,
     ) as bar:
         for generation in generations(trainings, folder):
             missing = [t for t in generation if not is_finished(folder, t.name)]

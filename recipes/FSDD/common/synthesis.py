@@ -84,7 +84,7 @@ def synthesize_digits(
         _speak(words, voices, takes, sample_rate, seed, split, prefix),
         total=len(words) * len(voices) * takes,
         desc="synthetic speech",
-        enable=show_progress,
+        show_progress=show_progress,
     )
     if folder is not None:
         return _write(spoken, os.path.abspath(folder), sample_rate)

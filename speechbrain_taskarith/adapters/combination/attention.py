@@ -156,6 +156,8 @@ def plot_attention(
         [str(layer) for layer in layers],
         path,
         title=title,
+        xlabel="layer",
+        ylabel="adapter",
         limits=(0.0, 1.0),
         form="{:.2f}",
         unit="mean weight",

@@ -170,7 +170,7 @@ class Combination(torch.nn.Module):
         return compute(x)
 
     def _as_loop(self, x):
-        raise NotImplementedError(f"{type(self).__name__} has no _as_loop")
+        raise NotImplementedError(f"{type(self).__name__} computes nothing")
 
     def _as_stacked(self, x):
         return self._as_loop(x)

@@ -64,7 +64,9 @@ def run(options):
         check_networks(base, output)
         base.verify()
         files = progress(
-            options.vectors, desc="reading", enable=not options.no_progress
+            options.vectors,
+            desc="reading",
+            show_progress=not options.no_progress,
         )
         chosen = shared.patterns(options)
         vectors = map(TaskVector.load, files)

@@ -15,7 +15,7 @@ from speechbrain_taskarith.commands.output import (
     size,
     table,
 )
-from speechbrain_taskarith.utils.optional import local_path
+from speechbrain_taskarith.utils.hub.download import local_path
 from speechbrain_taskarith.utils.patterns import select
 from speechbrain_taskarith.utils.progress import progress
 from speechbrain_taskarith.vectors.engine.vector_header import (
@@ -63,14 +63,15 @@ def add_parser(verbs, summary):
 def run(options):
     """Look at every file."""
     lines, entries = [], []
-    enable = not options.no_progress
-    for path in progress(options.files, desc="inspecting", enable=enable):
+    shown = not options.no_progress
+    for path in progress(options.files, desc="inspecting", show_progress=shown):
         entries.append(_look(Path(path), options))
         lines += ["", *_shown(entries[-1])]
     return Result(lines[1:], {"verb": "inspect", "files": entries})
 
 
 def _look(path, options):
+    from speechbrain_taskarith.utils.hub.cards import read_card
     from speechbrain_taskarith.vectors import open_state
     from speechbrain_taskarith.vectors.editing.log import has_log
 
@@ -91,6 +92,11 @@ def _look(path, options):
     if not options.no_fingerprint:
         state.verify()
         entry["fingerprint"] = state.fingerprint
+        # That of a checkpoint may be of more networks than are looked at.
+        one = entry["form"] != "SpeechBrain checkpoint"
+        told = one and read_card(path).get("fingerprint")
+        if told and told != state.fingerprint:
+            entry["card_of_other_weights"] = told
     entry["metadata"] = _metadata(path, state)
     if entry["form"] == "task vector":
         entry.update(_vector(path, state, options))
@@ -116,6 +122,7 @@ def _form(path, state):
 def _metadata(path, state):
     """Return what is written beside the weights about their origin."""
     from speechbrain_taskarith.utils.files import read_json
+    from speechbrain_taskarith.utils.hub.cards import read_card
     from speechbrain_taskarith.vectors.states.readers import TORCH_SUFFIXES
     from speechbrain_taskarith.vectors.states.speechbrain_folder import (
         read_checkpoint_meta,
@@ -123,12 +130,14 @@ def _metadata(path, state):
 
     if folder := checkpoint_of(path):
         return read_checkpoint_meta(folder)
-    # A torch file's metadata and card lie beside it.
-    beside = Path(f"{path}.json")
-    if path.suffix in TORCH_SUFFIXES and beside.is_file():
+    if path.suffix in TORCH_SUFFIXES:
+        # Its metadata stands in its card; earlier versions wrote JSON.
+        beside, found = Path(f"{path}.json"), read_card(path)
+        if not found and beside.is_file():
+            found = read_json(beside)
         return {
             key: value
-            for key, value in read_json(beside).items()
+            for key, value in found.items()
             if key != "fingerprint" and value not in (None, "", [])
         }
     found = dict(state.metadata)
@@ -185,6 +194,11 @@ def _shown(entry):
         lines.append(f"  tied         {' = '.join(group)}")
     if "fingerprint" in entry:
         lines.append(f"  fingerprint  {entry['fingerprint']}")
+    if told := entry.get("card_of_other_weights"):
+        lines.append(
+            f"  card         is of other weights ({told[:12]}), written "
+            "before these; do not trust it"
+        )
     if "encoding" in entry:
         lines.append(f"  taken from   {entry['base_fingerprint']}")
         lines.append(f"  encoding     {', '.join(entry['encoding'])}")
@@ -242,7 +256,7 @@ def draw(options):
     from speechbrain_taskarith.vectors import TaskVector
 
     files = progress(
-        options.vectors, desc="reading", enable=not options.no_progress
+        options.vectors, desc="reading", show_progress=not options.no_progress
     )
     vectors = dict(zip(names, map(TaskVector.load, files)))
     draw = _cosine if options.what == "cosine" else _layers

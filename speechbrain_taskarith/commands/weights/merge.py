@@ -163,7 +163,7 @@ def rule_of(plan, file=None):
         raise ValueError(f"{where}{error}") from None
 
 
-def _merge(plan, base, states, rule, output, progress):
+def _merge(plan, base, states, rule, output, show_progress):
     """Merge into the output, and write its card."""
     from speechbrain_taskarith.vectors import merge_checkpoints, open_state
     from speechbrain_taskarith.vectors.engine.inputs import MergeInputs
@@ -181,7 +181,10 @@ def _merge(plan, base, states, rule, output, progress):
         target = temporary_path(output).with_suffix(".safetensors")
     keys = ("device", "memory_limit", "threads", "include", "exclude")
     keys += ("buffers", "any_base", "fingerprint", "dtype")
-    how = {"progress": progress, **{key: getattr(plan, key) for key in keys}}
+    how = {
+        "show_progress": show_progress,
+        **{key: getattr(plan, key) for key in keys},
+    }
     try:
         report = merge_checkpoints(base, states, rule, target, **how)
         if kept is not None:

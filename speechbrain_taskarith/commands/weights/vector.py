@@ -136,8 +136,7 @@ def _store(tau, output, base, options):
     if "finetuned_fingerprint" in tau.metadata:
         finetuned["fingerprint"] = tau.metadata["finetuned_fingerprint"]
     notes = [f"stored {options.encoding}; norm {tau.norm():.6g}"]
-    ModelCard(
-        "Task vector",
+    tau.card(
         parents=[ModelCard.parent("base", base), finetuned],
         fingerprint=open_state(output).fingerprint,
         notes=[*notes, *extra_notes(kept_extra_in(tau.metadata))],

@@ -2,19 +2,17 @@
 
 import logging
 import math
-import statistics
 
-import torch
-
-from speechbrain_taskarith.translation.distributed import average_
-from speechbrain_taskarith.translation.multitask.gradients import (
-    isolated_gradients,
-    trained_parameters,
+from speechbrain_taskarith.translation.multitask.history import describe
+from speechbrain_taskarith.translation.multitask.norms import (
+    MEASURED,
+    GradientNorms,
 )
 from speechbrain_taskarith.utils.recoverable import JSONRecoverable
 
 logger = logging.getLogger(__name__)
 
+RULES = ("isolated", "joint", "none")
 # Where each task's gradient is compared with that of the main task.
 SHARED_PARTS = {"asr": ("acoustic",), "mt": ("textual", "decoder")}
 
@@ -22,8 +20,8 @@ SHARED_PARTS = {"asr": ("acoustic",), "mt": ("textual", "decoder")}
 class TaskNormWeights(JSONRecoverable):
     """Auxiliary tasks weigh less the smaller their share of the gradient.
 
-    Every `interval` updates, with norms n of each task's own gradient on the
-    parts of the model that it shares with the main task::
+    Every `interval` updates, with norms n of gradients on the parts of the
+    model that a task shares with the main one::
 
         w_asr *= (n_asr / n_st)^k                            acoustic encoder
         w_mt  *= max over textual encoder, decoder of
@@ -31,17 +29,34 @@ class TaskNormWeights(JSONRecoverable):
 
     (arXiv 2311.03810, section 4.3), and no weight grows beyond 1. A task whose
     weight falls below `floor` is no longer computed, which saves training
-    time. Gradients are those of the unweighted losses, averaged over the
-    micro-batches of an update and over processes: neither the order of tasks
-    nor accumulation nor the number of processes matters.
+    time. Three rules say what the norms are:
 
-    Norms are means over `average` updates, the last before a multiple of
-    `interval`, and a ratio counts as far as it is certain: it is moved towards
-    1 by `standard_errors` of its own. Noise alone stops no task. Where a task
-    was not in all of these batches, measuring goes on until each task was seen
-    as often, for ten times as many updates at most. A task that was not seen, or whose
+    - `"isolated"`: n_asr and n_mt are of the task's own loss, n_st of the main
+      loss alone. This is the method.
+    - `"joint"`: n_asr and n_mt are of the weighted loss, n_st of the whole
+      weighted sum, as in the authors' code, which leaves each gradient in the
+      next.
+    - `"none"`: weights stay; tasks end by `last_update` alone.
+
+    With `"joint"` the auxiliary gradient is in both norms: where "st" holds
+    0.3 of the loss of "asr" and no gradient points against it, the first ratio
+    is 1 / 1.3 at most, and later ones are less. Weights fall by construction,
+    whatever the tasks are to one another. The authors' settings are
+    `norms="joint", exponent="growing", measured="attention", average=1,
+    last_update={"asr": 20000, "mt": 30000}, warm_up=3000`.
+
+    Gradients are averaged over the micro-batches of an update and over
+    processes: neither the order of tasks nor accumulation nor the number of
+    processes matters. Norms are means over `average` updates, the last before
+    a multiple of `interval`, and a ratio counts as far as it is certain: it is
+    moved towards 1 by `standard_errors` of its own. Noise alone stops no task.
+    Where a task was not in all of these batches, measuring goes on until each
+    task was seen as often, for ten times as many updates at most. A task that
+    was not seen (by `"joint"`: in one update with the main task), or whose
     norm was always 0 or not finite, keeps its weight; a warning says so.
 
+    `history` holds every measurement: update, rule, exponent, norms, ratios,
+    weights, and the tasks that have stopped; `plot_task_weights` draws it.
     A checkpoint recoverable: a resumed run continues as if never stopped.
 
     Arguments
@@ -54,8 +69,8 @@ class TaskNormWeights(JSONRecoverable):
         Updates between measurements.
     floor : float
         Weight below which a task stops.
-    exponent : float
-        k. The paper leaves it open; decided: 1.
+    exponent : float or str
+        k. `"growing"`: `floor(updates / interval)`, 1, 2, 3, ...
     parts : dict of str: sequence of str, optional
         `{task: names of parts}`; the exponent is divided by their number.
         By default as above; a task of another name takes `("shared",)`.
@@ -66,9 +81,20 @@ class TaskNormWeights(JSONRecoverable):
     standard_errors : float
         See above. 0: the ratio as it was measured, as with `average` 1, of
         which no standard error is known.
+    norms : str
+        The rule, see above; None is `"none"`.
+    last_update : dict of str: int, optional
+        `{task: update}` after which a task ends in any case.
+    warm_up : int
+        Updates at the beginning in which the main task has weight 0 and is not
+        computed, nor anything measured: auxiliary tasks train alone.
+    measured : str
+        `"all"`: norms are of all parameters of a part. `"attention"`: the mean
+        over its layers of the norm at the self-attention's output projection.
 
     Example
     -------
+    >>> import torch
     >>> shared = torch.nn.Linear(2, 1)
     >>> weights = TaskNormWeights(["asr"], interval=1)
     >>> for _ in range(2):
@@ -93,44 +119,34 @@ class TaskNormWeights(JSONRecoverable):
         initial=None,
         average=10,
         standard_errors=3.0,
+        norms="isolated",
+        last_update=None,
+        warm_up=0,
+        measured="all",
     ):
-        tasks = tuple(tasks)
-        if main in tasks or len(set(tasks)) < len(tasks):
-            raise ValueError(
-                f"tasks {tasks}, main {main!r}: expected different auxiliary "
-                "tasks, and the main one apart"
-            )
-        if interval < 1 or not 0 <= floor < 1 or not exponent >= 0:
-            raise ValueError(
-                f"interval {interval}, floor {floor}, exponent {exponent}: "
-                "expected interval from 1, floor from 0 to below 1, exponent "
-                "from 0"
-            )
-        if average < 1 or not 0 <= standard_errors < math.inf:
-            raise ValueError(
-                f"average {average}, standard_errors {standard_errors}: "
-                "expected average from 1, standard_errors from 0, finite"
-            )
+        self.tasks, self.main = tuple(tasks), main
+        self.norms = "none" if norms is None else norms
+        self.interval, self.floor, self.exponent = interval, floor, exponent
         self.average = min(average, interval)
+        self.standard_errors, self.warm_up = standard_errors, warm_up
+        self.last_update = dict(last_update or {})
+        _check_settings(self, measured)
         # A part that is frozen has no gradient however long one waits.
         self._patience = min(interval - self.average, 9 * self.average)
-        self.standard_errors = standard_errors
-        self.tasks, self.main = tasks, main
-        self.interval, self.floor, self.exponent = interval, floor, exponent
         parts, initial = dict(parts or {}), dict(initial or {})
-        for name in (*parts, *initial):
+        for name in (*parts, *initial, *self.last_update):
             self._check_task(name)
         self.parts = {
             task: tuple(parts.get(task) or SHARED_PARTS.get(task, ("shared",)))
-            for task in tasks
+            for task in self.tasks
         }
-        self._weights = {task: float(initial.get(task, 1.0)) for task in tasks}
+        self._weights = {t: float(initial.get(t, 1.0)) for t in self.tasks}
         self._most = {t: max(1.0, w) for t, w in self._weights.items()}
         self.updates = 0
         self.history = []
-        self._grad_sums = {}
-        # Norms of this measurement, and for how long it has been overdue.
-        self._norms, self._late = {}, 0
+        # The measurement in progress, and for how long it has been overdue.
+        self._norms = GradientNorms(main, self.norms == "joint", measured)
+        self._late = 0
 
     def _check_task(self, task):
         if task not in (*self.tasks, self.main):
@@ -140,24 +156,36 @@ class TaskNormWeights(JSONRecoverable):
             )
 
     def __getitem__(self, task):
-        """Return a task's weight, 0 where it has stopped."""
+        """Return a task's weight, 0 where it has stopped or not begun."""
         self._check_task(task)
         if task == self.main:
-            return 1.0
+            return 0.0 if self.warming_up else 1.0
         weight = self._weights[task]
         return weight if weight >= self.floor else 0.0
 
     @property
     def active(self):
-        """Names of the tasks that are still to be computed, main first."""
-        return (self.main, *(t for t in self.tasks if self[t] > 0))
+        """Names of the tasks that are to be computed now, main first."""
+        return tuple(t for t in (self.main, *self.tasks) if self[t] > 0)
+
+    @property
+    def warming_up(self):
+        """Whether the main task has yet to begin, see `warm_up`."""
+        # With no auxiliary task left there would be nothing to train.
+        return self.updates < self.warm_up and bool(self._auxiliary)
+
+    @property
+    def _auxiliary(self):
+        """Parts of the auxiliary tasks that are active, by task."""
+        return {t: self.parts[t] for t in self.tasks if self[t] > 0}
 
     @property
     def due(self):
         """Whether this update measures gradients."""
+        if self.norms == "none" or self.warming_up or not self._auxiliary:
+            return False
         opens = self.interval - self.average
-        measures = self._late or self.updates % self.interval >= opens
-        return bool(measures) and len(self.active) > 1
+        return bool(self._late or self.updates % self.interval >= opens)
 
     def total(self, losses):
         """Return the weighted sum of losses.
@@ -166,7 +194,8 @@ class TaskNormWeights(JSONRecoverable):
         ---------
         losses : dict of str: torch.Tensor
             A scalar for each task; a batch need not have all of them. An
-            unknown task is a `ValueError`, and no task with any weight.
+            unknown task is a `ValueError`, and no task with any weight. While
+            warming up, that of the main task alone counts as 0.
 
         Returns
         -------
@@ -181,6 +210,8 @@ class TaskNormWeights(JSONRecoverable):
             for task in (self.main, *sorted(self.tasks))
             if task in losses and self[task] > 0
         ]
+        if not weighted and self.warming_up and self.main in losses:
+            return 0.0 * losses[self.main]
         if not weighted:
             raise ValueError(
                 f"losses of {sorted(losses) or 'no task'}, but only "
@@ -205,125 +236,91 @@ class TaskNormWeights(JSONRecoverable):
         """
         for task in losses:
             self._check_task(task)
-        wanted = [p for t in self.active[1:] for p in self.parts[t]]
-        if missing := sorted(set(wanted) - set(modules)):
+        wanted = {p for parts in self._auxiliary.values() for p in parts}
+        if missing := sorted(wanted - set(modules)):
             raise ValueError(
                 f"modules lack {missing}; given are {sorted(modules)}. Each "
                 "part is what tasks share: acoustic encoder, textual encoder, "
                 "decoder"
             )
-        parts = {
-            p: trained_parameters(modules[p]) for p in dict.fromkeys(wanted)
-        }
-        # All parts of a task in one pass over its graph.
-        shared = trained_parameters(p for ps in parts.values() for p in ps)
-        for task in self.active:
-            loss = losses.get(task, torch.zeros(()))
-            grads = isolated_gradients(loss, shared, across_processes=False)
-            by_id = {id(p): g for p, g in zip(shared, grads)}
-            for part, parameters in parts.items():
-                if task != self.main and part not in self.parts[task]:
-                    continue
-                scaled = [by_id[id(p)] * share for p in parameters]
-                if before := self._grad_sums.get((task, part)):
-                    scaled = [a + b for a, b in zip(before, scaled)]
-                self._grad_sums[task, part] = scaled
+        self._norms.observe(losses, modules, self._auxiliary, share)
 
     def step(self):
         """Count an update of the optimizer, and change weights when due."""
-        self._add_norms()
-        self._grad_sums = {}
+        weights = {task: self[task] for task in (self.main, *self.tasks)}
+        self._norms.end_update(self.updates + 1, self._auxiliary, weights)
+        warmed_up = not self.warming_up
         self.updates += 1
-        ended = self._late or self.updates % self.interval == 0
-        if not ended or len(self.active) == 1:
-            return
-        enough = all(self._seen(task) >= self.average for task in self.active)
-        if enough or self._late >= self._patience:
-            self._change()
-            self._norms, self._late = {}, 0
-        else:
-            self._late += 1
-
-    def _add_norms(self):
-        """Add the norms of an update, those of all processes."""
-        for task, part in sorted(self._grad_sums):
-            grads = self._grad_sums[task, part]
-            average_(grads)
-            # In one transfer: a GPU is waited for once, not for each.
-            each = [g.double().square().sum() for g in grads]
-            squares = sum(torch.stack(each).tolist()) if each else 0.0
-            if not math.isfinite(squares):
-                logger.warning(
-                    f"update {self.updates + 1}: the gradient norm of "
-                    f"{task!r} on {part!r} is not finite; it is left out of "
-                    "the task weights"
-                )
-            elif squares > 0:
-                norms = self._norms.setdefault(f"{task}/{part}", [])
-                norms.append(math.sqrt(squares))
-
-    def _seen(self, task):
-        """Return in how many updates a task had a gradient."""
-        return max(
-            (
-                len(n)
-                for key, n in self._norms.items()
-                if key[: len(task) + 1] == f"{task}/"
-            ),
-            default=0,
-        )
+        ends = self._late or self.updates % self.interval == 0
+        if ends and warmed_up and self._auxiliary and self.norms != "none":
+            seen = self._norms.seen
+            enough = min(seen(t, p) for t, p in self._auxiliary.items())
+            if enough >= self.average or self._late >= self._patience:
+                self._change()
+                self._norms.clear()
+                self._late = 0
+            else:
+                self._late += 1
+        self._end_tasks()
 
     def _change(self):
-        for task in self.active[1:]:
-            parts = self.parts[task]
-            ratios = [self._ratio(task, part) for part in parts]
+        k = self.exponent
+        if k == "growing":
+            k = self.updates // self.interval
+        before, found = self._auxiliary, {}
+        for task, parts in before.items():
+            ratios = [
+                self._norms.ratio(task, part, self.standard_errors)
+                for part in parts
+            ]
             ratios = [ratio for ratio in ratios if ratio is not None]
             if not ratios:
                 self._warn_not_measured(task)
                 continue
-            weight = self._weights[task]
-            weight *= max(ratios) ** (self.exponent / len(parts))
+            found[task] = max(ratios)
+            weight = self._weights[task] * found[task] ** (k / len(parts))
             self._weights[task] = min(weight, self._most[task])
-            if self[task] == 0:
-                logger.info(
-                    f"update {self.updates}: task {task!r} has fallen below "
-                    f"{self.floor:g} and stops"
-                )
-        self.history.append(
-            {
-                "update": self.updates,
-                "norms": {
-                    k: statistics.fmean(n) for k, n in self._norms.items()
-                },
-                "weights": dict(self._weights),
-            }
-        )
+        self._record(k, self._norms.means(), found)
 
-    def _ratio(self, task, part):
-        """Return the certain part of a ratio, None if it was not measured."""
-        norms = [self._norms.get(f"{t}/{part}") for t in (task, self.main)]
-        if None in norms:
-            return None
-        own, main = map(statistics.fmean, norms)
-        ratio = own / main
-        error = math.hypot(*map(_relative_error, norms))
-        doubt = math.exp(min(self.standard_errors * error, 99.0))
-        if ratio < 1:
-            return min(1.0, ratio * doubt)
-        return max(1.0, ratio / doubt)
+    def _end_tasks(self):
+        """End the tasks whose last update is over."""
+        over = [
+            task
+            for task in self._auxiliary
+            if self.updates >= self.last_update.get(task, math.inf)
+        ]
+        for task in over:
+            self._weights[task] = 0.0
+        if over:
+            self._record(None, {}, {})
+
+    def _record(self, exponent, norms, ratios):
+        entry = {
+            "update": self.updates,
+            "rule": self.norms,
+            "exponent": exponent,
+            "norms": norms,
+            "ratios": ratios,
+            "weights": dict(self._weights),
+            "stopped": sorted(set(self.tasks) - set(self.active)),
+        }
+        self.history.append(entry)
+        logger.info(describe(entry))
 
     def _warn_not_measured(self, task):
-        tasks = (task, self.main)
-        unseen = [t for t in tasks if not self._seen(t)] or tasks
+        parts = self.parts[task]
+        unseen = self._norms.unseen(task, parts) or (task, self.main)
+        remedy = "use a longer interval, or gradient accumulation"
+        if self.norms == "joint":
+            remedy = "the rule 'joint' needs both tasks in one update"
         logger.warning(
             f"update {self.updates}: task {task!r} is not measured, and its "
             f"weight stays {self._weights[task]:.3g}: no gradient of "
             f"{' and '.join(map(repr, unseen))} in the last "
             f"{self.average + self._late} update(s) on "
-            f"{', '.join(self.parts[task])}. Either no batch held the task "
-            "(use a longer interval, or gradient accumulation), or its loss "
-            "trains nothing there (frozen parameters, transcripts longer "
-            "than the frames)"
+            f"{', '.join(parts)}. Either no batch held the task ({remedy}), "
+            "or its loss trains nothing there (frozen parameters, transcripts "
+            "longer than the frames)"
         )
 
     def state(self):
@@ -331,15 +328,16 @@ class TaskNormWeights(JSONRecoverable):
         return {
             "tasks": list(self.tasks),
             "main": self.main,
+            "rule": self.norms,
             "weights": self._weights,
             "updates": self.updates,
             "history": self.history,
-            "norms": self._norms,
+            "norms": self._norms.lists,
             "late": self._late,
         }
 
     def restore(self, state):
-        """As `JSONRecoverable.restore`; refuses the weights of other tasks."""
+        """As `JSONRecoverable.restore`; refuses other tasks and rules."""
         tasks = state.get("tasks")
         if tasks is None or sorted(tasks) != sorted(self.tasks):
             raise ValueError(
@@ -347,17 +345,49 @@ class TaskNormWeights(JSONRecoverable):
                 f"{list(self.tasks)}; use a new output folder, or the same "
                 "tasks"
             )
+        if state.get("rule", self.norms) != self.norms:
+            raise ValueError(
+                f"holds weights by the rule {state['rule']!r}, expected "
+                f"{self.norms!r}; use a new output folder, or the same rule"
+            )
         self._weights = {t: float(state["weights"][t]) for t in self.tasks}
         self.updates = int(state["updates"])
         self.history = list(state["history"])
-        self._grad_sums = {}
-        self._norms = dict(state.get("norms", {}))
+        self._norms.clear(dict(state.get("norms", {})))
         self._late = int(state.get("late", 0))
 
 
-def _relative_error(norms):
-    """Return the standard error of a mean, as a share of it."""
-    if len(norms) < 2:
-        return 0.0
-    error = statistics.stdev(norms) / math.sqrt(len(norms))
-    return error / statistics.fmean(norms)
+def _check_settings(weights, measured):
+    """Refuse settings that cannot be, by name."""
+    w = weights
+    if w.main in w.tasks or len(set(w.tasks)) < len(w.tasks):
+        raise ValueError(
+            f"tasks {w.tasks}, main {w.main!r}: expected different auxiliary "
+            "tasks, and the main one apart"
+        )
+    growing = w.exponent == "growing"
+    if not growing and (isinstance(w.exponent, str) or not w.exponent >= 0):
+        raise ValueError(
+            f"exponent {w.exponent!r}: expected a number from 0, or 'growing'"
+        )
+    if w.norms not in RULES or measured not in MEASURED:
+        raise ValueError(
+            f"norms {w.norms!r}, measured {measured!r}: expected norms one of "
+            f"{RULES}, measured one of {MEASURED}"
+        )
+    if w.interval < 1 or not 0 <= w.floor < 1 or w.average < 1:
+        raise ValueError(
+            f"interval {w.interval}, floor {w.floor}, average {w.average}: "
+            "expected interval and average from 1, floor from 0 to below 1"
+        )
+    if w.warm_up < 0 or not 0 <= w.standard_errors < math.inf:
+        raise ValueError(
+            f"warm_up {w.warm_up}, standard_errors {w.standard_errors}: "
+            "expected both from 0, finite"
+        )
+    for task, update in w.last_update.items():
+        if task == w.main or not update >= 1:
+            raise ValueError(
+                f"last_update {w.last_update}: expected an auxiliary task and "
+                f"an update from 1, not {task!r} and {update!r}"
+            )

@@ -11,6 +11,7 @@ not decreasing; `ids` [B, T], int64, the run of every frame, -1 for none.
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 
 def pool_runs(x, weights, offsets, ids):
@@ -67,6 +68,7 @@ class _Pool(torch.autograd.Function):
         return sum_runs(x, weights, offsets)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, weights, ids = ctx.saved_tensors
         spread = spread_runs(grad, ids)
@@ -92,6 +94,7 @@ class _Take(torch.autograd.Function):
         return out.view(len(x), -1, width).masked_fill(~keep[..., None], 0.0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         positions, keep = ctx.saved_tensors
         batch, frames, width = ctx.shape

@@ -66,12 +66,12 @@ class CTCShrink(torch.nn.Module):
     (arXiv 2311.03810, section 4.1; compression by mean and by weights:
     Gaido et al. 2021, arXiv 2102.01578).
 
-    | pooling | vector of a segment |
-    |---|---|
-    | `"first"` | its first frame (the paper) |
-    | `"mean"` | the mean |
-    | `"weighted"` | `sum p_t x_t / sum p_t`, p the posterior of its label |
-    | `"softmax"` | the same with `exp(p_t)` in the place of `p_t` |
+    The vector of a segment, by `pooling`:
+
+    - `"first"`: its first frame (the paper);
+    - `"mean"`: the mean;
+    - `"weighted"`: `sum p_t x_t / sum p_t`, p the posterior of its label;
+    - `"softmax"`: the same with `exp(p_t)` in the place of `p_t`.
 
     An utterance of blanks alone keeps one vector; no length is ever 0. A CTC
     head that has collapsed (blanks only, or a new label at every frame) is

@@ -1,5 +1,7 @@
 """Beam and greedy search of translations."""
 
+import math
+
 import torch
 from speechbrain.decoders.seq2seq import S2STransformerBeamSearcher
 
@@ -14,7 +16,12 @@ class TranslationBeamSearch(S2STransformerBeamSearcher):
 
     Shrunk speech may be shorter than its translation, so the longest
     translation is `max_decode_ratio` times its length and `least_steps` at
-    least; SpeechBrain's stops at the ratio.
+    least; SpeechBrain's stops at the ratio. Hypotheses are compared by log
+    probability / length ** `length_penalty`, the end token counted.
+
+    Called with the textual encoder's output [B, S, d], its relative lengths
+    [B] and, if wanted, a beginning token of its own for every utterance [B],
+    it returns what `S2SBeamSearcher` does.
 
     Arguments
     ---------
@@ -28,6 +35,9 @@ class TranslationBeamSearch(S2STransformerBeamSearcher):
         Longest translation, in lengths of the encoder's output.
     least_steps : int
         Steps that are always allowed.
+    length_penalty : float, optional
+        From 0: above 1 favours long translations (the paper: 1.2), below 1
+        short ones. None: 1, or 0 with `length_normalization=False`.
     **settings : object
         Of SpeechBrain's `S2SBeamSearcher`.
 
@@ -49,8 +59,18 @@ class TranslationBeamSearch(S2STransformerBeamSearcher):
         beam_size=5,
         max_decode_ratio=2.0,
         least_steps=50,
+        length_penalty=None,
         **settings,
     ):
+        if length_penalty is None:
+            length_penalty = float(settings.get("length_normalization", True))
+        elif "length_normalization" in settings:
+            raise ValueError(
+                "length_penalty and length_normalization: give one of them; "
+                "the latter means a penalty of 1, or of 0"
+            )
+        # With a penalty of 0 there may be a scorer that rewards length.
+        settings["length_normalization"] = length_penalty != 0
         settings.setdefault("min_decode_ratio", 0.0)
         settings.setdefault("using_eos_threshold", False)
         super().__init__(
@@ -62,6 +82,75 @@ class TranslationBeamSearch(S2STransformerBeamSearcher):
             **settings,
         )
         self.least_steps = least_steps
+        self.length_penalty = length_penalty
+        self._begin = None
+
+    @property
+    def length_penalty(self):
+        """The exponent of the length; it may be changed."""
+        return self._length_penalty
+
+    @length_penalty.setter
+    def length_penalty(self, value):
+        """Set the exponent of the length.
+
+        Arguments
+        ---------
+        value : float
+            A number from 0 on, else a `ValueError`.
+        """
+        if not 0 <= value < math.inf:
+            raise ValueError(
+                f"length_penalty {value}: expected a number from 0 (none) on; "
+                "the paper has 1.2"
+            )
+        self._length_penalty = float(value)
+        self.length_normalization = value > 0
+
+    def forward(self, enc_states, wav_len, bos_index=None):
+        """As `S2SBeamSearcher.forward`; `bos_index` may be a tensor [B]."""
+        self._begin = beginning_tokens(
+            self.bos_index if bos_index is None else bos_index, enc_states
+        )
+        try:
+            return super().forward(enc_states, wav_len)
+        finally:
+            self._begin = None
+
+    def init_beam_search_data(self, enc_states, wav_len):
+        """As `S2SBeamSearcher.init_beam_search_data`, with each one's token."""
+        hypotheses, _, *rest = super().init_beam_search_data(
+            enc_states, wav_len
+        )
+        tokens = self._begin.repeat_interleave(self.beam_size)
+        return hypotheses, tokens, *rest
+
+    def _compute_scores_and_next_inp_tokens(self, alived_hyps, log_probs, step):
+        # Upstream's divides by the length, and multiplies by it afterwards.
+        if self.length_penalty not in (0, 1):
+            step = (step + 1) ** self.length_penalty - 1
+        return super()._compute_scores_and_next_inp_tokens(
+            alived_hyps, log_probs, step
+        )
+
+    def _update_hyps_and_scores_if_eos_token(
+        self, inp_tokens, alived_hyps, found, scores
+    ):
+        """As upstream's, without hypotheses that do not exist.
+
+        A beam wider than the choice there is gets filled with them, and so
+        would the list of translations that have ended.
+        """
+        # Not `scores`: these are divided by lengths.
+        real = alived_hyps.sequence_scores > self.minus_inf / 2
+        ended = inp_tokens == self.eos_index
+        # All of them at once: the search is over, and takes what there is.
+        kept = real | ~ended | ended.all()
+        inp_tokens = inp_tokens.where(kept, -1)
+        super()._update_hyps_and_scores_if_eos_token(
+            inp_tokens, alived_hyps, found, scores
+        )
+        return ended
 
     def permute_mem(self, memory, index):
         """As `S2SBaseSearcher.permute_mem`: continue these hypotheses."""
@@ -91,6 +180,19 @@ class TranslationBeamSearch(S2STransformerBeamSearcher):
         return min_decode_steps, min(steps, self.model.positions.max_len)
 
 
+def beginning_tokens(bos_index, memory):
+    """Return a beginning token for every row: of an int, or of a tensor [B]."""
+    if not torch.is_tensor(bos_index):
+        return torch.full((len(memory),), bos_index, device=memory.device)
+    tokens = bos_index.to(memory.device)
+    if tokens.is_floating_point() or tokens.shape not in ((), (len(memory),)):
+        raise ValueError(
+            f"bos_index: expected a token, or one for each of {len(memory)} "
+            f"utterance(s), found {tokens.dtype} of shape {tuple(tokens.shape)}"
+        )
+    return tokens.long().expand(len(memory)).clone()
+
+
 @torch.no_grad()
 def greedy_translation(
     decoder, memory, lens, bos_index, eos_index, max_tokens=100
@@ -99,8 +201,10 @@ def greedy_translation(
 
     Arguments
     ---------
-    decoder, bos_index, eos_index
+    decoder, eos_index
         See `TranslationBeamSearch`.
+    bos_index : int or torch.Tensor
+        Beginning token, of all utterances or of each [B].
     memory, lens : torch.Tensor
         [B, S, d], from the textual encoder, and its relative lengths [B].
     max_tokens : int
@@ -123,7 +227,7 @@ def greedy_translation(
     """
     lengths = absolute_lengths(lens, memory.shape[1])
     batch = len(memory)
-    tokens = torch.full((batch,), bos_index, device=memory.device)
+    tokens = beginning_tokens(bos_index, memory)
     rows = torch.arange(batch, device=memory.device)
     translations = [[] for _ in range(batch)]
     steps = decoder_by_steps(decoder, memory, lengths)

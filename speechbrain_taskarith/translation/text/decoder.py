@@ -11,6 +11,7 @@ from speechbrain_taskarith.translation.text.encoder import (
     check_positions,
     draw_matrices,
 )
+from speechbrain_taskarith.translation.text.tying import tie
 from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
 
 
@@ -40,6 +41,8 @@ class TranslationDecoder(torch.nn.Module):
         Target tokens, beginning and end among them.
     d_model, nhead, num_layers, d_ffn, dropout, max_length
         See `TextEncoder`.
+    tie_embedding : bool
+        True: the output layer's matrix is the tokens' embedding.
 
     Example
     -------
@@ -58,6 +61,7 @@ class TranslationDecoder(torch.nn.Module):
         d_ffn=None,
         dropout=0.1,
         max_length=2500,
+        tie_embedding=False,
     ):
         super().__init__()
         self.vocab_size = vocab_size
@@ -75,6 +79,13 @@ class TranslationDecoder(torch.nn.Module):
         self.seq_lin = OutputLayer(d_model, vocab_size)
         self.drop = torch.nn.Dropout(dropout)
         draw_matrices(self)
+        if tie_embedding:
+            embedding = "embedding.emb.Embedding.weight"
+            # Scaled by the root of the width where it embeds.
+            torch.nn.init.normal_(
+                self.get_parameter(embedding), 0, d_model**-0.5
+            )
+            tie(self, embedding, "seq_lin.weight")
 
     def forward(self, tokens, memory, memory_lens):
         """Return the logits of every next token, see `TranslationDecoder`."""

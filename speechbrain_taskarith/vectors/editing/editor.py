@@ -20,9 +20,9 @@ from speechbrain_taskarith.vectors.editing.schedules import (
     scheduled_scale,
 )
 from speechbrain_taskarith.vectors.encodings import ENCODINGS
-from speechbrain_taskarith.vectors.model_card import ModelCard
 from speechbrain_taskarith.vectors.rules.base import check_rule
 from speechbrain_taskarith.vectors.rules.description import from_description
+from speechbrain_taskarith.vectors.sharing.card import ModelCard
 from speechbrain_taskarith.vectors.states.pairing import under_names_of
 from speechbrain_taskarith.vectors.states.readers import as_model, as_state
 from speechbrain_taskarith.vectors.states.state import short

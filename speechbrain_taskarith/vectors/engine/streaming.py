@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 
-from speechbrain_taskarith.utils.progress import progress as show_progress
+from speechbrain_taskarith.utils.progress import progress
 from speechbrain_taskarith.vectors.checks import all_finite
 from speechbrain_taskarith.vectors.engine.workspace import (
     CHUNK,
@@ -113,9 +113,9 @@ def _device_of(vectors):
 class Passes:
     """Goes through chunks by one thread or several, each with a workspace."""
 
-    def __init__(self, threads=1, xp=np, device=None, progress=False):
+    def __init__(self, threads=1, xp=np, device=None, show_progress=False):
         self.threads = max(1, threads)
-        self.progress = progress
+        self.show_progress = show_progress
         self.lock = threading.Lock()
         self.workspaces = [Workspace(xp, device) for _ in range(self.threads)]
         # For work between the passes.
@@ -148,9 +148,9 @@ class Passes:
                         bar.update(items[number].size)
 
         with contextlib.ExitStack() as stack:
-            if label is not None and self.progress:
+            if label is not None and self.show_progress:
                 total = sum(item.size for item in items)
-                bar = show_progress(total=total, desc=label, unit="el")
+                bar = progress(total=total, desc=label, unit="el")
                 stack.enter_context(bar)
             if self.threads == 1 or len(items) < 2:
                 work(self.workspace)
@@ -178,13 +178,13 @@ class Stream:
         stages=(),
         chunk=CHUNK,
         threads=1,
-        progress=False,
+        show_progress=False,
         passes=None,
     ):
         self.source, self.chunk = source, chunk
         self.numel = {n: math.prod(s) for n, s in source.shapes.items()}
         if passes is None:
-            passes = Passes(threads, source.xp, source.device, progress)
+            passes = Passes(threads, source.xp, source.device, show_progress)
         self.passes = passes
         # Whether the vectors are known to hold neither NaN nor infinity.
         self.finite = False

@@ -14,8 +14,8 @@ from speechbrain.utils.checkpoints import (
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_taskarith.utils.files import read_json
+from speechbrain_taskarith.utils.hub.download import local_path
 from speechbrain_taskarith.utils.messages import some
-from speechbrain_taskarith.utils.optional import local_path
 from speechbrain_taskarith.vectors.recipe_hooks.provenance import is_adapter
 from speechbrain_taskarith.vectors.states.names import check_tied_values
 from speechbrain_taskarith.vectors.states.pairing import (

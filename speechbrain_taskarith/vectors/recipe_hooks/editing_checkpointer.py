@@ -20,7 +20,6 @@ from speechbrain.utils.distributed import if_main_process
 
 from speechbrain_taskarith.utils.training import running_methods
 from speechbrain_taskarith.vectors.checks import one_of
-from speechbrain_taskarith.vectors.model_card import ModelCard
 from speechbrain_taskarith.vectors.recipe_hooks.atomic_checkpointer import (
     AtomicCheckpointer,
 )
@@ -39,6 +38,7 @@ from speechbrain_taskarith.vectors.recipe_hooks.normalizers import (
 )
 from speechbrain_taskarith.vectors.recipe_hooks.run_base import RunBase
 from speechbrain_taskarith.vectors.rules.base import check_rule
+from speechbrain_taskarith.vectors.sharing.card import ModelCard
 from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     FINETUNED,
 )

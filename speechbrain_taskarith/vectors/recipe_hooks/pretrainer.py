@@ -13,7 +13,7 @@ from speechbrain.utils.fetching import FetchSource
 from speechbrain.utils.logger import get_logger
 from speechbrain.utils.parameter_transfer import Pretrainer
 
-from speechbrain_taskarith.utils.optional import is_hub_name, local_path
+from speechbrain_taskarith.utils.hub.download import is_hub_name, local_path
 from speechbrain_taskarith.vectors.recipe_hooks.bases import (
     is_checkpoint,
     load_base,

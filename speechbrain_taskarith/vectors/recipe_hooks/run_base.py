@@ -6,7 +6,7 @@ from pathlib import Path
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 
 from speechbrain_taskarith.utils.files import atomic_folder
-from speechbrain_taskarith.utils.optional import local_path
+from speechbrain_taskarith.utils.hub.download import local_path
 from speechbrain_taskarith.vectors.recipe_hooks.bases import (
     is_checkpoint,
     open_base,

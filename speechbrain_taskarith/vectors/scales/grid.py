@@ -30,7 +30,7 @@ def search_scales(
     max_degradation=None,
     domains=None,
     leave="initial",
-    enable_progress=True,
+    show_progress=True,
 ) -> "ScaleGrid":
     """Find the scales of several task vectors with the least word error rate.
 
@@ -62,7 +62,7 @@ def search_scales(
     split, select_on, hopeless, max_degradation, domains
         See `search_scale`. Where all settings of a line are hopeless, the
         lines beyond it are skipped.
-    leave, enable_progress
+    leave, show_progress
         See `search_scale`.
 
     Returns
@@ -111,7 +111,9 @@ def search_scales(
         InPlaceEdits(
             model, base, vectors, lambda key, _: key, outside
         ) as edits,
-        progress(total=total, desc="scales", enable=enable_progress) as bar,
+        progress(
+            total=total, desc="scales", show_progress=show_progress
+        ) as bar,
     ):
         evaluations = Evaluations(search, wer, edits, bar, **how)
         _outwards(evaluations, axes, baseline, {})

@@ -82,7 +82,7 @@ def search_scale(
     domains=None,
     rounds=2,
     leave="initial",
-    enable_progress=True,
+    show_progress=True,
 ) -> "ScaleSearch":
     """Find the scale of a task vector with the least word error rate.
 
@@ -135,8 +135,9 @@ def search_scale(
     leave : str
         `"initial"` gives the model its first weights back, `"best"` the best
         setting's. After an exception it has its first weights.
-    enable_progress : bool
-        False shows no progress bar.
+    show_progress : bool
+        False shows no progress bar; none is shown where nobody watches, see
+        `merge_checkpoints`.
 
     Returns
     -------
@@ -174,7 +175,9 @@ def search_scale(
         InPlaceEdits(
             model, base, {REST: tau}, lambda _, name: _group_of(name, patterns)
         ) as edits,
-        progress(total=total, desc="scales", enable=enable_progress) as bar,
+        progress(
+            total=total, desc="scales", show_progress=show_progress
+        ) as bar,
     ):
         evaluations = Evaluations(search, wer, edits, bar, **how)
         if max_degradation is not None:

@@ -5,6 +5,7 @@ import csv
 from speechbrain_taskarith.metrics.plots import (
     plot_scale_curve,
     plot_scale_surface,
+    words,
 )
 from speechbrain_taskarith.utils.files import atomic_write
 
@@ -103,7 +104,7 @@ class ScaleSearch:
             lines,
             path,
             baseline=next(iter(lines.values())).get(0.0),
-            ylabel=f"WER on {self.select_on}",
+            ylabel=f"WER on {words(self.select_on)} (%)",
             **{"oracle" if self.oracle else "chosen": chosen},
         )
 
@@ -259,9 +260,9 @@ class ScaleGrid(ScaleSearch):
             path,
             **marks,
             title=title,
-            ylabel=y.replace("_", " "),
-            xlabel=x.replace("_", " "),
-            unit=f"WER on {self.select_on} (%)".replace("_", " "),
+            ylabel=f"scale of {words(y)}",
+            xlabel=f"scale of {words(x)}",
+            unit=f"WER on {words(self.select_on)} (%)",
         )
 
     def _axes(self, y, x):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from speechbrain_taskarith.utils.files import read_json
-from speechbrain_taskarith.utils.optional import is_hub_name, local_path
+from speechbrain_taskarith.utils.hub.download import is_hub_name, local_path
 from speechbrain_taskarith.vectors.states.pairing import (
     module_names,
     without_wrappers,

@@ -6,7 +6,13 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from speechbrain_taskarith.utils.files import atomic_write, write_json
+from speechbrain_taskarith.utils.files import atomic_write
+from speechbrain_taskarith.utils.hub.cards import (
+    KEY,
+    card_path,
+    read_card,
+    write_card,
+)
 from speechbrain_taskarith.vectors.states.safetensors import damaged
 from speechbrain_taskarith.vectors.states.state import (
     PLAIN,
@@ -114,7 +120,7 @@ def _refuse_endless(content, path):
 
 
 def save_torch_file(state, path, metadata=None):
-    """Write a plain state dict; metadata goes to `<path>.json`."""
+    """Write a plain state dict; metadata goes to its card, `<path>.md`."""
     import torch
 
     # One tensor object per tied group: torch.save then keeps them tied. A
@@ -140,8 +146,12 @@ def save_torch_file(state, path, metadata=None):
                 "is the disk full? Nothing under this name was changed",
                 str(path),
             ) from error
+    card = card_path(path)
     if metadata:
-        write_json(f"{path}.json", dict(metadata))
+        write_card(card, {KEY: dict(metadata)}, f"# {Path(path).name}\n")
+    elif read_card(path):
+        # It told of the weights that stood here before.
+        card.unlink()
 
 
 def _stored_extra(state, path):

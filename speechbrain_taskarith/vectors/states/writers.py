@@ -15,8 +15,8 @@ from speechbrain_taskarith.utils.files import (
     read_json,
     write_json,
 )
+from speechbrain_taskarith.utils.hub.download import DESCRIPTIONS
 from speechbrain_taskarith.utils.messages import some
-from speechbrain_taskarith.utils.optional import DESCRIPTIONS
 from speechbrain_taskarith.utils.patterns import first_match, require_match
 from speechbrain_taskarith.vectors.states.names import (
     check_readable,
@@ -98,7 +98,7 @@ def save_state(
         folder.
     metadata : dict or None
         Plain values to keep beside the weights: in the header of a
-        safetensors file, in `CKPT.yaml`, else in `<path>.json`.
+        safetensors file, in `CKPT.yaml`, else in the card `<path>.md`.
     shard_size : int
         Largest file of a Hugging Face folder, in bytes.
     like : str, pathlib.Path or None

@@ -9,6 +9,7 @@ def insert_adapters(
     bottleneck=256,
     combination=None,
 ): ...
+def load_adapters(encoder, file_or_folder, *, any_base=False): ...
 
 class AdapterHandle:
     names: property

@@ -53,14 +53,27 @@ class TaskNormWeights:
     active: property
     due: property
     history: property
+    warming_up: property
     def __init__(
-        self, tasks=("asr", "mt"), main="st", interval=5000, floor=0.1
+        self,
+        tasks=("asr", "mt"),
+        main="st",
+        interval=5000,
+        floor=0.1,
+        exponent=1.0,
+        *,
+        norms="isolated",
+        last_update=None,
+        warm_up=0,
     ): ...
     def total(self, losses): ...
     def observe(self, losses, modules, share=1.0): ...
     def step(self): ...
     def save(self, path): ...
     def load(self, path): ...
+
+def plot_task_weights(history, path): ...
+def write_task_weights(history, path): ...
 
 class GradientAggregator:
     def backward(self, losses, parameters): ...
@@ -82,6 +95,16 @@ class InputGuard:
 
 class AcousticEncoder: ...
 
+class WhisperAcousticEncoder:
+    def __init__(self, source, d_model, trained_layers=0, weights=True): ...
+
+class EncoderCache:
+    def fill(self, rows): ...
+
+class TargetLanguages:
+    tokens: dict
+    def bos(self, languages): ...
+
 class TextEncoder:
     def forward(self, x, lens): ...
 
@@ -101,3 +124,22 @@ def greedy_translation(
     decoder, memory, lens, bos_index, eos_index, max_tokens=100
 ): ...
 def initialise_from_text_translation(model, source): ...
+
+class SpeechTranslator:
+    def from_hparams(source): ...
+    def translate_file(self, path, target=None): ...
+    def translate_batch(self, wavs, wav_lens=None, target=None): ...
+
+class Translation:
+    text: property
+    segments: property
+    transcript: property
+
+class TranslatedSegment:
+    start: property
+    end: property
+    transcript: property
+
+def save_translator(
+    folder, translator, hyperparams, target_labels, source_labels=None
+): ...

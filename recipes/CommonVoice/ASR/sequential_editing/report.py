@@ -8,6 +8,7 @@ from speechbrain_taskarith.metrics import (
     Summary,
     write_cl_masr_log,
 )
+from speechbrain_taskarith.metrics.plots import words
 from speechbrain_taskarith.utils.files import atomic_write
 
 TABLE = "sequential_editing"
@@ -62,7 +63,10 @@ def write_report(results, accents, folder):
             write_cl_masr_log(matrix, logs, name, seed=seed)
     for name in results[next(iter(results))]:
         mean = LifelongMatrix.mean([m[name] for m in results.values()])
-        mean.plot(folder / "plots" / f"wer_matrix_{name}.png", title=name)
+        mean.plot(
+            folder / "plots" / f"wer_matrix_{name}.png",
+            title=f"WER after each accent: {words(name)}",
+        )
     write_command(references, accents, logs)
     summary.write()
     summary.print()

@@ -4,7 +4,7 @@ import torch
 from common.study import relative_reduction
 
 from speechbrain_taskarith.metrics import Summary
-from speechbrain_taskarith.metrics.plots import plot_heat_map
+from speechbrain_taskarith.metrics.plots import plot_heat_map, words
 
 TABLE = "adapter_fusion"
 BY_TASK = "adapter_fusion_by_task"
@@ -109,9 +109,9 @@ def plot_row(name, attention, output):
     plot_heat_map(
         torch.stack(own),
         tasks,
-        [f"layer {n}" for n in range(len(own[0]))],
+        [str(n) for n in range(len(own[0]))],
         output / "plots" / f"attention_by_layer_{name}.png",
-        title=f"{name}: attention to the task's own adapter",
+        title=f"{words(name)}: attention to the task's own adapter",
         xlabel="encoder layer",
         ylabel="spoken",
         limits=(0.0, 1.0),
@@ -123,7 +123,7 @@ def plot_row(name, attention, output):
         tasks,
         tasks,
         output / "plots" / f"attention_by_task_{name}.png",
-        title=f"{name}: attention, mean over layers",
+        title=f"{words(name)}: attention, mean over layers",
         xlabel="adapter",
         ylabel="spoken",
         limits=(0.0, 1.0),

@@ -35,6 +35,7 @@ from tasks import Tasks
 from speechbrain_taskarith.adapters import AudioAdapterFusion
 from speechbrain_taskarith.brains import CTCBrain, shard_loader
 from speechbrain_taskarith.utils.files import read_json, write_json
+from speechbrain_taskarith.utils.progress import is_watched
 from speechbrain_taskarith.utils.seeds import seed_random_numbers
 from speechbrain_taskarith.vectors import open_state
 
@@ -256,6 +257,7 @@ def train(argv):
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
     with open(hparams_file, encoding="utf-8") as fin:
         hparams = load_hyperpyyaml(fin, overrides)
+    hparams.setdefault("noprogressbar", not is_watched())
 
     sb.create_experiment_directory(
         experiment_directory=hparams["output_folder"],

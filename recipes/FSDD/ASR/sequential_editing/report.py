@@ -12,6 +12,7 @@ from speechbrain_taskarith.metrics import (
     Summary,
     write_cl_masr_log,
 )
+from speechbrain_taskarith.metrics.plots import words
 from speechbrain_taskarith.vectors import (
     SequentialEditor,
     as_state,
@@ -79,7 +80,10 @@ def write_report(matrices, reports, output, hparams):
         for metric, value in values.items():
             summary.add(metric=metric, value=value, **common)
         matrix.save(output / "matrices" / f"{name}.csv")
-        matrix.plot(output / "plots" / f"wer_matrix_{name}.png", title=name)
+        matrix.plot(
+            output / "plots" / f"wer_matrix_{name}.png",
+            title=f"WER after each domain: {words(name)}",
+        )
         write_cl_masr_log(
             matrix, output / "cl_masr_logs", name, seed=hparams["seed"]
         )
@@ -128,12 +132,14 @@ def plot_cosines(folder, plots, name):
     """Plot the cosines between the vectors of one sequence of edits."""
     editor = SequentialEditor.resume(folder, read_only=True, verify=False)
     names = [edit.name for edit in editor.log]
+    if len(names) < 2:
+        return
     matrix = cosine_matrix([editor.vector(domain) for domain in names])
     plot_cosine_matrix(
         matrix,
         names,
         plots / f"cosines_{name}.png",
-        title=f"Cosines of the vectors as applied: {name}",
+        title=f"Cosines of the vectors as applied: {words(name)}",
     )
 
 

@@ -39,6 +39,7 @@ from speechbrain.utils.distributed import ddp_barrier, run_on_main
 
 from speechbrain_taskarith.brains import CTCBrain, shard_loader
 from speechbrain_taskarith.data import read_manifest
+from speechbrain_taskarith.utils.progress import is_watched
 from speechbrain_taskarith.utils.seeds import seed_random_numbers
 from speechbrain_taskarith.vectors import open_state
 from speechbrain_taskarith.vectors.lifelong.methods import FineTuning
@@ -177,6 +178,7 @@ def train(argv):
     sb.utils.distributed.ddp_init_group(run_opts)
     with open(hparams_file, encoding="utf-8") as fin:
         hparams = load_hyperpyyaml(fin, overrides)
+    hparams.setdefault("noprogressbar", not is_watched())
 
     sb.create_experiment_directory(
         experiment_directory=hparams["output_folder"],

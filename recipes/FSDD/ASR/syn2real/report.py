@@ -12,6 +12,7 @@ from speechbrain_taskarith.metrics import (
     plot_scale_curve,
     plot_scale_surface,
 )
+from speechbrain_taskarith.metrics.plots import words
 from speechbrain_taskarith.utils.files import atomic_write
 from speechbrain_taskarith.vectors import (
     ModelCard,
@@ -29,6 +30,10 @@ TITLE = "SYN2REAL on strings of digits"
 CHOSEN_ON = {
     "sources_as_targets": "real_source",
     "edited_target": "real_source+synthetic_target",
+}
+PLACES = {
+    "sources_as_targets": "the sources",
+    "edited_target": "the sources and synthetic speech",
 }
 RULES = {
     "sources_as_targets": "real ones of each source domain, decoded by its "
@@ -134,19 +139,19 @@ def keep_edited(target, result, folder, hparams):
 
 def draw(target, result, output, hparams):
     """Draw WER against one scale and against both, and the vectors' cosines."""
-    surface, chosen_on = result["selection"], CHOSEN_ON[hparams["choose_on"]]
+    surface, place = result["selection"], PLACES[hparams["choose_on"]]
     curve, selection = line(result["curve"]), line(surface)
     scales = {row: own["scale"] for row, own in result["scales"].items()}
     plot_scale_curve(
         {
-            f"real {target} ({hparams['report_on']})": curve,
-            f"chosen on: {chosen_on}": selection,
+            f"recordings of {words(target)}": curve,
+            f"what the scale is chosen on ({place})": selection,
         },
         output / "plots" / f"scale_{target}.png",
         baseline=curve[0.0],
         chosen=(scales["edited"], curve[scales["edited"]]),
         oracle=(scales["oracle"], curve[scales["oracle"]]),
-        title=f"WER against scale, {target} left out",
+        title=f"{words(target)} left out",
     )
     if both := result["scales"].get("two_scales"):
         plot_scale_surface(
@@ -154,15 +159,16 @@ def draw(target, result, output, hparams):
             output / "plots" / f"two_scales_{target}.png",
             baseline=(1.0, 0.0),
             chosen=(both["target_scale"], both["scale"]),
-            title=f"WER on {chosen_on}, {target} left out",
+            title=f"{words(target)} left out: WER on {place}",
         )
     vectors = result["material"].differences(DIFFERENCE)
-    plot_cosine_matrix(
-        cosine_matrix(list(vectors.values())),
-        list(vectors),
-        output / "plots" / f"cosines_without_{target}.png",
-        title=f"Cosines of the vectors, {target} left out",
-    )
+    if len(vectors) > 1:
+        plot_cosine_matrix(
+            cosine_matrix(list(vectors.values())),
+            list(vectors),
+            output / "plots" / f"cosines_without_{target}.png",
+            title=f"Cosines of the vectors, {words(target)} left out",
+        )
     write_csv(
         output / "scales" / f"{target}.csv",
         ["scale", "wer", "wer_chosen_on"],

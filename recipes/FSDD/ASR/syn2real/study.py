@@ -204,7 +204,7 @@ class Measure:
             split=split,
             select_on=select_on,
             hopeless=None,
-            enable_progress=False,
+            show_progress=False,
         )
         return search.surface("target_scale", "scale")
 

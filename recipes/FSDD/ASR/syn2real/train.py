@@ -38,6 +38,7 @@ from speechbrain_taskarith.brains import (
     shard_loader,
 )
 from speechbrain_taskarith.data import read_manifest
+from speechbrain_taskarith.utils.progress import is_watched
 from speechbrain_taskarith.utils.seeds import seed_random_numbers
 from speechbrain_taskarith.vectors import open_state
 
@@ -149,6 +150,7 @@ def train(argv):
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
     with open(hparams_file, encoding="utf-8") as fin:
         hparams = load_hyperpyyaml(fin, overrides)
+    hparams.setdefault("noprogressbar", not is_watched())
 
     sb.create_experiment_directory(
         experiment_directory=hparams["output_folder"],

@@ -12,7 +12,12 @@ from speechbrain.utils.logger import get_logger
 
 from speechbrain_taskarith.data import write_audio
 from speechbrain_taskarith.metrics import RareWords, Summary
-from speechbrain_taskarith.metrics.plots import figure
+from speechbrain_taskarith.metrics.plots import (
+    COLOURS,
+    figure,
+    legend_below,
+    words,
+)
 from speechbrain_taskarith.utils.files import atomic_write, read_json
 from speechbrain_taskarith.vectors import AtomicCheckpointer
 
@@ -127,17 +132,25 @@ def add_statistics(summary, row, statistics, hparams):
 
 def plot_wer(reports, path):
     """Plot the WER of all rows, on all and on rare words."""
-    with figure(path, width=7.2) as axes:
+    with figure(path, height=0.6 + 0.28 * len(reports)) as axes:
         names = list(reports)[::-1]
         places = range(len(names))
-        for shift, label, values in (
-            (0.2, "all words", [reports[n].wer for n in names]),
-            (-0.2, "rare words", [reports[n].rare.wer for n in names]),
+        for number, (shift, label, values) in enumerate(
+            (
+                (0.2, "all words", [reports[n].wer for n in names]),
+                (-0.2, "rare words", [reports[n].rare.wer for n in names]),
+            )
         ):
-            axes.barh([p + shift for p in places], values, 0.4, label=label)
-        axes.set_yticks(list(places), names)
+            axes.barh(
+                [p + shift for p in places],
+                values,
+                0.38,
+                color=COLOURS[number],
+                label=label,
+            )
+        axes.set_yticks(list(places), map(words, names))
         axes.set(xlabel="WER (%)")
-        axes.legend(frameon=False)
+        legend_below(axes)
 
 
 def load_transducer(folder, hparams):

@@ -37,6 +37,7 @@ from speechbrain_taskarith.transducer import (
     transfer_encoder,
 )
 from speechbrain_taskarith.utils.files import write_json
+from speechbrain_taskarith.utils.progress import is_watched
 from speechbrain_taskarith.utils.seeds import seed_random_numbers
 from speechbrain_taskarith.vectors import open_state
 
@@ -217,6 +218,7 @@ def train(argv):
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
     with open(hparams_file, encoding="utf-8") as fin:
         hparams = load_hyperpyyaml(fin, overrides)
+    hparams.setdefault("noprogressbar", not is_watched())
 
     sb.create_experiment_directory(
         experiment_directory=hparams["output_folder"],

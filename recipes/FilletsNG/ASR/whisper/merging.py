@@ -179,10 +179,14 @@ def add_row(summary, seed, row, wers, original):
             )
 
 
+# What the markers of the plot stand for.
+KINDS = ("no merging", "rule as published", "rule, scale chosen")
+
+
 def plot(summary, path):
     """Draw in-domain WER against the original one, a point for each row."""
     rows = dict.fromkeys(entry["row"] for entry in summary.rows(TABLE))
-    with plots.figure(path, width=3.4, height=3.4) as axes:
+    with plots.figure(path, height=3.0) as axes:
         for row in rows:
             if row.startswith("only_"):
                 continue
@@ -192,24 +196,27 @@ def plot(summary, path):
             )
             chosen = row.endswith("_chosen")
             rule = row.removesuffix("_chosen") in RULES
-            colour = plots.COLOURS[(1 + chosen) if rule else 0]
+            number = (1 + chosen) if rule else 0
+            named = {handle.get_label() for handle in axes.get_lines()}
             axes.plot(
                 x,
                 y,
-                color=colour,
-                marker=plots.MARKERS[(1 + chosen) if rule else 0],
-                markersize=4,
+                color=plots.COLOURS[number],
+                marker=plots.MARKERS[number],
+                linestyle="",
+                label="" if KINDS[number] in named else KINDS[number],
             )
             if chosen or not rule or row == "LinearAverage":
                 axes.annotate(
-                    row.removesuffix("_chosen").replace("_", " "),
+                    plots.words(row.removesuffix("_chosen")),
                     (x, y),
                     xytext=(4, 2),
                     textcoords="offset points",
                     fontsize=6,
                 )
-        axes.set_xlabel("original WER (%)")
-        axes.set_ylabel("in-domain WER (%)")
+        axes.set_xlabel("WER on what the base knew (%)")
+        axes.set_ylabel("WER on the new domains, mean (%)")
+        plots.legend_below(axes)
 
 
 def main(argv):

@@ -54,7 +54,7 @@ from tune_window import tune_window
 from whisper_window import cut_window
 
 from speechbrain_taskarith.utils.files import read_json, write_json
-from speechbrain_taskarith.utils.optional import local_path
+from speechbrain_taskarith.utils.hub.download import local_path
 from speechbrain_taskarith.vectors import open_state
 
 SETTINGS = "quickstart.json"

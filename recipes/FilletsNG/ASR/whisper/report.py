@@ -7,7 +7,9 @@ from common.study import relative_reduction
 
 from speechbrain_taskarith.metrics import (
     Summary,
+    confidence_interval,
     paired_bootstrap,
+    plot_before_after,
     plot_scale_surface,
     wer,
 )
@@ -26,6 +28,15 @@ CHOSEN = {
     "ensemble",
     "ensemble_both",
 }
+# What the picture of the effect shows, in its words.
+SHOWN = {
+    "baseline": "synthetic speech only",
+    "shrunk": "its vector shrunk",
+    "edited_both": "SYN2REAL, both scales",
+    "joint": "joint training",
+    "real_target": "real speech (bound)",
+}
+LANGUAGES = {"nl": "Dutch", "cs": "Czech", "en": "English"}
 NOTE = (
     "Means over both directions (Czech to Dutch, Dutch to Czech): the target "
     "is heard from espeak-ng only, the source from actors too. Write d, r and "
@@ -87,6 +98,7 @@ def write_report(results, folder):
     summary.print(only=[TABLE])
     for target in targets:
         draw(results, seeds, target, folder)
+    plot_effect(results, seeds, targets, folder / "plots" / "effect.png")
 
 
 def add(summary, table, row, metrics, seed):
@@ -159,6 +171,33 @@ def name_lines(texts, key):
     return {f"{key[0]}/{key[1]}/{line}": text for line, text in texts.items()}
 
 
+def plot_effect(results, seeds, targets, path):
+    """Draw WER before and after editing, on each target.
+
+    Error bars: over the seeds; of one seed, 95 % of bootstrap samples of the
+    test lines.
+    """
+    effect, intervals = {}, {}
+    for target in targets:
+        name = LANGUAGES.get(target, target)
+        for row, label in SHOWN.items():
+            reports = [
+                wer(found["references"], found["hypotheses"])
+                for seed in seeds
+                if (found := results[seed, target]["rows"].get(row))
+            ]
+            if not reports:
+                continue
+            effect.setdefault(name, {})[label] = [r.wer for r in reports]
+            if len(reports) == 1:
+                low_high = confidence_interval(reports[0])
+                intervals.setdefault(name, {})[label] = low_high
+    if effect:
+        plot_before_after(
+            effect, path, intervals=intervals, bounds=[SHOWN["real_target"]]
+        )
+
+
 def draw(results, seeds, target, folder):
     """Draw the surface of both scales, mean over seeds, and write it."""
     surfaces = [results[seed, target]["surface"] for seed in seeds]
@@ -175,7 +214,8 @@ def draw(results, seeds, target, folder):
         baseline=(1.0, 0.0),
         chosen=max(set(both), key=both.count),
         oracle=min(means, key=means.get),
-        title=f"Target {target}: real lines, {len(seeds)} seeds",
+        title=f"{LANGUAGES.get(target, target)}, recordings of the test"
+        f" ({len(seeds)} seed{'s' * (len(seeds) > 1)})",
     )
     with atomic_write(folder / f"surface_{target}.csv", "w") as stream:
         writer = csv.writer(stream, lineterminator="\n")

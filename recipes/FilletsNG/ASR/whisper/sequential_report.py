@@ -183,16 +183,37 @@ def plot_averages(matrices, orders, path):
         for group in groups
         if any(row in curves for row in group)
     ]
-    with plots.figure(path, width=3.4, height=2.8) as axes:
+    with plots.figure(path) as axes:
         for number, row in enumerate(shown):
-            axes.plot(
-                range(len(curves[row])),
-                curves[row],
-                color=plots.COLOURS[number],
-                marker=plots.MARKERS[number],
-                label=row.replace("_", " "),
-            )
+            steps = range(len(curves[row]))
+            label = plots.words(row)
+            plots.draw_line(axes, steps, curves[row], number, label)
         axes.set_xticks(range(len(orders[0]) + 1))
         axes.set_xlabel("domains learned")
         axes.set_ylabel("average WER (%)")
-        axes.legend(frameon=False, fontsize=8)
+        plots.legend_below(axes)
+    plot_effect(matrices, shown, path.with_name(f"{TABLE}_by_domain.png"))
+
+
+def plot_effect(matrices, rows, path):
+    """Draw the WER on each domain at the end, for the same rows.
+
+    Means over the orders; error bars over the seeds.
+    """
+    seeds = list(dict.fromkeys(seed for seed, _, _ in matrices))
+    domains = next(iter(matrices.values())).domains
+    effect = {}
+    for domain in domains:
+        for row in rows:
+            each = [
+                [
+                    m[m.domains[-1], domain]
+                    for (s, _, name), m in matrices.items()
+                    if name == row and s == seed
+                ]
+                for seed in seeds
+            ]
+            effect.setdefault(domain, {})[row] = [fmean(e) for e in each if e]
+    plots.plot_before_after(
+        effect, path, title="WER on each domain after the last one"
+    )

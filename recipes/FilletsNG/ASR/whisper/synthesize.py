@@ -55,7 +55,9 @@ def synthesize(manifest, folder, voice, takes=1, seed=0, show_progress=True):
         raise ValueError(f"{manifest}: expected rows with a column text")
     (folder / "audio").mkdir(parents=True, exist_ok=True)
     spoken = []
-    for row in progress(rows, desc=f"speaking {voice}", enable=show_progress):
+    for row in progress(
+        rows, desc=f"speaking {voice}", show_progress=show_progress
+    ):
         for take in range(takes):
             key = f"{row['ID']}-{take}" if takes > 1 else row["ID"]
             said, speaker = choose_voice(voice, key, seed)

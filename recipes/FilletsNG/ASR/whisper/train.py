@@ -47,6 +47,7 @@ from speechbrain_taskarith.brains import fast_precision
 from speechbrain_taskarith.data import read_audio
 from speechbrain_taskarith.metrics import wer
 from speechbrain_taskarith.utils.files import atomic_write
+from speechbrain_taskarith.utils.progress import is_watched
 from speechbrain_taskarith.vectors import open_state
 from speechbrain_taskarith.vectors.lifelong.methods import FineTuning
 
@@ -369,6 +370,7 @@ def train(argv):
     sys.path.append(str(Path(hparams_file).resolve().parents[1]))
     with open(hparams_file, encoding="utf-8") as fin:
         hparams = load_hyperpyyaml(fin, overrides)
+    hparams.setdefault("noprogressbar", not is_watched())
 
     sb.create_experiment_directory(
         experiment_directory=hparams["output_folder"],

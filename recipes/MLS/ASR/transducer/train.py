@@ -34,6 +34,7 @@ from speechbrain_taskarith.transducer import (
     joint_transducer_loss,
     transfer_encoder,
 )
+from speechbrain_taskarith.utils.progress import is_watched
 from speechbrain_taskarith.utils.seeds import seed_random_numbers
 
 logger = get_logger(__name__)
@@ -249,6 +250,7 @@ if __name__ == "__main__":
     sb.utils.distributed.ddp_init_group(run_opts)
     with open(hparams_file, encoding="utf-8") as fin:
         hparams = load_hyperpyyaml(fin, overrides)
+    hparams.setdefault("noprogressbar", not is_watched())
 
     sb.create_experiment_directory(
         experiment_directory=hparams["output_folder"],

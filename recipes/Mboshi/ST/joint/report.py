@@ -7,11 +7,18 @@ from history import seconds_to
 from speechbrain.dataio.batch import PaddedBatch
 
 from speechbrain_taskarith.brains.ctc import bare
-from speechbrain_taskarith.metrics import Summary
-from speechbrain_taskarith.metrics.plots import MARKERS, figure, legend_beside
+from speechbrain_taskarith.metrics import (
+    Summary,
+    bleu_tokenizer,
+    compare_translations,
+    translation_scores,
+)
+from speechbrain_taskarith.metrics.plots import MARKERS, figure, legend_below
 from speechbrain_taskarith.translation import (
+    plot_task_weights,
     plot_window_entropy,
     window_entropy,
+    write_task_weights,
 )
 from speechbrain_taskarith.utils.files import (
     atomic_write,
@@ -19,14 +26,17 @@ from speechbrain_taskarith.utils.files import (
     write_json,
 )
 
-TABLE = "mboshi_joint"
-TITLE = "Speech translation with auxiliary tasks on Mboshi-French"
+TABLE = "joint"
+TITLE = "Speech translation with auxiliary tasks"
 METRICS = (
     ("bleu", "BLEU", "points"),
     ("chrf", "chrF", "points"),
     ("length_ratio", "length_ratio", "1"),
     ("ctc_wer", "CTC_WER", "%"),
+    ("ctc_cer", "CTC_CER", "%"),
 )
+OURS = "whole"  # the row that others are tested against
+TEXT_ROWS = ("mt", "mt_local")
 
 
 def results_folder(hparams):
@@ -57,7 +67,10 @@ def representation_entropy(brain, data, windows, utterances):
     model = bare(brain.modules.model).eval()
     x, lens = brain.features(batch)
     speech = model.encode_speech(x, lens, batch.id)
-    found = {"frames": (model.acoustic(x, lens), speech.frame_lens)}
+    frames = model.acoustic(x, lens)
+    if isinstance(frames, tuple):  # and their lengths
+        frames = frames[0]
+    found = {"frames": (frames, speech.frame_lens)}
     if model.shrink is not None:
         found["shrunk"] = (speech.embedded, speech.lens)
     if "mt" in brain.hparams.tasks:
@@ -72,18 +85,20 @@ def representation_entropy(brain, data, windows, utterances):
 def write_result(brain, history, task_weights, entropies, hparams):
     """Write scores, translations and plots of a tested model.
 
-    `history` is `TrainingHistory.state()`, `task_weights` is
-    `TaskNormWeights.history`, both at the end of training.
+    `history` is `TrainingHistory.state()` and the number of updates,
+    `task_weights` is `TaskNormWeights.history`, all at the end of training.
     """
     row = hparams["row"]
     path = result_path(row, hparams)
     plots = results_folder(hparams) / "plots"
-    lines = zip(brain.ids, brain.references, brain.hypotheses)
+    lines = sorted(zip(brain.ids, brain.references, brain.hypotheses))
     with atomic_write(path.with_suffix(".txt"), "w") as stream:
-        for ID, reference, hypothesis in sorted(lines):
+        for ID, reference, hypothesis in lines:
             stream.write(f"{ID}\n  {reference}\n  {hypothesis}\n")
     if task_weights:
-        plot_weights(task_weights, plots / f"task_weights_{row}.png", row)
+        name = f"task_weights_{row}"
+        plot_task_weights(task_weights, plots / f"{name}.png", row)
+        write_task_weights(task_weights, plots / f"{name}.csv")
     probe = hparams["consistency"]
     for first, second in sorted({(r[2], r[3]) for r in probe.rows}):
         name = f"consistency_{row}_{first}_{second}.png"
@@ -96,6 +111,7 @@ def write_result(brain, history, task_weights, entropies, hparams):
         path,
         {
             "scores": brain.stats,
+            "translations": lines,
             "bleu_signature": getattr(brain.scores, "bleu_signature", None),
             "chrf_signature": getattr(brain.scores, "chrf_signature", None),
             "parameters": sum(p.numel() for p in parameters),
@@ -120,13 +136,17 @@ def write_report(rows, hparams):
         if result["bleu_signature"]:
             summary.note(f"BLEU: `{result['bleu_signature']}`.")
             summary.note(f"chrF: `{result['chrf_signature']}`.")
+    by_target = len(hparams["targets"]) > 1
     summary.note(
         "Seconds: of training updates alone. Seconds to BLEU: until the end of "
         "the first epoch with a greedy BLEU on validation data of "
         f"{target:g}; empty if it was never reached."
     )
     for row, result in done.items():
-        for metric, value, unit in columns(result, target):
+        found = list(columns(result, target))
+        if by_target:
+            found += target_columns(result["translations"], hparams["targets"])
+        for metric, value, unit in found:
             summary.add(
                 table=TABLE,
                 row=row,
@@ -137,6 +157,7 @@ def write_report(rows, hparams):
                 seed=hparams["seed"],
                 selected_on="valid",
             )
+    add_tests(summary, done, hparams)
     plot_scores(done, output / "plots" / "bleu_against_time.png")
     summary.write()
     summary.print()
@@ -154,16 +175,73 @@ def columns(result, target):
             reached = seconds_to(result["epochs"], "BLEU", target, metric)
         if reached is not None:
             yield f"{metric}_to_bleu", reached, "s"
+    yield "updates", result["updates"], "1"
     yield "trained_parameters", result["parameters"], "parameters"
 
 
+def target_columns(translations, targets):
+    """Yield BLEU and chrF of each target language of a row."""
+    for target in targets:
+        # Rows of several targets are named by them.
+        own = [
+            line[1:] for line in translations if line[0].endswith(f"-{target}")
+        ]
+        if own:
+            scores = translation_scores(
+                *zip(*own), tokenize=bleu_tokenizer(target)
+            )
+            yield f"bleu_{target}", scores.bleu, "points"
+            yield f"chrf_{target}", scores.chrf, "points"
+
+
+def add_tests(summary, done, hparams):
+    """Add a table: is the whole method better than each other row?"""
+    ours = done.get(OURS)
+    if ours is None:
+        return
+    summary.note(
+        f"`{TABLE}_paired`: points of `{OURS}` above the row, on the same "
+        "utterances; 95 % interval and p-value by a paired bootstrap over "
+        "utterances."
+    )
+    ids, references, translated = zip(*ours["translations"])
+    for row, result in done.items():
+        theirs = {line[0]: line[2] for line in result["translations"]}
+        # Text models translate transcripts, which is another task.
+        if row == OURS or row in TEXT_ROWS or set(theirs) != set(ids):
+            continue
+        tests = compare_translations(
+            references,
+            [theirs[ID] for ID in ids],
+            translated,
+            tokenize=hparams["bleu_tokenize"],
+        )
+        for score, test in tests.items():
+            for metric, value, unit in (
+                ("difference", test.difference, "points"),
+                ("low", test.low, "points"),
+                ("high", test.high, "points"),
+                ("p_value", test.p_value, "1"),
+            ):
+                summary.add(
+                    table=f"{TABLE}_paired",
+                    row=f"{OURS} against {row}",
+                    metric=f"{score.lower()}_{metric}",
+                    value=value,
+                    unit=unit,
+                    split=hparams["report_on"],
+                    seed=hparams["seed"],
+                    selected_on="valid",
+                )
+
+
 def plot_scores(done, path):
-    """Plot BLEU on validation data against training time, a curve per row."""
+    """Plot BLEU on validation data against processor time, a curve per row."""
     curves = {n: r for n, r in done.items() if "BLEU" in r["scores"]}
-    with figure(path, width=8) as axes:
+    with figure(path) as axes:
         for number, (row, result) in enumerate(curves.items()):
             axes.plot(
-                [epoch["seconds"] / 60 for epoch in result["epochs"]],
+                [epoch["cpu_seconds"] / 60 for epoch in result["epochs"]],
                 [epoch["BLEU"] for epoch in result["epochs"]],
                 marker=MARKERS[number % len(MARKERS)],
                 markersize=3,
@@ -171,27 +249,6 @@ def plot_scores(done, path):
                 color=f"C{number % 10}",
                 linestyle="-" if number < 10 else "--",
             )
-        axes.set_xlabel("minutes of training")
+        axes.set_xlabel("minutes of a processor, in training")
         axes.set_ylabel("BLEU, validation data")
-        legend_beside(axes)
-
-
-def plot_weights(task_weights, path, title):
-    """Plot the weights of the auxiliary tasks against updates."""
-    with figure(path) as axes:
-        updates = [0, *(entry["update"] for entry in task_weights)]
-        for number, task in enumerate(task_weights[0]["weights"]):
-            values = [1.0, *(entry["weights"][task] for entry in task_weights)]
-            axes.step(
-                updates,
-                values,
-                where="post",
-                label=task,
-                marker=MARKERS[number % len(MARKERS)],
-                markersize=3,
-            )
-        axes.set_ylim(0, 1.05)
-        axes.set_xlabel("update")
-        axes.set_ylabel("task weight")
-        axes.set_title(title)
-        legend_beside(axes)
+        legend_below(axes)

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""The table of speech translation with auxiliary tasks on Mboshi-French.
+"""The table of speech translation with auxiliary tasks.
 
 Trains the rows of one seed by calls of train.py: speech translation alone,
-with text translation, with recognition, the whole method, and the whole method
-without each of its parts. Before them come the models that rows start from.
+with text translation, with recognition, the whole method by each rule of the
+task weights, and the whole method without each of its parts. Before them come
+the models that rows start from.
 
 To run this study, do the following:
-> python study.py hparams/train.yaml --data_folder /path/to/mboshi --seed 0
+> python study.py hparams/train.yaml --data_folder /path/to/corpus --seed 0
 
 Some rows only; the recognition model of another seed; a table over seeds:
 > python study.py hparams/train.yaml --data_folder ... --only st,whole
@@ -51,7 +52,17 @@ OPTIONS = {
     "target_bleu": 1.5,
 }
 
-NEVER = 1_000_000_000
+# Weights as the authors' code has them. Their interval is 5,000 updates: tasks
+# end at 20,000 and 30,000, and the first 3,000 are without speech translation.
+RELEASED = {
+    "task_norms": "joint",
+    "task_exponent": "growing",
+    "task_measured": "attention",
+    "task_average": 1,
+    "last_update": "{asr: !ref <task_interval> * 4, mt: !ref <task_interval> * 6}",
+    "warm_up": "!ref <task_interval> * 3 // 5",
+    "warm_up_frozen": ["acoustic.encoder"],
+}
 # Speech translation without any part of the method.
 PLAIN = {
     "tasks": [],
@@ -62,7 +73,7 @@ PLAIN = {
     "contrast": False,
     "contrastive": 0.0,
     "ctc_in_st": False,
-    "task_interval": NEVER,
+    "task_norms": "none",
 }
 # Models that rows start from.
 STAGES = {
@@ -70,27 +81,36 @@ STAGES = {
     "mt": {**PLAIN, "main": "mt"},
     "mt_local": {**PLAIN, "main": "mt", "local": True},
 }
+# The row whose translator is kept for use; others are in their checkpoints.
+KEPT = "whole"
 # What a row starts from, unless it or the command line says otherwise.
 START = {"acoustic_from": "asr", "text_from": "mt_local"}
 # Each row is train.yaml with these values.
 ROWS = {
     "st": {**PLAIN, "text_from": None},
     "st_from_mt": {**PLAIN, "text_from": "mt"},
+    # From the text model that the whole method starts from
+    "st_from_mt_local": {**PLAIN, "local": True},
     "st_mt": {**PLAIN, "text_from": "mt", "tasks": ["mt"]},
     "st_asr": {**PLAIN, "text_from": None, "tasks": ["asr"]},
     "st_mt_asr": {**PLAIN, "text_from": "mt", "tasks": ["asr", "mt"]},
+    "st_mt_asr_local": {**PLAIN, "local": True, "tasks": ["asr", "mt"]},
+    # The loss of "st" keeps CTC; the rule of the weights is that of the YAML
     "whole": {},
+    "released_rule": {**RELEASED},
+    "no_task_weights": {"task_norms": "none"},
+    # CTC and contrastive loss are the task "asr" alone
+    "ctc_in_asr": {"ctc_in_st": False},
     "no_shrink": {"shrink": None, "looking_back": None},
     "no_looking_back": {"looking_back": None},
     "no_local_to_global": {"local": False, "text_from": "mt"},
     "no_noise": {"make_noise": None},
     "no_contrastive": {"contrast": False, "contrastive": 0.0},
-    "no_task_weights": {"task_interval": NEVER},
     # Its training time is compared with that of the whole method.
     "no_shrink_no_task_weights": {
         "shrink": None,
         "looking_back": None,
-        "task_interval": NEVER,
+        "task_norms": "none",
     },
 }
 
@@ -111,6 +131,8 @@ def plan_trainings(given, folder, hparams):
                 "lr": hparams["stage_lr"],
                 "max_batch_seconds": hparams["stage_batch_seconds"],
             }
+        if name != KEPT:
+            options["translator_folder"] = None
         parents = []
         for key in START:
             stage = options[key]
@@ -176,6 +198,9 @@ def main(argv):
     if argv[:1] == ["--merge"]:
         merge_seeds(argv[1], title=TITLE)
         return
+    # The prepare script stands beside hparams/, also where this file is a link.
+    files = [word for word in argv if word.endswith(".yaml")]
+    sys.path += [str(Path(name).resolve().parents[1]) for name in files]
     study = start_study(argv, OPTIONS)
     hparams = {**study.hparams, "study_folder": str(study.folder)}
     given, rest = split_options(study.arguments)

@@ -1,22 +1,24 @@
 #!/usr/bin/env python3
-"""Recipe for speech translation with auxiliary tasks (Mboshi-French).
+"""Recipe for speech translation with auxiliary tasks.
 
 One training of the method of arXiv 2311.03810: speech translation with
 recognition and text translation as auxiliary tasks. `study.py` makes the
 table: it trains the whole method, speech translation alone, and the method
-without each of its parts, by changing some values of the YAML.
+without each of its parts, by changing some values of the YAML. Several corpora
+have these scripts, as links; what differs is in their YAML.
 
 To run this recipe, do the following:
-> python train.py hparams/train.yaml --data_folder /path/to/mboshi
+> python train.py hparams/train.yaml --data_folder /path/to/corpus
 
 From models of recognition and of text translation, as study.py trains them:
-> python train.py hparams/train.yaml --data_folder /path/to/mboshi \
+> python train.py hparams/train.yaml --data_folder /path/to/corpus \
 >     --acoustic_from results/joint/0/models/asr/save \
 >     --text_from results/joint/0/models/mt_local/save
 
 Start a killed run again by the same command: it resumes.
 """
 
+import collections
 import sys
 from pathlib import Path
 
@@ -34,12 +36,17 @@ from speechbrain.utils.logger import get_logger
 
 from speechbrain_taskarith.brains import PieceLabels, TranslationBrain, best_key
 from speechbrain_taskarith.data import read_audio
-from speechbrain_taskarith.translation import initialise_from_text_translation
+from speechbrain_taskarith.translation import (
+    TargetLanguages,
+    initialise_from_text_translation,
+    save_translator,
+)
+from speechbrain_taskarith.utils.files import atomic_write
 
 logger = get_logger(__name__)
 
-# 4.5 hours of features fit in memory: all epochs, and all trainings that
-# study.py runs in this process, read them from here.
+# Features of the whole corpus where they fit in memory: all epochs, and all
+# trainings that study.py runs in this process, read them from here.
 FEATURES = {}
 
 
@@ -47,7 +54,7 @@ class ST(TranslationBrain):
     """Class that manages the training loop, and measures its time.
 
     `compute_forward` and `compute_objectives` are those of `TranslationBrain`.
-    It reads hparams.fea_augment,
+    It reads hparams.fea_augment, hparams.average_last, hparams.warm_up_frozen,
     hparams.guard, hparams.objective, hparams.search, hparams.greedy_tokens and
     hparams.train_logger.
     """
@@ -73,41 +80,103 @@ class ST(TranslationBrain):
 
 
 def prepare(hparams):
-    """Prepare the data on the main process."""
-    from mboshi_prepare import prepare_mboshi
+    """Prepare the manifests on the main process, unless they are there."""
+    if hparams["prepare"] is not None:
+        run_on_main(
+            hparams["prepare"],
+            kwargs={
+                "data_folder": hparams["data_folder"],
+                "save_folder": hparams["prepared_folder"],
+                "skip_prep": hparams["skip_prep"],
+            },
+        )
 
-    run_on_main(
-        prepare_mboshi,
-        kwargs={
-            "data_folder": hparams["data_folder"],
-            "save_folder": hparams["prepared_folder"],
-            "valid_one_in": hparams["valid_one_in"],
-            "skip_bad": hparams["skip_bad"],
-            "skip_prep": hparams["skip_prep"],
-        },
-    )
+
+def read_rows(split, hparams):
+    """Read a manifest: a row for each utterance and target language.
+
+    Columns are named by the YAML (`transcript`, `translation`); utterances
+    without a translation into a language are left out for that language.
+    """
+    path = Path(hparams["prepared_folder"], f"{split}.csv")
+    root = {"data_root": hparams["prepared_folder"]}
+    given = sb.dataio.dataio.load_data_csv(str(path), root)
+    targets, languages = hparams["targets"], hparams["languages"]
+    if isinstance(targets, str) or isinstance(languages, str):
+        raise ValueError(
+            f"targets: {targets!r}, languages: {languages!r}; expected lists, "
+            "such as --targets [de]"
+        )
+    columns = {t: hparams["translation"].format(t) for t in targets}
+    needed = {hparams["transcript"], *columns.values()}
+    needed |= {"lang"} if languages else set()
+    there = set(next(iter(given.values()), {}))
+    if not needed <= there:
+        raise ValueError(
+            f"{path}: no column {', '.join(sorted(needed - there))}; there "
+            f"are {', '.join(sorted(there))}. Check `targets`, `transcript` "
+            "and `translation`"
+        )
+    found = {language: {} for language in languages or [None]}
+    without = collections.Counter()
+    for ID, row in given.items():
+        language = row["lang"] if languages else None
+        for target, column in columns.items():
+            if language not in found:
+                continue
+            if not row[column].strip():
+                without[target] += 1
+                continue
+            name = ID if len(targets) == 1 else f"{ID}-{target}"
+            found[language][name] = {
+                "utterance": ID,
+                "wav": row["wav"],
+                "duration": row["duration"],
+                "wrd": row[hparams["transcript"]],
+                "translation": row[column],
+                "target": target,
+            }
+    for target, count in without.items():
+        logger.info(f"{split}: {count} utterances without text in {target}")
+    for language, rows in found.items():
+        if not rows:
+            of = f" of language {language!r}" if language else ""
+            raise ValueError(
+                f"{path}: no utterance{of} with a translation into "
+                f"{', '.join(targets)}"
+            )
+    return {ID: row for rows in found.values() for ID, row in rows.items()}
 
 
 def make_labels(hparams):
-    """Train the tokenizers of both languages, or load them."""
-    labels = {}
-    for side, column, reserved, marks in (
+    """Train the tokenizers of both languages, or load them.
+
+    Returns the labels of `source` and `target`, and in `languages` the
+    decoder's first token for each target language.
+    """
+    labels, targets = {}, hparams["targets"]
+    train = read_rows("train", hparams)
+    marks = {"bos_id": hparams["bos_index"], "eos_id": hparams["eos_index"]}
+    if len(targets) > 1:
+        marks["user_defined_symbols"] = ",".join(f"<{t}>" for t in targets)
+    for side, column, reserved, settings in (
         # The CTC head writes the source labels.
         ("source", "wrd", ["<blank>"], {}),
-        (
-            "target",
-            "translation",
-            [],
-            {"bos_id": hparams["bos_index"], "eos_id": hparams["eos_index"]},
-        ),
+        ("target", "translation", [], marks),
     ):
+        folder = Path(hparams["tokenizer_folder"], side)
+        with atomic_write(folder / "train.txt", "w") as stream:
+            # A transcript stands there once for each target language.
+            texts = dict.fromkeys(row[column] for row in train.values())
+            stream.writelines(f"{text}\n" for text in texts)
         tokenizer = SentencePiece(
-            model_dir=str(Path(hparams["tokenizer_folder"], side)),
+            model_dir=str(folder),
             vocab_size=hparams[f"{side}_pieces"],
             annotation_train=f"{hparams['prepared_folder']}/train.csv",
-            annotation_read=column,
+            annotation_read=hparams["transcript"],
+            text_file=str(folder / "train.txt"),
             model_type=hparams[f"{side}_type"],
-            **marks,
+            **settings,
         )
         found = len(tokenizer.sp)
         if found != hparams[f"{side}_pieces"]:
@@ -117,33 +186,56 @@ def make_labels(hparams):
                 f"{hparams[f'{side}_pieces']}; give --{side}_pieces {found}"
             )
         labels[side] = PieceLabels(tokenizer.sp, reserved)
+    languages = TargetLanguages({targets[0]: hparams["bos_index"]})
+    if len(targets) > 1:
+        pieces = labels["target"].pieces
+        languages = TargetLanguages.for_pieces(pieces, targets)
+    labels["languages"] = languages
     return labels
+
+
+def read_features(wav, hparams):
+    """Return an utterance's features, or its waveform where there are none."""
+    rate, features = hparams["sample_rate"], hparams["features"]
+    sig = read_audio(wav, rate, resample=hparams["resample"])
+    if features is None:
+        return sig
+    with torch.no_grad():
+        x = features(sig[None])
+        if hparams["normalize"] is not None:
+            x = hparams["normalize"](x, torch.ones(1))
+    return x[0]
 
 
 def dataio_prepare(hparams, labels):
     """Prepare the datasets and the sampler of the training batches."""
-    bos, eos = hparams["bos_index"], hparams["eos_index"]
+    languages, eos = labels["languages"], hparams["eos_index"]
     datasets = {}
     for split in ("train", "valid", "test"):
-        path = f"{hparams['prepared_folder']}/{split}.csv"
-        data = DynamicItemDataset.from_csv(path)
+        data = DynamicItemDataset(read_rows(split, hparams))
         if split != "train":
             data = data.filtered_sorted(sort_key="duration")
         datasets[split] = data
     all_datasets = list(datasets.values())
+    speech = {hparams["main"], *hparams["tasks"]} != {"mt"}
+    cache = hparams["cache"] if speech else None
+    if cache is not None:
+        rows = [row for data in all_datasets for row in data.data.values()]
+        rows = {row["utterance"]: {"wav": row["wav"]} for row in rows}
+        run_on_main(cache.fill, args=[rows])
 
-    @sb.utils.data_pipeline.takes("wav")
+    @sb.utils.data_pipeline.takes("utterance", "wav")
     @sb.utils.data_pipeline.provides("sig")
-    def audio_pipeline(wav):
-        rate, features = hparams["sample_rate"], hparams["features"]
-        key = (wav, rate, features and hparams["n_mels"])
+    def audio_pipeline(utterance, wav):
+        if not speech:
+            return torch.zeros(1)
+        if cache is not None:
+            return cache(utterance, wav).float()
+        if not hparams["keep_features"]:
+            return read_features(wav, hparams)
+        key = (wav, hparams["sample_rate"], hparams.get("n_mels"))
         if key not in FEATURES:
-            sig = read_audio(wav, rate)
-            if features is not None:
-                with torch.no_grad():
-                    x = features(sig[None])
-                    sig = hparams["normalize"](x, torch.ones(1))[0]
-            FEATURES[key] = sig
+            FEATURES[key] = read_features(wav, hparams)
         return FEATURES[key]
 
     @sb.utils.data_pipeline.takes("wrd")
@@ -151,11 +243,11 @@ def dataio_prepare(hparams, labels):
     def transcript_pipeline(wrd):
         return labels["source"].encode(wrd)
 
-    @sb.utils.data_pipeline.takes("translation")
+    @sb.utils.data_pipeline.takes("translation", "target")
     @sb.utils.data_pipeline.provides("target_bos", "target_eos")
-    def translation_pipeline(translation):
+    def translation_pipeline(translation, target):
         pieces = labels["target"].encode(translation)
-        yield torch.cat([torch.tensor([bos]), pieces])
+        yield torch.cat([torch.tensor([languages.bos(target)]), pieces])
         yield torch.cat([pieces, torch.tensor([eos])])
 
     for pipeline in (audio_pipeline, transcript_pipeline, translation_pipeline):
@@ -197,6 +289,8 @@ def train(argv):
     # CLI
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
     sb.utils.distributed.ddp_init_group(run_opts)
+    # The prepare script stands beside hparams/, also where this file is a link.
+    sys.path.append(str(Path(hparams_file).resolve().parents[1]))
     with open(hparams_file, encoding="utf-8") as fin:
         hparams = load_hyperpyyaml(fin, overrides)
 
@@ -219,6 +313,7 @@ def train(argv):
         model.noise = hparams["make_noise"](
             labels["source"].pieces, blank_token=hparams["blank_index"]
         )
+    model.languages = labels["languages"]
     parts = ("acoustic", "ctc_lin")
     load_start(hparams["acoustic_from"], "asr", parts, model)
     parts = ("source_embedding", "textual", "decoder")
@@ -254,11 +349,15 @@ def train(argv):
         hparams["epoch_counter"],
         datasets["train"],
         datasets["valid"],
-        train_loader_kwargs={"batch_sampler": train_sampler},
+        train_loader_kwargs={
+            "batch_sampler": train_sampler,
+            "num_workers": hparams["num_workers"],
+        },
         valid_loader_kwargs=loader_kwargs,
     )
     # Before the test, which loads the best checkpoint and its history.
     history = st_brain.history.state()
+    history["updates"] = hparams["task_weights"].updates
     task_weights = list(hparams["task_weights"].history)
 
     # Testing
@@ -273,6 +372,17 @@ def train(argv):
         hparams["entropy_windows"],
         hparams["entropy_utterances"],
     )
+    if hparams["translator_folder"] and hparams["main"] == "st":
+        run_on_main(
+            save_translator,
+            kwargs={
+                "folder": hparams["translator_folder"],
+                "translator": hparams["translator"],
+                "hyperparams": f"{hparams['output_folder']}/hyperparams.yaml",
+                "target_labels": labels["target"],
+                "source_labels": labels["source"],
+            },
+        )
     run_on_main(
         write_result,
         args=[st_brain, history, task_weights, entropies, hparams],

@@ -37,6 +37,7 @@ def write_report(brain, row, hparams):
     ]
     if "CTC_WER" in brain.stats:
         values.append(("ctc_wer", brain.stats["CTC_WER"], "%"))
+        values.append(("ctc_cer", brain.stats["CTC_CER"], "%"))
     summary.note(f"BLEU: `{scores.bleu_signature}`.")
     summary.note(f"chrF: `{scores.chrf_signature}`.")
     for metric, value, unit in values:

@@ -30,7 +30,10 @@ from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_taskarith.brains import PieceLabels, TranslationBrain, best_key
-from speechbrain_taskarith.translation import initialise_from_text_translation
+from speechbrain_taskarith.translation import (
+    initialise_from_text_translation,
+    save_translator,
+)
 
 logger = get_logger(__name__)
 
@@ -43,7 +46,8 @@ class ST(TranslationBrain):
 
     `compute_forward` and `compute_objectives` are those of `TranslationBrain`.
     It reads hparams.compute_features, hparams.fea_augment,
-    hparams.guard, hparams.objective, hparams.search, hparams.greedy_tokens and
+    hparams.average_last, hparams.warm_up_frozen, hparams.guard,
+    hparams.objective, hparams.search, hparams.greedy_tokens and
     hparams.train_logger.
     """
 
@@ -225,6 +229,7 @@ if __name__ == "__main__":
             "save_folder": hparams["prepared_folder"],
             "data_folder": hparams["data_folder"],
             "language": hparams["language"],
+            "test_set": hparams["test_set"],
             "wmt_folder": hparams["wmt_folder"],
             "wmt_lines": hparams["wmt_lines"],
             "librispeech_folder": hparams["librispeech_folder"],
@@ -282,6 +287,19 @@ if __name__ == "__main__":
         **best_key(hparams["main"]),
     )
     run_on_main(write_report, args=[st_brain, hparams["row"], hparams])
+    if hparams["translator_folder"]:
+        section = hparams["translator"]
+        language = {hparams["language"]: hparams["bos_index"]}
+        run_on_main(
+            save_translator,
+            kwargs={
+                "folder": hparams["translator_folder"],
+                "translator": {**section, "languages": language},
+                "hyperparams": f"{hparams['output_folder']}/hyperparams.yaml",
+                "target_labels": labels["target"],
+                "source_labels": labels["source"],
+            },
+        )
     # Without it a process that ends first may take the others down.
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

@@ -12,6 +12,7 @@ from speechbrain_taskarith.metrics import (
     plot_scale_surface,
     wer,
 )
+from speechbrain_taskarith.metrics.plots import words
 
 TABLE = "syn2real"
 TITLE = "SYN2REAL on SLURP"
@@ -158,14 +159,16 @@ def draw(results, folder):
         own = [r for (_, t), r in results.items() if t == target]
         plot_scale_curve(
             {
-                f"real {target} (test)": together(r["curve"] for r in own),
+                f"recordings of {words(target)} (test)": together(
+                    r["curve"] for r in own
+                ),
                 "sources in its place (valid)": together(
                     {a: r["chosen"]["grid"][1.0, a] for a in r["curve"]}
                     for r in own
                 ),
             },
             plots / f"scale_{target}.png",
-            title=f"WER against scale, {target} left out",
+            title=f"{words(target)} left out",
         )
         both = [r["chosen"]["both"] for r in own]
         plot_scale_surface(
@@ -173,7 +176,7 @@ def draw(results, folder):
             plots / f"surface_{target}.png",
             baseline=(1.0, 0.0),
             chosen=max(set(both), key=both.count),
-            title=f"Sources in the place of {target}: real recordings (valid)",
+            title=f"{words(target)} left out: WER on the sources (valid)",
         )
 
 

@@ -29,6 +29,7 @@ from slurp_prepare import prepare_slurp
 from speechbrain.utils.distributed import run_on_main
 
 from speechbrain_taskarith.brains import fast_precision
+from speechbrain_taskarith.utils.progress import is_watched
 from speechbrain_taskarith.vectors import open_state
 
 
@@ -78,6 +79,7 @@ def train(argv):
     sb.utils.distributed.ddp_init_group(run_opts)
     with open(hparams_file, encoding="utf-8") as fin:
         hparams = load_hyperpyyaml(fin, overrides)
+    hparams.setdefault("noprogressbar", not is_watched())
 
     sb.create_experiment_directory(
         experiment_directory=hparams["output_folder"],

@@ -120,7 +120,7 @@ class DARE(Wrapper):
     given, the tensor's name and the entry's index, and on nothing else: not
     on the order of the vectors or tensors, chunks, threads or machine. The
     expectation stays with task arithmetic; before a sign election it does
-    not (see docs/task_vectors.md). Reference: `reference.dare`.
+    not (see docs/rules.md). Reference: `reference.dare`.
 
     Arguments
     ---------

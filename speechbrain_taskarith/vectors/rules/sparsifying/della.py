@@ -74,7 +74,7 @@ class DELLA(Merge):
         Not negative.
     elect : str
         `"mass"` as in the paper, `"count"` or `"none"`. With an election
-        the result is longer than the mean (see docs/task_vectors.md).
+        the result is longer than the mean (see docs/rules.md).
     weights : sequence of float or None
         See `Merge`.
 

@@ -1,6 +1,6 @@
 """A card beside every output: where these weights come from.
 
-Markdown for people and JSON for programs, with the same content.
+One Markdown file; its front matter holds the same for programs and hubs.
 """
 
 import contextlib
@@ -8,19 +8,22 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import speechbrain_taskarith
-from speechbrain_taskarith.utils.files import (
-    atomic_write,
-    now,
-    read_json,
-    write_json,
+from speechbrain_taskarith.utils.files import now
+from speechbrain_taskarith.utils.hub.cards import (
+    KEY,
+    card_path,
+    hub_entries,
+    model_index,
+    read_card,
+    write_card,
 )
-from speechbrain_taskarith.vectors.rules.base import check_rule
-from speechbrain_taskarith.vectors.states.readers import TORCH_SUFFIXES
+from speechbrain_taskarith.vectors.states.torch_files import TORCH_SUFFIXES
+
+_TASK = "automatic-speech-recognition"
 
 
 @dataclass
@@ -39,7 +42,9 @@ class ModelCard:
         What the vectors were multiplied by.
     wer : list of dict
         Rows of a table of word error rates, e.g. `{"row": "edited", "wer":
-        4.2, "split": "test"}`; or `{name: number}`.
+        4.2, "split": "test"}`; or `{name: number}`. Rows with a
+        `"dataset"` are this model's own results: the hub shows them in its
+        table (`model-index`).
     selected_on, fingerprint : str or None
         What the scale was chosen on; fingerprint of the weights that the
         card lies beside.
@@ -49,6 +54,15 @@ class ModelCard:
         UTC, ISO 8601; now by default.
     versions : dict
         Of the packages that made it; those installed by default.
+    relation : str or None
+        What it is to the models that it was made from: `"merge"`,
+        `"finetune"`, or `"adapter"`, which needs its base.
+    license : str or None
+        As the hub writes it, e.g. `"apache-2.0"`.
+    language : str, list of str or None
+        ISO 639 codes of what it recognises.
+    tags : list of str
+        Further ones for the hub's search.
 
     Example
     -------
@@ -78,10 +92,19 @@ class ModelCard:
     notes: list = field(default_factory=list)
     date: str = field(default_factory=now)
     versions: dict = field(default_factory=lambda: _versions())
+    relation: str | None = "merge"
+    license: str | None = None
+    language: object = None
+    tags: list = field(default_factory=list)
 
     def __post_init__(self):
         if self.rule is not None and not isinstance(self.rule, dict):
-            self.rule = check_rule(self.rule).describe()
+            if not hasattr(self.rule, "describe"):
+                raise TypeError(
+                    "rule: expected a Rule or its description, got "
+                    f"{type(self.rule).__name__}"
+                )
+            self.rule = self.rule.describe()
         if isinstance(self.wer, dict):
             self.wer = [{"name": k, "wer": v} for k, v in self.wer.items()]
         if isinstance(self.notes, str):
@@ -155,6 +178,36 @@ class ModelCard:
             ]
         return cls(**{**given, **fields})
 
+    @classmethod
+    def load(cls, output):
+        """Read the card of an output, where `save` has put it.
+
+        Arguments
+        ---------
+        output : str or pathlib.Path
+            The weights' file or folder, not the card's.
+
+        Returns
+        -------
+        ModelCard
+            With all that was saved.
+
+        Raises
+        ------
+        FileNotFoundError
+            No card of this plugin there.
+        ValueError
+            Its front matter is damaged.
+        """
+        content = read_card(output)
+        names = [entry.name for entry in dataclasses.fields(cls)]
+        if "parents" not in content:
+            raise FileNotFoundError(
+                f"{card_path(output)}: no card of this plugin; what is made "
+                "by `taskarith` or saved by ModelCard.save has one"
+            )
+        return cls(**{k: v for k, v in content.items() if k in names})
+
     def to_dict(self):
         """Return the fields (see `ModelCard`) in plain types.
 
@@ -199,48 +252,54 @@ class ModelCard:
         return "\n".join(lines) + "\n"
 
     def save(self, output):
-        """Write both forms beside an output, each atomically.
+        """Write the card of an output, atomically.
 
         Arguments
         ---------
         output : str or pathlib.Path
-            The weights' file or folder. A folder gets `model_card.md` and
-            `model_card.json` inside, a Hugging Face folder `README.md` in
-            place of the first, as the Hub shows it; a file `x.ckpt` gets `x.ckpt.card.md`
-            and `x.ckpt.json` beside it. `save_state` writes a torch file's
-            metadata into the same JSON file: its other entries stay.
+            The weights' file or folder. A folder gets `README.md`, as the
+            hub shows it; beside a file `x.ckpt` stands `x.ckpt.md`. What
+            `save_state` has noted there of a torch file stays.
 
         Returns
         -------
-        list of pathlib.Path
-            The Markdown file and the JSON file.
+        pathlib.Path
+            The card.
         """
         output, content = Path(output), self.to_dict()
-        front = ""
+        library = KEY
         if output.is_dir():
-            text, data = output / "model_card.md", output / "model_card.json"
-            if (output / "config.json").is_file():
-                text, front = output / "README.md", self._front_matter()
-        else:
-            text = output.with_name(f"{output.name}.card.md")
-            data = output.with_name(f"{output.name}.json")
-            if output.suffix in TORCH_SUFFIXES and data.is_file():
-                content = {**read_json(data), **content}
-        with atomic_write(text, "w") as stream:
-            stream.write(front + self.to_markdown())
-        write_json(data, content)
-        return [text, data]
+            is_hugging_face = (output / "config.json").is_file()
+            library = "transformers" if is_hugging_face else "speechbrain"
+        elif output.suffix in TORCH_SUFFIXES:
+            content = {**read_card(output), **content}
+        front = self._hub_entries(library) | {KEY: content}
+        return write_card(card_path(output), front, self.to_markdown())
 
-    def _front_matter(self):
-        """Return what the Hub reads at the head of a card."""
-        lines = ["---", "library_name: transformers"]
-        for parent in self.parents:
-            name = str(parent.get("path", ""))
-            if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-                if parent.get("role") == "base" and not Path(name).exists():
-                    lines.append(f"base_model: {name}")
-        lines += ["tags:", "- merge", "- speechbrain_taskarith", "---", "", ""]
-        return "\n".join(lines)
+    def _hub_entries(self, library):
+        """Return what the hub reads at the head of the card."""
+        roles = ("base",) if self.relation == "adapter" else None
+        bases = [
+            parent.get("path")
+            for parent in self.parents
+            if roles is None or parent.get("role") in roles
+        ]
+        tags = [KEY, *([self.relation] if self.relation else ()), *self.tags]
+        found = hub_entries(
+            base_model=bases,
+            relation=self.relation,
+            library=library,
+            tags=tags,
+            license=self.license,
+            language=self.language,
+        )
+        results = [
+            {"metric": "wer", "label": "WER (%)", "value": value, **row}
+            for row in self.to_dict()["wer"]
+            if isinstance(value := row.get("wer"), (int, float))
+            and row.get("dataset")
+        ]
+        return found | model_index(self.title, results, _TASK)
 
 
 def _versions():

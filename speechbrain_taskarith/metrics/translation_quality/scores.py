@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from speechbrain_taskarith.utils.optional import require
 
+# Languages without spaces between words; others have "13a".
+_TOKENIZERS = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}
+
 
 @dataclass(frozen=True)
 class TranslationReport:
@@ -84,6 +87,52 @@ def translation_scores(
     0.75
     """
     sacrebleu = require("sacrebleu", "translation", "BLEU")
+    sets, hypotheses = checked(references, hypotheses)
+    bleu = sacrebleu.BLEU(lowercase=lowercase, tokenize=tokenize)
+    chrf = sacrebleu.CHRF(lowercase=lowercase)
+    words = sum(len(line.split()) for one in sets for line in one) / len(sets)
+    written = sum(len(line.split()) for line in hypotheses)
+    return TranslationReport(
+        bleu=bleu.corpus_score(hypotheses, sets).score,
+        chrf=chrf.corpus_score(hypotheses, sets).score,
+        length_ratio=written / words if words else float(written > 0),
+        sentences=len(hypotheses),
+        bleu_signature=str(bleu.get_signature()),
+        chrf_signature=str(chrf.get_signature()),
+    )
+
+
+def bleu_tokenizer(languages):
+    """Return the tokeniser for BLEU of a language, for `translation_scores`.
+
+    Arguments
+    ---------
+    languages : str or sequence of str
+        Codes: `"de"`, `"zh-CN"`, ... Of several that need different ones,
+        characters are counted (`"char"`).
+
+    Returns
+    -------
+    str
+        Of sacrebleu. Japanese and Korean need its own extras (`sacrebleu[ja]`).
+
+    Example
+    -------
+    >>> bleu_tokenizer("zh-CN"), bleu_tokenizer(["de", "fr"])
+    ('zh', '13a')
+    >>> bleu_tokenizer(["de", "zh-CN"])
+    'char'
+    """
+    languages = [languages] if isinstance(languages, str) else languages
+    found = {
+        _TOKENIZERS.get(language.replace("_", "-").split("-")[0].lower(), "13a")
+        for language in languages
+    }
+    return found.pop() if len(found) == 1 else "char"
+
+
+def checked(references, hypotheses):
+    """Return sets of references and hypotheses, as lists that fit."""
     if isinstance(references, str) or isinstance(hypotheses, str):
         raise TypeError(
             "expected lists of sentences, got a single string; write "
@@ -107,15 +156,4 @@ def translation_scores(
             f"{len(hypotheses)} hypotheses, {[len(one) for one in sets]} "
             "references: expected as many, and at least one"
         )
-    bleu = sacrebleu.BLEU(lowercase=lowercase, tokenize=tokenize)
-    chrf = sacrebleu.CHRF(lowercase=lowercase)
-    words = sum(len(line.split()) for one in sets for line in one) / len(sets)
-    written = sum(len(line.split()) for line in hypotheses)
-    return TranslationReport(
-        bleu=bleu.corpus_score(hypotheses, sets).score,
-        chrf=chrf.corpus_score(hypotheses, sets).score,
-        length_ratio=written / words if words else float(written > 0),
-        sentences=len(hypotheses),
-        bleu_signature=str(bleu.get_signature()),
-        chrf_signature=str(chrf.get_signature()),
-    )
+    return sets, hypotheses

@@ -18,8 +18,8 @@ from speechbrain_taskarith.adapters.checks import (
     fingerprint,
     frozen_state,
 )
-from speechbrain_taskarith.adapters.files import read_file
 from speechbrain_taskarith.adapters.layer import CHILD
+from speechbrain_taskarith.adapters.storage.files import read_file
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+../../covost2_prepare.py

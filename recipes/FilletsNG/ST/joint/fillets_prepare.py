@@ -1,0 +1,1 @@
+../../fillets_prepare.py

@@ -1,0 +1,1 @@
+../../../Mboshi/ST/joint/study.py

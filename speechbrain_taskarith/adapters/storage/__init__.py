@@ -1,0 +1,1 @@
+"""Adapters outside the encoder: files, folders, and Hugging Face's hub."""

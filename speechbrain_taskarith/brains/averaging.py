@@ -1,0 +1,37 @@
+"""The mean of a training's last checkpoints."""
+
+import logging
+
+from speechbrain.utils.checkpoints import average_checkpoints
+
+from speechbrain_taskarith.vectors import as_state
+from speechbrain_taskarith.vectors.recipe_hooks.provenance import mean_state
+
+logger = logging.getLogger(__name__)
+
+
+def load_average(checkpointer, model, count, recoverable="model"):
+    """Load the mean of the last `count` epochs' checkpoints into a model.
+
+    By SpeechBrain's `average_checkpoints`; its own averager would give tied
+    tensors wrong values, and counters fractions.
+    """
+    found = checkpointer.find_checkpoints(
+        max_num_checkpoints=count,
+        ckpt_predicate=lambda one: one.meta.get("end-of-epoch", True),
+    )
+    if len(found) < count:
+        logger.warning(
+            f"average_last: {count}, but there are {len(found)} checkpoints of "
+            f"epochs in {checkpointer.checkpoints_dir}"
+        )
+    if not found:
+        return
+    mean = average_checkpoints(
+        found,
+        recoverable,
+        averager=lambda states: mean_state([as_state(one) for one in states]),
+    )
+    model.load_state_dict(dict(mean))
+    names = ", ".join(one.path.name for one in found)
+    logger.info(f"The mean of {names} is tested")

@@ -1,0 +1,1 @@
+"""A trained translator in a folder: written, loaded, used."""

@@ -1,0 +1,76 @@
+"""What a translator returns."""
+
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass(frozen=True)
+class TranslatedSegment:
+    """A span of speech that became one vector of the textual encoder.
+
+    Arguments
+    ---------
+    start, end : float
+        In seconds, see `Translation`.
+    transcript : str or None
+        The label that the CTC head gave the span, as text; empty for a blank.
+        None: the head has no labels.
+
+    Example
+    -------
+    >>> TranslatedSegment(0.2, 0.26, "dog").transcript
+    'dog'
+    """
+
+    start: float
+    end: float
+    transcript: str | None = None
+
+
+@dataclass(frozen=True)
+class Translation:
+    """One utterance, translated.
+
+    A segment is a run of frames with the same best label of the CTC head, of
+    blanks, too. Times are those of the encoder's frames, spread evenly over the
+    recording. They say where the head showed a label, right to about a frame:
+    a CTC head shows it for a frame or two, often late, and an encoder reads
+    beyond its frame. They are no boundaries of words, and say nothing about
+    the words of the translation.
+
+    Arguments
+    ---------
+    text : str
+        The translation; empty where the decoder ended at once.
+    segments : list of TranslatedSegment
+        In order. Empty where the model does not shrink.
+    transcript : str or None
+        What the CTC head read, of the whole utterance.
+    seconds : float
+        Duration.
+    target : str or None
+        Language of the text, where the model names it.
+
+    Example
+    -------
+    >>> found = Translation(
+    ...     "chien", [TranslatedSegment(0.2, 0.26, "dog")], "dog", 0.5, "fr"
+    ... )
+    >>> found.as_dict()["segments"]
+    [{'start': 0.2, 'end': 0.26, 'transcript': 'dog'}]
+    """
+
+    text: str
+    segments: list = field(default_factory=list)
+    transcript: str | None = None
+    seconds: float = 0.0
+    target: str | None = None
+
+    def as_dict(self):
+        """Return it as plain types, for JSON.
+
+        Returns
+        -------
+        dict
+            Every field under its name.
+        """
+        return asdict(self)

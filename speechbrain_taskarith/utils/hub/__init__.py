@@ -1,0 +1,1 @@
+"""Hugging Face's hub: names, downloads, uploads and cards."""

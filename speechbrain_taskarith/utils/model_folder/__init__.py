@@ -1,0 +1,1 @@
+"""A folder that holds a model: description and weights, read without code."""

@@ -1,0 +1,1 @@
+"""What goes with weights when they are handed on: cards, and the hub."""

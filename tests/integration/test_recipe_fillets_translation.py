@@ -1,0 +1,305 @@
+"""The recipe `FilletsNG/ST/joint` on made manifests and a tiny Whisper."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy
+import pytest
+import soundfile
+from processes import Recipe
+from recipe_modules import modules_of
+from tiny_whisper import save_tiny_whisper
+
+from speechbrain_taskarith.translation import SpeechTranslator
+
+RECIPE = Recipe("FilletsNG/ST/joint", "--noprogressbar", script="study.py")
+RATE = 16000
+COUNTS = {"train": 14, "valid": 3, "test": 4}
+SAID = "ryby plavou vodou; kde je ten ostrov?".split()
+MEANT = {
+    "en": "the fish swim here; where is it?".split(),
+    "de": "die Fische schwimmen; wo sind wir?".split(),
+}
+TINY = {
+    "d_model": 16,
+    "d_ffn": 16,
+    "nhead": 2,
+    "num_textual_layers": 1,
+    "num_decoder_layers": 1,
+    "source_type": "char",
+    "source_pieces": 20,
+    "target_type": "char",
+    "target_pieces": 22,
+    "number_of_epochs": 1,
+    "max_batch_seconds": 6,
+    "num_buckets": 2,
+    "test_batch_size": 4,
+    "task_interval": 2,
+    "task_average": 1,
+    "consistency_interval": 2,
+    "greedy_tokens": 5,
+    "beam_size": 2,
+    "beam_steps": 5,
+    "entropy_windows": "[1, 2]",
+    "entropy_utterances": 3,
+    "asr_epochs": 1,
+    "mt_epochs": 1,
+    "stage_batch_seconds": 6,
+    "prepare": "null",
+    "targets": "[en, de]",
+    "languages": "[cs]",
+}
+
+
+def words(all_words, number, count):
+    return " ".join(
+        all_words[(number * step + step) % len(all_words)]
+        for step in range(1, 1 + count)
+    )
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Write manifests as the prepare script does, and a tiny Whisper."""
+    folder = tmp_path_factory.mktemp("fillets")
+    number = 0
+    for split, count in COUNTS.items():
+        rows = []
+        for _ in range(count):
+            g = numpy.random.default_rng(number)
+            seconds = 0.8 + number % 3 / 10
+            wave = 0.1 * g.standard_normal(round(seconds * RATE))
+            path = folder / f"{split}_{number}.flac"
+            soundfile.write(path, wave, RATE)
+            row = {
+                "ID": f"cs_{number}",
+                "duration": seconds,
+                "wav": f"$data_root/{path.name}",
+                "spk_id": "cs_m",
+                "lang": "cs",
+                "text": words(SAID, number, 3),
+                "text_en": words(MEANT["en"], number, 4),
+                "text_de": words(MEANT["de"], number, 3),
+            }
+            rows.append(row)
+            number += 1
+        # One line has no German.
+        rows[1]["text_de"] = ""
+        # Utterances of a language that is not asked for.
+        rows.append({**rows[0], "ID": "nl_0", "lang": "nl"})
+        with open(folder / f"{split}.csv", "w", newline="") as stream:
+            writer = csv.DictWriter(stream, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    save_tiny_whisper(folder / "whisper")
+    return folder
+
+
+def options_of(corpus, **options):
+    return {
+        **TINY,
+        "data_folder": corpus,
+        "prepared_folder": corpus,
+        "cache_folder": corpus / "encoded",
+        "whisper_hub": corpus / "whisper",
+        **options,
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    output = tmp_path_factory.mktemp("study") / "0"
+    RECIPE.run(output, options_of(corpus, only="whole,released_rule"))
+    return output
+
+
+@pytest.mark.slow
+def test_leaves_scores_by_target_and_a_test(finished):
+    rows = json.loads((finished / "summary.json").read_text())
+    found = {(row["row"], row["metric"]) for row in rows}
+    for row in ("whole", "released_rule", "mt_local"):
+        assert (row, "bleu") in found
+        assert {(row, "bleu_en"), (row, "chrf_de")} <= found
+    assert ("asr", "ctc_cer") in found
+    pair = "whole against released_rule"
+    assert {(pair, "bleu_difference"), (pair, "chrf_p_value")} <= found
+    result = json.loads((finished / "rows/whole.json").read_text())
+    # Each utterance comes once for each language that it has.
+    names = {line[0] for line in result["translations"]}
+    assert len(names) == 2 * COUNTS["test"] - 1
+    assert {name[-3:] for name in names} == {"-en", "-de"}
+    assert not any(name.startswith("nl") for name in names)
+
+
+@pytest.mark.slow
+def test_the_released_rule_is_that_of_the_row(finished):
+    histories = {
+        row: json.loads((finished / f"rows/{row}.json").read_text())[
+            "task_weights"
+        ]
+        for row in ("whole", "released_rule")
+    }
+    assert {entry["rule"] for entry in histories["whole"]} == {"isolated"}
+    released = histories["released_rule"]
+    assert {entry["rule"] for entry in released} == {"joint"}
+    assert [entry["exponent"] for entry in released][:2] == [1, 2]
+    assert (finished / "plots/task_weights_released_rule.csv").is_file()
+
+
+@pytest.mark.slow
+def test_whisper_encodes_each_utterance_once(corpus, finished):
+    kept = sorted((corpus / "encoded").iterdir())
+    assert len(kept) == sum(COUNTS.values())
+    times = [path.stat().st_mtime_ns for path in kept]
+    said = RECIPE.run(finished, options_of(corpus, only="whole,released_rule"))
+    assert said.count("done before") == 4
+    assert [path.stat().st_mtime_ns for path in kept] == times
+
+
+@pytest.mark.slow
+def test_the_translator_writes_both_languages(corpus, finished):
+    folder = finished / "models/whole/translator"
+    translator = SpeechTranslator.from_hparams(source=folder)
+    assert set(translator.languages) == set(MEANT)
+    for language in MEANT:
+        found = translator.translate_file(corpus / "test_17.flac", language)
+        assert found.segments and found.seconds == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="'fr'"):
+        translator.translate_file(corpus / "test_17.flac", "fr")
+    assert not (finished / "models/released_rule/translator").exists()
+
+
+def settings(corpus, **changed):
+    return {
+        "prepared_folder": str(corpus),
+        "targets": ["en"],
+        "languages": ["cs"],
+        "transcript": "text",
+        "translation": "text_{}",
+        **changed,
+    }
+
+
+def test_rows_are_an_utterance_and_a_translation(corpus):
+    with modules_of(RECIPE.folder) as module:
+        read_rows = module("train").read_rows
+        rows = read_rows("test", settings(corpus))
+        assert len(rows) == COUNTS["test"]
+        assert all(Path(row["wav"]).is_file() for row in rows.values())
+        both = read_rows("test", settings(corpus, targets=["de", "en"]))
+        assert len(both) == 2 * COUNTS["test"] - 1
+        assert {row["target"] for row in both.values()} == {"de", "en"}
+        every = read_rows("test", settings(corpus, languages=None))
+        assert len(every) == COUNTS["test"] + 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"targets": ["xx"]}, "no column text_xx; there are .*text_de"),
+        ({"transcript": "words"}, "no column words"),
+        ({"targets": "de"}, "targets: 'de'.* expected lists"),
+        ({"languages": ["cs", "pl"]}, "no utterance of language 'pl'"),
+    ],
+)
+def test_what_is_not_in_a_manifest_is_named(corpus, changed, match):
+    with modules_of(RECIPE.folder) as module:
+        with pytest.raises(ValueError, match=match):
+            module("train").read_rows("train", settings(corpus, **changed))
+
+
+def parallel(folder, name="text.tsv", count=60):
+    """Write sentences of three languages, a line each."""
+    path = folder / name
+    path.write_text(
+        "".join(
+            f"dog {n} runs\tHund {n} läuft\tchien {n} court\n"
+            for n in range(count)
+        ),
+        "utf-8",
+    )
+    return path
+
+
+def manifest(folder, split):
+    with open(folder / f"{split}.csv", encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def speak(*words):
+    with modules_of(RECIPE.folder) as module:
+        module("speak_text").main([str(word) for word in words])
+
+
+def options_to_speak(text):
+    return ("--train", text, "--source", "en", "--targets", "de", "fr")
+
+
+def test_parallel_text_is_spoken(tmp_path):
+    pytest.importorskip("espeakng_loader")
+    text, out = parallel(tmp_path, count=30), tmp_path / "spoken"
+    words = (out, *options_to_speak(text), "--voice", "en-us", "--takes", 2)
+    speak(*words)
+    rows = {split: manifest(out, split) for split in COUNTS}
+    said = {s: {row["text"] for row in found} for s, found in rows.items()}
+    # No sentence is in two splits; training sentences are spoken twice.
+    assert sum(map(len, said.values())) == len(set().union(*said.values()))
+    assert sum(map(len, said.values())) == 30
+    assert len(rows["train"]) == 2 * len(said["train"])
+    assert len(rows["test"]) == len(said["test"])
+    row = rows["train"][1]
+    number = row["text"].split()[1]
+    assert row["text_de"] == f"Hund {number} läuft"
+    assert row["text_fr"] == f"chien {number} court"
+    path = out / row["wav"].removeprefix("$data_root/")
+    assert soundfile.info(path).duration == pytest.approx(
+        float(row["duration"]), abs=1e-4
+    )
+    # Another voice for the other take.
+    assert len({row["spk_id"] for row in rows["train"]}) > 5
+    # What a killed run has spoken is kept; what it has not, is spoken alike.
+    times = {p: p.stat().st_mtime_ns for p in (out / "audio").iterdir()}
+    before = path.read_bytes()
+    path.unlink()
+    (out / "train.csv").unlink()
+    speak(*words)
+    assert path.read_bytes() == before
+    assert manifest(out, "train") == rows["train"]
+    del times[path]
+    assert all(p.stat().st_mtime_ns == time for p, time in times.items())
+
+
+def test_a_sentence_of_the_test_is_not_trained_on(tmp_path, capsys):
+    pytest.importorskip("espeakng_loader")
+    text, out = parallel(tmp_path, count=6), tmp_path / "spoken"
+    few = tmp_path / "few.tsv"
+    few.write_text(
+        "".join(text.open(encoding="utf-8").readlines()[:2]), "utf-8"
+    )
+    splits = ("--valid", few, "--test", few)
+    speak(out, *options_to_speak(text), *splits, "--voice", "en-us")
+    assert len(manifest(out, "train")) == 4
+    assert (
+        "2 line(s) left out: also in valid or test" in capsys.readouterr().out
+    )
+    with pytest.raises(SystemExit, match="give --valid and --test"):
+        speak(out, *options_to_speak(text), *splits[:2], "--voice", "en-us")
+
+
+@pytest.mark.parametrize("bad", ["only one text", "two\ttexts", "a\t\tc"])
+def test_a_line_with_other_texts_is_named_or_counted(tmp_path, capsys, bad):
+    pytest.importorskip("espeakng_loader")
+    text, out = parallel(tmp_path), tmp_path / "spoken"
+    lines = text.read_text("utf-8").split("\n")
+    lines[2] = bad
+    text.write_text("\n".join(lines), "utf-8")
+    words = (out, *options_to_speak(text), "--voice", "en-us")
+    with pytest.raises(SystemExit, match="text.tsv, line 3: .* expected 3"):
+        speak(*words)
+    assert not list(out.glob("*.csv"))
+    with modules_of(RECIPE.folder) as module:
+        read_lines = module("speak_text").read_lines
+        left_out = {"not 3 texts": 0}
+        rows = list(read_lines(text, 3, skip_bad=True, left_out=left_out))
+    assert len(rows) == 59 and left_out == {"not 3 texts": 1}

@@ -1,0 +1,253 @@
+"""Sharing on the hub: what goes up comes down, from a server here."""
+
+import subprocess
+import sys
+
+import huggingface_hub
+import pytest
+import torch
+from cli_support import run, run_json
+from hub_server import TOKEN, Hub, serving
+from hugging_face_toy import save_whisper
+from huggingface_hub import constants
+
+from speechbrain_taskarith.__main__ import main
+from speechbrain_taskarith.vectors import (
+    ModelCard,
+    TaskArithmetic,
+    TaskVector,
+    merge_checkpoints,
+    open_state,
+    push_folder,
+    save_state,
+)
+
+NAME = "me/shared"
+BASE = {"w": torch.zeros(3, 2), "b": torch.ones(2)}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Serve an empty hub, to which the client of this process is sent."""
+    found = Hub()
+    with serving(found) as endpoint:
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(
+            constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        # Large files go the old way (LFS), not to the store's own client.
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        yield found
+
+
+def vector(value=0.5):
+    tuned = {"w": torch.full((3, 2), value), "b": torch.ones(2)}
+    return TaskVector.between(BASE, tuned)
+
+
+def same(one, other):
+    assert set(one) == set(other)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("large", [1, 1 << 20])
+def test_a_vector_comes_back_as_it_went_up(hub, tmp_path, large):
+    hub.large = large
+    tau = vector()
+    card = tau.card(license="mit", language="en", wer={"us": 4.0})
+    address = tau.push_to_hub(NAME, card=card, token=TOKEN)
+    assert address == f"{hub.endpoint}/{NAME}"
+    files = set(hub.repositories[NAME]) - {".gitattributes"}
+    assert files == {"README.md", "task_vector.safetensors"}
+    found = TaskVector.from_pretrained(NAME)
+    same(found, tau)
+    assert found.base_fingerprint == tau.base_fingerprint
+    same(found.apply(BASE), tau.apply(BASE))
+    text = hub.repositories[NAME]["README.md"].decode()
+    shown = huggingface_hub.ModelCard(text)
+    assert shown.data.license == "mit" and shown.data.language == ["en"]
+    content = shown.data.to_dict()["speechbrain_taskarith"]
+    path = tmp_path / "stored.safetensors"
+    path.write_bytes(hub.repositories[NAME]["task_vector.safetensors"])
+    assert content["fingerprint"] == open_state(path).fingerprint
+
+
+def test_nothing_but_the_vector_is_downloaded_and_pipes_stay_quiet(hub, capfd):
+    vector().push_to_hub(NAME, token=TOKEN)
+    hub.repositories[NAME]["modeling.py"] = b"raise SystemExit"
+    hub.repositories[NAME]["pytorch_model.bin"] = b"a pickle"
+    TaskVector.from_pretrained(NAME)
+    assert set(hub.downloaded) == {"task_vector.safetensors"}
+    assert "%|" not in capfd.readouterr().err
+
+
+def test_a_folder_here_needs_no_hub(tmp_path):
+    tau = vector()
+    tau.save(tmp_path / "task_vector.safetensors")
+    same(TaskVector.from_pretrained(tmp_path), tau)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        TaskVector.from_pretrained(tmp_path / "misspelt")
+
+
+def test_a_damaged_download_is_refused(hub):
+    vector().push_to_hub(NAME, token=TOKEN)
+    files = hub.repositories[NAME]
+    damaged = bytearray(files["task_vector.safetensors"])
+    damaged[-1] ^= 1
+    files["task_vector.safetensors"] = bytes(damaged)
+    with pytest.raises(ValueError, match="task_vector.safetensors"):
+        TaskVector.from_pretrained(NAME)
+
+
+def test_a_repository_without_a_vector_says_what_to_do(hub):
+    hub.repositories[NAME] = {"model.safetensors": b""}
+    with pytest.raises(FileNotFoundError, match="open_state"):
+        TaskVector.from_pretrained(NAME)
+    with pytest.raises(FileNotFoundError, match="me/unknown: no such folder"):
+        TaskVector.from_pretrained("me/unknown")
+
+
+def test_a_filled_repository_is_kept_unless_told(hub):
+    first, second = vector(0.5), vector(2.0)
+    first.push_to_hub(NAME, token=TOKEN)
+    before = dict(hub.repositories[NAME])
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        second.push_to_hub(NAME, token=TOKEN)
+    assert hub.repositories[NAME] == before
+    hub.repositories[NAME]["model-00001-of-00002.safetensors"] = b"old"
+    hub.repositories[NAME]["LICENSE"] = b"kept"
+    second.push_to_hub(NAME, token=TOKEN, overwrite=True)
+    files = set(hub.repositories[NAME]) - {".gitattributes"}
+    assert files == {"README.md", "task_vector.safetensors", "LICENSE"}
+    same(TaskVector.from_pretrained(NAME), second)
+
+
+def test_an_empty_repository_may_be_filled(hub):
+    # Made on the hub's page, or left by an upload that failed.
+    hub.repositories[NAME] = {".gitattributes": b""}
+    vector().push_to_hub(NAME, token=TOKEN)
+    same(TaskVector.from_pretrained(NAME), vector())
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_without_leave_the_error_says_how_to_log_in(hub, status):
+    hub.answer_with = status
+    with pytest.raises(PermissionError, match=f"{status}.*hf auth login"):
+        vector().push_to_hub(NAME, token=TOKEN)
+    hub.answer_with = None
+    with pytest.raises(PermissionError, match="hf auth login"):
+        vector().push_to_hub(NAME, token="hf_of_somebody_else")
+    assert hub.repositories == {}
+
+
+def test_other_answers_of_the_hub_are_told(hub):
+    hub.answer_with = 413
+    with pytest.raises(OSError, match="refused the upload: .*413"):
+        vector().push_to_hub(NAME, token=TOKEN)
+    with pytest.raises(ValueError, match="a/b/c"):
+        vector().push_to_hub("a/b/c", token=TOKEN)
+
+
+def test_without_network_nothing_goes_up_and_the_cache_is_read(
+    hub, monkeypatch
+):
+    tau = vector()
+    tau.push_to_hub(NAME, token=TOKEN)
+    same(TaskVector.from_pretrained(NAME), tau)
+    # Nobody listens at this address.
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ConnectionError, match="cannot be reached"):
+        tau.push_to_hub(NAME, token=TOKEN)
+    same(TaskVector.from_pretrained(NAME), tau)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE"):
+        tau.push_to_hub(NAME, token=TOKEN)
+    same(TaskVector.from_pretrained(NAME), tau)
+    with pytest.raises(FileNotFoundError, match="without network"):
+        TaskVector.from_pretrained("me/never_asked_for")
+
+
+def test_a_merged_whisper_goes_up_whole_and_loads(hub, tmp_path):
+    from transformers import WhisperForConditionalGeneration
+
+    base = save_whisper(tmp_path / "base", "ForConditionalGeneration")
+    tuned = {n: t + 0.25 for n, t in open_state(base).items()}
+    tuned = save_state(tuned, tmp_path / "tuned.safetensors")
+    merged = tmp_path / "merged"
+    report = merge_checkpoints(base, [tuned], TaskArithmetic(0.5), merged)
+    with pytest.raises(FileNotFoundError, match="README.md: no such card"):
+        push_folder(merged, NAME, token=TOKEN)
+    ModelCard(
+        "Merged", parents=[{"role": "base", "path": "openai/whisper-tiny"}],
+        rule=report.rule, fingerprint=report.fingerprint,
+    ).save(merged)  # fmt: skip
+    (merged / "optimizer.log").write_text("not to be shared")
+    push_folder(merged, NAME, token=TOKEN)
+    assert "optimizer.log" not in hub.repositories[NAME]
+    # By the plugin's reader, and by transformers.
+    assert open_state(NAME).fingerprint == report.fingerprint
+    model = WhisperForConditionalGeneration.from_pretrained(NAME)
+    wanted = open_state(merged)["model.encoder.conv1.weight"]
+    assert torch.equal(model.state_dict()["model.encoder.conv1.weight"], wanted)
+
+
+def test_a_speechbrain_folder_goes_up_with_its_card(hub, tmp_path):
+    from speechbrain_taskarith.vectors import save_checkpoint
+
+    folder = tmp_path / "CKPT+merged"
+    save_checkpoint({"model": BASE}, folder, card=ModelCard("Merged"))
+    push_folder(folder, NAME, token=TOKEN)
+    files = set(hub.repositories[NAME]) - {".gitattributes"}
+    assert files == {"README.md", "CKPT.yaml", "model.ckpt"}
+
+
+def test_what_is_no_model_is_not_uploaded(hub, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        push_folder(tmp_path / "missing", NAME, token=TOKEN)
+    ModelCard().save(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no weights"):
+        push_folder(tmp_path, NAME, token=TOKEN)
+    assert hub.repositories == {}
+
+
+def test_a_shared_pickle_runs_nothing(hub, tmp_path):
+    """A vector's file that is a pickle is refused, its code not called."""
+    mark = tmp_path / "called"
+    code = (
+        "import pickle, sys\n"
+        "class Call:\n"
+        "    def __reduce__(self):\n"
+        "        return open, (sys.argv[1], 'w')\n"
+        "sys.stdout.buffer.write(pickle.dumps(Call()))"
+    )
+    made = subprocess.run(
+        [sys.executable, "-c", code, str(mark)],
+        capture_output=True, check=True, timeout=60,
+    )  # fmt: skip
+    hub.repositories[NAME] = {"task_vector.safetensors": made.stdout}
+    with pytest.raises(ValueError, match="task_vector.safetensors"):
+        TaskVector.from_pretrained(NAME)
+    assert not mark.exists()
+
+
+def test_the_command_uploads_what_it_says(hub, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    base = save_whisper(tmp_path / "base", "ForConditionalGeneration")
+    run("vector", base, base, "-o", tmp_path / "tau.safetensors")
+    run("apply", base, tmp_path / "tau.safetensors", "-o", tmp_path / "edited")
+    (tmp_path / "edited" / "notes.py").write_text("mine")
+    capsys.readouterr()
+    words = ("push", str(tmp_path / "edited"), NAME)
+    planned = run_json(capsys, *words, "--dry-run")
+    assert hub.repositories == {}
+    done = run_json(capsys, *words)
+    assert done["address"] == f"{hub.endpoint}/{NAME}"
+    files = set(hub.repositories[NAME]) - {".gitattributes"}
+    assert files == set(planned["files"]) == set(done["files"])
+    assert "notes.py" not in files and "model.safetensors" in files
+    assert main(list(words)) == 1
+    assert "; --overwrite replaces its weights" in capsys.readouterr().err
