@@ -40,7 +40,7 @@ SMALL = {
         "LAYERS": 1,
         "STEPS": 2,
         "LAST_STEPS": 1,
-        "TEST_STRINGS": 4,
+        "TEST_STRINGS": 2,
     },
 }
 
