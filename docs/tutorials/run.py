@@ -85,10 +85,23 @@ def clean(notebook):
             continue
         count += 1
         cell.execution_count = count
+        cell.outputs = joined(cell.outputs)
         for output in cell.outputs:
             if "execution_count" in output:
                 output["execution_count"] = count
     return notebook
+
+
+def joined(outputs):
+    """Join pieces of one stream: where they are cut is chance."""
+    found = []
+    for output in outputs:
+        last = found[-1] if found else {}
+        if output.get("name", "") and output["name"] == last.get("name"):
+            last["text"] += output["text"]
+        else:
+            found.append(output)
+    return found
 
 
 def value_of(text):

@@ -178,10 +178,21 @@ def test_a_parameter_that_is_none_and_a_cell_that_fails(run, kernel, tmp_path):
 
     path = tmp_path / "a.ipynb"
     small_notebook(path, "SIZE = 3", "assert SIZE < 4")
-    with pytest.raises(ValueError, match=r"no parameter SISE; there are SIZE"):
-        run.execute(path, {"SISE": 5}, tmp_path)
+    with pytest.raises(ValueError, match=r"no parameter WIDTH; there are SIZE"):
+        run.execute(path, {"WIDTH": 5}, tmp_path)
     with pytest.raises(CellExecutionError, match="AssertionError"):
         run.execute(path, {"SIZE": 5}, tmp_path)
+
+
+def test_pieces_of_one_stream_are_joined(run):
+    def said(text, name="stdout"):
+        return {"output_type": "stream", "name": name, "text": text}
+
+    picture = {"output_type": "display_data", "data": {"image/png": ""}}
+    pieces = [said("a"), said("b"), picture, picture, said("c"), said("d", "x")]
+    expected = [said("ab"), picture, picture, said("c"), said("d", "x")]
+    assert run.joined(pieces) == expected
+    assert run.joined([]) == []
 
 
 @pytest.mark.parametrize(
