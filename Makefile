@@ -9,12 +9,18 @@
 #   make test                             everything that needs no GPU
 #   make lint                             what the linters say
 #   make docs                             the pages, build/docs/index.html
+#   make tutorials                        runs the notebooks of docs/tutorials
+#                                         and keeps their outputs
+#   make tutorials TUTORIAL="<name> DATA=<corpus> MODEL=<whisper>"
+#                                         one of them, with other values in its
+#                                         first cell; paths count from here
 
 PYTHON ?= python3
 VENV ?= .venv
 DATA ?=
 MODEL ?=
 SPOKEN ?=
+TUTORIAL ?=
 OUTPUT ?= results
 PYTEST_ARGS ?=
 BIN := $(VENV)/bin
@@ -22,7 +28,7 @@ BIN := $(VENV)/bin
 # threads a process, and results do not depend on the number of cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test lint docs install install-dev clean
+.PHONY: quickstart test lint docs tutorials install install-dev clean
 
 ifeq ($(MODEL),)
 quickstart: $(VENV)/.installed
@@ -50,6 +56,9 @@ docs: $(VENV)/.installed-docs
 		-d build/doctrees . build/docs
 	@echo "build/docs/index.html"
 
+tutorials: $(VENV)/.installed-tutorials
+	$(BIN)/python docs/tutorials/run.py $(if $(TUTORIAL),--folder . $(TUTORIAL))
+
 install: $(VENV)/.installed
 
 install-dev: $(VENV)/.installed-dev
@@ -74,6 +83,8 @@ $(VENV)/.installed-dev: setup.cfg constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-docs: setup.cfg constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+$(VENV)/.installed-tutorials: setup.cfg constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[tutorials]"
 	@touch $@
 
 clean:
