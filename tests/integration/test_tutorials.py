@@ -178,8 +178,8 @@ def test_a_parameter_that_is_none_and_a_cell_that_fails(run, kernel, tmp_path):
 
     path = tmp_path / "a.ipynb"
     small_notebook(path, "SIZE = 3", "assert SIZE < 4")
-    with pytest.raises(ValueError, match=r"no parameter SIEZ; there are SIZE"):
-        run.execute(path, {"SIEZ": 5}, tmp_path)
+    with pytest.raises(ValueError, match=r"no parameter NUMBER; there are SIZE"):
+        run.execute(path, {"NUMBER": 5}, tmp_path)
     with pytest.raises(CellExecutionError, match="AssertionError"):
         run.execute(path, {"SIZE": 5}, tmp_path)
 
