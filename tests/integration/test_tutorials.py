@@ -28,13 +28,6 @@ SMALL = {
         "TRAIN_TAKES": 20,
         "TEST_TAKES": 20,
     },
-    "merge_and_edit_whisper": {
-        "MODEL": "whisper-tiny",
-        "TRAIN_LINES": 4,
-        "VALID_LINES": 2,
-        "TEST_LINES": 2,
-        "STEPS": 1,
-    },
     "streaming_recogniser": {
         "WIDTH": 16,
         "LAYERS": 1,
@@ -178,7 +171,9 @@ def test_a_parameter_that_is_none_and_a_cell_that_fails(run, kernel, tmp_path):
 
     path = tmp_path / "a.ipynb"
     small_notebook(path, "SIZE = 3", "assert SIZE < 4")
-    with pytest.raises(ValueError, match=r"no parameter NUMBER; there are SIZE"):
+    with pytest.raises(
+        ValueError, match=r"no parameter NUMBER; there are SIZE"
+    ):
         run.execute(path, {"NUMBER": 5}, tmp_path)
     with pytest.raises(CellExecutionError, match="AssertionError"):
         run.execute(path, {"SIZE": 5}, tmp_path)
