@@ -7,6 +7,7 @@
 is shown, and the page has a place for it: `<!-- figures: NAME -->`.
 """
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -58,13 +59,14 @@ def written(page):
 
 
 def take(name, folder):
-    """Keep a study's figures, in the form in which it wrote them."""
+    """Keep a study's figures, a row a line."""
     Summary.load(folder)  # an error names what is wrong with it
     target = DOCS / "figures" / name
     target.mkdir(parents=True, exist_ok=True)
     text = (Path(folder) / "summary.json").read_text(encoding="utf-8")
+    rows = ",\n".join(json.dumps(row) for row in json.loads(text))
     with atomic_write(target / "summary.json", "w") as stream:
-        stream.write(text)
+        stream.write(f"[\n{rows}\n]\n")
 
 
 def main(*arguments):

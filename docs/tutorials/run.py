@@ -6,8 +6,7 @@ All of them, as they stand:
 
 One of them with other values in its first code cell; a relative path counts
 from `--folder`, where the notebook runs:
-> python docs/tutorials/run.py merge_and_edit_whisper \
->     MODEL=whisper-base-5s DATA=corpus --folder .
+> python docs/tutorials/run.py streaming_recogniser DATA=fsdd --folder .
 """
 
 import argparse

@@ -219,7 +219,8 @@ def test_the_tables_of_results_are_those_of_the_summaries():
     spec.loader.exec_module(results)
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert results.written(page) == page, "run python docs/results.py"
-    changed = page.replace("| 60.1 |", "| 59.1 |")
+    # One figure changed by hand.
+    changed = re.sub(r"(baseline \| )\d", r"\g<1>9", page, count=1)
     assert changed != page and results.written(changed) == page
     with pytest.raises(ValueError, match="places for"):
         results.written(page.replace("figures: ", "figure: "))

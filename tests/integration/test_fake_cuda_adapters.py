@@ -104,7 +104,10 @@ CASES = {
     "insert_adapters, mixed": encoder("mixed"),
     "insert_adapters, guided": guidance,
 }
-REASONS = {"plot_attention": "draws numbers of Python"}
+REASONS = {
+    "plot_attention": "draws numbers of Python",
+    "load_adapters": "insert_adapters, and files that are read on the CPU",
+}
 # Once an adapter, when its composition begins to train.
 UNTRAINED = {"adapters.bank.is_untrained": EACH}
 WAITS = {

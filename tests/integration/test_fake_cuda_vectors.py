@@ -188,6 +188,7 @@ REASONS = {
     "lora_deltas": "TaskVector.from_lora, on the CPU of a file",
     "pool_normalizers": "in float64 on the CPU, whatever is given",
     "refuse_test_split": "names of files",
+    "push_folder": "sends files",
     "syn2real": "TaskVector.mean of vectors, which is TaskVector's case",
     "plot_cosine_matrix": "draws numbers of Python",
     "plot_layer_norms": "draws numbers of Python",

@@ -146,8 +146,11 @@ def test_modules_of_transformers(tmp_path, waves):
     copied = copy.deepcopy(AcousticEncoder(model, 16))
     assert torch.equal(copied(x, lens)[0], found)
     with torch.autocast("cpu", torch.bfloat16):
-        cast = AcousticEncoder(model, 16, trained_layers=1).eval()(x, lens)[0]
-    assert (cast - found).abs().mean() < 0.05 * found.abs().mean()
+        cast = model(waves[1][None].float()).last_hidden_state
+        ours = AcousticEncoder(model, 16, trained_layers=1).eval()(x, lens)[0]
+    # About as far off as transformers itself is.
+    allowed = 4 * (cast - alone).abs().mean()
+    assert 0 < (ours - found)[1, : counts[1]].abs().mean() < allowed
 
 
 def test_widths_that_do_not_fit(tmp_path):

@@ -153,6 +153,13 @@ def trained_once():
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     brain, made = trained(folder, epochs=60)
+    meant = [item(number)["translation"] for number in range(5)]
+    for _ in range(10):
+        brain.evaluate(loader(*range(5)), progressbar=False)
+        if brain.hypotheses == meant:
+            break
+        brain.fit(range(20), loader(*range(5), batch_size=5))
+    assert brain.hypotheses == meant, "the toy did not learn to translate"
     save(folder, made)
     return folder, brain, made, write_wavs(folder)
 

@@ -129,9 +129,10 @@ def compare_translations(
         differences = rows[1][name] - rows[0][name]
         difference = observed[1][name] - observed[0][name]
         low, high = np.quantile(differences, _quantiles(level)).tolist()
-        # As sacrebleu: how far from their mean the differences go.
+        # As sacrebleu: how far from their mean the differences go; equal scores
+        # are as far, so that their p is 1.
         sizes = np.abs(differences)
-        beyond = (sizes - sizes.mean() > abs(difference)).sum()
+        beyond = (sizes - sizes.mean() >= abs(difference)).sum()
         found[name] = PairedBootstrap(
             difference=float(difference),
             low=low,

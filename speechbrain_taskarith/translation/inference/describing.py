@@ -114,8 +114,10 @@ def store_encoders(section, folder):
         source = node.get("source") if isinstance(node, dict) else None
         if not isinstance(source, str):
             continue
-        origin = local_path(node.get("save_path") or source)
-        if not (origin / "config.json").is_file():
+        # Where a wrapper keeps downloads; of a local source there are none.
+        kept = node.get("save_path")
+        origin = local_path(kept) if kept and Path(kept).exists() else None
+        if origin is None or not (origin / "config.json").is_file():
             origin = local_path(source)
         name = f"encoder{number or ''}"
         number += 1
