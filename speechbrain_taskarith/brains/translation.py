@@ -328,8 +328,8 @@ class TranslationBrain(sb.Brain):
                 for parameter in model.get_submodule(name).parameters()
                 if parameter.requires_grad
             ]
+        trains = not self.hparams.task_weights.warming_up
         for parameter in self._held_parameters:
-            trains = not self.hparams.task_weights.warming_up
             parameter.requires_grad_(trains)
 
     def on_fit_batch_start(self, batch, should_step):

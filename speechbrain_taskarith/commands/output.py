@@ -74,6 +74,15 @@ def message(error, remedies):
     return text
 
 
+def texts(data):
+    """Return the lines of recordings that have a text, named if several are."""
+    return [
+        f"{one['file']}: {one['text']}" if len(data) > 1 else one["text"]
+        for one in data
+        if "text" in one
+    ]
+
+
 def about_recording(error, path):
     """Return an error that names the file, and options instead of Python."""
     text = str(error)

@@ -10,6 +10,7 @@ from speechbrain_taskarith.commands.output import (
     about_recording,
     complain,
     message,
+    texts,
 )
 from speechbrain_taskarith.utils.model_folder.description import (
     DESCRIPTION,
@@ -98,11 +99,7 @@ def run(options):
                 complain(text)
                 data.append({"file": path, "error": text})
     found = [one for one in data if "text" in one]
-    named = len(options.files) > 1
-    lines = [
-        f"{one['file']}: {one['text']}" if named else one["text"]
-        for one in found
-    ]
+    lines = texts(data)
     result = {"verb": "transcribe", "model": options.model, "files": data}
     if options.stream:
         result["latency"] = model.latency()

@@ -8,6 +8,7 @@ from speechbrain_taskarith.commands.output import (
     about_recording,
     complain,
     message,
+    texts,
 )
 from speechbrain_taskarith.utils.progress import progress
 
@@ -102,11 +103,7 @@ def run(options):
         took = time.perf_counter() - began
     good = [one for one in data if "text" in one]
     bad = len(data) - len(good)
-    named = len(options.files) > 1
-    lines = [
-        f"{one['file']}: {one['text']}" if named else one["text"]
-        for one in good
-    ]
+    lines = texts(data)
     if bad:
         complain(
             f"{bad} of {len(data)} recording(s) could not be translated",

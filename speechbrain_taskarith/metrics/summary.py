@@ -102,6 +102,45 @@ class Summary:
             )
         )
 
+    def add_paired_test(self, table, row, test, prefix="", **run):
+        """Add a `PairedBootstrap` as four results of a row.
+
+        Arguments
+        ---------
+        table, row : str
+            See `add`.
+        test : PairedBootstrap
+            In points.
+        prefix : str
+            Of the names `difference`, `low`, `high` and `p_value`.
+        **run
+            `split`, `seed` and `selected_on`, see `add`.
+
+        Example
+        -------
+        >>> from speechbrain_taskarith.metrics import paired_bootstrap, wer
+        >>> said = ["a b", "c d", "e f"]
+        >>> test = paired_bootstrap(wer(said, ["a", "c", "e f"]), wer(said, said))
+        >>> summary = Summary(getfixture("tmp_path"))
+        >>> summary.add_paired_test("paired", "ours against rival", test, seed=0)
+        >>> [row["metric"] for row in summary.rows()]
+        ['difference', 'low', 'high', 'p_value']
+        """
+        for metric, value, unit in (
+            ("difference", test.difference, "points"),
+            ("low", test.low, "points"),
+            ("high", test.high, "points"),
+            ("p_value", test.p_value, "1"),
+        ):
+            self.add(
+                table=table,
+                row=row,
+                metric=f"{prefix}{metric}",
+                value=value,
+                unit=unit,
+                **run,
+            )
+
     def _insert(self, entry):
         key = tables.result_of(entry) + (entry["seed"],)
         known = self._rows.get(key, entry)

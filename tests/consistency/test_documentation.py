@@ -226,6 +226,18 @@ def test_the_tables_of_results_are_those_of_the_summaries():
         results.written(page.replace("figures: ", "figure: "))
 
 
+def test_what_a_page_does_not_run_is_run_by_a_test():
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        for reason in re.findall(r"<!-- not run: (.+?) -->", text):
+            found = re.search(r"tests/\S+\.py", reason)
+            assert found, f"{shown(path)}: no test is named: {reason}"
+            test = ROOT / found[0]
+            assert test.is_file(), f"{shown(path)}: {found[0]} is missing"
+            # It reads the page, so that it runs what stands there.
+            assert path.name in test.read_text(encoding="utf-8"), shown(test)
+
+
 def test_guides_are_short():
     long = {}
     for page in (ROOT / "docs").glob("*.md"):

@@ -347,6 +347,11 @@ def test_two_fine_tuned_models_become_one_that_transcribes(
     page = (RECIPE.folder.parents[3] / "README.md").read_text(encoding="utf-8")
     example = page.split("```python\n")[1].split("```")[0]
     assert "merge_checkpoints(" in example
+    # docs/index.md begins with the lines of it that merge.
+    index = RECIPE.folder.parents[3] / "docs" / "index.md"
+    shown = index.read_text(encoding="utf-8").split("```python\n")[1]
+    lines = shown.split("```")[0].splitlines()
+    assert lines and set(lines) <= set(example.splitlines())
     monkeypatch.chdir(tmp_path)
     # Room for as many tokens as a pipeline asks for.
     whisper = save_tiny_whisper(

@@ -8,8 +8,7 @@ import pytest
 import safetensors
 import torch
 from adapters_toy import ToyEncoder, scramble
-from hub_server import TOKEN, Hub, serving
-from huggingface_hub import constants
+from hub_server import TOKEN
 from safetensors.torch import save_file
 
 from speechbrain_taskarith.adapters import (
@@ -19,23 +18,6 @@ from speechbrain_taskarith.adapters import (
 )
 
 NAMES = ["us", "en/de. x"]
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """Serve an empty hub, to which the client of this process is sent."""
-    found = Hub()
-    with serving(found) as endpoint:
-        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-        monkeypatch.setattr(
-            constants,
-            "HUGGINGFACE_CO_URL_TEMPLATE",
-            endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-        )
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        yield found
 
 
 def bare():

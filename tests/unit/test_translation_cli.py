@@ -1,6 +1,8 @@
 """`taskarith translate`: recordings, languages, and what is refused."""
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -8,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from cli_support import fails, run, run_json
-from translator_toy import RATE, trained_once, wave_of
+from translator_toy import RATE, save, trained_once, wave_of
 
 from speechbrain_taskarith.__main__ import main
 from speechbrain_taskarith.data import write_audio
@@ -120,3 +122,25 @@ def test_code_in_the_folder_is_refused(capsys, tmp_path):
     line = fails(capsys, "translate", "--model", tmp_path / "bad", "u0.wav")
     assert "'!apply:os.mkdir' is refused" in line
     assert not (tmp_path / "x").exists()
+
+
+def test_the_pages_commands(capsys):
+    page = Path(__file__).parents[2] / "docs" / "using_a_translator.md"
+    text = page.read_text(encoding="utf-8")
+    (block,) = re.findall(r"<!-- not run: [^\n]*-->\n```bash\n(.*?)```", text, re.S)
+    _, _, made, _ = trained_once()
+    whole = Path("results/joint/0/models/whole")
+    whole.mkdir(parents=True)
+    shutil.copy("hyperparams.yaml", whole)
+    translator = {**made["translator"], "languages": {"de": 1}}
+    save(whole, {**made, "translator": translator})
+    shutil.copy("u2.wav", "speech.wav")
+    first, second = block.replace("\\\n", " ").splitlines()
+    run(*shlex.split(first)[1:])
+    assert capsys.readouterr().out == "C D\n"
+    *words, pattern = shlex.split(second)[1:]
+    found = run_json(capsys, *words, *sorted(map(str, Path().glob(pattern))))
+    said = {one["file"]: one.get("text") for one in found["files"]}
+    assert [said[wav] for wav in WAVS] == TEXTS
+    assert found["skipped"] == 2  # fast.wav and text.wav
+    assert {one.get("target") for one in found["files"]} == {"de", None}

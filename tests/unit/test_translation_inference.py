@@ -338,6 +338,19 @@ def test_no_folder_no_network(tmp_path):
         load("nobody/nothing")
 
 
+def test_of_a_hubs_folder_only_what_a_translator_needs_comes(made, hub):
+    folder = made[0] / "translator"
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    hub.repositories["me/translator"] = {
+        "model.py": b"raise SystemExit",
+        "training_args.bin": b"a pickle",
+        **{str(f.relative_to(folder)): f.read_bytes() for f in files},
+    }
+    found = load("me/translator").translate_file(made[3][0])
+    assert found.text == load(folder).translate_file(made[3][0]).text
+    assert set(hub.downloaded) == {str(f.relative_to(folder)) for f in files}
+
+
 def test_recordings_that_cannot_be_used(made, tmp_path, caplog):
     translator = load(made[0] / "translator")
     write_audio(tmp_path / "fast.wav", wave_of(0), 2 * RATE)

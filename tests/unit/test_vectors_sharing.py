@@ -1,13 +1,16 @@
 """Sharing on the hub: what goes up comes down, from a server here."""
 
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 from cli_support import run, run_json
-from hub_server import TOKEN, Hub, serving
+from hub_server import TOKEN
 from hugging_face_toy import save_whisper
 from huggingface_hub import constants
 
@@ -19,29 +22,12 @@ from speechbrain_taskarith.vectors import (
     merge_checkpoints,
     open_state,
     push_folder,
+    save_checkpoint,
     save_state,
 )
 
 NAME = "me/shared"
 BASE = {"w": torch.zeros(3, 2), "b": torch.ones(2)}
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """Serve an empty hub, to which the client of this process is sent."""
-    found = Hub()
-    with serving(found) as endpoint:
-        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-        monkeypatch.setattr(
-            constants,
-            "HUGGINGFACE_CO_URL_TEMPLATE",
-            endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-        )
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        # Large files go the old way (LFS), not to the store's own client.
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        yield found
 
 
 def vector(value=0.5):
@@ -196,8 +182,6 @@ def test_a_merged_whisper_goes_up_whole_and_loads(hub, tmp_path):
 
 
 def test_a_speechbrain_folder_goes_up_with_its_card(hub, tmp_path):
-    from speechbrain_taskarith.vectors import save_checkpoint
-
     folder = tmp_path / "CKPT+merged"
     save_checkpoint({"model": BASE}, folder, card=ModelCard("Merged"))
     push_folder(folder, NAME, token=TOKEN)
@@ -251,3 +235,48 @@ def test_the_command_uploads_what_it_says(hub, tmp_path, capsys, monkeypatch):
     assert "notes.py" not in files and "model.safetensors" in files
     assert main(list(words)) == 1
     assert "; --overwrite replaces its weights" in capsys.readouterr().err
+
+
+def page_blocks():
+    """Return the blocks of docs/sharing.md that need an account."""
+    page = Path(__file__).parents[2] / "docs" / "sharing.md"
+    text = page.read_text(encoding="utf-8")
+    return re.findall(r"<!-- not run: [^\n]*-->\n```\w+\n(.*?)```", text, re.S)
+
+
+@pytest.fixture
+def whisper(tmp_path, monkeypatch):
+    """A base and what was tuned from it, under the page's names."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    base = tmp_path / "openai" / "whisper-tiny"
+    save_whisper(base, "ForConditionalGeneration")
+    tuned = {name: t + 0.25 for name, t in open_state(base).items()}
+    save_checkpoint({"model": tuned}, "results/us/save/CKPT+us")
+    return base
+
+
+def test_the_pages_vector_goes_up_and_comes_back(hub, whisper):
+    python, _ = page_blocks()
+    names = {"TaskVector": TaskVector}
+    exec(compile(python, "docs/sharing.md", "exec"), names)
+    assert "me/whisper-tiny-us" in hub.repositories
+    for name, before in open_state(whisper).items():
+        # bf16 holds 0.25, and float32 rounds the sum.
+        torch.testing.assert_close(names["edited"][name], before + 0.1)
+
+
+def test_the_pages_model_goes_up(hub, whisper, capsys):
+    _, shell = page_blocks()
+    Path("merge.yaml").write_text(
+        "base: openai/whisper-tiny\nfinetuned: [results/us/save]\n"
+        "rule: {name: TaskArithmetic}\nscale: 0.5\n"
+    )
+    merge, plan, push = shell.splitlines()
+    run(*shlex.split(merge)[1:])
+    run(*shlex.split(plan)[1:])
+    assert hub.repositories == {}
+    run(*shlex.split(push)[1:])
+    there = open_state("me/whisper-merged")
+    for name, before in open_state(whisper).items():
+        torch.testing.assert_close(there[name], before + 0.125)

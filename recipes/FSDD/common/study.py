@@ -413,17 +413,6 @@ def add_paired_tests(summary, table, reports, pairs, **run):
         if rival == ours or not {rival, ours} <= set(reports):
             continue
         test = paired_bootstrap(reports[rival], reports[ours])
-        for metric, value, unit in (
-            ("difference", test.difference, "points"),
-            ("low", test.low, "points"),
-            ("high", test.high, "points"),
-            ("p_value", test.p_value, "1"),
-        ):
-            summary.add(
-                table=f"{table}_paired",
-                row=f"{ours} against {rival}",
-                metric=metric,
-                value=value,
-                unit=unit,
-                **run,
-            )
+        summary.add_paired_test(
+            f"{table}_paired", f"{ours} against {rival}", test, **run
+        )

@@ -6,7 +6,11 @@ from pathlib import Path
 import torch
 from speechbrain.processing.features import InputNormalization
 
-from speechbrain_taskarith.utils.hub.download import is_hub_name
+from speechbrain_taskarith.utils.hub.download import (
+    DESCRIPTIONS,
+    is_hub_name,
+    shared_folder,
+)
 from speechbrain_taskarith.utils.model_folder.description import (
     DESCRIPTION,
     read_description,
@@ -15,15 +19,24 @@ from speechbrain_taskarith.utils.model_folder.weights import (
     load_weights,
     read_tensors,
 )
-from speechbrain_taskarith.utils.optional import require
 
 WEIGHTS = "model.safetensors"
+# What save_translator writes; nothing else of a hub's folder is downloaded.
+FILES = (
+    DESCRIPTION,
+    "*.safetensors",
+    "*.txt",
+    *DESCRIPTIONS,
+    *(f"*/{pattern}" for pattern in DESCRIPTIONS),
+)
 _WRITTEN = "save_translator writes it"
 
 
 def load_folder(source, trusted=False, savedir=None, overrides=None):
     """Return modules and other values of a translator's folder, with weights."""
-    folder = _local(source, savedir)
+    folder = Path(source)
+    if is_hub_name(source):
+        folder = shared_folder(source, FILES, local_dir=savedir)
     path = folder / DESCRIPTION
     needs = f", {WEIGHTS} and a vocabulary; save_translator writes one"
     with _quiet_transformers():
@@ -77,22 +90,6 @@ def load_statistics(module, path):
         )
     module.count = int(found["count"])
     module.glob_mean, module.glob_std = found["glob_mean"], found["glob_std"]
-
-
-def _local(source, savedir):
-    if not is_hub_name(source):
-        return Path(source)
-    hub = require("huggingface_hub", "huggingface", f"the hub name {source}")
-    options = {"local_dir": savedir} if savedir else {}
-    try:
-        return Path(hub.snapshot_download(str(source), **options))
-    # Offline, unknown, private, no network: each has its own class.
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
-            f"{source}: no such folder, and no model that Hugging Face's hub "
-            f"or cache gives ({reason})"
-        ) from error
 
 
 @contextlib.contextmanager

@@ -428,6 +428,8 @@ class SpeechTranslator(Pretrained):
         return self._text("source", [label] if label != self._blank() else [])
 
     def _transcript(self, speech):
+        if getattr(self.hparams, "source_text", None) is None:
+            return None
         (labels,) = ctc_greedy_decode(
             speech.logits.float(), speech.frame_lens, self._blank()
         )

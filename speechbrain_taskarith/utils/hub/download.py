@@ -104,7 +104,7 @@ def local_path(source, cache=None):
     return path
 
 
-def shared_folder(source, files, cache=None, revision=None):
+def shared_folder(source, files, cache=None, revision=None, local_dir=None):
     """Return the folder of something shared: one that is here, or the hub's.
 
     Only what is named by `files` is downloaded.
@@ -119,6 +119,8 @@ def shared_folder(source, files, cache=None, revision=None):
         See `local_path`.
     revision : str or None
         A branch, tag or commit of the hub; None: its `main`.
+    local_dir : str, pathlib.Path or None
+        Where the files are put in place of the cache.
 
     Returns
     -------
@@ -134,7 +136,7 @@ def shared_folder(source, files, cache=None, revision=None):
         return Path(source)
     reason = "a name on the hub is owner/name"
     if is_hub_name(source):
-        folder, reason = _snapshot(source, files, cache, revision)
+        folder, reason = _snapshot(source, files, cache, revision, local_dir)
         if folder is not None:
             return folder
     raise FileNotFoundError(
@@ -158,7 +160,7 @@ def bars_if_watched():
         bars.enable_progress_bars()
 
 
-def _snapshot(name, files, cache=None, revision=None):
+def _snapshot(name, files, cache=None, revision=None, local_dir=None):
     """Return a hub repository's folder, or None and why there is none."""
     hub = require("huggingface_hub", "huggingface", f"the hub name {name}")
     try:
@@ -166,6 +168,7 @@ def _snapshot(name, files, cache=None, revision=None):
             folder = hub.snapshot_download(
                 str(name),
                 cache_dir=cache,
+                local_dir=local_dir,
                 revision=revision,
                 allow_patterns=list(files),
             )

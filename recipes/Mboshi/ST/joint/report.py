@@ -217,22 +217,15 @@ def add_tests(summary, done, hparams):
             tokenize=hparams["bleu_tokenize"],
         )
         for score, test in tests.items():
-            for metric, value, unit in (
-                ("difference", test.difference, "points"),
-                ("low", test.low, "points"),
-                ("high", test.high, "points"),
-                ("p_value", test.p_value, "1"),
-            ):
-                summary.add(
-                    table=f"{TABLE}_paired",
-                    row=f"{OURS} against {row}",
-                    metric=f"{score.lower()}_{metric}",
-                    value=value,
-                    unit=unit,
-                    split=hparams["report_on"],
-                    seed=hparams["seed"],
-                    selected_on="valid",
-                )
+            summary.add_paired_test(
+                f"{TABLE}_paired",
+                f"{OURS} against {row}",
+                test,
+                prefix=f"{score.lower()}_",
+                split=hparams["report_on"],
+                seed=hparams["seed"],
+                selected_on="valid",
+            )
 
 
 def plot_scores(done, path):
