@@ -19,20 +19,20 @@ def process_rank():
 def gather_rows(x):
     """Return the rows of all processes by rank, and where this one's begin.
 
-    Batches may differ in size, the other axes may not. The gradients of all
-    processes' losses come back to `x`.
+    Where sizes differ, other axes than the first are padded with 0 to the
+    longest. The gradients of all processes' losses come back to `x`.
     """
     if process_count() == 1:
         return x, 0
     from torch.distributed.nn.functional import all_gather
 
     sizes = [None] * process_count()
-    torch.distributed.all_gather_object(sizes, len(x))
+    torch.distributed.all_gather_object(sizes, tuple(x.shape))
     # Collectives want equal shapes.
-    padded = x.new_zeros(max(sizes), *x.shape[1:])
-    padded[: len(x)] = x
-    rows = [part[:n] for part, n in zip(all_gather(padded), sizes)]
-    return torch.cat(rows), sum(sizes[: process_rank()])
+    padded = x.new_zeros([max(axis) for axis in zip(*sizes)])
+    padded[tuple(map(slice, x.shape))] = x
+    rows = [part[: size[0]] for part, size in zip(all_gather(padded), sizes)]
+    return torch.cat(rows), sum(size[0] for size in sizes[: process_rank()])
 
 
 def average_(tensors):

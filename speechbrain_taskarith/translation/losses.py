@@ -1,6 +1,7 @@
 """The losses of speech translation and its auxiliary tasks."""
 
 import logging
+import math
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,11 @@ class CrossModalContrastiveLoss(torch.nn.Module):
     Called with speech [B, S, d], relative lengths [B], text [B, U, d] and its
     lengths [B], it returns a scalar in nats, the mean over utterances. Padding
     is ignored, even NaN; other numbers or widths of text are a `ValueError`.
+
+    Called with the transcripts' labels [B, W] and their relative lengths [B]
+    as well, it leaves the other utterances of the same transcript out of the
+    sum: they are no negatives. Without them every other text is one, as in the
+    authors' code.
 
     `-log exp(cos(s_i, t_i) / tau) / sum_j exp(cos(s_i, t_j) / tau)`, with
     the means s and t over the valid frames and tokens (arXiv 2311.03810,
@@ -64,7 +70,9 @@ class CrossModalContrastiveLoss(torch.nn.Module):
         self.symmetric = symmetric
         self.gather = gather
 
-    def forward(self, speech, speech_lens, text, text_lens):
+    def forward(
+        self, speech, speech_lens, text, text_lens, labels=None, label_lens=None
+    ):
         """Return the loss of a batch, see `CrossModalContrastiveLoss`."""
         if len(speech) != len(text) or speech.shape[-1] != text.shape[-1]:
             raise ValueError(
@@ -76,19 +84,32 @@ class CrossModalContrastiveLoss(torch.nn.Module):
             text = text.detach()
         speech = F.normalize(_masked_mean(speech, speech_lens), dim=-1)
         text = F.normalize(_masked_mean(text, text_lens), dim=-1)
-        loss = self._retrieve(speech, text)
+        own = None
+        if labels is not None:
+            lengths = absolute_lengths(label_lens, labels.shape[1])
+            # 0 behind the last label, as `gather_rows` pads.
+            outside = padding_mask(lengths, labels.shape[1])
+            own = (labels + 1).masked_fill(outside, 0)
+        loss = self._retrieve(speech, text, own)
         if self.symmetric:
-            loss = (loss + self._retrieve(text, speech)) / 2
+            loss = (loss + self._retrieve(text, speech, own)) / 2
         return loss
 
-    def _retrieve(self, queries, keys):
-        first, share = 0, 1.0
+    def _retrieve(self, queries, keys, own):
+        first, share, labels = 0, 1.0, own
         if self.gather and process_count() > 1:
             keys, first = gather_rows(keys)
             # DDP averages over processes, not over utterances.
             share = len(queries) * process_count() / len(keys)
+            if own is not None:
+                labels, _ = gather_rows(own)
         scores = queries @ keys.T / self.temperature
         matches = torch.arange(len(queries), device=keys.device) + first
+        if own is not None:
+            own = F.pad(own, (0, labels.shape[1] - own.shape[1]))
+            same = (own[:, None] == labels).all(-1)
+            same = same.scatter(1, matches[:, None], False)
+            scores = scores.masked_fill(same, -math.inf)
         return share * F.cross_entropy(scores, matches)
 
 
@@ -176,6 +197,10 @@ class TranslationObjective:
         False: `L_ST` is split, "st" is `0.7 CE` and "asr"
         `0.3 (CTC + contrastive)`; nothing trains the CTC head once "asr" has
         stopped.
+    repeated_negatives : bool
+        True: utterances of the same transcript are negatives of one another,
+        as in the authors' code. No training can tell them apart: with k of
+        them in a batch the contrastive loss of each stays above log k.
 
     Example
     -------
@@ -199,6 +224,7 @@ class TranslationObjective:
         contrastive=1.0,
         distillation=0.0,
         ctc_in_st=True,
+        repeated_negatives=False,
     ):
         if not 0 < ce_weight <= 1:
             raise ValueError(f"ce_weight {ce_weight}: expected (0, 1]")
@@ -207,6 +233,7 @@ class TranslationObjective:
         self.st_smoothing, self.mt_smoothing = st_smoothing, mt_smoothing
         self.contrastive, self.distillation = contrastive, distillation
         self.ctc_in_st = ctc_in_st
+        self.repeated_negatives = repeated_negatives
         self.contrast = CrossModalContrastiveLoss(temperature)
         self._warned = set()
 
@@ -324,10 +351,13 @@ class TranslationObjective:
             )
         loss = loss.sum() / len(source)
         if self.contrastive and text is not None:
+            # The transcripts as they are: noise would make equal ones differ.
+            known = () if self.repeated_negatives else (source, source_lens)
             contrast = self.contrast(
-                speech.embedded, speech.lens, text.embedded, text.lens
+                *(speech.embedded, speech.lens, text.embedded, text.lens),
+                *known,
             ) + self.contrast(
-                speech.encoded, speech.lens, text.encoded, text.lens
+                *(speech.encoded, speech.lens, text.encoded, text.lens), *known
             )
             loss = loss + self.contrastive * contrast / 2
         return loss

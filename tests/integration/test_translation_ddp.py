@@ -80,11 +80,21 @@ def sides(rank=None):
     text = torch.randn(4, 4, 3, generator=g)
     weight = torch.eye(3).requires_grad_()
     other = torch.eye(3).requires_grad_()
+    # Rows 0 and 2 are one text, of batches that are padded otherwise.
+    labels = torch.tensor(
+        [[1, 2, 0, 0], [1, 2, 3, 0], [1, 2, 5, 5], [1, 4, 4, 4]]
+    )
+    label_lens = torch.tensor([0.5, 0.75, 0.5, 1.0])
     own = slice(None)
     if rank is not None:
         own = slice(0, 1) if rank == 0 else slice(1, 4)
+    if rank == 0:
+        labels, label_lens = labels[:, :3], label_lens * 4 / 3
     loss = CrossModalContrastiveLoss(0.5, detach_text=False, symmetric=True)
-    value = loss(speech[own] @ weight, lens[own], text[own] @ other, lens[own])
+    value = loss(
+        *(speech[own] @ weight, lens[own], text[own] @ other, lens[own]),
+        *(labels[own], label_lens[own]),
+    )
     value.backward()
     found = torch.cat([weight.grad, other.grad, value.detach().expand(1, 3)])
     if rank is not None:

@@ -20,8 +20,8 @@ from speechbrain_taskarith.translation.model import (
 )
 
 
-def info_nce(speech, speech_lens, text, text_lens, tau):
-    """The formula, term by term."""
+def info_nce(speech, speech_lens, text, text_lens, tau, names=None):
+    """The formula, term by term; utterances of one name are no negatives."""
 
     def mean(x, lens, b):
         return x[b, : round(float(lens[b]) * x.shape[1])].mean(0)
@@ -33,8 +33,13 @@ def info_nce(speech, speech_lens, text, text_lens, tau):
             F.cosine_similarity(s, mean(text, text_lens, j), 0) / tau
             for j in range(n)
         ]
+        negatives = [
+            cosine
+            for j, cosine in enumerate(cosines)
+            if j != i and (names is None or names[j] != names[i])
+        ]
         total = total - torch.log(
-            cosines[i].exp() / sum(map(torch.exp, cosines))
+            cosines[i].exp() / sum(map(torch.exp, [cosines[i], *negatives]))
         )
     return total / n
 
@@ -70,6 +75,64 @@ def test_contrastive_both_ways():
     expected = info_nce(speech, s_lens, text, t_lens, 0.3)
     expected = expected + info_nce(text, t_lens, speech, s_lens, 0.3)
     torch.testing.assert_close(both(speech, s_lens, text, t_lens), expected / 2)
+
+
+# Rows 0 and 2 are the same text; row 1 only begins like it, and row 3 differs
+# from it in nothing but the padding's label.
+REPEATED = torch.tensor(
+    [[3, 0, 0, 1], [3, 0, 9, 9], [3, 0, 0, 7], [3, 0, 0, 0]]
+)
+REPEATED_LENS, NAMES = torch.tensor([0.75, 0.5, 0.75, 1.0]), "abac"
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_same_transcript_is_no_negative(symmetric):
+    speech, s_lens, text, t_lens = sides()
+    speech.requires_grad_()
+    loss = CrossModalContrastiveLoss(0.3, symmetric=symmetric)
+    found = loss(speech, s_lens, text, t_lens, REPEATED, REPEATED_LENS)
+    expected = info_nce(speech, s_lens, text, t_lens, 0.3, NAMES)
+    if symmetric:
+        back = info_nce(text, t_lens, speech, s_lens, 0.3, NAMES)
+        expected = (expected + back) / 2
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(x, speech)[0] for x in (found, expected)]
+    torch.testing.assert_close(*gradients)
+    assert found < loss(speech, s_lens, text, t_lens)
+
+
+def test_a_batch_of_one_transcript_has_no_negative():
+    """Otherwise nothing could bring the loss below log 3."""
+    x, one = torch.randn(3, 2, 4, requires_grad=True), torch.ones(3)
+    labels = torch.ones(3, 2).long()
+    loss = CrossModalContrastiveLoss()
+    found = loss(x, one, x[:1].expand(3, 2, 4), one, labels, one)
+    found.backward()
+    assert found.item() == 0 and not x.grad.any()
+    as_released = loss(x, one, x[:1].expand(3, 2, 4), one)
+    torch.testing.assert_close(as_released, torch.tensor(3.0).log())
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_the_objective_knows_repeated_transcripts(noisy):
+    model = toy_model(noise=BlankNoise(0, probability=1.0) if noisy else None)
+    inputs, targets = toy_batch()
+    inputs["source"], inputs["source_lens"] = REPEATED % 6, REPEATED_LENS
+    targets |= {k: inputs[k] for k in ("source", "source_lens")}
+    out = model(tasks=("asr",), **inputs)
+    plain = TranslationObjective(0, contrastive=0.0)(out, **targets)["asr"]
+    for repeated, names in ((False, NAMES), (True, None)):
+        objective = TranslationObjective(0, repeated_negatives=repeated)
+        found = objective(out, **targets)["asr"] - plain
+        speech, text = out.speech, out.text
+        expected = sum(
+            info_nce(s, speech.lens, t, text.lens, 0.1, names) / 2
+            for s, t in (
+                (speech.embedded, text.embedded),
+                (speech.encoded, text.encoded),
+            )
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_contrastive_does_not_see_padding():
