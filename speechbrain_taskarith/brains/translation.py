@@ -46,8 +46,9 @@ class TranslationBrain(sb.Brain):
       `batch.sig` as it is;
     - `guard` (optional): an `InputGuard`;
     - `consistency` (optional): a `ConsistencyProbe`;
-    - `warm_up_frozen` (optional): names of the model's parts, such as
-      `acoustic.encoder`, that train only after the task weights' `warm_up`;
+    - `warm_up_frozen`, `warm_up_without` (optional): names of the model's
+      parts, such as `acoustic.encoder`, that train only after the task
+      weights' `warm_up`, and of those left out of it, such as `shrink`;
     - `aggregator` (optional): a `GradientAggregator`, whose gradient takes the
       place of the weighted sum's; each task's row is that of its weighted loss;
     - `lr_annealing` (optional): called with the optimizer before each update,
@@ -189,8 +190,7 @@ class TranslationBrain(sb.Brain):
         rows = {t: weights[t] * x for t, x in losses.items() if weights[t] > 0}
         if not rows:
             return total
-        scale = self.scaler.get_scale()
-        return aggregator.total(rows, self.modules, scale)
+        return aggregator.total(rows, self.modules, self.scaler.get_scale())
 
     def tasks_of(self, batch, stage):
         """Return the tasks to compute of a batch; override it for mixed data.
@@ -207,7 +207,6 @@ class TranslationBrain(sb.Brain):
         tuple of str
             Tasks. A batch without any is not trained on.
         """
-        del batch
         if stage == sb.Stage.TRAIN:
             return self.hparams.task_weights.active
         return (self.hparams.main,)
@@ -319,18 +318,19 @@ class TranslationBrain(sb.Brain):
         return super().fit_batch(batch)
 
     def _hold_parameters(self):
-        """Let what `warm_up_frozen` names train only after the warm-up."""
+        """Freeze, and leave out, parts of the model in the warm-up."""
+        model = bare(self.modules.model)
         if self._held_parameters is None:
-            model = bare(self.modules.model)
             self._held_parameters = [
                 parameter
                 for name in self._optional("warm_up_frozen") or ()
                 for parameter in model.get_submodule(name).parameters()
                 if parameter.requires_grad
             ]
-        trains = not self.hparams.task_weights.warming_up
+        waits = self.hparams.task_weights.warming_up
         for parameter in self._held_parameters:
-            parameter.requires_grad_(trains)
+            parameter.requires_grad_(not waits)
+        model.leave_out(waits and self._optional("warm_up_without") or ())
 
     def on_fit_batch_start(self, batch, should_step):
         """Seed this batch and update the rate; see `TranslationBrain`."""

@@ -17,6 +17,10 @@ from speechbrain_taskarith.utils.lengths import (
 )
 
 
+# Parts of the model that training can do without.
+OPTIONAL = ("shrink", "looking_back", "noise")
+
+
 class SpeechEncoding(NamedTuple):
     """What `encode_speech` returns; lengths are relative."""
 
@@ -149,6 +153,7 @@ class SpeechTranslationModel(torch.nn.Module):
         self.noise = noise
         self.contrast = contrast
         self.source_vocab = source_vocab
+        self._left_out = frozenset()
         if looking_back is not None and shrink is None:
             raise ValueError(
                 "looking_back without shrink: there is nothing to look back "
@@ -166,6 +171,30 @@ class SpeechTranslationModel(torch.nn.Module):
                 "noisy text looks like CTC output only if they are equal"
             )
         return token if blank is None else blank
+
+    def leave_out(self, names):
+        """Train without some parts, until called again.
+
+        Evaluation has all of them. Without "shrink" nothing is looked back
+        for, either.
+
+        Arguments
+        ---------
+        names : sequence of str
+            Of "shrink", "looking_back" and "noise"; none: with all parts.
+            `ValueError` for others.
+        """
+        if unknown := sorted(set(names) - set(OPTIONAL)):
+            raise ValueError(
+                f"{unknown[0]!r} cannot be left out; only "
+                f"{', '.join(OPTIONAL)} can"
+            )
+        self._left_out = frozenset(names)
+
+    def _optional(self, name):
+        """Return a part, None where there is none now."""
+        left_out = self.training and name in self._left_out
+        return None if left_out else getattr(self, name)
 
     def parts(self):
         """Return `{part: module}`, as `TaskNormWeights.observe` takes it."""
@@ -257,7 +286,9 @@ class SpeechTranslationModel(torch.nn.Module):
             count = absolute_lengths(lens, frames.shape[1])
             # A short utterance keeps a frame; a length of 0 stays an error.
             count = torch.where(lens > 0, count.clamp(min=1), count)
-        if self.shrink is None:
+        shrink = self._optional("shrink")
+        looking_back = shrink and self._optional("looking_back")
+        if shrink is None:
             size = frames.shape[1]
             check_lengths(count, size, "features", ids, wait=False)
         frame_lens = relative_lengths(count, frames.shape[1])
@@ -266,12 +297,12 @@ class SpeechTranslationModel(torch.nn.Module):
         frames = frames.masked_fill(outside, 0.0)
         logits = self.ctc_lin(frames)
         embedded, shrunk_lens, segments = frames, frame_lens, None
-        if self.shrink is not None:
-            embedded, shrunk_lens, segments = self.shrink(
+        if shrink is not None:
+            embedded, shrunk_lens, segments = shrink(
                 frames, logits, frame_lens, ids
             )
-        if self.looking_back is not None:
-            embedded = self.looking_back(embedded, frames, frame_lens, segments)
+        if looking_back is not None:
+            embedded = looking_back(embedded, frames, frame_lens, segments)
         encoded = self.textual(embedded, shrunk_lens)
         return SpeechEncoding(
             *(logits, frame_lens, embedded, encoded, shrunk_lens, segments),
@@ -284,8 +315,9 @@ class SpeechTranslationModel(torch.nn.Module):
         Returns `.embedded` and `.encoded` [B, U, d], and `.lens` [B]: noise
         makes text longer.
         """
-        if self.noise is not None:
-            tokens, lens = self.noise(tokens, lens)
+        noise = self._optional("noise")
+        if noise is not None:
+            tokens, lens = noise(tokens, lens)
         width = self.source_embedding.embedding_dim
         embedded = self.source_embedding(tokens) * math.sqrt(width)
         return TextEncoding(embedded, self.textual(embedded, lens), lens)

@@ -473,6 +473,39 @@ def test_a_warm_up_trains_auxiliary_tasks_and_holds_the_encoder():
     assert moved("source_embedding.weight") == [False, False, False]
 
 
+def test_a_warm_up_without_the_shrink():
+    seen = []
+
+    class Watching(TranslationBrain):
+        def compute_objectives(self, predictions, batch, stage):
+            segments = predictions.speech.segments
+            seen.append((stage == sb.Stage.TRAIN, segments is not None))
+            return super().compute_objectives(predictions, batch, stage)
+
+    weights = TaskNormWeights(interval=1000, warm_up=2)
+    brain = make_brain(
+        Watching, weights=weights, warm_up_without=["shrink"], lr=0.1
+    )
+    before = state(brain)
+    for epoch in (1, 2, 3):
+        brain.fit([epoch], loader([0, 1]), loader([0, 1]))
+        if epoch == 2:
+            warm = state(brain)
+    trained, shrunk = zip(*seen)
+    assert trained == (True, False) * 3
+    assert shrunk == (False, True, False, True, True, True)
+    names = [n for n in before if n.startswith("looking_back.")]
+    assert all(torch.equal(before[n], warm[n]) for n in names)
+    after = state(brain)
+    assert not all(torch.equal(warm[n], after[n]) for n in names)
+    with pytest.raises(
+        ValueError, match="'shrunk' cannot be left out; .*noise"
+    ):
+        make_brain(
+            weights=TaskNormWeights(warm_up=2), warm_up_without=["shrunk"]
+        ).fit([1], loader([0, 1]))
+
+
 class OfKinds(TranslationBrain):
     """Utterance 0 is text, all others are speech without transcripts."""
 

@@ -523,3 +523,40 @@ model: !new:speechbrain_taskarith.translation.SpeechTranslationModel
     weights.step()
     assert set(losses) == {"st", "asr", "mt"} and weights.updates == 1
     assert model.shrink.uniform == 8 and model.noise.blank_token == 0
+
+
+@pytest.mark.parametrize(
+    "names, settings",
+    [
+        (["shrink"], {"shrink": False}),
+        (["shrink", "looking_back"], {"shrink": False}),
+        (["looking_back"], {"look": False}),
+        ([], {}),
+    ],
+)
+def test_training_without_a_part_is_that_of_a_model_without_it(names, settings):
+    inputs, _ = toy_batch()
+    model = toy_model()
+    less = toy_model(**settings)
+    less.load_state_dict(model.state_dict(), strict=False)
+    model.leave_out(names)
+    found, expected = model(**inputs), less(**inputs)
+    torch.testing.assert_close(found.st, expected.st)
+    torch.testing.assert_close(found.speech.embedded, expected.speech.embedded)
+    # Evaluation has all parts; so has training, when called again.
+    whole = toy_model().eval()
+    assert torch.equal(model.eval()(**inputs).st, whole(**inputs).st)
+    model.leave_out(())
+    assert torch.equal(model.train()(**inputs).st, whole.train()(**inputs).st)
+
+
+def test_noise_can_be_left_out_and_other_parts_cannot():
+    inputs, _ = toy_batch()
+    model = toy_model(noise=BlankNoise(0, probability=1.0, insert_share=1.0))
+    width = inputs["source"].shape[1]
+    encoded = model(tasks=("mt",), **inputs).text.encoded
+    assert encoded.shape[1] > width
+    model.leave_out(["noise"])
+    assert model(tasks=("mt",), **inputs).text.encoded.shape[1] == width
+    with pytest.raises(ValueError, match="'decoder' cannot .* shrink, look"):
+        model.leave_out(["decoder"])

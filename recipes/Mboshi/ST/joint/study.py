@@ -62,6 +62,7 @@ RELEASED = {
     "last_update": "{asr: !ref <task_interval> * 4, mt: !ref <task_interval> * 6}",
     "warm_up": "!ref <task_interval> * 3 // 5",
     "warm_up_frozen": ["acoustic.encoder"],
+    "warm_up_without": ["shrink"],
 }
 # Speech translation without any part of the method.
 PLAIN = {

@@ -55,8 +55,8 @@ class ST(TranslationBrain):
 
     `compute_forward` and `compute_objectives` are those of `TranslationBrain`.
     It reads hparams.fea_augment, hparams.average_last, hparams.warm_up_frozen,
-    hparams.guard, hparams.objective, hparams.search, hparams.greedy_tokens and
-    hparams.train_logger.
+    hparams.warm_up_without, hparams.guard, hparams.objective, hparams.search,
+    hparams.greedy_tokens and hparams.train_logger.
     """
 
     def fit_batch(self, batch):

@@ -46,8 +46,8 @@ class ST(TranslationBrain):
 
     `compute_forward` and `compute_objectives` are those of `TranslationBrain`.
     It reads hparams.compute_features, hparams.fea_augment,
-    hparams.average_last, hparams.warm_up_frozen, hparams.guard,
-    hparams.objective, hparams.search, hparams.greedy_tokens and
+    hparams.average_last, hparams.warm_up_frozen, hparams.warm_up_without,
+    hparams.guard, hparams.objective, hparams.search, hparams.greedy_tokens and
     hparams.train_logger.
     """
 
