@@ -141,11 +141,12 @@ def _translated(translator, options):
 def _decode(translator, batch, options):
     found = translator.decode([encoded for _, encoded in batch], options.to)
     for (one, _), translation in zip(batch, found):
-        if translation.text:
-            one.update(translation.as_dict())
-        else:
-            text = "the translation is empty; is there speech in it?"
-            _note(one, ValueError(text), options)
+        if not translation.text:
+            _note(one, ValueError(translation.doubt), options)
+            continue
+        one.update(translation.as_dict())
+        if translation.doubt:
+            complain(f"{one['file']}: {translation.doubt}", "note")
 
 
 def _note(one, error, options):

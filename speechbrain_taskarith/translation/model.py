@@ -16,7 +16,6 @@ from speechbrain_taskarith.utils.lengths import (
     relative_lengths,
 )
 
-
 # Parts of the model that training can do without.
 OPTIONAL = ("shrink", "looking_back", "noise")
 

@@ -97,6 +97,27 @@ def test_an_empty_translation_is_said_to_be_one(capsys, tmp_path):
     assert "u0.wav: the translation is empty" in said.err
 
 
+def test_a_translation_without_its_end_is_said_to_be_one(capsys, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree("translator", tmp_path / "endless")
+    path = tmp_path / "endless/model.safetensors"
+    state = load_file(path)
+    state["model.decoder.seq_lin.bias"][2] = -99.0
+    save_file(state, path)
+    words = ["translate", "--model", str(tmp_path / "endless"), "u0.wav"]
+    for more in ([], ["--beam", "1"]):
+        capsys.readouterr()
+        assert main([*words, *more]) == 0
+        said = capsys.readouterr()
+        assert "u0.wav: the translation lacks its end" in said.err
+    assert run_json(capsys, *words)["files"][0]["cut"]
+    capsys.readouterr()
+    found = run_json(capsys, *MODEL, *WAVS)["files"]
+    assert not any(one["cut"] for one in found)
+    assert "lacks its end" not in capsys.readouterr().err
+
+
 BAD = {
     "language": (("--to", "de"), "unknown target language 'de'"),
     "batch": (("--batch", "0"), "--batch 0"),
@@ -127,7 +148,9 @@ def test_code_in_the_folder_is_refused(capsys, tmp_path):
 def test_the_pages_commands(capsys):
     page = Path(__file__).parents[2] / "docs" / "using_a_translator.md"
     text = page.read_text(encoding="utf-8")
-    (block,) = re.findall(r"<!-- not run: [^\n]*-->\n```bash\n(.*?)```", text, re.S)
+    (block,) = re.findall(
+        r"<!-- not run: [^\n]*-->\n```bash\n(.*?)```", text, re.S
+    )
     _, _, made, _ = trained_once()
     whole = Path("results/joint/0/models/whole")
     whole.mkdir(parents=True)

@@ -351,6 +351,22 @@ def test_of_a_hubs_folder_only_what_a_translator_needs_comes(made, hub):
     assert set(hub.downloaded) == {str(f.relative_to(folder)) for f in files}
 
 
+@pytest.mark.parametrize("beam", [1, 3])
+def test_where_the_longest_translation_ends(made, beam, caplog):
+    """Two words and the end token are three steps."""
+    for steps in (1, 2, 3, 4):
+        translator = load(made[0] / "translator")
+        translator.set_search(beam_size=beam)
+        if beam == 1:
+            translator.hparams.greedy_tokens = steps
+        else:
+            translator.search.least_steps = steps
+        found = translator.translate_file(made[3][0])
+        assert found.cut == (steps < 3), steps
+        assert (found.text == "A B") == (steps > 1)
+    assert caplog.text.count("u0.wav: the translation lacks its end") == 2
+
+
 def test_recordings_that_cannot_be_used(made, tmp_path, caplog):
     translator = load(made[0] / "translator")
     write_audio(tmp_path / "fast.wav", wave_of(0), 2 * RATE)

@@ -9,6 +9,7 @@ from hugging_face_toy import save_encoder, save_whisper
 from hyperpyyaml import load_hyperpyyaml
 from translator_toy import SOURCE, TARGET
 
+from speechbrain_taskarith.data import write_audio
 from speechbrain_taskarith.translation import SpeechTranslator, save_translator
 
 WRAPPED = """\
@@ -107,6 +108,14 @@ def test_the_encoder_comes_along(encoder, kind, tmp_path):
     assert model.ctc_lin.weight is model.source_embedding.weight
     (one,) = translator.translate_batch(wave)
     assert one.segments[-1].end == pytest.approx(0.25, abs=0.001)
+    # Two seconds: the toy Whisper's window has one, the others have none.
+    path = tmp_path / "long.wav"
+    write_audio(path, torch.randn(32000).clamp(-3, 3) / 4, 16000)
+    if kind == "Whisper":
+        with pytest.raises(ValueError, match=r"long.wav' has 2.00 s.* has 1 s"):
+            translator.translate_file(path)
+    else:
+        assert translator.translate_file(path).seconds == 2.0
     with open(folder / "hyperparams.yaml", "a") as stream:
         stream.write(
             "more: !new:speechbrain.integrations.huggingface.wav2vec2.Wav2Vec2"

@@ -204,9 +204,8 @@ def test_searches_agree_with_a_loop():
         least_steps=7,
     )
     hypotheses, _, _, _ = beam(speech.encoded, speech.lens)
-    for a, b in zip(hypotheses, found):
-        # SpeechBrain counts the end token as a step.
-        assert a[:6] == b[:6]
+    assert [[int(token) for token in tokens] for tokens in hypotheses] == found
+    assert max(map(len, found)) == 7, "none is cut"
     short = TranslationDecoder(8, 16, 2, 1, max_length=5)
     limited = TranslationBeamSearch(short, BOS, EOS, least_steps=50)
     assert limited.change_max_decoding_length(0, 2) == (0, 5)
@@ -247,7 +246,11 @@ def test_speechbrains_searcher_takes_the_decoder():
     )
     own = TranslationBeamSearch(decoder, least_steps=0, **marks)
     found, expected = own(memory, lens), stock(memory, lens)
-    assert found[0] == expected[0] and any(found[0])
+    # Upstream's loses the last token of one that is cut.
+    cut = [len(tokens) == own.max_decode_steps for tokens in found[0]]
+    for tokens, other, is_cut in zip(found[0], expected[0], cut):
+        assert tokens[: len(tokens) - is_cut] == other
+    assert any(found[0])
     torch.testing.assert_close(found[2], expected[2])
 
 

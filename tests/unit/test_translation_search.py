@@ -70,8 +70,7 @@ def test_length_penalty_against_brute_force(alpha):
                 best, score = by_brute_force(
                     decoder, memory[one, :count], torch.ones(1), alpha
                 )
-                # SpeechBrain's takes the last token of a cut one for the end.
-                assert tokens == best[: STEPS - 1]
+                assert tokens == best
                 assert scores[row].item() == pytest.approx(score, abs=1e-5)
                 lengths.add(len(best))
     assert len(lengths) > 1

@@ -49,6 +49,8 @@ class Translation:
         Duration.
     target : str or None
         Language of the text, where the model names it.
+    cut : bool
+        True: it was as long as the search allows, and its end is missing.
 
     Example
     -------
@@ -57,6 +59,7 @@ class Translation:
     ... )
     >>> found.as_dict()["segments"]
     [{'start': 0.2, 'end': 0.26, 'transcript': 'dog'}]
+    >>> found.doubt
     """
 
     text: str
@@ -64,6 +67,20 @@ class Translation:
     transcript: str | None = None
     seconds: float = 0.0
     target: str | None = None
+    cut: bool = False
+
+    @property
+    def doubt(self):
+        """What is to be doubted about the text, None if nothing is."""
+        if not self.text:
+            return "the translation is empty; is there speech in it?"
+        if self.cut:
+            return (
+                "the translation lacks its end: it is as long as the model's "
+                "search allows (least_steps or greedy_tokens). A model of "
+                "sentences wants sentences: cut the recording at pauses"
+            )
+        return None
 
     def as_dict(self):
         """Return it as plain types, for JSON.

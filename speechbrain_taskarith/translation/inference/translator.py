@@ -169,11 +169,12 @@ class SpeechTranslator(Pretrained):
             There is no such file.
         ValueError
             An unreadable file, one of another rate, an unknown language; what
-            the encoder refuses, e.g. speech beyond its window; by name.
+            the encoder refuses, e.g. speech beyond Whisper's window of 30 s
+            (others have none); by name.
         """
         encoded = self.encode_file(path, resample)
         (found,) = self.decode([encoded], target)
-        _warn_of_empty([found], [str(path)])
+        _warn([found], [str(path)])
         return found
 
     def translate_batch(self, wavs, wav_lens=None, target=None):
@@ -206,7 +207,7 @@ class SpeechTranslator(Pretrained):
             for wav, count, name in zip(wavs, counts, names)
         ]
         found = self.decode(encoded, target)
-        _warn_of_empty(found, names)
+        _warn(found, names)
         return found
 
     def forward(self, wavs, wav_lens=None, target=None):
@@ -298,7 +299,7 @@ class SpeechTranslator(Pretrained):
         counts = torch.tensor([len(state) for state in states])
         lens = (counts / memory.shape[1]).to(memory.device)
         with self.inference_ctx:
-            found = self._search(memory, lens, begin)
+            found, longest = self._search(memory, lens, begin)
         translations = []
         for row, (one, tokens) in enumerate(zip(encoded, found)):
             tokens = [int(token) for token in tokens]
@@ -309,6 +310,7 @@ class SpeechTranslator(Pretrained):
                     self._transcript(one.speech),
                     one.seconds,
                     targets[row],
+                    cut=len(tokens) >= longest,
                 )
             )
         return translations
@@ -369,19 +371,23 @@ class SpeechTranslator(Pretrained):
         return getattr(self.hparams, "greedy_tokens", 200)
 
     def _search(self, memory, lens, begin):
+        """Return the translations, and how long one may be, in tokens."""
         # A searcher of SpeechBrain's begins as it was told to.
         usual = set(begin) == {self.hparams.bos_index}
         begin = torch.tensor(begin, device=memory.device)
         if self.search is not None:
-            return self.search(memory, lens, *([] if usual else [begin]))[0]
-        return greedy_translation(
+            found = self.search(memory, lens, *([] if usual else [begin]))[0]
+            return found, self.search.max_decode_steps
+        longest = self._greedy_tokens()
+        found = greedy_translation(
             self.mods.model.decoder,
             memory,
             lens,
             begin,
             self.hparams.eos_index,
-            self._greedy_tokens(),
+            longest,
         )
+        return found, longest
 
     def _targets(self, target, count):
         """Return the language and the beginning token of every utterance."""
@@ -444,9 +450,7 @@ class SpeechTranslator(Pretrained):
         return getattr(self.hparams, "blank_index", 0)
 
 
-def _warn_of_empty(translations, names):
+def _warn(translations, names):
     for translation, name in zip(translations, names):
-        if not translation.text:
-            logger.warning(
-                f"{name}: the translation is empty; is there speech in it?"
-            )
+        if translation.doubt:
+            logger.warning(f"{name}: {translation.doubt}")

@@ -152,6 +152,23 @@ class TranslationBeamSearch(S2STransformerBeamSearcher):
         )
         return ended
 
+    def _fill_alived_hyps_with_eos_token(self, alived_hyps, found, scores):
+        """As upstream's, which takes an end token off where there is none.
+
+        The last token of a hypothesis as long as allowed would be lost.
+        """
+        end = alived_hyps.alived_seq[:, :1]
+        alived_hyps.alived_seq = torch.cat(
+            [alived_hyps.alived_seq, torch.full_like(end, self.eos_index)], 1
+        )
+        end = torch.zeros_like(alived_hyps.alived_log_probs[:, :1])
+        alived_hyps.alived_log_probs = torch.cat(
+            [alived_hyps.alived_log_probs, end], 1
+        )
+        return super()._fill_alived_hyps_with_eos_token(
+            alived_hyps, found, scores
+        )
+
     def permute_mem(self, memory, index):
         """As `S2SBaseSearcher.permute_mem`: continue these hypotheses."""
         return memory.select(index)
