@@ -15,6 +15,7 @@ from speechbrain_taskarith.utils.progress import progress
 _EXAMPLES = """\
   taskarith translate --model results/translator speech.wav
   taskarith translate --model results/translator --to de *.wav --json
+  taskarith translate --model results/translator --cut 20 lecture.wav
   taskarith translate --model results/translator --beam 8 --length-penalty 1.2 \\
       --batch 16 --skip-bad *.wav
 """
@@ -35,6 +36,8 @@ def add_parser(verbs, summary):
             "trusted=True": "--trusted",
             "length_penalty": "--length-penalty",
             "beam_size": "--beam",
+            "(longest=10)": "with --cut 10",
+            "Cut it into segments": "Cut it with --cut 25",
         }
     )
     add = parser.add_argument
@@ -64,6 +67,13 @@ def add_parser(verbs, summary):
         help="compare log probability / length ** A; above 1: longer text",
     )
     add(
+        "--cut",
+        type=float,
+        metavar="SECONDS",
+        help="cut longer recordings at their pauses into parts of so many "
+        "seconds at most",
+    )
+    add(
         "--resample",
         action="store_true",
         help="convert recordings of another sample rate",
@@ -87,6 +97,8 @@ def run(options):
     """Translate, a batch after the other."""
     if options.batch < 1:
         raise ValueError(f"--batch {options.batch}: expected at least 1")
+    if options.cut is not None and not options.cut >= 1:
+        raise ValueError(f"--cut {options.cut:g}: expected seconds, from 1")
     from speechbrain_taskarith.translation import SpeechTranslator
 
     with shared.threads(options):
@@ -127,11 +139,13 @@ def _translated(translator, options):
     show = not options.no_progress and len(data) > 1
     for one in progress(data, unit="file", show_progress=show):
         try:
-            encoded = translator.encode_file(one["file"], options.resample)
+            encoded = translator.encode_file(
+                one["file"], options.resample, options.cut
+            )
             batch.append((one, encoded))
         except (ValueError, OSError, RuntimeError) as error:
             _note(one, error, options)
-        if len(batch) == options.batch:
+        if sum(len(encoded) for _, encoded in batch) >= options.batch:
             _decode(translator, batch, options)
             batch = []
     _decode(translator, batch, options)
@@ -139,14 +153,27 @@ def _translated(translator, options):
 
 
 def _decode(translator, batch, options):
-    found = translator.decode([encoded for _, encoded in batch], options.to)
-    for (one, _), translation in zip(batch, found):
+    """Translate recordings, parts of several of them at once."""
+    from speechbrain_taskarith.translation import Translation
+
+    parts = [part for _, encoded in batch for part in encoded]
+    found = [
+        translation
+        for first in range(0, len(parts), options.batch)
+        for translation in translator.decode(
+            parts[first : first + options.batch], options.to
+        )
+    ]
+    for one, encoded in batch:
+        translation = Translation.joined(found[: len(encoded)])
+        found = found[len(encoded) :]
         if not translation.text:
             _note(one, ValueError(translation.doubt), options)
             continue
         one.update(translation.as_dict())
         if translation.doubt:
-            complain(f"{one['file']}: {translation.doubt}", "note")
+            text = message(ValueError(translation.doubt), options.remedies)
+            complain(f"{one['file']}: {text}", "note")
 
 
 def _note(one, error, options):

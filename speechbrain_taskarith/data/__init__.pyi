@@ -34,6 +34,9 @@ from .manifests import (
 from .manifests import (
     write_manifest as write_manifest,
 )
+from .pauses import (
+    cut_at_pauses as cut_at_pauses,
+)
 from .text import (
     LabelText as LabelText,
 )

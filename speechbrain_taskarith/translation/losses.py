@@ -200,7 +200,7 @@ class TranslationObjective:
     repeated_negatives : bool
         True: utterances of the same transcript are negatives of one another,
         as in the authors' code. No training can tell them apart: with k of
-        them in a batch the contrastive loss of each stays above log k.
+        them in a batch the contrastive loss of each is log k or more.
 
     Example
     -------

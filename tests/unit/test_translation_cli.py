@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from cli_support import fails, run, run_json
 from translator_toy import RATE, save, trained_once, wave_of
 
@@ -111,6 +112,7 @@ def test_a_translation_without_its_end_is_said_to_be_one(capsys, tmp_path):
         assert main([*words, *more]) == 0
         said = capsys.readouterr()
         assert "u0.wav: the translation lacks its end" in said.err
+        assert "cut the recording with --cut 10" in said.err
     assert run_json(capsys, *words)["files"][0]["cut"]
     capsys.readouterr()
     found = run_json(capsys, *MODEL, *WAVS)["files"]
@@ -118,7 +120,25 @@ def test_a_translation_without_its_end_is_said_to_be_one(capsys, tmp_path):
     assert "lacks its end" not in capsys.readouterr().err
 
 
+def test_long_recordings_are_cut_and_searched_together(capsys):
+    pause = torch.zeros(RATE // 4)
+    parts = [x for n in (1, 2, 3) for x in (wave_of(n), pause)]
+    write_audio("long.wav", torch.cat(parts), RATE)
+    words = ["u0.wav", "long.wav", "text.wav", "u1.wav", "--cut", "1"]
+    found = [
+        run_json(capsys, *MODEL, *words, "--skip-bad", "--batch", batch)
+        for batch in ("1", "2", "100")
+    ]
+    assert found[0]["files"] == found[1]["files"] == found[2]["files"]
+    first, long, bad, last = found[0]["files"]
+    assert (first["text"], last["text"]) == ("A B", "B C D")
+    assert long["seconds"] == pytest.approx(2.67)
+    assert long["segments"][-1]["end"] == pytest.approx(2.67, abs=0.01)
+    assert "unreadable" in bad["error"]
+
+
 BAD = {
+    "cut": (("--cut", "0.5"), "--cut 0.5: expected seconds"),
     "language": (("--to", "de"), "unknown target language 'de'"),
     "batch": (("--batch", "0"), "--batch 0"),
     "beam": (("--beam", "0"), "--beam 0"),

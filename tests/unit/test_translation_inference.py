@@ -22,7 +22,11 @@ from translator_toy import (
 )
 
 from speechbrain_taskarith.brains import CharacterLabels
-from speechbrain_taskarith.data import write_audio
+from speechbrain_taskarith.data import (
+    cut_at_pauses,
+    read_audio,
+    write_audio,
+)
 from speechbrain_taskarith.translation import SpeechTranslator, save_translator
 
 
@@ -365,6 +369,39 @@ def test_where_the_longest_translation_ends(made, beam, caplog):
         assert found.cut == (steps < 3), steps
         assert (found.text == "A B") == (steps > 1)
     assert caplog.text.count("u0.wav: the translation lacks its end") == 2
+
+
+def test_a_long_recording_is_cut_at_its_pauses(made, tmp_path):
+    translator = load(made[0] / "translator")
+    waves = [wave_of(number) for number in (1, 2, 3)]
+    pause = torch.zeros(RATE // 4)
+    long = torch.cat([x for wave in waves for x in (wave, pause)])
+    write_audio(tmp_path / "long.wav", long, RATE)
+    found = translator.translate_file(tmp_path / "long.wav", longest=1.0)
+    cuts = cut_at_pauses(read_audio(tmp_path / "long.wav", RATE), RATE, 1.0)
+    assert len(cuts) > 2
+    parts = []
+    for number, (start, end) in enumerate(cuts):
+        path = tmp_path / f"{number}.wav"
+        write_audio(path, long[start:end], RATE)
+        parts.append(translator.translate_file(path, longest=1.0))
+    assert found.text == " ".join(part.text for part in parts)
+    assert found.transcript == " ".join(part.transcript for part in parts)
+    assert found.seconds == pytest.approx(len(long) / RATE)
+    expected = [
+        (start / RATE + segment.start, start / RATE + segment.end)
+        for (start, _), part in zip(cuts, parts)
+        for segment in part.segments
+    ]
+    times = [(one.start, one.end) for one in found.segments]
+    assert len(times) > 6
+    for mine, other in zip(times, expected, strict=True):
+        assert mine == pytest.approx(other, abs=1e-3)
+    # One that is short enough is not touched.
+    one, same = (
+        translator.translate_file(made[3][0], longest=s) for s in (None, 1.0)
+    )
+    assert one == same
 
 
 def test_recordings_that_cannot_be_used(made, tmp_path, caplog):

@@ -78,9 +78,36 @@ class Translation:
             return (
                 "the translation lacks its end: it is as long as the model's "
                 "search allows (least_steps or greedy_tokens). A model of "
-                "sentences wants sentences: cut the recording at pauses"
+                "sentences wants sentences: cut the recording (longest=10)"
             )
         return None
+
+    @classmethod
+    def joined(cls, parts):
+        """Return the translation of a recording from those of its parts.
+
+        Arguments
+        ---------
+        parts : sequence of Translation
+            In order, with the times of the whole recording.
+
+        Returns
+        -------
+        Translation
+            `cut` if one of them is.
+        """
+        parts = list(parts)
+        if len(parts) == 1:
+            return parts[0]
+        read = [part.transcript for part in parts]
+        return cls(
+            " ".join(part.text for part in parts if part.text),
+            [segment for part in parts for segment in part.segments],
+            None if None in read else " ".join(filter(None, read)),
+            sum(part.seconds for part in parts),
+            parts[0].target,
+            any(part.cut for part in parts),
+        )
 
     def as_dict(self):
         """Return it as plain types, for JSON.

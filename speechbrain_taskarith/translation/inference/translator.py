@@ -7,7 +7,7 @@ import torch
 from speechbrain.decoders import ctc_greedy_decode
 from speechbrain.inference.interfaces import Pretrained
 
-from speechbrain_taskarith.data import read_audio
+from speechbrain_taskarith.data import cut_at_pauses, read_audio
 from speechbrain_taskarith.translation.inference.loading import load_folder
 from speechbrain_taskarith.translation.inference.results import (
     TranslatedSegment,
@@ -28,6 +28,7 @@ class EncodedSpeech(NamedTuple):
 
     speech: SpeechEncoding  # of a batch of one
     seconds: float  # its duration
+    start: float = 0.0  # where it begins in its recording
 
 
 class SpeechTranslator(Pretrained):
@@ -146,7 +147,7 @@ class SpeechTranslator(Pretrained):
         modules, hparams = load_folder(source, trusted, savedir, overrides)
         return cls(modules, hparams, **options)
 
-    def translate_file(self, path, target=None, resample=False):
+    def translate_file(self, path, target=None, resample=False, longest=None):
         """Translate a recording.
 
         Arguments
@@ -157,6 +158,9 @@ class SpeechTranslator(Pretrained):
             Target language; may be left out where there is one only.
         resample : bool
             True: convert a recording of another sample rate. False: refuse it.
+        longest : float, optional
+            Cut a recording of more seconds at its pauses (`cut_at_pauses`), and
+            translate part by part. None: it is translated as a whole.
 
         Returns
         -------
@@ -172,8 +176,8 @@ class SpeechTranslator(Pretrained):
             the encoder refuses, e.g. speech beyond Whisper's window of 30 s
             (others have none); by name.
         """
-        encoded = self.encode_file(path, resample)
-        (found,) = self.decode([encoded], target)
+        encoded = self.encode_file(path, resample, longest)
+        found = Translation.joined(self.decode(encoded, target))
         _warn([found], [str(path)])
         return found
 
@@ -214,21 +218,28 @@ class SpeechTranslator(Pretrained):
         """As `translate_batch`."""
         return self.translate_batch(wavs, wav_lens, target)
 
-    def encode_file(self, path, resample=False):
+    def encode_file(self, path, resample=False, longest=None):
         """Read a recording and encode it, for `decode`.
 
         Arguments
         ---------
-        path, resample
+        path, resample, longest
             See `translate_file`.
 
         Returns
         -------
-        EncodedSpeech
-            Of this recording.
+        list of EncodedSpeech
+            Of its parts, in order: one, unless it was cut.
         """
-        wave = read_audio(path, self.sample_rate, resample)
-        return self.encode(wave, str(path))
+        rate, name = self.sample_rate, str(path)
+        wave = read_audio(path, rate, resample)
+        parts = [(0, len(wave))]
+        if longest is not None:
+            parts = cut_at_pauses(wave, rate, longest)
+        return [
+            self.encode(wave[start:end], name)._replace(start=start / rate)
+            for start, end in parts
+        ]
 
     @torch.no_grad()
     def encode(self, wave, name="the recording"):
@@ -421,7 +432,7 @@ class SpeechTranslator(Pretrained):
             return []
         count = int(found.lengths[0])
         shift = one.seconds / float(found.frame_lengths[0])
-        times = found.seconds(shift)[0, :count].tolist()
+        times = (one.start + found.seconds(shift)[0, :count]).tolist()
         labels = found.labels[0, :count].tolist()
         return [
             TranslatedSegment(
