@@ -97,6 +97,9 @@ from .text.languages import (
 from .text.local_to_global import (
     LocalToGlobal as LocalToGlobal,
 )
+from .text.local_to_global import (
+    LocalExtractor as LocalExtractor,
+)
 from .text.noise import (
     BlankNoise as BlankNoise,
 )

@@ -41,6 +41,7 @@ SMALL = {
         "TEST_SENTENCES": 2,
         "WIDTH": 16,
         "LAYERS": 1,
+        "ASR_EPOCHS": 1,
         "EPOCHS": 2,
     },
     "streaming_recogniser": {

@@ -386,7 +386,8 @@ def test_a_long_recording_is_cut_at_its_pauses(made, tmp_path):
         write_audio(path, long[start:end], RATE)
         parts.append(translator.translate_file(path, longest=1.0))
     assert found.text == " ".join(part.text for part in parts)
-    assert found.transcript == " ".join(part.transcript for part in parts)
+    read = [part.transcript for part in parts]
+    assert found.transcript == " ".join(filter(None, read))
     assert found.seconds == pytest.approx(len(long) / RATE)
     expected = [
         (start / RATE + segment.start, start / RATE + segment.end)

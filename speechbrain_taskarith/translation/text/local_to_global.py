@@ -11,6 +11,25 @@ class LocalExtractor(torch.nn.Module):
     Conformer's module (pointwise and GLU, depthwise, norm, SiLU, pointwise)
     with LayerNorm for BatchNorm, as in SpeechBrain. Padding is zero where the
     depthwise convolution reads it, so nothing of it reaches a valid frame.
+    Called with x [B, S, d], whose padding is ignored, and relative lengths
+    [B], it returns [B, S, d], 0 in the padding.
+
+    Behind a frozen encoder it is an adaptor (see `AcousticEncoder`) that cannot
+    move a label far from where it was spoken, as attention can.
+
+    Arguments
+    ---------
+    d_model : int
+        Width d.
+    kernel_size : int
+        Vectors that each one sees, an odd number; else a `ValueError`.
+    dropout : float
+        Of what is added.
+
+    Example
+    -------
+    >>> LocalExtractor(8, kernel_size=5)(torch.rand(2, 9, 8), torch.ones(2)).shape
+    torch.Size([2, 9, 8])
     """
 
     def __init__(self, d_model, kernel_size, dropout=0.1):
@@ -38,7 +57,7 @@ class LocalExtractor(torch.nn.Module):
         )
 
     def forward(self, x, lens):
-        """x [B, S, d], whose padding is ignored, to [B, S, d], 0 there."""
+        """Extract, see `LocalExtractor`."""
         size = x.shape[1]
         outside = padding_mask(absolute_lengths(lens, size), size)[..., None]
         x = x.masked_fill(outside, 0.0)
