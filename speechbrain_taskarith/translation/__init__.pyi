@@ -95,10 +95,10 @@ from .text.languages import (
     TargetLanguages as TargetLanguages,
 )
 from .text.local_to_global import (
-    LocalToGlobal as LocalToGlobal,
+    LocalExtractor as LocalExtractor,
 )
 from .text.local_to_global import (
-    LocalExtractor as LocalExtractor,
+    LocalToGlobal as LocalToGlobal,
 )
 from .text.noise import (
     BlankNoise as BlankNoise,

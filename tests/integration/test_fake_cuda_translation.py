@@ -25,6 +25,7 @@ from speechbrain_taskarith.translation import (  # noqa: E402
     CTCShrink,
     GradientAggregator,
     InputGuard,
+    LocalExtractor,
     LocalToGlobal,
     LookingBack,
     ShrinkingTransformer,
@@ -91,7 +92,8 @@ def text_side(put):
     x, lens = put(torch.randn(2, 9, 8)), put(torch.tensor([1.0, 0.5]))
     tokens = put(torch.tensor([[1, 3, 4], [1, 5, 5]]))
     encoded = encoder(x, lens)
-    return local.layers[0](x, lens), encoded, decoder(tokens, encoded, lens)
+    extracted = put(LocalExtractor(8, 5)).eval()(x, lens)
+    return local(x, lens, 0), extracted, decoder(tokens, encoded, lens)
 
 
 def noise(put):
@@ -119,7 +121,10 @@ def training_without_shrink(put):
 def loss_functions(put):
     speech, text = put(torch.randn(2, 5, 4)), put(torch.randn(2, 3, 4))
     lens = put(torch.tensor([1.0, 0.6]))
-    contrast = put(CrossModalContrastiveLoss())(speech, lens, text, lens)
+    labels = put(torch.tensor([[1, 2], [1, 2]]))
+    contrast = put(CrossModalContrastiveLoss())(
+        speech, lens, text, lens, labels, lens
+    )
     return contrast, distillation_loss(speech, speech.flip(0), lens)
 
 

@@ -12,6 +12,7 @@ from speechbrain.lobes.models.transformer.TransformerASR import (
 
 from speechbrain_taskarith.translation import (
     AcousticEncoder,
+    LocalExtractor,
     WhisperAcousticEncoder,
 )
 
@@ -171,3 +172,18 @@ def test_lengths_come_from_the_encoder_or_from_the_input(told, attention):
     wrong = acoustic(x, torch.tensor([1.0, 0.75]))
     wrong = wrong[0] if told else wrong
     assert not torch.allclose(wrong[1, :10], alone[0], atol=1e-3)
+
+
+def test_a_local_one_reads_no_further_than_its_kernel():
+    adaptor = LocalExtractor(WIDTH, kernel_size=5).double().eval()
+    acoustic = AcousticEncoder(torch.nn.Identity(), WIDTH, adaptor=adaptor)
+    acoustic.encoder.forward = lambda x, lens: x
+    x = torch.randn(2, 12, WIDTH).double().requires_grad_()
+    lens = torch.tensor([1.0, 0.5])
+    found = acoustic(x, lens)
+    for row, frame, near in ((0, 6, range(4, 9)), (1, 5, range(3, 6))):
+        (gradient,) = torch.autograd.grad(
+            found[row, frame].sum(), x, retain_graph=True
+        )
+        read = gradient.abs().amax(-1).nonzero().tolist()
+        assert read == [[row, other] for other in near]
