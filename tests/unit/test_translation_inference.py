@@ -395,7 +395,7 @@ def test_a_long_recording_is_cut_at_its_pauses(made, tmp_path):
         for segment in part.segments
     ]
     times = [(one.start, one.end) for one in found.segments]
-    assert len(times) > 6
+    assert len(times) >= len(cuts)
     for mine, other in zip(times, expected, strict=True):
         assert mine == pytest.approx(other, abs=1e-3)
     # One that is short enough is not touched.
