@@ -3,6 +3,7 @@
 from speechbrain_taskarith.metrics.plots.bars import (
     plot_before_after,
     plot_by_layer,
+    plot_by_row,
 )
 from speechbrain_taskarith.metrics.plots.cells import (
     plot_heat_map,
@@ -33,6 +34,7 @@ __all__ = [
     "legend_below",
     "plot_before_after",
     "plot_by_layer",
+    "plot_by_row",
     "plot_heat_map",
     "plot_scale_curve",
     "plot_scale_surface",

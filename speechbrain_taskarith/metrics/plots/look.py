@@ -77,10 +77,10 @@ def words(name):
 
 
 @contextlib.contextmanager
-def figure(path, width=COLUMN, height=2.0):
+def figure(path, width=COLUMN, height=2.0, panels=None):
     """Open a figure that is written, atomically, when the block ends.
 
-    Where `TASKARITH_PLOT_FORMATS` names further formats (`pdf,svg`), those
+    Gives its axes; with `panels` a list of so many, side by side. Where `TASKARITH_PLOT_FORMATS` names further formats (`pdf,svg`), those
     are written beside it.
     """
     paths = _outputs(Path(path))
@@ -110,7 +110,13 @@ def figure(path, width=COLUMN, height=2.0):
         # A Figure of its own, not pyplot's: no display, no global list of
         # figures to leak from, safe in threads.
         drawn = figures.Figure(figsize=(width, height), layout="constrained")
-        yield drawn.add_subplot()
+        if panels is None:
+            yield drawn.add_subplot()
+        else:
+            grid = drawn.subplots(
+                1, panels, squeeze=False, sharex=True, sharey=True
+            )
+            yield list(grid[0])
         for output in paths:
             _write(drawn, output)
 
