@@ -252,6 +252,33 @@ def test_the_readme_is_read_in_five_minutes():
     assert len(text.split()) < 900
 
 
+def test_the_readme_has_the_figures_of_the_results():
+    """And not others that were once true."""
+    spread = re.compile(r"\d+\.\d ± \d+\.\d")
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert spread.search(text)
+    assert set(spread.findall(text)) <= set(spread.findall(page))
+    rows = [x for x in text.splitlines() if x.startswith("| [") and "±" in x]
+    assert len(rows) == 5
+    for row in rows:
+        assert "**" in row, "the strongest rival is in bold"
+
+
+def test_the_papers_can_be_cited():
+    page = (ROOT / "docs" / "citing.md").read_text(encoding="utf-8")
+    content = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    joined = " ".join(page.split())
+    for paper in content["references"]:
+        assert paper["url"].rpartition("/")[2] in page
+        assert paper["title"] in joined
+        names = [
+            f"{a['family-names']}, {a['given-names']}" for a in paper["authors"]
+        ]
+        assert " and ".join(names) in joined
+    assert f"version = {{{content['version']}}}" in page
+
+
 def test_what_a_page_does_not_run_is_run_by_a_test():
     for path in PAGES:
         text = path.read_text(encoding="utf-8")
