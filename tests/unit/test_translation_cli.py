@@ -127,7 +127,9 @@ def test_code_in_the_folder_is_refused(capsys, tmp_path):
 def test_the_pages_commands(capsys):
     page = Path(__file__).parents[2] / "docs" / "using_a_translator.md"
     text = page.read_text(encoding="utf-8")
-    (block,) = re.findall(r"<!-- not run: [^\n]*-->\n```bash\n(.*?)```", text, re.S)
+    (block,) = re.findall(
+        r"<!-- not run: [^\n]*-->\n```bash\n(.*?)```", text, re.S
+    )
     _, _, made, _ = trained_once()
     whole = Path("results/joint/0/models/whole")
     whole.mkdir(parents=True)

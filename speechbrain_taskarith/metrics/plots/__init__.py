@@ -20,6 +20,7 @@ from speechbrain_taskarith.metrics.plots.look import (
     MARKERS,
     PAGE,
     figure,
+    label_axes,
     legend_below,
     words,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "PAGE",
     "draw_line",
     "figure",
+    "label_axes",
     "legend_below",
     "plot_before_after",
     "plot_by_layer",

@@ -199,7 +199,7 @@ def plot_by_row(
         panels[0].set_yticks(range(len(rows)), names)
         for label, row in zip(panels[0].get_yticklabels(), rows):
             label.set_fontweight("bold" if row in ours else "normal")
-        panels[0].invert_yaxis()
+        panels[0].set_ylim(len(rows) - 0.4, -0.6)  # the first row on top
         if title:
             panels[0].figure.suptitle(title, fontsize=SIZE)
     return Path(path)
