@@ -116,7 +116,8 @@ def write_result(brain, history, task_weights, entropies, hparams):
             stream.write(f"{ID}\n  {reference}\n  {hypothesis}\n")
     if task_weights:
         name = f"task_weights_{row}"
-        plot_task_weights(task_weights, plots / f"{name}.png", row)
+        title = row_name(row)
+        plot_task_weights(task_weights, plots / f"{name}.png", title)
         write_task_weights(task_weights, plots / f"{name}.csv")
     probe = hparams["consistency"]
     for first, second in sorted({(r[2], r[3]) for r in probe.rows}):
@@ -247,7 +248,7 @@ def add_tests(summary, done, hparams):
             )
 
 
-def name(row):
+def row_name(row):
     """Return how plots name a row."""
     return NAMES.get(row, words(row))
 
@@ -258,11 +259,11 @@ def plot_scores(done, folder):
     if not shown:
         return
     plot_by_row(
-        {"": {name(row): r["scores"]["BLEU"] for row, r in shown.items()}},
+        {"": {row_name(row): r["scores"]["BLEU"] for row, r in shown.items()}},
         folder / "bleu.png",
-        before=name("st"),
-        ours=[name(OURS)],
-        bounds=[name(row) for row in TEXT_ROWS],
+        before=row_name("st"),
+        ours=[row_name(OURS)],
+        bounds=[row_name(row) for row in TEXT_ROWS],
         xlabel="BLEU (hatched: from transcripts)",
     )
     curves = [row for row in CURVES if row in shown]
@@ -271,7 +272,7 @@ def plot_scores(done, folder):
             epochs = shown[row]["epochs"]
             minutes = [epoch["cpu_seconds"] / 60 for epoch in epochs]
             scores = [epoch["BLEU"] for epoch in epochs]
-            draw_line(axes, minutes, scores, number, name(row))
+            draw_line(axes, minutes, scores, number, row_name(row))
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
         label_axes(axes, "CPU minutes of training", "BLEU, validation", "")
