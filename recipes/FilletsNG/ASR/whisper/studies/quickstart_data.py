@@ -9,8 +9,9 @@ import re
 import sys
 from pathlib import Path
 
-from lines import check_splits, write_csv
 from synthesize import synthesize
+
+from studies.lines import check_splits, write_csv
 
 RECIPES = Path(__file__).resolve().parents[3]
 SPLITS = ("train", "valid", "test")
