@@ -13,7 +13,7 @@ from synthesize import synthesize
 
 from studies.lines import check_splits, write_csv
 
-RECIPES = Path(__file__).resolve().parents[3]
+RECIPES = Path(__file__).resolve().parents[4]
 SPLITS = ("train", "valid", "test")
 EXPECTED = (
     "expected a folder that a prepare script of recipes/ wrote (train.csv, "
