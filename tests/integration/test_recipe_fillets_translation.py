@@ -209,6 +209,52 @@ def test_what_is_not_in_a_manifest_is_named(corpus, changed, match):
             module("train").read_rows("train", settings(corpus, **changed))
 
 
+@pytest.fixture(scope="module")
+def texts(corpus):
+    """Write text without speech: the words of the speech in other orders."""
+    path = corpus / "texts.csv"
+    with open(path, "w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(
+            ["ID", "duration", "lang", "text", "text_en", "text_de"]
+        )
+        for n in range(100, 120):
+            said = [words(w, n, 5) for w in (SAID, *MEANT.values())]
+            writer.writerow([n, 1.0, "cs", *said])
+    return path
+
+
+@pytest.mark.slow
+def test_text_models_learn_text_without_speech(
+    corpus, finished, texts, tmp_path
+):
+    given = options_of(corpus, only="mt_local", more_text=texts)
+    RECIPE.run(tmp_path / "more", given)
+    without, found = (
+        json.loads((folder / "rows/mt_local.json").read_text())["updates"]
+        for folder in (finished, tmp_path / "more")
+    )
+    # 40 translations of a second in batches of 6 s.
+    assert found >= without + 40 // 6
+    said = (tmp_path / "more/tokenizer/target/train.txt").read_text("utf-8")
+    assert words(MEANT["de"], 119, 5) in said.split("\n")
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"targets": ["xx"]}, "texts.csv: no column text_xx"),
+        ({"languages": ["cs", "pl"]}, "texts.csv: no utterance of .* 'pl'"),
+    ],
+)
+def test_what_is_not_in_the_text_is_named(corpus, texts, changed, match):
+    with modules_of(RECIPE.folder) as module:
+        with pytest.raises(ValueError, match=match):
+            module("train").read_texts(
+                settings(corpus, more_text=str(texts), **changed)
+            )
+
+
 def parallel(folder, name="text.tsv", count=60):
     """Write sentences of three languages, a line each."""
     path = folder / name
@@ -268,6 +314,30 @@ def test_parallel_text_is_spoken(tmp_path):
     assert manifest(out, "train") == rows["train"]
     del times[path]
     assert all(p.stat().st_mtime_ns == time for p, time in times.items())
+
+
+def test_what_is_not_spoken_is_text(tmp_path):
+    pytest.importorskip("espeakng_loader")
+    text, out = parallel(tmp_path, count=30), tmp_path / "spoken"
+    words = (*options_to_speak(text), "--voice", "en-us", "--spoken")
+    speak(out, *words, 5)
+    spoken, rest = manifest(out, "train"), manifest(out, "text")
+    assert len(spoken) == 5
+    everything = [row for s in (*COUNTS, "text") for row in manifest(out, s)]
+    assert len({row["text"] for row in everything}) == len(everything) == 30
+    assert set(rest[0]) == {
+        "ID",
+        "duration",
+        "lang",
+        "text",
+        "text_de",
+        "text_fr",
+    }
+    number = rest[0]["text"].split()[1]
+    assert rest[0]["text_fr"] == f"chien {number} court"
+    for count in (0, 30):
+        with pytest.raises(SystemExit, match="--spoken .* expected fewer"):
+            speak(out, *words, count)
 
 
 def test_a_sentence_of_the_test_is_not_trained_on(tmp_path, capsys):

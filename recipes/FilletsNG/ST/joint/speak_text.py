@@ -10,6 +10,9 @@ number and `--seed`; the same command writes the same samples.
 > python study.py hparams/train.yaml --prepare null --data_folder spoken \
 >     --prepared_folder spoken --languages null --targets [de]
 
+`--spoken 6000` speaks the first so many training sentences. The others go to
+text.csv, for the text models: `--more_text spoken/text.csv`.
+
 Without `--valid` and `--test`, a twentieth of the sentences each is taken for
 them, by the hash of the sentence: no sentence is in two splits. Start a killed
 run again by the same command: what it has spoken is kept.
@@ -31,6 +34,8 @@ from speechbrain_taskarith.data import (
 from speechbrain_taskarith.utils.progress import progress
 
 RATE = 16000
+# Characters of a second: batches are made by duration, of what is not spoken too
+PACE = 15
 SPLITS = ("train", "valid", "test")
 
 
@@ -88,6 +93,11 @@ def read_splits(files, columns, skip_bad, left_out):
     return splits
 
 
+def texts_of(line, targets):
+    """Return the columns of a sentence and its translations."""
+    return dict(zip(["text", *(f"text_{t}" for t in targets)], line))
+
+
 def speak(
     folder,
     files,
@@ -95,16 +105,18 @@ def speak(
     targets,
     voice,
     takes=1,
+    spoken=None,
     seed=0,
     skip_bad=False,
     show_progress=True,
 ):
-    """Speak all sentences, and write the manifests.
+    """Speak the sentences, and write the manifests.
 
     Arguments
     ---------
     folder : str
-        Where `{train,valid,test}.csv` and `audio/` go.
+        Where `{train,valid,test}.csv`, `audio/` and, with `spoken`, `text.csv`
+        go.
     files : dict
         `{split: file}`, of train alone or of all three.
     source, targets : str, list of str
@@ -113,6 +125,8 @@ def speak(
         Of espeak-ng.
     takes : int
         How often a training sentence is spoken, each time by another voice.
+    spoken : int or None
+        How many training sentences are; None: all.
     seed : int
         Of the voices.
     skip_bad : bool
@@ -129,26 +143,39 @@ def speak(
     (folder / "audio").mkdir(parents=True, exist_ok=True)
     left_out = collections.Counter()
     splits = read_splits(files, 1 + len(targets), skip_bad, left_out)
+    if spoken is not None:
+        if not 0 < spoken < len(splits["train"]):
+            raise ValueError(
+                f"--spoken {spoken}: of {len(splits['train'])} training "
+                "sentences; expected fewer, and at least 1"
+            )
+        rest = splits["train"][spoken:]
+        splits["train"] = splits["train"][:spoken]
+        rows = [
+            {"ID": f"text_{number:06d}", "duration": len(line[0]) / PACE}
+            | {"lang": source}
+            | texts_of(line, targets)
+            for number, line in enumerate(rest)
+        ]
+        write_manifest(folder / "text.csv", rows, folder)
     for split, lines in splits.items():
         rows = []
-        for number, (text, *texts) in enumerate(
-            progress(
-                lines, desc=f"speaking {split}", show_progress=show_progress
-            )
-        ):
+        bar = progress(
+            lines, desc=f"speaking {split}", show_progress=show_progress
+        )
+        for number, line in enumerate(bar):
             for take in range(takes if split == "train" else 1):
                 key = f"{split}_{number:06d}_{take}"
                 said, speaker = choose_voice(voice, key, seed)
                 # Named by what is said, too: another text is spoken anew.
-                digest = hashlib.sha256(f"{speaker}/{text}".encode())
+                digest = hashlib.sha256(f"{speaker}/{line[0]}".encode())
                 path = folder / "audio" / f"{key}_{digest.hexdigest()[:8]}.flac"
                 if not path.exists():
-                    write_audio(path, said(text), RATE)
+                    write_audio(path, said(line[0]), RATE)
                 seconds = len(read_audio(path, RATE)) / RATE
                 about = {"ID": key, "duration": round(seconds, 4)}
                 about |= {"wav": str(path), "spk_id": speaker, "lang": source}
-                columns = {f"text_{t}": x for t, x in zip(targets, texts)}
-                rows.append(about | {"text": text} | columns)
+                rows.append(about | texts_of(line, targets))
         write_manifest(folder / f"{split}.csv", rows, folder)
     return left_out
 
@@ -164,6 +191,7 @@ def main(arguments=None):
     parser.add_argument("--targets", required=True, nargs="+")
     parser.add_argument("--voice", required=True, help="en-us, cs, nl, ...")
     parser.add_argument("--takes", type=int, default=1)
+    parser.add_argument("--spoken", type=int, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--skip_bad", action="store_true")
     given = vars(parser.parse_args(arguments))

@@ -93,12 +93,24 @@ def prepare(hparams):
 
 
 def read_rows(split, hparams):
+    """Read the manifest of a split of the speech."""
+    path = Path(hparams["prepared_folder"], f"{split}.csv")
+    return read_manifest(path, hparams)
+
+
+def read_texts(hparams):
+    """Read more text for the text models (`more_text`), a row as of speech."""
+    path = hparams["more_text"]
+    found = read_manifest(path, hparams, speech=False) if path else {}
+    return {f"{path}/{ID}": row for ID, row in found.items()}
+
+
+def read_manifest(path, hparams, speech=True):
     """Read a manifest: a row for each utterance and target language.
 
     Columns are named by the YAML (`transcript`, `translation`); utterances
     without a translation into a language are left out for that language.
     """
-    path = Path(hparams["prepared_folder"], f"{split}.csv")
     root = {"data_root": hparams["prepared_folder"]}
     given = sb.dataio.dataio.load_data_csv(str(path), root)
     targets, languages = hparams["targets"], hparams["languages"]
@@ -110,6 +122,7 @@ def read_rows(split, hparams):
     columns = {t: hparams["translation"].format(t) for t in targets}
     needed = {hparams["transcript"], *columns.values()}
     needed |= {"lang"} if languages else set()
+    needed |= {"duration", "wav"} if speech else {"duration"}
     there = set(next(iter(given.values()), {}))
     if not needed <= there:
         raise ValueError(
@@ -130,14 +143,14 @@ def read_rows(split, hparams):
             name = ID if len(targets) == 1 else f"{ID}-{target}"
             found[language][name] = {
                 "utterance": ID,
-                "wav": row["wav"],
+                "wav": row["wav"] if speech else "",
                 "duration": row["duration"],
                 "wrd": row[hparams["transcript"]],
                 "translation": row[column],
                 "target": target,
             }
     for target, count in without.items():
-        logger.info(f"{split}: {count} utterances without text in {target}")
+        logger.info(f"{path}: {count} rows without text in {target}")
     for language, rows in found.items():
         if not rows:
             of = f" of language {language!r}" if language else ""
@@ -155,7 +168,7 @@ def make_labels(hparams):
     decoder's first token for each target language.
     """
     labels, targets = {}, hparams["targets"]
-    train = read_rows("train", hparams)
+    train = read_rows("train", hparams) | read_texts(hparams)
     marks = {"bos_id": hparams["bos_index"], "eos_id": hparams["eos_index"]}
     if len(targets) > 1:
         marks["user_defined_symbols"] = ",".join(f"<{t}>" for t in targets)
@@ -211,13 +224,16 @@ def dataio_prepare(hparams, labels):
     """Prepare the datasets and the sampler of the training batches."""
     languages, eos = labels["languages"], hparams["eos_index"]
     datasets = {}
+    speech = {hparams["main"], *hparams["tasks"]} != {"mt"}
     for split in ("train", "valid", "test"):
-        data = DynamicItemDataset(read_rows(split, hparams))
+        rows = read_rows(split, hparams)
+        if split == "train" and not speech:
+            rows |= read_texts(hparams)
+        data = DynamicItemDataset(rows)
         if split != "train":
             data = data.filtered_sorted(sort_key="duration")
         datasets[split] = data
     all_datasets = list(datasets.values())
-    speech = {hparams["main"], *hparams["tasks"]} != {"mt"}
     cache = hparams["cache"] if speech else None
     if cache is not None:
         rows = [row for data in all_datasets for row in data.data.values()]
