@@ -243,7 +243,8 @@ def test_the_pictures_of_results_are_those_of_the_summaries(results, tmp_path):
         with Image.open(drawn) as new, Image.open(kept) as old:
             # Another version of matplotlib may place type otherwise.
             if new.info["Software"] == old.info["Software"]:
-                difference = ImageChops.difference(new, old).getbbox()
+                pair = new.convert("RGB"), old.convert("RGB")
+                difference = ImageChops.difference(*pair).getbbox()
                 assert difference is None, f"{name}: run python docs/results.py"
 
 
