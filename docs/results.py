@@ -1,10 +1,12 @@
-"""Make the tables of results.md from the `summary.json` files of studies.
+"""Make the tables and pictures of results.md from studies' `summary.json`.
 
-    python docs/results.py                   write the tables into results.md
+    python docs/results.py                   write the tables into results.md,
+                                             the pictures into figures
     python docs/results.py NAME FOLDER       take a study's summary.json first
 
 `figures/NAME/summary.json` holds the figures, `results.yaml` says what of them
-is shown, and the page has a place for it: `<!-- figures: NAME -->`.
+is shown, and the page has a place for it: `<!-- figures: NAME -->`. The picture
+of a study is `figures/NAME.png`.
 """
 
 import json
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from speechbrain_taskarith.metrics import Summary
+from speechbrain_taskarith.metrics import Summary, plot_by_row
 from speechbrain_taskarith.utils.files import atomic_write
 
 DOCS = Path(__file__).parent
@@ -42,9 +44,37 @@ def _cell(summary, table, row, metric):
         return value
 
 
+def picture(name, shown, folder=DOCS / "figures"):
+    """Draw the same metric of several tables, with a dot for each seed."""
+    summary = Summary.load(DOCS / "figures" / name)
+    texts, metric = shown["rows"], shown["metric"]
+    panels = {panel: {} for panel in shown["panels"]}
+    for panel, table in shown["panels"].items():
+        for entry in summary.rows(table):
+            if entry["metric"] == metric and isinstance(entry["seed"], int):
+                row = panels[panel].setdefault(entry["row"], [])
+                row.append(entry["value"])
+    return plot_by_row(
+        {
+            panel: {text: found[row] for row, text in texts.items()}
+            for panel, found in panels.items()
+        },
+        folder / f"{name}.png",
+        before=texts[shown["before"]],
+        ours=[texts[row] for row in shown["ours"]],
+        bounds=[texts[row] for row in shown["bounds"]],
+        xlabel=shown["xlabel"],
+    )
+
+
+def read_shown():
+    """Return what results.yaml says."""
+    return yaml.safe_load((DOCS / "results.yaml").read_text(encoding="utf-8"))
+
+
 def written(page):
     """Return the page's text with all its tables made anew."""
-    shown = yaml.safe_load((DOCS / "results.yaml").read_text(encoding="utf-8"))
+    shown = read_shown()
     places = [name for _, name, _ in PLACE.findall(page)]
     if sorted(places) != sorted(shown):
         raise ValueError(
@@ -70,13 +100,16 @@ def take(name, folder):
 
 
 def main(*arguments):
-    """Take a study's figures if one is named, and write the page."""
+    """Take a study's figures if one is named; write the page, draw."""
     if arguments:
         take(*arguments)
     page = DOCS / "results.md"
     text = written(page.read_text(encoding="utf-8"))
     with atomic_write(page, "w") as stream:
         stream.write(text)
+    for name, shown in read_shown().items():
+        if "picture" in shown:
+            picture(name, shown["picture"])
 
 
 if __name__ == "__main__":

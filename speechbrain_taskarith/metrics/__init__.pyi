@@ -10,6 +10,9 @@ from .plots.bars import (
 from .plots.bars import (
     plot_by_layer as plot_by_layer,
 )
+from .plots.bars import (
+    plot_by_row as plot_by_row,
+)
 from .plots.cells import (
     plot_heat_map as plot_heat_map,
 )

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 from house import PACKAGE, ROOT, files, pages_before, shown
+from PIL import Image, ImageChops
 
 from speechbrain_taskarith.__main__ import main
 from speechbrain_taskarith.fragments import fragment_path
@@ -211,12 +212,18 @@ def test_every_extra_is_on_the_install_page():
     assert sorted(listed) == sorted(setup["options.extras_require"])
 
 
-def test_the_tables_of_results_are_those_of_the_summaries():
+@pytest.fixture(scope="module")
+def results():
+    """Return docs/results.py as a module."""
     spec = importlib.util.spec_from_file_location(
         "results", ROOT / "docs" / "results.py"
     )
-    results = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(results)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_of_results_are_those_of_the_summaries(results):
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert results.written(page) == page, "run python docs/results.py"
     # One figure changed by hand.
@@ -224,6 +231,53 @@ def test_the_tables_of_results_are_those_of_the_summaries():
     assert changed != page and results.written(changed) == page
     with pytest.raises(ValueError, match="places for"):
         results.written(page.replace("figures: ", "figure: "))
+
+
+def test_the_pictures_of_results_are_those_of_the_summaries(results, tmp_path):
+    for name, entry in results.read_shown().items():
+        if "picture" not in entry:
+            continue
+        drawn = results.picture(name, entry["picture"], tmp_path)
+        kept = ROOT / "docs" / "figures" / f"{name}.png"
+        assert kept.is_file(), f"no {kept.name}: run python docs/results.py"
+        with Image.open(drawn) as new, Image.open(kept) as old:
+            # Another version of matplotlib may place type otherwise.
+            if new.info["Software"] == old.info["Software"]:
+                pair = new.convert("RGB"), old.convert("RGB")
+                difference = ImageChops.difference(*pair).getbbox()
+                assert difference is None, f"{name}: run python docs/results.py"
+
+
+def test_the_readme_is_read_in_five_minutes():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.split()) < 900
+
+
+def test_the_readme_has_the_figures_of_the_results():
+    """And not others that were once true."""
+    spread = re.compile(r"\d+\.\d ± \d+\.\d")
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert spread.search(text)
+    assert set(spread.findall(text)) <= set(spread.findall(page))
+    rows = [x for x in text.splitlines() if x.startswith("| [") and "±" in x]
+    assert len(rows) == 5
+    for row in rows:
+        assert "**" in row, "the strongest rival is in bold"
+
+
+def test_the_papers_can_be_cited():
+    page = (ROOT / "docs" / "citing.md").read_text(encoding="utf-8")
+    content = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    joined = " ".join(page.split())
+    for paper in content["references"]:
+        assert paper["url"].rpartition("/")[2] in page
+        assert paper["title"] in joined
+        names = [
+            f"{a['family-names']}, {a['given-names']}" for a in paper["authors"]
+        ]
+        assert " and ".join(names) in joined
+    assert f"version = {{{content['version']}}}" in page
 
 
 def test_what_a_page_does_not_run_is_run_by_a_test():

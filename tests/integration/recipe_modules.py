@@ -11,14 +11,21 @@ def modules_of(folder):
 
     Afterwards nothing of it is left for the tests of another recipe.
     """
-    names = {path.stem for path in folder.glob("*.py")}
-    before = {n: sys.modules.pop(n) for n in names if n in sys.modules}
+    modules = {path.stem for path in folder.glob("*.py")}
+    packages = {path.parent.name for path in folder.glob("*/__init__.py")}
+
+    def forget():
+        found = [
+            n for n in sys.modules if n.split(".")[0] in modules | packages
+        ]
+        return {name: sys.modules.pop(name) for name in found}
+
+    before = forget()
     path = list(sys.path)
     sys.path.insert(0, str(folder))
     try:
         yield importlib.import_module
     finally:
         sys.path[:] = path
-        for name in names:
-            sys.modules.pop(name, None)
+        forget()
         sys.modules.update(before)

@@ -146,6 +146,7 @@ def test_leaves_the_whole_table(finished):
     assert ("asr", "bleu") not in found and ("mt_local", "bleu") in found
     assert "nrefs:1" in (finished / "results.md").read_text()
     for plot in (
+        "bleu",
         "bleu_against_time",
         "consistency_whole_st_asr",
         "consistency_st_mt_st_mt",

@@ -1,13 +1,12 @@
 """The recipe `FilletsNG/ASR/whisper` with a tiny random Whisper."""
 
 import csv
-import importlib
 import re
-import sys
 
 import pytest
 import torch
 from processes import Recipe
+from recipe_modules import modules_of
 from safetensors.torch import load_file
 from tiny_whisper import save_tiny_whisper
 
@@ -28,16 +27,10 @@ def whisper(tmp_path_factory):
 
 
 @pytest.fixture
-def recipe(monkeypatch):
+def recipe():
     """The recipe's own modules, which have everyday names."""
-    monkeypatch.syspath_prepend(str(RECIPE.folder))
-    names = ("whisper_window", "scoring", "train", "measure", "syn2real")
-    names = (*names, "synthesize", "tune_window", "report")
-    for name in names:
-        sys.modules.pop(name, None)
-    yield importlib.import_module
-    for name in names:
-        sys.modules.pop(name, None)
+    with modules_of(RECIPE.folder) as module:
+        yield module
 
 
 def make_manifest(folder, langs=("nl", "cs"), seconds=None, texts=TEXTS):
@@ -239,7 +232,7 @@ def test_features_are_those_of_transformers_each_by_itself(
 
 def test_the_loss_is_that_of_transformers(whisper, recipe, tmp_path):
     manifest = make_manifest(tmp_path / "data", langs=["nl"])
-    measure = recipe("measure").Measure(
+    measure = recipe("studies.measure").Measure(
         RECIPE.folder / "hparams" / "train.yaml",
         {
             "whisper_hub": str(whisper),

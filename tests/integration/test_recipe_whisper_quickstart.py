@@ -1,13 +1,12 @@
 """The quickstart with a given Whisper: its speech, its rows, its refusals."""
 
 import csv
-import importlib
 import json
-import sys
 
 import pytest
 import torch
 from processes import Recipe
+from recipe_modules import modules_of
 from tiny_whisper import save_tiny_whisper
 
 from speechbrain_taskarith.data import write_audio
@@ -18,21 +17,13 @@ pytest.importorskip("espeakng_loader")
 
 FOLDER = Recipe("FilletsNG/ASR/whisper").folder
 TEXTS = {"en": ["One", "No boat", "Two"], "nl": ["Ja", "Een vis", "Dag"]}
-MODULES = (
-    "quickstart quickstart_data quickstart_rows quickstart_report syn2real "
-    "train measure scoring synthesize tune_window whisper_window report"
-).split()
 
 
 @pytest.fixture
-def recipe(monkeypatch):
+def recipe():
     """The recipe's own modules, which have everyday names."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    for name in MODULES:
-        sys.modules.pop(name, None)
-    yield importlib.import_module
-    for name in MODULES:
-        sys.modules.pop(name, None)
+    with modules_of(FOLDER) as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +121,7 @@ def test_both_tables_from_one_manifest(recipe, whisper, manifest, tmp_path):
     def added(state, name, before=theta):
         return state[name].double() - before[name].double()
 
-    given = recipe("quickstart_rows")
+    given = recipe("studies.quickstart_rows")
     tests = {
         (lang, "test"): folder / "data" / f"{lang}_test.csv" for lang in TEXTS
     }
@@ -169,7 +160,7 @@ def test_both_tables_from_one_manifest(recipe, whisper, manifest, tmp_path):
 
 
 def test_lines_of_both_sides_say_the_same(recipe, manifest, tmp_path):
-    data = recipe("quickstart_data")
+    data = recipe("studies.quickstart_data")
     splits = data.read_corpus(manifest, tmp_path / "prepared")
     domains = data.domains_of(splits, manifest)
     assert list(domains) == ["en", "nl"]  # the largest first
@@ -204,14 +195,16 @@ def test_lines_of_both_sides_say_the_same(recipe, manifest, tmp_path):
 )
 def test_the_window_follows_from_the_lines(recipe, lengths, whole, seconds):
     rows = [{"duration": length} for length in lengths]
-    choose = recipe("quickstart_data").choose_window
+    choose = recipe("studies.quickstart_data").choose_window
     assert choose({"a": {"train": rows}}, whole) == seconds
 
 
 def test_no_line_that_fits(recipe):
     rows = [{"duration": 40.0}]
     with pytest.raises(ValueError, match="longer than 30 s"):
-        recipe("quickstart_data").choose_window({"a": {"train": rows}}, 30)
+        recipe("studies.quickstart_data").choose_window(
+            {"a": {"train": rows}}, 30
+        )
 
 
 @pytest.mark.parametrize(
@@ -269,7 +262,7 @@ def test_an_english_model_refuses_other_languages(recipe, manifest, tmp_path):
 
 
 def test_capitals_and_domains(recipe, manifest, tmp_path):
-    data = recipe("quickstart_data")
+    data = recipe("studies.quickstart_data")
     rows = read(manifest)
     for row in rows:
         row["wrd"] = row.pop("text").upper()

@@ -1,11 +1,9 @@
 """Sequential editing and merging of Whisper, with a tiny random model."""
 
 import csv
-import importlib
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +11,7 @@ import pytest
 import speechbrain as sb
 import torch
 from processes import Recipe
+from recipe_modules import modules_of
 from safetensors.torch import load_file
 from speechbrain.dataio.batch import PaddedBatch
 from tiny_whisper import save_tiny_whisper
@@ -29,10 +28,6 @@ TEXTS = {
     "cs": ["jedna ryba", "ano"],
     "nl": ["een vis", "ja"],
 }
-MODULES = (
-    "whisper_window scoring train measure domains lineage sequential_rows "
-    "sequential_report sequential merging common syn2real report synthesize"
-).split()
 ROWS = (
     "fine_tuning task_arithmetic_paper averaging_half averaging_one_over_t "
     "chosen_share ewc replay merge_ties joint"
@@ -42,17 +37,8 @@ ROWS = (
 @pytest.fixture(scope="module")
 def recipe():
     """The recipe's own modules, which have everyday names."""
-    before = {n: sys.modules.pop(n) for n in list(sys.modules) if _own(n)}
-    sys.path.insert(0, str(RECIPE.folder))
-    yield importlib.import_module
-    sys.path.remove(str(RECIPE.folder))
-    for name in [n for n in sys.modules if _own(n)]:
-        del sys.modules[name]
-    sys.modules.update(before)
-
-
-def _own(name):
-    return name.split(".")[0] in MODULES
+    with modules_of(RECIPE.folder) as module:
+        yield module
 
 
 def write_corpus(folder):
@@ -201,7 +187,7 @@ def test_a_finished_study_trains_and_measures_nothing(
     def refuse(*_):
         raise AssertionError("trained or measured again")
 
-    monkeypatch.setattr(recipe("lineage"), "train", refuse)
+    monkeypatch.setattr(recipe("studies.lineage"), "train", refuse)
     whisper = recipe("whisper_window").WindowedWhisper
     monkeypatch.setattr(whisper, "load_weights", refuse)
     recipe("sequential").main(argv)
@@ -212,7 +198,7 @@ def test_trainings_that_are_alike_are_one(finished, recipe):
     argv, folder = finished
     sequential = recipe("sequential")
     study = sequential.Study(sequential.parse_arguments(argv), {0})
-    rows = recipe("sequential_rows").ROWS
+    rows = recipe("studies.sequential_rows").ROWS
     order = ["cs", "nl", "digits"]
     half = study.sequence(rows["averaging_half"], 0, order)
     by_number = study.sequence(rows["averaging_one_over_t"], 0, order)
@@ -251,7 +237,7 @@ def test_an_edit_is_the_formula(finished, recipe):
     argv, folder = finished
     sequential = recipe("sequential")
     study = sequential.Study(sequential.parse_arguments(argv), {0})
-    rows = recipe("sequential_rows").ROWS
+    rows = recipe("studies.sequential_rows").ROWS
     models = study.sequence(rows["task_arithmetic_paper"], 0, ["cs", "nl"])
     before = load_file(study.base.path / "model.safetensors")
     expected = before
@@ -323,7 +309,7 @@ def test_wrong_options_are_named(options, recipe, capsys, more, said):
 
 
 def test_digits_are_counted_one_by_one(recipe):
-    domains = recipe("domains")
+    domains = recipe("studies.domains")
     # What the normaliser makes of "seven three one" in words and numerals.
     report = domains.word_errors({"a": "731"}, {"a": "7 3 one"})
     assert (report.words, report.errors) == (3, 0)

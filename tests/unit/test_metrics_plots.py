@@ -15,6 +15,7 @@ from matplotlib.text import Text
 from speechbrain_taskarith.metrics import (
     plot_before_after,
     plot_by_layer,
+    plot_by_row,
     plot_heat_map,
     plot_scale_curve,
     plot_scale_surface,
@@ -298,6 +299,12 @@ ALL = {
          "French-Belgian": {"baseline": 30.0, "real_target": 10.0}},
         path, bounds=["real_target"],
     ),
+    "rows": lambda path: plot_by_row(
+        {"us": {"a row with a name that is longer than a line": [20.0, 22.0],
+                "edited": [11.0, 12.0], "real_target": 100.0}},
+        path, before="edited", ours=["edited"], bounds=["real_target"],
+        title="Dutch, as actors speak it",
+    ),
 }  # fmt: skip
 
 
@@ -434,3 +441,39 @@ def test_effects_have_their_heights_errors_and_bounds(tmp_path, drawn):
     ]  # fmt: skip
     with pytest.raises(ValueError, match="nothing to draw for us"):
         plot_before_after({"us": {}}, tmp_path / "x.png")
+
+
+def test_rows_have_their_names_lengths_spreads_and_values(tmp_path, drawn):
+    rows = {"before": [20.0, 24.0], "after": 10.0, "real": [4.0, 4.0]}
+    plot_by_row(
+        {"us": rows, "de": {"after": 30.0}},
+        tmp_path / "r.png",
+        before="before",
+        ours=["after"],
+        bounds=["real"],
+    )
+    us, de = drawn[0].figure.axes
+    assert [bar.get_width() for bar in us.patches] == [22.0, 10.0, 4.0]
+    assert [bar.get_y() + bar.get_height() / 2 for bar in us.patches] == [
+        pytest.approx(place) for place in range(3)
+    ]
+    # The row that a panel lacks is left free there, not moved up.
+    [other] = de.patches
+    assert other.get_y() + other.get_height() / 2 == pytest.approx(1)
+    assert us.get_xlim() == de.get_xlim() and us.get_ylim() == de.get_ylim()
+    assert us.get_ylim()[0] > us.get_ylim()[1], "the first row is on top"
+    assert [t.get_text() for t in us.get_yticklabels()] == list(rows)
+    assert [t.get_text() for t in us.texts] == ["22.0", "10.0", "4.0"]
+    assert [bool(bar.get_hatch()) for bar in us.patches] == [False, False, True]
+    ends = [
+        segment[:, 0].tolist()
+        for lines in us.collections
+        for segment in lines.get_segments()
+    ]
+    two = math.sqrt(8.0)
+    assert ends == [pytest.approx([22 - two, 22 + two])]
+    dashed = [line for line in us.lines if line.get_linestyle() == "--"]
+    assert [line.get_xdata()[0] for line in dashed] == [22.0]
+    assert not [line for line in de.lines if line.get_linestyle() == "--"]
+    with pytest.raises(ValueError, match="nothing to draw for us"):
+        plot_by_row({"us": {}}, tmp_path / "x.png")

@@ -171,9 +171,15 @@ def test_a_merged_whisper_goes_up_whole_and_loads(hub, tmp_path):
         "Merged", parents=[{"role": "base", "path": "openai/whisper-tiny"}],
         rule=report.rule, fingerprint=report.fingerprint,
     ).save(merged)  # fmt: skip
-    (merged / "optimizer.log").write_text("not to be shared")
+    (merged / "checkpoint-5").mkdir()
+    for name in (
+        "optimizer.log", "optimizer.pt", "checkpoint-5/model.safetensors",
+    ):  # fmt: skip
+        (merged / name).write_text("not to be shared")
     push_folder(merged, NAME, token=TOKEN)
-    assert "optimizer.log" not in hub.repositories[NAME]
+    assert set(hub.repositories[NAME]) - {".gitattributes"} == {
+        path.name for path in merged.iterdir()
+    } - {"optimizer.log", "optimizer.pt", "checkpoint-5"}
     # By the plugin's reader, and by transformers.
     assert open_state(NAME).fingerprint == report.fingerprint
     model = WhisperForConditionalGeneration.from_pretrained(NAME)
@@ -196,6 +202,17 @@ def test_what_is_no_model_is_not_uploaded(hub, tmp_path):
     with pytest.raises(FileNotFoundError, match="no weights"):
         push_folder(tmp_path, NAME, token=TOKEN)
     assert hub.repositories == {}
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_what_lacks_for_an_upload_is_said_before(tmp_path, capsys, more):
+    words = ["push", str(tmp_path / "model"), NAME, *more]
+    for said in ("no such folder", "no such card", "no weights to upload"):
+        assert main(words) == 1
+        assert said in capsys.readouterr().err
+        (tmp_path / "model").mkdir(exist_ok=True)
+        if "card" in said:
+            ModelCard().save(tmp_path / "model")
 
 
 def test_a_shared_pickle_runs_nothing(hub, tmp_path):
@@ -224,6 +241,8 @@ def test_the_command_uploads_what_it_says(hub, tmp_path, capsys, monkeypatch):
     run("vector", base, base, "-o", tmp_path / "tau.safetensors")
     run("apply", base, tmp_path / "tau.safetensors", "-o", tmp_path / "edited")
     (tmp_path / "edited" / "notes.py").write_text("mine")
+    (tmp_path / "edited" / "save").mkdir()
+    (tmp_path / "edited" / "save" / "model.ckpt").write_text("of a training")
     capsys.readouterr()
     words = ("push", str(tmp_path / "edited"), NAME)
     planned = run_json(capsys, *words, "--dry-run")

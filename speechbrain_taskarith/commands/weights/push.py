@@ -1,10 +1,8 @@
 """`taskarith push`: a folder of weights onto Hugging Face's hub."""
 
-from pathlib import Path
-
 from speechbrain_taskarith.commands import arguments as shared
 from speechbrain_taskarith.commands.output import Result
-from speechbrain_taskarith.utils.hub.upload import SHARED
+from speechbrain_taskarith.utils.hub.upload import shared_files
 
 _EXAMPLES = """\
   taskarith push merged/ me/whisper-merged --dry-run
@@ -43,10 +41,7 @@ def add_parser(verbs, summary):
 
 def run(options):
     """Upload, and say where it lies."""
-    folder = Path(options.folder)
-    files = sorted(
-        {path.name for pattern in SHARED for path in folder.glob(pattern)}
-    )
+    files = shared_files(options.folder)
     data = {"verb": "push", "dry_run": options.dry_run, "files": files}
     if options.dry_run:
         lines = [f"would upload to {options.name}:", *(f"  {f}" for f in files)]
@@ -54,7 +49,7 @@ def run(options):
     from speechbrain_taskarith.vectors import push_folder
 
     address = push_folder(
-        folder,
+        options.folder,
         options.name,
         private=options.private or None,
         overwrite=options.overwrite,

@@ -3,6 +3,7 @@
 from speechbrain_taskarith.metrics.plots.bars import (
     plot_before_after,
     plot_by_layer,
+    plot_by_row,
 )
 from speechbrain_taskarith.metrics.plots.cells import (
     plot_heat_map,
@@ -19,6 +20,7 @@ from speechbrain_taskarith.metrics.plots.look import (
     MARKERS,
     PAGE,
     figure,
+    label_axes,
     legend_below,
     words,
 )
@@ -30,9 +32,11 @@ __all__ = [
     "PAGE",
     "draw_line",
     "figure",
+    "label_axes",
     "legend_below",
     "plot_before_after",
     "plot_by_layer",
+    "plot_by_row",
     "plot_heat_map",
     "plot_scale_curve",
     "plot_scale_surface",

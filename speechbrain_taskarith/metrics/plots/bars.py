@@ -1,6 +1,7 @@
 """Bars: an effect by domain, and one number for each layer."""
 
 import math
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from speechbrain_taskarith.metrics.plots.look import (
     COLOURS,
     COLUMN,
     PAGE,
+    SIZE,
     SMALL,
     figure,
     label_axes,
@@ -120,6 +122,110 @@ def _top(axes, x, mean, low, high, values, width):
         textcoords="offset points",
         ha="center",
         fontsize=SMALL - 1,
+    )
+
+
+def plot_by_row(
+    domains,
+    path,
+    *,
+    before=None,
+    ours=(),
+    bounds=(),
+    title="",
+    xlabel="WER (%)",
+):
+    """Draw what each row of a table has, its name beside its bar.
+
+    For more rows than a legend can tell apart; `plot_before_after` is for few.
+
+    Arguments
+    ---------
+    domains : dict of str: dict of str: float
+        `{domain: {name of a row: value}}`, a panel for each domain. A list of
+        values (several seeds) is drawn as its mean with one sample standard
+        deviation to both sides, and a dot for each.
+    path
+        See `plot_heat_map`, also for what is returned.
+    before : str or None
+        The row that others are held against: a dashed line in its panel.
+    ours : sequence of str
+        Rows that are drawn in colour; the others are grey.
+    bounds : sequence of str
+        Rows that no one may choose or have: drawn hatched.
+    title, xlabel : str
+        Above and under the plot.
+
+    Raises
+    ------
+    ValueError
+        No domain, or none of its rows.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "rows.png"
+    >>> rows = {"baseline": [60.0, 61.0], "edited": [51.0, 52.5]}
+    >>> plot_by_row({"Dutch": rows}, path, ours=["edited"]).name
+    'rows.png'
+    """
+    require_content(domains)
+    rows = list(
+        dict.fromkeys(row for found in domains.values() for row in found)
+    )
+    # The names take a third of the width or less.
+    width, room = (COLUMN, 20) if len(domains) == 1 else (PAGE, 34)
+    names = [
+        "\n".join(textwrap.wrap(words(row), room, break_long_words=False))
+        for row in rows
+    ]
+    lines = sum(name.count("\n") + 1 for name in names)
+    height = 0.55 + 0.07 * len(rows) + 0.13 * max(lines, len(rows))
+    with figure(path, width, height, panels=len(domains)) as panels:
+        for axes, (domain, found) in zip(panels, domains.items()):
+            for place, row in enumerate(rows):
+                if row in found:
+                    look = {"color": COLOURS[0] if row in ours else "0.7"}
+                    if row in bounds:
+                        look = {"color": "white", "edgecolor": "0.5"}
+                        look |= {"hatch": "////", "linewidth": 0.8}
+                    _row(axes, place, found[row], look, row in ours)
+            if before in found:
+                mean, _ = spread(found[before])
+                dashes = {"linestyle": "--", "linewidth": 0.8}
+                axes.axvline(mean, color="0.35", zorder=0, **dashes)
+            axes.set_title(domain if len(domains) > 1 else "")
+            axes.set_xlabel(xlabel)
+            axes.tick_params(axis="y", length=0)
+        panels[0].set_yticks(range(len(rows)), names)
+        for label, row in zip(panels[0].get_yticklabels(), rows):
+            label.set_fontweight("bold" if row in ours else "normal")
+        panels[0].set_ylim(len(rows) - 0.4, -0.6)  # the first row on top
+        if title:
+            panels[0].figure.suptitle(title, fontsize=SIZE)
+    return Path(path)
+
+
+def _row(axes, place, value, look, bold):
+    """Draw the bar of a row, its spread, its seeds and its mean beside it."""
+    mean, deviation = spread(value)
+    dots = [float(v) for v in (value if several(value) else [value])]
+    axes.barh([place], [mean], 0.74, **look)
+    if deviation:
+        axes.errorbar(
+            [mean], [place], xerr=[deviation],
+            color="0.15", capsize=1.8, linewidth=0.8,
+        )  # fmt: skip
+    if len(dots) > 1:
+        axes.plot(dots, [place] * len(dots), ".", color="0.15", markersize=2)
+    # In a column of their own, where no line crosses them.
+    axes.text(
+        1.02,
+        place,
+        f"{mean:.1f}",
+        transform=axes.get_yaxis_transform(),
+        va="center",
+        fontsize=SMALL,
+        fontweight="bold" if bold else "normal",
     )
 
 

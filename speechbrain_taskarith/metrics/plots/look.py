@@ -33,26 +33,19 @@ FORMATS = "TASKARITH_PLOT_FORMATS"
 
 # Names of rows that are no words with underscores between them.
 _WORDS = {
-    "bleu": "BLEU",
-    "bwt": "BWT",
-    "cer": "CER",
-    "dare": "DARE",
     "dare_ties": "DARE + TIES",
     "edited": "edited (SYN2REAL)",
     "edited_both": "edited, both scales",
-    "ewc": "EWC",
     "fine_tuning": "fine-tuning",
     "joint": "joint training",
     "lwf": "LwF",
     "multi_task": "multi-task",
     "oracle": "oracle (best on test)",
     "real_target": "real target (bound)",
-    "slerp": "SLERP",
-    "st": "ST",
-    "asr": "ASR",
-    "ties": "TIES",
-    "wer": "WER",
 }
+_CAPITALS = frozenset(
+    "asr bleu bwt cer ctc dare ewc mt slerp st ties wer".split()
+)
 
 
 def words(name):
@@ -70,23 +63,28 @@ def words(name):
 
     Example
     -------
-    >>> words("fine_tuning"), words("valid_seen")
-    ('fine-tuning', 'valid seen')
+    >>> words("fine_tuning"), words("valid_seen"), words("st_from_mt")
+    ('fine-tuning', 'valid seen', 'ST from MT')
     """
-    return _WORDS.get(str(name), str(name).replace("_", " "))
+    name = str(name)
+    if "." in name:  # of a parameter or a file
+        return name
+    parts = [p.upper() if p in _CAPITALS else p for p in name.split("_")]
+    return _WORDS.get(name, " ".join(parts))
 
 
 @contextlib.contextmanager
-def figure(path, width=COLUMN, height=2.0):
+def figure(path, width=COLUMN, height=2.0, panels=None):
     """Open a figure that is written, atomically, when the block ends.
 
-    Where `TASKARITH_PLOT_FORMATS` names further formats (`pdf,svg`), those
+    Gives its axes; with `panels` a list of so many, side by side. Where `TASKARITH_PLOT_FORMATS` names further formats (`pdf,svg`), those
     are written beside it.
     """
     paths = _outputs(Path(path))
     matplotlib = require("matplotlib", "plots", "plotting")
     figures = require("matplotlib.figure", "plots", "plotting")
     require("matplotlib.backends.backend_agg", "plots", "plotting")
+    cycle = require("cycler", "plots", "plotting").cycler(color=COLOURS)
     style = {
         "font.size": SIZE,
         "axes.titlesize": SIZE,
@@ -98,6 +96,7 @@ def figure(path, width=COLUMN, height=2.0):
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": False,
+        "axes.prop_cycle": cycle,
         "axes.titlelocation": "left",
         "lines.linewidth": 1.2,
         "lines.markersize": 3.5,
@@ -110,7 +109,13 @@ def figure(path, width=COLUMN, height=2.0):
         # A Figure of its own, not pyplot's: no display, no global list of
         # figures to leak from, safe in threads.
         drawn = figures.Figure(figsize=(width, height), layout="constrained")
-        yield drawn.add_subplot()
+        if panels is None:
+            yield drawn.add_subplot()
+        else:
+            grid = drawn.subplots(
+                1, panels, squeeze=False, sharex=True, sharey=True
+            )
+            yield list(grid[0])
         for output in paths:
             _write(drawn, output)
 

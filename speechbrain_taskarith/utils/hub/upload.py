@@ -1,5 +1,7 @@
 """Uploading a folder to Hugging Face's hub."""
 
+import glob
+from fnmatch import fnmatch
 from pathlib import Path
 
 from speechbrain_taskarith.utils.hub.cards import FILE
@@ -20,6 +22,49 @@ WEIGHTS = (
 )
 #: What of a folder is uploaded: nothing else that may lie beside it.
 SHARED = (FILE, "CKPT.yaml", *DESCRIPTIONS, *WEIGHTS)
+#: What only a training that goes on needs, though it looks like weights.
+_OF_TRAINING = (
+    "optimizer*",
+    "*_optimizer*",
+    "scheduler*",
+    "*_scheduler*",
+    "scaler*",
+    "rng_state*",
+    "training_args*",
+    "dataloader-*",
+)
+
+
+def shared_files(folder):
+    """Return the names of the files of a folder that are uploaded.
+
+    Folders in it, such as checkpoints of its training, are not. An error says
+    what an upload lacks.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    if not (folder / FILE).is_file():
+        raise FileNotFoundError(
+            f"{folder / FILE}: no such card; the hub shows nothing without "
+            "one. Write it by ModelCard(...).save(folder)"
+        )
+    names = sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.is_file()
+        and _fits(path.name, SHARED)
+        and not _fits(path.name, _OF_TRAINING)
+    )
+    if not any(_fits(name, WEIGHTS) for name in names):
+        raise FileNotFoundError(
+            f"{folder}: no weights to upload (none of {', '.join(WEIGHTS)})"
+        )
+    return names
+
+
+def _fits(name, patterns):
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def upload_folder(
@@ -60,11 +105,7 @@ def upload_folder(
     OSError
         The hub's answer is another error.
     """
-    folder = Path(folder)
-    if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
-        raise FileNotFoundError(
-            f"{folder}: no weights to upload (none of {', '.join(WEIGHTS)})"
-        )
+    folder, files = Path(folder), shared_files(folder)
     hub = require("huggingface_hub", "huggingface", "sharing on the hub")
     failed = require("huggingface_hub.errors", "huggingface", "sharing")
     api = hub.HfApi(token=token)
@@ -74,7 +115,8 @@ def upload_folder(
             api.upload_folder(
                 repo_id=name,
                 folder_path=folder,
-                allow_patterns=list(SHARED),
+                allow_patterns=[glob.escape(name) for name in files],
+                ignore_patterns=["*/*"],
                 delete_patterns=list(WEIGHTS) if overwrite else None,
                 commit_message=message or f"Upload {folder.name}",
             )

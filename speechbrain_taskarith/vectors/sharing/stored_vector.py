@@ -3,7 +3,6 @@
 import tempfile
 from pathlib import Path
 
-from speechbrain_taskarith.utils.hub.cards import FILE
 from speechbrain_taskarith.utils.hub.download import shared_folder
 from speechbrain_taskarith.utils.hub.upload import upload_folder
 from speechbrain_taskarith.vectors.encodings import read_vector, write_vector
@@ -203,14 +202,6 @@ def push_folder(
     Traceback (most recent call last):
     FileNotFoundError: ...README.md: no such card; ...
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    if not (folder / FILE).is_file():
-        raise FileNotFoundError(
-            f"{folder / FILE}: no such card; the hub shows nothing without "
-            "one. Write it by ModelCard(...).save(folder)"
-        )
     return upload_folder(
         folder,
         name,

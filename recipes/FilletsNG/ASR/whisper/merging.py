@@ -28,8 +28,8 @@ import argparse
 import sys
 from statistics import fmean
 
-from lineage import Edited
 from sequential import Study, add_data_options, check_names
+from studies.lineage import Edited
 
 from speechbrain_taskarith.metrics import Summary, plots
 from speechbrain_taskarith.utils.files import write_json

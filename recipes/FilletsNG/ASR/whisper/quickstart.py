@@ -31,7 +31,8 @@ if __name__ == "__main__":
 import joblib
 import torch
 from common.study import run_trainings
-from quickstart_data import (
+from studies.lineage import keep_weights
+from studies.quickstart_data import (
     EXPECTED,
     check_languages,
     choose_window,
@@ -40,15 +41,15 @@ from quickstart_data import (
     languages_of,
     read_corpus,
 )
-from quickstart_report import write_report
-from quickstart_rows import (
+from studies.quickstart_report import write_report
+from studies.quickstart_rows import (
     RULES,
     measure_sequence,
     measure_target,
     plan_sequence,
     write_starts,
 )
-from syn2real import HPARAMS, keep_weights, plan_trainings
+from syn2real import HPARAMS, plan_trainings
 from train import train
 from tune_window import tune_window
 from whisper_window import cut_window

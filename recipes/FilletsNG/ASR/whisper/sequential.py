@@ -24,12 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from domains import Domain, Tests
-from lineage import Base, Models, Tuned
-from lines import write_csv
-from measure import Measure
-from sequential_report import write_report
-from sequential_rows import ROWS, Row
+from studies.domains import Domain, Tests
+from studies.lineage import Base, Models, Tuned
+from studies.lines import write_csv
+from studies.measure import Measure
+from studies.sequential_report import write_report
+from studies.sequential_rows import ROWS, Row
 from syn2real import HPARAMS
 
 from speechbrain_taskarith.utils.files import read_json, write_json

@@ -26,7 +26,6 @@ goes on where it stopped when started again.
 
 import argparse
 import random
-import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -34,19 +33,19 @@ from pathlib import Path
 import joblib
 import torch
 from common.study import Training, run_trainings
-from lines import SPLITS, check_splits, read_csv, write_csv
-from measure import Measure
-from report import write_report
+from studies.lineage import KEPT, keep_weights
+from studies.lines import SPLITS, check_splits, read_csv, write_csv
+from studies.measure import Measure
+from studies.syn2real_report import write_report
 from synthesize import synthesize
 from train import train
 
 from speechbrain_taskarith.metrics import wer
 from speechbrain_taskarith.utils.progress import progress
-from speechbrain_taskarith.vectors import TaskVector, open_state, save_state
+from speechbrain_taskarith.vectors import TaskVector, open_state
 
 HERE = Path(__file__).resolve().parent
 HPARAMS = HERE / "hparams" / "train.yaml"
-KEPT = "kept.safetensors"
 TARGET_SCALES = [0.25, 0.5, 0.75, 1.0]
 SCALES = [0.0, 0.25, 0.5, 0.75, 1.0]
 
@@ -153,15 +152,6 @@ def plan_trainings(manifests, seed):
         Training(name, {"train_csv": str(manifest), "seed": seed})
         for name, manifest in manifests.items()
     ]
-
-
-def keep_weights(training):
-    """Keep the weights of a finished training, a third of its checkpoint."""
-    kept = training / KEPT
-    if not kept.exists():
-        [weights] = training.glob("save/CKPT+*/whisper.ckpt")
-        save_state(open_state(weights), kept)
-    shutil.rmtree(training / "save", ignore_errors=True)
 
 
 def edit(target, sources, b, a, part=""):

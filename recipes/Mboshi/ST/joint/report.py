@@ -13,7 +13,14 @@ from speechbrain_taskarith.metrics import (
     compare_translations,
     translation_scores,
 )
-from speechbrain_taskarith.metrics.plots import MARKERS, figure, legend_below
+from speechbrain_taskarith.metrics.plots import (
+    draw_line,
+    figure,
+    label_axes,
+    legend_below,
+    plot_by_row,
+    words,
+)
 from speechbrain_taskarith.translation import (
     plot_task_weights,
     plot_window_entropy,
@@ -37,6 +44,18 @@ METRICS = (
 )
 OURS = "whole"  # the row that others are tested against
 TEXT_ROWS = ("mt", "mt_local")
+# Rows drawn against time: not those of `whole` without a part.
+CURVES = ("st", "st_from_mt", "st_asr", "st_mt", "st_mt_asr", OURS)
+NAMES = {
+    "st_asr": "ST + ASR",
+    "st_mt": "ST + MT",
+    "st_mt_asr": "ST + MT + ASR",
+    "st_mt_asr_local": "ST + MT + ASR, local to global",
+    "st_from_mt_local": "ST from MT, local to global",
+    "mt_local": "MT, local to global",
+    "no_shrink_no_task_weights": "no shrink, no task weights",
+    OURS: "whole method",
+}
 
 
 def results_folder(hparams):
@@ -97,7 +116,8 @@ def write_result(brain, history, task_weights, entropies, hparams):
             stream.write(f"{ID}\n  {reference}\n  {hypothesis}\n")
     if task_weights:
         name = f"task_weights_{row}"
-        plot_task_weights(task_weights, plots / f"{name}.png", row)
+        title = row_name(row)
+        plot_task_weights(task_weights, plots / f"{name}.png", title)
         write_task_weights(task_weights, plots / f"{name}.csv")
     probe = hparams["consistency"]
     for first, second in sorted({(r[2], r[3]) for r in probe.rows}):
@@ -158,7 +178,7 @@ def write_report(rows, hparams):
                 selected_on="valid",
             )
     add_tests(summary, done, hparams)
-    plot_scores(done, output / "plots" / "bleu_against_time.png")
+    plot_scores(done, output / "plots")
     summary.write()
     summary.print()
 
@@ -228,20 +248,32 @@ def add_tests(summary, done, hparams):
             )
 
 
-def plot_scores(done, path):
-    """Plot BLEU on validation data against processor time, a curve per row."""
-    curves = {n: r for n, r in done.items() if "BLEU" in r["scores"]}
-    with figure(path) as axes:
-        for number, (row, result) in enumerate(curves.items()):
-            axes.plot(
-                [epoch["cpu_seconds"] / 60 for epoch in result["epochs"]],
-                [epoch["BLEU"] for epoch in result["epochs"]],
-                marker=MARKERS[number % len(MARKERS)],
-                markersize=3,
-                label=row,
-                color=f"C{number % 10}",
-                linestyle="-" if number < 10 else "--",
-            )
-        axes.set_xlabel("minutes of a processor, in training")
-        axes.set_ylabel("BLEU, validation data")
+def row_name(row):
+    """Return how plots name a row."""
+    return NAMES.get(row, words(row))
+
+
+def plot_scores(done, folder):
+    """Plot each row's BLEU, and how the rows of whole methods got there."""
+    shown = {n: r for n, r in done.items() if "BLEU" in r["scores"]}
+    if not shown:
+        return
+    plot_by_row(
+        {"": {row_name(row): r["scores"]["BLEU"] for row, r in shown.items()}},
+        folder / "bleu.png",
+        before=row_name("st"),
+        ours=[row_name(OURS)],
+        bounds=[row_name(row) for row in TEXT_ROWS],
+        xlabel="BLEU (hatched: from transcripts)",
+    )
+    curves = [row for row in CURVES if row in shown]
+    with figure(folder / "bleu_against_time.png") as axes:
+        for number, row in enumerate(curves):
+            epochs = shown[row]["epochs"]
+            minutes = [epoch["cpu_seconds"] / 60 for epoch in epochs]
+            scores = [epoch["BLEU"] for epoch in epochs]
+            draw_line(axes, minutes, scores, number, row_name(row))
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        label_axes(axes, "CPU minutes of training", "BLEU, validation", "")
         legend_below(axes)

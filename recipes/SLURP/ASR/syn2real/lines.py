@@ -1,1 +1,1 @@
-../../../FilletsNG/ASR/whisper/lines.py
+../../../FilletsNG/ASR/whisper/studies/lines.py

@@ -3,9 +3,9 @@
 import statistics
 
 from common.study import relative_reduction
-from quickstart_rows import SCALE, SHRINK
 
 from speechbrain_taskarith.metrics import Summary
+from studies.quickstart_rows import SCALE, SHRINK
 
 SYN2REAL, SEQUENCE = "syn2real", "sequential_editing"
 

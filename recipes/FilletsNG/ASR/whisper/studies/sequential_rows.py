@@ -3,9 +3,6 @@
 import dataclasses
 from dataclasses import dataclass
 
-from lineage import Edited, Tuned
-from lines import write_csv
-
 from speechbrain_taskarith.vectors import (
     TIES,
     TSVM,
@@ -15,6 +12,8 @@ from speechbrain_taskarith.vectors import (
     TaskArithmetic,
 )
 from speechbrain_taskarith.vectors.lifelong.memory import Replay
+from studies.lineage import Edited, Tuned
+from studies.lines import write_csv
 
 LR = 3e-5
 

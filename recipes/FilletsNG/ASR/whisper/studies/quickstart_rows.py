@@ -4,7 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from common.study import Training
-from syn2real import KEPT, Study, edit
+from syn2real import Study, edit
 
 from speechbrain_taskarith.metrics import LifelongMatrix, wer
 from speechbrain_taskarith.vectors import (
@@ -14,6 +14,7 @@ from speechbrain_taskarith.vectors import (
     open_state,
     save_state,
 )
+from studies.lineage import KEPT
 
 # Nothing is chosen: the scales are those of the papers, and one half.
 SCALE = 0.25

@@ -6,10 +6,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from lines import SPLITS, check_splits, read_csv
-
 from speechbrain_taskarith.metrics import wer
 from speechbrain_taskarith.utils.files import sha256_of
+from studies.lines import SPLITS, check_splits, read_csv
 
 DIGITS = "zero one two three four five six seven eight nine".split()
 

@@ -14,11 +14,22 @@ from pathlib import Path
 
 import joblib
 from common.study import FINISHED, Training, run_trainings
-from domains import name_of_lines
-from syn2real import KEPT, keep_weights
 from train import MEMORY, train
 
 from speechbrain_taskarith.vectors import TaskVector, open_state, save_state
+from studies.domains import name_of_lines
+
+# A training's weights, in its folder.
+KEPT = "kept.safetensors"
+
+
+def keep_weights(training):
+    """Keep the weights of a finished training, a third of its checkpoint."""
+    kept = training / KEPT
+    if not kept.exists():
+        [weights] = training.glob("save/CKPT+*/whisper.ckpt")
+        save_state(open_state(weights), kept)
+    shutil.rmtree(training / "save", ignore_errors=True)
 
 
 def digest(content):

@@ -9,10 +9,11 @@ import re
 import sys
 from pathlib import Path
 
-from lines import check_splits, write_csv
 from synthesize import synthesize
 
-RECIPES = Path(__file__).resolve().parents[3]
+from studies.lines import check_splits, write_csv
+
+RECIPES = Path(__file__).resolve().parents[4]
 SPLITS = ("train", "valid", "test")
 EXPECTED = (
     "expected a folder that a prepare script of recipes/ wrote (train.csv, "

@@ -2,8 +2,6 @@
 
 from statistics import fmean
 
-from sequential_rows import RIVALS, ROWS
-
 from speechbrain_taskarith.metrics import (
     LifelongMatrix,
     Summary,
@@ -12,6 +10,7 @@ from speechbrain_taskarith.metrics import (
     plots,
     write_cl_masr_log,
 )
+from studies.sequential_rows import RIVALS, ROWS
 
 TABLE = "sequential_editing"
 TITLE = "Sequential editing of Whisper"

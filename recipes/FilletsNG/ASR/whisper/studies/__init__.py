@@ -1,0 +1,1 @@
+"""What the studies of Whisper share: lines, models, rows, reports."""
