@@ -330,7 +330,8 @@ class TranslationBrain(sb.Brain):
         waits = self.hparams.task_weights.warming_up
         for parameter in self._held_parameters:
             parameter.requires_grad_(not waits)
-        model.leave_out(waits and self._optional("warm_up_without") or ())
+        if without := self._optional("warm_up_without"):
+            model.leave_out(without if waits else ())
 
     def on_fit_batch_start(self, batch, should_step):
         """Seed this batch and update the rate; see `TranslationBrain`."""
