@@ -27,7 +27,11 @@ from speechbrain_taskarith.data import (
     read_audio,
     write_audio,
 )
-from speechbrain_taskarith.translation import SpeechTranslator, save_translator
+from speechbrain_taskarith.translation import (
+    SpeechTranslator,
+    greedy_translation,
+    save_translator,
+)
 
 
 @pytest.fixture
@@ -160,6 +164,35 @@ def test_a_global_normaliser_and_other_settings_come_back(tmp_path):
     (tmp_path / "translator/normalize.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"normalize\.safetensors"):
         load(folder)
+
+
+class GreedySearch(torch.nn.Module):
+    """A searcher that, as SpeechBrain's greedy ones, does not tell its limit."""
+
+    def __init__(self, decoder, bos_index, eos_index):
+        super().__init__()
+        self.decoder, self.bos, self.eos = [decoder], bos_index, eos_index
+
+    def forward(self, memory, lens):
+        begin = torch.full((len(memory),), self.bos)
+        return (
+            greedy_translation(
+                self.decoder[0], memory, lens, begin, self.eos, 200
+            ),
+        )
+
+
+def test_a_searcher_that_does_not_tell_its_limit(made):
+    translator = load(made[0] / "translator")
+    translator.set_search(beam_size=1)
+    wanted = translator.translate_file(made[3][0])
+    settings = translator.hparams
+    translator.search = GreedySearch(
+        translator.mods.model.decoder, settings.bos_index, settings.eos_index
+    )
+    found = translator.translate_file(made[3][0])
+    assert found.text == wanted.text and found.text
+    assert not found.cut
 
 
 def test_the_search_can_be_changed(made):

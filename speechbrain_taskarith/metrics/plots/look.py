@@ -77,8 +77,9 @@ def words(name):
 def figure(path, width=COLUMN, height=2.0, panels=None):
     """Open a figure that is written, atomically, when the block ends.
 
-    Gives its axes; with `panels` a list of so many, side by side. Where `TASKARITH_PLOT_FORMATS` names further formats (`pdf,svg`), those
-    are written beside it.
+    Gives its axes; with `panels` a list of so many, side by side. Where
+    `TASKARITH_PLOT_FORMATS` names further formats (`pdf,svg`), those are
+    written beside it.
     """
     paths = _outputs(Path(path))
     matplotlib = require("matplotlib", "plots", "plotting")

@@ -1,6 +1,7 @@
 """A trained translator, loaded from a folder and used."""
 
 import logging
+import math
 from typing import NamedTuple
 
 import torch
@@ -388,7 +389,8 @@ class SpeechTranslator(Pretrained):
         begin = torch.tensor(begin, device=memory.device)
         if self.search is not None:
             found = self.search(memory, lens, *([] if usual else [begin]))[0]
-            return found, self.search.max_decode_steps
+            # SpeechBrain's greedy searchers do not tell.
+            return found, getattr(self.search, "max_decode_steps", math.inf)
         longest = self._greedy_tokens()
         found = greedy_translation(
             self.mods.model.decoder,
