@@ -209,7 +209,11 @@ class Merged(Row):
         ]
         settings = {"scale": self.scale, "density": self.density}
         settings = {k: v for k, v in settings.items() if v is not None}
-        return Edited(step.base, self.rule(**settings), trainings)
+        rule = self.rule(**settings)
+        if len(trainings) < rule.min_vectors:
+            # One model's vector has no other to be merged with.
+            return trainings[0]
+        return Edited(step.base, rule, trainings)
 
 
 RATES = (1e-5, 3e-5, 5e-5)
