@@ -187,3 +187,52 @@ def test_a_local_one_reads_no_further_than_its_kernel():
         )
         read = gradient.abs().amax(-1).nonzero().tolist()
         assert read == [[row, other] for other in near]
+
+
+@pytest.mark.parametrize("kind", ["Whisper", "Hubert", "lengths", "none"])
+def test_stacked_frames_are_those_of_a_naive_loop(kind, tmp_path):
+    torch.manual_seed(0)
+    sizes, shape, settings = (1200, 803, 411, 45), (), {"trained_layers": 0}
+    if kind == "Whisper":
+        make, inner = WhisperAcousticEncoder, save_whisper(tmp_path / "w")
+        sizes = SIZES["whisper"]
+    elif kind == "Hubert":
+        make, inner = AcousticEncoder, wrapper(
+            kind, save_encoder(tmp_path / "e", kind)
+        )
+    else:
+        make, inner = AcousticEncoder, Front(told=kind == "lengths")
+        sizes, shape, settings = SIZES["any"], (5,), {"d_encoder": 16}
+    stacked = make(inner, WIDTH, stacked_frames=3, **settings).double().eval()
+    width = stacked.projection.in_features // 3
+    raw = make(inner, width, **settings).double().eval()
+    x = [torch.randn(size, *shape).double() for size in sizes]
+    found, lengths = stacked(*batch_of(x))
+    assert found.isfinite().all()
+    found.square().sum().backward()
+    gradient = stacked.projection.weight.grad.clone()
+    stacked.zero_grad()
+
+    total = 0.0
+    for row, one in enumerate(x):
+        frames = raw(one[None], torch.ones(1))
+        frames = frames[0] if isinstance(frames, tuple) else frames
+        if kind == "none":  # its length is a share of the batch's
+            frames = frames[:, : max(1, round(len(one) / sizes[0] * 45))]
+        count = math.ceil(frames.shape[1] / 3)
+        assert lengths[row] == count
+        for start in range(count):
+            three = torch.zeros(3, width, dtype=torch.double)
+            part = frames[0, 3 * start : 3 * start + 3]
+            three[: len(part)] = part
+            expected = stacked.projection(three.flatten())
+            total = total + expected.square().sum()
+            torch.testing.assert_close(found[row, start], expected)
+        assert not found[row, count:].any()
+    total.backward()
+    torch.testing.assert_close(stacked.projection.weight.grad, gradient)
+
+
+def test_fewer_than_one_frame_cannot_be_stacked():
+    with pytest.raises(ValueError, match="stacked_frames: 0, expected 1"):
+        AcousticEncoder(Front(told=True), 16, stacked_frames=0)

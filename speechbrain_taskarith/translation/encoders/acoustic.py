@@ -57,6 +57,10 @@ class AcousticEncoder(torch.nn.Module):
         `adaptor(x, lens) -> [B, T, d]` behind all of this, with relative
         lengths, e.g. an `EncoderWrapper` around a few layers that are trained
         on the outputs of a frozen encoder.
+    stacked_frames : int
+        So many frames of the encoder, side by side, are projected to one:
+        2 halves the length, and about the cost, of all that follows. 1
+        (default): each frame stays one.
 
     Raises
     ------
@@ -84,8 +88,13 @@ class AcousticEncoder(torch.nn.Module):
         trained_layers=None,
         reader=None,
         adaptor=None,
+        stacked_frames=1,
     ):
         super().__init__()
+        if stacked_frames < 1:
+            raise ValueError(
+                f"stacked_frames: {stacked_frames}, expected 1 or more"
+            )
         if reader is None:
             reader = _reader(encoder)
         if reader is not None:
@@ -99,8 +108,10 @@ class AcousticEncoder(torch.nn.Module):
         self.encoder = ignore_padding(encoder)
         self.reader = reader
         self.projection = None
-        if d_encoder not in (None, d_model):
-            self.projection = torch.nn.Linear(d_encoder, d_model)
+        self.stacked_frames = stacked_frames
+        if stacked_frames > 1 or d_encoder not in (None, d_model):
+            width = stacked_frames * (d_encoder or d_model)
+            self.projection = torch.nn.Linear(width, d_model)
         self.adaptor = None if adaptor is None else ignore_padding(adaptor)
         self.d_model = d_model
         self._seen = None
@@ -133,7 +144,7 @@ class AcousticEncoder(torch.nn.Module):
             x, counts = self._any(x, lens)
         else:
             x, counts = self._pretrained(x, lens, ids)
-        x = self._project(x, lens, counts)
+        x, counts = self._project(x, lens, counts)
         if self.adaptor is not None:
             if counts is not None:
                 lens = relative_lengths(counts, x.shape[1])
@@ -270,20 +281,29 @@ class AcousticEncoder(torch.nn.Module):
         return x, counts
 
     def _project(self, x, lens, counts):
-        wanted = self.d_model
+        wanted, stacked = self.d_model, self.stacked_frames
         if self.projection is not None:
-            wanted = self.projection.in_features
+            wanted = self.projection.in_features // stacked
         if x.dim() != 3 or x.shape[-1] != wanted:
             raise ValueError(
                 f"the encoder returned {tuple(x.shape)}, expected [batch, "
                 f"frames, {wanted}]; give its width as d_encoder"
             )
         if self.projection is None:
-            return x
+            return x, counts
         # NaN in the padding would reach the projection's gradient.
+        if stacked == 1 and counts is None:
+            return self.projection(without_padding(x, lens)), None
         if counts is None:
-            return self.projection(without_padding(x, lens))
-        return self.projection(_silent(x, counts))
+            counts = absolute_lengths(lens, x.shape[1])
+            counts = torch.where(lens > 0, counts.clamp(min=1), counts)
+        x = _silent(x, counts)
+        if stacked > 1:
+            missing = -x.shape[1] % stacked
+            x = torch.nn.functional.pad(x, (0, 0, 0, missing))
+            x = x.reshape(len(x), -1, stacked * wanted)
+            counts = (counts + stacked - 1) // stacked
+        return self.projection(x), counts
 
     def _watch(self, size, frames):
         """Warn where the output's length does not follow the input's."""

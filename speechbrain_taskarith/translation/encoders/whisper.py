@@ -41,11 +41,13 @@ class WhisperAcousticEncoder(AcousticEncoder):
         0 (default): Whisper is frozen, and stays in evaluation mode. N: the
         last N layers are trained. None: parameters are left as they are,
         those of a folder to be trained.
-    adaptor : torch.nn.Module, optional
-        See `AcousticEncoder`.
     weights : bool
         False: random ones, of the configuration in `source` alone, for a
         model whose own checkpoint is loaded next.
+    adaptor : torch.nn.Module, optional
+        See `AcousticEncoder`.
+    stacked_frames : int
+        See `AcousticEncoder`; with 2, frames of 40 ms.
 
     Raises
     ------
@@ -72,7 +74,13 @@ class WhisperAcousticEncoder(AcousticEncoder):
     """
 
     def __init__(
-        self, source, d_model, trained_layers=0, weights=True, adaptor=None
+        self,
+        source,
+        d_model,
+        trained_layers=0,
+        weights=True,
+        adaptor=None,
+        stacked_frames=1,
     ):
         encoder = _encoder(source, weights)
         super().__init__(
@@ -81,6 +89,7 @@ class WhisperAcousticEncoder(AcousticEncoder):
             trained_layers=trained_layers,
             reader=Whisper(encoder.config),
             adaptor=adaptor,
+            stacked_frames=stacked_frames,
         )
 
 
