@@ -338,6 +338,9 @@ def test_what_is_not_spoken_is_text(tmp_path):
     for count in (0, 30):
         with pytest.raises(SystemExit, match="--spoken .* expected fewer"):
             speak(out, *words, count)
+    speak(out, *words[:-1])
+    assert len(manifest(out, "train")) > 5
+    assert not (out / "text.csv").exists(), "all of it is spoken now"
 
 
 def test_a_sentence_of_the_test_is_not_trained_on(tmp_path, capsys):

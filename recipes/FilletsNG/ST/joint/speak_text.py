@@ -158,6 +158,9 @@ def speak(
             for number, line in enumerate(rest)
         ]
         write_manifest(folder / "text.csv", rows, folder)
+    else:
+        # Of a run before, its sentences are now spoken.
+        (folder / "text.csv").unlink(missing_ok=True)
     for split, lines in splits.items():
         rows = []
         bar = progress(
