@@ -256,14 +256,20 @@ def test_the_readme_is_read_in_five_minutes():
 def test_the_readme_has_the_figures_of_the_results():
     """And not others that were once true."""
     spread = re.compile(r"\d+\.\d ± \d+\.\d")
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    page = "".join(
+        path.read_text(encoding="utf-8")
+        for path in sorted((ROOT / "docs").glob("results*.md"))
+    )
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert spread.search(text)
     assert set(spread.findall(text)) <= set(spread.findall(page))
-    rows = [x for x in text.splitlines() if x.startswith("| [") and "±" in x]
-    assert len(rows) == 5
+    rows = [x for x in text.splitlines() if x.startswith("| [") and "**" in x]
+    assert len(rows) == 5, "the strongest rival is in bold"
     for row in rows:
-        assert "**" in row, "the strongest rival is in bold"
+        assert "±" in row.split("|")[3] or "(gain " in row.split("|")[4]
+        assert set(re.findall(r"\d+\.\d", row)) <= set(
+            re.findall(r"\d+\.\d", page)
+        )
 
 
 def test_the_papers_can_be_cited():
