@@ -2,9 +2,13 @@
 
 import csv
 import re
+import sys
+import types
+import unittest.mock
 
 import pytest
 import torch
+from hyperpyyaml import load_hyperpyyaml
 from processes import Recipe
 from recipe_modules import modules_of
 from safetensors.torch import load_file
@@ -408,3 +412,55 @@ def test_the_yamls_tensorboard_block_logs_a_training(whisper, recipe, tmp_path):
         events.Tags()["scalars"]
     )
     assert not (output / "train_log.txt").exists()
+
+
+def commented_logger(name, output):
+    """Return a logger that the YAML holds as a comment, taken out of it."""
+    yaml = (RECIPE.folder / "hparams" / "train.yaml").read_text("utf-8")
+    [block] = re.findall(rf"# train_logger: \S+\.{name}\n(?:#  .*\n)+", yaml)
+    block = re.sub("^# ", "", block, flags=re.M)
+    loaded = load_hyperpyyaml(f"output_folder: {output}\n{block}")
+    return loaded["train_logger"]
+
+
+def log_as_the_recipe_does(recipe, logger):
+    brain = types.SimpleNamespace(
+        hparams=types.SimpleNamespace(
+            train_logger=logger, keep_last=False, valid_csv="a.csv"
+        ),
+        optimizer=types.SimpleNamespace(param_groups=[{"lr": 0.5}]),
+        checkpointer=unittest.mock.Mock(),
+        train_stats={"loss": 2.0},
+    )
+    for epoch, wer in ((1, 60.0), (2, 40.0)):
+        recipe("train").ASR.keep(brain, epoch, {"loss": 1.0, "WER": wer})
+
+
+def test_weights_and_biases_may_log_it(recipe, tmp_path, monkeypatch):
+    run = unittest.mock.Mock()
+    wandb = types.ModuleType("wandb")
+    wandb.init = unittest.mock.Mock(return_value=run)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    logger = commented_logger("WandBLogger", tmp_path)
+    wandb.init.assert_called_once_with(
+        project="whisper_task_vectors", dir=str(tmp_path)
+    )
+    log_as_the_recipe_does(recipe, logger)
+    [_, call] = run.log.call_args_list
+    assert call.args[0]["valid"]["WER"] == 40.0
+    assert call.args[0]["train"]["loss"] == 2.0
+    assert call.args[0]["lr"] == 0.5 and call.kwargs == {"step": 2}
+
+
+def test_tensorboard_may_log_it(recipe, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing import event_accumulator
+
+    logger = commented_logger("TensorboardLogger", tmp_path)
+    log_as_the_recipe_does(recipe, logger)
+    logger.writer.close()
+    [file] = (tmp_path / "tensorboard").iterdir()
+    found = event_accumulator.EventAccumulator(str(file))
+    found.Reload()
+    assert [e.value for e in found.Scalars("WER/valid")] == [60.0, 40.0]
+    assert [e.step for e in found.Scalars("WER/valid")] == [1, 2]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -21,6 +22,7 @@ from speechbrain_taskarith.metrics import (
     plot_scale_surface,
     plot_wer_matrix,
 )
+from speechbrain_taskarith.metrics.plots import draw_line, figure
 from speechbrain_taskarith.vectors import plot_cosine_matrix, plot_layer_norms
 
 CURVES = {"a": {0.4: 18.0, 0.0: 20.0, 0.2: 17.0}, "b": {0.0: 21.0, 0.4: 19.0}}
@@ -477,3 +479,21 @@ def test_rows_have_their_names_lengths_spreads_and_values(tmp_path, drawn):
     assert not [line for line in de.lines if line.get_linestyle() == "--"]
     with pytest.raises(ValueError, match="nothing to draw for us"):
         plot_by_row({"us": {}}, tmp_path / "x.png")
+
+
+def test_what_it_was_before_is_grey_and_small_bars_keep_a_decimal(
+    tmp_path, drawn
+):
+    # So many rows that bars are narrow.
+    rows = {f"row {n}": value for n, value in enumerate([9.0, 56.6] * 4)}
+    plot_before_after(
+        {str(place): rows for place in range(4)}, tmp_path / "b.png"
+    )
+    [axes] = drawn[0].figure.axes
+    assert {t.get_text() for t in axes.texts} == {"9.0", "57"}
+    with figure(tmp_path / "l.png") as axes:
+        draw_line(axes, [0, 1], [3.0, 4.0], None, "before")
+        draw_line(axes, [0, 1], [3.0, 2.0], 0, "after")
+        before, after = axes.lines
+    grey = to_rgb(before.get_color())
+    assert len(set(grey)) == 1 and len(set(to_rgb(after.get_color()))) > 1

@@ -197,8 +197,9 @@ def test_stacked_frames_are_those_of_a_naive_loop(kind, tmp_path):
         make, inner = WhisperAcousticEncoder, save_whisper(tmp_path / "w")
         sizes = SIZES["whisper"]
     elif kind == "Hubert":
-        make, inner = AcousticEncoder, wrapper(
-            kind, save_encoder(tmp_path / "e", kind)
+        make, inner = (
+            AcousticEncoder,
+            wrapper(kind, save_encoder(tmp_path / "e", kind)),
         )
     else:
         make, inner = AcousticEncoder, Front(told=kind == "lengths")

@@ -114,7 +114,8 @@ def _top(axes, x, mean, low, high, values, width):
         axes.plot([x] * len(dots), dots, ".", color="0.15", markersize=2)
         highest = max(highest, *dots)
     # Three digits and a point need about this many inches.
-    text = f"{mean:.1f}" if width > 0.22 else f"{mean:.0f}"
+    few = width > 0.22 or abs(mean) < 9.95
+    text = f"{mean:.1f}" if few else f"{mean:.0f}"
     axes.annotate(
         text,
         (x, highest),

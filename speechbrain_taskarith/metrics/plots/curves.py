@@ -106,11 +106,15 @@ def draw_line(axes, x, y, number, name):
         Of a figure of `figure`.
     x, y : sequence of float
         The points.
-    number : int
-        From the eighth on the lines are dashed.
+    number : int or None
+        From the eighth on the lines are dashed. None: grey, what it was
+        before, as `plot_before_after` draws it.
     name : str
         In the legend.
     """
+    if number is None:
+        axes.plot(x, y, color="0.65", marker="x", label=name)
+        return
     axes.plot(
         x,
         y,

@@ -33,6 +33,8 @@ FORMATS = "TASKARITH_PLOT_FORMATS"
 
 # Names of rows that are no words with underscores between them.
 _WORDS = {
+    "averaging_half": "mean of old and new",
+    "averaging_one_over_t": "running mean (1/t)",
     "dare_ties": "DARE + TIES",
     "edited": "edited (SYN2REAL)",
     "edited_both": "edited, both scales",
@@ -42,6 +44,8 @@ _WORDS = {
     "multi_task": "multi-task",
     "oracle": "oracle (best on test)",
     "real_target": "real target (bound)",
+    "task_arithmetic_paper": "task arithmetic, paper's scale",
+    "ties_paper": "TIES, paper's scale",
 }
 _CAPITALS = frozenset(
     "asr bleu bwt cer ctc dare ewc mt slerp st ties wer".split()

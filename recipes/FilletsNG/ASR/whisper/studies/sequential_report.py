@@ -186,7 +186,8 @@ def plot_averages(matrices, orders, path):
         for number, row in enumerate(shown):
             steps = range(len(curves[row]))
             label = plots.words(row)
-            plots.draw_line(axes, steps, curves[row], number, label)
+            colour = number - 1 if row != BASELINE else None
+            plots.draw_line(axes, steps, curves[row], colour, label)
         axes.set_xticks(range(len(orders[0]) + 1))
         axes.set_xlabel("domains learned")
         axes.set_ylabel("average WER (%)")
