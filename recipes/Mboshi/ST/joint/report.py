@@ -45,7 +45,10 @@ METRICS = (
 OURS = "whole"  # the row that others are tested against
 TEXT_ROWS = ("mt", "mt_local")
 # Rows drawn against time: not those of `whole` without a part.
-CURVES = ("st", "st_from_mt", "st_asr", "st_mt", "st_mt_asr", OURS)
+CURVES = (
+    *("st", "st_from_mt", "st_from_mt_local", "st_mt_asr", "st_mt_asr_local"),
+    *("no_shrink_no_task_weights", OURS),
+)
 NAMES = {
     "st_asr": "ST + ASR",
     "st_mt": "ST + MT",
