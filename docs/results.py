@@ -24,20 +24,29 @@ PLACE = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- up to here -->)", re.S)
 
 
 def table(name, shown):
-    """Return one table in Markdown, `mean ± std` where there are seeds."""
+    """Return one table in Markdown: `mean ± std` where there are seeds.
+
+    A column of four names is a table, a metric, and the ends of its interval.
+    """
     summary = Summary.load(DOCS / "figures" / name)
     lines = [["", *shown["columns"]], [":--", *["--:"] * len(shown["columns"])]]
     for row, text in shown["rows"].items():
         cells = [
-            _cell(summary, table, row, metric)
-            for table, metric in shown["columns"].values()
+            _cell(summary, table, row, *metrics)
+            for table, *metrics in shown["columns"].values()
         ]
         lines.append([text, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _cell(summary, table, row, metric):
+def _cell(summary, table, row, metric, *interval):
+    rows = {e["row"] for e in summary.rows(table) if e["metric"] == metric}
+    if rows and row not in rows:
+        return ""  # only others have it
     value = f"{summary.value(table, row, metric):.1f}"
+    if interval:
+        ends = [f"{summary.value(table, row, end):.1f}" for end in interval]
+        return f"{value} [{', '.join(ends)}]"
     try:
         return f"{value} ± {summary.value(table, row, metric, seed='std'):.1f}"
     except KeyError:
