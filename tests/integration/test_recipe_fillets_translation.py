@@ -25,6 +25,7 @@ TINY = {
     "d_model": 16,
     "d_ffn": 16,
     "nhead": 2,
+    "stacked_frames": 2,
     "num_textual_layers": 1,
     "num_decoder_layers": 1,
     "source_type": "char",
@@ -162,6 +163,7 @@ def test_the_translator_writes_both_languages(corpus, finished):
     folder = finished / "models/whole/translator"
     translator = SpeechTranslator.from_hparams(source=folder)
     assert set(translator.languages) == set(MEANT)
+    assert translator.mods.model.acoustic.stacked_frames == 2
     for language in MEANT:
         found = translator.translate_file(corpus / "test_17.flac", language)
         assert found.segments and found.seconds == pytest.approx(1.0)
