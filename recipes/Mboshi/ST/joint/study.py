@@ -100,6 +100,7 @@ ROWS = {
     "whole": {},
     "released_rule": {**RELEASED},
     "no_task_weights": {"task_norms": "none"},
+    "no_tasks": {"tasks": []},  # but for CTC and contrast in the loss of "st"
     # CTC and contrastive loss are the task "asr" alone
     "ctc_in_asr": {"ctc_in_st": False},
     "no_shrink": {"shrink": None, "looking_back": None},
