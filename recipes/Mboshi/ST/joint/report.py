@@ -46,8 +46,8 @@ OURS = "whole"  # the row that others are tested against
 TEXT_ROWS = ("mt", "mt_local")
 # Rows drawn against time: not those of `whole` without a part.
 CURVES = (
-    *("st", "st_from_mt", "st_from_mt_local", "st_mt_asr", "st_mt_asr_local"),
-    *("no_shrink_no_task_weights", OURS),
+    *("st", "st_from_mt_local", "st_mt_asr", "st_mt_asr_local"),
+    *("no_shrink_no_task_weights", OURS, "released_rule"),
 )
 NAMES = {
     "st_asr": "ST + ASR",
@@ -56,6 +56,8 @@ NAMES = {
     "st_mt_asr_local": "ST + MT + ASR, local to global",
     "st_from_mt_local": "ST from MT, local to global",
     "mt_local": "MT, local to global",
+    "no_tasks": "no auxiliary tasks",
+    "released_rule": "whole method, released weights",
     "no_shrink_no_task_weights": "no shrink, no task weights",
     OURS: "whole method",
 }
