@@ -210,6 +210,10 @@ def test_trainings_that_are_alike_are_one(finished, recipe):
     assert half[2].trainings[0].name != by_number[2].trainings[0].name
     assert half[0].trainings[0].name == paper[0].trainings[0].name
     assert half[0].trainings[0].name == merged[2].trainings[0].name
+    # One vector has no angle to another: the model of the first step itself.
+    stock = study.sequence(rows["merge_model_stock"], 0, order)
+    assert stock[0].name == merged[0].trainings[0].name
+    assert [len(model.trainings) for model in stock[1:]] == [2, 3]
     # What no row needs any more is gone, the shared ones are there.
     for training in study.plain(0):
         assert study.models.has_weights(training)
