@@ -11,7 +11,7 @@ from speechbrain_taskarith.translation.reduction.segments import Segments
 from speechbrain_taskarith.translation.text.languages import TargetLanguages
 from speechbrain_taskarith.translation.text.tying import tie
 from speechbrain_taskarith.utils.lengths import (
-    absolute_lengths,
+    frame_counts,
     padding_mask,
     relative_lengths,
 )
@@ -282,9 +282,7 @@ class SpeechTranslationModel(torch.nn.Module):
             frames, count = frames
         else:
             # Rounded once, for everything on this axis.
-            count = absolute_lengths(lens, frames.shape[1])
-            # A short utterance keeps a frame; a length of 0 stays an error.
-            count = torch.where(lens > 0, count.clamp(min=1), count)
+            count = frame_counts(lens, frames.shape[1])
         shrink = self._optional("shrink")
         looking_back = shrink and self._optional("looking_back")
         if shrink is None:

@@ -73,6 +73,18 @@ def absolute_lengths(lens, size):
     return (lens.double() * size).round().long()
 
 
+def frame_counts(lens, size):
+    """Return absolute lengths; a short utterance keeps one frame.
+
+    A length of 0 stays 0, which is an error elsewhere.
+
+    >>> frame_counts(torch.tensor([1.0, 0.01, 0.0]), 7).tolist()
+    [7, 1, 0]
+    """
+    counts = absolute_lengths(lens, size)
+    return torch.where(lens > 0, counts.clamp(min=1), counts)
+
+
 def relative_lengths(lengths, size):
     """Return absolute lengths as relative ones, float32.
 

@@ -9,6 +9,7 @@ from speechbrain_taskarith.metrics.plots.curves import draw_line
 from speechbrain_taskarith.metrics.plots.look import (
     COLOURS,
     COLUMN,
+    GREY,
     PAGE,
     SIZE,
     SMALL,
@@ -72,7 +73,7 @@ def plot_before_after(
     share = 0.84 / len(rows)
     width = max(COLUMN, min(PAGE, 0.6 + 0.2 * len(domains) * len(rows)))
     bar = (width - 0.6) / len(domains) * share
-    colours = ["0.65", *(COLOURS * len(rows))]
+    colours = [GREY, *(COLOURS * len(rows))]
     with figure(path, width, 2.1) as axes:
         for i, row in enumerate(rows):
             places, tops = [], []

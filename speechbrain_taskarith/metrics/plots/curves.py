@@ -4,6 +4,7 @@ from pathlib import Path
 
 from speechbrain_taskarith.metrics.plots.look import (
     COLOURS,
+    GREY,
     MARKERS,
     figure,
     label_axes,
@@ -113,7 +114,7 @@ def draw_line(axes, x, y, number, name):
         In the legend.
     """
     if number is None:
-        axes.plot(x, y, color="0.65", marker="x", label=name)
+        axes.plot(x, y, color=GREY, marker="x", label=name)
         return
     axes.plot(
         x,

@@ -20,6 +20,8 @@ COLOURS = (
     "#56B4E9",
     "#000000",
 )
+#: What it was before the method.
+GREY = "0.65"
 #: One marker per curve, for print without colour.
 MARKERS = "os^Dv<>"
 #: Widths in inches: of a column (8.5 cm) and of a page (17.5 cm).

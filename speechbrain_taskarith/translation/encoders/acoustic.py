@@ -11,6 +11,7 @@ from speechbrain_taskarith.translation.encoders.wav2vec import (
 )
 from speechbrain_taskarith.utils.lengths import (
     absolute_lengths,
+    frame_counts,
     ignore_padding,
     padding_mask,
     relative_lengths,
@@ -295,8 +296,7 @@ class AcousticEncoder(torch.nn.Module):
         if stacked == 1 and counts is None:
             return self.projection(without_padding(x, lens)), None
         if counts is None:
-            counts = absolute_lengths(lens, x.shape[1])
-            counts = torch.where(lens > 0, counts.clamp(min=1), counts)
+            counts = frame_counts(lens.to(x.device), x.shape[1])
         x = _silent(x, counts)
         if stacked > 1:
             missing = -x.shape[1] % stacked
