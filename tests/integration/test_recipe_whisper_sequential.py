@@ -279,21 +279,58 @@ def test_replay_takes_places_of_new_lines(finished, recipe):
 def test_merging_tables(options, finished, recipe):
     _, folder = finished
     rules = ["LinearAverage", "TIES"]
-    recipe("merging").main([*options, "--rules", *rules])
+    outside = f"fr={data_of(options)}/cs/valid.csv"
+    argv = [*options, "--rules", *rules, "--outside", outside]
+    recipe("merging").main(argv)
     table = values(folder / "merging", "merging")
     for row in ("base", "only_cs", "LinearAverage", "TIES", "TIES_chosen"):
         inside = [table[row, f"on_{name}"] for name in ("digits", "cs", "nl")]
         assert table[row, "in_domain"] == pytest.approx(sum(inside) / 3)
+        assert table[row, "outside"] == table[row, "on_fr"]
         assert (row, "original") in table
-    own = [
-        table[f"only_{name}", f"on_{name}"] for name in ("digits", "cs", "nl")
-    ]
-    assert table["each_on_its_own_domain", "in_domain"] == pytest.approx(
-        sum(own) / 3
-    )
-    assert (folder / "merging/plots/merging.png").stat().st_size > 5000
+    for metric in ("in_domain", "outside", "original"):
+        own = [
+            table[f"only_{n}", f"on_{n}" if metric == "in_domain" else metric]
+            for n in ("digits", "cs", "nl")
+        ]
+        assert table["each_on_its_own_domain", metric] == pytest.approx(
+            sum(own) / 3
+        )
+    plot = folder / "merging/plots/merging.png"
+    assert plot.stat().st_size > 5000
     chosen = json.loads((folder / "merging/chosen.json").read_text())
     assert set(chosen["0"]) == {"TIES"}
+    # Against the mean: on all test lines together.
+    words = {n: len(" ".join(said).split()) for n, said in TEXTS.items()}
+    words["fr"] = words["cs"]  # the same two lines
+
+    def pooled(row):
+        wers = {n: table[row, f"on_{n}"] for n in words if n != "english"}
+        wers["english"] = table[row, "original"]
+        return sum(wers[n] * words[n] for n in words) / sum(words.values())
+
+    paired = values(folder / "merging", "against_LinearAverage")
+    assert len({row for row, _ in paired}) == 6
+    for row, metric in paired:
+        low, high = paired[row, "low"], paired[row, "high"]
+        assert low <= paired[row, "difference"] <= high
+        if metric == "difference":
+            assert paired[row, metric] == pytest.approx(
+                pooled("LinearAverage") - pooled(row)
+            )
+
+
+def test_merging_lines_to_test_on_have_a_name_and_a_file(
+    options, recipe, capsys
+):
+    parse = recipe("merging").parse_arguments
+    for outside, said in (
+        ("stamps.csv", "expected NAME=MANIFEST"),
+        ("cs=stamps.csv", "two domains are named 'cs'"),
+    ):
+        with pytest.raises(SystemExit):
+            parse([*options, "--outside", outside])
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,14 @@
 Each domain has a Whisper of its own, tuned from one base. All rules merge the
 same models, each at its default and at one more setting: the scale with the
 least mean WER on development lines of all domains, of as many values for each
-rule. In-domain WER is the mean over the domains; the original one is on what
-the base knows and none was tuned on.
+rule. Three means of WERs: over the domains; over others that none was tuned
+on; on what the base knows best.
 
 To run this study, do the following (see README.md for the folders):
 > python merging.py --whisper_hub whisper-base-5s \\
->     --original english=arctic/{}.csv --output results/seq \\
->     --domains digits=digits/{}.csv cs=corpus/cs_{}.csv nl=corpus/nl_{}.csv
+>     --original english=arctic/{}.csv --outside fr=stamps/fr_test.csv \\
+>     --domains digits=digits/{}.csv cs=corpus/cs_{}.csv nl=corpus/nl_{}.csv \\
+>     --output results/seq
 
 In the folder of sequential.py it uses the models that are there. What it does
 with each rule, in Python:
@@ -29,9 +30,15 @@ import sys
 from statistics import fmean
 
 from sequential import Study, add_data_options, check_names
+from studies.domains import Domain
 from studies.lineage import Edited
 
-from speechbrain_taskarith.metrics import Summary, plots
+from speechbrain_taskarith.metrics import (
+    Summary,
+    WERReport,
+    paired_bootstrap,
+    plots,
+)
 from speechbrain_taskarith.utils.files import write_json
 from speechbrain_taskarith.utils.progress import progress
 from speechbrain_taskarith.vectors import (
@@ -54,6 +61,9 @@ from speechbrain_taskarith.vectors import (
 )
 
 TABLE, TITLE = "merging", "Merging fine-tuned Whispers"
+# Each model on its own domain: what a merged one may reach. The rival of all
+# other rules.
+OWN, RIVAL = "each_on_its_own_domain", "LinearAverage"
 # Rules that add vectors up are scaled down, those that average them up.
 ADDED, AVERAGED = (1.0, 0.6, 0.3), (1.0, 1.5, 2.0)
 
@@ -83,13 +93,29 @@ RULES = {
 }
 
 
+def test_option(text):
+    """Read lines to test on; argparse shows what is wrong with them."""
+    try:
+        return Domain.parse_test(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def parse_arguments(argv):
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add_data_options(parser)
+    parser.add_argument(
+        "--outside",
+        type=test_option,
+        nargs="+",
+        default=[],
+        metavar="NAME=MANIFEST",
+        help="test lines of what no model was tuned on",
+    )
     parser.add_argument("--rules", nargs="+", help="default: all")
     given = parser.parse_args(argv)
-    check_names(parser, given)
+    check_names(parser, given, given.outside)
     given.rules = given.rules or list(RULES)
     unknown = [rule for rule in given.rules if rule not in RULES]
     if unknown:
@@ -131,98 +157,116 @@ def models_of(study, seed, rules):
 
 
 def add_seed(summary, study, seed, rows):
-    """Measure all rows of a seed on the test lines."""
+    """Measure all rows of a seed on the test lines; return the reports."""
     names = [domain.name for domain in study.given.domains]
+    outside = [domain.name for domain in study.given.outside]
     original = study.given.original.name
-    own = []
+    reports, own = {}, []
     for row, model in progress(rows.items(), desc=f"test, seed {seed}"):
-        wers = {
-            name: study.tests.wer(model, name, "test")
-            for name in [original, *names]
+        reports[row] = found = {
+            name: study.tests.errors(model, name, "test")
+            for name in [original, *names, *outside]
         }
         if row.startswith("only_"):
-            own.append((wers[row.removeprefix("only_")], wers[original]))
-        add_row(summary, seed, row, wers, original)
-    summary.add(
-        table=TABLE,
-        row="each_on_its_own_domain",
-        metric="in_domain",
-        value=fmean(wer for wer, _ in own),
-        unit="%",
-        seed=seed,
-    )
-    summary.add(
-        table=TABLE,
-        row="each_on_its_own_domain",
-        metric="original",
-        value=fmean(wer for _, wer in own),
-        unit="%",
-        seed=seed,
-    )
+            mine = row.removeprefix("only_")
+            own.append({"in_domain": found[mine].wer})
+            own[-1] |= values_of(found, [], outside, original)
+        values = values_of(found, names, outside, original)
+        values |= {f"on_{name}": found[name].wer for name in names + outside}
+        chosen = "valid" if row.endswith("_chosen") else None
+        add_row(summary, seed, row, values, selected_on=chosen)
+    values = {metric: fmean(each[metric] for each in own) for metric in own[0]}
+    add_row(summary, seed, OWN, values)
+    return reports
 
 
-def add_row(summary, seed, row, wers, original):
-    """Add the WERs of one model."""
-    inside = fmean(wer for name, wer in wers.items() if name != original)
-    values = {"in_domain": inside, "original": wers[original]}
-    values |= {f"on_{name}": wer for name, wer in wers.items()}
-    for metric, value in values.items():
-        if metric != f"on_{original}":
-            summary.add(
-                table=TABLE,
-                row=row,
-                metric=metric,
-                value=value,
-                unit="%",
-                seed=seed,
-                selected_on="valid" if row.endswith("_chosen") else None,
-            )
+def values_of(found, inside, outside, original):
+    """Return the mean WERs: `{metric: WER}`."""
+    values = {"original": found[original].wer}
+    for metric, names in (("in_domain", inside), ("outside", outside)):
+        if names:
+            values[metric] = fmean(found[name].wer for name in names)
+    return values
 
 
-# What the markers of the plot stand for.
-KINDS = ("no merging", "rule as published", "rule, scale chosen")
+def add_row(summary, seed, row, values, **how):
+    """Add the WERs of one row."""
+    for metric in sorted(values, key=_place):
+        summary.add(
+            table=TABLE,
+            row=row,
+            metric=metric,
+            value=values[metric],
+            unit="%",
+            seed=seed,
+            **how,
+        )
+
+
+def _place(metric):
+    """Means first, in the order of the documentation."""
+    means = ["in_domain", "outside", "original"]
+    return means.index(metric) if metric in means else len(means)
+
+
+def add_bootstrap(summary, reports):
+    """Compare each row with the mean of the weights, on all test lines.
+
+    `reports`: `{seed: {row: {domain: WERReport}}}`.
+    """
+    found = {}
+    for seed, rows in reports.items():
+        for row, by_domain in rows.items():
+            for name, report in by_domain.items():
+                for utterance in report.utterances:
+                    own = found.setdefault(row, {})
+                    own[seed, name, utterance.id] = utterance
+    rival = found.get(RIVAL)
+    for row, own in found.items():
+        if rival is None or row == RIVAL:
+            continue
+        first, second = (
+            WERReport(tuple(utterances[key] for key in rival))
+            for utterances in (rival, own)
+        )
+        test = paired_bootstrap(
+            first, second, blocks=[(name, ID) for _, name, ID in rival]
+        )
+        summary.add_paired_test(f"against_{RIVAL}", row, test)
 
 
 def plot(summary, path):
-    """Draw in-domain WER against the original one, a point for each row."""
-    rows = dict.fromkeys(entry["row"] for entry in summary.rows(TABLE))
-    with plots.figure(path, height=3.0) as axes:
-        for row in rows:
-            if row.startswith("only_"):
-                continue
-            x, y = (
-                summary.value(TABLE, row, metric)
-                for metric in ("original", "in_domain")
-            )
-            chosen = row.endswith("_chosen")
-            rule = row.removesuffix("_chosen") in RULES
-            number = (1 + chosen) if rule else 0
-            named = {handle.get_label() for handle in axes.get_lines()}
-            axes.plot(
-                x,
-                y,
-                color=plots.COLOURS[number],
-                marker=plots.MARKERS[number],
-                linestyle="",
-                label="" if KINDS[number] in named else KINDS[number],
-            )
-            if chosen or not rule or row == "LinearAverage":
-                axes.annotate(
-                    plots.words(row.removesuffix("_chosen")),
-                    (x, y),
-                    xytext=(4, 2),
-                    textcoords="offset points",
-                    fontsize=6,
-                )
-        axes.set_xlabel("WER on what the base knew (%)")
-        axes.set_ylabel("WER on the new domains, mean (%)")
-        plots.legend_below(axes)
+    """Draw each row's mean WERs, the rules at the scales that were chosen."""
+    panels = {
+        "in_domain": "new domains",
+        "outside": "none was tuned on",
+        "original": "what the base knew",
+    }
+    shown = {title: {} for title in panels.values()}
+    for entry in summary.rows(TABLE):
+        row, metric = entry["row"], entry["metric"]
+        rule = row.removesuffix("_chosen")
+        default = row in RULES and len(RULES[row][1]) > 1
+        if metric in panels and isinstance(entry["seed"], int):
+            if not default and not row.startswith("only_"):
+                found = shown[panels[metric]].setdefault(rule, [])
+                found.append(entry["value"])
+    rows = [row for row in shown["new domains"] if row in RULES]
+    plots.plot_by_row(
+        {title: found for title, found in shown.items() if found},
+        path,
+        before="base",
+        ours=[min(rows, key=lambda row: fmean(shown["new domains"][row]))],
+        bounds=[OWN],
+    )
 
 
 def main(argv):
     """Train what is missing, merge, choose, measure, write the table."""
     given = parse_arguments(argv)
     study = Study(given, given.seeds)
+    for domain in given.outside:
+        study.hold_out(domain, "test")
     for seed in given.seeds:
         for training in study.plain(seed):
             study.models.train(training)
@@ -232,9 +276,10 @@ def main(argv):
     summary = Summary(folder, title=TITLE)
     summary.note(
         "All rules merge the same models, each tuned on one domain from one "
-        "base. `in_domain`: mean WER over the domains; `original`: what the "
-        "base knows and none was tuned on. `_chosen`: the best of three scales "
-        "on development lines of all of these."
+        "base. Mean WERs: `in_domain` over these domains, `outside` over what "
+        "no model was tuned on, `original` on what the base knows best. "
+        "`_chosen`: the best of three scales on development lines of the "
+        "domains and of the original one."
     )
     found = {seed: models_of(study, seed, given.rules) for seed in given.seeds}
     # Everything is chosen before a test line is looked at.
@@ -242,8 +287,11 @@ def main(argv):
         folder / "chosen.json",
         {str(seed): chosen for seed, (_, chosen) in found.items()},
     )
-    for seed, (rows, _) in found.items():
-        add_seed(summary, study, seed, rows)
+    reports = {
+        seed: add_seed(summary, study, seed, rows)
+        for seed, (rows, _) in found.items()
+    }
+    add_bootstrap(summary, reports)
     plot(summary, folder / "plots" / f"{TABLE}.png")
     summary.write()
     summary.print()

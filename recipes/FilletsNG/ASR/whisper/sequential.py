@@ -80,11 +80,13 @@ def add_data_options(parser):
     )
 
 
-def check_names(parser, given):
+def check_names(parser, given, others=()):
     """Return the domains' names; two alike are an error."""
     names = [domain.name for domain in given.domains]
-    if len({given.original.name, *names}) < len(names) + 1:
-        parser.error("--original and --domains: two domains of one name")
+    every = [given.original.name, *names, *(other.name for other in others)]
+    twice = [name for name in every if every.count(name) > 1]
+    if twice:
+        parser.error(f"two domains are named {twice[0]!r}")
     return names
 
 
@@ -168,7 +170,7 @@ class Study:
         domains = [given.original, *given.domains]
         for domain in domains:
             domain.check()
-        self.rows, self.lines, held_out = {}, {}, {}
+        self.rows, self.lines, self.held_out = {}, {}, {}
         for seed in seeds:
             self.rows[seed] = {
                 d.name: d.draw("train", given.lines, seed, given.longest)
@@ -182,13 +184,7 @@ class Study:
             }
         for domain in domains:
             for split in ("valid", "test"):
-                # The same lines for all seeds.
-                rows = domain.draw(
-                    split, vars(given)[split], split, given.longest
-                )
-                held_out[domain.name, split] = write_csv(
-                    self.folder / "data" / f"{domain.name}_{split}.csv", rows
-                )
+                self.hold_out(domain, split)
         settings = [
             f"--avoid_if_longer_than={given.longest}",
             f"--batch_size={given.batch_size}",
@@ -215,8 +211,16 @@ class Study:
             },
             self.folder / "measured",
         )
-        self.tests = Tests(self.models, measure, held_out)
+        self.tests = Tests(self.models, measure, self.held_out)
         self.planning = None
+
+    def hold_out(self, domain, split):
+        """Draw lines of a domain to measure on, the same for all seeds."""
+        count, longest = vars(self.given)[split], self.given.longest
+        self.held_out[domain.name, split] = write_csv(
+            self.folder / "data" / f"{domain.name}_{split}.csv",
+            domain.draw(split, count, split, longest),
+        )
 
     def dev_wer(self, model, domains):
         """Return the mean WER on development lines; see `plan`."""

@@ -32,6 +32,16 @@ class Domain:
             )
         return cls(name, pattern)
 
+    @classmethod
+    def parse_test(cls, text):
+        """Read `NAME=MANIFEST`, of lines that are only tested on."""
+        name, _, manifest = text.partition("=")
+        if not name or not manifest:
+            raise ValueError(
+                f"{text!r}: expected NAME=MANIFEST, e.g. fr=stamps/fr_test.csv"
+            )
+        return cls(name, manifest)
+
     def read(self, split, longest=None):
         """Return a split's rows, not longer than `longest` seconds."""
         path = self.pattern.format(split)
