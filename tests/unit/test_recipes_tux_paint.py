@@ -49,7 +49,7 @@ def files():
     made[f"./{TREE}/toys/short_desc_fr.ogg"] = recording()
     made[f"./{TREE}/toys/other.txt"] = b"\xff\xfe\nde.utf8=Ein Ball hier.\n"
     made[f"./{TREE}/toys/other_desc_fr.ogg"] = recording()
-    made[f"./{TREE}/toys/mute.txt"] = b"A car.\nfr.utf8=Une auto rouge.\n"
+    made[f"./{TREE}/toys/mute.txt"] = b"A car.\nfr.utf8=Une auto jaune.\n"
     return made
 
 
