@@ -22,6 +22,9 @@ from .pieces import (
 from .precision import (
     fast_precision as fast_precision,
 )
+from .schedule import (
+    optimizer_steps as optimizer_steps,
+)
 from .seq2seq import (
     Seq2SeqBrain as Seq2SeqBrain,
 )

@@ -137,6 +137,51 @@ def test_a_further_training_starts_from_edited_weights(whisper, tmp_path):
         torch.testing.assert_close(after[name], value, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "factor", "dynamic"),
+    [(1, 2, False), (2, 1, False), (2, 2, True)],
+)
+def test_the_rate_falls_to_zero_whatever_makes_a_step(
+    whisper, tmp_path, ranks, factor, dynamic
+):
+    """Two processes, or batches that are added up, make fewer steps."""
+    manifest = make_manifest(tmp_path / "data", texts=TEXTS * 2)
+    output = tmp_path / "run"
+    RECIPE.start(
+        output,
+        options(
+            whisper,
+            manifest,
+            test_csv=manifest,
+            batch_size=1,
+            number_of_epochs=2,
+            grad_accumulation_factor=factor,
+            dynamic_batching=dynamic,
+            **{"dynamic_batch_sampler": "{max_batch_length: 2.0}"},
+        ),
+        ranks=ranks,
+    ).finish()
+    log = (output / "train_log.txt").read_text()
+    rates = [float(lr) for lr in re.findall(r"lr: ([\d.e+-]+)", log)]
+    assert len(rates) == 2 and rates[0] > 0
+    assert rates[1] == pytest.approx(0, abs=1e-9)
+    # Every utterance is tested once, however many processes there are.
+    with open(output / "hypotheses_test.csv", encoding="utf-8") as stream:
+        tested = [row["ID"] for row in csv.DictReader(stream)]
+    assert sorted(tested) == sorted(f"line{n}" for n in range(2 * len(TEXTS)))
+    assert log.count("test WER") == 1
+
+
+def test_a_batch_too_few_for_a_step_is_named(whisper, tmp_path, recipe):
+    manifest = make_manifest(tmp_path / "data")
+    given = options(whisper, manifest, grad_accumulation_factor=4)
+    given["output_folder"] = tmp_path / "run"
+    words = [f"--{key}={value}" for key, value in given.items()]
+    hparams = RECIPE.folder / "hparams/train.yaml"
+    with pytest.raises(ValueError, match="factor: 4, but an epoch has 3"):
+        recipe("train").train([str(hparams), "--device", "cpu", *words])
+
+
 def test_batches_by_seconds(whisper, tmp_path):
     manifest = make_manifest(tmp_path / "data")
     RECIPE.start(

@@ -33,7 +33,7 @@ from speechbrain.utils.distributed import run_on_main
 from tasks import Tasks
 
 from speechbrain_taskarith.adapters import AudioAdapterFusion
-from speechbrain_taskarith.brains import CTCBrain, shard_loader
+from speechbrain_taskarith.brains import CTCBrain, optimizer_steps, shard_loader
 from speechbrain_taskarith.utils.files import read_json, write_json
 from speechbrain_taskarith.utils.progress import is_watched
 from speechbrain_taskarith.utils.seeds import seed_random_numbers
@@ -291,14 +291,8 @@ def train(argv):
     )
 
     if train_loader is not None:
-        hparams["lr_annealing"] = hparams["make_lr_annealing"](
-            initial_value=lr,
-            num_warmup_steps=round(hparams["warmup_share"] * steps),
-            num_training_steps=steps,
-        )
         for name, recoverable in (
             ("model", hparams["model"]),
-            ("lr_annealing", hparams["lr_annealing"]),
             ("dataloader-TRAIN", train_loader),
         ):
             hparams["checkpointer"].add_recoverable(name, recoverable)
@@ -318,6 +312,17 @@ def train(argv):
     # Training
     seconds, about = 0.0, os.path.join(output, "training.json")
     if train_loader is not None:
+        steps = optimizer_steps(
+            asr_brain, train_loader, hparams["number_of_epochs"]
+        )
+        asr_brain.hparams.lr_annealing = hparams["make_lr_annealing"](
+            initial_value=lr,
+            num_warmup_steps=round(hparams["warmup_share"] * steps),
+            num_training_steps=steps,
+        )
+        asr_brain.checkpointer.add_recoverable(
+            "lr_annealing", asr_brain.hparams.lr_annealing
+        )
         start = time.perf_counter()
         asr_brain.fit(hparams["epoch_counter"], train_loader, valid_loader)
         seconds = time.perf_counter() - start

@@ -37,7 +37,7 @@ from hyperpyyaml import load_hyperpyyaml
 from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.utils.distributed import ddp_barrier, run_on_main
 
-from speechbrain_taskarith.brains import CTCBrain, shard_loader
+from speechbrain_taskarith.brains import CTCBrain, optimizer_steps, shard_loader
 from speechbrain_taskarith.data import read_manifest
 from speechbrain_taskarith.utils.progress import is_watched
 from speechbrain_taskarith.utils.seeds import seed_random_numbers
@@ -221,7 +221,7 @@ def train(argv):
     method.freeze(model)
 
     train_loader, valid_loader, test_loader = dataio_prepare(hparams, method)
-    steps = len(train_loader) * hparams["number_of_epochs"]
+    steps = optimizer_steps(brain, train_loader, hparams["number_of_epochs"])
     hparams["lr_annealing"] = brain.hparams.lr_annealing = hparams[
         "lr_annealing"
     ](

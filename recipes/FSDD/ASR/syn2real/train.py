@@ -35,6 +35,7 @@ from strings import TRAININGS, Strings
 
 from speechbrain_taskarith.brains import (
     CTCBrain,
+    optimizer_steps,
     shard_loader,
 )
 from speechbrain_taskarith.data import read_manifest
@@ -165,14 +166,7 @@ def train(argv):
     # What is trained, where it starts, and how fast it learns
     stage = TRAININGS[hparams["training_of"]]
     lr = hparams[f"{stage}_lr"]
-    steps = hparams[f"{stage}_steps"]
-    hparams["lr_annealing"] = hparams["lr_annealing"](
-        initial_value=lr,
-        num_warmup_steps=round(hparams["warmup_share"] * steps),
-        num_training_steps=steps,
-    )
     checkpointer = hparams["checkpointer"]
-    checkpointer.add_recoverable("lr_annealing", hparams["lr_annealing"])
     checkpointer.add_recoverable("dataloader-TRAIN", train_loader)
     if hparams["base"]:
         hparams["model"].load_state_dict(dict(open_state(hparams["base"])))
@@ -188,6 +182,13 @@ def train(argv):
         run_opts=run_opts,
         checkpointer=checkpointer,
     )
+    steps = optimizer_steps(brain, train_loader, hparams["number_of_epochs"])
+    brain.hparams.lr_annealing = brain.hparams.lr_annealing(
+        initial_value=lr,
+        num_warmup_steps=round(hparams["warmup_share"] * steps),
+        num_training_steps=steps,
+    )
+    checkpointer.add_recoverable("lr_annealing", brain.hparams.lr_annealing)
     brain.fit(hparams["epoch_counter"], train_loader, valid_loader)
     brain.evaluate(test_loader)
 

@@ -25,12 +25,11 @@ import torch
 from common.dataio import evaluation_loader, make_dataset
 from common.strings import in_order
 from hyperpyyaml import load_hyperpyyaml
-from speechbrain.dataio.batch import PaddedBatch
-from speechbrain.dataio.dataloader import SaveableDataLoader
 from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.logger import get_logger
 from strings import multilingual_strings, target_strings
 
+from speechbrain_taskarith.brains import optimizer_steps, shard_loader
 from speechbrain_taskarith.metrics import wer
 from speechbrain_taskarith.transducer import (
     joint_transducer_loss,
@@ -184,9 +183,7 @@ def dataio_prepare(hparams):
         hparams["tokenizer"],
         hparams["sample_rate"],
     )
-    train_loader = SaveableDataLoader(
-        train_data, batch_size=hparams["batch_size"], collate_fn=PaddedBatch
-    )
+    train_loader = shard_loader(train_data, hparams["batch_size"])
     loaders = [
         evaluation_loader(target_strings(split, hparams), hparams)
         for split in held_out
@@ -246,15 +243,8 @@ def train(argv):
     transducer = hparams["transducer"]
     load_start(hparams)
     name, _ = STAGES[hparams["stage"]]
-    steps = hparams[f"{name}_steps"]
     lr = hparams[f"{name}_lr"]
-    hparams["lr_annealing"] = hparams["make_lr_annealing"](
-        initial_value=lr,
-        num_warmup_steps=round(hparams["warmup_share"] * steps),
-        num_training_steps=steps,
-    )
     checkpointer = hparams["checkpointer"]
-    checkpointer.add_recoverable("lr_annealing", hparams["lr_annealing"])
     checkpointer.add_recoverable("dataloader-TRAIN", train_loader)
 
     asr_brain = ASR(
@@ -267,6 +257,15 @@ def train(argv):
         run_opts=run_opts,
         checkpointer=checkpointer,
     )
+    steps = optimizer_steps(
+        asr_brain, train_loader, hparams["number_of_epochs"]
+    )
+    asr_brain.hparams.lr_annealing = hparams["make_lr_annealing"](
+        initial_value=lr,
+        num_warmup_steps=round(hparams["warmup_share"] * steps),
+        num_training_steps=steps,
+    )
+    checkpointer.add_recoverable("lr_annealing", asr_brain.hparams.lr_annealing)
     asr_brain.learn_statistics(statistics)
     if hparams["stage"] == "min_wer":
         asr_brain.min_wer = hparams["min_wer"](

@@ -43,7 +43,7 @@ from speechbrain.utils.distributed import (
     run_on_main,
 )
 
-from speechbrain_taskarith.brains import fast_precision
+from speechbrain_taskarith.brains import fast_precision, optimizer_steps
 from speechbrain_taskarith.data import read_audio
 from speechbrain_taskarith.metrics import wer
 from speechbrain_taskarith.utils.files import atomic_write
@@ -395,19 +395,6 @@ def train(argv):
     if hparams["base"]:
         hparams["whisper"].load_weights(open_state(hparams["base"]))
 
-    if hparams["dynamic_batching"]:
-        batches = len(train_options["batch_sampler"])
-    else:
-        batches = -(-len(data["train"]) // hparams["batch_size"])
-    steps = batches * hparams["number_of_epochs"]
-    hparams["lr_annealing"] = hparams["lr_annealing"](
-        initial_value=hparams["lr"],
-        num_warmup_steps=round(hparams["warmup_share"] * steps),
-        num_training_steps=steps,
-    )
-    hparams["checkpointer"].add_recoverable(
-        "lr_annealing", hparams["lr_annealing"]
-    )
     if hparams["train_precision"] == "auto":
         # What the command line says goes first: --precision fp32
         precision = fast_precision(run_opts.get("device"))
@@ -421,11 +408,22 @@ def train(argv):
         checkpointer=hparams["checkpointer"],
     )
     start_method(method, brain, hparams)
+    train_loader = brain.make_dataloader(
+        data["train"], sb.Stage.TRAIN, **train_options
+    )
+    steps = optimizer_steps(brain, train_loader, hparams["number_of_epochs"])
+    brain.hparams.lr_annealing = brain.hparams.lr_annealing(
+        initial_value=hparams["lr"],
+        num_warmup_steps=round(hparams["warmup_share"] * steps),
+        num_training_steps=steps,
+    )
+    brain.checkpointer.add_recoverable(
+        "lr_annealing", brain.hparams.lr_annealing
+    )
     brain.fit(
         hparams["epoch_counter"],
-        data["train"],
+        train_loader,
         data.get("valid"),
-        train_loader_kwargs=train_options,
         valid_loader_kwargs=hparams["test_loader_kwargs"],
     )
     if "test" in data:

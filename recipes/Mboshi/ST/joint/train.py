@@ -34,7 +34,12 @@ from speechbrain.utils.checkpoints import Checkpointer
 from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_taskarith.brains import PieceLabels, TranslationBrain, best_key
+from speechbrain_taskarith.brains import (
+    PieceLabels,
+    TranslationBrain,
+    best_key,
+    optimizer_steps,
+)
 from speechbrain_taskarith.data import read_audio
 from speechbrain_taskarith.translation import (
     TargetLanguages,
@@ -347,10 +352,15 @@ def train(argv):
     )
     # The Brain tells it the epoch: a resumed run gets that epoch's batches.
     st_brain.train_sampler = train_sampler
-    batches = st_brain.grad_accumulation_factor  # of an update
-    if torch.distributed.is_initialized():
-        batches *= torch.distributed.get_world_size()
-    updates = len(train_sampler) // batches * hparams["number_of_epochs"]
+    train_loader = st_brain.make_dataloader(
+        datasets["train"],
+        sb.Stage.TRAIN,
+        batch_sampler=train_sampler,
+        num_workers=hparams["num_workers"],
+    )
+    updates = optimizer_steps(
+        st_brain, train_loader, hparams["number_of_epochs"]
+    )
     st_brain.lr_annealing = hparams["make_lr_annealing"](
         num_warmup_steps=round(hparams["warmup_share"] * updates),
         num_training_steps=updates,
@@ -363,12 +373,8 @@ def train(argv):
     loader_kwargs = {"batch_size": hparams["test_batch_size"]}
     st_brain.fit(
         hparams["epoch_counter"],
-        datasets["train"],
+        train_loader,
         datasets["valid"],
-        train_loader_kwargs={
-            "batch_sampler": train_sampler,
-            "num_workers": hparams["num_workers"],
-        },
         valid_loader_kwargs=loader_kwargs,
     )
     # Before the test, which loads the best checkpoint and its history.

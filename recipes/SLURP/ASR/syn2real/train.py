@@ -28,7 +28,7 @@ from hyperpyyaml import load_hyperpyyaml
 from slurp_prepare import prepare_slurp
 from speechbrain.utils.distributed import run_on_main
 
-from speechbrain_taskarith.brains import fast_precision
+from speechbrain_taskarith.brains import fast_precision, optimizer_steps
 from speechbrain_taskarith.utils.progress import is_watched
 from speechbrain_taskarith.vectors import open_state
 
@@ -100,16 +100,6 @@ def train(argv):
     if hparams["base"]:
         hparams["model"].load_state_dict(dict(open_state(hparams["base"])))
 
-    batches = -(-len(data["train"]) // hparams["batch_size"])
-    steps = batches * hparams["number_of_epochs"]
-    hparams["lr_annealing"] = hparams["lr_annealing"](
-        initial_value=hparams["lr"],
-        num_warmup_steps=round(hparams["warmup_share"] * steps),
-        num_training_steps=steps,
-    )
-    hparams["checkpointer"].add_recoverable(
-        "lr_annealing", hparams["lr_annealing"]
-    )
     if hparams["train_precision"] == "auto":
         # What the command line says goes first: --precision fp32
         precision = fast_precision(run_opts.get("device"))
@@ -122,11 +112,22 @@ def train(argv):
         run_opts=run_opts,
         checkpointer=hparams["checkpointer"],
     )
+    train_loader = brain.make_dataloader(
+        data["train"], sb.Stage.TRAIN, **hparams["train_loader_kwargs"]
+    )
+    steps = optimizer_steps(brain, train_loader, hparams["number_of_epochs"])
+    brain.hparams.lr_annealing = brain.hparams.lr_annealing(
+        initial_value=hparams["lr"],
+        num_warmup_steps=round(hparams["warmup_share"] * steps),
+        num_training_steps=steps,
+    )
+    brain.checkpointer.add_recoverable(
+        "lr_annealing", brain.hparams.lr_annealing
+    )
     brain.fit(
         hparams["epoch_counter"],
-        data["train"],
+        train_loader,
         data.get("valid"),
-        train_loader_kwargs=hparams["train_loader_kwargs"],
         valid_loader_kwargs=hparams["test_loader_kwargs"],
     )
     if "test" in data:
