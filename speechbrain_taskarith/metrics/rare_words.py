@@ -5,6 +5,7 @@ alignment. Insertions belong to no reference word and are counted apart.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from speechbrain_taskarith.metrics.word_errors import (
@@ -161,8 +162,9 @@ class RareWords:
 
         Arguments
         ---------
-        lines : iterable of str or list of str
-            Training transcripts, written as the references will be.
+        lines : iterable of str or list of str, or dict
+            Training transcripts, written as the references will be; of a
+            dict by utterance ID, its values.
         coverage : float
             Frequent are the most frequent words that together make this
             share of the running words, in (0, 1]; words as frequent as the
@@ -188,8 +190,12 @@ class RareWords:
         >>> rare.min_count, "the" in rare, "okapi" in rare
         (3, False, True)
         """
+        if isinstance(lines, str):
+            raise TypeError(
+                "lines: expected a list of transcripts, found a single string"
+            )
         counts = Counter()
-        for line in lines:
+        for line in lines.values() if isinstance(lines, Mapping) else lines:
             counts.update(line.split() if isinstance(line, str) else line)
         if not counts:
             raise ValueError(
@@ -203,13 +209,13 @@ class RareWords:
     def __contains__(self, word):
         return self.counts.get(word, 0) < self.min_count
 
-    def report(self, references, hypotheses, ids=None):
+    def report(self, references, hypotheses, ids=None, *, normalize=None):
         """Count errors on rare words and others.
 
         Arguments and errors are as `wer`; the result is a `RareWordReport`
         whose totals equal those of `wer`.
         """
-        words, _, alignments = aligned(references, hypotheses, ids)
+        words, _, alignments = aligned(references, hypotheses, ids, normalize)
         return sum(map(self._count, words, alignments))
 
     def _count(self, reference, chunks):

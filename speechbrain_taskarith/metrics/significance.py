@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from speechbrain_taskarith.metrics.word_errors import one_each
+
 # Resamples drawn at once: bounds memory at about 32 MB for any corpus.
 _CHUNK_ENTRIES = 1 << 22
 
@@ -163,12 +165,7 @@ def _block_counts(reports, blocks):
     counts = np.array(columns, dtype=np.float64).T
     if blocks is None:
         return counts
-    blocks = list(blocks)
-    if len(blocks) != len(counts):
-        raise ValueError(
-            f"{len(counts)} utterances but {len(blocks)} block labels; give "
-            "one label per utterance"
-        )
+    blocks = one_each(blocks, reports[0].ids, "block label")
     number = {label: i for i, label in enumerate(dict.fromkeys(blocks))}
     summed = np.zeros((len(number), counts.shape[1]))
     np.add.at(summed, [number[label] for label in blocks], counts)

@@ -327,11 +327,11 @@ def one_each(labels, ids, what):
         missing = [id_ for id_ in ids if id_ not in labels]
         if missing:
             raise ValueError(
-                f"{some_utterances(missing)}: no {what} given; add it to "
-                f"`{what}s`"
+                f"{some_utterances(missing)}: no {what} given; add it"
             )
         return [labels[id_] for id_ in ids]
-    labels = list(labels)
+    # Elements of a tensor are no labels: no two are the same.
+    labels = labels.tolist() if hasattr(labels, "tolist") else list(labels)
     if len(labels) != len(ids):
         raise ValueError(
             f"{len(ids)} utterances but {len(labels)} {what}s; give one per "

@@ -54,6 +54,14 @@ def test_groups_add_up_to_the_word_errors(pairs, min_count):
     assert report.rare.words == count
 
 
+def test_transcripts_by_id_and_text_that_is_normalised():
+    lines = {"u1": "The cat", "u2": "the dog"}
+    rare = RareWords.from_transcripts(lines, min_count=2)
+    assert rare.counts == {"The": 1, "cat": 1, "the": 1, "dog": 1}
+    report = rare.report(["THE OWL"], ["the owl"], normalize=str.lower)
+    assert (report.rare.words, report.rare.wer) == (2, 0.0)
+
+
 def test_errors_belong_to_reference_words():
     rare = RareWords({"the": 9, "sat": 9}, 2)
     report = rare.report(
@@ -96,5 +104,7 @@ def test_bad_input():
             RareWords.from_transcripts(["a"], coverage)
     with pytest.raises(ValueError, match="min_count 0"):
         RareWords.from_transcripts(["a"], min_count=0)
+    with pytest.raises(TypeError, match="a single string"):
+        RareWords.from_transcripts("the cat the cat")
     with pytest.raises(ValueError, match="1 references but 2"):
         RareWords({"a": 1}, 1).report(["a"], ["a", "b"])

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from speechbrain_taskarith.metrics import (
     confidence_interval,
@@ -62,6 +63,13 @@ def test_blocks_widen_the_interval_of_dependent_utterances():
     low, high = confidence_interval(report)
     block_low, block_high = confidence_interval(report, blocks=speakers)
     assert block_high - block_low > 3 * (high - low)
+    by_id = dict(zip(report.ids, speakers))
+    for form in (torch.tensor(speakers), np.array(speakers), by_id):
+        found = confidence_interval(report, blocks=form)
+        assert found == (block_low, block_high)
+    del by_id["3"]
+    with pytest.raises(ValueError, match="'3': no block label given"):
+        confidence_interval(report, blocks=by_id)
 
 
 def test_paired_test_finds_a_real_difference():

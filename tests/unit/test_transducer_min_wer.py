@@ -147,6 +147,11 @@ def test_words_are_counted_after_detokenizing():
     assert by_text == [[0, 1, 1], [0, 1], [1]]
     with pytest.raises(ValueError, match="1 references for 3"):
         loss(x, lens[0], targets, lens[1], ["one"], lists)
+    # Text and labels are never equal.
+    with pytest.raises(ValueError, match="give MinWERLoss a detokenize"):
+        MinWERLoss(search, 4, source="offline")(
+            x, lens[0], targets, lens[1], ["one", "two", "x"], lists
+        )
 
 
 def test_lists_without_difference_are_skipped_and_counted():

@@ -246,6 +246,21 @@ def test_speechbrain_modules_and_recipe_style_unpacking():
     assert_same(wide.decode(x)[0], exhaustive(predictor, joint, x[0], 1))
 
 
+@pytest.mark.parametrize("kind", [TransducerGreedySearch, TransducerSampler])
+def test_where_all_utterances_end_before_the_padding_does(kind):
+    from speechbrain.nnet.transducer.transducer_joint import Transducer_joint
+
+    torch.manual_seed(0)
+    tjoint = Transducer_joint(joint="sum", nonlinearity=torch.nn.Tanh)
+    joint = SpeechBrainJoint(tjoint, [torch.nn.Linear(8, 6)], 0)
+    search = kind(LSTMPredictor(6, 4, 8, num_layers=1), joint, 0)
+    x = torch.randn(2, 8, 8)
+    torch.manual_seed(1)
+    cut = search.decode(x, torch.tensor([0.5, 0.25]))
+    torch.manual_seed(1)
+    assert cut == search.decode(x[:, :4], torch.tensor([1.0, 0.5]))
+
+
 def test_hash_tells_prefixes_apart():
     made = torch.Generator().manual_seed(0)
     rows = torch.randint(1, 3, (20000, 24), generator=made)
@@ -351,3 +366,6 @@ def test_bad_input():
         TransducerBeamSearch(predictor, joint, 0).decode(x)
     with pytest.raises(ValueError, match="length of row 0"):
         TransducerBeamSearch(predictor, joint, 0).decode(x, torch.zeros(2))
+    for kind in (TransducerBeamSearch, TransducerGreedySearch):
+        with pytest.raises(ValueError, match="made with blank_index 0"):
+            kind(predictor, joint, 2)

@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from speechbrain.lobes.features import Fbank
 from speechbrain.processing.features import InputNormalization
 
 from speechbrain_taskarith.transducer import (
@@ -294,5 +295,32 @@ def test_bad_input():
     stream.finish()
     with pytest.raises(RuntimeError, match="has ended"):
         stream.feed(torch.zeros(8))
+
+
+@pytest.mark.parametrize("use", ["stream", "encode", "transcribe"])
+def test_training_mode_is_refused_before_statistics_move(use):
+    training, normalize = normalised()
+    training.train()
+    before = normalize.glob_mean.clone()
+    given = {"stream": (), "encode": (wave(8000)[None],)}
     with pytest.raises(RuntimeError, match="training mode"):
-        model().train().stream()
+        getattr(training, use)(*given.get(use, (wave(8000),)))
+    assert torch.equal(normalize.glob_mean, before)
+
+
+@pytest.mark.parametrize("option", ["deltas", "context"])
+def test_features_that_look_at_their_neighbours_are_refused(option):
+    whole = model()
+    with pytest.raises(ValueError, match=f"{option}=True"):
+        StreamingTransducer(
+            LocalFbank(n_mels=20, **{option: True}),
+            whole.encoder,
+            whole.searcher,
+            str,
+        )
+
+
+def test_features_with_a_floor_below_the_loudest_frame_are_told():
+    whole = model()
+    with pytest.warns(UserWarning, match="80.0 dB.*LocalFbank"):
+        StreamingTransducer(Fbank(), whole.encoder, whole.searcher, str)

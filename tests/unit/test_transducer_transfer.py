@@ -26,10 +26,11 @@ def parts(seed, vocab=9):
 
 
 def same(one, other):
+    found = other.state_dict()
     return {
         name
         for name, tensor in one.state_dict().items()
-        if torch.equal(tensor, other.state_dict()[name])
+        if name in found and torch.equal(tensor, found[name])
     }
 
 
@@ -161,3 +162,76 @@ def test_bad_files(tmp_path, capsys):
         transfer_encoder(
             parts(0).state_dict(), here, prefix="encoder.", layers=range(10, 13)
         )
+
+
+class Deep(torch.nn.Module):
+    """A front end and a projection with numbers of their own."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.conv_layers = torch.nn.ModuleList(
+            torch.nn.Linear(2, 2) for _ in range(4)
+        )
+        self.encoder = Emformer(8, 2, 16, layers, 4, 1, 8)
+        self.projection = torch.nn.Sequential(torch.nn.Linear(8, 8))
+
+
+def test_layers_are_those_of_the_encoder_alone():
+    there, here = Deep(3), Deep(3)
+    report = transfer_encoder(there.state_dict(), here, layers=[0, 2])
+    assert {tuple(name.split(".")[:3]) for name in report.loaded} == {
+        ("encoder", "layers", "0"),
+        ("encoder", "layers", "2"),
+    }
+    assert {"conv_layers.0.weight", "projection.0.weight"} <= set(report.left)
+    with pytest.raises(ValueError, match=r"layers \[3\]: the encoder has"):
+        transfer_encoder(there.state_dict(), here, layers=[3])
+
+
+def test_one_layer_is_not_mistaken_for_what_is_in_it():
+    there, here = (Emformer(8, 2, 16, 1, 4, 1, 8) for _ in range(2))
+    report = transfer_encoder(there.state_dict(), here, layers=[0])
+    assert set(report.loaded) == set(here.state_dict())
+
+
+def test_lower_layers_of_a_deeper_model():
+    there, here = Emformer(8, 2, 16, 4, 4, 1, 8), Emformer(8, 2, 16, 2, 4, 1, 8)
+    state = there.state_dict()
+    with pytest.raises(ValueError, match="only there"):
+        transfer_encoder(state, here)
+    assert transfer_encoder(state, here, layers=[0, 1]).unexpected == ()
+    assert same(there, here) == set(here.state_dict())
+    report = transfer_encoder(state, here, include="layers.0.*")
+    assert len(report.loaded) == len(report.left) and not report.unexpected
+
+
+def test_weights_of_torchaudio_recognise_alike():
+    models = pytest.importorskip("torchaudio.models")
+    torch.manual_seed(0)
+    options = {"right_context_length": 1, "left_context_length": 8}
+    there = models.Emformer(8, 2, 16, 3, 4, activation="gelu", **options).eval()
+    state = {f"transformer.{k}": v for k, v in there.state_dict().items()}
+    here = Emformer(8, 2, 16, 3, 4, 1, 8).eval()
+    report = transfer_encoder(
+        state, here, prefix="transformer.", rename="torchaudio-emformer"
+    )
+    assert len(report.loaded) == len(state)
+    x = torch.randn(2, 13, 8)
+    # Torchaudio's input ends with a right context that gives no output.
+    expected, _ = there(x, torch.tensor([12, 12]))
+    with torch.no_grad():
+        found = here(x)
+    torch.testing.assert_close(found[:, :8], expected[:, :8])
+
+
+def test_renaming_by_patterns_and_its_faults():
+    there, here = Emformer(8, 2, 16, 1, 4, 1, 8), Emformer(8, 2, 16, 1, 4, 1, 8)
+    state = {
+        k.replace("layers", "blocks"): v for k, v in there.state_dict().items()
+    }
+    transfer_encoder(state, here, rename={"blocks.*": "layers.*"})
+    assert same(there, here) == set(here.state_dict())
+    with pytest.raises(ValueError, match="'torchaudio-emformer'"):
+        transfer_encoder(state, here, rename="kaldi")
+    with pytest.raises(ValueError, match="matches no"):
+        transfer_encoder(state, here, rename={"layer.*": "layers.*"})

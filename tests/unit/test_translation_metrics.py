@@ -31,6 +31,11 @@ def test_scores_are_sacrebleus():
     assert "tok:13a" in report.bleu_signature
     assert "nc:6" in report.chrf_signature
     assert "length ratio 0.846 (2 sentences)" in str(report)
+    # Without spaces characters are counted: half of them are missing.
+    cut = translation_scores(
+        ["我爱北京天安门广场"], ["我爱北京"], tokenize="zh"
+    )
+    assert cut.length_ratio == 4 / 9
     lower = translation_scores(
         [line.upper() for line in REFERENCES], HYPOTHESES, lowercase=True
     )

@@ -17,7 +17,8 @@ class TranslationReport:
     bleu, chrf : float
         BLEU and chrF2, 0 to 100.
     length_ratio : float
-        Words written over words of the references.
+        Length of what was written over that of the references, in the tokens
+        that BLEU counts.
     sentences : int
         How many.
     bleu_signature, chrf_signature : str
@@ -90,12 +91,12 @@ def translation_scores(
     sets, hypotheses = checked(references, hypotheses)
     bleu = sacrebleu.BLEU(lowercase=lowercase, tokenize=tokenize)
     chrf = sacrebleu.CHRF(lowercase=lowercase)
-    words = sum(len(line.split()) for one in sets for line in one) / len(sets)
-    written = sum(len(line.split()) for line in hypotheses)
+    score = bleu.corpus_score(hypotheses, sets)
+    written, expected = score.sys_len, score.ref_len
     return TranslationReport(
-        bleu=bleu.corpus_score(hypotheses, sets).score,
+        bleu=score.score,
         chrf=chrf.corpus_score(hypotheses, sets).score,
-        length_ratio=written / words if words else float(written > 0),
+        length_ratio=written / expected if expected else float(written > 0),
         sentences=len(hypotheses),
         bleu_signature=str(bleu.get_signature()),
         chrf_signature=str(chrf.get_signature()),

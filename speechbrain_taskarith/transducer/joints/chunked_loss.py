@@ -106,11 +106,6 @@ def joint_transducer_loss(
     True
     """
     joint = as_joint(joint, blank_index)
-    if joint.blank_index != blank_index:
-        raise ValueError(
-            f"blank_index {blank_index}, but the joint was made with "
-            f"blank_index {joint.blank_index}; give both the same"
-        )
     if encoder_out.dim() == 4:
         encoder_out = encoder_out.squeeze(2)
     if predictor_out.dim() == 4:

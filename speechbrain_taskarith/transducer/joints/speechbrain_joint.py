@@ -47,7 +47,8 @@ class SpeechBrainJoint(Joint):
         front = encoder.shape[:-1]
         x = encoder.reshape(1, -1, 1, encoder.shape[-1])
         g = predictor.reshape(1, -1, 1, predictor.shape[-1])
-        return self(x, g).reshape(*front, -1)
+        out = self(x, g)
+        return out.reshape(*front, out.shape[-1])
 
     def forward(self, encoder_out, predictor_out):
         """See `RNNTJoint.forward`."""
@@ -58,7 +59,15 @@ class SpeechBrainJoint(Joint):
 
 
 def as_joint(joint, blank_index):
-    """Wrap what is not a `Joint`: `joint(x[B, T, 1, E], g[B, 1, U + 1, P])`."""
-    if isinstance(joint, Joint):
-        return joint
-    return SpeechBrainJoint(joint, blank_index=blank_index)
+    """Wrap what is not a `Joint`: `joint(x[B, T, 1, E], g[B, 1, U + 1, P])`.
+
+    A joint that was made with another blank is a ValueError.
+    """
+    if not isinstance(joint, Joint):
+        return SpeechBrainJoint(joint, blank_index=blank_index)
+    if joint.blank_index != blank_index:
+        raise ValueError(
+            f"blank_index {blank_index}, but the joint was made with "
+            f"blank_index {joint.blank_index}; give both the same"
+        )
+    return joint

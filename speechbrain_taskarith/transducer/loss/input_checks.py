@@ -69,6 +69,7 @@ def check_targets(
     refusals = Refusals() if refusals is None else refusals
     if max_labels is not None:
         _refuse_long(labels, max_labels, refusals)
+    targets = targets.long()  # a byte has no vocab_size to be compared with
     bad = (targets == blank_index) | (targets < 0) | (targets >= vocab_size)
     bad &= ~padding_mask(labels.to(targets.device), targets.shape[1])
 

@@ -78,6 +78,8 @@ class TransducerGreedySearch(TransducerSearcher):
         frames = frames.tolist()
         for t in range(time):
             rows = [b for b in range(batch) if t < frames[b]]
+            if not rows:
+                break  # only padding is left
             for count in range(self.max_symbols + 1):
                 index = torch.tensor(rows, device=scores.device).long()
                 log_probs = self.joint.log_probs(

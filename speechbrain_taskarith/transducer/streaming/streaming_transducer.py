@@ -1,6 +1,8 @@
 """A streaming recogniser: chunks of samples in, partial text out."""
 
+import math
 import time
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -116,6 +118,21 @@ class StreamingTransducer(torch.nn.Module):
                 f"normalize with norm_type {norm_type!r} needs the whole "
                 "utterance; a stream needs 'global'"
             )
+        for name in ("deltas", "context"):
+            if getattr(features, name, False):
+                raise ValueError(
+                    f"features with {name}=True: a frame then has values of "
+                    "its neighbours, which a stream does not wait for; make "
+                    f"them with {name}=False"
+                )
+        floor = getattr(features, "compute_fbanks", None)
+        if math.isfinite(getattr(floor, "top_db", math.inf)):
+            warnings.warn(
+                f"{type(features).__name__} raises what is {floor.top_db} dB "
+                "below the loudest frame, which a stream has not heard yet: "
+                "it may differ from `transcribe`. LocalFbank does not",
+                stacklevel=2,
+            )
         properties = features.get_filter_properties()
         self.features = features
         self.encoder = encoder
@@ -208,6 +225,7 @@ class StreamingTransducer(torch.nn.Module):
         lens : torch.Tensor
             [B], relative lengths of that.
         """
+        self._require_evaluation()
         waves = waves.to(next(self.encoder.parameters()).device)
         if lens is None:
             lens = torch.ones(len(waves))
@@ -237,6 +255,7 @@ class StreamingTransducer(torch.nn.Module):
         str
             The text.
         """
+        self._require_evaluation()
         wave = _checked_samples(wave, self.sample_rate, self.sample_rate)
         if not len(wave):
             return ""
@@ -252,12 +271,15 @@ class StreamingTransducer(torch.nn.Module):
         Stream
             With `feed` and `finish`.
         """
+        self._require_evaluation()
+        return Stream(self)
+
+    def _require_evaluation(self):
         if self.training:
             raise RuntimeError(
                 "the model is in training mode: dropout and running "
                 "statistics would be active; call .eval() first"
             )
-        return Stream(self)
 
 
 class Stream:

@@ -281,6 +281,11 @@ class MinWERLoss(torch.nn.Module):
         """Count errors, in words where there is a detokenizer."""
         if references is None:
             references = [self._words(tokens) for tokens in truth]
+        elif self.detokenize is None:
+            raise ValueError(
+                "references are text, and hypotheses are labels: give "
+                "MinWERLoss a detokenize, or no references"
+            )
         elif len(references) != len(truth):
             raise ValueError(
                 f"{len(references)} references for {len(truth)} utterances"

@@ -4,6 +4,7 @@ Reading a checkpoint never executes anything in it.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,20 @@ from pathlib import Path
 import torch
 
 from speechbrain_taskarith.utils.messages import some
-from speechbrain_taskarith.utils.patterns import select
+from speechbrain_taskarith.utils.patterns import as_tuple, matches, select
+from speechbrain_taskarith.utils.patterns import rename as rename_all
+
+#: Names of other packages' encoders in the place of ours, for `rename`.
+RENAMED = {
+    "torchaudio-emformer": {
+        "emformer_layers.*.attention.emb_to_query.*": "layers.*.query.*",
+        "emformer_layers.*.attention.emb_to_key_value.*": "layers.*.key_value.*",
+        "emformer_layers.*.attention.out_proj.*": "layers.*.project.*",
+        "emformer_layers.*.pos_ff.*": "layers.*.feed_forward.*",
+        "emformer_layers.*.layer_norm_input.*": "layers.*.norm_in.*",
+        "emformer_layers.*.layer_norm_output.*": "layers.*.norm_out.*",
+    }
+}
 
 
 @dataclass(frozen=True)
@@ -25,7 +39,7 @@ class TransferReport:
     loaded, missing : tuple of str
         Loaded; selected, but not in the checkpoint.
     unexpected : tuple of str
-        In the checkpoint under the prefix, but not in the encoder.
+        Selected, in the checkpoint under the prefix, but not in the encoder.
     mismatched : tuple of str
         In both, with different shapes: `"name: (3, 4) there, (3, 5) here"`.
     left : tuple of str
@@ -63,6 +77,7 @@ def transfer_encoder(
     include=("*",),
     exclude=(),
     recoverable="model",
+    rename=None,
 ) -> "TransferReport":
     """Load an encoder's weights from a checkpoint, and nothing else.
 
@@ -83,15 +98,21 @@ def transfer_encoder(
         `"encoder."`.
     strict : bool
         True raises an error where a selected weight is missing or has another
-        shape, or where the checkpoint's encoder has weights that `encoder`
-        has not. False loads what fits, and reports the rest.
+        shape, or where the checkpoint's encoder has selected weights that
+        `encoder` has not. False loads what fits, and reports the rest.
     layers : iterable of int or None
-        Numbers of the layers to load, as in names like `layers.3.weight` or
-        `layers.[3].weight`; None loads everything, also outside of layers.
+        Numbers of the layers to load, e.g. those of a deeper model. Layers
+        are the numbered modules of one class that have most of the weights:
+        `encoder.layers.3`, not a front end's `conv_layers.3`. None loads
+        everything, also outside of layers.
     include, exclude : str or sequence of str
         Anchored shell patterns on the encoder's own names.
     recoverable : str
         Recoverable to read from a SpeechBrain checkpoint folder.
+    rename : dict or str or None
+        `{pattern: replacement}` for names in the checkpoint, after the prefix;
+        a `*` stands for what it matched. `"torchaudio-emformer"`: the weights
+        of `torchaudio.models.Emformer`, made with `activation="gelu"`.
 
     Returns
     -------
@@ -121,6 +142,8 @@ def transfer_encoder(
         for name, tensor in state.items()
         if name.startswith(prefix)
     }
+    if rename is not None and found:
+        found = _renamed(found, rename, source)
     if not found:
         raise ValueError(
             f"{source}: no name begins with {prefix!r}; there are "
@@ -128,15 +151,24 @@ def transfer_encoder(
         )
     own = encoder.state_dict()
     selected = select(own, include, exclude)
-    if layers is not None:
-        selected = _in_layers(selected, layers)
+    inside = _layers_of(encoder, own, layers)
+    selected = [name for name in selected if inside(name)]
+    include, exclude = as_tuple(include), as_tuple(exclude)
+    only_there = (
+        name
+        for name in found
+        if name not in own
+        and inside(name)
+        and any(matches(name, pattern) for pattern in include)
+        and not any(matches(name, pattern) for pattern in exclude)
+    )
     both = {name: found[name] for name in selected if name in found}
     loaded = {k: v for k, v in both.items() if v.shape == own[k].shape}
     report = TransferReport(
         source,
         tuple(loaded),
         missing=tuple(name for name in selected if name not in found),
-        unexpected=tuple(name for name in found if name not in own),
+        unexpected=tuple(only_there),
         mismatched=tuple(
             f"{k}: {tuple(v.shape)} there, {tuple(own[k].shape)} here"
             for k, v in both.items()
@@ -150,17 +182,56 @@ def transfer_encoder(
     return report
 
 
-def _in_layers(names, layers):
-    """Select names of some layers: the first number in a name."""
-    layers = set(layers)
-    found = {name: re.search(r"\.\[?(\d+)\]?\.", f".{name}") for name in names}
-    numbers = {name: int(match[1]) for name, match in found.items() if match}
-    if absent := layers - set(numbers.values()):
+def _renamed(found, rename, source):
+    """Return the checkpoint's weights under the encoder's names."""
+    if isinstance(rename, str):
+        if rename not in RENAMED:
+            raise ValueError(
+                f"rename={rename!r}: expected a dict, or one of "
+                f"{', '.join(map(repr, RENAMED))}"
+            )
+        rename = RENAMED[rename]
+    new = rename_all(found, rename, label=source)
+    return {new[name]: tensor for name, tensor in found.items()}
+
+
+def _layers_of(encoder, names, layers):
+    """Return what tells whether a name is of these layers."""
+    if layers is None:
+        return lambda name: True
+    layers, stack = set(layers), _stack(encoder)
+
+    def number(name):
+        if stack is None or not name.startswith(stack):
+            return None
+        match = re.match(r"\[?(\d+)\]?\.", name[len(stack) :])
+        return match and int(match[1])
+
+    there = {number(name) for name in names} - {None}
+    if absent := layers - there:
         raise ValueError(
             f"layers {sorted(absent)}: the encoder has "
-            f"{sorted(set(numbers.values())) or 'none'}"
+            f"{sorted(there) or 'none'}"
         )
-    return [name for name, number in numbers.items() if number in layers]
+    return lambda name: number(name) in layers
+
+
+def _stack(encoder):
+    """Return the prefix of the layers' numbers, or None.
+
+    Of the modules whose numbered children are of one class, that with the
+    most weights in them: not a front end's stack, nor one inside a layer.
+    """
+    sizes = {}
+    for name, module in encoder.named_modules():
+        children = defaultdict(int)
+        for key, child in module.named_children():
+            size = sum(weight.numel() for weight in child.parameters())
+            if size and re.fullmatch(r"\[?\d+\]?", key):
+                children[type(child)] += size
+        if len(children) == 1:
+            sizes[f"{name}." if name else ""] = sum(children.values())
+    return max(sizes, key=sizes.get, default=None)
 
 
 def _raise_faults(report, prefix):
