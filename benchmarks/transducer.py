@@ -10,6 +10,7 @@ See `benchmarks/README.md` for what came out.
 """
 
 import argparse
+import io
 import json
 import os
 import statistics
@@ -25,8 +26,11 @@ import torch  # noqa: E402
 
 from speechbrain_taskarith.transducer import (
     Emformer,
+    LocalFbank,
     LSTMPredictor,
     RNNTJoint,
+    StreamingTransducer,
+    TimeReduction,
     TransducerBeamSearch,
     TransducerGreedySearch,
     joint_transducer_loss,
@@ -139,14 +143,14 @@ def run_step(step):
     print(json.dumps({"peak": _resident("VmHWM") - before}))
 
 
-def seconds(functions, rounds):
+def seconds(functions, rounds, clock=time.perf_counter):
     """Time functions in turn; return their times in seconds."""
     times = {name: [] for name in functions}
     for _ in range(rounds + 1):
         for name, function in functions.items():
-            began = time.perf_counter()
+            began = clock()
             function()
-            times[name].append(time.perf_counter() - began)
+            times[name].append(clock() - began)
     # The first round warms up.
     return {name: taken[1:] for name, taken in times.items()}
 
@@ -309,26 +313,55 @@ def bench_beam(rounds, batches=(1, 4, 8, 16), time_steps=100):
 
 
 def bench_stream(rounds, seconds_of_audio=8.0):
-    """Real-time factor of the 20-layer Emformer, streaming, greedy search."""
+    """Streaming of the 20-layer Emformer, greedy search, in three types."""
     torch.manual_seed(0)
-    encoder = Emformer(WIDTH, 8, 2048, 20, 4, 1, 30).eval()
-    predictor = LSTMPredictor(VOCAB, WIDTH, WIDTH).eval()
-    joint = RNNTJoint(WIDTH, WIDTH, JOINT, VOCAB).eval()
+    joint = RNNTJoint(WIDTH, WIDTH, JOINT, VOCAB)
     joint.output.bias.data[0] += 3.0
-    search = TransducerGreedySearch(predictor, joint, 0)
-    frames = int(seconds_of_audio / 0.04)
-    x = torch.randn(1, frames, WIDTH)
-
-    @torch.no_grad()
-    def step():
-        context, state = encoder.make_streaming_context(1), search.start(1)
-        for t in range(0, frames, 4):
-            out = encoder.forward_streaming(x[:, t : t + 5], context)
-            state = search.advance(out, state)
-
-    taken = [t / seconds_of_audio for t in seconds({"": step}, rounds)[""]]
+    model = StreamingTransducer(
+        LocalFbank(n_mels=80),
+        Emformer(WIDTH, 8, 2048, 20, 4, 1, 30),
+        TransducerGreedySearch(LSTMPredictor(VOCAB, WIDTH, WIDTH), joint, 0),
+        detokenize=str,
+        frontend=TimeReduction(80, WIDTH),
+    ).eval()
+    wave = torch.randn(int(16000 * seconds_of_audio))
+    models = {
+        "float32": model,
+        **{name: model.quantize(name) for name in ("int8", "bf16")},
+    }
+    expected, _ = model.encode(wave[None])
     print("\n| streaming, one thread | real-time factor |\n|---|---|")
-    print(shown("Emformer-20, greedy", taken))
+    taken = seconds(
+        {name: lambda m=m: stream(m, wave) for name, m in models.items()},
+        rounds,
+        clock=time.process_time,
+    )
+    for name, each in taken.items():
+        print(shown(name, [t / seconds_of_audio for t in each]))
+    whole = statistics.median(taken["float32"])
+    for name, other in models.items():
+        found, _ = other.encode(wave[None])
+        error = (found - expected).norm() / expected.norm()
+        print(
+            f"{name}: {stored(other) / 1e6:.0f} MB, float32 / {name} "
+            f"{whole / statistics.median(taken[name]):.2f}, encoder differs "
+            f"by {100 * error:.2f} %"
+        )
+
+
+def stream(model, wave):
+    """Recognise a recording in portions of 160 ms."""
+    one = model.stream()
+    for samples in wave.split(2560):
+        one.feed(samples)
+    return one.finish()
+
+
+def stored(model):
+    """Return the bytes of the weights, packed ones too."""
+    written = io.BytesIO()
+    torch.save(model.state_dict(), written)
+    return written.tell()
 
 
 PARTS = {

@@ -1,5 +1,7 @@
 """Streams: any portions of samples give what the whole recording gives."""
 
+import copy
+import io
 import time
 
 import pytest
@@ -324,3 +326,75 @@ def test_features_with_a_floor_below_the_loudest_frame_are_told():
     whole = model()
     with pytest.warns(UserWarning, match="80.0 dB.*LocalFbank"):
         StreamingTransducer(Fbank(), whole.encoder, whole.searcher, str)
+
+
+def stored(recogniser):
+    """Bytes of the weights, packed ones too."""
+    stream = io.BytesIO()
+    torch.save(recogniser.state_dict(), stream)
+    return stream.tell()
+
+
+def wide():
+    """A recogniser whose size is that of its matrices."""
+    torch.manual_seed(0)
+    predictor = LSTMPredictor(40, 32, 64, num_layers=1)
+    search = TransducerGreedySearch(
+        predictor, RNNTJoint(64, 64, 64, 40), 0, max_symbols=1
+    )
+    return StreamingTransducer(
+        LocalFbank(n_mels=40),
+        Emformer(64, 4, 256, 4, 4, 1, 8, memory_size=2),
+        search,
+        lambda tokens: " ".join(map(str, tokens)),
+        frontend=TimeReduction(40, 64),
+    ).eval()
+
+
+@pytest.mark.parametrize(
+    "dtype, share, worst", [("int8", 0.35, 0.05), ("bf16", 0.55, 0.02)]
+)
+def test_a_quantised_copy_is_small_and_computes_nearly_the_same(
+    dtype, share, worst
+):
+    whole, given = wide(), wave(16000)
+    before = {k: v.clone() for k, v in whole.state_dict().items()}
+    small = whole.quantize(dtype)
+    assert stored(small) < share * stored(whole)
+    expected, _ = whole.encode(given[None])
+    found, _ = small.encode(given[None])
+    error = (found.float() - expected).norm() / expected.norm()
+    assert 1e-6 < error < worst
+    stream, pieces = small.stream(), []
+    advance = small.searcher.advance
+    small.searcher.advance = lambda out, state: (
+        pieces.append(out) or advance(out, state)
+    )
+    for samples in given.split(1600):
+        stream.feed(samples)
+    stream.finish()
+    streamed = torch.cat(pieces, 1).float()
+    assert (streamed - expected).norm() / expected.norm() < 2 * worst
+    # The model itself is as it was.
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_other_types_of_the_whole_model_keep_float32_features():
+    whole, given = wide(), wave(8000)
+    exact = copy.deepcopy(whole).double()
+    out, _ = exact.encode(given[None])
+    assert out.dtype == torch.float64
+    torch.testing.assert_close(
+        out.float(), whole.encode(given[None])[0], rtol=1e-4, atol=1e-5
+    )
+    stream = exact.stream()
+    stream.feed(given)
+    assert stream.finish().text == exact.transcribe(given)
+
+
+def test_what_cannot_be_quantised_is_named():
+    with pytest.raises(ValueError, match="'int4': expected 'int8' or 'bf16'"):
+        wide().quantize("int4")
+    with pytest.raises(ValueError, match="int8 is for float32 on the CPU"):
+        wide().bfloat16().quantize("int8")

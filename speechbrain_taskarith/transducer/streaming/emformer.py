@@ -165,7 +165,8 @@ class Emformer(torch.nn.Module):
         EmformerContext
             For `forward_streaming`, which changes it.
         """
-        weight = self.layers[0].query.weight
+        # A norm is never quantised.
+        weight = self.layers[0].norm_in.weight
 
         def zeros(*shape, dtype=dtype):
             return weight.new_zeros((batch, *shape), device=device, dtype=dtype)

@@ -1,5 +1,6 @@
 """A streaming recogniser: chunks of samples in, partial text out."""
 
+import copy
 import math
 import time
 import warnings
@@ -178,6 +179,8 @@ class StreamingTransducer(torch.nn.Module):
 
     def _apply(self, fn, *options):
         super()._apply(fn, *options)
+        # Spectra and statistics are not for half precision.
+        self.features.float()
         device = next(self.encoder.parameters()).device
         for name in _STATISTICS[1:] if self.normalize is not None else ():
             value = getattr(self.normalize, name)
@@ -237,6 +240,7 @@ class StreamingTransducer(torch.nn.Module):
         lens = (frames / x.shape[1]).clamp(max=1.0)
         if self.normalize is not None:
             x = self.normalize(x, lens)
+        x = x.to(self._dtype())
         if self.frontend is not None:
             x, lens = self.frontend(x, lens)
         return self.encoder(x, lens), lens
@@ -262,6 +266,67 @@ class StreamingTransducer(torch.nn.Module):
         encoder_out, lens = self.encode(wave[None])
         found = self.searcher.decode(encoder_out, lens)
         return self.detokenize(found[0][0].tokens)
+
+    def quantize(self, dtype="int8"):
+        """Return a smaller copy; this model stays as it is.
+
+        Features and normaliser stay in float32. Rounding is not the same in a
+        stream and in the whole recording, so that their texts may differ
+        where two labels are nearly as likely. Measure the copy's WER.
+
+        Arguments
+        ---------
+        dtype : str
+            `"int8"`: weights of linear layers and LSTMs, a quarter of their
+            size, multiplied by activations that are rounded as they come. For
+            CPUs, and not to be trained. `"bf16"`: all networks in bfloat16,
+            half the size, on any device.
+
+        Returns
+        -------
+        StreamingTransducer
+
+        Raises
+        ------
+        ValueError
+            Another `dtype`, or int8 for a model that is not on the CPU or not
+            in float32.
+
+        Example
+        -------
+        >>> from speechbrain_taskarith import transducer
+        >>> predictor = transducer.LSTMPredictor(5, 4, 6, num_layers=1)
+        >>> model = StreamingTransducer(
+        ...     transducer.LocalFbank(n_mels=16),
+        ...     transducer.Emformer(16, 4, 32, 2, 4, 1, 8),
+        ...     transducer.TransducerGreedySearch(
+        ...         predictor, transducer.RNNTJoint(16, 6, 8, 5), 0
+        ...     ),
+        ...     detokenize=str,
+        ... ).eval()
+        >>> small = model.quantize("bf16")
+        >>> small.encode(torch.randn(1, 8000))[0].dtype
+        torch.bfloat16
+        """
+        if dtype == "bf16":
+            return copy.deepcopy(self).bfloat16()
+        if dtype != "int8":
+            raise ValueError(f"dtype={dtype!r}: expected 'int8' or 'bf16'")
+        weight = next(self.encoder.parameters())
+        if weight.device.type != "cpu" or weight.dtype != torch.float32:
+            raise ValueError(
+                f"the model is {weight.dtype} on {weight.device}; int8 is for "
+                "float32 on the CPU: move it there first"
+            )
+        with warnings.catch_warnings():
+            # Its successor, torchao, has no LSTM.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return torch.ao.quantization.quantize_dynamic(
+                copy.deepcopy(self), {torch.nn.Linear, torch.nn.LSTM}
+            )
+
+    def _dtype(self):
+        return next(self.encoder.parameters()).dtype
 
     def stream(self):
         """Start a stream. Several streams may share the model.
@@ -342,7 +407,7 @@ class Stream:
         x = self.model.features(wave)
         if self.model.normalize is not None:
             x = self.model.normalize(x, torch.ones(1, device=x.device))
-        return x
+        return x.to(self.model._dtype())
 
     def _reduce(self, final):
         """Turn complete stacks of frames into the encoder's input."""
