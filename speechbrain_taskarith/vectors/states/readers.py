@@ -132,7 +132,8 @@ def form_of(path):
         return "hugging face"
     raise ValueError(
         f"{path}: unknown suffix {path.suffix!r}; expected .safetensors, "
-        f"{', '.join(TORCH_SUFFIXES)}, a folder, or a CKPT+ folder"
+        f"{', '.join(TORCH_SUFFIXES)}, a CKPT+ folder, or a folder (one with "
+        "a dot in its name must exist)"
     )
 
 
