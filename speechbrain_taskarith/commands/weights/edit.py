@@ -272,7 +272,7 @@ def _would_learn(options, finetuned, scale):
     rule = shared.rule_of(options.rule) if options.rule else None
     if _is_new(options):
         base = shared.open_weights(options.base, options)
-        folder.check_finite(base, base.label)
+        folder.check_finite(base, base.label, **how)
         before, encoding = precision.widened(base), options.encoding or "auto"
         how |= {"number": 1, "schedule": scale}
         how["types_for"] = partial(precision.types_of, base=base)

@@ -109,7 +109,7 @@ class SequentialEditor:
         checks.one_of("encoding", encoding, ("auto", *ENCODINGS))
         base = as_model(base)
         base.verify()
-        check_finite(base, base.label)
+        check_finite(base, base.label, include, exclude)
         self._files = EditFolder.start(
             folder,
             base,
