@@ -12,6 +12,7 @@ from speechbrain_taskarith.utils.patterns import matches
 from speechbrain_taskarith.vectors.engine.vector_header import (
     read_vector_header,
 )
+from speechbrain_taskarith.vectors.states.readers import form_of
 
 # What is read and edited, in the same way by all verbs.
 _READING = {
@@ -416,7 +417,9 @@ def check_output(output, inputs, overwrite, suffixes=None, what=None):
             raise ValueError(
                 f"{output}: is (or lies in) an input; name another output"
             )
-    if suffixes and output.suffix.lower() not in suffixes:
+    if suffixes is None:
+        form_of(output)
+    elif output.suffix.lower() not in suffixes:
         raise ValueError(
             f"{output}: {what} is stored as {', '.join(suffixes)}; name it so"
         )

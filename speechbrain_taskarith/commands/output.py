@@ -194,6 +194,7 @@ def write_weights(
         save_checkpoint,
         save_state,
     )
+    from speechbrain_taskarith.vectors.states.readers import form_of
     from speechbrain_taskarith.vectors.states.speechbrain_folder import (
         by_network,
     )
@@ -203,7 +204,8 @@ def write_weights(
         return written(output, state, dry_run=True)
     like = like if like is None else local_path(like)
     card.fingerprint, metadata = state.fingerprint, card.provenance()
-    if output.name.startswith("CKPT+"):
+    form = form_of(output)
+    if form == "speechbrain":
         save_checkpoint(
             by_network(state, recoverable),
             output,
@@ -212,7 +214,7 @@ def write_weights(
             card=card,
         )
     else:
-        folder = output.suffix == "" and like is not None
+        folder = form == "hugging face" and like is not None
         files_of = like if folder and like.is_dir() else None
         save_state(state, output, metadata=metadata, like=files_of)
         card.save(output)

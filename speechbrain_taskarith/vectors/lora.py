@@ -3,6 +3,7 @@
 Hu et al. 2022, https://arxiv.org/abs/2106.09685: `W' = W + scaling * B A`.
 """
 
+import itertools
 import math
 import os
 import re
@@ -13,7 +14,14 @@ import torch
 
 from speechbrain_taskarith.utils.files import read_json
 from speechbrain_taskarith.vectors.checks import all_finite
+from speechbrain_taskarith.vectors.states.pairing import (
+    CONSTANTS,
+    UNTRAINED,
+    module_names,
+    pair_names,
+)
 from speechbrain_taskarith.vectors.states.readers import as_state, open_state
+from speechbrain_taskarith.vectors.states.state import is_extra
 
 _PREFIX = "base_model.model."
 # What changes the formula; refused, since the result would be plausible and
@@ -45,7 +53,8 @@ def lora_deltas(base, adapted, *, alpha=None):
     Arguments
     ---------
     base : path, torch.nn.Module, or mapping of tensors
-        The weights that the adapter was trained on.
+        The weights that the adapter was trained on; of SpeechBrain's
+        wrappers also the Hugging Face folder that they were built from.
     adapted : torch.nn.Module, path, or mapping of tensors
         SpeechBrain's `AdaptedModel` with `LoRA`; or what such a model
         saves (then `alpha` is needed, since it is not stored); or a PEFT
@@ -100,11 +109,22 @@ def lora_deltas(base, adapted, *, alpha=None):
 
 
 def _from_speechbrain(base, adapted):
-    from speechbrain.nnet.adapters import LoRA
+    from speechbrain.nnet.adapters import AdaptedModel, LoRA
 
-    model = dict(adapted.named_children()).get("adapted_model", adapted)
-    products, tensors = {}, model.state_dict(keep_vars=True)
-    for name, module in model.named_modules():
+    content = adapted.state_dict(keep_vars=True)
+    modules = dict(adapted.named_modules())
+    plain = module_names(adapted, [*content, *modules])
+    # What holds an adapted model adds a part to its names too.
+    held = {
+        plain[f"{path}.adapted_model".removeprefix(".")]
+        for path, module in modules.items()
+        if isinstance(module, AdaptedModel)
+    }
+    plain = {path: _without_parts(name, held) for path, name in plain.items()}
+    tensors = {plain[k]: v for k, v in content.items() if not is_extra(k)}
+    products = {}
+    for path, module in modules.items():
+        name = plain[path]
         if not isinstance(module, LoRA):
             if hasattr(module, "adapter_down_proj"):
                 raise ValueError(
@@ -127,12 +147,14 @@ def _from_speechbrain(base, adapted):
                 del tensors[key]
     if not products:
         raise ValueError("the adapted model holds no LoRA layer")
-    trained = {}
+    trained, found = {}, pair_names(tensors, base, None, base.aliases).names
     for key, value in tensors.items():
         if key not in products and value.requires_grad:
-            trained[key] = value
+            trained[found.get(key, key)] = value
             continue
-        expected = _weight_of(base, key)
+        if key not in found and key.split(".")[-1] in {*CONSTANTS, UNTRAINED}:
+            continue
+        expected = _weight_of(base, found.get(key, key))
         if key.endswith(("running_mean", "running_var", "num_batches_tracked")):
             continue
         if not torch.equal(value.cpu(), expected.cpu()):
@@ -140,8 +162,15 @@ def _from_speechbrain(base, adapted):
                 f"{key}: the adapter's frozen weights are not the base's "
                 f"({base.label}); give the base that it was trained on"
             )
-    deltas = _differences(base, trained, "the adapted model")
-    return _add_products(base, deltas, products, "the adapted model")
+    products = {found.get(name, name): one for name, one in products.items()}
+    return _deltas(base, trained, products, "the adapted model")
+
+
+def _without_parts(name, paths):
+    """Return a dotted name without its parts that end one of some paths."""
+    parts = name.split(".")
+    steps = itertools.accumulate(parts, "{}.{}".format)
+    return ".".join(p for p, step in zip(parts, steps) if step not in paths)
 
 
 def _from_saved(base, state, alpha, label):
@@ -149,7 +178,7 @@ def _from_saved(base, state, alpha, label):
     products, values = {}, {}
     down = ".adapter_down_proj.weight"
     for key in state:
-        name = key.removeprefix("adapted_model.")
+        name = key.replace("adapted_model.", "")
         if key.endswith(down):
             stem = key.removesuffix(down)
             up = f"{stem}.adapter_up_proj.weight"
@@ -171,8 +200,7 @@ def _from_saved(base, state, alpha, label):
             f"{label}: holds no LoRA (expected ...{down} and its partner, or "
             "a PEFT folder with adapter_config.json)"
         )
-    deltas = _differences(base, values, label)
-    return _add_products(base, deltas, products, label)
+    return _deltas(base, values, products, label)
 
 
 def _from_peft(base, folder):
@@ -214,8 +242,7 @@ def _from_peft(base, folder):
         values[name] = state[key]
     if not products and not values:
         raise ValueError(f"{folder}: the adapter is empty")
-    deltas = _differences(base, values, state.label)
-    return _add_products(base, deltas, products, state.label)
+    return _deltas(base, values, products, state.label)
 
 
 def _peft_products(state, config, folder):
@@ -287,6 +314,18 @@ def _peft_scaling(config, module, rank):
             break
     # The rank is that of the tensors, so rank_pattern needs no reading.
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _deltas(base, values, products, label):
+    """Return the deltas, under the base's names if wrappers differ."""
+    names = [*values, *products]
+    found = pair_names(names, base, None, base.aliases).names
+    values, products = (
+        {found.get(name, name): one for name, one in part.items()}
+        for part in (values, products)
+    )
+    deltas = _differences(base, values, label)
+    return _add_products(base, deltas, products, label)
 
 
 def _weight_of(base, name, label="the adapter"):

@@ -342,7 +342,7 @@ def _plan(inputs, rule, threads, chunk, memory_limit):
 
     def need(workers, elements):
         chunks = places(inputs.shapes, elements, rule.granularity)
-        largest = max(place.size for place in chunks)
+        largest = max((place.size for place in chunks), default=0)
         return workers * largest * rule.bytes_per_element(inputs.number)
 
     while need(threads, chunk) > memory_limit and threads > 1:

@@ -147,7 +147,7 @@ def edit_of(
     elif len(vectors) == 1:
         difference = vectors[0]
     else:
-        difference = TaskVector.mean(vectors)
+        difference = TaskVector.mean(v.named_as(target) for v in vectors)
     difference = difference.named_as(target)
     kept = scale_by_name(target_scale, difference, default=1.0)
     if base is not None:

@@ -437,6 +437,20 @@ def test_hugging_face_folder_keeps_its_other_files(folder):
     assert set(open_state("edited")) == set(weights())
 
 
+def test_a_folder_may_have_a_dot_in_its_name(folder, capsys):
+    Path("hub-v1.5").mkdir()
+    Path("hub").mkdir()
+    Path("hub/config.json").write_text('{"model_type": "none"}')
+    save_state(weights(), "hub/model.safetensors")
+    run("vector", "hub", "us.ckpt", "-o", "t.safetensors")
+    words = ["apply", "hub", "t.safetensors", "-o"]
+    run(*words, "hub-v1.5", "--overwrite")
+    assert Path("hub-v1.5/config.json").exists()
+    # Without a folder the suffix is a mistake, which a dry run finds too.
+    line = fails(capsys, *words, "hub-v1.6", "--dry-run")
+    assert "unknown suffix '.6'" in line and "must exist" in line
+
+
 def test_progress_is_shown_on_stderr_only(folder, capsys, monkeypatch):
     monkeypatch.setenv("TASKARITH_PROGRESS", "1")
     words = ("vector", "base.ckpt", "us.ckpt", "-o", "us.safetensors")

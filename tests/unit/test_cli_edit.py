@@ -345,3 +345,30 @@ def test_a_dry_run_finds_what_overflows(folder, capsys):
         line = fails(capsys, "learn", "n", "x", "far.ckpt", *words, *more)
         assert "too large" in line and "'w'" in line
     assert not Path("n").exists()
+
+
+def test_a_dry_run_makes_the_edit_of_half_precision(folder, capsys):
+    """From what was given away rounded, and kept in float32 afterwards."""
+    noise = torch.Generator().manual_seed(3)
+    base = torch.randn(16, 16, generator=noise).bfloat16()
+    tuned = base + torch.randn(16, 16, generator=noise).bfloat16()
+    torch.save({"w": base}, "base.ckpt")
+    torch.save({"w": tuned}, "tuned.ckpt")
+    words = ("--base", "base.ckpt", "--rule", "TaskArithmetic")
+    words = (*words, "--scale", "0.4")
+    run(capsys, "learn", "e", "a", "tuned.ckpt", *words)
+    run(capsys, "export", "e", "-o", "now.ckpt", "--dtype", "bfloat16")
+    now = open_state("now.ckpt")["w"].clone()
+    now[0, 0] += 1
+    torch.save({"w": now}, "next.ckpt")
+    would = run(capsys, "learn", "e", "b", "next.ckpt", "--dry-run")
+    found = run(capsys, "learn", "e", "b", "next.ckpt")
+    with SequentialEditor.resume("e", read_only=True) as editor:
+        norm = editor.vector("b").norm()
+    assert would["norm"] == pytest.approx(norm) == pytest.approx(1, abs=0.01)
+    assert would["started_from"] == found["started_from"] == "bfloat16"
+    # More than float16 holds, but not more than float32.
+    torch.save({"w": torch.full((2,), 30000.0).half()}, "base.ckpt")
+    torch.save({"w": torch.full((2,), 60000.0).half()}, "tuned.ckpt")
+    words = (*words[:-1], "1.5")
+    run(capsys, "learn", "f", "a", "tuned.ckpt", *words, "--dry-run")

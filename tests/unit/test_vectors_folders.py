@@ -15,6 +15,7 @@ from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain_taskarith.vectors import (
     find_checkpoint_folder,
     open_state,
+    save_checkpoint,
     save_state,
 )
 
@@ -195,3 +196,20 @@ def test_a_bad_ckpt_yaml(tmp_path, content):
         torch.save({"w": torch.ones(1)}, folder / "model.ckpt")
     with pytest.raises(ValueError, match=r"CKPT\+1/CKPT.yaml"):
         find_checkpoint_folder(tmp_path, min_key="WER")
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_score_that_is_no_number_is_no_score(tmp_path, at):
+    scores = [5.0, 4.0]
+    scores.insert(at, float("nan"))
+    for number, score in enumerate(scores):
+        save_checkpoint(
+            {"model": {"w": torch.ones(1)}},
+            tmp_path / f"CKPT+{number}",
+            meta={"WER": score, "loss": float("nan")},
+        )
+    for key, best in (("min_key", 4.0), ("max_key", 5.0)):
+        found = find_checkpoint_folder(tmp_path, **{key: "WER"})
+        assert found.name == f"CKPT+{scores.index(best)}"
+    with pytest.raises(FileNotFoundError, match="'loss'"):
+        find_checkpoint_folder(tmp_path, min_key="loss")

@@ -310,6 +310,19 @@ class TestEWC:
         )
         assert other.tasks == 1
 
+    def test_the_penalty_of_half_precision_is_that_of_float32(self):
+        # F and (theta - theta*)^2 below float16's least number.
+        penalties = []
+        for dtype in (torch.float32, torch.float16):
+            model = torch.nn.Linear(1, 1, bias=False).to(dtype)
+            torch.nn.init.zeros_(model.weight)
+            method = EWC(strength=1e12)
+            method.fisher = {"weight": torch.full((1, 1), 1e-9)}
+            method.anchor = {"weight": model.weight.detach().clone()}
+            torch.nn.init.constant_(model.weight, 2.0**-13)
+            penalties.append(method.penalty(model, None, None, None).item())
+        assert penalties[0] == penalties[1] > 0
+
     def test_infinite_loss_is_named(self):
         model = torch.nn.Linear(1, 1, bias=False)
         with pytest.raises(ValueError, match="too short"):
@@ -323,6 +336,26 @@ class TestEWC:
 
 
 class TestLwF:
+    def test_padding_and_excluded_classes_have_no_gradient(self):
+        torch.manual_seed(0)
+        scores, old = torch.randn(2, 2, 5, 4)
+        scores[..., 3], old[..., 3] = -math.inf, -math.inf
+        lens = torch.tensor([1.0, 0.6])
+        method = LwF()
+        method.teacher = object()
+        found = []
+        for part in (slice(None), slice(3)):
+            new = scores[..., part].log_softmax(-1)
+            answer = old[..., part].log_softmax(-1)
+            if part.stop is None:
+                new[1, 3:], answer[1, 3:] = math.nan, math.nan
+            new.requires_grad_()
+            loss = method.penalty(None, lambda _, a=answer: a, new, lens)
+            loss.backward()
+            found.append((loss.detach(), new.grad[..., :3]))
+        assert (found[0][1][1, 3:] == 0).all()
+        torch.testing.assert_close(found[0], found[1])
+
     def test_equals_the_naive_divergence_over_valid_frames(self):
         old, model = network(0).double(), network(1).double()
         method = LwF(strength=0.7, temperature=2.0)

@@ -114,6 +114,62 @@ def test_what_speechbrain_saves_needs_its_alpha(tmp_path):
         lora_deltas(base, tmp_path / "adapter.ckpt")
 
 
+class Holder(torch.nn.Module):
+    """As SpeechBrain's wrappers of Hugging Face models hold them."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = Net()
+        self.model.masked_spec_embed = torch.nn.Parameter(torch.rand(5))
+        self.register_buffer("_mel_filters", torch.rand(2, 2))
+
+    def forward(self, x):
+        return self.model(x)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        torch.nn.DataParallel,
+        lambda module: torch.nn.ModuleList([module])[0],
+        lambda module: torch.compile(module, backend="eager"),
+    ],
+    ids=["data parallel", "bare", "compiled"],
+)
+@pytest.mark.parametrize("stored", [False, True])
+def test_the_base_may_be_what_a_wrapper_was_built_from(tmp_path, stored, wrap):
+    kwargs = {"rank": 3, "alpha": 2.5}
+    adapted = AdaptedModel(
+        Holder().eval(), LoRA, all_linear=True, adapter_kwargs=kwargs
+    ).eval()
+    randomise(adapted)
+    path, module = tmp_path / "adapter.ckpt", wrap(adapted)
+    adapted.saver(path)
+    base = copy(Net())
+    given = (path, 2.5) if stored else (module, None)
+    tau = TaskVector.from_lora(base, given[0], alpha=given[1])
+    assert set(tau) == {"layers.0.weight", "layers.1.weight"}
+    merged = Net().eval()
+    merged.load_state_dict(tau.apply(base))
+    x = torch.randn(2, 3, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(x), adapted(x), rtol=1e-4, atol=1e-5)
+    other = {**base, "norm.weight": base["norm.weight"] + 1}
+    if not stored:
+        with pytest.raises(ValueError, match="norm.weight.*not the base's"):
+            TaskVector.from_lora(other, module)
+
+
+def test_an_adapted_model_may_lie_within_another_module():
+    base, adapted = adapt()
+    outer = torch.nn.ModuleList([adapted])
+    tau = lora_deltas({f"0.{name}": t for name, t in base.items()}, outer)
+    expected = lora_deltas(base, adapted)
+    assert set(tau) == {f"0.{name}" for name in expected}
+    for name, delta in expected.items():
+        assert torch.equal(tau[f"0.{name}"], delta)
+
+
 def test_another_base_and_other_adapters_are_refused():
     base, adapted = adapt()
     other = {**base, "layers.0.weight": base["layers.0.weight"] + 1}

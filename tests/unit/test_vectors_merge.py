@@ -488,6 +488,13 @@ def test_device_argument(folder, device):
     assert out.read_bytes() == again.read_bytes()
 
 
+def test_a_memory_limit_where_all_tensors_are_empty(tmp_path):
+    empty = {"w": torch.ones(0, 3)}
+    output = tmp_path / "out.safetensors"
+    merge_checkpoints(empty, [empty], TIES(), output, memory_limit=1000)
+    assert open_state(output).info("w").shape == (0, 3)
+
+
 def test_memory_limit(folder):
     arguments = (folder / "base.safetensors", parents(folder), TIES())
     out, small = folder / "out.safetensors", folder / "small.safetensors"

@@ -200,6 +200,28 @@ def test_the_order_of_the_vectors_changes_nothing(rule):
         assert_close(again, merged, rtol=1e-6, atol=1e-6)
 
 
+def test_integers_in_a_vector_are_named():
+    vector = {"w": torch.ones(2), "steps": torch.tensor(3)}
+    with pytest.raises(ValueError, match="'steps' is of type torch.int64"):
+        TaskArithmetic().combine([vector])
+
+
+@pytest.mark.parametrize("rule", [DARE(0.5), DELLA(0.5, 0.2)], ids=repr)
+def test_the_order_of_tied_tensors_changes_nothing(rule):
+    ones, other = make(2, seed=6), torch.randn(5)
+    names = ["emb.weight", "b", "out.weight"]
+    results = []
+    for order in (names, names[::-1]):
+        vectors = []
+        for made in ones:
+            table = next(iter(made.values()))
+            held = {"emb.weight": table, "b": other, "out.weight": table}
+            vectors.append({name: held[name] for name in order})
+        results.append(rule.combine(vectors))
+    for name in names:
+        assert torch.equal(results[0][name], results[1][name])
+
+
 @pytest.mark.parametrize("same", range(6))
 def test_vectors_that_agree_in_their_first_tensors_have_an_order(same):
     """As where layers were frozen: the first ones that differ decide."""

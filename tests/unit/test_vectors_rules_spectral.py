@@ -120,11 +120,50 @@ def test_a_bfloat16_vector_file_has_its_rank(tmp_path):
 
 
 def test_what_is_all_rounding_is_nothing():
-    """Noise far below bfloat16's step is not made a direction."""
-    base = {"w": random(40, 50).bfloat16()}
-    noise = {"w": 1e-4 * random(40, 50, seed=1)}
+    """What rounding to bfloat16 makes of no training is no direction."""
+    exact = random(40, 50)
+    base = {"w": exact.bfloat16()}
+    tuned = {"w": (exact + 1e-4 * random(40, 50, seed=1)).bfloat16()}
+    tau = TaskVector.between(base, tuned)
+    assert tau["w"].any()
     for rule in (IsoC(), TSVM(), IsoCTS(), BoostedTSVM()):
-        assert not rule.combine([noise, noise], base=base)["w"].any()
+        assert not rule.combine([tau, tau], base=base)["w"].any()
+
+
+@pytest.mark.parametrize("way", ["memory", "files", "vector files"])
+@pytest.mark.parametrize("rule", [TSVM, IsoC, IsoCTS, BoostedTSVM])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_type_of_the_base_is_no_rounding(dtype, rule, way, tmp_path):
+    """Half-precision weights, tuned in float32, moved by less than a step."""
+    half = {"w": (0.05 * random(40, 50)).to(dtype)}
+    full = {"w": half["w"].float()}
+    models = [{"w": full["w"] + 1e-5 * random(40, 50, seed=s)} for s in (1, 2)]
+    edits = []
+    for base in (half, full):
+        taus = [TaskVector.between(base, model) for model in models]
+        if way == "memory":
+            edits.append(rule().combine(taus, base=base)["w"])
+            continue
+        sources = models
+        if way == "vector files":
+            sources = [tmp_path / f"{number}.safetensors" for number in (1, 2)]
+            for tau, path in zip(taus, sources):
+                tau.save(path)
+        output = tmp_path / "out.safetensors"
+        merge_checkpoints(base, sources, rule(), output, dtype="float32")
+        edits.append(open_state(output)["w"] - full["w"])
+    assert edits[0].norm() > 1e-5
+    assert torch.equal(*edits)
+
+
+def test_a_vector_file_of_half_precision_weights_has_its_rank(tmp_path):
+    base, models = tuned(torch.bfloat16, [1])
+    path, output = tmp_path / "tau.safetensors", tmp_path / "out.safetensors"
+    TaskVector.between(base, models[0]).save(path)
+    merge_checkpoints(base, [path], IsoC(), output, dtype="float32")
+    values = values_of(open_state(output)["w"] - base["w"].float())
+    assert values[RANK - 1] > 0.9 * values[0]
+    assert values[RANK] < 1e-3 * values[0]
 
 
 # ------------------------------------------------------ vectors that agree

@@ -356,6 +356,20 @@ def test_a_missing_vector_is_named(tmp_path):
         SequentialEditor.resume(folder)
 
 
+def test_what_is_excluded_may_hold_infinity(tmp_path):
+    mask = {"mask": torch.full((2,), -float("inf"))}
+    base = {**make_state(0), **mask}
+    with pytest.raises(ValueError, match="'mask' holds NaN or infinity"):
+        SequentialEditor(base, TaskArithmetic(), tmp_path / "a")
+    # A pattern may also be for what the base lacks.
+    how = {"exclude": ["mask", "more.*"]}
+    folder = tmp_path / "e"
+    with SequentialEditor(base, TaskArithmetic(), folder, **how) as editor:
+        more = {**mask, "more.w": torch.ones(1)}
+        after = editor.learn("a", {**tuned(make_state(0), 1), **more})
+        assert torch.equal(after["mask"], base["mask"])
+
+
 @pytest.mark.parametrize(
     "change, error, match",
     [

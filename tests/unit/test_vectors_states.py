@@ -1,6 +1,8 @@
 """States: every form read and written, and everything that can be wrong."""
 
+import copy
 import os
+import pickle
 import shutil
 import warnings
 
@@ -80,6 +82,17 @@ def test_sharded_folder(tmp_path):
     os.remove(tmp_path / "shards" / first)
     with pytest.raises(FileNotFoundError, match=first):
         open_state(tmp_path / "shards")
+
+
+def test_a_whole_model_beside_an_older_index_is_read(tmp_path):
+    """As transformers reads it, which removes shards but not their index."""
+    state, folder = example(), tmp_path / "hf"
+    save_state(state, folder, shard_size=100)
+    for shard in folder.glob("model-*.safetensors"):
+        shard.unlink()
+    state["scalar"] = torch.tensor(3.5)
+    safetensors.torch.save_file(state, folder / "model.safetensors")
+    same(open_state(folder), state)
 
 
 def test_transformers_reads_our_folder(tmp_path):
@@ -351,6 +364,32 @@ def test_ranges_are_read(tmp_path):
             opened.read_into("encoder.weight", 4, 36, np.empty(128, np.uint8))
         with pytest.raises(ValueError):
             opened.read_into("encoder.weight", 0, 1, np.empty(3, np.uint8))
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy])
+def test_a_copy_keeps_its_file_open(tmp_path, how):
+    for number in (1, 2):
+        tensor = torch.full((4,), float(number))
+        save_state({"w": tensor}, tmp_path / f"{number}.safetensors")
+    state = open_state(tmp_path / "1.safetensors")
+    copied = how(state)
+    descriptor = state.entries["w"].file.descriptor
+    del state
+    # Would take the number of a file that was closed.
+    other = open_state(tmp_path / "2.safetensors")
+    assert copied["w"].tolist() == [1] * 4
+    copied.verify()
+    del copied
+    with pytest.raises(OSError):
+        os.fstat(descriptor)
+    assert other["w"].tolist() == [2] * 4
+
+
+def test_an_open_file_is_not_pickled(tmp_path):
+    save_state({"w": torch.ones(4)}, tmp_path / "a.safetensors")
+    entries = open_state(tmp_path / "a.safetensors").entries
+    with pytest.raises(TypeError, match="a.safetensors: is open here.*path"):
+        pickle.dumps(entries)
 
 
 def test_data_parallel_wrapper_is_taken_off(tmp_path):

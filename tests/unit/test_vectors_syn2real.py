@@ -53,6 +53,19 @@ def test_formula(number, scale):
     assert list(edited) == list(target)
 
 
+def test_each_source_may_have_names_of_its_own():
+    target = make_state(0)
+    pairs = [(make_state(10 + i), make_state(20 + i)) for i in range(2)]
+    wrapped = [
+        {f"model.{name}": tensor for name, tensor in state.items()}
+        for state in pairs[1]
+    ]
+    expected = syn2real(target, pairs, scale=0.5)
+    found = syn2real(target, [pairs[0], tuple(wrapped)], scale=0.5)
+    for name in expected:
+        assert torch.equal(found[name], expected[name])
+
+
 def test_default_scale_is_the_papers():
     target = {"w": torch.zeros(1)}
     pairs = [({"w": torch.ones(1)}, {"w": torch.zeros(1)})]

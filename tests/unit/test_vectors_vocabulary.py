@@ -140,3 +140,26 @@ def test_an_encoder_without_labels_has_no_tokens(tmp_path):
     path = tmp_path / "label_encoder.txt"
     CTCTextEncoder().save(path)
     assert read_vocabulary(path) == []
+
+
+@pytest.mark.parametrize(
+    "labels", [["a", "b"], [3, 7, 5], ["a", 5, ("x", 1), None, -0.5, "5"]]
+)
+def test_labels_of_any_type_are_tokens(tmp_path, labels):
+    from speechbrain.dataio.encoder import CategoricalEncoder
+
+    encoder, path = CategoricalEncoder(), tmp_path / "encoder.txt"
+    encoder.update_from_iterable(labels, sequence_input=False)
+    encoder.save(path)
+    assert read_vocabulary(path) == labels
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["'a' => 0\nb => 1\n", "'a' => 0\n'b'\n", "a\nb\n=====\n"],
+    ids=["no literal", "no row", "no encoder"],
+)
+def test_a_line_that_is_no_token_is_refused(tmp_path, text):
+    (tmp_path / "encoder.txt").write_text(text)
+    with pytest.raises(ValueError, match=r"encoder.txt: cannot read the line"):
+        read_vocabulary(tmp_path / "encoder.txt")

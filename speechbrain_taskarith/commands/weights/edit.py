@@ -264,37 +264,41 @@ def _remove_start(folder, existed):
 
 def _would_learn(options, finetuned, scale):
     """Compute the edit in memory, and write nothing."""
-    from speechbrain_taskarith.vectors import TaskVector, as_state
-    from speechbrain_taskarith.vectors.editing.folder import to_store
-    from speechbrain_taskarith.vectors.editing.schedules import scheduled_scale
+    from speechbrain_taskarith.vectors.editing import folder, precision
+    from speechbrain_taskarith.vectors.editing.learning import make_edit
     from speechbrain_taskarith.vectors.rules import from_description
 
-    patterns = shared.patterns(options)
+    how = shared.patterns(options)
     rule = shared.rule_of(options.rule) if options.rule else None
     if _is_new(options):
-        base, number = shared.open_weights(options.base, options), 1
-        encoding = options.encoding or "auto"
+        base = shared.open_weights(options.base, options)
+        folder.check_finite(base, base.label, **how)
+        before, encoding = precision.widened(base), options.encoding or "auto"
+        how |= {"number": 1, "schedule": scale}
+        how["types_for"] = partial(precision.types_of, base=base)
     else:
-        editor = _open(options, starting=False, read_only=True)
-        log = _read_log(options.folder)
-        if options.name in [edit.name for edit in editor.log]:
+        _open(options, starting=False, read_only=True)
+        files = folder.EditFolder.reopen(options.folder, read_only=True)
+        log = files.log
+        if options.name in [edit.name for edit in log.edits]:
             raise ValueError(
                 f"{options.folder}: {options.name!r} was learned already"
             )
-        base, encoding = as_state(editor.state()), log.encoding
-        rule, number = rule or from_description(log.rule), len(log.edits) + 1
-        scale = log.schedule if scale is None else scale
-        patterns = {
+        before, encoding = files.present(), log.encoding
+        rule = rule or from_description(log.rule)
+        how |= {
+            "number": len(log.edits) + 1,
+            "types_for": files.types,
+            "given": log.handed_out(before.fingerprint),
+            "schedule": log.schedule,
+            "scale": scale,
             "include": options.include or log.include,
             "exclude": options.exclude or log.exclude,
         }
-    vector = TaskVector.between(base, finetuned, **patterns)
-    vector = rule.combine([vector], base=base)
-    scale = scheduled_scale(scale, number, rule, vector)
-    vector.scales(scale)
+    vector, scale, started_from = make_edit(before, finetuned, rule, **how)
     # Also that the result is finite, as the edit itself would find.
-    vector.apply(base, scale, any_base=True)
-    vector, encoding = to_store(vector, encoding)
+    vector.apply(before, scale)
+    vector, encoding = folder.to_store(vector, encoding)
     count, norm = stored_size(vector, encoding), vector.norm()
     line = (
         f"would learn {options.name!r} with scale {scale}: a vector of norm "
@@ -309,6 +313,7 @@ def _would_learn(options, finetuned, scale):
         "norm": norm,
         "bytes": count,
         "encoding": encoding,
+        "started_from": started_from,
         "extra_of_base": kept_extra_in(vector.metadata),
     }
     return Result([line, *extra_lines(data["extra_of_base"])], data)

@@ -12,22 +12,16 @@ from speechbrain_taskarith.vectors.editing.folder import (
     EditFolder,
     check_finite,
 )
+from speechbrain_taskarith.vectors.editing.learning import make_edit
 from speechbrain_taskarith.vectors.editing.log import Edit, has_log
-from speechbrain_taskarith.vectors.editing.precision import origin_of
-from speechbrain_taskarith.vectors.editing.schedules import (
-    checked_scale,
-    plain_schedule,
-    scheduled_scale,
-)
+from speechbrain_taskarith.vectors.editing.schedules import plain_schedule
 from speechbrain_taskarith.vectors.encodings import ENCODINGS
 from speechbrain_taskarith.vectors.rules.base import check_rule
 from speechbrain_taskarith.vectors.rules.description import from_description
 from speechbrain_taskarith.vectors.sharing.card import ModelCard
-from speechbrain_taskarith.vectors.states.pairing import under_names_of
 from speechbrain_taskarith.vectors.states.readers import as_model, as_state
 from speechbrain_taskarith.vectors.states.state import short
 from speechbrain_taskarith.vectors.states.writers import save_state
-from speechbrain_taskarith.vectors.task_vector import TaskVector
 
 
 class SequentialEditor:
@@ -115,7 +109,7 @@ class SequentialEditor:
         checks.one_of("encoding", encoding, ("auto", *ENCODINGS))
         base = as_model(base)
         base.verify()
-        check_finite(base, base.label)
+        check_finite(base, base.label, include, exclude)
         self._files = EditFolder.start(
             folder,
             base,
@@ -315,27 +309,24 @@ class SequentialEditor:
                 "or choose another name"
             )
         before, rule = self._state(), self._get_rule()
-        encoding = self._files.log.encoding
-        finetuned = under_names_of(before, as_model(finetuned))
-        given = self._files.log.handed_out(before.fingerprint)
-        origin, started_from = origin_of(
-            before, finetuned, self._files.types, started_from, given
+        vector, scale, started_from = make_edit(
+            before,
+            finetuned,
+            rule,
+            number=len(self.log) + 1,
+            types_for=self._files.types,
+            given=self._files.log.handed_out(before.fingerprint),
+            schedule=self.scale,
+            scale=scale,
+            started_from=started_from,
+            include=self._include,
+            exclude=self._exclude,
         )
-        vector = TaskVector.between(
-            origin, finetuned, include=self._include, exclude=self._exclude
-        )
-        vector = rule.combine([vector], base=before)
-        vector.base_fingerprint = before.fingerprint
-        if scale is None:
-            number = len(self.log) + 1
-            scale = scheduled_scale(self.scale, number, rule, vector)
-        scale = checked_scale(scale)
-        vector.scales(scale)  # a pattern that fits nothing: fail before work
         try:
             # What is applied is what is read back, whatever the encoding
             # rounds: the log and the weights never disagree.
             file, digest, encoding, vector = self._files.store(
-                name, vector, encoding
+                name, vector, self._files.log.encoding
             )
             after = as_state(vector.apply(before, scale))
             edit = Edit(

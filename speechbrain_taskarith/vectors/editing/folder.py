@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from speechbrain_taskarith.utils.files import remove_leftovers, sha256_of
+from speechbrain_taskarith.utils.patterns import as_tuple, fitting, select
 from speechbrain_taskarith.vectors.checks import all_finite
 from speechbrain_taskarith.vectors.editing.copies import StateCopies
 from speechbrain_taskarith.vectors.editing.lock import FolderLock
@@ -298,9 +299,14 @@ def to_store(vector, encoding):
     return vector, encoding
 
 
-def check_finite(state, label):
-    """Raise where weights hold NaN or infinity."""
-    for name in state:
+def check_finite(state, label, include=("*",), exclude=()):
+    """Raise where weights that are edited hold NaN or infinity."""
+    # A pattern may be meant for the fine-tuned model alone.
+    chosen = (
+        [p for p in as_tuple(patterns) if fitting(state, p)]
+        for patterns in (include, exclude)
+    )
+    for name in select(state, *chosen):
         if state.info(name).floating and not all_finite(state[name]):
             raise ValueError(
                 f"{label}: {name!r} holds NaN or infinity; nothing was edited"

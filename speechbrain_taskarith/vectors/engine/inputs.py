@@ -178,14 +178,13 @@ class MergeInputs:
     def rounding(self, index, name):
         """Return the relative steps of the weights and of a vector's entries.
 
-        A difference of weights has the weights' rounding.
+        The base is exact: training began with its numbers.
         """
         parent = self.parents[index]
-        of_base = EPS[self.base.info(name).dtype]
         own = EPS[parent.state.info(name).dtype]
         if parent.kind == "task vector":
-            return of_base, own
-        return max(of_base, own), EPS["F32"]
+            return EPS["F32"], own
+        return own, EPS["F32"]
 
     def vector(self, index, place, work):
         """Return a chunk of one vector, in a buffer of its own."""

@@ -52,6 +52,14 @@ class MemoryVectors:
                 continue
             seen[same] = name
             self.shapes[name] = tuple(tensors[0].shape)
+            for tensor in tensors:
+                if not tensor.is_floating_point():
+                    raise ValueError(
+                        f"{name!r} is of type {tensor.dtype}; a task vector "
+                        "holds differences of floating point parameters "
+                        "only. Leave it out, or make the vectors with "
+                        "TaskVector.between"
+                    )
             # As float32: the finer steps of float64 are lost.
             self._eps[name] = [
                 max(torch.finfo(tensor.dtype).eps, EPS["F32"])
@@ -69,10 +77,7 @@ class MemoryVectors:
 
     def rounding(self, index, name):
         """See `MergeInputs.rounding`."""
-        of_base = 0.0
-        if self.base is not None and name in self.base:
-            of_base = EPS[self.base.info(name).dtype]
-        return of_base, self._eps[name][index]
+        return EPS["F32"], self._eps[name][index]
 
     def vector(self, index, place, work):
         """Return a chunk of one vector; not to be written to."""

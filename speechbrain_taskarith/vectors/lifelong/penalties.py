@@ -69,8 +69,11 @@ class EWC(FineTuning):
         total = 0.0
         for name, parameter in model.named_parameters():
             if name in self.fisher and parameter.requires_grad:
-                moved = parameter - self.anchor[name].to(parameter)
-                fisher = self.fisher[name].to(parameter)
+                # In half precision both factors may be 0.
+                wide = torch.promote_types(parameter.dtype, torch.float32)
+                moved = parameter.to(wide)
+                fisher = self.fisher[name].to(moved)
+                moved = moved - self.anchor[name].to(moved)
                 total = total + (fisher * moved.square()).sum()
         return 0.5 * self.strength * total
 
@@ -187,13 +190,17 @@ class LwF(FineTuning):
             return None
         with torch.no_grad():
             old = forward(self.teacher)
-        old = (old / self.temperature).log_softmax(-1)
-        new = (log_probs / self.temperature).log_softmax(-1)
-        frames = (old.exp() * (old - new)).sum(-1)
-        steps = frames.shape[1]
-        absolute = absolute_lengths(lens.to(frames.device), steps)
-        valid = ~padding_mask(absolute, steps)
-        # Not a product: a padded frame may hold anything.
-        total = frames.masked_fill(~valid, 0).sum(1)
+        steps = log_probs.shape[1]
+        absolute = absolute_lengths(lens.to(log_probs.device), steps)
+        padded = padding_mask(absolute, steps)
+        # A padded frame may hold anything; afterwards its gradient would too.
+        old, new = (
+            part.masked_fill(padded[..., None], 0) / self.temperature
+            for part in (old, log_probs)
+        )
+        old, new = old.log_softmax(-1), new.log_softmax(-1)
+        # A class that the old model excludes adds nothing (0 log 0 = 0).
+        apart = (old - new).masked_fill(old.isneginf(), 0)
+        total = (old.exp() * apart).sum((1, 2))
         weight = self.strength * self.temperature**2
-        return weight * (total / valid.sum(1).clamp_min(1)).mean()
+        return weight * (total / (~padded).sum(1).clamp_min(1)).mean()

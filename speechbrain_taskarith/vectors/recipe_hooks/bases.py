@@ -21,6 +21,7 @@ from speechbrain_taskarith.vectors.states.names import check_tied_values
 from speechbrain_taskarith.vectors.states.pairing import (
     CONSTANTS,
     HOLDERS,
+    UNTRAINED,
     module_names,
     pair_names,
 )
@@ -38,9 +39,6 @@ from speechbrain_taskarith.vectors.states.state import (
 
 logger = get_logger(__name__)
 
-# Some published encoders come without it; only their own augmentation, which
-# SpeechBrain's wrappers turn off, reads it.
-_UNTRAINED = "masked_spec_embed"
 # Entries of config.json that change what equal shapes compute.
 _CONFIG = re.compile(
     "model_type|.*heads|conv_(dim|stride|kernel)|.*_act|activation_function"
@@ -126,7 +124,7 @@ def fit_to_module(stored, module, name) -> State:
     left_out = list(filter(is_adapter, pairs.missing))
     constants = [n for n in pairs.missing if n in CONSTANTS]
     kept = [n for n in pairs.missing if is_extra(n) and n not in left_out]
-    untrained = [n for n in pairs.missing if n.split(".")[-1] == _UNTRAINED]
+    untrained = [n for n in pairs.missing if n.split(".")[-1] == UNTRAINED]
     absent = {*left_out, *constants, *kept, *untrained}
     heads, unknown = (
         [n for n in found if not is_extra(n)]

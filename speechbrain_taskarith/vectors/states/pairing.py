@@ -56,6 +56,9 @@ HEADS = {
 }
 # Tables that SpeechBrain's wrappers compute, and no file of weights holds.
 CONSTANTS = {"_mel_filters"}
+# Some published encoders come without it; only their own augmentation, which
+# SpeechBrain's wrappers turn off, reads it.
+UNTRAINED = "masked_spec_embed"
 
 
 class Pairs(NamedTuple):

@@ -4,7 +4,6 @@ Nothing here executes code found in a file.
 """
 
 import os
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from speechbrain_taskarith.vectors.states.speechbrain_folder import (
 )
 from speechbrain_taskarith.vectors.states.state import (
     TASK_VECTOR,
+    OpenFile,
     State,
     StoredTensor,
     from_mapping,
@@ -132,7 +132,8 @@ def form_of(path):
         return "hugging face"
     raise ValueError(
         f"{path}: unknown suffix {path.suffix!r}; expected .safetensors, "
-        f"{', '.join(TORCH_SUFFIXES)}, a folder, or a CKPT+ folder"
+        f"{', '.join(TORCH_SUFFIXES)}, a CKPT+ folder, or a folder (one with "
+        "a dot in its name must exist)"
     )
 
 
@@ -204,9 +205,9 @@ def as_model(source, *, recoverable=None):
 
 def _open_safetensors(path, shown_as=None):
     tensors, metadata = read_header(path)
-    descriptor = os.open(path, os.O_RDONLY)
+    file = OpenFile(path)
     entries = {
-        name: StoredTensor(path, descriptor, info, offset)
+        name: StoredTensor(file, info, offset)
         for name, (info, offset) in tensors.items()
         if info.dtype in ITEM_SIZE
     }
@@ -232,8 +233,6 @@ def _open_safetensors(path, shown_as=None):
         for name, (info, _) in tensors.items()
         if name not in entries
     }
-    # Tensors taken out of the state are mapped and need no open file.
-    weakref.finalize(state, os.close, descriptor)
     return state
 
 
@@ -246,10 +245,12 @@ def _open_folder(folder, recoverable):
         ("model.safetensors", _open_safetensors),
         ("pytorch_model.bin", open_torch_file),
     ):
-        if (index := folder / f"{file}.index.json").exists():
-            return _open_shards(folder, index)
+        # A whole model first, as transformers does: an index beside it is
+        # what an older save has left.
         if (folder / file).exists():
             return opener(folder / file, folder)
+        if (index := folder / f"{file}.index.json").exists():
+            return _open_shards(folder, index)
     for broken in sorted(folder.glob(f"{PREFIX}*")):
         if (broken / META_FILE).is_file():
             raise ValueError(
@@ -288,7 +289,6 @@ def _open_shards(folder, index):
             raise damaged(folder / file, f"lacks {name!r}, which is indexed")
         entries[name] = shards[file].entries[name]
 
-    # It also holds the shards, whose files close with them.
     def check(_):
         for shard in shards.values():
             shard.verify()

@@ -62,7 +62,12 @@ def find_checkpoint_folder(path, *, min_key=None, max_key=None):
         return path
     found = whole_checkpoints(path)
     if key:
-        found = [(meta, folder) for meta, folder in found if key in meta]
+        for meta, folder in found:
+            _check_number(meta, key, folder)
+        # NaN, of a training that diverged, is no score.
+        found = [
+            one for one in found if not math.isnan(one[0].get(key, math.nan))
+        ]
     if not found:
         score = f" with {key!r} in its {META_FILE}" if key else ""
         raise FileNotFoundError(
@@ -70,8 +75,6 @@ def find_checkpoint_folder(path, *, min_key=None, max_key=None):
             f"folder{score})"
         )
     if key:
-        for meta, folder in found:
-            _check_number(meta, key, folder)
         sign = -1 if min_key else 1
         best = max(sign * meta[key] for meta, _ in found)
         found = [entry for entry in found if sign * entry[0][key] == best]

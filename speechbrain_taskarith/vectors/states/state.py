@@ -9,10 +9,10 @@ import copy
 import hashlib
 import mmap
 import os
+import weakref
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -41,11 +41,28 @@ PLAIN = (type(None), bool, int, float, complex, str, bytes)
 _HASH_BLOCK = 1 << 22
 
 
+class OpenFile:
+    """A file that stays open while anything holds a tensor of it."""
+
+    def __init__(self, path):
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):
+        raise TypeError(
+            f"{self.path}: is open here, and cannot be sent to another "
+            "process; send the path, and open it there"
+        )
+
+
 class StoredTensor(NamedTuple):
     """A tensor as a range of bytes in an open file."""
 
-    path: Path
-    descriptor: int
+    file: OpenFile
     info: TensorInfo
     offset: int  # of its first byte in the file
 
@@ -57,9 +74,9 @@ class StoredTensor(NamedTuple):
         position = self.offset + start * ITEM_SIZE[self.info.dtype]
         view = memoryview(buffer)
         while view:
-            count = os.preadv(self.descriptor, [view], position)
+            count = os.preadv(self.file.descriptor, [view], position)
             if not count:
-                raise damaged(self.path, "ends before its last tensor")
+                raise damaged(self.file.path, "ends before its last tensor")
             view, position = view[count:], position + count
 
     def tensor(self):
@@ -74,7 +91,7 @@ class StoredTensor(NamedTuple):
         # it by mistake changes neither the file nor a later look.
         slack = self.offset % mmap.ALLOCATIONGRANULARITY
         mapped = mmap.mmap(
-            self.descriptor,
+            self.file.descriptor,
             info.nbytes + slack,
             access=mmap.ACCESS_COPY,
             offset=self.offset - slack,

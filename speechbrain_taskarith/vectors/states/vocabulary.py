@@ -32,7 +32,7 @@ def align_vocabulary(states, vocabularies, rows):
     ---------
     states : sequence
         The base first, then the fine-tuned ones: paths, modules or mappings.
-    vocabularies : sequence of list of str
+    vocabularies : sequence of list
         The tokens of each, row by row (see `read_vocabulary`).
     rows : str or sequence of str
         Patterns of the tensors whose first dimension is the vocabulary,
@@ -43,7 +43,7 @@ def align_vocabulary(states, vocabularies, rows):
     states : list of dict
         As many as given, of the same names and shapes: ready for
         `TaskVector.between`.
-    vocabulary : list of str
+    vocabulary : list
         The union, row by row.
 
     Raises
@@ -118,13 +118,15 @@ def read_vocabulary(path):
 
     Returns
     -------
-    list of str
-        The tokens in the order of their rows.
+    list
+        The tokens in the order of their rows: text, or what else the labels
+        of an encoder are (numbers, tuples).
 
     Raises
     ------
     ValueError
-        Rows that are missing or given twice; the file is named.
+        Rows that are missing or given twice, or a line of an encoder that
+        is no token; the file is named.
 
     Example
     -------
@@ -140,26 +142,26 @@ def read_vocabulary(path):
         return _in_order(pairs, path)
     # Not splitlines(): tokens may hold what that takes for an end of line.
     lines = text.replace("\r\n", "\n").split("\n")
-    pairs, encoder = [], False
-    for line in lines:
-        if encoder := line.startswith("====="):
-            break  # SpeechBrain's extras follow
-        if match := re.fullmatch(r"((['\"]).*\2) => (\d+)", line):
-            pairs.append((match[3], _token(match[1], path)))
-    if pairs or encoder:
-        return _in_order(pairs, path)
-    return [line.split("\t")[0] for line in lines if line]
+    ends = [line.startswith("=====") for line in lines]
+    # SpeechBrain's extras follow.
+    end = ends.index(True) if any(ends) else len(lines)
+    labels = [line for line in lines[:end] if line]
+    pairs = [re.fullmatch(r"(.+) => (\d+)", line) for line in labels]
+    if any(ends) or any(pairs):
+        found = map(_row_and_token, pairs, labels, [path] * len(pairs))
+        return _in_order(list(found), path)
+    return [line.split("\t")[0] for line in labels]
 
 
-def _token(literal, path):
-    """Undo the quotes and escapes that SpeechBrain writes a token with."""
+def _row_and_token(match, line, path):
+    """Undo the literal that SpeechBrain writes a label as."""
     try:
-        return ast.literal_eval(literal)
-    except (SyntaxError, ValueError):
+        return match[2], ast.literal_eval(match[1])
+    except (SyntaxError, ValueError, TypeError):
         raise ValueError(
-            f"{path}: cannot read the token {literal} (expected a quoted "
-            "text, as SpeechBrain's encoders write it); save the file again "
-            "with encoder.save"
+            f"{path}: cannot read the line {line!r} (expected 'token' => row, "
+            "as SpeechBrain's encoders write it); save the file again with "
+            "encoder.save"
         ) from None
 
 
@@ -191,7 +193,7 @@ def _base_rows(name, states, places, union):
 
 def _check_unique(state, tokens):
     counts = collections.Counter(tokens)
-    twice = sorted(token for token in counts if counts[token] > 1)[:5]
+    twice = [token for token in counts if counts[token] > 1][:5]
     if twice:
         raise ValueError(
             f"{state.label}: its vocabulary has {twice} more than once; rows "

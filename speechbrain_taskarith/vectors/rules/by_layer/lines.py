@@ -21,8 +21,9 @@ class LiNeS(Wrapper):
     that lead up to the number the same way form one stack, and each stack
     (an encoder's, a decoder's) goes from `alpha` to `alpha + slope` by
     itself. Other parameters (front-ends, embeddings) count as a first
-    layer, or as a last one where `top` says so (heads). Reference:
-    `reference.lines`.
+    layer, or as a last one where `top` says so (heads). Layers that are
+    not edited do not count: of the first six of twelve the sixth is the last.
+    Reference: `reference.lines`.
 
     Arguments
     ---------

@@ -18,27 +18,32 @@ class Random(Stage):
     """A stage that drops entries at random; `drop` is how many.
 
     The random numbers are Philox4x64-10 in counter mode: the key is a hash of
-    seed, vector and tensor name, the counter is the element's index.
+    seed, vector and tensor name (the least of tied names, so that their order
+    does not count), the counter is the element's index.
     """
 
     def __init__(self, drop, seed=0):
         self.drop = checks.shares("drop", drop, open_high=True)
         self.seed = checks.whole("seed", seed)
 
-    # Of each vector its drop rate, and its number in the key.
-    drops, numbers = None, None
+    # Of each vector its drop rate, and its number in the key; of each tensor
+    # its name there.
+    drops, numbers, names = None, None, None
 
     def prepare(self, stream):
         """Number the vectors by their content, not by their place in a list."""
         number = stream.source.number
         ready = copy.copy(self)
         ready.drops = checks.one_each("drop", self.drop, number)
-        ready.numbers = _order_by_content(stream) if any(ready.drops) else None
+        ready.names = _least_names(stream.source)
+        if any(ready.drops):
+            ready.numbers = _order_by_content(stream, ready.names)
         return ready
 
     def random_numbers(self, index, place):
         """Return the uint32 random numbers of a chunk's elements."""
-        text = f"{self.seed}\0{self.numbers[index]}\0{place.name}".encode()
+        name = self.names[place.name]
+        text = f"{self.seed}\0{self.numbers[index]}\0{name}".encode()
         key = int.from_bytes(hashlib.sha256(text).digest()[:16], "little")
         # A step of the counter makes four 64-bit words, that is, eight
         # numbers.
@@ -50,7 +55,16 @@ class Random(Stage):
         return halves[skip : skip + place.size]
 
 
-def _order_by_content(stream):
+def _least_names(source):
+    """Return `{name: the least of the names that are tied to it}`."""
+    names = {name: name for name in source.shapes}
+    for twin, name in source.twins.items():
+        if name in names:
+            names[name] = min(names[name], twin)
+    return names
+
+
+def _order_by_content(stream, least):
     """Return the rank of each vector among all by its content.
 
     Vectors that are given in another order keep their masks. Equal vectors
@@ -61,7 +75,7 @@ def _order_by_content(stream):
         return [0]
     by_name = {}
     for place in stream.places():
-        by_name.setdefault(place.name, []).append(place)
+        by_name.setdefault(least[place.name], []).append(place)
     contents, names, step = [()] * number, sorted(by_name), 1
     # Mostly the first tensor tells them apart: what follows decides nothing.
     while names and len(set(contents)) < number:
@@ -117,8 +131,9 @@ class DARE(Wrapper):
     Yu et al. 2023 (arXiv 2311.03099, equation 3): each entry of each vector
     is dropped with probability `drop`, the others are divided by `1 - drop`.
     Which ones depends on the seed, the vector's rank by content among those
-    given, the tensor's name and the entry's index, and on nothing else: not
-    on the order of the vectors or tensors, chunks, threads or machine. The
+    given, the tensor's name (the least of tied ones) and the entry's index,
+    and on nothing else: not on the order of the vectors or tensors, chunks,
+    threads or machine. The
     expectation stays with task arithmetic; before a sign election it does
     not (see docs/rules.md). Reference: `reference.dare`.
 

@@ -7,8 +7,9 @@ Which singular values are more than rounding does not depend on the type that
 is computed in, but on the types that the numbers came in. A weight `w` that
 is stored with a relative step `eps` is off by about `0.21 eps w` (a uniform
 error within the step, over the magnitudes between two powers of two), and so
-is the difference of two weights. A matrix of independent errors has singular
-values up to about `sigma (sqrt(rows) + sqrt(columns))`.
+is its difference from the base. The base is not off: training began with the
+stored numbers. A matrix of independent errors has singular values up to about
+`sigma (sqrt(rows) + sqrt(columns))`.
 """
 
 import math
@@ -94,9 +95,12 @@ class Spectral(Rule):
                     "than rounding depends on the base: give it, as in "
                     "combine(vectors, base=base) or rule(base, vectors)"
                 )
-            of_base, of_vector = source.rounding(index, place.name)
+            of_weight, of_vector = source.rounding(index, place.name)
             own = float(xp.linalg.norm(values))
-            error = math.hypot(of_base * size, of_vector * own)
+            if known and _coarse_weights(source, index, place, work):
+                stored = EPS[base.info(place.name).dtype]
+                of_weight = max(of_weight, stored)
+            error = math.hypot(of_weight * size, of_vector * own)
             error *= _ERROR / math.sqrt(place.size)
             sides = sum(map(math.sqrt, values.shape))
             computed = _COMPUTED * math.sqrt(max(values.shape)) * own
@@ -140,6 +144,19 @@ def _coarse(tau):
     mantissas = bits & 0x7FFFFF | 0x800000
     lowest = mantissas & -mantissas
     return len(bits) > 0 and np.median(lowest) > 1 << 12
+
+
+def _coarse_weights(source, index, place, work):
+    """Tell whether a half-precision base was tuned in half precision.
+
+    A vector's type does not say so: differences are stored as float32.
+    """
+    if EPS[source.base.info(place.name).dtype] == EPS["F32"]:
+        return False
+    # Of the vector itself: stages before the rule may have scaled it.
+    tau = source.vector(index, place, work)
+    base, changed = source.base_chunk(place, work), tau != 0
+    return _coarse(base[changed][:_SAMPLE] + tau[changed][:_SAMPLE])
 
 
 def _is_matrix(shape):
