@@ -19,12 +19,6 @@ from .networks import (
 from .pieces import (
     PieceLabels as PieceLabels,
 )
-from .precision import (
-    fast_precision as fast_precision,
-)
-from .schedule import (
-    optimizer_steps as optimizer_steps,
-)
 from .seq2seq import (
     Seq2SeqBrain as Seq2SeqBrain,
 )
@@ -33,6 +27,12 @@ from .sharding import (
 )
 from .sharding import (
     shard_loader as shard_loader,
+)
+from .training import (
+    fast_precision as fast_precision,
+)
+from .training import (
+    optimizer_steps as optimizer_steps,
 )
 from .translation import (
     RunningMeans as RunningMeans,

@@ -125,8 +125,10 @@ def make_strings(hparams):
 def dataio_prepare(hparams):
     """Make the loaders of this training: train, valid, test.
 
-    A model is validated on strings of the kind that it learns from, and
-    tested on real strings of its domain, hparams["test_batch_size"] at a time.
+    A model learns for hparams["pretraining_steps"], hparams["domain_steps"] or
+    hparams["mixed_steps"]. It is validated on strings of the kind that it
+    learns from, and tested on real strings of its domain,
+    hparams["test_batch_size"] at a time.
     """
     strings, domain = make_strings(hparams), hparams["domain"]
     without = hparams["without_speaker"]
