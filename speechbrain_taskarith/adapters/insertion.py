@@ -87,7 +87,9 @@ def insert_adapters(
     train : None, str or sequence of str
         A name: `handle.train_extraction` of that adapter. `"ST-A"` or
         `"MT-A"`: `handle.train_composition`. Several names: each utterance
-        trains its own adapter, as `tasks` has it. None: nothing trains.
+        trains and uses its own adapter, as `tasks` has it, until another
+        choice by `handle.use` or `handle.train_*`; a `with` counts for its
+        block. None: nothing trains.
     freeze : module, sequence or dict of modules
         See `handle.freeze`.
     load : None, str, pathlib.Path or dict
@@ -254,8 +256,8 @@ def _configure(handle, watch, train, penalty, guide, tasks):
         watch.is_composition = True
     elif isinstance(train, (str, list, tuple)):
         handle.train_extraction(train)
-        if not isinstance(train, str) and tasks is not None:
-            watch.is_routed = True
+        if not isinstance(train, str):
+            handle._route.everywhere.follows_tasks = True
     else:
         raise ValueError(
             f"train is {train!r}, expected the name of a task, a list of "

@@ -18,6 +18,8 @@ from speechbrain_taskarith.adapters.bank import (
     adapter_key,
 )
 from speechbrain_taskarith.adapters.combination import attention
+from speechbrain_taskarith.adapters.hooks import context
+from speechbrain_taskarith.adapters.layer import utterance_positions
 from speechbrain_taskarith.utils.patterns import first_match
 from speechbrain_taskarith.utils.training import running_methods
 
@@ -43,11 +45,15 @@ class Watch:
     def __init__(self, handle, sources=(), penalty=0.0, guide=0.0, tasks=None):
         self.handle, self.sources = handle, list(sources)
         self.penalty, self.guide, self.tasks = penalty, guide, tasks
-        self.is_routed = self.is_composition = False
+        self.is_composition = False
         self.has_started = False
         self._brain = self._thread = self._batch = None
         #: {layer's name: (parameter, its hook)}, and whose turn it is.
         self._hooks, self._pending = {}, set()
+
+    @property
+    def _route(self):
+        return self.handle._route
 
     def __getstate__(self):
         gone = dict.fromkeys(("_brain", "_thread", "_batch"))
@@ -57,7 +63,7 @@ class Watch:
 
     def before(self, layer):
         """Do what has to be done before a layer's adapters are added."""
-        busy = self.penalty or self.guide or self.is_routed
+        busy = self.penalty or self.guide or self._route.follows_tasks
         trains = layer.training and torch.is_grad_enabled()
         starts = trains and not self.has_started
         # Nothing else may break a compiled graph.
@@ -69,8 +75,9 @@ class Watch:
         while self.sources:
             self.sources[0].check(self.handle)
             self.sources.pop(0)
-        if self.is_routed and layer is self.handle.layers[0]:
-            self.handle.use(self.batch_tasks())
+        if not layer._loop.is_running:
+            # Compiled, or the owner of the layers is not called as a whole.
+            self.choose()
         if not (layer.training and torch.is_grad_enabled()):
             return
         if not self.has_started:
@@ -80,6 +87,19 @@ class Watch:
             self.has_started = True
         if self.penalty:
             self._hook_penalty(layer)
+
+    def choose(self):
+        """Take the adapters of the utterances that are being computed."""
+        # A backward pass computes again what was chosen for its forward pass.
+        if self._route.follows_tasks and not context.in_backward:
+            bank = self.handle.layers[0].bank
+            tasks = self.batch_tasks()
+            self._route.follow(utterance_positions(tasks, bank))
+
+    def ended(self, layers):
+        """Forget the tasks that a loop has said for this pass."""
+        if layers and layers[-1] is self.handle.layers[-1]:
+            self._route.tasks = None
 
     def after(self, layer):
         """Do what needs the combination's attention."""
@@ -218,7 +238,8 @@ class Watch:
         if brain is not None:
             self._brain, self._thread = weakref.ref(brain), thread
             # Only where tasks are asked for: it holds the batch in memory.
-            self._batch = batch if self.guide or self.is_routed else None
+            asked = self.guide or self._route.follows_tasks
+            self._batch = batch if asked else None
         elif thread == self._thread:
             self._brain = self._batch = None
         # Else autograd's own thread, which computes checkpointed layers anew.
@@ -245,7 +266,7 @@ class Watch:
                 "the utterances' tasks are not known: give insert_adapters "
                 "tasks={pattern on utterance ids: task}, or say them before "
                 "each forward pass by a line in the loop, e.g. "
-                "adapters.tasks = batch.spk_id"
+                "adapters.tasks = batch.spk_id; or choose by adapters.use(...)"
             )
         if isinstance(self.tasks, str):
             return list(_item(batch, self.tasks))
