@@ -213,6 +213,17 @@ def test_mixed_batch_equals_singles(encoder, x, tensor):
         torch.testing.assert_close(got, encoder(row[None])[0])
 
 
+def test_positions_are_those_of_the_time_of_the_choice(encoder, x):
+    handle = inserted(encoder)
+    buffer = torch.zeros(3, dtype=torch.long)
+    for position in (0, 2):  # the next batch's, in the same tensor
+        handle.use(buffer.fill_(position))
+        buffer.fill_(1)
+        got = encoder(x)
+        handle.use([NAMES[position]] * 3)
+        assert torch.equal(got, encoder(x))
+
+
 def test_mixed_batch_trains_like_singles(encoder, x):
     handle = inserted(encoder)
     choice = ["indian", "us", "indian"]
@@ -259,10 +270,16 @@ def test_fold_equals_unfold(encoder, x, combination):
         torch.testing.assert_close(folded, plain, atol=1e-5, rtol=1e-5)
         handle.unfold()
         assert not torch.allclose(encoder(x), folded, atol=1e-3)
-    handle.fold()
-    handle.train_composition("MT-A")
-    encoder(x).sum().backward()
-    assert all(p.grad is not None for p in handle.trained_parameters())
+    for unfold in (
+        lambda: handle.train_composition("MT-A"),
+        encoder.train,  # after a validation with folded weights
+    ):
+        handle.zero_grad()
+        handle.fold()
+        encoder.eval()(x)
+        unfold()
+        encoder(x).sum().backward()
+        assert all(p.grad is not None for p in handle.trained_parameters())
 
 
 def test_attention_over_valid_frames(encoder, x):

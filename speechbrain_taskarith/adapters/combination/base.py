@@ -234,7 +234,9 @@ class Combination(torch.nn.Module):
         return super()._apply(fn, recurse)
 
     def train(self, mode=True):
-        """As `torch.nn.Module.train`; forgets the derived weights."""
+        """As `torch.nn.Module.train`; training unfolds."""
+        if mode:
+            self.unfold()
         self._derived.clear()
         return super().train(mode)
 
