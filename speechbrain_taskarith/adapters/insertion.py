@@ -95,7 +95,8 @@ def insert_adapters(
     load : None, str, pathlib.Path or dict
         `{name: path}`, one path for each adapter, `"combined"` for the
         combination; a file; or a folder, of which adapters that are not
-        among `names` are left out. A path is a file of ours or, in a dict,
+        among `names` are left out, and a combination other than the one
+        asked for. A path is a file of ours or, in a dict,
         a checkpoint of SpeechBrain with that adapter in it: a save folder
         (its newest), a `CKPT+*` folder or a `.ckpt` file. They are read at
         once and held against the base at the first forward pass, when a

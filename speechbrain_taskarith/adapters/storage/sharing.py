@@ -93,9 +93,9 @@ class SharedAdapters(AdapterFiles):
             language=language,
         )
         with atomic_folder(folder) as inside:
-            for name in self.names:
+            for i, name in enumerate(self.names):
                 file = f"{quote(name, safe=' ')}{_SUFFIX}"
-                self.save_adapter(name, inside / file)
+                self._save_adapter(name, inside / file, position=i)
             if self.combined_names:
                 self.save_combination(inside / f"{COMBINED}{_SUFFIX}")
             facts = self._facts(base_model)
@@ -284,6 +284,12 @@ def _headers(load, source):
             )
         if header["kind"] == "adapter":
             headers[header["name"]] = header
+    # Files of earlier versions, and single ones, have no position.
+    last = len(headers)
+    by_position = sorted(
+        headers.items(), key=lambda item: item[1].get("position", last)
+    )
+    headers = dict(by_position)
     if not headers:
         raise FileNotFoundError(
             f"{source}: holds no adapters; a folder of them is written by "
