@@ -294,6 +294,24 @@ def test_checkpoints_of_another_base_are_refused(runs, tmp_path, part):
     assert torch.equal(parts("us"), parts("us"))
 
 
+def test_a_checkpoint_lacks_statistics_inside_the_encoder(tmp_path, caplog):
+    file = tmp_path / "model.ckpt"
+
+    def inserted(seed, **arguments):
+        torch.manual_seed(seed)
+        encoder = ToyEncoder()
+        encoder.normalize = InputNormalization()
+        encoder.normalize(torch.randn(2, 30, 4), torch.ones(2))
+        insert_adapters(encoder, NAMES, bottleneck=4, **arguments)
+        return encoder.eval()
+
+    torch.save(inserted(0).state_dict(), file)
+    inserted(0, load={"us": file})(torch.randn(2, 5, 4))
+    assert "lacks normalize.glob_mean, normalize.glob_std" in caplog.text
+    with pytest.raises(ValueError, match="another base"):
+        inserted(1, load={"us": file})(torch.randn(2, 5, 4))
+
+
 def test_checkpoints_that_do_not_fit(runs, tmp_path):
     saved, _ = runs["us"]
     short = Parts(0, layers=["layers.0", "layers.1"])

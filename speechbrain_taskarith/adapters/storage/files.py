@@ -18,6 +18,7 @@ from speechbrain_taskarith.adapters.bank import BottleneckAdapter
 from speechbrain_taskarith.adapters.checks import (
     VERSION,
     Fingerprints,
+    base_state,
     check_base,
     check_file,
     fingerprint,
@@ -27,11 +28,7 @@ from speechbrain_taskarith.adapters.combination.base import (
     COMBINED_NAMES,
     names_as_tensor,
 )
-from speechbrain_taskarith.adapters.layer import (
-    CHILD,
-    KINDS,
-    make_combination,
-)
+from speechbrain_taskarith.adapters.layer import KINDS, make_combination
 from speechbrain_taskarith.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -60,17 +57,15 @@ class AdapterFiles(torch.nn.Module):
     def base_fingerprint(self):
         """Return the SHA-256 of the encoder's state without the adapters.
 
+        The statistics of an `InputNormalization` in it are part of the state.
+
         Returns
         -------
         str
             64 hexadecimal digits, over names, types, shapes and bytes: the
             same on every device.
         """
-        state = self.encoder.state_dict()
-        state = {
-            n: t for n, t in state.items() if not n.startswith(f"{CHILD}.")
-        }
-        return self._fingerprints.of(self.encoder, state)
+        return self._fingerprints.of(self.encoder, base_state(self.encoder))
 
     def frozen_fingerprints(self):
         """Return what `freeze` holds still beside the encoder.

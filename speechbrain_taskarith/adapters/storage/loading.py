@@ -13,6 +13,7 @@ import torch
 
 from speechbrain_taskarith.adapters.bank import COMBINED, adapter_key
 from speechbrain_taskarith.adapters.checks import (
+    base_state,
     check_base,
     check_file,
     fingerprint,
@@ -71,6 +72,17 @@ class Source:
         if self.is_checkpoint:
             frozen = list(_frozen_then(handle, _states(self.path)))
             header = {**header, "frozen": frozen}
+            base = base_state(handle.encoder)
+            lacking = base.keys() - handle.encoder.state_dict().keys()
+            alone = {n: t for n, t in base.items() if n not in lacking}
+            if lacking and header["base"] == fingerprint(alone):
+                header["base"] = handle.base_fingerprint()
+                logger.warning(
+                    "%s: a model's checkpoint lacks %s, which cannot be "
+                    "checked",
+                    self.path,
+                    ", ".join(sorted(lacking)),
+                )
         try:
             check_base(handle, self.path, header)
         except ValueError as error:
