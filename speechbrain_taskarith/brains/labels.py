@@ -30,6 +30,8 @@ class WordLabels:
 
     #: What stands between the units of a transcript, and what they are.
     joint, unit = " ", "word"
+    #: Labels before the units, as `PieceLabels` has them.
+    reserved = ("<blank>",)
 
     def __init__(self, words):
         if len(set(words)) != len(words):
@@ -94,7 +96,18 @@ class WordLabels:
         -------
         list of str
             Words separated by single spaces.
+
+        Raises
+        ------
+        ValueError
+            A label without a unit, blank among them.
         """
+        for label in (label for labels in sequences for label in labels):
+            if not 1 <= label < len(self):
+                raise ValueError(
+                    f"label {label}: expected 1 to {len(self) - 1}, the "
+                    f"{self.unit}s; is the model's vocabulary another?"
+                )
         texts = (
             self.joint.join(self.units[label - 1] for label in labels)
             for labels in sequences
