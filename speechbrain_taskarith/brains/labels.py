@@ -30,8 +30,6 @@ class WordLabels:
 
     #: What stands between the units of a transcript, and what they are.
     joint, unit = " ", "word"
-    #: Labels before the units, as `PieceLabels` has them.
-    reserved = ("<blank>",)
 
     def __init__(self, words):
         if len(set(words)) != len(words):
@@ -90,7 +88,7 @@ class WordLabels:
         Arguments
         ---------
         sequences : list of list of int
-            Labels without blanks.
+            Labels; blanks have no text.
 
         Returns
         -------
@@ -100,16 +98,16 @@ class WordLabels:
         Raises
         ------
         ValueError
-            A label without a unit, blank among them.
+            A label that is neither a unit's nor blank.
         """
         for label in (label for labels in sequences for label in labels):
-            if not 1 <= label < len(self):
+            if not 0 <= label < len(self):
                 raise ValueError(
-                    f"label {label}: expected 1 to {len(self) - 1}, the "
-                    f"{self.unit}s; is the model's vocabulary another?"
+                    f"label {label}: expected 0 to {len(self) - 1}, blank and "
+                    f"the {self.unit}s; is the model's vocabulary another?"
                 )
         texts = (
-            self.joint.join(self.units[label - 1] for label in labels)
+            self.joint.join(self.units[label - 1] for label in labels if label)
             for labels in sequences
         )
         return [" ".join(text.split()) for text in texts]
