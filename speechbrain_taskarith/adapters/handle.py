@@ -288,7 +288,6 @@ class AdapterHandle(AdapterTraining):
             part.detach()
         self.encoder._modules.pop(CHILD, None)
         self._unfreeze()
-        self.encoder.train(self.encoder.training)
 
 
 def _owner(encoder, name):

@@ -154,8 +154,8 @@ def test_composition(encoder, x, mode):
     assert handle.in_use == "combined"
     train(encoder, handle, x)
     for name, tensor in state_of(handle).items():
-        adapter = "bank" in name
-        moves = not adapter or (mode == "MT-A" and "later" not in name)
+        moves = "combination" in name and "combined_names" not in name
+        moves |= mode == "MT-A" and "bank" in name and "later" not in name
         assert torch.equal(tensor, before[name]) != moves, name
 
 
@@ -388,6 +388,27 @@ def test_parameter_counts(encoder):
     assert handle.count_parameters()["trained"] == 3 * one + fusion
     handle.train_nothing()
     assert handle.count_parameters()["trained"] == 0
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_modes_come_back(encoder, refused):
+    front = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Dropout())
+    both = torch.nn.ModuleList([encoder, front])
+    both.train()
+    for module in (encoder.layers[0].statistics, encoder.layers[1], front[1]):
+        module.eval()
+    modes = [module.training for module in both.modules()]
+    if refused:
+        with pytest.raises(FileNotFoundError):
+            insert_adapters(encoder, NAMES, freeze=front, load="none")
+    else:
+        insert_adapters(encoder, NAMES, freeze=front).remove()
+    assert [module.training for module in both.modules()] == modes
+    for mode in (False, True):
+        handle = insert_adapters(encoder, NAMES, freeze=front)
+        both.train(mode)
+        handle.remove()
+        assert all(module.training == mode for module in both.modules())
 
 
 def test_requires_grad_comes_back(encoder):
