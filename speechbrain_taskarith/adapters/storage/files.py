@@ -121,8 +121,8 @@ class AdapterFiles(torch.nn.Module):
             a fresh adapter.
         any_base : bool
             True accepts an adapter that was trained on another base, beside
-            other frozen modules, behind layers of other names, or in
-            another dtype.
+            other frozen modules, behind layers of other names, or in a
+            dtype with more digits than that of the adapters here.
 
         Raises
         ------

@@ -300,12 +300,15 @@ def _headers(load, source):
 
 def _activation(text, source):
     """Return the class of an activation that a file names, e.g. `SiLU()`."""
-    found = getattr(torch.nn.modules.activation, text.removesuffix("()"), None)
-    if isinstance(found, type) and text.endswith("()"):
-        return found
+    found = getattr(torch.nn.modules.activation, text.partition("(")[0], None)
+    try:
+        if isinstance(found, type) and repr(found()) == text:
+            return found
+    except TypeError:  # one that takes arguments
+        pass
     raise ValueError(
         f"{source}: its adapters have the activation {text}, which is none of "
-        "torch.nn without arguments; insert them by insert_adapters("
+        "torch.nn with its default arguments; insert them by insert_adapters("
         "activation=..., load=...)"
     )
 
