@@ -50,6 +50,8 @@ class Watch:
         self._brain = self._thread = self._batch = None
         #: {layer's name: (parameter, its hook)}, and whose turn it is.
         self._hooks, self._pending = {}, set()
+        #: Names of the layers of this pass whose attention is guided.
+        self._guided = set()
 
     @property
     def _route(self):
@@ -87,6 +89,12 @@ class Watch:
             self.has_started = True
         if self.penalty:
             self._hook_penalty(layer)
+
+    def begin(self, layers):
+        """Do what has to be done before a pass through some layers."""
+        if layers and layers[0] is self.handle.layers[0]:
+            self._guided = set()
+        self.choose()
 
     def choose(self):
         """Take the adapters of the utterances that are being computed."""
@@ -180,17 +188,22 @@ class Watch:
                 "compute_objectives"
             )
 
+    def penalise(self, layers):
+        """Add the penalty of layers; return the parameters that it is of."""
+        if not self.penalty:
+            return []
+        return [p for layer in layers for p in self._hook_penalty(layer)]
+
     def _hook_penalty(self, layer):
         """Add the penalty's derivative to a gradient, once a backward pass.
 
         A hook of a parameter runs before the gradient is accumulated, and
-        before DDP averages it over processes.
+        before DDP averages it over processes. Return the parameters.
         """
         made = layer.combination
         gradients = [] if made is None else made.penalty_gradient(self.penalty)
-        for parameter, _ in gradients:
-            if not parameter.requires_grad:
-                continue
+        trained = [p for p, _ in gradients if p.requires_grad]
+        for parameter in trained:
             self._find_brain()
             self._pending.add(layer.name)
             known, hook = self._hooks.get(layer.name, (None, None))
@@ -210,10 +223,11 @@ class Watch:
 
             hook = parameter.register_hook(add)
             self._hooks[layer.name] = parameter, hook
+        return trained
 
     def _hook_guidance(self, layer):
         """Add the derivative of `guide * attention_loss` to attention's."""
-        made, handle = layer.combination, self.handle
+        made = layer.combination
         weights = attention.kept_attention(layer.name, made)
         if not weights.requires_grad:
             return
@@ -222,10 +236,13 @@ class Watch:
         with torch.autocast(copy.device.type, enabled=False):
             cost = attention.guidance_cost(copy, made.names, tasks, lens)
             (extra,) = torch.autograd.grad(cost, copy)
-        extra *= self.guide / len(handle.layers)
+        # The mean is over the layers that run, which is known at the end.
+        ran = self._guided
+        ran.add(layer.name)
 
         def add(gradient):
-            return gradient + (self._loss_scale(gradient) * extra).to(gradient)
+            scale = self._loss_scale(gradient) * self.guide / len(ran)
+            return gradient + (scale * extra).to(gradient)
 
         weights.register_hook(add)
 

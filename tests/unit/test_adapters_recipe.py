@@ -321,6 +321,36 @@ class ExplicitlyGuided(Explicit):
     guide = 0.7
 
 
+@pytest.mark.parametrize("left_out", [0, 1, 2])
+@pytest.mark.parametrize("mode", ["ST-A", "MT-A"])
+def test_penalty_and_guide_where_a_layer_is_left_out(mode, left_out):
+    results = []
+    for kind in (Recipe, ExplicitlyGuided):
+        made = modules(torch.float64)
+        encoder = made["Transformer"]
+        less = [m for i, m in enumerate(encoder.layers) if i != left_out]
+
+        def forward(x, encoder=encoder, less=less):
+            x = encoder.front(x)
+            for layer in less:
+                x, _ = layer(x)
+            return x
+
+        encoder.forward = forward
+        arguments = {"penalty": 0.5, "guide": 0.7} if kind is Recipe else {}
+        handle = inserted(
+            made,
+            AudioAdapterFusion(guided=True),
+            train=mode,
+            freeze=made,
+            tasks=TASKS,
+            **arguments,
+        )
+        run(made, kind)
+        results.append(list(handle.parameters()))
+    close(*results)
+
+
 @pytest.mark.parametrize("mode", ["ST-A", "MT-A"])
 @pytest.mark.parametrize(
     "options",

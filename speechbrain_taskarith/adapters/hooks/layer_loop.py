@@ -52,7 +52,7 @@ class LayerLoop:
         self.is_running = True
         if self._route.watch is not None:
             # Not at the first layer, which a batch may leave out.
-            self._route.watch.choose()
+            self._route.watch.begin(self.layers)
         choice = self._route.choice
         if isinstance(choice, str) and choice == COMBINED:
             for layer in self.layers:
@@ -71,22 +71,22 @@ class LayerLoop:
     def link(self, x):
         """Give a gradient to the adapters of layers that are left out.
 
-        It is 0. DDP waits for every parameter's.
+        It is 0. DDP waits for every parameter's, and a penalty is added to it.
         """
-        if (
-            self._is_linked
-            or not torch.is_grad_enabled()
-            or not torch.distributed.is_available()
-            or not torch.distributed.is_initialized()
-        ):
+        if self._is_linked or not torch.is_grad_enabled():
             return x
-        self._is_linked = True
-        parameters = [
-            p
-            for layer in self.layers
-            for p in layer.parameters()
-            if p.requires_grad
-        ]
+        self._is_linked, watch = True, self._route.watch
+        parameters = [] if watch is None else watch.penalise(self.layers)
+        if (
+            torch.distributed.is_available()
+            and torch.distributed.is_initialized()
+        ):
+            parameters = [
+                p
+                for layer in self.layers
+                for p in layer.parameters()
+                if p.requires_grad
+            ]
         return _Link.apply(x, *parameters) if parameters else x
 
 
