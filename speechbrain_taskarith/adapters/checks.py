@@ -69,7 +69,8 @@ def check_file(handle, path, tensors, header, kind, any_base=False):
             )
     here = next(handle.layers[0].bank.parameters()).dtype
     theirs = next(iter(tensors.values())).dtype if tensors else here
-    if theirs != here:
+    # A base in half precision has adapters in float32, which hold all of it.
+    if torch.promote_types(theirs, here) != here:
         raise ValueError(
             f"{path}: its numbers are {theirs}, those of the adapters "
             f"here {here}; load into an encoder of that dtype, or pass "
@@ -168,12 +169,27 @@ def frozen_state(module):
     return state
 
 
+def base_state(encoder):
+    """Return `frozen_state` without statistics that nothing has measured."""
+    state = frozen_state(encoder)
+    own = encoder.state_dict().keys()
+    return {n: t for n, t in state.items() if n in own or t.numel()}
+
+
+def _tensors(state):
+    """Yield `(name, tensor)`; quantised modules have theirs in tuples."""
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor):
+            yield name, value.dequantize() if value.is_quantized else value
+        elif isinstance(value, (tuple, list)):
+            parts = {f"{name}.{i}": part for i, part in enumerate(value)}
+            yield from _tensors(parts)
+
+
 def fingerprint(state):
     """Return the SHA-256 over tensors, whatever their order and device."""
     root = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        if not isinstance(tensor, torch.Tensor):
-            continue
+    for name, tensor in sorted(_tensors(state), key=lambda pair: pair[0]):
         shape = ",".join(map(str, tensor.shape))
         dtype = str(tensor.dtype).removeprefix("torch.")
         leaf = hashlib.sha256(f"{name}\0{dtype}\0{shape}\0".encode())
@@ -193,11 +209,7 @@ class Fingerprints(dict):
 
     def of(self, module, state):
         """Return the fingerprint of a module's state."""
-        marks = [
-            (name, _mark(tensor))
-            for name, tensor in state.items()
-            if isinstance(tensor, torch.Tensor)
-        ]
+        marks = [(name, _mark(tensor)) for name, tensor in _tensors(state)]
         if self.get(id(module), (None,))[0] != marks:
             self[id(module)] = marks, fingerprint(state)
         return self[id(module)][1]

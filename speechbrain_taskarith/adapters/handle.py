@@ -134,8 +134,9 @@ class AdapterHandle(AdapterTraining):
             )
         for layer in self.layers:
             layer.bank.remove(name)
-        # Positions have moved.
-        if self.in_use == name or isinstance(self.in_use, torch.Tensor):
+        # Positions have moved; those of a batch's tasks are made anew.
+        chosen = self.in_use == name or isinstance(self.in_use, torch.Tensor)
+        if chosen and not self._route.follows_tasks:
             self.use(None)
 
     def set_combination(self, combination, names=None):
@@ -267,7 +268,8 @@ class AdapterHandle(AdapterTraining):
         """The tasks of the next batch's utterances, None where not said.
 
         B names, set before a forward pass where `insert_adapters` was given
-        `guide` and cannot know them; used up by that pass.
+        `guide`, or several names to train, and cannot know them; used up by
+        that pass.
         """
         return self._route.tasks
 
@@ -286,7 +288,6 @@ class AdapterHandle(AdapterTraining):
             part.detach()
         self.encoder._modules.pop(CHILD, None)
         self._unfreeze()
-        self.encoder.train(self.encoder.training)
 
 
 def _owner(encoder, name):

@@ -87,13 +87,16 @@ def insert_adapters(
     train : None, str or sequence of str
         A name: `handle.train_extraction` of that adapter. `"ST-A"` or
         `"MT-A"`: `handle.train_composition`. Several names: each utterance
-        trains its own adapter, as `tasks` has it. None: nothing trains.
+        trains and uses its own adapter, as `tasks` has it, until another
+        choice by `handle.use` or `handle.train_*`; a `with` counts for its
+        block. None: nothing trains.
     freeze : module, sequence or dict of modules
         See `handle.freeze`.
     load : None, str, pathlib.Path or dict
         `{name: path}`, one path for each adapter, `"combined"` for the
         combination; a file; or a folder, of which adapters that are not
-        among `names` are left out. A path is a file of ours or, in a dict,
+        among `names` are left out, and a combination other than the one
+        asked for. A path is a file of ours or, in a dict,
         a checkpoint of SpeechBrain with that adapter in it: a save folder
         (its newest), a `CKPT+*` folder or a `.ckpt` file. They are read at
         once and held against the base at the first forward pass, when a
@@ -254,8 +257,8 @@ def _configure(handle, watch, train, penalty, guide, tasks):
         watch.is_composition = True
     elif isinstance(train, (str, list, tuple)):
         handle.train_extraction(train)
-        if not isinstance(train, str) and tasks is not None:
-            watch.is_routed = True
+        if not isinstance(train, str):
+            handle._route.everywhere.follows_tasks = True
     else:
         raise ValueError(
             f"train is {train!r}, expected the name of a task, a list of "

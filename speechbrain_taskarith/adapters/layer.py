@@ -96,7 +96,8 @@ def utterance_positions(choice, bank):
                 f"positions of adapters go from {lowest} to {highest}; "
                 f"expected -1 (the base) to {len(bank) - 1}"
             )
-    return choice.to(torch.long)
+    # A caller may fill its own tensor anew for the next batch.
+    return choice.to(torch.long, copy=True)
 
 
 class LayerAdapters(torch.nn.Module):

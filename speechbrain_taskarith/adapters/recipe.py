@@ -18,6 +18,8 @@ from speechbrain_taskarith.adapters.bank import (
     adapter_key,
 )
 from speechbrain_taskarith.adapters.combination import attention
+from speechbrain_taskarith.adapters.hooks import context
+from speechbrain_taskarith.adapters.layer import utterance_positions
 from speechbrain_taskarith.utils.patterns import first_match
 from speechbrain_taskarith.utils.training import running_methods
 
@@ -43,11 +45,17 @@ class Watch:
     def __init__(self, handle, sources=(), penalty=0.0, guide=0.0, tasks=None):
         self.handle, self.sources = handle, list(sources)
         self.penalty, self.guide, self.tasks = penalty, guide, tasks
-        self.is_routed = self.is_composition = False
+        self.is_composition = False
         self.has_started = False
         self._brain = self._thread = self._batch = None
         #: {layer's name: (parameter, its hook)}, and whose turn it is.
         self._hooks, self._pending = {}, set()
+        #: Names of the layers of this pass whose attention is guided.
+        self._guided = set()
+
+    @property
+    def _route(self):
+        return self.handle._route
 
     def __getstate__(self):
         gone = dict.fromkeys(("_brain", "_thread", "_batch"))
@@ -57,7 +65,7 @@ class Watch:
 
     def before(self, layer):
         """Do what has to be done before a layer's adapters are added."""
-        busy = self.penalty or self.guide or self.is_routed
+        busy = self.penalty or self.guide or self._route.follows_tasks
         trains = layer.training and torch.is_grad_enabled()
         starts = trains and not self.has_started
         # Nothing else may break a compiled graph.
@@ -69,8 +77,9 @@ class Watch:
         while self.sources:
             self.sources[0].check(self.handle)
             self.sources.pop(0)
-        if self.is_routed and layer is self.handle.layers[0]:
-            self.handle.use(self.batch_tasks())
+        if not layer._loop.is_running:
+            # Compiled, or the owner of the layers is not called as a whole.
+            self.choose()
         if not (layer.training and torch.is_grad_enabled()):
             return
         if not self.has_started:
@@ -80,6 +89,25 @@ class Watch:
             self.has_started = True
         if self.penalty:
             self._hook_penalty(layer)
+
+    def begin(self, layers):
+        """Do what has to be done before a pass through some layers."""
+        if layers and layers[0] is self.handle.layers[0]:
+            self._guided = set()
+        self.choose()
+
+    def choose(self):
+        """Take the adapters of the utterances that are being computed."""
+        # A backward pass computes again what was chosen for its forward pass.
+        if self._route.follows_tasks and not context.in_backward:
+            bank = self.handle.layers[0].bank
+            tasks = self.batch_tasks()
+            self._route.follow(utterance_positions(tasks, bank))
+
+    def ended(self, layers):
+        """Forget the tasks that a loop has said for this pass."""
+        if layers and layers[-1] is self.handle.layers[-1]:
+            self._route.tasks = None
 
     def after(self, layer):
         """Do what needs the combination's attention."""
@@ -160,17 +188,22 @@ class Watch:
                 "compute_objectives"
             )
 
+    def penalise(self, layers):
+        """Add the penalty of layers; return the parameters that it is of."""
+        if not self.penalty:
+            return []
+        return [p for layer in layers for p in self._hook_penalty(layer)]
+
     def _hook_penalty(self, layer):
         """Add the penalty's derivative to a gradient, once a backward pass.
 
         A hook of a parameter runs before the gradient is accumulated, and
-        before DDP averages it over processes.
+        before DDP averages it over processes. Return the parameters.
         """
         made = layer.combination
         gradients = [] if made is None else made.penalty_gradient(self.penalty)
-        for parameter, _ in gradients:
-            if not parameter.requires_grad:
-                continue
+        trained = [p for p, _ in gradients if p.requires_grad]
+        for parameter in trained:
             self._find_brain()
             self._pending.add(layer.name)
             known, hook = self._hooks.get(layer.name, (None, None))
@@ -190,10 +223,11 @@ class Watch:
 
             hook = parameter.register_hook(add)
             self._hooks[layer.name] = parameter, hook
+        return trained
 
     def _hook_guidance(self, layer):
         """Add the derivative of `guide * attention_loss` to attention's."""
-        made, handle = layer.combination, self.handle
+        made = layer.combination
         weights = attention.kept_attention(layer.name, made)
         if not weights.requires_grad:
             return
@@ -202,10 +236,13 @@ class Watch:
         with torch.autocast(copy.device.type, enabled=False):
             cost = attention.guidance_cost(copy, made.names, tasks, lens)
             (extra,) = torch.autograd.grad(cost, copy)
-        extra *= self.guide / len(handle.layers)
+        # The mean is over the layers that run, which is known at the end.
+        ran = self._guided
+        ran.add(layer.name)
 
         def add(gradient):
-            return gradient + (self._loss_scale(gradient) * extra).to(gradient)
+            scale = self._loss_scale(gradient) * self.guide / len(ran)
+            return gradient + (scale * extra).to(gradient)
 
         weights.register_hook(add)
 
@@ -218,7 +255,8 @@ class Watch:
         if brain is not None:
             self._brain, self._thread = weakref.ref(brain), thread
             # Only where tasks are asked for: it holds the batch in memory.
-            self._batch = batch if self.guide or self.is_routed else None
+            asked = self.guide or self._route.follows_tasks
+            self._batch = batch if asked else None
         elif thread == self._thread:
             self._brain = self._batch = None
         # Else autograd's own thread, which computes checkpointed layers anew.
@@ -245,7 +283,7 @@ class Watch:
                 "the utterances' tasks are not known: give insert_adapters "
                 "tasks={pattern on utterance ids: task}, or say them before "
                 "each forward pass by a line in the loop, e.g. "
-                "adapters.tasks = batch.spk_id"
+                "adapters.tasks = batch.spk_id; or choose by adapters.use(...)"
             )
         if isinstance(self.tasks, str):
             return list(_item(batch, self.tasks))

@@ -26,10 +26,19 @@ class StatisticsGuard(torch.nn.Module):
         super().__init__()
         # Not by setattr, which would make the parent its child's child.
         self.__dict__["_parent"] = parent
+        #: What would train without this guard.
+        self._held = set()
+
+    def release(self):
+        """Put what would train without this guard into training mode."""
+        for module in self._held:
+            module.training = True
 
     def train(self, mode=True):
         """Take the mode, and put the parent's statistics to evaluation."""
         super().train(mode)
+        if not mode:
+            self._held.clear()
         for module in self._parent.modules():
             if isinstance(module, torch.nn.modules.batchnorm._NormBase):
                 updates = module.track_running_stats
@@ -41,7 +50,8 @@ class StatisticsGuard(torch.nn.Module):
                     or type(module).__name__
                     in ("_SpectralNorm", "SpectralNorm")
                 )
-            if updates:
+            if updates and module.training:
+                self._held.add(module)
                 module.training = False
         return self
 
@@ -88,9 +98,10 @@ class AdapterTraining(SharedAdapters):
 
     def _unfreeze(self):
         """Restore modes and flags as they were before the handle."""
-        for _, module in self._frozen:
-            module._modules.pop(GUARD, None)
-            module.train(module.training)
+        for module in (self, *(module for _, module in self._frozen)):
+            guard = module._modules.pop(GUARD, None)
+            if guard is not None:
+                guard.release()
         self._frozen = []
         for parameter, flag in reversed(self._flags):
             parameter.requires_grad_(flag)

@@ -200,12 +200,12 @@ class CTCBrain(sb.Brain):
         float
             In %.
         """
-        checkpointer, self.checkpointer = self.checkpointer, None
-        self.log_tests = False
+        before = self.checkpointer, self.log_tests
+        self.checkpointer, self.log_tests = None, False
         try:
             self.evaluate(data, progressbar=False)
         finally:
-            self.checkpointer, self.log_tests = checkpointer, True
+            self.checkpointer, self.log_tests = before
         return self.report.wer
 
     def loss_of(self, batch):

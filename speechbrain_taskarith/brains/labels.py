@@ -88,15 +88,26 @@ class WordLabels:
         Arguments
         ---------
         sequences : list of list of int
-            Labels without blanks.
+            Labels; blanks have no text.
 
         Returns
         -------
         list of str
             Words separated by single spaces.
+
+        Raises
+        ------
+        ValueError
+            A label that is neither a unit's nor blank.
         """
+        for label in (label for labels in sequences for label in labels):
+            if not 0 <= label < len(self):
+                raise ValueError(
+                    f"label {label}: expected 0 to {len(self) - 1}, blank and "
+                    f"the {self.unit}s; is the model's vocabulary another?"
+                )
         texts = (
-            self.joint.join(self.units[label - 1] for label in labels)
+            self.joint.join(self.units[label - 1] for label in labels if label)
             for labels in sequences
         )
         return [" ".join(text.split()) for text in texts]

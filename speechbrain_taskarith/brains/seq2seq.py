@@ -19,7 +19,8 @@ class Seq2SeqBrain(CTCBrain):
       `reduction: batchmean`;
     - `prompt`: list of token indices that every transcript starts with (the
       beginning token; for Whisper also language and task), and
-      `eos_index`;
+      `eos_index`; the hypotheses are without them, and without the
+      `reserved` labels of the tokenizer, such as blank;
     - `max_tokens`: longest transcript of the search;
     - `searcher` (optional): `searcher(encoded, lens)` whose first result
       are the hypotheses, as SpeechBrain's; without it a greedy search of
@@ -72,6 +73,10 @@ class Seq2SeqBrain(CTCBrain):
     >>> log_probs, lens = brain.compute_forward(batch, sb.Stage.TRAIN)
     >>> log_probs.shape, lens
     (torch.Size([1, 3, 5]), tensor([1.]))
+    >>> loader = torch.utils.data.DataLoader([batch], collate_fn=lambda b: b[0])
+    >>> _ = brain.evaluate(loader, progressbar=False)
+    >>> set(brain.hypotheses[0]) <= set("AB")
+    True
     """
 
     def compute_forward(self, batch, stage):
@@ -112,8 +117,18 @@ class Seq2SeqBrain(CTCBrain):
         with torch.no_grad():
             encoded = bare(self.modules.model).encode(features, lens)
             labels = self._search(encoded, lens)
+        labels = self._without_marks(labels)
         self._collect(batch, self.hparams.tokenizer.decode(labels))
         return loss
+
+    def _without_marks(self, labels):
+        """Leave out what a model may emit and no transcript has."""
+        first = len(getattr(self.hparams.tokenizer, "reserved", ()))
+        prompt = list(self.hparams.prompt)
+        return [
+            [label for label in row if label >= first and label not in prompt]
+            for row in labels
+        ]
 
     def _search(self, encoded, lens):
         searcher = getattr(self.hparams, "searcher", None)

@@ -65,10 +65,12 @@ class ShardedBatch:
                 "number of utterances that they divide evenly"
             )
         batch = PaddedBatch(examples[self.rank :: self.world_size])
-        for key, value in examples[0].items():
-            if isinstance(value, torch.Tensor):
-                longest = max(example[key].shape[0] for example in examples)
-                setattr(batch, key, _pad(getattr(batch, key), longest))
+        for key in examples[0]:
+            # What was padded: tensors, and NumPy's arrays that became some.
+            padded = getattr(batch, key)
+            if isinstance(padded, PaddedData):
+                longest = max(len(example[key]) for example in examples)
+                setattr(batch, key, _pad(padded, longest))
         return batch
 
 

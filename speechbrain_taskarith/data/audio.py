@@ -6,6 +6,7 @@ conversion through torchaudio's windowed-sinc filter with a Kaiser window.
 
 import functools
 import io
+import math
 import os
 
 import torch
@@ -162,7 +163,7 @@ def encode_audio(wave, sample_rate, file_format):
     # temporary name of an atomic write is not ours to choose.
     buffer = io.BytesIO()
     form = {"format": file_format.upper(), "subtype": "PCM_16"}
-    soundfile.write(buffer, pcm.cpu().numpy(), sample_rate, **form)
+    soundfile.write(buffer, pcm.cpu().numpy(), int(sample_rate), **form)
     return buffer.getvalue()
 
 
@@ -198,14 +199,19 @@ def resample_wave(wave, from_rate, to_rate):
     Arguments
     ---------
     wave : torch.Tensor
-        Shape [..., T].
+        Shape [..., T], floating point; T may be 0.
     from_rate, to_rate : int
         Rates in Hz.
 
     Returns
     -------
     torch.Tensor
-        Shape [..., ceil(T * to_rate / from_rate)].
+        Shape [..., ceil(T * to_rate / from_rate)], of the type of `wave`.
+
+    Raises
+    ------
+    ValueError
+        A bad rate, or whole numbers.
 
     Example
     -------
@@ -216,12 +222,23 @@ def resample_wave(wave, from_rate, to_rate):
     _check_rate(to_rate)
     if from_rate == to_rate:
         return wave
+    if not wave.is_floating_point():
+        raise ValueError(
+            f"resampling a wave of {wave.dtype}: expected floating point; "
+            "for 16-bit samples give wave / 32768"
+        )
+    if not wave.numel():
+        length = math.ceil(wave.shape[-1] * to_rate / from_rate)
+        return wave.new_zeros(*wave.shape[:-1], length)
+    # Half precision is computed in float32.
+    dtype = torch.promote_types(wave.dtype, torch.float32)
+    resample = _resampler(int(from_rate), int(to_rate), dtype)
     with torch.no_grad():
-        return _resampler(int(from_rate), int(to_rate))(wave)
+        return resample(wave.to(dtype)).to(wave.dtype)
 
 
 @functools.lru_cache(maxsize=16)
-def _resampler(from_rate, to_rate):
+def _resampler(from_rate, to_rate, dtype):
     """Keep the filter: making it costs more than applying it once."""
     from torchaudio.transforms import Resample
 
@@ -233,6 +250,8 @@ def _resampler(from_rate, to_rate):
         lowpass_filter_width=64,
         rolloff=0.9475937167399596,
         beta=14.769656459379492,
+        # None is float32, from a filter that is made in float64.
+        dtype=None if dtype == torch.float32 else dtype,
     )
 
 

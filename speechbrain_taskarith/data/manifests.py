@@ -209,8 +209,7 @@ def write_manifest(path, recordings, data_root=None):
     for number, item in enumerate(recordings, start=1):
         row = dict(item.row() if isinstance(item, Recording) else item)
         _check_row_to_write(path, number, row, seen, as_json)
-        if data_root is not None:
-            row = {k: _relative(v, data_root, mark) for k, v in row.items()}
+        row = {k: _relative(v, data_root, mark) for k, v in row.items()}
         rows.append(row)
     if as_json:
         write_json(path, {row.pop("ID"): row for row in rows})
@@ -269,7 +268,11 @@ def _read_json(path):
         fault = "expected an object of objects, one for each ID"
         raise ManifestError(path, [fault])
     return [
-        (f"entry {number}", {"ID": key, **row})
+        (
+            f"entry {number}",
+            # null says that it is not known.
+            {"ID": key, **{k: v for k, v in row.items() if v is not None}},
+        )
         for number, (key, row) in enumerate(content.items(), start=1)
     ]
 
@@ -391,8 +394,13 @@ def _relative(value, data_root, mark):
     """Replace the leading data folder of a path, or of a list of paths."""
     if isinstance(value, (list, tuple)):
         return [_relative(part, data_root, mark) for part in value]
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if data_root is None or not isinstance(value, str):
+        return value
     for folder in (os.path.abspath(data_root), os.fspath(data_root)):
+        # "", this folder, is in front of every text.
         root = os.path.join(folder, "")
-        if isinstance(value, str) and value.startswith(root):
+        if root and value.startswith(root):
             return f"{mark}/{value.removeprefix(root)}"
     return value

@@ -48,7 +48,8 @@ def cut_at_pauses(wave, sample_rate, longest):
         raise ValueError(f"longest {longest}: expected seconds, from 1")
     if wave.dim() != 1:
         raise ValueError(f"a wave of {tuple(wave.shape)}: expected [samples]")
-    size, frame = int(longest * sample_rate), round(FRAME * sample_rate)
+    size = int(longest * sample_rate)
+    frame = max(round(FRAME * sample_rate), 1)
     if len(wave) <= size:
         return [(0, len(wave))]
     whole = len(wave) // frame

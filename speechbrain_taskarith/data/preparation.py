@@ -33,11 +33,16 @@ def words_of(text):
     -------
     >>> words_of("Zo’n vis - is er 1, of 'twee'!")
     "ZO'N VIS IS ER 1 OF TWEE"
+    >>> words_of("हिन्दी में, नमस्ते!")
+    'हिन्दी में नमस्ते'
     """
     text = unicodedata.normalize("NFC", text).upper()
     text = re.sub("[’‘`´ʼ]", "'", text)
-    # A letter and its accents, where no single character has both.
-    letters = r"(?:[^\W_][\u0300-\u036f]*)+"
+    # A letter and its accents, vowel signs or points, where no single character
+    # has all of them. Variation selectors belong to emoji.
+    marks = {c for c in text if unicodedata.category(c) in ("Mn", "Mc")}
+    marks -= set(map(chr, range(0xFE00, 0xFE10)))
+    letters = rf"(?:[^\W_][\u0300{''.join(marks)}]*)+"
     return " ".join(re.findall(rf"{letters}(?:'{letters})*", text))
 
 

@@ -9,6 +9,7 @@ import safetensors
 import torch
 from adapters_toy import ToyEncoder, scramble
 from safetensors.torch import save_file
+from speechbrain.processing.features import InputNormalization
 
 from speechbrain_taskarith.adapters import (
     AdapterMean,
@@ -103,6 +104,47 @@ def test_the_fingerprint_is_the_bases(tmp_path):
     with torch.no_grad():
         encoder.front.bias[0] += 1e-6
     assert handle.base_fingerprint() != first
+
+
+def test_statistics_inside_the_base_count(tmp_path):
+    """InputNormalization has them as attributes, not in its state dict."""
+
+    def normalised(mean, kind="global"):
+        encoder, handle = make(1)
+        encoder.normalize = InputNormalization(norm_type=kind)
+        encoder.normalize(torch.randn(2, 30, 4) + mean, torch.ones(2))
+        return encoder, handle
+
+    _, handle = normalised(0.0)
+    path = tmp_path / "us.safetensors"
+    handle.save_adapter("us", path)
+    handle.load_adapter(path)
+    with pytest.raises(ValueError, match="trained on another base"):
+        normalised(5.0)[1].load_adapter(path)
+    # Without any, files of earlier versions stay valid.
+    encoder, handle = normalised(0.0, "sentence")
+    state = encoder.state_dict().items()
+    plain = {n: t for n, t in state if "task_adapters" not in n}
+    assert handle.base_fingerprint() == checks.fingerprint(plain)
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization")
+def test_quantised_weights_of_the_base_count():
+    def quantised(seed):
+        torch.manual_seed(seed)
+        layer = torch.nn.Sequential(
+            torch.nn.LayerNorm(8), torch.nn.Linear(8, 8)
+        )
+        layer = torch.ao.quantization.quantize_dynamic(
+            layer, {torch.nn.Linear}, torch.qint8
+        )
+        encoder = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([layer])})
+        return insert_adapters(encoder, NAMES, bottleneck=4)
+
+    first, again, other = (
+        quantised(seed).base_fingerprint() for seed in (0, 0, 1)
+    )
+    assert first == again != other
 
 
 @pytest.mark.parametrize("combination", ["mean", "weighted_mean", "fusion"])

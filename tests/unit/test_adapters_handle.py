@@ -154,8 +154,8 @@ def test_composition(encoder, x, mode):
     assert handle.in_use == "combined"
     train(encoder, handle, x)
     for name, tensor in state_of(handle).items():
-        adapter = "bank" in name
-        moves = not adapter or (mode == "MT-A" and "later" not in name)
+        moves = "combination" in name and "combined_names" not in name
+        moves |= mode == "MT-A" and "bank" in name and "later" not in name
         assert torch.equal(tensor, before[name]) != moves, name
 
 
@@ -213,6 +213,17 @@ def test_mixed_batch_equals_singles(encoder, x, tensor):
         torch.testing.assert_close(got, encoder(row[None])[0])
 
 
+def test_positions_are_those_of_the_time_of_the_choice(encoder, x):
+    handle = inserted(encoder)
+    buffer = torch.zeros(3, dtype=torch.long)
+    for position in (0, 2):  # the next batch's, in the same tensor
+        handle.use(buffer.fill_(position))
+        buffer.fill_(1)
+        got = encoder(x)
+        handle.use([NAMES[position]] * 3)
+        assert torch.equal(got, encoder(x))
+
+
 def test_mixed_batch_trains_like_singles(encoder, x):
     handle = inserted(encoder)
     choice = ["indian", "us", "indian"]
@@ -259,10 +270,16 @@ def test_fold_equals_unfold(encoder, x, combination):
         torch.testing.assert_close(folded, plain, atol=1e-5, rtol=1e-5)
         handle.unfold()
         assert not torch.allclose(encoder(x), folded, atol=1e-3)
-    handle.fold()
-    handle.train_composition("MT-A")
-    encoder(x).sum().backward()
-    assert all(p.grad is not None for p in handle.trained_parameters())
+    for unfold in (
+        lambda: handle.train_composition("MT-A"),
+        encoder.train,  # after a validation with folded weights
+    ):
+        handle.zero_grad()
+        handle.fold()
+        encoder.eval()(x)
+        unfold()
+        encoder(x).sum().backward()
+        assert all(p.grad is not None for p in handle.trained_parameters())
 
 
 def test_attention_over_valid_frames(encoder, x):
@@ -371,6 +388,27 @@ def test_parameter_counts(encoder):
     assert handle.count_parameters()["trained"] == 3 * one + fusion
     handle.train_nothing()
     assert handle.count_parameters()["trained"] == 0
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_modes_come_back(encoder, refused):
+    front = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Dropout())
+    both = torch.nn.ModuleList([encoder, front])
+    both.train()
+    for module in (encoder.layers[0].statistics, encoder.layers[1], front[1]):
+        module.eval()
+    modes = [module.training for module in both.modules()]
+    if refused:
+        with pytest.raises(FileNotFoundError):
+            insert_adapters(encoder, NAMES, freeze=front, load="none")
+    else:
+        insert_adapters(encoder, NAMES, freeze=front).remove()
+    assert [module.training for module in both.modules()] == modes
+    for mode in (False, True):
+        handle = insert_adapters(encoder, NAMES, freeze=front)
+        both.train(mode)
+        handle.remove()
+        assert all(module.training == mode for module in both.modules())
 
 
 def test_requires_grad_comes_back(encoder):

@@ -308,6 +308,33 @@ def test_a_checkpoint_of_other_adapters_says_which(names):
         encoder.load_state_dict(other.state_dict())
 
 
+class Gains(Product):
+    """Its parameters have an order, of which it says nothing."""
+
+    def __init__(self, bank, **others):
+        super().__init__(bank, **others)
+        self.gains = torch.nn.Parameter(torch.ones(len(self.names)))
+
+
+@pytest.mark.parametrize("kind", ["weighted_mean", "fusion", Gains])
+def test_a_checkpoint_of_another_combination(kind):
+    def made(names):
+        handle = insert_adapters(ToyEncoder(), [*NAMES, "x"], bottleneck=4)
+        handle.set_combination(kind, names=names)
+        return handle
+
+    state = made(NAMES).state_dict()
+    with pytest.raises(RuntimeError, match="combines us, german, this one us"):
+        made(["us", "x"]).load_state_dict(state)
+    if kind is Gains:
+        with pytest.raises(RuntimeError, match="this one german, us"):
+            made(NAMES[::-1]).load_state_dict(state)
+    # Earlier versions did not write the names.
+    old = {k: v for k, v in state.items() if "combined_names" not in k}
+    assert len(old) == len(state) - 3
+    made(NAMES).load_state_dict(old)
+
+
 @pytest.mark.parametrize("frames", [3, 6])
 def test_frames_first_is_refused_where_utterances_count(frames):
     layer = torch.nn.TransformerEncoderLayer(8, 2, 16)  # [T, B, d]

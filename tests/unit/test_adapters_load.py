@@ -11,7 +11,7 @@ from speechbrain.processing.features import InputNormalization
 from speechbrain.utils.checkpoints import Checkpointer, average_checkpoints
 from speechbrain.utils.parameter_transfer import Pretrainer
 
-from speechbrain_taskarith.adapters import insert_adapters
+from speechbrain_taskarith.adapters import AudioAdapterFusion, insert_adapters
 
 NAMES = ["us", "german"]
 
@@ -294,6 +294,24 @@ def test_checkpoints_of_another_base_are_refused(runs, tmp_path, part):
     assert torch.equal(parts("us"), parts("us"))
 
 
+def test_a_checkpoint_lacks_statistics_inside_the_encoder(tmp_path, caplog):
+    file = tmp_path / "model.ckpt"
+
+    def inserted(seed, **arguments):
+        torch.manual_seed(seed)
+        encoder = ToyEncoder()
+        encoder.normalize = InputNormalization()
+        encoder.normalize(torch.randn(2, 30, 4), torch.ones(2))
+        insert_adapters(encoder, NAMES, bottleneck=4, **arguments)
+        return encoder.eval()
+
+    torch.save(inserted(0).state_dict(), file)
+    inserted(0, load={"us": file})(torch.randn(2, 5, 4))
+    assert "lacks normalize.glob_mean, normalize.glob_std" in caplog.text
+    with pytest.raises(ValueError, match="another base"):
+        inserted(1, load={"us": file})(torch.randn(2, 5, 4))
+
+
 def test_checkpoints_that_do_not_fit(runs, tmp_path):
     saved, _ = runs["us"]
     short = Parts(0, layers=["layers.0", "layers.1"])
@@ -354,11 +372,60 @@ def test_files_that_do_not_fit_are_refused_at_once(trained, tmp_path):
         ),
         (
             {"load": files / "fusion.safetensors", "names": ["us"]},
-            "combines 'german', which are not here",
+            "combines us, german, but us was asked for",
         ),
     ):
         with pytest.raises(ValueError, match=message):
             Parts(0, **arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"combination": "mean"}, "is AudioAdapterFusion, but AdapterMean was"),
+        ({"names": ["us", "x", "german"]}, "combines us, german, but us, x,"),
+        (
+            {"combination": AudioAdapterFusion(running=True)},
+            "its running is False, but True was asked for",
+        ),
+        ({"names": ["us"], "combination": None}, "combines german, not among"),
+    ],
+)
+def test_the_combination_asked_for_stays(trained, arguments, message, caplog):
+    fresh = Parts(0, **arguments).handle
+    parts = Parts(0, load=trained.files, **arguments).handle
+    assert message in caplog.text and "was left out" in caplog.text
+    assert parts.combined_names == fresh.combined_names
+    for here, plain, theirs in zip(
+        parts.layers, fresh.layers, trained.handle.layers
+    ):
+        assert type(here.combination) is type(plain.combination)
+        bank, other = here.bank["us"], theirs.bank["us"]
+        assert torch.equal(bank.up.weight, other.up.weight)
+        if here.combination is not None:
+            assert here.combination.settings() == plain.combination.settings()
+            pairs = zip(
+                here.combination.parameters(), plain.combination.parameters()
+            )
+            assert all(torch.equal(p, q) for p, q in pairs)
+    if fresh.combined_names:
+        file = trained.files / "fusion.safetensors"
+        with pytest.raises(ValueError, match=message):
+            Parts(0, load={"combined": file}, **arguments)
+
+
+@pytest.mark.parametrize("kind", ["weighted_mean", "fusion"])
+def test_a_combination_keeps_the_order_and_form_asked_for(tmp_path, kind):
+    parts = Parts(0, combination=kind)
+    scramble(parts.handle, seed=5)
+    parts.handle.save(tmp_path / "all")
+    template = type(parts.handle.layers[0].combination)(recompute=True)
+    other = Parts(
+        0, names=NAMES[::-1], combination=template, load=tmp_path / "all"
+    )
+    assert other.handle.combined_names == NAMES[::-1]
+    assert other.handle.layers[0].combination.recompute
+    torch.testing.assert_close(other("combined"), parts("combined"))
 
 
 def test_a_folder_may_hold_more(trained, caplog):

@@ -152,6 +152,76 @@ def test_several_names_are_routed_by_the_utterances_ids():
     assert {n.split("adapter_")[1].split(".")[0] for n in moved} == {*NAMES}
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_batch_without_its_first_layer_is_routed_as_well(whole):
+    made = modules()
+    handle = inserted(made, train=NAMES, freeze=made, tasks=TASKS)
+    encoder, seen = made["Transformer"], []
+
+    def without_first(x):
+        x = encoder.front(x)
+        for layer in encoder.layers[1:]:
+            x, _ = layer(x)
+        seen.append(handle.in_use.tolist())
+        return x
+
+    class Apart(Recipe):
+        def compute_forward(self, batch, stage):
+            return without_first(batch.sig.data)
+
+    if whole:
+        encoder.forward = without_first
+    run(made, Recipe if whole else Apart, epochs=1)
+    assert seen == [[1, 0]] * 3
+
+
+def test_a_later_choice_is_not_routed():
+    made = modules()
+    handle = inserted(made, train=NAMES, freeze=made, tasks=TASKS)
+    encoder, outputs = made["Transformer"], []
+    encoder.register_forward_hook(lambda *args: outputs.append(args))
+    brain = run(made, epochs=1)
+    data = torch.utils.data.DataLoader(
+        utterances(2), batch_size=2, collate_fn=PaddedBatch
+    )
+    routed = handle.in_use
+    for choice in (None, "us", "combined"):
+        with handle.use(choice):
+            brain.evaluate(data, progressbar=False)
+            _, (x,), output = outputs[-1]
+            assert handle.in_use == choice
+            with torch.no_grad():
+                assert torch.equal(encoder(x), output)
+    brain.evaluate(data, progressbar=False)
+    assert torch.equal(handle.in_use, routed)
+    handle.train_composition("ST-A")
+    before = states(made)
+    run(made, epochs=1)
+    moved = changed(before, states(made))
+    assert moved and all("combination" in name for name in moved)
+
+
+def test_several_names_by_one_line_in_the_loop():
+    made = modules()
+    handle = inserted(made, train=NAMES, freeze=made)
+
+    class Said(Recipe):
+        def compute_forward(self, batch, stage):
+            handle.tasks = batch.spk_id
+            return super().compute_forward(batch, stage)
+
+    run(made, Said)
+    by_line = states(made)
+    made = modules()
+    inserted(made, train=NAMES, freeze=made, tasks="spk_id")
+    before = states(made)
+    run(made)
+    assert changed(before, by_line) and not changed(by_line, states(made))
+    # Nor are those of the last batch taken again.
+    with pytest.raises(ValueError, match="utterances' tasks are not known"):
+        handle.encoder(torch.randn(2, 5, 4))
+
+
 # ------------------------------------------------- the log and its warnings
 
 
@@ -200,7 +270,7 @@ def test_adapters_that_do_nothing_are_a_warning(caplog):
 
 def test_several_trained_and_none_in_use_is_a_warning(caplog):
     made = modules()
-    inserted(made, train=NAMES)
+    inserted(made).train_extraction(NAMES)
     made["Transformer"].train()
     made["Transformer"](torch.randn(2, 5, 4))
     assert "none of the adapters that are to be trained" in caplog.text
@@ -249,6 +319,36 @@ class Explicit(Recipe):
 
 class ExplicitlyGuided(Explicit):
     guide = 0.7
+
+
+@pytest.mark.parametrize("left_out", [0, 1, 2])
+@pytest.mark.parametrize("mode", ["ST-A", "MT-A"])
+def test_penalty_and_guide_where_a_layer_is_left_out(mode, left_out):
+    results = []
+    for kind in (Recipe, ExplicitlyGuided):
+        made = modules(torch.float64)
+        encoder = made["Transformer"]
+        less = [m for i, m in enumerate(encoder.layers) if i != left_out]
+
+        def forward(x, encoder=encoder, less=less):
+            x = encoder.front(x)
+            for layer in less:
+                x, _ = layer(x)
+            return x
+
+        encoder.forward = forward
+        arguments = {"penalty": 0.5, "guide": 0.7} if kind is Recipe else {}
+        handle = inserted(
+            made,
+            AudioAdapterFusion(guided=True),
+            train=mode,
+            freeze=made,
+            tasks=TASKS,
+            **arguments,
+        )
+        run(made, kind)
+        results.append(list(handle.parameters()))
+    close(*results)
 
 
 @pytest.mark.parametrize("mode", ["ST-A", "MT-A"])

@@ -54,7 +54,7 @@ def test_a_folder_gives_a_bare_encoder_all_it_had(tmp_path, settings):
     assert handle.save(tmp_path / "shared") == tmp_path / "shared"
     other_encoder = bare()
     other = AdapterHandle.from_pretrained(other_encoder, tmp_path / "shared")
-    assert set(other.names) == {*NAMES, "wide"}
+    assert other.names == handle.names == [*NAMES, "wide"]
     assert other.in_use is None
     choices = [None, *handle.names]
     if handle.combined_names:
@@ -209,6 +209,31 @@ def test_the_files_say_all_that_is_needed(tmp_path):
     with safetensors.safe_open(str(path), framework="pt") as file:
         header = json.loads(file.metadata()["speechbrain_taskarith"])
     assert header["name"] == "us"
+
+
+@pytest.mark.parametrize("kind", [torch.nn.GELU, torch.nn.LeakyReLU])
+def test_activations_with_default_arguments_are_found(tmp_path, kind):
+    _, handle = make(activation=kind)
+    handle.save(tmp_path / "shared")
+    other = load_adapters(bare(), tmp_path / "shared")
+    assert repr(other.layers[0].bank.activation) == repr(kind())
+    _, handle = make(activation=lambda: torch.nn.LeakyReLU(0.3))
+    handle.save(tmp_path / "shared")
+    with pytest.raises(ValueError, match="negative_slope=0.3.*none of"):
+        load_adapters(bare(), tmp_path / "shared")
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_adapters_in_half_precision_fit_the_half_base(tmp_path, half):
+    encoder, handle = make()
+    encoder.to(half)
+    handle.save(tmp_path / "shared")
+    other = load_adapters(bare().to(half), tmp_path / "shared")
+    for (name, mine), theirs in zip(
+        handle.named_parameters(), other.parameters()
+    ):
+        assert theirs.dtype == torch.float32, name
+        assert torch.equal(mine.float(), theirs), name
 
 
 def test_one_file_is_loaded_into_a_bare_encoder(tmp_path):

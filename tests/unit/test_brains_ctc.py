@@ -237,6 +237,16 @@ def test_labels_and_back(text):
     assert LABELS.decode([LABELS.encode(text).tolist()]) == [text]
 
 
+@pytest.mark.parametrize("label", [-1, len(LABELS)])
+def test_a_label_without_a_character(label):
+    with pytest.raises(ValueError, match=f"label {label}: expected 0 to"):
+        LABELS.decode([[1], [1, label]])
+
+
+def test_blank_has_no_text():
+    assert LABELS.decode([[0, 1, 0, 2], [0]]) == LABELS.decode([[1, 2], []])
+
+
 def test_a_character_without_a_label():
     with pytest.raises(ValueError, match="'x'.*no label"):
         LABELS.encode("ax")

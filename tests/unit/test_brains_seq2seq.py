@@ -129,6 +129,13 @@ def test_greedy_search_follows_the_best_token():
         assert found[row] == tokens[1:]
 
 
+def test_hypotheses_are_without_prompt_and_blank():
+    model = network()
+    brain = brain_of(model, searcher=lambda *_: [[[0, 1, BOS, 3], [BOS, 0]]])
+    brain.evaluate(loader(batch()), progressbar=False)
+    assert brain.hypotheses == ["ac", ""]
+
+
 def test_overfits_two_utterances():
     torch.manual_seed(0)
     brain = brain_of(network())

@@ -1,5 +1,6 @@
 """Shares of a batch: together and padded, they are the batch."""
 
+import numpy
 import pytest
 import torch
 from speechbrain.dataio.batch import PaddedBatch
@@ -16,9 +17,13 @@ def examples(count=6):
     ]
 
 
-def test_shares_together_are_the_batch():
-    whole = PaddedBatch(examples())
-    shares = [ShardedBatch(rank, 2)(examples()) for rank in (0, 1)]
+@pytest.mark.parametrize("kind", [torch.Tensor, numpy.ndarray])
+def test_shares_together_are_the_batch(kind):
+    batch = examples()
+    if kind is numpy.ndarray:
+        batch = [{**e, "sig": e["sig"].numpy()} for e in batch]
+    whole = PaddedBatch(batch)
+    shares = [ShardedBatch(rank, 2)(batch) for rank in (0, 1)]
     for key in ("sig", "tokens"):
         data = torch.zeros_like(whole[key].data)
         lengths = torch.zeros(6)

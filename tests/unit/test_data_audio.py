@@ -10,6 +10,7 @@ import soundfile
 import torch
 
 from speechbrain_taskarith.data import (
+    encode_audio,
     read_audio,
     resample_wave,
     to_pcm16,
@@ -75,6 +76,31 @@ def test_resampling_agrees_with_scipy():
 def test_same_rate_is_the_same_tensor():
     wave = torch.randn(10)
     assert resample_wave(wave, 16000, 16000) is wave
+
+
+def test_a_rate_may_be_a_float():
+    wave = torch.randn(10)
+    assert encode_audio(wave, 8e3, "wav") == encode_audio(wave, 8000, "wav")
+
+
+@pytest.mark.parametrize(
+    "dtype, tolerance",
+    [(torch.float64, 1e-6), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)],
+)
+def test_any_precision_resamples(dtype, tolerance):
+    wave = tone(440, 8000).to(dtype)
+    found = resample_wave(wave, 8000, 16000)
+    assert found.dtype == dtype
+    expected = resample_wave(wave.float(), 8000, 16000)
+    torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=0)
+    empty = resample_wave(torch.zeros(2, 0, dtype=dtype), 8000, 16000)
+    assert empty.shape == (2, 0) and empty.dtype == dtype
+    assert resample_wave(wave[None][:0], 8000, 16000).shape == (
+        0,
+        2 * len(wave),
+    )
+    with pytest.raises(ValueError, match="wave / 32768"):
+        resample_wave(wave.short(), 8000, 16000)
 
 
 def test_wrong_rate_names_the_file_and_both_rates(tmp_path):

@@ -3,7 +3,9 @@
 import csv
 import dataclasses
 import errno
+import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -235,6 +237,29 @@ def test_folders_with_a_common_beginning_are_not_confused(tmp_path):
     write_manifest(tmp_path / "m.csv", [row], data_root=tmp_path / "data")
     with open(tmp_path / "m.csv") as stream:
         assert next(csv.DictReader(stream))["wav"] == row.wav
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json"])
+@pytest.mark.parametrize("kind", [str, Path])
+def test_this_folder_as_data_root(folder, monkeypatch, suffix, kind):
+    """`os.path.dirname("m.csv")` is "", which every text starts with."""
+    monkeypatch.chdir(folder)
+    rows = read_manifest("manifest.csv")
+    given = [dataclasses.replace(row, wav=kind(row.wav)) for row in rows]
+    write_manifest(f"m.{suffix}", given, data_root="")
+    assert read_manifest(f"m.{suffix}") == rows
+    text = Path(f"m.{suffix}").read_text()
+    assert text.count("data_root") == len(rows) and str(folder) not in text
+
+
+def test_null_is_not_known(folder):
+    row = {"duration": 0.5, "wav": "x.wav", "spk_id": "s", "wrd": "ONE"}
+    (folder / "n.json").write_text(json.dumps({"a": {**row, "accent": None}}))
+    (found,) = read_manifest(folder / "n.json", check="none")
+    assert found.accent == ""
+    (folder / "n.json").write_text(json.dumps({"a": {**row, "wrd": None}}))
+    with pytest.raises(ManifestError, match="wrd is empty"):
+        read_manifest(folder / "n.json", check="none")
 
 
 def test_lists_go_into_json_only(tmp_path):

@@ -12,6 +12,8 @@ from speechbrain_taskarith.adapters.combination.folding import (
 class _Average(Combination):
     """o = sum_n w_n a_n, with the same weights at every frame."""
 
+    per_adapter = ()
+
     def _as_loop(self, x):
         outputs = [self.bank[name](x) for name in self.names]
         return sum(w * a for w, a in zip(self.weights(), outputs))
@@ -99,6 +101,8 @@ class AdapterWeightedMean(_Average):
     >>> AdapterWeightedMean(bank).weights().tolist()
     [0.5, 0.5]
     """
+
+    per_adapter = ("logits",)
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ trains; `folded` multiplies frozen weights with one another beforehand.
 
 import contextvars
 import functools
+import json
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -21,8 +22,19 @@ from speechbrain_taskarith.adapters.combination.folding import (
 #: How a combination may be computed; `auto` chooses by the gradients.
 FORMS = ("auto", "loop", "stacked", "collapsed", "folded")
 
+#: The entry of a state dict that says which adapters are combined.
+COMBINED_NAMES = "combined_names"
+
 # Gain of the LayerNorm before the residual, at the start.
 _GAINS = {"one": 1.0, "small": 0.1, "zero": 0.0}
+
+
+def names_as_tensor(names):
+    """Return the entry `COMBINED_NAMES` of a state dict.
+
+    Of floats: recipes average checkpoints, and sums of bytes overflow.
+    """
+    return torch.tensor(list(json.dumps(names).encode()), dtype=torch.float32)
 
 
 class Combination(torch.nn.Module):
@@ -34,7 +46,9 @@ class Combination(torch.nn.Module):
 
     A subclass computes o in `_as_loop(x)`. To be faster, it may compute it
     in `_as_stacked(x)`, `_as_collapsed(x)` and `_as_folded(x)` as well, the
-    last from `self.folded()`, which `_fold()` makes.
+    last from `self.folded()`, which `_fold()` makes. Parameters that have an
+    entry for each adapter it names in `per_adapter`, so that a checkpoint of
+    another order loads; where that is None, another order is refused.
 
     Arguments
     ---------
@@ -61,6 +75,7 @@ class Combination(torch.nn.Module):
     """
 
     bank: AdapterBank
+    per_adapter: tuple[str, ...] | None = None
 
     def __init__(
         self,
@@ -234,13 +249,39 @@ class Combination(torch.nn.Module):
         return super()._apply(fn, recurse)
 
     def train(self, mode=True):
-        """As `torch.nn.Module.train`; forgets the derived weights."""
+        """As `torch.nn.Module.train`; training unfolds."""
+        if mode:
+            self.unfold()
         self._derived.clear()
         return super().train(mode)
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.names and any(True for _ in self.parameters()):
+            destination[prefix + COMBINED_NAMES] = names_as_tensor(self.names)
+
+    def _load_from_state_dict(self, state_dict, prefix, *others):
         self.unfold()
-        super()._load_from_state_dict(*args, **kwargs)
+        state, errors = dict(state_dict), others[-1]
+        # Checkpoints of earlier versions have no names.
+        written = state.pop(prefix + COMBINED_NAMES, None)
+        if written is not None:
+            codes = written.detach().cpu().double().round().tolist()
+            names = json.loads(bytes(map(int, codes)))
+            ordered = names == self.names or self.per_adapter is not None
+            if not ordered or set(names) != set(self.names):
+                errors.append(
+                    f"{prefix.rstrip('.')}: the checkpoint combines "
+                    f"{', '.join(names)}, this one {', '.join(self.names)}; "
+                    "handle.set_combination(..., names=[...]) with those of "
+                    "the checkpoint first"
+                )
+                return
+            order = [names.index(name) for name in self.names]
+            for name in self.per_adapter or ():
+                if prefix + name in state:
+                    state[prefix + name] = state[prefix + name][order]
+        super()._load_from_state_dict(state, prefix, *others)
 
     def extra_repr(self):
         """Show what sets this combination apart in the module tree."""

@@ -73,6 +73,8 @@ class AudioAdapterFusion(Combination):
     torch.Size([3, 5, 2])
     """
 
+    per_adapter = ()
+
     def __init__(
         self,
         bank=None,

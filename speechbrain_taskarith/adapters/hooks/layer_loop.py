@@ -32,9 +32,11 @@ class LayerLoop:
     def __init__(self, name, owner, route):
         self.name, self.owner, self.layers = name, owner, []
         self._route, self._is_linked = route, True
+        #: Whether the owner's `forward` is running.
+        self.is_running = False
         self._hooks = (
             owner.register_forward_pre_hook(self._begin),
-            owner.register_forward_hook(self._end),
+            owner.register_forward_hook(self._end, always_call=True),
         )
 
     def detach(self):
@@ -47,6 +49,10 @@ class LayerLoop:
             return
         PROGRESS.passed_by, self._is_linked = None, False
         PROGRESS.inside.difference_update(map(id, self.layers))
+        self.is_running = True
+        if self._route.watch is not None:
+            # Not at the first layer, which a batch may leave out.
+            self._route.watch.begin(self.layers)
         choice = self._route.choice
         if isinstance(choice, str) and choice == COMBINED:
             for layer in self.layers:
@@ -55,28 +61,32 @@ class LayerLoop:
                 made.last_weights = made.live_weights = None
 
     def _end(self, owner, inputs, output):
-        if not torch.compiler.is_compiling():
-            require_passed(None)
+        if torch.compiler.is_compiling():
+            return
+        self.is_running = False
+        if self._route.watch is not None:
+            self._route.watch.ended(self.layers)
+        require_passed(None)
 
     def link(self, x):
         """Give a gradient to the adapters of layers that are left out.
 
-        It is 0. DDP waits for every parameter's.
+        It is 0. DDP waits for every parameter's, and a penalty is added to it.
         """
-        if (
-            self._is_linked
-            or not torch.is_grad_enabled()
-            or not torch.distributed.is_available()
-            or not torch.distributed.is_initialized()
-        ):
+        if self._is_linked or not torch.is_grad_enabled():
             return x
-        self._is_linked = True
-        parameters = [
-            p
-            for layer in self.layers
-            for p in layer.parameters()
-            if p.requires_grad
-        ]
+        self._is_linked, watch = True, self._route.watch
+        parameters = [] if watch is None else watch.penalise(self.layers)
+        if (
+            torch.distributed.is_available()
+            and torch.distributed.is_initialized()
+        ):
+            parameters = [
+                p
+                for layer in self.layers
+                for p in layer.parameters()
+                if p.requires_grad
+            ]
         return _Link.apply(x, *parameters) if parameters else x
 
 

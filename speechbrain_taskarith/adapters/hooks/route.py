@@ -8,10 +8,14 @@ _NAMES = map("route {}".format, itertools.count())
 
 
 class Chosen:
-    """One choice, and what holds again once it turns out to be a `with`'s."""
+    """One choice, and what holds again once it turns out to be a `with`'s.
 
-    def __init__(self, value):
+    One that `follows_tasks` is made anew for every batch, from its tasks.
+    """
+
+    def __init__(self, value, follows_tasks=False):
         self.value, self.instead = value, None
+        self.follows_tasks = follows_tasks
 
 
 class Route:
@@ -43,6 +47,15 @@ class Route:
             return own.value
         return self.latest if context.in_backward else self.everywhere.value
 
+    @property
+    def follows_tasks(self):
+        """Tell whether the batch's tasks choose here, and no `use`."""
+        return self.own() is None and self.everywhere.follows_tasks
+
+    def follow(self, positions):
+        """Take the positions of the batch's tasks."""
+        self.everywhere.value = self.latest = positions
+
     def own(self):
         """Return the `Chosen` of the innermost `with`, None without one."""
         around = context.around
@@ -52,7 +65,7 @@ class Route:
 
     def __getstate__(self):
         # A copy goes through what is in use where it is made.
-        everywhere = Chosen(self.choice)
+        everywhere = Chosen(self.choice, self.follows_tasks)
         return {**vars(self), "everywhere": everywhere, "_moved": {}}
 
     def __setstate__(self, state):

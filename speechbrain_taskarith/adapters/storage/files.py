@@ -18,16 +18,17 @@ from speechbrain_taskarith.adapters.bank import BottleneckAdapter
 from speechbrain_taskarith.adapters.checks import (
     VERSION,
     Fingerprints,
+    base_state,
     check_base,
     check_file,
     fingerprint,
     frozen_fingerprints,
 )
-from speechbrain_taskarith.adapters.layer import (
-    CHILD,
-    KINDS,
-    make_combination,
+from speechbrain_taskarith.adapters.combination.base import (
+    COMBINED_NAMES,
+    names_as_tensor,
 )
+from speechbrain_taskarith.adapters.layer import KINDS, make_combination
 from speechbrain_taskarith.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -56,17 +57,15 @@ class AdapterFiles(torch.nn.Module):
     def base_fingerprint(self):
         """Return the SHA-256 of the encoder's state without the adapters.
 
+        The statistics of an `InputNormalization` in it are part of the state.
+
         Returns
         -------
         str
             64 hexadecimal digits, over names, types, shapes and bytes: the
             same on every device.
         """
-        state = self.encoder.state_dict()
-        state = {
-            n: t for n, t in state.items() if not n.startswith(f"{CHILD}.")
-        }
-        return self._fingerprints.of(self.encoder, state)
+        return self._fingerprints.of(self.encoder, base_state(self.encoder))
 
     def frozen_fingerprints(self):
         """Return what `freeze` holds still beside the encoder.
@@ -90,12 +89,17 @@ class AdapterFiles(torch.nn.Module):
         path : str or pathlib.Path
             `.safetensors`
         """
+        self._save_adapter(name, path)
+
+    def _save_adapter(self, name, path, **more):
+        """Write one adapter, with more about it in the header."""
         members = [layer.bank[name] for layer in self.layers]
         header = {
             "kind": "adapter",
             "name": name,
             "bottleneck": members[0].bottleneck,
             **_settings(self.layers[0].bank),
+            **more,
         }
         self._write(path, members, header)
 
@@ -117,8 +121,8 @@ class AdapterFiles(torch.nn.Module):
             a fresh adapter.
         any_base : bool
             True accepts an adapter that was trained on another base, beside
-            other frozen modules, behind layers of other names, or in
-            another dtype.
+            other frozen modules, behind layers of other names, or in a
+            dtype with more digits than that of the adapters here.
 
         Raises
         ------
@@ -189,10 +193,14 @@ class AdapterFiles(torch.nn.Module):
             check_base(self, path, header)
         self._put_combination(path, tensors, header)
 
-    def _put_combination(self, path, tensors, header):
-        """Put what was read behind the layers, see `load_combination`."""
+    def _put_combination(self, path, tensors, header, like=None):
+        """Put what was read behind the layers, see `load_combination`.
+
+        `like`: a combination whose names, in their order, and whose way to
+        compute are kept.
+        """
         classes = {kind.__name__: kind for kind in KINDS.values()}
-        if header["class"] not in classes:
+        if like is None and header["class"] not in classes:
             raise ValueError(
                 f"{path}: a combination of the class {header['class']}, which "
                 f"is not one of {', '.join(classes)}"
@@ -203,11 +211,10 @@ class AdapterFiles(torch.nn.Module):
                 f"{path}: combines {', '.join(map(repr, missing))}, which are "
                 "not here; load these adapters first (handle.load_adapter)"
             )
-        template = classes[header["class"]](**header["settings"])
-        made = [
-            make_combination(template, layer.bank, header["names"])
-            for layer in self.layers
-        ]
+        if like is None:
+            like = classes[header["class"]](**header["settings"])
+            like.names = header["names"]
+        made = [make_combination(like, layer.bank) for layer in self.layers]
         for i, new in enumerate(made):
             start = f"layers.{i}."
             state = {
@@ -215,6 +222,7 @@ class AdapterFiles(torch.nn.Module):
                 for name, tensor in tensors.items()
                 if name.startswith(start)
             }
+            state[COMBINED_NAMES] = names_as_tensor(header["names"])
             try:
                 new.load_state_dict(state)
             except RuntimeError as error:
@@ -231,6 +239,7 @@ class AdapterFiles(torch.nn.Module):
             f"layers.{i}.{name}": tensor.detach().cpu().contiguous()
             for i, member in enumerate(members)
             for name, tensor in member.state_dict().items()
+            if name != COMBINED_NAMES  # the header has them
         }
         _require_finite(tensors, path)
         frozen = self.frozen_fingerprints()

@@ -13,6 +13,7 @@ import torch
 
 from speechbrain_taskarith.adapters.bank import COMBINED, adapter_key
 from speechbrain_taskarith.adapters.checks import (
+    base_state,
     check_base,
     check_file,
     fingerprint,
@@ -24,6 +25,8 @@ from speechbrain_taskarith.adapters.storage.files import read_file
 logger = logging.getLogger(__name__)
 
 _SUFFIX = ".safetensors"
+# Settings of a combination that do not change what it computes.
+_HOW = ("form", "recompute", "guided")
 
 
 class Source:
@@ -47,12 +50,16 @@ class Source:
             self.name = COMBINED if combined else self.header["name"]
 
     def put(self, handle, any_base):
-        """Check the file against the layers and put it in."""
+        """Check the file against the layers and put it in.
+
+        A combination goes into the one that was asked for, if there is one.
+        """
         self.any_base = any_base
         kind = "combination" if self.name == COMBINED else "adapter"
         check_file(handle, self.path, self.tensors, self.header, kind, any_base)
         if kind == "combination":
-            handle._put_combination(self.path, self.tensors, self.header)
+            asked = handle.layers[0].combination
+            handle._put_combination(self.path, self.tensors, self.header, asked)
         else:
             handle._put_adapter(self.path, self.tensors, self.header, self.name)
         self.tensors = None
@@ -65,6 +72,17 @@ class Source:
         if self.is_checkpoint:
             frozen = list(_frozen_then(handle, _states(self.path)))
             header = {**header, "frozen": frozen}
+            base = base_state(handle.encoder)
+            lacking = base.keys() - handle.encoder.state_dict().keys()
+            alone = {n: t for n, t in base.items() if n not in lacking}
+            if lacking and header["base"] == fingerprint(alone):
+                header["base"] = handle.base_fingerprint()
+                logger.warning(
+                    "%s: a model's checkpoint lacks %s, which cannot be "
+                    "checked",
+                    self.path,
+                    ", ".join(sorted(lacking)),
+                )
         try:
             check_base(handle, self.path, header)
         except ValueError as error:
@@ -77,9 +95,23 @@ def load_files(handle, load, any_base=False):
     `load` is as for `insert_adapters`.
     """
     sources = [Source(handle, *one) for one in _planned(handle, load)]
+    there = {source.name for source in sources}
     kept = []
     for source in sources:
-        if source.name in (COMBINED, *handle.names):
+        if source.name == COMBINED and source.kind == "combination":
+            fault = _misfit(handle, source.header, there)
+            if fault is None:
+                kept.append(source)
+            elif _is_folder(load):
+                logger.warning(
+                    "%s: %s; the combination was left out", source.path, fault
+                )
+            else:
+                raise ValueError(
+                    f"{source.path}: {fault}; insert_adapters(combination=..., "
+                    "names=...) as the file has them, or without combination"
+                )
+        elif source.name in (COMBINED, *handle.names):
             kept.append(source)
         elif _is_folder(load):
             logger.info(
@@ -98,6 +130,32 @@ def load_files(handle, load, any_base=False):
     for source in kept:
         source.put(handle, any_base)
     return kept
+
+
+def _misfit(handle, header, there):
+    """Say what of a file's combination is not as it was asked for, or None.
+
+    `there` has the names of all files that were found.
+    """
+    asked, names = handle.layers[0].combination, header["names"]
+    if asked is None:
+        gone = [n for n in names if n in there and n not in handle.names]
+        return (
+            f"combines {', '.join(gone)}, not among the names" if gone else None
+        )
+    kind = type(asked)
+    if header["class"] != kind.__name__:
+        return f"is {header['class']}, but {kind.__name__} was asked for"
+    theirs = kind(**header["settings"]).settings()
+    for what, ours in asked.settings().items():
+        if what not in _HOW and theirs[what] != ours:
+            return f"its {what} is {theirs[what]}, but {ours} was asked for"
+    if set(names) != set(asked.names):
+        return (
+            f"combines {', '.join(names)}, but {', '.join(asked.names)} was "
+            "asked for"
+        )
+    return None
 
 
 def _planned(handle, load):

@@ -93,9 +93,9 @@ class SharedAdapters(AdapterFiles):
             language=language,
         )
         with atomic_folder(folder) as inside:
-            for name in self.names:
+            for i, name in enumerate(self.names):
                 file = f"{quote(name, safe=' ')}{_SUFFIX}"
-                self.save_adapter(name, inside / file)
+                self._save_adapter(name, inside / file, position=i)
             if self.combined_names:
                 self.save_combination(inside / f"{COMBINED}{_SUFFIX}")
             facts = self._facts(base_model)
@@ -284,6 +284,12 @@ def _headers(load, source):
             )
         if header["kind"] == "adapter":
             headers[header["name"]] = header
+    # Files of earlier versions, and single ones, have no position.
+    last = len(headers)
+    by_position = sorted(
+        headers.items(), key=lambda item: item[1].get("position", last)
+    )
+    headers = dict(by_position)
     if not headers:
         raise FileNotFoundError(
             f"{source}: holds no adapters; a folder of them is written by "
@@ -294,12 +300,15 @@ def _headers(load, source):
 
 def _activation(text, source):
     """Return the class of an activation that a file names, e.g. `SiLU()`."""
-    found = getattr(torch.nn.modules.activation, text.removesuffix("()"), None)
-    if isinstance(found, type) and text.endswith("()"):
-        return found
+    found = getattr(torch.nn.modules.activation, text.partition("(")[0], None)
+    try:
+        if isinstance(found, type) and repr(found()) == text:
+            return found
+    except TypeError:  # one that takes arguments
+        pass
     raise ValueError(
         f"{source}: its adapters have the activation {text}, which is none of "
-        "torch.nn without arguments; insert them by insert_adapters("
+        "torch.nn with its default arguments; insert them by insert_adapters("
         "activation=..., load=...)"
     )
 
