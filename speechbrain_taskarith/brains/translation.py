@@ -13,6 +13,7 @@ from speechbrain_taskarith.translation import (
     GradientAggregator,
     greedy_translation,
 )
+from speechbrain_taskarith.translation.distributed import names_of_all
 from speechbrain_taskarith.utils.recoverable import RunningMeans
 from speechbrain_taskarith.utils.seeds import seed_random_numbers
 
@@ -188,9 +189,12 @@ class TranslationBrain(sb.Brain):
         if aggregator is None:
             return total
         rows = {t: weights[t] * x for t, x in losses.items() if weights[t] > 0}
-        if not rows:
+        if not names_of_all(rows):
             return total
-        return aggregator.total(rows, self.modules, self.scaler.get_scale())
+        # All processes aggregate; one without rows only takes part.
+        scale = self.scaler.get_scale()
+        combined = aggregator.total(rows, self.modules, scale)
+        return combined if rows else total
 
     def tasks_of(self, batch, stage):
         """Return the tasks to compute of a batch; override it for mixed data.
