@@ -99,6 +99,25 @@ def test_batches_are_as_singles(made):
     assert not any(p.requires_grad for p in translator.parameters())
 
 
+def test_what_an_encoding_is_padded_with_is_no_speech(made):
+    # A shrink of fixed capacity pads, and so may an encoder.
+    folder, *_ = made
+    translator = load(folder / "translator")
+    encoded = [translator.encode(wave_of(number)) for number in range(3)]
+    padded = []
+    for one in encoded:
+        speech = one.speech
+        states = torch.nn.functional.pad(
+            speech.encoded, (0, 0, 0, 7), value=9.0
+        )
+        lens = speech.lens * speech.encoded.shape[1] / states.shape[1]
+        speech = speech._replace(encoded=states, lens=lens)
+        padded.append(one._replace(speech=speech))
+    for search in (translator.search, None):
+        translator.search = search
+        assert translator.decode(padded) == translator.decode(encoded)
+
+
 def test_segments_are_the_runs_of_the_head(made):
     folder, brain, _, wavs = made
     translator = load(folder / "translator")

@@ -306,7 +306,7 @@ class SpeechTranslator(Pretrained):
         if not encoded:
             return []
         targets, begin = self._targets(target, len(encoded))
-        states = [one.speech.encoded[0] for one in encoded]
+        states = [_valid_frames(one.speech) for one in encoded]
         memory = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
         counts = torch.tensor([len(state) for state in states])
         lens = (counts / memory.shape[1]).to(memory.device)
@@ -461,6 +461,13 @@ class SpeechTranslator(Pretrained):
 
     def _blank(self):
         return getattr(self.hparams, "blank_index", 0)
+
+
+def _valid_frames(speech):
+    """Return [S, d] of a batch of one, without its padding."""
+    (states,) = speech.encoded
+    (count,) = absolute_lengths(speech.lens, len(states)).tolist()
+    return states[:count]
 
 
 def _warn(translations, names):
