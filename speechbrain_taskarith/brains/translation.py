@@ -332,8 +332,12 @@ class TranslationBrain(sb.Brain):
                 if parameter.requires_grad
             ]
         waits = self.hparams.task_weights.warming_up
-        for parameter in self._held_parameters:
-            parameter.requires_grad_(not waits)
+        if any(p.requires_grad == waits for p in self._held_parameters):
+            for parameter in self._held_parameters:
+                parameter.requires_grad_(not waits)
+            # What is frozen rests in evaluation mode: not from the next epoch
+            # on only, or a resumed run would differ.
+            model.train()
         if without := self._optional("warm_up_without"):
             model.leave_out(without if waits else ())
 
@@ -371,9 +375,12 @@ class TranslationBrain(sb.Brain):
         self.epoch = epoch
         self.ids, self.references, self.hypotheses = [], [], []
         self.transcripts, self.ctc_hypotheses = [], []
-        # A resumed run starts in the middle of its epoch.
-        if stage == sb.Stage.TRAIN and self.step == 0:
-            self.task_losses.clear()
+        if stage == sb.Stage.TRAIN:
+            # The last epoch may have ended within an update.
+            self.hparams.task_weights.drop_unfinished()
+            # A resumed run starts in the middle of its epoch.
+            if self.step == 0:
+                self.task_losses.clear()
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """Score, log, and save a checkpoint after validation."""

@@ -473,6 +473,40 @@ def test_a_warm_up_trains_auxiliary_tasks_and_holds_the_encoder():
     assert moved("source_embedding.weight") == [False, False, False]
 
 
+def test_what_the_warm_up_holds_rests_at_once():
+    seen = []
+
+    class Watching(TranslationBrain):
+        def compute_forward(self, batch, stage):
+            encoder = self.modules.model.acoustic.encoder
+            modes = {module.training for module in encoder.modules()}
+            seen.append((modes, self.modules.model.ctc_lin.training))
+            return super().compute_forward(batch, stage)
+
+    brain = make_brain(
+        Watching,
+        weights=TaskNormWeights(interval=1000, warm_up=2),
+        warm_up_frozen=["acoustic.encoder"],
+    )
+    brain.fit([1], loader([0], [1], [2], [3]))
+    # As in a run that is resumed at any of these batches.
+    assert seen == [({False}, True)] * 2 + [({True}, True)] * 2
+
+
+def test_an_update_that_an_epoch_leaves_open_is_in_no_norm():
+    found = []
+    for epochs in ([1, 2], [2]):
+        brain = make_brain(
+            lr=0.0,
+            weights=TaskNormWeights(interval=1, average=1, floor=0.0),
+            run_opts={"grad_accumulation_factor": 2},
+        )
+        for epoch in epochs:
+            brain.fit([epoch], loader([0], [1], [2]))
+        found.append([h["norms"] for h in brain.hparams.task_weights.history])
+    assert found[0] == found[1] * 2 != []
+
+
 def test_a_warm_up_without_the_shrink():
     seen = []
 

@@ -245,6 +245,13 @@ class TaskNormWeights(JSONRecoverable):
             )
         self._norms.observe(losses, modules, self._auxiliary, share)
 
+    def drop_unfinished(self):
+        """Forget what was observed since the last `step`.
+
+        For an epoch that ends within an update, whose gradients are dropped.
+        """
+        self._norms.drop_unfinished()
+
     def step(self):
         """Count an update of the optimizer, and change weights when due."""
         weights = {task: self[task] for task in (self.main, *self.tasks)}
