@@ -25,6 +25,15 @@ def names_of_all(names):
     return list(dict.fromkeys(name for some in found for name in some))
 
 
+def shares_of(flags, device):
+    """Return for each flag the share of the processes in which it is set."""
+    shares = torch.tensor(flags, dtype=torch.float32)
+    if process_count() > 1:
+        shares = shares.to(device)
+        average_([shares])
+    return shares.tolist()
+
+
 def gather_rows(x):
     """Return the rows of all processes by rank, and where this one's begin.
 

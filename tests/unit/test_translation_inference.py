@@ -95,6 +95,11 @@ def test_batches_are_as_singles(made):
     lens = torch.tensor([len(wave) / padded.shape[1] for wave in waves])
     assert translator.translate_batch(padded, lens) == singles
     assert translator(padded, lens) == singles
+    # Also where a translation's own speech says how long it may be.
+    translator.search.least_steps, translator.search.max_decode_ratio = 1, 0.58
+    singles = [translator.translate_batch(wave[None])[0] for wave in waves]
+    assert translator.translate_batch(padded, lens) == singles
+    assert {one.cut for one in singles} == {True, False}
     assert not translator.mods.training
     assert not any(p.requires_grad for p in translator.parameters())
 

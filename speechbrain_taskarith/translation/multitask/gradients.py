@@ -7,6 +7,7 @@ import torch
 from speechbrain_taskarith.translation.distributed import (
     average_,
     names_of_all,
+    shares_of,
 )
 from speechbrain_taskarith.utils.optional import require
 
@@ -179,12 +180,10 @@ class GradientAggregator:
             rows.append(row / scale)
         whole = self.aggregator(torch.stack(rows))
         parts = whole.split([p.numel() for p in parameters])
-        shares = whole.new_tensor(reached)
-        average_([shares])
         return [
             (parameter, part.view_as(parameter).to(parameter), here, share)
             for parameter, part, here, share in zip(
-                parameters, parts, reached, shares.tolist()
+                parameters, parts, reached, shares_of(reached, whole.device)
             )
             if share
         ]
