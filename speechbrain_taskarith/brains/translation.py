@@ -159,10 +159,10 @@ class TranslationBrain(sb.Brain):
         if "st" in tasks or "asr" in tasks:
             x, lens = self.features(batch)
         rows = self._valid_rows(batch, tasks, x, lens)
+        self.inputs = select_inputs(batch, x, lens, rows)
         augment = self._optional("fea_augment")
         if stage == sb.Stage.TRAIN and x is not None and augment is not None:
-            x, lens = augment(x, lens)
-        self.inputs = select_inputs(batch, x, lens, rows)
+            self.inputs = augmented(self.inputs, augment)
         names = ("x", "lens", "source", "source_lens", "target_bos", "ids")
         inputs = {name: self.inputs.get(name) for name in names}
         return self.modules.model(tasks=tasks, **inputs)
@@ -317,9 +317,14 @@ class TranslationBrain(sb.Brain):
         """
         last = self.step % self.grad_accumulation_factor == 0
         waits = self.hparams.task_weights.warming_up and last
-        if not waits and not self.tasks_of(batch, sb.Stage.TRAIN):
+        tasks = self.tasks_of(batch, sb.Stage.TRAIN)
+        if not waits and not tasks:
             return torch.zeros(())
-        return super().fit_batch(batch)
+        loss = super().fit_batch(batch)
+        # Upstream's mean has a 0 for each batch that was not trained on.
+        if tasks and torch.isfinite(loss):
+            self.task_losses.add({"loss": loss})
+        return loss
 
     def _hold_parameters(self):
         """Freeze, and leave out, parts of the model in the warm-up."""
@@ -381,6 +386,8 @@ class TranslationBrain(sb.Brain):
             # A resumed run starts in the middle of its epoch.
             if self.step == 0:
                 self.task_losses.clear()
+                if self._optional("guard") is not None:
+                    self.hparams.guard.counts.clear()
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """Score, log, and save a checkpoint after validation."""
@@ -505,7 +512,34 @@ def select_inputs(batch, x, lens, rows=None):
         "transcripts": list(batch.wrd),
         "translations": list(batch.translation),
     }
-    if rows is not None:
-        tensors = {n: t[rows.to(t.device)] for n, t in tensors.items()}
-        lists = {n: [v[i] for i in rows.tolist()] for n, v in lists.items()}
-    return {**tensors, **lists}
+    inputs = {**tensors, **lists}
+    return inputs if rows is None else _rows_of(inputs, rows)
+
+
+def _rows_of(inputs, rows):
+    """Return rows, by position, of tensors and lists by name."""
+    return {
+        name: value[rows.to(value.device)]
+        if torch.is_tensor(value)
+        else [value[row] for row in rows.tolist()]
+        for name, value in inputs.items()
+    }
+
+
+def augmented(inputs, augment):
+    """Return `select_inputs` with features augmented, and what belongs to them.
+
+    SpeechBrain's `Augmenter` may return an utterance several times, e.g. with
+    `concat_original`; it tells which ones.
+    """
+    count = len(inputs["x"])
+    x, lens = augment(inputs["x"], inputs["lens"])
+    rows = torch.arange(count)
+    if hasattr(augment, "replicate_labels"):
+        rows = augment.replicate_labels(rows)
+    if len(rows) != len(x):
+        raise ValueError(
+            f"fea_augment returned {len(x)} utterances for {count}: expected "
+            "as many, or an Augmenter, whose replicate_labels tells which"
+        )
+    return {**_rows_of(inputs, rows), "x": x, "lens": lens}

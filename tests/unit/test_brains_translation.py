@@ -6,6 +6,7 @@ import pytest
 import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
+from speechbrain.augment.augmenter import Augmenter
 from speechbrain.dataio.batch import PaddedBatch
 from translation_toy import toy_model
 
@@ -233,6 +234,8 @@ def test_a_batch_without_tasks_is_not_trained_on():
     brains[0].fit([1], loader([0], [1]))
     brains[1].fit([1], loader([1]))
     assert same(*map(state, brains))
+    # Nor does it count as a loss of 0.
+    assert brains[0].train_stats == brains[1].train_stats
 
 
 def test_accumulated_batches_are_one_update():
@@ -344,6 +347,48 @@ def test_features_are_made_normalised_and_augmented():
     brain.compute_forward(batch, sb.Stage.TRAIN)
     assert not brain.inputs["x"].any()
     assert out.speech is not None
+
+
+@pytest.mark.parametrize("concat_original", [False, True])
+def test_an_augmenter_may_keep_the_original(concat_original):
+    augmenter = Augmenter(
+        concat_original=concat_original, augmentations=[Silence()]
+    )
+    guard = InputGuard(skip_bad=True)
+    brain = make_brain(fea_augment=augmenter, guard=guard)
+    mute = item(1, wrd="", source=torch.tensor([]).long())
+    batch = PaddedBatch([item(0), mute, item(2)])
+    brain.compute_forward(batch, sb.Stage.TRAIN)
+    inputs, times = brain.inputs, 1 + concat_original
+    assert inputs["ids"] == ["u0", "u2"] * times
+    assert inputs["translations"] == ["A B", "C D"] * times
+    for name in ("source", "target_bos", "target_eos"):
+        kept = getattr(batch, name).data[[0, 2]]
+        assert torch.equal(inputs[name], torch.cat([kept] * times))
+    silent = torch.zeros_like(batch.sig[0][[0, 2]])
+    wanted = [batch.sig[0][[0, 2]]] * concat_original + [silent]
+    assert torch.equal(inputs["x"], torch.cat(wanted))
+    brain.fit([1], loader([0, 1], [2, 3]))
+    assert brain.task_losses.means()["st"] > 0
+    with pytest.raises(ValueError, match="4 utterances for 2"):
+        make_brain(
+            fea_augment=lambda x, lens: (x.repeat(2, 1, 1), lens.repeat(2))
+        ).fit([1], loader([0, 1]))
+
+
+class Silence(torch.nn.Module):
+    """An augmentation."""
+
+    def forward(self, x):
+        return torch.zeros_like(x)
+
+
+def test_what_is_left_out_is_counted_by_epoch():
+    mute = item(1, wrd="", source=torch.tensor([]).long())
+    guard = InputGuard(skip_bad=True)
+    brain = make_brain(guard=guard)
+    brain.fit([1, 2], loader([0, mute, 2]), loader([0]))
+    assert guard.counts == {"it has no transcript": 1}
 
 
 class Pieces:

@@ -13,6 +13,7 @@ from translator_toy import (
     RATE,
     SOURCE,
     TARGET,
+    YAML,
     item,
     loader,
     save,
@@ -153,7 +154,9 @@ def test_segments_are_the_runs_of_the_head(made):
 
 
 def test_a_global_normaliser_and_other_settings_come_back(tmp_path):
-    brain, hparams = trained(tmp_path, epochs=2, norm_type="global")
+    # A plain value, though it has the name of an encoder's folder.
+    text = f"{YAML}    pair: {{source: nowhere, target: de}}\n"
+    brain, hparams = trained(tmp_path, 2, text, norm_type="global")
     hparams["translator"]["languages"] = {"fr": 1, "de": 8}
     hparams["model"].decoder.seq_lin.bias.data[2] = -9  # it does not end
     folder = save(tmp_path, hparams)
@@ -163,6 +166,7 @@ def test_a_global_normaliser_and_other_settings_come_back(tmp_path):
     assert other.count == mine.count and other.count > 100
     assert torch.equal(other.glob_mean, mine.glob_mean)
     assert torch.equal(other.glob_std, mine.glob_std)
+    assert translator.hparams.pair == {"source": "nowhere", "target": "de"}
     assert translator.search.beam_size == 3
     assert translator.search.length_penalty == 1.2
     assert translator.search.model is translator.mods.model.decoder

@@ -87,7 +87,7 @@ def _naming(by):
     if by == "layer":
         return _layer
     if by == "module":
-        return lambda name: name.partition(".")[0]
+        return lambda name: name.removeprefix("module.").partition(".")[0]
     raise ValueError(
         f"by {by!r}: expected 'layer', 'module' or a function of a name"
     )

@@ -136,6 +136,12 @@ class TaskNormWeights(JSONRecoverable):
         parts, initial = dict(parts or {}), dict(initial or {})
         for name in (*parts, *initial, *self.last_update):
             self._check_task(name)
+        if main in {*parts, *initial}:
+            raise ValueError(
+                f"parts {parts}, initial {initial}: {main!r} is the main task, "
+                "whose weight is 1 and which takes the parts of the others; "
+                "expected auxiliary tasks"
+            )
         self.parts = {
             task: tuple(parts.get(task) or SHARED_PARTS.get(task, ("shared",)))
             for task in self.tasks
