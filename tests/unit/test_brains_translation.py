@@ -17,7 +17,7 @@ from speechbrain_taskarith.brains import (
     WordLabels,
     best_key,
 )
-from speechbrain_taskarith.brains.translation import select_inputs
+from speechbrain_taskarith.data.batches import select_inputs
 from speechbrain_taskarith.translation import (
     InputGuard,
     TaskNormWeights,
