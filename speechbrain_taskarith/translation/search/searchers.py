@@ -16,14 +16,15 @@ class TranslationBeamSearch(S2STransformerBeamSearcher):
 
     Shrunk speech may be shorter than its translation, so the longest
     translation is `max_decode_ratio` times its length and `least_steps` at
-    least; SpeechBrain's stops at the ratio of the longest in the batch. After a
-    call, `most_steps` holds the longest of each utterance. Hypotheses are compared by log
-    probability / length ** `length_penalty`, the end token counted.
+    least; SpeechBrain's stops at the ratio, of the longest in the batch. After
+    a call, `most_steps` holds the longest of each utterance. Hypotheses are
+    compared by log probability / length ** `length_penalty`, the end token
+    counted.
 
     Called with the textual encoder's output [B, S, d], its relative lengths
     [B] and, if wanted, a beginning token of its own for every utterance [B],
-    it returns what `S2SBeamSearcher` does. Where there are fewer hypotheses than
-    beams, `topk` lists end in empty ones of score minus infinity.
+    it returns what `S2SBeamSearcher` does. Where there are fewer hypotheses
+    than beams, `topk` lists end in empty ones of score minus infinity.
 
     Arguments
     ---------
@@ -152,7 +153,7 @@ class TranslationBeamSearch(S2STransformerBeamSearcher):
         return stepped
 
     def _fill(self, row, hypotheses, found, scores):
-        """Complete an utterance's list by its best hypotheses without an end."""
+        """Complete an utterance's list by hypotheses that have no end."""
         rows = slice(row * self.beam_size, (row + 1) * self.beam_size)
         tokens = hypotheses.alived_seq[rows]
         log_probs = hypotheses.alived_log_probs[rows]
