@@ -8,11 +8,13 @@ from speechbrain.utils.distributed import get_rank
 
 from speechbrain_taskarith.brains.averaging import load_average
 from speechbrain_taskarith.brains.ctc import bare
+from speechbrain_taskarith.data.batches import augmented, select_inputs
 from speechbrain_taskarith.metrics import translation_scores, wer
 from speechbrain_taskarith.translation import (
     GradientAggregator,
     greedy_translation,
 )
+from speechbrain_taskarith.translation.distributed import names_of_all
 from speechbrain_taskarith.utils.recoverable import RunningMeans
 from speechbrain_taskarith.utils.seeds import seed_random_numbers
 
@@ -158,10 +160,10 @@ class TranslationBrain(sb.Brain):
         if "st" in tasks or "asr" in tasks:
             x, lens = self.features(batch)
         rows = self._valid_rows(batch, tasks, x, lens)
+        self.inputs = select_inputs(batch, x, lens, rows)
         augment = self._optional("fea_augment")
         if stage == sb.Stage.TRAIN and x is not None and augment is not None:
-            x, lens = augment(x, lens)
-        self.inputs = select_inputs(batch, x, lens, rows)
+            self.inputs = augmented(self.inputs, augment)
         names = ("x", "lens", "source", "source_lens", "target_bos", "ids")
         inputs = {name: self.inputs.get(name) for name in names}
         return self.modules.model(tasks=tasks, **inputs)
@@ -188,9 +190,12 @@ class TranslationBrain(sb.Brain):
         if aggregator is None:
             return total
         rows = {t: weights[t] * x for t, x in losses.items() if weights[t] > 0}
-        if not rows:
+        if not names_of_all(rows):
             return total
-        return aggregator.total(rows, self.modules, self.scaler.get_scale())
+        # All processes aggregate; one without rows only takes part.
+        scale = self.scaler.get_scale()
+        combined = aggregator.total(rows, self.modules, scale)
+        return combined if rows else total
 
     def tasks_of(self, batch, stage):
         """Return the tasks to compute of a batch; override it for mixed data.
@@ -313,9 +318,14 @@ class TranslationBrain(sb.Brain):
         """
         last = self.step % self.grad_accumulation_factor == 0
         waits = self.hparams.task_weights.warming_up and last
-        if not waits and not self.tasks_of(batch, sb.Stage.TRAIN):
+        tasks = self.tasks_of(batch, sb.Stage.TRAIN)
+        if not waits and not tasks:
             return torch.zeros(())
-        return super().fit_batch(batch)
+        loss = super().fit_batch(batch)
+        # Upstream's mean has a 0 for each batch that was not trained on.
+        if tasks and torch.isfinite(loss):
+            self.task_losses.add({"loss": loss})
+        return loss
 
     def _hold_parameters(self):
         """Freeze, and leave out, parts of the model in the warm-up."""
@@ -328,8 +338,12 @@ class TranslationBrain(sb.Brain):
                 if parameter.requires_grad
             ]
         waits = self.hparams.task_weights.warming_up
-        for parameter in self._held_parameters:
-            parameter.requires_grad_(not waits)
+        if any(p.requires_grad == waits for p in self._held_parameters):
+            for parameter in self._held_parameters:
+                parameter.requires_grad_(not waits)
+            # What is frozen rests in evaluation mode: not from the next epoch
+            # on only, or a resumed run would differ.
+            model.train()
         if without := self._optional("warm_up_without"):
             model.leave_out(without if waits else ())
 
@@ -367,9 +381,14 @@ class TranslationBrain(sb.Brain):
         self.epoch = epoch
         self.ids, self.references, self.hypotheses = [], [], []
         self.transcripts, self.ctc_hypotheses = [], []
-        # A resumed run starts in the middle of its epoch.
-        if stage == sb.Stage.TRAIN and self.step == 0:
-            self.task_losses.clear()
+        if stage == sb.Stage.TRAIN:
+            # The last epoch may have ended within an update.
+            self.hparams.task_weights.drop_unfinished()
+            # A resumed run starts in the middle of its epoch.
+            if self.step == 0:
+                self.task_losses.clear()
+                if self._optional("guard") is not None:
+                    self.hparams.guard.counts.clear()
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """Score, log, and save a checkpoint after validation."""
@@ -477,24 +496,3 @@ def best_key(main):
     ({'max_key': 'BLEU'}, {'min_key': 'CTC_WER'})
     """
     return {"min_key": "CTC_WER"} if main == "asr" else {"max_key": "BLEU"}
-
-
-def select_inputs(batch, x, lens, rows=None):
-    """Return a batch's tensors and texts by name, of some rows only.
-
-    `x` and `lens` may be None; `rows` are positions in the batch, None for all.
-    """
-    tensors = {"x": x, "lens": lens} if x is not None else {}
-    for name in ("source", "target_bos", "target_eos"):
-        tensors[name], relative = getattr(batch, name)
-        if name != "target_bos":
-            tensors[f"{name.split('_')[0]}_lens"] = relative
-    lists = {
-        "ids": list(batch.id),
-        "transcripts": list(batch.wrd),
-        "translations": list(batch.translation),
-    }
-    if rows is not None:
-        tensors = {n: t[rows.to(t.device)] for n, t in tensors.items()}
-        lists = {n: [v[i] for i in rows.tolist()] for n, v in lists.items()}
-    return {**tensors, **lists}

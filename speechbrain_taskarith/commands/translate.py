@@ -157,13 +157,22 @@ def _decode(translator, batch, options):
     from speechbrain_taskarith.translation import Translation
 
     parts = [part for _, encoded in batch for part in encoded]
-    found = [
-        translation
-        for first in range(0, len(parts), options.batch)
-        for translation in translator.decode(
-            parts[first : first + options.batch], options.to
-        )
-    ]
+    try:
+        found = [
+            translation
+            for first in range(0, len(parts), options.batch)
+            for translation in translator.decode(
+                parts[first : first + options.batch], options.to
+            )
+        ]
+    except (ValueError, RuntimeError) as error:
+        if len(batch) == 1:
+            _note(batch[0][0], error, options)
+            return
+        # Of several only one may be bad.
+        for single in batch:
+            _decode(translator, [single], options)
+        return
     for one, encoded in batch:
         translation = Translation.joined(found[: len(encoded)])
         found = found[len(encoded) :]

@@ -16,23 +16,46 @@ def process_rank():
     return torch.distributed.get_rank() if process_count() > 1 else 0
 
 
+def names_of_all(names):
+    """Return the names that any process has, in one order on all of them."""
+    found = [list(names)]
+    if process_count() > 1:
+        found = [None] * process_count()
+        torch.distributed.all_gather_object(found, list(names))
+    return list(dict.fromkeys(name for some in found for name in some))
+
+
+def shares_of(flags, device):
+    """Return for each flag the share of the processes in which it is set."""
+    shares = torch.tensor(flags, dtype=torch.float32)
+    if process_count() > 1:
+        shares = shares.to(device)
+        average_([shares])
+    return shares.tolist()
+
+
 def gather_rows(x):
     """Return the rows of all processes by rank, and where this one's begin.
 
-    Where sizes differ, other axes than the first are padded with 0 to the
-    longest. The gradients of all processes' losses come back to `x`.
+    The third value is how many processes have any; all have to call it. Where
+    sizes differ, other axes than the first are padded with 0 to the longest.
+    The gradients of all processes' losses come back to `x`.
     """
     if process_count() == 1:
-        return x, 0
+        return x, 0, 1
     from torch.distributed.nn.functional import all_gather
 
-    sizes = [None] * process_count()
-    torch.distributed.all_gather_object(sizes, tuple(x.shape))
-    # Collectives want equal shapes.
-    padded = x.new_zeros([max(axis) for axis in zip(*sizes)])
+    found = [None] * process_count()
+    torch.distributed.all_gather_object(found, (tuple(x.shape), x.dtype))
+    sizes = [size for size, _ in found]
+    dtype = next((kind for size, kind in found if size[0]), x.dtype)
+    # Collectives want equal shapes and types.
+    padded = x.new_zeros([max(axis) for axis in zip(*sizes)], dtype=dtype)
     padded[tuple(map(slice, x.shape))] = x
     rows = [part[: size[0]] for part, size in zip(all_gather(padded), sizes)]
-    return torch.cat(rows), sum(size[0] for size in sizes[: process_rank()])
+    counts = [size[0] for size in sizes]
+    first = sum(counts[: process_rank()])
+    return torch.cat(rows), first, sum(count > 0 for count in counts)
 
 
 def average_(tensors):

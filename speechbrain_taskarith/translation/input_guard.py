@@ -140,7 +140,9 @@ class InputGuard:
             logger.warning("utterance %r is left out: %s", ids[row], reason)
 
     def summary(self):
-        """Say in a line what was left out in an epoch, see `counts`.
+        """Say in a line what was left out, see `counts`.
+
+        `TranslationBrain` clears `counts` with each epoch.
 
         Example
         -------

@@ -8,9 +8,11 @@ import torch.nn.functional as F
 
 from speechbrain_taskarith.translation.distributed import (
     gather_rows,
+    names_of_all,
     process_count,
 )
 from speechbrain_taskarith.translation.input_guard import utterance_name
+from speechbrain_taskarith.translation.model import TextEncoding
 from speechbrain_taskarith.translation.multitask.ctc_loss import ctc_loss
 from speechbrain_taskarith.utils.lengths import absolute_lengths, padding_mask
 
@@ -37,8 +39,9 @@ class CrossModalContrastiveLoss(torch.nn.Module):
 
     Under DDP the texts of all processes are negatives, and losses are scaled
     so that the averaged gradient is that of one process with all utterances,
-    also when batches differ in size. One utterance alone has no negative: its
-    loss is 0.
+    also when batches differ in size. All of them have to call it: one without
+    utterances with 0 rows, whose loss is 0 and counts in the average. One
+    utterance alone has no negative: its loss is 0.
 
     Arguments
     ---------
@@ -98,11 +101,14 @@ class CrossModalContrastiveLoss(torch.nn.Module):
     def _retrieve(self, queries, keys, own):
         first, share, labels = 0, 1.0, own
         if self.gather and process_count() > 1:
-            keys, first = gather_rows(keys)
+            keys, first, holders = gather_rows(keys)
             # DDP averages over processes, not over utterances.
-            share = len(queries) * process_count() / len(keys)
+            share = len(queries) * holders / max(1, len(keys))
             if own is not None:
-                labels, _ = gather_rows(own)
+                labels, *_ = gather_rows(own)
+        if not len(queries):
+            # Of the graph: the backward pass of the others may need it.
+            return keys[:0].sum()
         scores = queries @ keys.T / self.temperature
         matches = torch.arange(len(queries), device=keys.device) + first
         if own is not None:
@@ -276,10 +282,13 @@ class TranslationObjective:
         tasks = output.tasks if tasks is None else tasks
         st, mt, losses = output.st, output.mt, {}
         aligned = None
-        if self._needs_aligned(tasks, output, source):
-            aligned = self._ctc_and_contrast(
-                output.speech, output.text, source, source_lens, ids
-            )
+        needed = self._needs_aligned(tasks, output, source)
+        if needed:
+            aligned = self._ctc(output.speech, source, source_lens, ids)
+        if self.contrastive:
+            contrast = self._contrast(output, needed, source, source_lens)
+            if needed:
+                aligned = aligned + self.contrastive * contrast
         if "st" in tasks and st is not None:
             losses["st"] = self.ce_weight * _cross_entropy(
                 st, target_eos, target_lens, self.st_smoothing
@@ -317,7 +326,7 @@ class TranslationObjective:
         asr = "asr" in tasks and output.speech is not None
         return st or (asr and source is not None)
 
-    def _ctc_and_contrast(self, speech, text, source, source_lens, ids):
+    def _ctc(self, speech, source, source_lens, ids):
         if speech.blank_index not in (None, self.blank_index):
             raise ValueError(
                 f"TranslationObjective(blank_index={self.blank_index}), but "
@@ -349,18 +358,37 @@ class TranslationObjective:
                 f"{int(frames[row])}: its CTC loss is 0. Use fewer labels "
                 "(pieces, not characters) or shorter frames, or remove it",
             )
-        loss = loss.sum() / len(source)
-        if self.contrastive and text is not None:
-            # The transcripts as they are: noise would make equal ones differ.
-            known = () if self.repeated_negatives else (source, source_lens)
-            contrast = self.contrast(
+        return loss.sum() / len(source)
+
+    def _contrast(self, output, needed, source, source_lens):
+        """Return the contrastive loss; it gathers the texts of all processes.
+
+        A process that has none of its own (a batch of text, say) takes part
+        without utterances: the others would wait for it.
+        """
+        speech, text = output.speech, output.text
+        own = needed and text is not None
+        # Evaluation may be the matter of one process.
+        together = torch.is_grad_enabled() and process_count() > 1
+        if not (names_of_all(["own"] * own) if together else own):
+            return 0.0
+        if not own:
+            logits = (output.st, output.mt, getattr(speech, "logits", None))
+            device = next(x.device for x in logits if x is not None)
+            none = torch.zeros(0, 1, 1, device=device)
+            source, source_lens = none[..., 0].long(), none[:, 0, 0]
+            speech = text = TextEncoding(none, none, source_lens)
+        # The transcripts as they are: noise would make equal ones differ.
+        known = () if self.repeated_negatives else (source, source_lens)
+        return (
+            self.contrast(
                 *(speech.embedded, speech.lens, text.embedded, text.lens),
                 *known,
-            ) + self.contrast(
+            )
+            + self.contrast(
                 *(speech.encoded, speech.lens, text.encoded, text.lens), *known
             )
-            loss = loss + self.contrastive * contrast / 2
-        return loss
+        ) / 2
 
     def _warn_once(self, what, message):
         if what not in self._warned:

@@ -149,6 +149,8 @@ class SpeechTranslationModel(torch.nn.Module):
         _check_languages(languages, decoder)
         self.shrink = shrink
         self.looking_back = looking_back
+        if looking_back is not None:
+            looking_back.has_caller = True
         self.noise = noise
         self.contrast = contrast
         self.source_vocab = source_vocab

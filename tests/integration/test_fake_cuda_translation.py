@@ -244,7 +244,7 @@ REASONS = {
 }
 SHRINK = {"translation.reduction.shrink._check": 1}
 CTC = {
-    "translation.losses._ctc_and_contrast": 1,
+    "translation.losses._ctc": 1,
     "translation.multitask.ctc_loss.forward": 2,
 }
 SEARCH = "translation.search.searchers."
@@ -271,6 +271,9 @@ WAITS = {
     # Upstream's, each under the function of ours that calls it.
     "TranslationBeamSearch": {
         SEARCH + "forward": EACH,
+        SEARCH + "search_step": EACH,
+        SEARCH + "_set_steps": 1,
+        SEARCH + "_fill": EACH,
         SEARCH + "_update_hyps_and_scores_if_eos_token": EACH,
     },
     "InputGuard": {"translation.input_guard._bad_features": 1},

@@ -1,6 +1,8 @@
 """Two processes train speech translation as one does with the whole batch."""
 
 import sys
+from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from translation_toy import toy_batch, toy_model  # noqa: E402
 
 from speechbrain_taskarith.translation import (
+    ConsistencyProbe,
     CrossModalContrastiveLoss,
+    GradientAggregator,
     TaskNormWeights,
     TranslationObjective,
     gradient_consistency,
@@ -104,13 +108,58 @@ def sides(rank=None):
     return found
 
 
+MIXED = (TASKS, ("mt",))
+
+
+def mixed(rank=None):
+    """Gradients and cosines of a batch of speech and one of text."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    found = {}
+    for aggregate in (False, True)[: 1 + (find_spec("torchjd") is not None)]:
+        model = toy_model()
+        forward, own = model, range(2)
+        if rank is not None:
+            forward = DistributedDataParallel(
+                model, find_unused_parameters=True
+            )
+            own = [rank]
+        losses = {}
+        for kind in own:
+            inputs, targets = toy_batch(2, seed=kind)
+            out = forward(tasks=MIXED[kind], **inputs)
+            for task, loss in TranslationObjective(0)(out, **targets).items():
+                # What two processes average.
+                loss = loss / len(own)
+                losses[task] = losses[task] + loss if task in losses else loss
+        tables = {
+            "cosines": gradient_consistency(losses, model, by="module"),
+            "probe": ConsistencyProbe(interval=1).step(losses, model),
+        }
+        for name, table in tables.items():
+            found[name] = torch.tensor(
+                [c for p in sorted(table) for _, c in sorted(table[p].items())]
+            )
+        if aggregate:
+            aggregator = GradientAggregator("Sum")
+            aggregator.total(losses, forward).backward()
+        else:
+            sum(losses.values()).backward()
+        found[f"gradient {aggregate}"] = torch.cat(
+            [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        )
+    return found
+
+
 def process(rank, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2
+        *("gloo", f"file://{folder}/rendezvous", timedelta(seconds=60)),
+        **{"rank": rank, "world_size": 2},
     )
     found = {rule: train(rank, rule) for rule in RULES}
     found["sides"] = sides(rank)
+    found["mixed"] = mixed(rank)
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -126,6 +175,11 @@ def test_two_processes_equal_one(tmp_path):
     for rule in RULES:
         same(first[rule], second[rule], train(rule=rule), start)
     torch.testing.assert_close(first["sides"], sides(), atol=1e-5, rtol=1e-4)
+    for name, expected in mixed().items():
+        assert torch.equal(first["mixed"][name], second["mixed"][name]), name
+        torch.testing.assert_close(
+            first["mixed"][name], expected, atol=1e-4, rtol=1e-3, msg=name
+        )
 
 
 def same(first, second, alone, start):

@@ -6,6 +6,7 @@ import pytest
 import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
+from speechbrain.augment.augmenter import Augmenter
 from speechbrain.dataio.batch import PaddedBatch
 from translation_toy import toy_model
 
@@ -16,7 +17,7 @@ from speechbrain_taskarith.brains import (
     WordLabels,
     best_key,
 )
-from speechbrain_taskarith.brains.translation import select_inputs
+from speechbrain_taskarith.data.batches import select_inputs
 from speechbrain_taskarith.translation import (
     InputGuard,
     TaskNormWeights,
@@ -233,6 +234,8 @@ def test_a_batch_without_tasks_is_not_trained_on():
     brains[0].fit([1], loader([0], [1]))
     brains[1].fit([1], loader([1]))
     assert same(*map(state, brains))
+    # Nor does it count as a loss of 0.
+    assert brains[0].train_stats == brains[1].train_stats
 
 
 def test_accumulated_batches_are_one_update():
@@ -344,6 +347,48 @@ def test_features_are_made_normalised_and_augmented():
     brain.compute_forward(batch, sb.Stage.TRAIN)
     assert not brain.inputs["x"].any()
     assert out.speech is not None
+
+
+@pytest.mark.parametrize("concat_original", [False, True])
+def test_an_augmenter_may_keep_the_original(concat_original):
+    augmenter = Augmenter(
+        concat_original=concat_original, augmentations=[Silence()]
+    )
+    guard = InputGuard(skip_bad=True)
+    brain = make_brain(fea_augment=augmenter, guard=guard)
+    mute = item(1, wrd="", source=torch.tensor([]).long())
+    batch = PaddedBatch([item(0), mute, item(2)])
+    brain.compute_forward(batch, sb.Stage.TRAIN)
+    inputs, times = brain.inputs, 1 + concat_original
+    assert inputs["ids"] == ["u0", "u2"] * times
+    assert inputs["translations"] == ["A B", "C D"] * times
+    for name in ("source", "target_bos", "target_eos"):
+        kept = getattr(batch, name).data[[0, 2]]
+        assert torch.equal(inputs[name], torch.cat([kept] * times))
+    silent = torch.zeros_like(batch.sig[0][[0, 2]])
+    wanted = [batch.sig[0][[0, 2]]] * concat_original + [silent]
+    assert torch.equal(inputs["x"], torch.cat(wanted))
+    brain.fit([1], loader([0, 1], [2, 3]))
+    assert brain.task_losses.means()["st"] > 0
+    with pytest.raises(ValueError, match="4 utterances for 2"):
+        make_brain(
+            fea_augment=lambda x, lens: (x.repeat(2, 1, 1), lens.repeat(2))
+        ).fit([1], loader([0, 1]))
+
+
+class Silence(torch.nn.Module):
+    """An augmentation."""
+
+    def forward(self, x):
+        return torch.zeros_like(x)
+
+
+def test_what_is_left_out_is_counted_by_epoch():
+    mute = item(1, wrd="", source=torch.tensor([]).long())
+    guard = InputGuard(skip_bad=True)
+    brain = make_brain(guard=guard)
+    brain.fit([1, 2], loader([0, mute, 2]), loader([0]))
+    assert guard.counts == {"it has no transcript": 1}
 
 
 class Pieces:
@@ -471,6 +516,40 @@ def test_a_warm_up_trains_auxiliary_tasks_and_holds_the_encoder():
     assert moved("decoder.seq_lin.weight") == [True, True, True]
     # What was frozen before stays so.
     assert moved("source_embedding.weight") == [False, False, False]
+
+
+def test_what_the_warm_up_holds_rests_at_once():
+    seen = []
+
+    class Watching(TranslationBrain):
+        def compute_forward(self, batch, stage):
+            encoder = self.modules.model.acoustic.encoder
+            modes = {module.training for module in encoder.modules()}
+            seen.append((modes, self.modules.model.ctc_lin.training))
+            return super().compute_forward(batch, stage)
+
+    brain = make_brain(
+        Watching,
+        weights=TaskNormWeights(interval=1000, warm_up=2),
+        warm_up_frozen=["acoustic.encoder"],
+    )
+    brain.fit([1], loader([0], [1], [2], [3]))
+    # As in a run that is resumed at any of these batches.
+    assert seen == [({False}, True)] * 2 + [({True}, True)] * 2
+
+
+def test_an_update_that_an_epoch_leaves_open_is_in_no_norm():
+    found = []
+    for epochs in ([1, 2], [2]):
+        brain = make_brain(
+            lr=0.0,
+            weights=TaskNormWeights(interval=1, average=1, floor=0.0),
+            run_opts={"grad_accumulation_factor": 2},
+        )
+        for epoch in epochs:
+            brain.fit([epoch], loader([0], [1], [2]))
+        found.append([h["norms"] for h in brain.hparams.task_weights.history])
+    assert found[0] == found[1] * 2 != []
 
 
 def test_a_warm_up_without_the_shrink():

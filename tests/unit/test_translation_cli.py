@@ -15,6 +15,7 @@ from translator_toy import RATE, save, trained_once, wave_of
 
 from speechbrain_taskarith.__main__ import main
 from speechbrain_taskarith.data import write_audio
+from speechbrain_taskarith.translation import SpeechTranslator
 
 MODEL = ("translate", "--model", "translator")
 TEXTS = ["A B", "B C D", "C D", "D E A", "E A"]
@@ -80,6 +81,27 @@ def test_bad_recordings_do_not_take_the_others_along(capsys):
     assert main([*MODEL, "none.wav", "--skip-bad"]) == 1
     found = run_json(capsys, *MODEL, "fast.wav", "--resample")
     assert found["files"][0]["seconds"] == pytest.approx(0.24)
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+def test_one_that_cannot_be_decoded_does_not_either(capsys, monkeypatch, error):
+    decode = SpeechTranslator.decode
+
+    def failing(self, encoded, target=None):
+        if any(one.seconds < 0.4 for one in encoded):
+            raise error("label 9: the vocabulary has 8")
+        return decode(self, encoded, target)
+
+    monkeypatch.setattr(SpeechTranslator, "decode", failing)
+    write_audio("short.wav", wave_of(0, seconds=0.3), RATE)
+    words = [*MODEL, "u0.wav", "short.wav", "u1.wav"]
+    assert main(words) == 1
+    said = capsys.readouterr()
+    assert said.out.splitlines() == ["u0.wav: A B", "u1.wav: B C D"]
+    assert "short.wav: label 9: the vocabulary has 8" in said.err
+    found = run_json(capsys, *words, "--skip-bad")
+    assert [("text" in one) for one in found["files"]] == [1, 0, 1]
+    assert found["skipped"] == 1
 
 
 def test_an_empty_translation_is_said_to_be_one(capsys, tmp_path):

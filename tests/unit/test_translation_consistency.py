@@ -63,6 +63,11 @@ def test_layers_are_told_apart():
     # DDP's wrapper does not change the names.
     wrapped = torch.nn.ModuleDict({"module": model})
     assert set(gradient_consistency(losses_of(model), wrapped)) == set(found)
+    by_module, same = (
+        gradient_consistency(losses_of(model), module, by="module")
+        for module in (model, wrapped)
+    )
+    assert list(same) == list(by_module) and len(same) > 3
 
 
 def test_leaves_no_trace():

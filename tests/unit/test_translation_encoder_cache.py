@@ -77,6 +77,19 @@ def test_it_gives_what_the_encoder_gives(rows, whisper, tmp_path, trained):
         torch.testing.assert_close(goes_on, whole, atol=0.05, rtol=0.05)
 
 
+def test_what_is_refused_leaves_the_encoder_as_it_was(rows, whisper, tmp_path):
+    encoder = WhisperAcousticEncoder(whisper, 12, trained_layers=1).train()
+    modes = [module.training for module in encoder.modules()]
+    write_audio(tmp_path / "long.wav", torch.rand(31 * 16000), 16000)
+    cache = EncoderCache(encoder, tmp_path / "cache")
+    bad = {"wav": str(tmp_path / "long.wav")}
+    with pytest.raises(ValueError, match="'long' has 31.00 s"):
+        cache.fill({**rows, "long": bad})
+    assert [module.training for module in encoder.modules()] == modes
+    with pytest.raises(ValueError, match="a start and no duration"):
+        cache.fill({"a": {"wav": rows["a"]["wav"], "start": 0.1}})
+
+
 def test_hubert_is_kept_as_well(rows, tmp_path):
     folder = save_encoder(tmp_path / "hubert", "Hubert", num_hidden_layers=2)
     encoder = AcousticEncoder(wrapper("Hubert", folder), 12, trained_layers=1)

@@ -221,6 +221,46 @@ def test_a_length_that_stays_is_reported(caplog):
     assert "Steps returns 7 frames for batches of 9 and of 30" in caplog.text
 
 
+@pytest.mark.parametrize("trained_layers", [None, 0, 1])
+def test_a_frontend_stands_before_pretrained_encoders(
+    made, waves, trained_layers
+):
+    encoder, apart = made
+    if trained_layers and not apart:
+        pytest.skip("its layers are not trained apart")
+
+    class Gain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = torch.nn.Parameter(torch.tensor(2.0).double())
+
+        def forward(self, x):
+            # Another shape of the wave: encoders may normalise its loudness.
+            return self.gain * x + x**3
+
+    front = Gain()
+    acoustic = AcousticEncoder(
+        encoder, 12, frontend=front, trained_layers=trained_layers
+    ).train()
+    if trained_layers == 0:
+        assert not any(m.training for m in acoustic.encoder.modules())
+    acoustic.double().eval()
+    plain = AcousticEncoder(encoder, 12, trained_layers=trained_layers)
+    plain.double().eval().projection = acoustic.projection
+    x, lens = batch_of(waves)
+    found, counts = acoustic(x, lens)
+    with torch.no_grad():
+        wanted, others = plain(front(x), lens)
+    torch.testing.assert_close(found, wanted)
+    assert torch.equal(counts, others)
+    found.square().sum().backward()
+    assert front.gain.grad.abs() > 0
+    with pytest.raises(ValueError, match="expected waveforms"):
+        AcousticEncoder(encoder, 12, frontend=torch.nn.Unflatten(1, (-1, 1)))(
+            torch.rand(1, 1200).double(), torch.ones(1)
+        )
+
+
 def test_any_encoder_can_be_frozen():
     torch.manual_seed(0)
     frontend = torch.nn.Sequential(

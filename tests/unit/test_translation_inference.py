@@ -13,6 +13,7 @@ from translator_toy import (
     RATE,
     SOURCE,
     TARGET,
+    YAML,
     item,
     loader,
     save,
@@ -95,8 +96,32 @@ def test_batches_are_as_singles(made):
     lens = torch.tensor([len(wave) / padded.shape[1] for wave in waves])
     assert translator.translate_batch(padded, lens) == singles
     assert translator(padded, lens) == singles
+    # Also where a translation's own speech says how long it may be.
+    translator.search.least_steps, translator.search.max_decode_ratio = 1, 0.58
+    singles = [translator.translate_batch(wave[None])[0] for wave in waves]
+    assert translator.translate_batch(padded, lens) == singles
+    assert {one.cut for one in singles} == {True, False}
     assert not translator.mods.training
     assert not any(p.requires_grad for p in translator.parameters())
+
+
+def test_what_an_encoding_is_padded_with_is_no_speech(made):
+    # A shrink of fixed capacity pads, and so may an encoder.
+    folder, *_ = made
+    translator = load(folder / "translator")
+    encoded = [translator.encode(wave_of(number)) for number in range(3)]
+    padded = []
+    for one in encoded:
+        speech = one.speech
+        states = torch.nn.functional.pad(
+            speech.encoded, (0, 0, 0, 7), value=9.0
+        )
+        lens = speech.lens * speech.encoded.shape[1] / states.shape[1]
+        speech = speech._replace(encoded=states, lens=lens)
+        padded.append(one._replace(speech=speech))
+    for search in (translator.search, None):
+        translator.search = search
+        assert translator.decode(padded) == translator.decode(encoded)
 
 
 def test_segments_are_the_runs_of_the_head(made):
@@ -129,7 +154,9 @@ def test_segments_are_the_runs_of_the_head(made):
 
 
 def test_a_global_normaliser_and_other_settings_come_back(tmp_path):
-    brain, hparams = trained(tmp_path, epochs=2, norm_type="global")
+    # A plain value, though it has the name of an encoder's folder.
+    text = f"{YAML}    pair: {{source: nowhere, target: de}}\n"
+    brain, hparams = trained(tmp_path, 2, text, norm_type="global")
     hparams["translator"]["languages"] = {"fr": 1, "de": 8}
     hparams["model"].decoder.seq_lin.bias.data[2] = -9  # it does not end
     folder = save(tmp_path, hparams)
@@ -139,6 +166,7 @@ def test_a_global_normaliser_and_other_settings_come_back(tmp_path):
     assert other.count == mine.count and other.count > 100
     assert torch.equal(other.glob_mean, mine.glob_mean)
     assert torch.equal(other.glob_std, mine.glob_std)
+    assert translator.hparams.pair == {"source": "nowhere", "target": "de"}
     assert translator.search.beam_size == 3
     assert translator.search.length_penalty == 1.2
     assert translator.search.model is translator.mods.model.decoder

@@ -245,9 +245,16 @@ def test_speechbrains_searcher_takes_the_decoder():
         **{**marks, **settings},
     )
     own = TranslationBeamSearch(decoder, least_steps=0, **marks)
-    found, expected = own(memory, lens), stock(memory, lens)
+    # One by one: upstream's limit of a batch is that of the longest.
+    sizes = (6 * lens).round().long().tolist()
+    alone = [
+        stock(memory[i : i + 1, :size], torch.ones(1))
+        for i, size in enumerate(sizes)
+    ]
+    hypotheses, scores = [one[0][0] for one in alone], [o[2] for o in alone]
+    found, expected = own(memory, lens), (hypotheses, None, torch.cat(scores))
     # Upstream's loses the last token of one that is cut.
-    cut = [len(tokens) == own.max_decode_steps for tokens in found[0]]
+    cut = [len(t) == most for t, most in zip(found[0], own.most_steps)]
     for tokens, other, is_cut in zip(found[0], expected[0], cut):
         assert tokens[: len(tokens) - is_cut] == other
     assert any(found[0])

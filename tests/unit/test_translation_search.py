@@ -41,8 +41,7 @@ def by_brute_force(decoder, memory, lens, alpha, begin=BOS):
             scored = [*tokens, EOS] if ends else list(tokens)
             score = log_probability(decoder, scored, memory, lens, begin)
             found[tokens] = score / len(scored) ** alpha
-    best = max(found, key=found.get)
-    return list(best), found[best]
+    return found
 
 
 def lists(found):
@@ -67,13 +66,74 @@ def test_length_penalty_against_brute_force(alpha):
                 one = slice(row, row + 1)
                 # Alone, and without padding: nothing else may matter.
                 count = round(5 * lens[row].item())
-                best, score = by_brute_force(
+                every = by_brute_force(
                     decoder, memory[one, :count], torch.ones(1), alpha
                 )
-                assert tokens == best
-                assert scores[row].item() == pytest.approx(score, abs=1e-5)
+                best = max(every, key=every.get)
+                assert tuple(tokens) == best
+                assert scores[row].item() == pytest.approx(
+                    every[best], abs=1e-5
+                )
                 lengths.add(len(best))
     assert len(lengths) > 1
+
+
+@torch.no_grad()
+def test_the_list_of_the_best_holds_each_translation_once():
+    decoder, memory, lens = tiny(1)
+    beams = sum(3**size for size in range(STEPS + 1)) + 5
+    search = TranslationBeamSearch(
+        *(decoder, BOS, EOS, beams, 0.0, STEPS),
+        return_topk=True,
+        topk=beams,
+    )
+    found, sizes, scores, _ = search(memory, lens)
+    sizes = (sizes * found.shape[2]).round().long()
+    for row in range(2):
+        count = round(5 * lens[row].item())
+        every = by_brute_force(
+            decoder, memory[row : row + 1, :count], torch.ones(1), 1.0
+        )
+        listed = [
+            tuple(one[:size].tolist())
+            for one, size in zip(found[row], sizes[row])
+        ]
+        assert sorted(listed[:-5]) == sorted(every)
+        assert scores[row, :-5].tolist() == pytest.approx(
+            [every[tokens] for tokens in listed[:-5]], abs=1e-5
+        )
+        # Beams for which there was nothing left.
+        assert listed[-5:] == [()] * 5
+        assert scores[row, -5:].tolist() == [-math.inf] * 5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ratios", [{}, {"min_decode_ratio": 0.5}])
+def test_a_translation_does_not_depend_on_its_batch(ratios):
+    limits = set()
+    for seed in range(6):
+        decoder, _, _ = tiny(seed)
+        decoder.seq_lin.bias.data[EOS] -= 2.0
+        memory, lens = torch.randn(3, 8, 8), torch.tensor([0.25, 1.0, 0.5])
+        search = TranslationBeamSearch(
+            *(decoder, BOS, EOS, 3, 1.5, 2),
+            **{"return_topk": True, "topk": 3, **ratios},
+        )
+        together = search(memory, lens)
+        assert search.most_steps == [3, 12, 6]
+        size = together[0].shape[2]
+        for row, count in enumerate((2, 8, 4)):
+            alone = search(memory[row : row + 1, :count], torch.ones(1))
+            tokens = alone[0][0]
+            assert torch.equal(
+                together[0][row, :, : tokens.shape[1]][:, :-1], tokens[:, :-1]
+            )
+            sizes = alone[1][0] * tokens.shape[1] / size
+            torch.testing.assert_close(together[1][row], sizes)
+            torch.testing.assert_close(together[2][row], alone[2][0])
+            limits.add((row, int((sizes * size).round().max())))
+    # At their limits, and before.
+    assert {(0, 3), (2, 6), (1, 12)} <= limits
 
 
 def test_the_penalty_moves_the_length():

@@ -356,6 +356,9 @@ def test_bad_input():
         weights["slu"]
     with pytest.raises(ValueError, match="unknown task 'slu'"):
         TaskNormWeights(initial={"slu": 1.0})
+    for settings in ({"initial": {"st": 0.5}}, {"parts": {"st": ["shared"]}}):
+        with pytest.raises(ValueError, match="'st' is the main task"):
+            TaskNormWeights(**settings)
     with pytest.raises(ValueError, match="losses of no task"):
         weights.total({})
     with pytest.raises(ValueError, match="modules lack"):

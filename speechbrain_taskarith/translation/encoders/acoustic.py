@@ -48,7 +48,8 @@ class AcousticEncoder(torch.nn.Module):
         Width D; where it differs from `d_model` a linear layer is added. Of
         HuBERT and wav2vec 2.0 it is known.
     frontend : torch.nn.Module, optional
-        `frontend(x) -> x` before the encoder, e.g. strided convolutions.
+        `frontend(x) -> x` before the encoder, e.g. strided convolutions; before
+        HuBERT and wav2vec 2.0 it returns waveforms.
     trained_layers : int or None
         0: the encoder is frozen. N: the last N layers of HuBERT or wav2vec
         2.0 are trained. None (default): parameters are left as they are.
@@ -222,7 +223,8 @@ class AcousticEncoder(torch.nn.Module):
         for part in (self.encoder, self.frontend):
             if part is not None and _is_frozen(part):
                 part.eval()
-        first = self.first_trained()
+        # Whatever is before it: a frontend may be trained through it.
+        first = self.reader and self.reader.first_trained(self.encoder)
         if first is not None:
             trained = self.reader.stages(self.encoder)[first:]
             modes = {
@@ -246,6 +248,8 @@ class AcousticEncoder(torch.nn.Module):
 
     def _pretrained(self, x, lens, ids):
         reader, first = self.reader, self.first_trained()
+        if self.frontend is not None:
+            x = self._front(x, lens)
         if x.dim() == 2:
             if first is not None:
                 x, counts = self.frozen(x, lens, ids)
@@ -268,11 +272,15 @@ class AcousticEncoder(torch.nn.Module):
         x = x.to(next(self.encoder.parameters()).dtype)
         return reader.rest(self.encoder, x, counts, first), counts
 
+    def _front(self, x, lens):
+        x = without_padding(x, lens)
+        if self.frontend is None:
+            return x
+        return without_padding(self.frontend(x), lens)
+
     def _any(self, x, lens):
         size = x.shape[1]
-        x = without_padding(x, lens)
-        if self.frontend is not None:
-            x = without_padding(self.frontend(x), lens)
+        x = self._front(x, lens)
         x, counts = self.encoder(x, lens), None
         if isinstance(x, tuple):
             counts = _lengths(x)

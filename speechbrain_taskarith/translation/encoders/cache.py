@@ -138,12 +138,14 @@ class EncoderCache:
         self.encoder.eval()
         # Utterances of like length share a batch.
         window = 16 * self.batch_size
-        with bar:
-            for some in _batched(missing, window):
-                for batch in self._batches(some):
-                    self._encode(batch)
-                    bar.update(len(batch))
-        self.encoder.train(training)
+        try:
+            with bar:
+                for some in _batched(missing, window):
+                    for batch in self._batches(some):
+                        self._encode(batch)
+                        bar.update(len(batch))
+        finally:
+            self.encoder.train(training)
         return len(missing)
 
     def __call__(self, name, wav=None, start=None, duration=None):
@@ -314,6 +316,11 @@ def _place(row):
         )
     if row.get("start") in (None, ""):
         return row["wav"], None, None
+    if row.get("duration") in (None, ""):
+        raise ValueError(
+            f"a manifest's row of {row['wav']} has a start and no duration; "
+            "give both, in seconds, or none"
+        )
     return row["wav"], float(row["start"]), float(row["duration"])
 
 

@@ -111,7 +111,9 @@ def store_encoders(section, folder):
 
     number = 0
     for node in _nodes(section):
-        source = node.get("source") if isinstance(node, dict) else None
+        # What makes an object: others may have a value of that name.
+        made = isinstance(node, dict) and _tag(node)
+        source = node.get("source") if made else None
         if not isinstance(source, str):
             continue
         # Where a wrapper keeps downloads; of a local source there are none.

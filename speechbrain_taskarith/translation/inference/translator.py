@@ -306,14 +306,15 @@ class SpeechTranslator(Pretrained):
         if not encoded:
             return []
         targets, begin = self._targets(target, len(encoded))
-        states = [one.speech.encoded[0] for one in encoded]
+        states = [_valid_frames(one.speech) for one in encoded]
         memory = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
         counts = torch.tensor([len(state) for state in states])
         lens = (counts / memory.shape[1]).to(memory.device)
         with self.inference_ctx:
             found, longest = self._search(memory, lens, begin)
         translations = []
-        for row, (one, tokens) in enumerate(zip(encoded, found)):
+        rows = zip(encoded, found, targets, longest)
+        for one, tokens, language, most in rows:
             tokens = [int(token) for token in tokens]
             translations.append(
                 Translation(
@@ -321,8 +322,8 @@ class SpeechTranslator(Pretrained):
                     self._segments(one),
                     self._transcript(one.speech),
                     one.seconds,
-                    targets[row],
-                    cut=len(tokens) >= longest,
+                    language,
+                    cut=len(tokens) >= most,
                 )
             )
         return translations
@@ -383,14 +384,16 @@ class SpeechTranslator(Pretrained):
         return getattr(self.hparams, "greedy_tokens", 200)
 
     def _search(self, memory, lens, begin):
-        """Return the translations, and how long one may be, in tokens."""
+        """Return the translations, and how long each may be, in tokens."""
         # A searcher of SpeechBrain's begins as it was told to.
         usual = set(begin) == {self.hparams.bos_index}
         begin = torch.tensor(begin, device=memory.device)
         if self.search is not None:
             found = self.search(memory, lens, *([] if usual else [begin]))[0]
-            # SpeechBrain's greedy searchers do not tell.
-            return found, getattr(self.search, "max_decode_steps", math.inf)
+            # SpeechBrain's searchers have one for all, or do not tell.
+            most = getattr(self.search, "max_decode_steps", math.inf)
+            each = getattr(self.search, "most_steps", [most] * len(memory))
+            return found, each
         longest = self._greedy_tokens()
         found = greedy_translation(
             self.mods.model.decoder,
@@ -400,7 +403,7 @@ class SpeechTranslator(Pretrained):
             self.hparams.eos_index,
             longest,
         )
-        return found, longest
+        return found, [longest] * len(memory)
 
     def _targets(self, target, count):
         """Return the language and the beginning token of every utterance."""
@@ -461,6 +464,13 @@ class SpeechTranslator(Pretrained):
 
     def _blank(self):
         return getattr(self.hparams, "blank_index", 0)
+
+
+def _valid_frames(speech):
+    """Return [S, d] of a batch of one, without its padding."""
+    (states,) = speech.encoded
+    (count,) = absolute_lengths(speech.lens, len(states)).tolist()
+    return states[:count]
 
 
 def _warn(translations, names):

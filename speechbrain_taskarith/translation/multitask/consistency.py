@@ -7,6 +7,7 @@ import logging
 import torch
 
 from speechbrain_taskarith.metrics import plot_heat_map
+from speechbrain_taskarith.translation.distributed import names_of_all
 from speechbrain_taskarith.translation.multitask.gradients import (
     isolated_gradients,
 )
@@ -27,7 +28,8 @@ def gradient_consistency(losses, module, *, by="layer", across_processes=True):
     Arguments
     ---------
     losses : dict of str: torch.Tensor
-        A scalar for each task; `ValueError` for fewer than two.
+        A scalar for each task; `ValueError` for fewer than two. Processes may
+        hold different tasks: one that lacks a task counts as 0 for it.
     module : torch.nn.Module
         Its parameters are compared.
     by : str or callable
@@ -51,9 +53,10 @@ def gradient_consistency(losses, module, *, by="layer", across_processes=True):
     >>> gradient_consistency({"st": out, "asr": -2 * out}, net)
     {'0': {('st', 'asr'): -1.0...}, '1': {('st', 'asr'): -1.0...}}
     """
-    if len(losses) < 2:
+    tasks = names_of_all(losses) if across_processes else list(losses)
+    if len(tasks) < 2:
         raise ValueError(
-            f"losses of {sorted(losses)}: expected two tasks or more"
+            f"losses of {sorted(tasks)}: expected two tasks or more"
         )
     part_of, parts, parameters = _naming(by), {}, []
     for name, parameter in module.named_parameters():
@@ -61,13 +64,15 @@ def gradient_consistency(losses, module, *, by="layer", across_processes=True):
             parts.setdefault(part_of(name), []).append(len(parameters))
             parameters.append(parameter)
     grads = {
-        task: isolated_gradients(loss, parameters, across_processes)
-        for task, loss in losses.items()
+        task: isolated_gradients(
+            losses.get(task, torch.zeros(())), parameters, across_processes
+        )
+        for task in tasks
     }
     table = {}
     for part, rows in parts.items():
         table[part] = {}
-        for a, b in itertools.combinations(losses, 2):
+        for a, b in itertools.combinations(tasks, 2):
             cosine = _cosine(
                 [grads[a][i] for i in rows], [grads[b][i] for i in rows]
             )
@@ -82,7 +87,7 @@ def _naming(by):
     if by == "layer":
         return _layer
     if by == "module":
-        return lambda name: name.partition(".")[0]
+        return lambda name: name.removeprefix("module.").partition(".")[0]
     raise ValueError(
         f"by {by!r}: expected 'layer', 'module' or a function of a name"
     )
@@ -151,7 +156,7 @@ class ConsistencyProbe(JSONRecoverable):
         Arguments
         ---------
         losses, module
-            As of `gradient_consistency`; fewer than two losses are skipped.
+            As of `gradient_consistency`; fewer than two tasks are skipped.
 
         Returns
         -------
@@ -159,7 +164,8 @@ class ConsistencyProbe(JSONRecoverable):
             As of `gradient_consistency` where it was measured.
         """
         self.updates += 1
-        if self.updates % self.interval or len(losses) < 2:
+        # All processes come to the same: else some would wait for the others.
+        if self.updates % self.interval or len(names_of_all(losses)) < 2:
             return None
         table = gradient_consistency(losses, module, by=self.by)
         for part, pairs in table.items():

@@ -4,7 +4,11 @@ import inspect
 
 import torch
 
-from speechbrain_taskarith.translation.distributed import average_
+from speechbrain_taskarith.translation.distributed import (
+    average_,
+    names_of_all,
+    shares_of,
+)
 from speechbrain_taskarith.utils.optional import require
 
 
@@ -108,12 +112,13 @@ class GradientAggregator:
         Arguments
         ---------
         losses : dict of str: torch.Tensor
-            A scalar for each task; `ValueError` without any.
+            A scalar for each task; `ValueError` without any. Processes may
+            hold different tasks: one that lacks a task counts as 0 for it.
         parameters : torch.nn.Module or iterable of torch.nn.Parameter
             What is trained. Parameters of one task alone take part, too: the
             other rows are 0 there.
         """
-        for parameter, part in self._combined(losses, parameters):
+        for parameter, part, *_ in self._combined(losses, parameters):
             if parameter.grad is None:
                 parameter.grad = part.clone()
             else:
@@ -123,7 +128,8 @@ class GradientAggregator:
         """Return the sum of losses, with the aggregated gradient as its own.
 
         For a loop that calls `backward` itself, as `Brain.fit_batch` does: with
-        a gradient scaler, accumulation and DDP as ever.
+        a gradient scaler, accumulation and DDP as ever. Where there are
+        several processes, their gradients have to be averaged, as DDP does.
 
         Arguments
         ---------
@@ -136,36 +142,50 @@ class GradientAggregator:
         Returns
         -------
         torch.Tensor
-            A scalar.
+            A scalar; 0, without a gradient, in a process that has no loss.
         """
         found = self._combined(losses, parameters, scale)
-        value = sum(loss.detach() for loss in losses.values())
+        zero = torch.zeros(())
+        value = sum((loss.detach() for loss in losses.values()), zero)
         # Linear in the parameters, so that its gradient is the aggregated one.
-        products = [(p * part).sum().to(value) for p, part in found]
+        # DDP takes what no loss of this process depends on for done, and a
+        # second gradient would be an error: the others make up for it.
+        products = [
+            (p * (part / share)).sum().to(value)
+            for p, part, here, share in found
+            if here
+        ]
         if not products:
             return value
         linear = torch.stack(products).sum()
         return value + (linear - linear.detach())
 
     def _combined(self, losses, parameters, scale=1.0):
-        """Return pairs of a parameter that has a gradient, and that."""
-        if not losses:
+        """Return, for each parameter that a loss of any process reaches:
+
+        it, its gradient, whether a loss of this process does, and the share
+        of the processes where one does.
+        """
+        tasks = sorted(names_of_all(losses))
+        if not tasks:
             raise ValueError("no losses: expected one for each task")
         parameters = trained_parameters(parameters)
-        rows, reached = [], set()
-        for task in sorted(losses):
-            grads = _own_gradients(losses[task] * scale, parameters)
-            reached.update(i for i, g in enumerate(grads) if g is not None)
+        rows, reached = [], [False] * len(parameters)
+        for task in tasks:
+            loss = losses.get(task, torch.zeros(()))
+            grads = _own_gradients(loss * scale, parameters)
+            reached = [r or g is not None for r, g in zip(reached, grads)]
             grads = _filled(grads, parameters, across_processes=True)
             row = torch.cat([g.reshape(-1).float() for g in grads])
             rows.append(row / scale)
         whole = self.aggregator(torch.stack(rows))
         parts = whole.split([p.numel() for p in parameters])
-        # DDP takes what no loss depends on for done: a second gradient of it
-        # would be an error.
         return [
-            (parameters[i], parts[i].view_as(parameters[i]).to(parameters[i]))
-            for i in sorted(reached)
+            (parameter, part.view_as(parameter).to(parameter), here, share)
+            for parameter, part, here, share in zip(
+                parameters, parts, reached, shares_of(reached, whole.device)
+            )
+            if share
         ]
 
 

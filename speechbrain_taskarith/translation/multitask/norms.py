@@ -62,6 +62,10 @@ class GradientNorms:
     def clear(self, lists=None):
         """Begin anew, or from the lists of a measurement in progress."""
         self.lists = lists or {}
+        self.drop_unfinished()
+
+    def drop_unfinished(self):
+        """Forget the gradients of an update that has not ended."""
         self._sums, self._sizes = {}, {}
 
     def observe(self, losses, modules, parts_of, share):

@@ -136,6 +136,12 @@ class TaskNormWeights(JSONRecoverable):
         parts, initial = dict(parts or {}), dict(initial or {})
         for name in (*parts, *initial, *self.last_update):
             self._check_task(name)
+        if main in {*parts, *initial}:
+            raise ValueError(
+                f"parts {parts}, initial {initial}: {main!r} is the main task, "
+                "whose weight is 1 and which takes the parts of the others; "
+                "expected auxiliary tasks"
+            )
         self.parts = {
             task: tuple(parts.get(task) or SHARED_PARTS.get(task, ("shared",)))
             for task in self.tasks
@@ -244,6 +250,13 @@ class TaskNormWeights(JSONRecoverable):
                 "decoder"
             )
         self._norms.observe(losses, modules, self._auxiliary, share)
+
+    def drop_unfinished(self):
+        """Forget what was observed since the last `step`.
+
+        For an epoch that ends within an update, whose gradients are dropped.
+        """
+        self._norms.drop_unfinished()
 
     def step(self):
         """Count an update of the optimizer, and change weights when due."""

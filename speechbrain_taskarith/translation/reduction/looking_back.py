@@ -91,10 +91,12 @@ class LookingBack(torch.nn.Module):
             torch.nn.init.zeros_(layer.bias)
         # None, or since `train()`, whether it was called.
         self._called = None
+        #: Whether a model calls it, though not with every batch.
+        self.has_caller = False
 
     def train(self, mode=True):
         """As `torch.nn.Module.train`; notice a training that passed it by."""
-        if not mode and self._called is False:
+        if not mode and self._called is False and not self.has_caller:
             logger.warning(
                 "A training passed without a call of LookingBack: it has "
                 "learned nothing. In `modules` alone nothing calls it: give it "

@@ -16,12 +16,15 @@ class TranslationBeamSearch(S2STransformerBeamSearcher):
 
     Shrunk speech may be shorter than its translation, so the longest
     translation is `max_decode_ratio` times its length and `least_steps` at
-    least; SpeechBrain's stops at the ratio. Hypotheses are compared by log
-    probability / length ** `length_penalty`, the end token counted.
+    least; SpeechBrain's stops at the ratio, of the longest in the batch. After
+    a call, `most_steps` holds the longest of each utterance. Hypotheses are
+    compared by log probability / length ** `length_penalty`, the end token
+    counted.
 
     Called with the textual encoder's output [B, S, d], its relative lengths
     [B] and, if wanted, a beginning token of its own for every utterance [B],
-    it returns what `S2SBeamSearcher` does.
+    it returns what `S2SBeamSearcher` does. Where there are fewer hypotheses
+    than beams, `topk` lists end in empty ones of score minus infinity.
 
     Arguments
     ---------
@@ -83,6 +86,7 @@ class TranslationBeamSearch(S2STransformerBeamSearcher):
         )
         self.least_steps = least_steps
         self.length_penalty = length_penalty
+        self.most_steps, self._fewest_steps = [], []
         self._begin = None
 
     @property
@@ -122,8 +126,58 @@ class TranslationBeamSearch(S2STransformerBeamSearcher):
         hypotheses, _, *rest = super().init_beam_search_data(
             enc_states, wav_len
         )
+        self._set_steps(absolute_lengths(wav_len, enc_states.shape[1]))
         tokens = self._begin.repeat_interleave(self.beam_size)
         return hypotheses, tokens, *rest
+
+    def _set_steps(self, lengths):
+        """Set the least and the most steps of each utterance.
+
+        Upstream's are those of the longest, padding and all.
+        """
+        ratios = self.min_decode_ratio, self.max_decode_ratio
+        steps = [
+            self.change_max_decoding_length(*(int(n * r) for r in ratios))
+            for n in lengths.tolist()
+        ]
+        self._fewest_steps, self.most_steps = map(list, zip(*steps))
+        self.max_decode_steps = max(self.most_steps)
+
+    def search_step(self, *args):
+        """As `S2SBeamSearcher.search_step`; it ends some utterances' search."""
+        stepped = super().search_step(*args)
+        step, hypotheses, found = args[-1], stepped[0], stepped[3]
+        for row, most in enumerate(self.most_steps):
+            if step + 1 == most and len(found[row]) < self.beam_size:
+                self._fill(row, hypotheses, found[row], stepped[-1])
+        return stepped
+
+    def _fill(self, row, hypotheses, found, scores):
+        """Complete an utterance's list by hypotheses that have no end."""
+        rows = slice(row * self.beam_size, (row + 1) * self.beam_size)
+        tokens = hypotheses.alived_seq[rows]
+        log_probs = hypotheses.alived_log_probs[rows]
+        # Those that have ended are in the list, others do not exist.
+        alive = hypotheses.sequence_scores[rows] > self.minus_inf / 2
+        # Upstream takes the last token off, which is an end token elsewhere.
+        end = torch.full_like(tokens[0, :1], self.eos_index)
+        zero = torch.zeros_like(log_probs[0, :1])
+        for i in alive.nonzero().flatten().tolist():
+            if len(found) < self.beam_size:
+                one = torch.cat([tokens[i], end])
+                found.append(
+                    (one, torch.cat([log_probs[i], zero]), scores[rows][i])
+                )
+        nothing = (end, zero, torch.full_like(scores[0], -math.inf))
+        found += [nothing] * (self.beam_size - len(found))
+
+    def _set_eos_minus_inf_step(self, log_probs, step, min_decode_steps):
+        """As upstream's, for each utterance."""
+        for row, fewest in enumerate(self._fewest_steps):
+            if step < fewest:
+                rows = slice(row * self.beam_size, (row + 1) * self.beam_size)
+                log_probs[rows, self.eos_index] = self.minus_inf
+        return log_probs
 
     def _compute_scores_and_next_inp_tokens(self, alived_hyps, log_probs, step):
         # Upstream's divides by the length, and multiplies by it afterwards.
@@ -144,30 +198,11 @@ class TranslationBeamSearch(S2STransformerBeamSearcher):
         # Not `scores`: these are divided by lengths.
         real = alived_hyps.sequence_scores > self.minus_inf / 2
         ended = inp_tokens == self.eos_index
-        # All of them at once: the search is over, and takes what there is.
-        kept = real | ~ended | ended.all()
-        inp_tokens = inp_tokens.where(kept, -1)
+        inp_tokens = inp_tokens.where(real | ~ended, -1)
         super()._update_hyps_and_scores_if_eos_token(
             inp_tokens, alived_hyps, found, scores
         )
         return ended
-
-    def _fill_alived_hyps_with_eos_token(self, alived_hyps, found, scores):
-        """As upstream's, which takes an end token off where there is none.
-
-        The last token of a hypothesis as long as allowed would be lost.
-        """
-        end = alived_hyps.alived_seq[:, :1]
-        alived_hyps.alived_seq = torch.cat(
-            [alived_hyps.alived_seq, torch.full_like(end, self.eos_index)], 1
-        )
-        end = torch.zeros_like(alived_hyps.alived_log_probs[:, :1])
-        alived_hyps.alived_log_probs = torch.cat(
-            [alived_hyps.alived_log_probs, end], 1
-        )
-        return super()._fill_alived_hyps_with_eos_token(
-            alived_hyps, found, scores
-        )
 
     def permute_mem(self, memory, index):
         """As `S2SBaseSearcher.permute_mem`: continue these hypotheses."""
@@ -193,7 +228,7 @@ class TranslationBeamSearch(S2STransformerBeamSearcher):
 
         Allows `least_steps`, within the decoder's positions.
         """
-        steps = max(max_decode_steps, self.least_steps)
+        steps = max(max_decode_steps, self.least_steps, 1)
         return min_decode_steps, min(steps, self.model.positions.max_len)
 
 
