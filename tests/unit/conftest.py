@@ -7,7 +7,7 @@ from hub_server import Hub, serving
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """Serve an empty hub, to which the client of this process is sent."""
-    constants = pytest.importorskip("huggingface_hub").constants
+    constants = pytest.importorskip("huggingface_hub.constants")
     found = Hub()
     with serving(found) as endpoint:
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
