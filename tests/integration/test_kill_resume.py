@@ -12,12 +12,14 @@ import random
 import select
 import signal
 import struct
+import threading
 import time
 import traceback
 
 import pytest
 import speechbrain as sb
 import torch
+import tqdm.auto
 
 from speechbrain_taskarith.vectors import (
     TIES,
@@ -60,6 +62,7 @@ def in_child(work, die_before=None):
     try:
         os.close(reader)
         torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+        own_progress_lock()
         if die_before is not None:
             _die_before_call(die_before)
         work(lambda number: os.write(writer, struct.pack("i", number)))
@@ -68,6 +71,15 @@ def in_child(work, die_before=None):
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def own_progress_lock():
+    """Leave the lock of tqdm, which logging takes, to the parent.
+
+    It is shared across a fork: a child killed with it would hold it for ever.
+    """
+    for kind in (tqdm.std.tqdm, tqdm.auto.tqdm):
+        kind.set_lock(threading.RLock())
 
 
 def _die_before_call(number):

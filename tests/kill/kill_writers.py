@@ -16,10 +16,12 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 import torch
+import tqdm.auto
 from kill_training import Training
 
 from speechbrain_taskarith.__main__ import main as taskarith
@@ -248,6 +250,9 @@ def child(work, *arguments, die=None):
     code = 1
     try:
         sys.stdout = sys.stderr = open(os.devnull, "w")
+        # That of the parent is shared: killed with it, it would be held.
+        for kind in (tqdm.std.tqdm, tqdm.auto.tqdm):
+            kind.set_lock(threading.RLock())
         if die is not None:
             _die_at(*die)
         work(*arguments)
