@@ -251,12 +251,11 @@ def plot(summary, path):
             if not default and not row.startswith("only_"):
                 found = shown[panels[metric]].setdefault(rule, [])
                 found.append(entry["value"])
-    rows = [row for row in shown["new domains"] if row in RULES]
     plots.plot_by_row(
         {title: found for title, found in shown.items() if found},
         path,
         before="base",
-        ours=[min(rows, key=lambda row: fmean(shown["new domains"][row]))],
+        ours=[RIVAL],
         bounds=[OWN],
     )
 
