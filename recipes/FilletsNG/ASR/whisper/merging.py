@@ -67,13 +67,15 @@ OWN, RIVAL = "each_on_its_own_domain", "LinearAverage"
 # Rules that add vectors up are scaled down, those that average them up.
 ADDED, AVERAGED = (1.0, 0.6, 0.3), (1.0, 1.5, 2.0)
 
-#: `{name: (scale -> rule, scales)}`; the first scale is the default. Left out
-#: are rules for two models (SLERP, SelectiveAttention), Fisher, which needs
-#: data, and ByLayer, which is made of other rules.
+#: `{name: (scale -> rule, scales)}`; the first scale is the default. TIES keeps
+#: a fifth of each vector, as published, `TIES_half` half of it. Left out are
+#: rules for two models (SLERP, SelectiveAttention), Fisher, which needs data,
+#: and ByLayer, which is made of other rules.
 RULES = {
     "LinearAverage": (lambda scale: LinearAverage(), (1.0,)),
     "TaskArithmetic": (lambda scale: TaskArithmetic(scale=scale), ADDED),
     "TIES": (lambda scale: TIES(scale=scale), AVERAGED),
+    "TIES_half": (lambda scale: TIES(density=0.5, scale=scale), AVERAGED),
     "DARE": (lambda scale: DARE(drop=0.5, scale=scale), ADDED),
     "DELLA": (lambda scale: DELLA(scale=scale), AVERAGED),
     "Breadcrumbs": (lambda scale: Breadcrumbs(scale=scale), ADDED),
