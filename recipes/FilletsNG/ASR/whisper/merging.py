@@ -26,10 +26,11 @@ and on the command line, for `transformers` to read:
 """
 
 import argparse
+import functools
 import sys
 from statistics import fmean
 
-from sequential import Study, add_data_options, check_names
+from sequential import Study, add_data_options, check_names, domain_option
 from studies.domains import Domain
 from studies.lineage import Edited
 
@@ -95,21 +96,13 @@ RULES = {
 }
 
 
-def test_option(text):
-    """Read lines to test on; argparse shows what is wrong with them."""
-    try:
-        return Domain.parse_test(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
 def parse_arguments(argv):
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add_data_options(parser)
     parser.add_argument(
         "--outside",
-        type=test_option,
+        type=functools.partial(domain_option, parse=Domain.parse_test),
         nargs="+",
         default=[],
         metavar="NAME=MANIFEST",

@@ -144,14 +144,7 @@ def add_bootstrap(summary, results):
         test = paired_bootstrap(
             first, second, blocks=[(on, name) for _, _, on, name in both]
         )
-        for metric in ("difference", "low", "high", "p_value"):
-            summary.add(
-                table="against_fine_tuning",
-                row=row,
-                metric=metric,
-                value=getattr(test, metric),
-                unit="1" if metric == "p_value" else "points",
-            )
+        summary.add_paired_test("against_fine_tuning", row, test)
 
 
 def plot_averages(matrices, orders, path):
