@@ -1,11 +1,11 @@
-"""Make the tables and pictures of results.md from studies' `summary.json`.
+"""Make the tables and pictures of results*.md from studies' `summary.json`.
 
-    python docs/results.py                   write the tables into results.md,
+    python docs/results.py                   write the tables into the pages,
                                              the pictures into figures
     python docs/results.py NAME FOLDER       take a study's summary.json first
 
 `figures/NAME/summary.json` holds the figures, `results.yaml` says what of them
-is shown, and the page has a place for it: `<!-- figures: NAME -->`. The picture
+is shown, and a page has a place for it: `<!-- figures: NAME -->`. The picture
 of a study is `figures/NAME.png`.
 """
 
@@ -81,15 +81,22 @@ def read_shown():
     return yaml.safe_load((DOCS / "results.yaml").read_text(encoding="utf-8"))
 
 
-def written(page):
-    """Return the page's text with all its tables made anew."""
-    shown = read_shown()
-    places = [name for _, name, _ in PLACE.findall(page)]
+def pages():
+    """Return the pages' texts by path, with all their tables made anew."""
+    shown, texts = read_shown(), {}
+    for path in sorted(DOCS.glob("results*.md")):
+        texts[path] = path.read_text(encoding="utf-8")
+    places = [p[1] for text in texts.values() for p in PLACE.findall(text)]
     if sorted(places) != sorted(shown):
         raise ValueError(
-            f"results.md has places for {places}, results.yaml shows "
+            f"the pages have places for {places}, results.yaml shows "
             f"{sorted(shown)}; make them the same"
         )
+    return {path: written(text, shown) for path, text in texts.items()}
+
+
+def written(page, shown):
+    """Return one page's text with its tables made anew."""
     return PLACE.sub(
         lambda found: f"{found[1]}\n{table(found[2], shown[found[2]])}\n\n"
         f"{found[3]}",
@@ -112,10 +119,9 @@ def main(*arguments):
     """Take a study's figures if one is named; write the page, draw."""
     if arguments:
         take(*arguments)
-    page = DOCS / "results.md"
-    text = written(page.read_text(encoding="utf-8"))
-    with atomic_write(page, "w") as stream:
-        stream.write(text)
+    for page, text in pages().items():
+        with atomic_write(page, "w") as stream:
+            stream.write(text)
     for name, shown in read_shown().items():
         if "picture" in shown:
             picture(name, shown["picture"])
