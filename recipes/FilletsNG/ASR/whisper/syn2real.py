@@ -33,6 +33,7 @@ from pathlib import Path
 import joblib
 import torch
 from common.study import Training, run_trainings
+from scoring import normalize
 from studies.lineage import KEPT, keep_weights
 from studies.lines import SPLITS, check_splits, read_csv, write_csv
 from studies.measure import Measure
@@ -40,7 +41,7 @@ from studies.syn2real_report import write_report
 from synthesize import synthesize
 from train import train
 
-from speechbrain_taskarith.metrics import wer
+from speechbrain_taskarith.metrics import RareWords, wer
 from speechbrain_taskarith.utils.progress import progress
 from speechbrain_taskarith.vectors import TaskVector, open_state
 
@@ -241,6 +242,18 @@ class Study:
             state = self.vector(model).apply(state, weight, any_base=True)
         return state
 
+    def known_words(self, domains):
+        """Count the words of domains' training texts, as they are scored."""
+        tokenizer = self.measure.whisper.tokenizer
+        return RareWords.from_transcripts(
+            [
+                normalize(row["text"], row["lang"], tokenizer)
+                for name in domains
+                for row in read_csv(self.folder / f"data/real/{name}.csv")
+            ],
+            min_count=1,
+        )
+
     def errors(self, weights, domain, split="test"):
         """Measure a sum of vectors on real lines of a domain."""
         weights = {model: w for model, w in weights.items() if w}
@@ -311,8 +324,12 @@ def leave_out(study, target, given):
         row: study.errors(weights, target)
         for row, weights in progress(rows.items(), desc=f"rows of {target}")
     }
-    surface = study.surface(target, sources)
-    return {"chosen": chosen, "rows": measured, "surface": surface}
+    return {
+        "chosen": chosen,
+        "rows": measured,
+        "surface": study.surface(target, sources),
+        "known": study.known_words([*sources, *helpers]),
+    }
 
 
 def main(argv):

@@ -1,0 +1,177 @@
+"""SYN2REAL with Whisper and its controls, with a tiny random model."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from processes import Recipe
+from recipe_modules import modules_of
+from safetensors.torch import load_file
+from test_recipe_whisper_sequential import errors, write_corpus
+from tiny_whisper import save_tiny_whisper
+
+from speechbrain_taskarith.metrics import Summary
+
+pytest.importorskip("transformers")
+pytest.importorskip("espeakng_loader")
+
+RECIPE = Recipe("FilletsNG/ASR/whisper")
+TABLE = "syn2real_languages"
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    """The recipe's own modules, which have everyday names."""
+    with modules_of(RECIPE.folder) as module:
+        yield module
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whisper_syn2real")
+    write_corpus(folder / "data")
+    return [
+        *("--whisper_hub", str(save_tiny_whisper(folder / "whisper"))),
+        *("--domain", f"nl={folder}/data/nl/{{}}.csv"),
+        *("--domain", f"cs={folder}/data/cs/{{}}.csv"),
+        *("--helper", f"en={folder}/data/english/{{}}.csv"),
+        *("--output", str(folder / "study")),
+        *("--longest", "2", "--lines", "4"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(options, recipe):
+    """The folder of a study of two seeds that has run."""
+    recipe("syn2real").main([*options, "--seeds", "0", "1"])
+    return Path(options[options.index("--output") + 1])
+
+
+def measured(folder, seed, name, domain):
+    """Return what one model said of a domain's test lines."""
+    for path in (folder / str(seed) / "measured").glob("*.json"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["name"] == name and f"{domain}_test" in found["manifest"]:
+            return found
+    raise AssertionError(f"{name} on {domain}: not measured")
+
+
+def counted(found):
+    """Return WER in % by a plain count."""
+    wrong = words = 0
+    for key, text in found["references"].items():
+        reference = text.split()
+        wrong += errors(reference, found["hypotheses"][key].split())
+        words += len(reference)
+    return 100 * wrong / words
+
+
+def test_the_table_is_that_of_a_naive_count(finished):
+    summary, by_language = Summary.load(finished), {}
+    for row, name in (
+        ("baseline", {"synthetic/{}": 1.0}),
+        ("joint", {"joint/{}": 1.0}),
+        ("pretrained", {}),
+    ):
+        for target in ("nl", "cs"):
+            model = {key.format(target): w for key, w in name.items()}
+            each = [
+                counted(measured(finished, seed, model, target))
+                for seed in (0, 1)
+            ]
+            table = f"{TABLE}_{target}"
+            by_language[target] = sum(each) / 2
+            assert summary.value(table, row, "wer") == pytest.approx(
+                by_language[target]
+            )
+        assert summary.value(TABLE, row, "wer") == pytest.approx(
+            sum(by_language.values()) / 2
+        )
+    notes = (finished / "results.md").read_text(encoding="utf-8")
+    for rival in ("baseline", "shrunk", "joint", "mean_of_baseline_and_real"):
+        assert f"`edited_both` against `{rival}`" in notes
+    assert (finished / "plots/surface_nl.png").stat().st_size > 5000
+
+
+def test_own_words_are_those_that_no_source_text_holds(
+    finished, recipe, monkeypatch
+):
+    report = recipe("studies.syn2real_report")
+    syn2real = recipe("syn2real")
+    monkeypatch.setattr(syn2real.Study, "__init__", lambda self: None)
+    study = syn2real.Study()
+    study.folder = finished / "0"
+    whisper = SimpleNamespace(tokenizer=None)
+    study.measure = SimpleNamespace(whisper=whisper)
+    known = study.known_words(["cs", "en"])
+    assert set(known.counts) == set("a fish the boat jedna ryba ano".split())
+    found = {
+        "references": {"1": "een vis ja", "2": "a fish"},
+        "hypotheses": {"1": "een ja", "2": "fish fish"},
+    }
+    scores = report.scores(found, known)
+    assert scores["wer"] == pytest.approx(100 * 2 / 5)
+    assert scores["own_words"] == pytest.approx(100 / 3)  # of een, vis, ja
+
+
+def test_an_edit_is_the_formula(finished, options, recipe):
+    syn2real = recipe("syn2real")
+    given = syn2real.parse_arguments(options)
+    held_out = {("nl", "test"): finished / "data/nl_test.csv"}
+    study = syn2real.Study(given, 0, held_out)
+    state = study.state(syn2real.edit("nl", ["cs"], 0.5, 0.25))
+    base = load_file(Path(given.whisper_hub, "model.safetensors"))
+
+    def tuned(name):
+        [path] = (finished / "0/models" / name).rglob("*.safetensors")
+        return load_file(path)
+
+    models = [tuned(n) for n in ("synthetic/nl", "real/cs", "synthetic/cs")]
+    moved = 0
+    for name, weight in base.items():
+        target, real, synthetic = (
+            next(m[k] for k in m if k.endswith(name)).double() for m in models
+        )
+        expected = (
+            weight.double()
+            + 0.5 * (target - weight.double())
+            + 0.25 * (real - synthetic)
+        )
+        key = next(k for k in state if k.endswith(name))
+        assert torch.allclose(state[key].double(), expected, atol=1e-6)
+        moved += not torch.equal(target, weight.double())
+    assert moved > 10
+
+
+def test_a_finished_study_trains_and_measures_nothing(
+    finished, options, recipe, monkeypatch
+):
+    syn2real = recipe("syn2real")
+    before = (finished / "summary.json").read_text()
+
+    def fail(*_, **__):
+        raise AssertionError("trained or measured again")
+
+    monkeypatch.setattr(syn2real, "train", fail)
+    monkeypatch.setattr(syn2real.Study, "state", fail)
+    syn2real.main([*options, "--seeds", "0", "1"])
+    assert (finished / "summary.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--helper", "en"], "expected NAME=PATH"),
+        (["--helper", "en=no_split.csv"], "expected {} for the split"),
+        ([], "give three domains, or two and a helper"),
+    ],
+)
+def test_wrong_options_are_named(recipe, capsys, more, said):
+    argv = ["--whisper_hub", "x", "--domain", "nl=nl_{}.csv"]
+    with pytest.raises(SystemExit):
+        recipe("syn2real").parse_arguments(
+            [*argv, "--domain", "cs=cs_{}.csv", *more]
+        )
+    assert said in " ".join(capsys.readouterr().err.split())
