@@ -106,14 +106,9 @@ def process(rank, folder):
     torch.distributed.destroy_process_group()
 
 
-def match(rank, folder):
-    """Match LNs in passes that leave out layers, by the processes' own dice."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", f"file://{folder}/match", rank=rank, world_size=2
-    )
+def unmatched():
     torch.manual_seed(0)
-    encoder = DropEncoder()
+    encoder = DropEncoder().train()
     handle = insert_adapters(
         encoder,
         ["us", "german"],
@@ -121,9 +116,18 @@ def match(rank, folder):
     )
     scramble(torch.nn.ModuleList(layer.bank for layer in handle.layers))
     handle.train_composition("ST-A")
+    return encoder, handle
+
+
+def match(rank, folder):
+    """Match LNs in passes that leave out layers, by the processes' own dice."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", f"file://{folder}/match", rank=rank, world_size=2
+    )
+    encoder, handle = unmatched()
     made = [layer.combination for layer in handle.layers]
     x = torch.randn(2 + rank, 5 + rank, 4)
-    encoder.train()
     with pytest.raises(ValueError, match="processes would meet"):
         encoder.layers[0](encoder.front(x))
     # As the combination that each layer had in the pass that matched it.
@@ -156,6 +160,14 @@ def match(rank, folder):
     norms.append(alone.norm.state_dict())
     frames[3] = alone.combine(inputs).detach()
     torch.save((norms, frames), f"{folder}/{rank}.pt")
+    # A compiled encoder waits as well, and has all gradients.
+    encoder, handle = unmatched()
+    run = torch.nn.parallel.DistributedDataParallel(encoder)
+    run = torch.compile(run, backend="eager")
+    for waits in (True, False, False):
+        run(x).square().mean().backward()
+        assert handle.layers[2].combination.is_unmatched == waits
+        assert all(p.grad is not None for p in handle.trained_parameters())
     torch.distributed.destroy_process_group()
 
 
