@@ -7,6 +7,7 @@ import logging
 import torch
 
 from speechbrain_taskarith.adapters.bank import COMBINED
+from speechbrain_taskarith.adapters.combination.attention import valid_frames
 from speechbrain_taskarith.adapters.combination.averaging import (
     AdapterMean,
     AdapterWeightedMean,
@@ -14,6 +15,11 @@ from speechbrain_taskarith.adapters.combination.averaging import (
 from speechbrain_taskarith.adapters.combination.base import Combination
 from speechbrain_taskarith.adapters.combination.fusion import (
     AudioAdapterFusion,
+)
+from speechbrain_taskarith.adapters.combination.matching import (
+    PASS,
+    Pass,
+    is_distributed,
 )
 from speechbrain_taskarith.adapters.combination.running import (
     STRETCH,
@@ -163,11 +169,15 @@ class LayerAdapters(torch.nn.Module):
         named = {**kwargs, _STREAM: stream}
         return self._forward_hook(self._layer, args, named, output)
 
+    def _is_combined(self):
+        choice = self._route.choice
+        return isinstance(choice, str) and choice == COMBINED
+
     def _is_running(self):
         """Tell whether the average of all scores so far is in use."""
-        choice = self._route.choice
-        combined = isinstance(choice, str) and choice == COMBINED
-        return combined and getattr(self.combination, "running", False)
+        return self._is_combined() and getattr(
+            self.combination, "running", False
+        )
 
     def _over_time(self, x, inputs, named):
         """Add a combination whose scores are averaged over the frames so far.
@@ -249,7 +259,12 @@ class LayerAdapters(torch.nn.Module):
                 f"[B, T, {width}] or a tuple that starts with one; choose "
                 "other layers or another d_model"
             )
-        x = self._over_time(x, inputs, named) if self._is_running() else self(x)
+        made = self.combination
+        unmatched = getattr(made, "is_unmatched", False) and made.is_matching()
+        if unmatched and self._is_combined():
+            x = self._to_match(x, inputs, named)
+        else:
+            x = self._added(x, inputs, named)
         if frames is not None:
             rows = [row[:number] for row, number in zip(x, frames)]
             x = torch.nested.as_nested_tensor(rows)
@@ -263,6 +278,51 @@ class LayerAdapters(torch.nn.Module):
         if hasattr(output, "_fields"):  # a namedtuple
             return type(output)(*rest)
         return type(output)(rest)
+
+    def _added(self, x, inputs, named):
+        if self._is_running():
+            return self._over_time(x, inputs, named)
+        return self(x)
+
+    @torch.compiler.disable  # as `Combination._match`
+    def _to_match(self, x, inputs, named):
+        """Add a combination whose LN this batch is to match."""
+        is_deferred = is_distributed()
+        if is_deferred and not self._loop.has_met:
+            raise ValueError(
+                f"layer {self.name!r} does not run inside the forward method "
+                f"of {self._loop.name or 'the encoder'!r}, where several "
+                "processes would meet to match LayerNorms; call that, or use "
+                "another ln_init than 'match'"
+            )
+        valid = self._valid_frames(x, inputs, named)
+        token = PASS.set(Pass(valid, is_deferred))
+        try:
+            return self._added(x, inputs, named)
+        finally:
+            PASS.reset(token)
+
+    def _valid_frames(self, x, inputs, named):
+        """Return which frames of x are no padding, None where not known."""
+        swapped = self._is_frames_first()
+        if swapped:
+            x = x.transpose(0, 1)
+        mask = named.get("src_key_padding_mask")
+        if mask is not None:
+            # Of torch's own encoder it is a float, -inf at padding.
+            valid = ~mask if mask.dtype == torch.bool else mask == 0
+        elif "segment_length" in named:  # our Emformer: its own frames
+            valid = inputs[-1][-1].clone()
+            valid[:, named["segment_length"] :] = False  # copies
+        else:
+            watch = self._route.watch
+            lens = None if watch is None else watch.lengths()
+            if lens is None:
+                return None
+            valid = valid_frames(x, lens)
+        if valid.shape != x.shape[:-1]:
+            return None
+        return valid.t() if swapped else valid
 
     def forward(self, x):
         """Return x [B, T, d] with what is in use added."""
@@ -294,15 +354,18 @@ class LayerAdapters(torch.nn.Module):
                 "freeze: False (its weights are frozen anyway)"
             )
 
-    def _require_batch_first(self):
-        """Refuse what tells utterances from frames, where those come first."""
+    def _is_frames_first(self):
         heads = [
             m
             for m in self._layer.children()
             if isinstance(m, torch.nn.MultiheadAttention)
         ]
         theirs = type(self._layer).__module__ == "torchaudio.models.emformer"
-        if theirs or any(not head.batch_first for head in heads):
+        return theirs or any(not head.batch_first for head in heads)
+
+    def _require_batch_first(self):
+        """Refuse what tells utterances from frames, where those come first."""
+        if self._is_frames_first():
             raise ValueError(
                 f"layer {self.name!r} has frames first ([T, B, d]), so that "
                 "neither adapters of single utterances nor running scores "

@@ -304,6 +304,12 @@ class Watch:
             getattr(self._find_brain(), "sig", None), "lengths", None
         )
 
+    @staticmethod
+    def lengths():
+        """Return the relative lengths of the running batch, or None."""
+        _, batch = running_brain()
+        return getattr(getattr(batch, "sig", None), "lengths", None)
+
     def _report(self):
         """Say what trains, and warn of what most likely was not meant."""
         handle, trained = self.handle, self.handle.trained_parameters()

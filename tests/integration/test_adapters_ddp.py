@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,21 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from adapters_toy import ToyEncoder, scramble  # noqa: E402
 
 from speechbrain_taskarith.adapters import AudioAdapterFusion, insert_adapters
+
+
+class DropEncoder(ToyEncoder):
+    """Leaves out the layers that it is told to; no dropout."""
+
+    drop = ()
+
+    def forward(self, x):
+        x = self.front(x)
+        for i, layer in enumerate(self.layers):
+            layer.dropout.p = 0.0
+            if i not in self.drop:
+                x, _ = layer(x)
+        return x
+
 
 # The last two with the penalty and the guided loss: in the backward pass of
 # each process, and for the reference as a sum by hand.
@@ -88,6 +104,90 @@ def process(rank, folder):
     for stage in STAGES:
         torch.save(train(stage, rank), f"{folder}/{stage}.{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def unmatched():
+    torch.manual_seed(0)
+    encoder = DropEncoder().train()
+    handle = insert_adapters(
+        encoder,
+        ["us", "german"],
+        combination=AudioAdapterFusion(ln_init="match"),
+    )
+    scramble(torch.nn.ModuleList(layer.bank for layer in handle.layers))
+    handle.train_composition("ST-A")
+    return encoder, handle
+
+
+def match(rank, folder):
+    """Match LNs in passes that leave out layers, by the processes' own dice."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", f"file://{folder}/match", rank=rank, world_size=2
+    )
+    encoder, handle = unmatched()
+    made = [layer.combination for layer in handle.layers]
+    x = torch.randn(2 + rank, 5 + rank, 4)
+    with pytest.raises(ValueError, match="processes would meet"):
+        encoder.layers[0](encoder.front(x))
+    # As the combination that each layer had in the pass that matched it.
+    frames = {}
+
+    def note(one, inputs):
+        frames.setdefault(made.index(one), one.combine(*inputs).detach())
+
+    for one in made:
+        one.register_forward_pre_hook(note)
+    run = torch.nn.parallel.DistributedDataParallel(encoder)
+    waiting = []
+    for drop in (((1, 2), (2,))[rank], (), (), ()):
+        encoder.drop = drop
+        run(x).square().mean().backward()
+        waiting.append([one.is_unmatched for one in made])
+        same = torch.cat(
+            [p.grad.flatten() for p in handle.trained_parameters()]
+        )
+        other = same.clone()
+        torch.distributed.broadcast(other, 0)
+        assert torch.equal(same, other)
+    assert waiting == [[True] * 3, [False, False, True], *[[False] * 3] * 2]
+    if rank == 0:
+        del frames[1]  # of a later pass
+    norms = [one.norm.state_dict() for one in made]
+    alone = AudioAdapterFusion(handle.layers[0].bank, ln_init="match")
+    inputs = encoder.front(x)
+    alone(inputs)
+    norms.append(alone.norm.state_dict())
+    frames[3] = alone.combine(inputs).detach()
+    torch.save((norms, frames), f"{folder}/{rank}.pt")
+    # A compiled encoder waits as well, and has all gradients.
+    encoder, handle = unmatched()
+    run = torch.nn.parallel.DistributedDataParallel(encoder)
+    run = torch.compile(run, backend="eager")
+    for waits in (True, False, False):
+        run(x).square().mean().backward()
+        assert handle.layers[2].combination.is_unmatched == waits
+        assert all(p.grad is not None for p in handle.trained_parameters())
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_norms_are_matched_over_all_processes(tmp_path):
+    torch.multiprocessing.spawn(match, (str(tmp_path),), nprocs=2)
+    (one, first), (two, second) = (
+        torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for rank in range(2)
+    )
+    for i, (norm, other) in enumerate(zip(one, two)):
+        assert torch.equal(norm["weight"], other["weight"])
+        assert torch.equal(norm["bias"], other["bias"])
+        o = [part[i].flatten(0, 1) for part in (first, second) if i in part]
+        o = torch.cat(o).double()
+        z = torch.nn.functional.layer_norm(o, (8,))
+        for channel in range(8):
+            line = np.polyfit(z[:, channel], o[:, channel], 1)
+            got = norm["weight"][channel], norm["bias"][channel]
+            np.testing.assert_allclose(got, line, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -75,6 +75,20 @@ def encoder(choice):
     return case
 
 
+def matching(put):
+    model = ToyEncoder()
+    for layer in model.layers:
+        layer.dropout.p = 0.0
+    fusion = AudioAdapterFusion(ln_init="match", attention_dim=2)
+    handle = insert_adapters(model, NAMES, bottleneck=4, combination=fusion)
+    scramble(torch.nn.ModuleList(layer.bank for layer in handle.layers))
+    model = put(model).train()
+    handle.train_composition("ST-A")
+    x = put(torch.randn(3, 7, 4))
+    # The second pass waits for nothing.
+    return model(x), model(x), list(handle.parameters())
+
+
 def guidance(put):
     model = ToyEncoder()
     handle = insert_adapters(
@@ -103,6 +117,7 @@ CASES = {
     "insert_adapters, combined": encoder("combined"),
     "insert_adapters, mixed": encoder("mixed"),
     "insert_adapters, guided": guidance,
+    "insert_adapters, matched": matching,
 }
 REASONS = {
     "plot_attention": "draws numbers of Python",
@@ -115,6 +130,11 @@ WAITS = {
     "insert_adapters, one": UNTRAINED,
     "insert_adapters, combined": UNTRAINED,
     "insert_adapters, mixed": UNTRAINED,
+    "insert_adapters, matched": {
+        **UNTRAINED,
+        # Once a layer.
+        "adapters.combination.base.match": 3,
+    },
     # For the log.
     "insert_adapters, guided": {
         "adapters.combination.attention.mean_weights": EACH,

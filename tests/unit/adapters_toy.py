@@ -87,7 +87,7 @@ def naive_fusion(fusion, frame):
         [query @ (numbers(fusion.key.weight) @ a) for a in outputs]
     )
     if fusion.scaled:
-        scores = scores / math.sqrt(len(frame))
+        scores = scores / math.sqrt(len(query))
     weights = np.exp(scores - scores.max())
     weights = weights / weights.sum()
     value = numbers(fusion.value.weight)

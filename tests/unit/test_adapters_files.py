@@ -13,11 +13,13 @@ from speechbrain.processing.features import InputNormalization
 
 from speechbrain_taskarith.adapters import (
     AdapterMean,
+    AudioAdapterFusion,
     checks,
     insert_adapters,
 )
 
 NAMES = ["us", "german"]
+SETTINGS = AudioAdapterFusion().settings()
 
 
 def make(seed=0, names=NAMES, combination="fusion", **others):
@@ -172,6 +174,20 @@ def test_a_combination_is_saved_with_its_names(tmp_path, combination):
     with pytest.raises(ValueError, match="combines 'indian', which are not"):
         lone.load_combination(path)
     assert same(state_of(lone), before)
+
+
+def test_files_from_before_queries_had_a_width(tmp_path, monkeypatch):
+    _, handle = make(1)
+    path = tmp_path / "c.safetensors"
+    with monkeypatch.context() as earlier:
+        then = {k: v for k, v in SETTINGS.items() if k != "attention_dim"}
+        earlier.setattr(AudioAdapterFusion, "settings", lambda self: then)
+        handle.save_combination(path)
+    _, other = make(2, combination="mean")
+    other.load_combination(path)
+    for one, two in zip(handle.layers, other.layers):
+        assert two.combination.settings() == SETTINGS
+        assert same(one.combination.state_dict(), two.combination.state_dict())
 
 
 OTHERS = {

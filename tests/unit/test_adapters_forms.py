@@ -32,7 +32,13 @@ KINDS = {
     "free": lambda bank, **o: AdapterWeightedMean(bank, False, **o),
     "fusion": AudioAdapterFusion,
     "scaled": lambda bank, **o: AudioAdapterFusion(bank, scaled=True, **o),
+    # Two thin products, and one that is wider than d.
+    "narrow": lambda bank, **o: AudioAdapterFusion(bank, attention_dim=2, **o),
+    "broad": lambda bank, **o: AudioAdapterFusion(
+        bank, scaled=True, attention_dim=11, **o
+    ),
 }
+FUSIONS = ("fusion", "scaled", "narrow", "broad")
 
 
 def made(kind, bank, **others):
@@ -42,7 +48,7 @@ def made(kind, bank, **others):
 
 
 def naive(kind, combination, frame):
-    if kind in ("fusion", "scaled"):
+    if kind in FUSIONS:
         return naive_fusion(combination, frame)[0]
     weights = np.full(len(combination.names), 1 / len(combination.names))
     if kind == "weighted":
@@ -143,7 +149,7 @@ def test_gradients_are_those_of_the_loop(kind, form, dtype):
         )
 
 
-@pytest.mark.parametrize("kind", ["weighted", "fusion"])
+@pytest.mark.parametrize("kind", ["weighted", "fusion", "narrow"])
 def test_gradcheck(kind):
     bank = make_bank(2, 4, 3)
     combination = made(kind, bank, ln_init="one", form="collapsed")
@@ -194,10 +200,11 @@ def test_the_order_of_adapters_does_not_matter(kind, form):
     torch.testing.assert_close(one(x, form), other(x, form))
 
 
+@pytest.mark.parametrize("kind", FUSIONS)
 @pytest.mark.parametrize("form", FORMS)
-def test_one_adapter_alone_is_v_a(form):
+def test_one_adapter_alone_is_v_a(form, kind):
     bank = make_bank(1)
-    fusion = made("fusion", bank)
+    fusion = made(kind, bank)
     x = torch.randn(2, 3, 8, dtype=torch.float64)
     expected = bank["task 0"](x) @ fusion.value.weight.T
     torch.testing.assert_close(fusion.combine(x, form), expected)
@@ -291,12 +298,22 @@ def test_auto_is_collapsed_where_trained_and_folded_elsewhere(monkeypatch):
 
 # With w = N b = 12 and d = 8 both forms cost as much at w frames where the
 # adapters train, at 2 w d / (3 d - w) = 16 where they do not; 1.5 times that.
-@pytest.mark.parametrize("mode, last", [("MT-A", 18), ("ST-A", 24)])
+# With queries of width a = 2 at w (2 d + 5 a) / (3 (d + 2 a) - 2 w) = 26.
+@pytest.mark.parametrize(
+    "kind, mode, last",
+    [
+        ("fusion", "MT-A", 18),
+        ("fusion", "ST-A", 24),
+        ("narrow", "MT-A", 18),
+        ("narrow", "ST-A", 39),
+        ("broad", "ST-A", 24),
+    ],
+)
 @pytest.mark.parametrize("more", [0, 1])
 def test_training_folds_where_a_batch_has_more_frames(
-    mode, last, more, monkeypatch
+    kind, mode, last, more, monkeypatch
 ):
-    fusion = made("fusion", make_bank(3, 8, 4)).train()
+    fusion = made(kind, make_bank(3, 8, 4)).train()
     fusion.bank.requires_grad_(mode == "MT-A")
     shape = (last + more,) if more else (last // 6, 6)
     x = torch.randn(*shape, 8, dtype=torch.float64)
@@ -544,6 +561,9 @@ def test_bad_input_is_an_error_that_says_so():
         BottleneckAdapter(4, 2, torch.nn.PReLU)
     with pytest.raises(ValueError, match="ln_init is 'two'"):
         AudioAdapterFusion(bank, ln_init="two")
+    for value in (0, -3, 2.0, True, "8"):
+        with pytest.raises(ValueError, match=f"attention_dim is {value!r}"):
+            AudioAdapterFusion(attention_dim=value)
     with pytest.raises(ValueError, match="form is 'fast'"):
         AdapterMean(bank, form="fast")
     with pytest.raises(ValueError, match="form is 'fast'"):
@@ -584,9 +604,11 @@ def naive_running_fusion(combination, frames):
     return torch.stack(results)
 
 
+@pytest.mark.parametrize("dim", [None, 3])
 @pytest.mark.parametrize("form", FORMS)
-def test_running_scores_follow_a_naive_loop(form):
-    combination = made("fusion", make_bank(4, 8, 3), running=True)
+def test_running_scores_follow_a_naive_loop(form, dim):
+    options = {"running": True, "attention_dim": dim}
+    combination = made("fusion", make_bank(4, 8, 3), **options)
     x = torch.randn(3, 6, 8, dtype=torch.float64)
     with torch.no_grad():
         expected = torch.stack(
@@ -600,7 +622,8 @@ def test_running_scores_follow_a_naive_loop(form):
         assert torch.allclose(
             combination.combine(padded, form)[:, :6], got, atol=1e-10
         )
-        plain = AudioAdapterFusion(combination.bank).double()
+        plain = AudioAdapterFusion(combination.bank, attention_dim=dim)
+        plain.double()
         plain.load_state_dict(combination.state_dict())
         assert torch.allclose(
             combination.combine(x[:, :1], form),
@@ -609,12 +632,14 @@ def test_running_scores_follow_a_naive_loop(form):
         )
 
 
-def test_running_scores_train_alike_in_every_form():
+@pytest.mark.parametrize("dim", [None, 3])
+def test_running_scores_train_alike_in_every_form(dim):
     x = torch.randn(2, 5, 8, dtype=torch.float64)
     gradients = {}
     for form in ("loop", "stacked", "collapsed"):
         torch.manual_seed(3)
-        combination = made("fusion", make_bank(3, 8, 4), running=True)
+        options = {"running": True, "attention_dim": dim}
+        combination = made("fusion", make_bank(3, 8, 4), **options)
         combination.combine(x, form).square().sum().backward()
         gradients[form] = [p.grad for p in combination.parameters()]
     for form in ("stacked", "collapsed"):

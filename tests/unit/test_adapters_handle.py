@@ -525,9 +525,10 @@ def test_half_precision_bases_train(encoder, x, half, late):
     assert torch.isfinite(encoder(x.to(half))).all()
 
 
+@pytest.mark.parametrize("dim", [None, 2])
 @pytest.mark.parametrize("choice", ["us", "combined", "mixed"])
-def test_autocast(encoder, x, choice):
-    handle = inserted(encoder)
+def test_autocast(encoder, x, choice, dim):
+    handle = inserted(encoder, AudioAdapterFusion(attention_dim=dim))
     handle.train_composition("MT-A")
     handle.use(["us", None, "german"] if choice == "mixed" else choice)
     exact = encoder(x)

@@ -388,6 +388,10 @@ def test_files_that_do_not_fit_are_refused_at_once(trained, tmp_path):
             {"combination": AudioAdapterFusion(running=True)},
             "its running is False, but True was asked for",
         ),
+        (
+            {"combination": AudioAdapterFusion(attention_dim=4)},
+            "fusion.safetensors: its attention_dim is None, but 4 was asked",
+        ),
         ({"names": ["us"], "combination": None}, "combines german, not among"),
     ],
 )

@@ -3,6 +3,7 @@
 import copy
 import logging
 
+import numpy as np
 import pytest
 import speechbrain as sb
 import torch
@@ -533,6 +534,35 @@ def test_guide_by_one_line_in_the_loop():
     handle._route.watch.guide = 0.5
     with pytest.raises(ValueError, match="adapters.tasks = batch.spk_id"):
         encoder(x)
+
+
+def test_norms_are_matched_over_the_frames_of_the_brains_batch():
+    made, seen = modules(), []
+    fusion = AudioAdapterFusion(ln_init="match")
+    handle = inserted(made, fusion, scrambled=False, train="ST-A")
+    combination = handle.layers[0].combination
+    scramble(handle.layers[0].bank)
+
+    def before(combination, inputs):
+        if combination.is_unmatched:
+            seen.append(combination.combine(inputs[0]).detach())
+
+    def after(combination, inputs, output):
+        if len(seen) == 1:
+            seen.extend(
+                p.detach().clone() for p in combination.norm.parameters()
+            )
+
+    combination.register_forward_pre_hook(before)
+    combination.register_forward_hook(after)
+    run(made)
+    o, gain, bias = (part.double() for part in seen)
+    o = torch.cat([o[0, :4], o[1, :5]])  # the first two utterances
+    z = torch.nn.functional.layer_norm(o, (8,))
+    for channel in range(8):
+        line = np.polyfit(z[:, channel], o[:, channel], 1)
+        got = gain[channel], bias[channel]
+        np.testing.assert_allclose(got, line, rtol=1e-4, atol=1e-5)
 
 
 def test_guide_by_a_key_of_the_batch_and_by_ids():

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from speechbrain_taskarith.adapters import (
     AdapterHandle,
+    AudioAdapterFusion,
     insert_adapters,
     load_adapters,
 )
@@ -46,6 +47,7 @@ def output(encoder, handle, choice):
         {},
         {"combination": None},
         {"combination": "weighted_mean"},
+        {"combination": AudioAdapterFusion(attention_dim=3, scaled=True)},
         {"activation": torch.nn.ReLU, "layer_norm": False, "d_model": 8},
     ],
 )

@@ -27,7 +27,7 @@ def mean_weights(combinations, lens):
             weights = weights.flatten(0, -2)
         else:
             _require_batch(weights, lens, "lengths")
-            weights = weights[_valid_frames(weights, lens)]
+            weights = weights[valid_frames(weights, lens)]
         rows.append(weights.float().mean(0))
     return torch.stack([row.to(rows[0].device) for row in rows])
 
@@ -73,7 +73,7 @@ def guidance_cost(weights, names, tasks, lens):
     costs = -own.clamp_min(torch.finfo(own.dtype).tiny).log()
     if lens is None:
         return costs.mean()
-    valid = _valid_frames(costs, lens)
+    valid = valid_frames(costs, lens)
     return costs.masked_fill(~valid, 0.0).sum() / valid.sum()
 
 
@@ -85,7 +85,7 @@ def _require_batch(weights, given, what):
         )
 
 
-def _valid_frames(values, lens):
+def valid_frames(values, lens):
     """Return which of [B, T] are no padding, by relative lengths."""
     frames = values.shape[1]
     lens = lens.to(values.device, non_blocking=True)

@@ -18,6 +18,12 @@ from speechbrain_taskarith.adapters.combination.folding import (
     packed,
     takes_onednn,
 )
+from speechbrain_taskarith.adapters.combination.matching import (
+    PASS,
+    frame_sums,
+    is_distributed,
+    least_squares,
+)
 
 #: How a combination may be computed; `auto` chooses by the gradients.
 FORMS = ("auto", "loop", "stacked", "collapsed", "folded")
@@ -25,8 +31,11 @@ FORMS = ("auto", "loop", "stacked", "collapsed", "folded")
 #: The entry of a state dict that says which adapters are combined.
 COMBINED_NAMES = "combined_names"
 
+#: The entry that says whether LN was matched, where it is to be.
+MATCHED = "matched"
+
 # Gain of the LayerNorm before the residual, at the start.
-_GAINS = {"one": 1.0, "small": 0.1, "zero": 0.0}
+_GAINS = {"one": 1.0, "small": 0.1, "zero": 0.0, "match": 1.0}
 
 
 def names_as_tensor(names):
@@ -59,7 +68,14 @@ class Combination(torch.nn.Module):
         Adapters that come later are not combined.
     ln_init : str or None
         Gain of the LN before the residual at the start: `"one"`, `"small"`
-        (0.1) or `"zero"` (starts as the base); None has no LN.
+        (0.1) or `"zero"` (starts as the base); None has no LN. `"match"`
+        has none until the first batch in training, which then sets gain and
+        bias: for each channel by least squares of o on its normalised self,
+        so that training starts nearly where it does without LN. Padding does
+        not count where a layer gets a `src_key_padding_mask`, or the batch
+        of the running Brain has `sig`. Several processes add up their
+        frames. In an encoder they do so when it is called next, and have no
+        LN until then; of a combination alone all have to call the first.
     form : str
         One of `auto`, `loop`, `stacked`, `collapsed`, `folded`. `auto`
         takes `folded` where no parameter gets a gradient, and in training
@@ -103,6 +119,8 @@ class Combination(torch.nn.Module):
         self.last_weights = self.live_weights = None
         self._folded = None
         self._derived = DerivedWeights()
+        #: Whether LN waits to be matched, and `frame_sums` of this process.
+        self.is_unmatched, self.sums = False, None
         # Not by setattr, which would make it a submodule.
         self.__dict__["bank"] = bank
         self.norm = None
@@ -117,6 +135,10 @@ class Combination(torch.nn.Module):
             if ln_init is not None:
                 self.norm = torch.nn.LayerNorm(bank.d_model)
                 torch.nn.init.constant_(self.norm.weight, _GAINS[ln_init])
+            if ln_init == "match":
+                self.is_unmatched = True
+                # A float: recipes average checkpoints.
+                self.register_buffer(MATCHED, torch.zeros(()))
         self.names = names
 
     def settings(self):
@@ -155,9 +177,49 @@ class Combination(torch.nn.Module):
     def forward(self, x, form=None):
         """Return `x + o` or `x + LN(o)` for a layer's output x [..., d]."""
         combined = self.combine(x, form)
-        if self.norm is not None:
+        if self.is_matching():
+            self._match(combined)
+        if self.norm is not None and not self.is_unmatched:
             combined = self.norm(combined)
+        elif self.is_matching():
+            # LN waits for other processes, and DDP for a gradient of it.
+            unused = self.norm.weight.sum() + self.norm.bias.sum()
+            combined = combined + 0.0 * unused
         return x + combined
+
+    def is_matching(self):
+        """Tell whether a pass now is one that LN can be matched in."""
+        return (
+            self.is_unmatched
+            and self.training
+            and torch.is_grad_enabled()
+            and self.norm.weight.requires_grad
+        )
+
+    @torch.compiler.disable  # once, and the host reads numbers
+    def _match(self, combined):
+        here = PASS.get()
+        with torch.no_grad():
+            valid = None if here is None else here.valid
+            sums = frame_sums(combined, self.norm.eps, valid)
+            if here is not None and here.is_deferred:
+                self.sums = sums if self.sums is None else self.sums + sums
+                return
+            if is_distributed():
+                torch.distributed.all_reduce(sums)
+            self.match(sums)
+
+    def match(self, sums):
+        """Match LN by the sums [6, d] of all frames, see `frame_sums`."""
+        self.sums, found = None, least_squares(sums)
+        if not torch.isfinite(found).all():  # of no frames, or of bad ones
+            return
+        with torch.no_grad():
+            # In place: an optimizer has them.
+            self.norm.weight.copy_(found[0])
+            self.norm.bias.copy_(found[1])
+            self.matched.fill_(1.0)
+        self.is_unmatched = False
 
     def combine(self, x, form=None):
         """Return what the adapters give together: o, without LN."""
@@ -240,12 +302,12 @@ class Combination(torch.nn.Module):
     def __getstate__(self):
         # Copies and pickles compute theirs from the parameters; a tensor
         # with a graph cannot be copied.
-        gone = ("_folded", "last_weights", "live_weights")
+        gone = ("_folded", "last_weights", "live_weights", "sums")
         return {**self.__dict__, **dict.fromkeys(gone)}
 
     def _apply(self, fn, recurse=True):
         self.unfold()
-        self.last_weights = self.live_weights = None
+        self.last_weights = self.live_weights = self.sums = None
         return super()._apply(fn, recurse)
 
     def train(self, mode=True):
@@ -281,6 +343,14 @@ class Combination(torch.nn.Module):
             for name in self.per_adapter or ():
                 if prefix + name in state:
                     state[prefix + name] = state[prefix + name][order]
+        key = prefix + MATCHED
+        if MATCHED in self._buffers and f"{prefix}norm.weight" in state:
+            # One of another start needs no match. Of a mean of checkpoints,
+            # half of them have to be.
+            written = state.setdefault(key, torch.ones_like(self.matched))
+            self.is_unmatched = not written >= 0.5
+        elif state.get(key, 0) >= 0.5:
+            del state[key]
         super()._load_from_state_dict(state, prefix, *others)
 
     def extra_repr(self):

@@ -41,11 +41,15 @@ class AudioAdapterFusion(Combination):
     bank : AdapterBank or None
         Whose adapters; None makes a template for `insert_adapters`.
     scaled : bool
-        True divides the scores by `sqrt(d)`.
+        True divides the scores by the root of the width of queries and keys.
     ln_init : str or None
-        Gain of the LN before the residual: `"one"`, `"small"`, `"zero"` or
-        None for no LN. LN of zero has a gradient gain of `1 / sqrt(eps)`,
-        about 316: combine trained adapters only.
+        Start of the LN before the residual, see `Combination`: `"one"`,
+        `"small"`, `"zero"`, `"match"` or None for no LN. LN of zero has a
+        gradient gain of `1 / sqrt(eps)`, about 316: combine trained adapters
+        only, or match.
+    attention_dim : int or None
+        Width of queries and keys, at least 1 or a `ValueError`; None takes
+        d. A small one has fewer parameters.
     names, form, recompute
         See `Combination`.
     running : bool
@@ -81,12 +85,19 @@ class AudioAdapterFusion(Combination):
         scaled=False,
         ln_init="one",
         *,
+        attention_dim=None,
         names=None,
         form="auto",
         recompute=False,
         running=False,
         guided=False,
     ):
+        whole = isinstance(attention_dim, int) and attention_dim is not True
+        if attention_dim is not None and not (whole and attention_dim >= 1):
+            raise ValueError(
+                f"attention_dim is {attention_dim!r}, expected a whole number "
+                ">= 1 or None"
+            )
         super().__init__(
             bank,
             names=names,
@@ -95,11 +106,13 @@ class AudioAdapterFusion(Combination):
             recompute=recompute,
         )
         self.scaled, self.running, self.guided = scaled, running, guided
+        self.attention_dim = attention_dim
         if bank is not None:
             width = bank.d_model
-            self._scale = width**-0.5 if scaled else 1.0
-            self.query = torch.nn.Linear(width, width)
-            self.key = torch.nn.Linear(width, width, bias=False)
+            inner = width if attention_dim is None else attention_dim
+            self._scale = inner**-0.5 if scaled else 1.0
+            self.query = torch.nn.Linear(width, inner)
+            self.key = torch.nn.Linear(width, inner, bias=False)
             self.value = torch.nn.Linear(width, width, bias=False)
             # Small scores: the start is near the mean of all adapters.
             torch.nn.init.normal_(self.query.weight, std=0.02)
@@ -111,10 +124,15 @@ class AudioAdapterFusion(Combination):
         """As `Combination.settings`."""
         return {
             "scaled": self.scaled,
+            "attention_dim": self.attention_dim,
             "running": self.running,
             "guided": self.guided,
             **super().settings(),
         }
+
+    def extra_repr(self):
+        """As `Combination.extra_repr`."""
+        return f"{super().extra_repr()}, attention_dim={self.attention_dim}"
 
     def penalty(self, weight=0.01):
         """As `Combination.penalty`: `weight ||I - W_V||^2`, published: 0.01."""
@@ -161,18 +179,31 @@ class AudioAdapterFusion(Combination):
         stack = self.bank.stacked(self.names)
         hidden = self.bank.hidden(x, stack)
         number = len(self.names)
-        # W_K^T W_Q as one matrix: a product less for every frame, and the
-        # query itself need not be held for the backward pass.
-        key, _ = weight_and_bias(self.key)
-        query, bias = weight_and_bias(self.query)
-        both, bias = torch.matmul(key.t(), query), torch.matmul(bias, key)
-        query = F.linear(x, both, bias)
+        (last, *first), bias = self._scoring()
+        query = x
+        for matrix in first:
+            query = F.linear(query, matrix)
+        query = F.linear(query, last, bias)
         gate = F.linear(query, stack.up) * hidden
         scores = sum_of_parts(gate, number) + F.linear(query, stack.beta)
         weights = self._softmax(scores * self._scale).to(hidden.dtype)
         hidden = hidden.unflatten(-1, (number, -1)) * weights.unsqueeze(-1)
         context = torch.matmul(hidden.flatten(-2), stack.up)
         return self.value(context + torch.matmul(weights, stack.beta))
+
+    def _scoring(self):
+        """Return `W_K^T W_Q` as factors, and `W_K^T b_Q`.
+
+        As one matrix: a product less for every frame, and the query itself
+        need not be held for the backward pass. Two of them where they have
+        fewer entries.
+        """
+        key, _ = weight_and_bias(self.key)
+        query, bias = weight_and_bias(self.query)
+        factors = [key.t(), query]
+        if key.numel() + query.numel() >= key.shape[1] ** 2:
+            factors = [torch.matmul(*factors)]
+        return factors, torch.matmul(bias, key)
 
     def _as_folded(self, x):
         bank, folded, number = self.bank, self.folded(), len(self.names)
@@ -202,26 +233,31 @@ class AudioAdapterFusion(Combination):
         In products, with `w = N b`: a frame costs `6 w + 4 d` and `6 w`, the
         gradients of weights `3 w + 2 d` and `3 w` (adapters train) or `2 d`
         and `2 w` (they do not); folding costs `6 w d` or `4 w d` a batch.
+        Two thin factors of width a: `2 a` for one d of a frame, and `5 w a`
+        for half of `4 w d`.
         """
         members = [self.bank[name] for name in self.names]
         wide = len(members) * max(member.bottleneck for member in members)
         if any(p.requires_grad for m in members for p in m.parameters()):
             return wide
-        width = self.bank.d_model
-        gain = 3 * width - wide
-        return 2 * wide * width / gain if gain > 0 else math.inf
+        width, inner = self.bank.d_model, self.query.out_features
+        frame, batch = width, 2 * width
+        if 2 * inner < width:
+            frame, batch = 2 * inner, 5 * inner
+        gain = 3 * (width + frame) - 2 * wide
+        return wide * (2 * width + batch) / gain if gain > 0 else math.inf
 
     def _fold(self):
         stack = self.bank.stacked(self.names)
-        key, _ = weight_and_bias(self.key)
-        query, bias = weight_and_bias(self.query)
-        both, bias = torch.matmul(key.t(), query), torch.matmul(bias, key)
-        rows = torch.cat((stack.up, stack.beta)) * self._scale
+        factors, bias = self._scoring()
+        rows = scores = torch.cat((stack.up, stack.beta)) * self._scale
+        for matrix in factors:
+            scores = torch.matmul(scores, matrix)
         value, _ = weight_and_bias(self.value)
         return FoldedFusion(
             stack.down,
             stack.shift,
-            torch.matmul(rows, both),
+            scores,
             torch.matmul(rows, bias),
             torch.matmul(value, stack.up.t()),
             torch.matmul(stack.beta, value.t()),

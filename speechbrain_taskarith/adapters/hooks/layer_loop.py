@@ -5,6 +5,10 @@ import threading
 import torch
 
 from speechbrain_taskarith.adapters.bank import COMBINED
+from speechbrain_taskarith.adapters.combination.matching import (
+    is_distributed,
+)
+from speechbrain_taskarith.adapters.hooks import context
 
 
 class Progress(threading.local):
@@ -34,6 +38,8 @@ class LayerLoop:
         self._route, self._is_linked = route, True
         #: Whether the owner's `forward` is running.
         self.is_running = False
+        #: Whether processes have met here to match LNs.
+        self.has_met = False
         self._hooks = (
             owner.register_forward_pre_hook(self._begin),
             owner.register_forward_hook(self._end, always_call=True),
@@ -45,6 +51,10 @@ class LayerLoop:
             hook.remove()
 
     def _begin(self, owner, inputs):
+        made = [layer.combination for layer in self.layers]
+        unmatched = [c for c in made if getattr(c, "is_unmatched", False)]
+        if any(c.is_matching() for c in unmatched):
+            self._meet(unmatched)
         if torch.compiler.is_compiling():
             return
         PROGRESS.passed_by, self._is_linked = None, False
@@ -59,6 +69,27 @@ class LayerLoop:
                 # Not the last batch's, where this one leaves the layer out.
                 made = layer.combination
                 made.last_weights = made.live_weights = None
+
+    @torch.compiler.disable
+    def _meet(self, unmatched):
+        """Match LNs by what all processes have seen in the last pass.
+
+        Here, where all of them come by: each may leave out other layers.
+        """
+        if not is_distributed() or context.in_backward:
+            return
+        self.has_met = True
+        sums = [
+            c.norm.weight.new_zeros(6, len(c.norm.weight), dtype=torch.float64)
+            if c.sums is None
+            else c.sums
+            for c in unmatched
+        ]
+        flat = torch.cat([one.flatten() for one in sums])
+        torch.distributed.all_reduce(flat)
+        parts = flat.split([one.numel() for one in sums])
+        for combination, part in zip(unmatched, parts):
+            combination.match(part.view(6, -1))
 
     def _end(self, owner, inputs, output):
         if torch.compiler.is_compiling():

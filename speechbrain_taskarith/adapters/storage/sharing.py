@@ -231,9 +231,11 @@ class SharedAdapters(AdapterFiles):
             ],
         }
         if self.combined_names:
+            made = self.layers[0].combination
             facts["combination"] = {
-                "class": type(self.layers[0].combination).__name__,
+                "class": type(made).__name__,
                 "names": self.combined_names,
+                "settings": made.settings(),
             }
         return facts
 
