@@ -135,7 +135,7 @@ def test_command_streams_the_recipes_own_recogniser(finished):
             *("--model", folder, folder / "example.wav"),
         )
     )
-    from speechbrain_taskarith.commands.transcribe import (
+    from speechbrain_taskarith.transducer.streaming.folder import (
         load_transcriber,
     )
     from speechbrain_taskarith.data import read_audio
