@@ -39,7 +39,7 @@ def add_parser(verbs, summary):
         "--dtype",
         default="fp32",
         metavar="TYPE",
-        help="fp32, or int8: a quarter of the size (fp32)",
+        help="fp32, fp16 or int8: all, half or a quarter of the size (fp32)",
     )
     add("--to", default="onnx", metavar="FORM", help="onnx (onnx)")
     add(

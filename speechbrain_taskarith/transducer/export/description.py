@@ -86,9 +86,7 @@ def _interface(graph):
 
     return {
         "inputs": [tensor(n) for n in graph.inputs if n not in graph.states],
-        "outputs": [
-            n for n in graph.outputs if n not in graph.states.values()
-        ],
+        "outputs": [n for n in graph.outputs if n not in graph.states.values()],
         "states": [
             {**tensor(name), "output": output, "initial": 0}
             for name, output in graph.states.items()

@@ -21,7 +21,6 @@ from speechbrain_taskarith.transducer.streaming.chunked_encoder import (
 )
 from speechbrain_taskarith.transducer.streaming.emformer import (
     Emformer,
-    EmformerContext,
 )
 
 
@@ -113,7 +112,11 @@ class EncoderGraph(torch.nn.Module):
         self.kept = [name for name, shape in kept.items() if 0 not in shape]
         names = [*self.kept, "seen"]
         self.inputs = ("features", "length", *names)
-        self.outputs = ("encoder_out", "out_length", *(f"new_{n}" for n in names))
+        self.outputs = (
+            "encoder_out",
+            "out_length",
+            *(f"new_{n}" for n in names),
+        )
         self.states = {name: f"new_{name}" for name in names}
         count = frames * self.factor
         self.example = (
@@ -198,7 +201,10 @@ class JointGraph(torch.nn.Module):
     def __init__(self, joint, encoder_dim, predictor_dim):
         super().__init__()
         self.joint = joint
-        self.example = (torch.zeros(2, encoder_dim), torch.zeros(2, predictor_dim))
+        self.example = (
+            torch.zeros(2, encoder_dim),
+            torch.zeros(2, predictor_dim),
+        )
         rows = torch.export.Dim("rows")
         self.shapes = ({0: rows}, {0: rows})
 

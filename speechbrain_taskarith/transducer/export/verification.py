@@ -69,7 +69,10 @@ def compare(model, exported):
     wave = torch.randn(1, count, generator=made)
     ends = (
         frontend.padding,
-        (frames - 1) * frontend.hop + frontend.window - frontend.padding - count,
+        (frames - 1) * frontend.hop
+        + frontend.window
+        - frontend.padding
+        - count,
     )
     found = exported.run("frontend", {}, torch.nn.functional.pad(wave, ends))
     features = model.features(wave)

@@ -1,4 +1,4 @@
-"""Modules to ONNX files, in float32 or with int8 weights."""
+"""Modules to ONNX files, in float32, float16 or int8."""
 
 import contextlib
 import logging
@@ -38,7 +38,30 @@ def write_onnx(graph, path):
         optimizer.optimize_ir(
             program.model, input_size_limit=_ANY, output_size_limit=_ANY
         )
+        # torch 2.11 gives an LSTM's states a dimension too many.
+        given = {value.name: value for value in program.model.graph.inputs}
+        states = {new: given[name] for name, new in graph.states.items()}
+        for value in program.model.graph.outputs:
+            if value.name in states:
+                value.shape = states[value.name].shape
+        # Where this machine keeps its code is nothing that others need.
+        for part in (program.model.graph, *program.model.graph.all_nodes()):
+            part.metadata_props.clear()
         program.save(str(path), external_data=False)
+
+
+def halve(path):
+    """Store the weights of an ONNX file in float16; what goes in stays.
+
+    A CPU without such kernels computes in float32.
+    """
+    onnx = onnxruntime("onnx")
+    float16 = onnxruntime("onnxruntime.transformers.float16")
+    with _quiet():
+        half = float16.convert_float_to_float16(
+            onnx.load(str(path)), keep_io_types=True
+        )
+        onnx.save(half, str(path))
 
 
 def quantise(path):
