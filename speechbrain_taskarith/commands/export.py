@@ -19,7 +19,7 @@ def add_parser(verbs, summary):
         "model before they get their name."
     )
     parser = shared.add_verb(
-        verbs, "export", summary, _EXAMPLES, run, about=about
+        verbs, "export", summary, _EXAMPLES, run, [shared.writing()], about
     )
     add = parser.add_argument
     add(
@@ -29,24 +29,12 @@ def add_parser(verbs, summary):
         "transcriber.ckpt",
     )
     add(
-        "-o",
-        "--output",
-        required=True,
-        metavar="OUT",
-        help="the new folder",
-    )
-    add(
         "--dtype",
         default="fp32",
         metavar="TYPE",
         help="fp32, fp16 or int8: all, half or a quarter of the size (fp32)",
     )
     add("--to", default="onnx", metavar="FORM", help="onnx (onnx)")
-    add(
-        "--overwrite",
-        action="store_true",
-        help="replace an earlier export of that name (atomically)",
-    )
     parser.set_defaults(
         remedies={
             **parser.get_default("remedies"),
@@ -58,15 +46,23 @@ def add_parser(verbs, summary):
 
 def run(options):
     """Export, and say what was written."""
-    from speechbrain_taskarith.transducer import export_transducer
-
-    report = export_transducer(
-        options.folder,
-        options.output,
-        to=options.to,
-        dtype=options.dtype,
-        overwrite=options.overwrite,
+    from speechbrain_taskarith.transducer.export.exporting import (
+        checked_parts,
+        export_transducer,
     )
+
+    how = {
+        "to": options.to,
+        "dtype": options.dtype,
+        "overwrite": options.overwrite,
+    }
+    data = {"verb": "export", "dry_run": options.dry_run}
+    if options.dry_run:
+        _, graphs, _ = checked_parts(options.folder, options.output, **how)
+        files = [f"{name}.onnx" for name in graphs]
+        line = f"would write {options.output}: {', '.join(files)}"
+        return Result([line], {**data, "files": files})
+    report = export_transducer(options.folder, options.output, **how)
     sizes = ", ".join(
         f"{name} {size:.1f}"
         for name, size in report.megabytes.items()
@@ -79,4 +75,4 @@ def run(options):
         f"of {1000 * report.step_audio:.0f} ms takes "
         f"{1000 * report.step_seconds:.2g} ms on one thread",
     ]
-    return Result(lines, {"verb": "export", **dataclasses.asdict(report)})
+    return Result(lines, {**data, **dataclasses.asdict(report)})

@@ -8,15 +8,21 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from cli_support import fails, run, run_json
+from cli_support import fails, run, run_json, there
 
 from speechbrain_taskarith.data import write_audio
-from speechbrain_taskarith.transducer import export_transducer
+from speechbrain_taskarith.transducer import (
+    LabelText,
+    SentencePieceText,
+    export_transducer,
+)
 from speechbrain_taskarith.transducer.export import exporting
+from speechbrain_taskarith.transducer.export.description import token_lines
 from speechbrain_taskarith.transducer.export.verification import Exported
 from speechbrain_taskarith.transducer.streaming.folder import load_transcriber
 
@@ -275,6 +281,22 @@ def test_smaller_types(tmp_path, example, parts):
         assert stream.finish()
 
 
+def test_tokens_are_written_as_sherpa_reads_them():
+    letters = LabelText(["", "a", " ", "b"])
+    assert token_lines(letters, 4, 0) == ["<blk> 0", "a 1", "\u2581 2", "b 3"]
+    pieces = ["<unk>", "\u2581the", "n"]
+    text = SentencePieceText.__new__(SentencePieceText)
+    text.offset, text.processor = (
+        1,
+        SimpleNamespace(
+            id_to_piece=pieces.__getitem__, get_piece_size=lambda: 3
+        ),
+    )
+    expected = ["<blk> 0", "<unk> 1", "\u2581the 2", "n 3"]
+    assert token_lines(text, 4, 0) == expected
+    assert token_lines(str, 4, 0) is None
+
+
 def test_the_example_needs_no_torch(here):
     write_audio("a.wav", wave(20000), 16000)
     code = textwrap.dedent(
@@ -307,7 +329,10 @@ def test_on_the_command_line(here, capsys):
     )  # fmt: skip
     assert found["verb"] == "export" and found["dtype"] == "int8"
     assert set(found["megabytes"]) == {p.name for p in Path("device").iterdir()}
+    before = there(".")
     words = ("export", "model", "-o")
+    found = run_json(capsys, *words, "new", "--dry-run")
+    assert "frontend.onnx" in found["files"] and there(".") == before
     assert "--overwrite" in fails(capsys, *words, "device")
     assert "--dtype 'bf16'" in fails(capsys, *words, "b", "--dtype", "bf16")
     assert "'fp32', 'fp16' or 'int8'" in fails(

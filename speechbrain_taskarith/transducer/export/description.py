@@ -5,7 +5,7 @@ import torch
 from speechbrain_taskarith import __version__
 from speechbrain_taskarith.transducer.export.writing import (
     OPSET,
-    onnxruntime,
+    needed,
 )
 from speechbrain_taskarith.transducer.streaming.text import (
     LabelText,
@@ -61,8 +61,8 @@ def describe(model, graphs, dtype, vocabulary, tokens):
         "versions": {
             "speechbrain_taskarith": __version__,
             "torch": torch.__version__,
-            "onnx": onnxruntime("onnx").__version__,
-            "onnxruntime": onnxruntime().__version__,
+            "onnx": needed("onnx").__version__,
+            "onnxruntime": needed().__version__,
             "opset": OPSET,
         },
     }

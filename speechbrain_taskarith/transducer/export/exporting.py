@@ -23,7 +23,7 @@ from speechbrain_taskarith.transducer.export.verification import (
 )
 from speechbrain_taskarith.transducer.export.writing import (
     halve,
-    onnxruntime,
+    needed,
     quantise,
     write_onnx,
 )
@@ -123,18 +123,9 @@ def export_transducer(
       ...
     ValueError: dtype='bf16': expected 'fp32', 'fp16' or 'int8'...
     """
-    if to != "onnx":
-        raise ValueError(f"to={to!r}: expected 'onnx'")
-    if dtype not in TOLERANCE:
-        raise ValueError(
-            f"dtype={dtype!r}: expected 'fp32', 'fp16' or 'int8' (on a CPU "
-            "onnxruntime computes nothing else)"
-        )
-    _check_output(Path(output), Path(folder), overwrite)
-    for module in ("onnx", "onnxscript", "onnxruntime"):
-        onnxruntime(module)
-    model = load_transcriber(folder)
-    graphs, vocabulary = _graphs(model)
+    model, graphs, vocabulary = checked_parts(
+        folder, output, to, dtype, overwrite
+    )
     with atomic_folder(output) as new:
         for name, graph in graphs.items():
             try:
@@ -166,6 +157,22 @@ def export_transducer(
         seconds,
         model.latency()["segment"],
     )
+
+
+def checked_parts(folder, output, to, dtype, overwrite):
+    """Return model, parts and vocabulary size of what may be exported."""
+    if to != "onnx":
+        raise ValueError(f"to={to!r}: expected 'onnx'")
+    if dtype not in TOLERANCE:
+        raise ValueError(
+            f"dtype={dtype!r}: expected 'fp32', 'fp16' or 'int8' (on a CPU "
+            "onnxruntime computes nothing else)"
+        )
+    _check_output(Path(output), Path(folder), overwrite)
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        needed(module)
+    model = load_transcriber(folder)
+    return model, *_graphs(model)
 
 
 @torch.no_grad()

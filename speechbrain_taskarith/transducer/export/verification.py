@@ -5,7 +5,7 @@ import time
 import numpy as np
 import torch
 
-from speechbrain_taskarith.transducer.export.writing import onnxruntime
+from speechbrain_taskarith.transducer.export.writing import needed
 
 # Several segments, and a last one that is not whole.
 _SEGMENTS = 5.4
@@ -15,7 +15,7 @@ class Exported:
     """The files of a folder in onnxruntime, on one thread."""
 
     def __init__(self, folder, graphs):
-        runtime = onnxruntime()
+        runtime = needed()
         options = runtime.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3

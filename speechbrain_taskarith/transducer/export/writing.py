@@ -15,14 +15,14 @@ _QUANTISED = ("MatMul", "Gemm", "LSTM", "Gather")
 _ANY = 2**40
 
 
-def onnxruntime(module="onnxruntime"):
+def needed(module="onnxruntime"):
     """Import one of the packages of the extra `export`."""
     return require(module, "export", "exporting a transducer")
 
 
 def write_onnx(graph, path):
     """Write a module, with the names that it gives."""
-    optimizer = onnxruntime("onnxscript.optimizer")
+    optimizer = needed("onnxscript.optimizer")
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             graph.eval(),
@@ -55,8 +55,8 @@ def halve(path):
 
     A CPU without such kernels computes in float32.
     """
-    onnx = onnxruntime("onnx")
-    float16 = onnxruntime("onnxruntime.transformers.float16")
+    onnx = needed("onnx")
+    float16 = needed("onnxruntime.transformers.float16")
     with _quiet():
         half = float16.convert_float_to_float16(
             onnx.load(str(path)), keep_io_types=True
@@ -66,7 +66,7 @@ def halve(path):
 
 def quantise(path):
     """Round the weights of an ONNX file to int8, a scale for each column."""
-    quantization = onnxruntime("onnxruntime.quantization")
+    quantization = needed("onnxruntime.quantization")
     whole = path.with_suffix(".float32")
     path.rename(whole)
     with _quiet():
@@ -86,7 +86,7 @@ def _not_matrices(path):
 
     onnxruntime takes no scale a column there.
     """
-    graph = onnxruntime("onnx").load(str(path)).graph
+    graph = needed("onnx").load(str(path)).graph
     tensors = {one.name for one in graph.initializer if len(one.dims) > 2}
     return [
         node.name
