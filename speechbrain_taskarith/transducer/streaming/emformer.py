@@ -219,9 +219,21 @@ class Emformer(torch.nn.Module):
         return x[:, :frames].masked_fill(~own_mask[:, :frames, None], 0.0)
 
     def encode_segment(self, x, own_mask, context):
-        """Encode [B, C + R, d] of a stream, of which `own_mask` exists.
+        """Encode one segment of fixed shape, without checks.
 
-        Of fixed shape, without checks; changes the context.
+        Arguments
+        ---------
+        x : torch.Tensor
+            [B, C + R, d], a segment and its right context.
+        own_mask : torch.Tensor
+            [B, C + R], True where a frame exists.
+        context : EmformerContext
+            The streams' state, which is changed.
+
+        Returns
+        -------
+        torch.Tensor
+            [B, C + R, d]; anything where no frame is.
         """
         size = self.segment_length
         x = x.masked_fill(~own_mask[..., None], 0.0)
