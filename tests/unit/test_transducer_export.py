@@ -190,7 +190,7 @@ def test_the_same_labels_without_torch(parts, values, tmp_path, example):
     found = 0
     for samples in (0, 1, 199, 640, 2000, 5120, 12345, 24000):
         given = wave(samples, samples)
-        for portion in (333, 10**6):
+        for portion in (777, 10**6):
             ours, theirs = model.stream(), example.Stream(recogniser)
             for part in given.split(portion):
                 ours.feed(part)
@@ -264,13 +264,17 @@ def test_several_rows_of_predictor_and_joint(here):
     )
 
 
-@pytest.mark.parametrize("parts", [PLAIN, (CONFORMER, LSTM, RNNT)])
-def test_smaller_types(tmp_path, example, parts):
+@pytest.mark.parametrize(
+    "parts, dtypes",
+    [(PLAIN, ("fp16", "int8")), ((CONFORMER, LSTM, RNNT), ("int8",))],
+)
+def test_smaller_types(tmp_path, example, parts, dtypes):
     values = {"width": 96, "ffn": 384, "left": 8 if parts == PLAIN else 2}
     folder = make(tmp_path / "model", parts, **values)
     whole = export_transducer(folder, tmp_path / "whole")
     limits = {"fp16": (0.56, 1e-6, 0.02), "int8": (0.4, 1e-4, 0.2)}
-    for dtype, (share, least, most) in limits.items():
+    for dtype in dtypes:
+        share, least, most = limits[dtype]
         small = export_transducer(folder, tmp_path / dtype, dtype=dtype)
         assert least < small.difference < most
         for name in ("encoder.onnx", "predictor.onnx", "joint.onnx"):

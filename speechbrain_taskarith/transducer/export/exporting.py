@@ -135,7 +135,7 @@ def export_transducer(
             # Spectra are not for other types.
             if dtype in _SMALLER and name != "frontend":
                 _SMALLER[dtype](new / f"{name}.onnx")
-        differences, seconds = compare(model, Exported(new, graphs))
+        differences, seconds = compare(model, Exported(new, graphs), vocabulary)
         _check_differences(differences, dtype, folder)
         tokens = token_lines(
             model.detokenize, vocabulary, model.searcher.blank_index

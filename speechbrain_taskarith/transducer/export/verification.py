@@ -46,14 +46,13 @@ class Exported:
 
 
 @torch.no_grad()
-def compare(model, exported):
+def compare(model, exported, vocabulary):
     """Return the largest difference by part, and seconds of an encoder step.
 
     On random samples, features and labels. A difference is absolute for small
     numbers and relative for large ones: |a - b| / (1 + |b|).
     """
     made = torch.Generator().manual_seed(0)
-    frontend, encoder = (exported.graphs[n] for n in ("frontend", "encoder"))
     worst = {}
 
     def note(part, found, expected):
@@ -62,35 +61,43 @@ def compare(model, exported):
         # NaN is larger than all.
         worst[part] = float(np.max([worst.get(part, 0.0), error.max()]))
 
-    chunk = encoder.example[0].shape[1]
+    features = _compare_frontend(model, exported, note, made)
+    frames, seconds = _compare_encoder(model, exported, note, features)
+    labels = torch.randint(vocabulary, (len(frames),), generator=made)
+    labels[0] = model.searcher.blank_index
+    _compare_search(model, exported, note, frames, labels)
+    return worst, seconds
+
+
+def _compare_frontend(model, exported, note, made):
+    """Return the features of samples."""
+    frontend, encoder = (exported.graphs[n] for n in ("frontend", "encoder"))
     step = model.encoder.segment_length * model.factor
-    frames = chunk + int(_SEGMENTS * step)
-    count = (frames - 1) * frontend.hop + 1
-    wave = torch.randn(1, count, generator=made)
-    ends = (
-        frontend.padding,
-        (frames - 1) * frontend.hop
-        + frontend.window
-        - frontend.padding
-        - count,
-    )
-    found = exported.run("frontend", {}, torch.nn.functional.pad(wave, ends))
+    frames = encoder.example[0].shape[1] + int(_SEGMENTS * step)
+    last = (frames - 1) * frontend.hop
+    wave = torch.randn(1, last + 1, generator=made)
+    ends = frontend.padding, frontend.window - frontend.padding - 1
     features = model.features(wave)
     if model.normalize is not None:
         features = model.normalize(features, torch.ones(1))
-    note("frontend", found, features)
+    padded = torch.nn.functional.pad(wave, ends)
+    note("frontend", exported.run("frontend", {}, padded), features)
+    return features
 
-    x = features
+
+def _compare_encoder(model, exported, note, features):
+    """Return the model's output [frames, E], and seconds of a step."""
+    encoder, x = model.encoder, features
     if model.frontend is not None:
         x, _ = model.frontend(x)
-    size = model.encoder.segment_length
-    context, states = model.encoder.make_streaming_context(1), {}
-    states, outs, seconds = exported.start("encoder"), [], []
-    for number, start in enumerate(range(0, x.shape[1], size)):
-        expected = model.encoder.forward_streaming(
-            x[:, start : start + size + model.encoder.right_context], context
-        )
-        part = features[:, number * step : number * step + chunk]
+    size, outs, seconds = encoder.segment_length, [], []
+    context = encoder.make_streaming_context(1)
+    states = exported.start("encoder")
+    chunk = exported.graphs["encoder"].example[0].shape[1]
+    for start in range(0, x.shape[1], size):
+        given = x[:, start : start + size + encoder.right_context]
+        expected = encoder.forward_streaming(given, context)
+        part = features[:, start * model.factor :][:, :chunk]
         length = part.shape[1]
         part = torch.nn.functional.pad(part, (0, 0, 0, chunk - length))
         began = time.perf_counter()
@@ -98,30 +105,18 @@ def compare(model, exported):
         seconds.append(time.perf_counter() - began)
         note("encoder", out[:, : expected.shape[1]], expected)
         outs.append(expected[0])
-    outs = torch.cat(outs)
+    return torch.cat(outs), float(np.median(seconds))
 
-    searcher = model.searcher
-    vocabulary = len(searcher.joint.log_probs(*_projected(exported))[0])
-    labels = torch.randint(vocabulary, (len(outs),), generator=made)
-    labels[0] = searcher.blank_index
-    states, expected = exported.start("predictor"), None
+
+def _compare_search(model, exported, note, frames, labels):
+    """Read a label at each frame, from the beginning of a stream on."""
+    predictor, joint = model.searcher.predictor, model.searcher.joint
+    states, state = exported.start("predictor"), None
     states = {name: value[:, :1] for name, value in states.items()}
-    for frame, label in zip(outs, labels):
-        out, expected = searcher.predictor(label[None, None], expected)
+    for frame, label in zip(frames[:, None], labels):
+        out, state = predictor(label[None, None], state)
         found = exported.run("predictor", states, label[None, None])
         note("predictor", found, out[:, 0])
-        scores = searcher.joint.log_probs(
-            searcher.joint.project_encoder(frame[None]),
-            searcher.joint.project_predictor(out[:, 0]),
-        )
-        note("joint", exported.run("joint", {}, frame[None], out[:, 0]), scores)
-    return worst, float(np.median(seconds[1:]))
-
-
-def _projected(exported):
-    joint = exported.graphs["joint"]
-    encoder, predictor = joint.example
-    return (
-        joint.joint.project_encoder(encoder),
-        joint.joint.project_predictor(predictor),
-    )
+        projected = joint.project_predictor(out[:, 0])
+        scores = joint.log_probs(joint.project_encoder(frame), projected)
+        note("joint", exported.run("joint", {}, frame, out[:, 0]), scores)
