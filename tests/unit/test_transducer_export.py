@@ -177,6 +177,7 @@ def wave(samples, seed=0):
     return noise * envelope.repeat_interleave(800)[:samples]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts, values", KINDS.values(), ids=KINDS)
 def test_the_same_labels_without_torch(parts, values, tmp_path, example):
     folder = make(tmp_path / "model", parts, **values)
@@ -264,6 +265,7 @@ def test_several_rows_of_predictor_and_joint(here):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "parts, dtypes",
     [(PLAIN, ("fp16", "int8")), ((CONFORMER, LSTM, RNNT), ("int8",))],
@@ -323,6 +325,7 @@ def test_the_example_needs_no_torch(here):
     assert ran.stdout.strip() == stream.finish().text != ""
 
 
+@pytest.mark.slow
 def test_on_the_command_line(here, capsys):
     run("export", "model", "-o", "device", "--overwrite")
     said = capsys.readouterr()
@@ -411,6 +414,7 @@ def test_files_that_compute_something_else_get_no_name(here, monkeypatch):
         exporting._check_differences({"joint": float("nan")}, "int8", "model")
 
 
+@pytest.mark.slow
 def test_killed_in_between_it_has_no_name(folder):
     code = textwrap.dedent(
         """
