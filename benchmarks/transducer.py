@@ -13,9 +13,11 @@ import argparse
 import io
 import json
 import os
+import runpy
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -23,6 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
+from hyperpyyaml import load_hyperpyyaml  # noqa: E402
 
 from speechbrain_taskarith.transducer import (
     Emformer,
@@ -33,6 +36,7 @@ from speechbrain_taskarith.transducer import (
     TimeReduction,
     TransducerBeamSearch,
     TransducerGreedySearch,
+    export_transducer,
     joint_transducer_loss,
     lattice_log_prob,
     sequence_log_prob,
@@ -357,6 +361,66 @@ def stream(model, wave):
     return one.finish()
 
 
+# The same model as a folder: what is exported.
+FOLDER = f"""
+predictor: !new:speechbrain_taskarith.transducer.LSTMPredictor
+    [{VOCAB}, {WIDTH}, {WIDTH}]
+joint: !new:speechbrain_taskarith.transducer.RNNTJoint
+    [{WIDTH}, {WIDTH}, {JOINT}, {VOCAB}]
+transcriber: !new:speechbrain_taskarith.transducer.StreamingTransducer
+    features: !new:speechbrain_taskarith.transducer.LocalFbank {{n_mels: 80}}
+    encoder: !new:speechbrain_taskarith.transducer.Emformer
+        [{WIDTH}, 8, 2048, 20, 4, 1, 30]
+    searcher: !new:speechbrain_taskarith.transducer.TransducerGreedySearch
+        [!ref <predictor>, !ref <joint>, 0]
+    detokenize: !name:torch.nn.Identity
+    frontend: !new:speechbrain_taskarith.transducer.TimeReduction
+        [80, {WIDTH}]
+"""
+
+
+def bench_onnx(rounds, seconds_of_audio=8.0):
+    """The same stream from exported files, in onnxruntime alone."""
+    name = Path(__file__).parents[1] / "examples/onnx_streaming/transcribe.py"
+    reader = runpy.run_path(str(name))
+    wave = torch.randn(int(16000 * seconds_of_audio))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        (path / "hyperparams.yaml").write_text(FOLDER)
+        torch.manual_seed(0)
+        model = load_hyperpyyaml(FOLDER)["transcriber"].eval()
+        model.searcher.joint.output.bias.data[0] += 3.0
+        torch.save(model.state_dict(), path / "transcriber.ckpt")
+        exported = {}
+        for dtype in ("fp32", "fp16", "int8"):
+            report = export_transducer(folder, path / dtype, dtype=dtype)
+            sizes = sum(report.megabytes.values())
+            print(
+                f"{dtype}: {sizes:.0f} MB, differs by {report.difference:.2g}"
+            )
+            exported[dtype] = reader["Recogniser"](path / dtype)
+
+    def onnx(recogniser):
+        one = reader["Stream"](recogniser)
+        for samples in wave.numpy().reshape(-1, 2560):
+            one.feed(samples)
+        return one.finish()
+
+    assert onnx(exported["fp32"]) == stream(model, wave).tokens
+    models = {"float32": model, "int8": model.quantize("int8")}
+    functions = {
+        **{
+            f"PyTorch, {n}": lambda m=m: stream(m, wave)
+            for n, m in models.items()
+        },
+        **{f"ONNX, {n}": lambda r=r: onnx(r) for n, r in exported.items()},
+    }
+    taken = seconds(functions, rounds, clock=time.process_time)
+    print("\n| streaming, one thread | real-time factor |\n|---|---|")
+    for name, each in taken.items():
+        print(shown(name, [t / seconds_of_audio for t in each]))
+
+
 def stored(model):
     """Return the bytes of the weights, packed ones too."""
     written = io.BytesIO()
@@ -370,6 +434,7 @@ PARTS = {
     "minwer": bench_minwer,
     "beam": bench_beam,
     "stream": bench_stream,
+    "onnx": bench_onnx,
 }
 
 

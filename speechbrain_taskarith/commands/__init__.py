@@ -36,5 +36,6 @@ VERBS = {
     "push": ("weights.push", "share a folder of weights on the hub"),
     "fragments": ("fragments", "YAML fragments: list, show, copy"),
     "transcribe": ("transcribe", "recordings to text, whole or as a stream"),
+    "export": ("export", "a streaming recogniser as ONNX, for devices"),
     "translate": ("translate", "recordings to text of another language"),
 }

@@ -2,7 +2,6 @@
 
 import sys
 import time
-from pathlib import Path
 
 from speechbrain_taskarith.commands import arguments as shared
 from speechbrain_taskarith.commands.output import (
@@ -12,25 +11,12 @@ from speechbrain_taskarith.commands.output import (
     message,
     texts,
 )
-from speechbrain_taskarith.utils.model_folder.description import (
-    DESCRIPTION,
-    read_description,
-)
-from speechbrain_taskarith.utils.model_folder.weights import load_weights
 
 _EXAMPLES = """\
   taskarith transcribe --model results/model speech.wav
   taskarith transcribe --model results/model --stream speech.wav
   taskarith transcribe --model results/model --stream --chunk 0.1 *.wav --json
 """
-
-KEY = "transcriber"
-WEIGHTS = ("transcriber.ckpt", "transcriber.safetensors")
-
-_REMEDY = (
-    "save the recogniser's weights there: "
-    "torch.save(transcriber.state_dict(), ...)"
-)
 
 
 def add_parser(verbs, summary):
@@ -84,6 +70,10 @@ def run(options):
         raise ValueError(
             f"--chunk {options.chunk:g}: expected seconds, above 0"
         )
+    from speechbrain_taskarith.transducer.streaming.folder import (
+        load_transcriber,
+    )
+
     with shared.threads(options):
         model = load_transcriber(options.model, options.device)
         data, bad = [], 0
@@ -140,24 +130,3 @@ def _streamed(model, wave, options):
                 print(f"{now.seconds:7.2f} s  {now.text}", file=sys.stderr)
     final = stream.finish()
     return {"text": final.text, "partial": partial}
-
-
-def load_transcriber(folder, device="cpu"):
-    """Make a recogniser of a folder, in evaluation mode.
-
-    `hyperparams.yaml` makes it, under the key `transcriber`; a key
-    `model_folder: !PLACEHOLDER` becomes the folder itself; `transcriber.ckpt`
-    is its state dict.
-    """
-    path = Path(folder) / DESCRIPTION
-    found = read_description(folder, needs=f" and {WEIGHTS[0]}")
-    if KEY not in found:
-        raise ValueError(f"{path}: no key {KEY!r}; it names the recogniser")
-    transcriber = found[KEY]
-    if not callable(getattr(transcriber, "stream", None)):
-        raise ValueError(
-            f"{path}: {KEY!r} is a {type(transcriber).__name__}; expected a "
-            "speechbrain_taskarith.transducer.StreamingTransducer"
-        )
-    load_weights(transcriber, folder, WEIGHTS, _REMEDY)
-    return transcriber.to(device).eval()

@@ -1,3 +1,5 @@
+from .export.exporting import ExportReport as ExportReport
+from .export.exporting import export_transducer as export_transducer
 from .joints.chunked_loss import joint_transducer_loss as joint_transducer_loss
 from .joints.chunked_loss import sequence_log_prob as sequence_log_prob
 from .joints.hat import HATJoint as HATJoint

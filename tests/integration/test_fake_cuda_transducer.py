@@ -270,6 +270,8 @@ REASONS = {
     "SentencePieceText": "turns a list of numbers into text",
     "TransferReport": "names of tensors",
     "transfer_encoder": "reads a file, once",
+    "export_transducer": "reads and writes files, on the CPU",
+    "ExportReport": "numbers of Python",
 }
 TARGETS = {"transducer.loss.input_checks.check_targets": 1}
 DENSE = TARGETS | {"transducer.loss.transitions.forward": 1}

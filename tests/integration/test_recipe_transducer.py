@@ -135,10 +135,10 @@ def test_command_streams_the_recipes_own_recogniser(finished):
             *("--model", folder, folder / "example.wav"),
         )
     )
-    from speechbrain_taskarith.commands.transcribe import (
+    from speechbrain_taskarith.data import read_audio
+    from speechbrain_taskarith.transducer.streaming.folder import (
         load_transcriber,
     )
-    from speechbrain_taskarith.data import read_audio
 
     model = load_transcriber(folder)
     wave = read_audio(folder / "example.wav", 16000)

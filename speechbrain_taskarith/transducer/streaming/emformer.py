@@ -214,6 +214,28 @@ class Emformer(torch.nn.Module):
         missing = size + ahead - time
         own_mask = pad(~_padding(chunk, lens, "chunk", least=0), (0, missing))
         x = pad(chunk, (0, 0, 0, missing))
+        x = self.encode_segment(x, own_mask, context)
+        frames = min(time, size)
+        return x[:, :frames].masked_fill(~own_mask[:, :frames, None], 0.0)
+
+    def encode_segment(self, x, own_mask, context):
+        """Encode one segment of fixed shape, without checks.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            [B, C + R, d], a segment and its right context.
+        own_mask : torch.Tensor
+            [B, C + R], True where a frame exists.
+        context : EmformerContext
+            The streams' state, which is changed.
+
+        Returns
+        -------
+        torch.Tensor
+            [B, C + R, d]; anything where no frame is.
+        """
+        size = self.segment_length
         x = x.masked_fill(~own_mask[..., None], 0.0)
         masks = (context.memory_mask, context.left_mask, own_mask)
         new_memory = None
@@ -240,8 +262,7 @@ class Emformer(torch.nn.Module):
         context.memory_mask = _append(
             context.memory_mask, own_mask[:, :size].any(1, keepdim=True)
         )
-        frames = min(time, size)
-        return x[:, :frames].masked_fill(~own_mask[:, :frames, None], 0.0)
+        return x
 
     def _check(self, x):
         if x.dim() != 3 or x.shape[-1] != self.input_dim or not x.shape[1]:

@@ -1,0 +1,1 @@
+"""A streaming recogniser as files that run without PyTorch."""
