@@ -329,7 +329,11 @@ class LayerAdapters(torch.nn.Module):
         choice = self._route.choice
         if choice is None:
             return x
-        if self.training and not torch.is_grad_enabled():
+        if (
+            self.training
+            and not torch.is_grad_enabled()
+            and not self._loop.has_gradients  # else checkpointing does it
+        ):
             self._warn_of_no_grad()
         dtype = x.dtype
         if not torch.is_autocast_enabled(x.device.type):

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
@@ -28,9 +29,23 @@ class DropEncoder(ToyEncoder):
         return x
 
 
+class CheckpointedEncoder(ToyEncoder):
+    """Computes its layers anew in the backward pass, by the older way."""
+
+    def forward(self, x):
+        x = self.front(x).detach().requires_grad_()
+        for layer in self.layers:
+            x, _ = checkpoint(layer, x, use_reentrant=True)
+        return x
+
+
 # The last two with the penalty and the guided loss: in the backward pass of
 # each process, and for the reference as a sum by hand.
-STAGES = ("us", "ST-A", "MT-A", "routed", "ST-A added", "MT-A added")
+STAGES = (
+    *("us", "ST-A", "MT-A", "routed"),
+    *("us checkpointed", "MT-A checkpointed"),
+    *("ST-A added", "MT-A added"),
+)
 
 
 def batches():
@@ -38,9 +53,9 @@ def batches():
     return [torch.randn(4, 6, 4, generator=generator) for _ in range(3)]
 
 
-def build(guided=False, **arguments):
+def build(guided=False, kind=ToyEncoder, **arguments):
     torch.manual_seed(0)
-    encoder = ToyEncoder()
+    encoder = kind()
     for layer in encoder.layers:
         layer.dropout.p = 0.0
     handle = insert_adapters(
@@ -61,7 +76,8 @@ def train(stage, rank=None):
     added = "added" in stage
     by_hand = added and rank is None
     weights = {"penalty": 0.5, "guide": 0.7} if added and not by_hand else {}
-    encoder, handle = build(guided=added, **weights)
+    kind = CheckpointedEncoder if "checkpointed" in stage else ToyEncoder
+    encoder, handle = build(guided=added, kind=kind, **weights)
     if stage[:4] in ("ST-A", "MT-A"):
         handle.train_composition(stage[:4])
     else:

@@ -567,6 +567,26 @@ def test_gradient_checkpointing(encoder, x, reentrant):
         torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("frozen, warnings", [(False, 0), (True, 1)])
+def test_a_wrapper_without_gradients_is_told_from_checkpointing(
+    encoder, x, frozen, warnings, caplog
+):
+    from torch.utils.checkpoint import checkpoint
+
+    def forward(x):
+        x = encoder.front(x).requires_grad_()
+        for layer in encoder.layers:
+            x = checkpoint(layer, x, use_reentrant=True)[0]
+        return x
+
+    inserted(encoder).train_composition("ST-A")
+    encoder.forward = forward  # runs its layers without gradients first
+    with torch.set_grad_enabled(not frozen):
+        encoder.train()(x)
+    said = [r for r in caplog.records if "learn nothing" in r.getMessage()]
+    assert len(said) == warnings
+
+
 def exported(encoder, x):
     return torch.export.export(encoder, (x,)).module()
 

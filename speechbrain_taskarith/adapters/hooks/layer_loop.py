@@ -36,8 +36,8 @@ class LayerLoop:
     def __init__(self, name, owner, route):
         self.name, self.owner, self.layers = name, owner, []
         self._route, self._is_linked = route, True
-        #: Whether the owner's `forward` is running.
-        self.is_running = False
+        #: Whether the owner's `forward` is running, and whether with gradients.
+        self.is_running = self.has_gradients = False
         #: Whether processes have met here to match LNs.
         self.has_met = False
         self._hooks = (
@@ -59,7 +59,7 @@ class LayerLoop:
             return
         PROGRESS.passed_by, self._is_linked = None, False
         PROGRESS.inside.difference_update(map(id, self.layers))
-        self.is_running = True
+        self.is_running, self.has_gradients = True, torch.is_grad_enabled()
         if self._route.watch is not None:
             # Not at the first layer, which a batch may leave out.
             self._route.watch.begin(self.layers)
@@ -94,7 +94,7 @@ class LayerLoop:
     def _end(self, owner, inputs, output):
         if torch.compiler.is_compiling():
             return
-        self.is_running = False
+        self.is_running = self.has_gradients = False
         if self._route.watch is not None:
             self._route.watch.ended(self.layers)
         require_passed(None)
@@ -108,9 +108,12 @@ class LayerLoop:
             return x
         self._is_linked, watch = True, self._route.watch
         parameters = [] if watch is None else watch.penalise(self.layers)
+        # Not where checkpointing computes a layer anew: DDP would take the zeros
+        # for the gradients of all layers that come after it.
         if (
             torch.distributed.is_available()
             and torch.distributed.is_initialized()
+            and not context.in_backward
         ):
             parameters = [
                 p
