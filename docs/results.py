@@ -105,14 +105,18 @@ def written(page, shown):
 
 
 def take(name, folder):
-    """Keep a study's figures, a row a line."""
+    """Keep the figures of a study that are shown, a row a line."""
     Summary.load(folder)  # an error names what is wrong with it
+    shown = read_shown()[name]
+    tables = {column[0] for column in shown["columns"].values()}
+    tables |= set(shown.get("picture", {}).get("panels", {}).values())
     target = DOCS / "figures" / name
     target.mkdir(parents=True, exist_ok=True)
     text = (Path(folder) / "summary.json").read_text(encoding="utf-8")
-    rows = ",\n".join(json.dumps(row) for row in json.loads(text))
+    rows = [row for row in json.loads(text) if row["table"] in tables]
     with atomic_write(target / "summary.json", "w") as stream:
-        stream.write(f"[\n{rows}\n]\n")
+        lines = ",\n".join(map(json.dumps, rows))
+        stream.write(f"[\n{lines}\n]\n")
 
 
 def main(*arguments):
