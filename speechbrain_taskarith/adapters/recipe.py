@@ -299,16 +299,13 @@ class Watch:
         return found
 
     def _lengths(self):
-        """Return the relative lengths of the running batch, if it has any."""
-        return getattr(
-            getattr(self._find_brain(), "sig", None), "lengths", None
-        )
+        """Return the relative lengths of the batch, in a backward pass too."""
+        return _relative_lengths(self._find_brain())
 
     @staticmethod
     def lengths():
         """Return the relative lengths of the running batch, or None."""
-        _, batch = running_brain()
-        return getattr(getattr(batch, "sig", None), "lengths", None)
+        return _relative_lengths(running_brain()[1])
 
     def _report(self):
         """Say what trains, and warn of what most likely was not meant."""
@@ -380,6 +377,11 @@ def _optimised(brain):
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
+
+
+def _relative_lengths(batch):
+    """Return the lengths [B] of a batch's `sig`, None where it has none."""
+    return getattr(getattr(batch, "sig", None), "lengths", None)
 
 
 def _item(batch, key):
