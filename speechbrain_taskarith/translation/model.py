@@ -7,6 +7,9 @@ import torch
 
 from speechbrain_taskarith.translation.encoders.acoustic import AcousticEncoder
 from speechbrain_taskarith.translation.input_guard import check_lengths
+from speechbrain_taskarith.translation.reduction.label_embedding import (
+    LabelEmbedding,
+)
 from speechbrain_taskarith.translation.reduction.segments import Segments
 from speechbrain_taskarith.translation.text.languages import TargetLanguages
 from speechbrain_taskarith.translation.text.tying import tie
@@ -86,6 +89,10 @@ class SpeechTranslationModel(torch.nn.Module):
         speech where its text is.
     languages : dict of str: int or TargetLanguages, optional
         Target languages and their beginning tokens, kept in `languages`.
+    labels : str, optional
+        What the CTC head reads in a segment, as transcripts are embedded:
+        `"added"` to the segment's vector, or `"alone"`, in its place, the
+        best label only: with a shrink that drops blanks this is a cascade.
 
     Raises
     ------
@@ -130,6 +137,7 @@ class SpeechTranslationModel(torch.nn.Module):
         contrast=True,
         tie_ctc=False,
         languages=None,
+        labels=None,
     ):
         super().__init__()
         d_model = textual.norm.normalized_shape[0]
@@ -151,6 +159,9 @@ class SpeechTranslationModel(torch.nn.Module):
         self.looking_back = looking_back
         if looking_back is not None:
             looking_back.has_caller = True
+        self.label_embedding = None
+        if labels is not None:
+            self.label_embedding = LabelEmbedding(d_model, labels)
         self.noise = noise
         self.contrast = contrast
         self.source_vocab = source_vocab
@@ -159,6 +170,11 @@ class SpeechTranslationModel(torch.nn.Module):
             raise ValueError(
                 "looking_back without shrink: there is nothing to look back "
                 "for; give both, or neither"
+            )
+        if labels is not None and shrink is None:
+            raise ValueError(
+                f"labels {labels!r} without shrink: they are those of "
+                "segments; give both, or neither"
             )
         self._blank_index()
 
@@ -177,7 +193,7 @@ class SpeechTranslationModel(torch.nn.Module):
         """Train without some parts, until called again.
 
         Evaluation has all of them. Without "shrink" nothing is looked back
-        for, either.
+        for, and no label embedded.
 
         Arguments
         ---------
@@ -300,8 +316,14 @@ class SpeechTranslationModel(torch.nn.Module):
             embedded, shrunk_lens, segments = shrink(
                 frames, logits, frame_lens, ids
             )
+        pooled = embedded
         if looking_back is not None:
             embedded = looking_back(embedded, frames, frame_lens, segments)
+        if segments is not None and self.label_embedding is not None:
+            matrix = self.source_embedding.weight * self._text_scale
+            embedded = self.label_embedding(
+                embedded, self.ctc_lin(pooled), matrix, segments.mask
+            )
         encoded = self.textual(embedded, shrunk_lens)
         return SpeechEncoding(
             *(logits, frame_lens, embedded, encoded, shrunk_lens, segments),
@@ -317,9 +339,13 @@ class SpeechTranslationModel(torch.nn.Module):
         noise = self._optional("noise")
         if noise is not None:
             tokens, lens = noise(tokens, lens)
-        width = self.source_embedding.embedding_dim
-        embedded = self.source_embedding(tokens) * math.sqrt(width)
+        embedded = self.source_embedding(tokens) * self._text_scale
         return TextEncoding(embedded, self.textual(embedded, lens), lens)
+
+    @property
+    def _text_scale(self):
+        """Return what brings an embedding to the size of speech."""
+        return math.sqrt(self.source_embedding.embedding_dim)
 
 
 def _check_widths(d_model, acoustic, decoder):

@@ -119,7 +119,9 @@ ROWS = {"st", "st_from_mt", "st_mt", "st_asr", "st_mt_asr", "whole"}
 ROWS |= {"st_from_mt_local", "st_mt_asr_local", "released_rule", "ctc_in_asr"}
 ROWS |= {"no_shrink", "no_looking_back", "no_local_to_global", "no_noise"}
 ROWS |= {"no_contrastive", "no_task_weights", "no_shrink_no_task_weights"}
-ROWS |= {"no_tasks"}
+ROWS |= {"no_tasks", "cascade", "cascade_tuned", "with_labels"}
+CASCADES = {"cascade", "cascade_tuned"}
+TRAINED = ROWS - {"cascade"}
 STAGES = {"asr", "mt", "mt_local"}
 
 
@@ -133,12 +135,14 @@ def test_leaves_the_whole_table(finished):
         assert {(name, metric) for name in ROWS} <= found
     # A target of 0 is reached after the first epoch.
     seconds = {(r["row"], r["metric"]): r["value"] for r in rows}
-    for name in ROWS:
+    assert seconds["cascade", "updates"] == 0
+    assert ("cascade", "seconds_to_bleu") not in seconds
+    for name in TRAINED:
         assert 0 < seconds[name, "seconds_to_bleu"]
         assert seconds[name, "seconds_to_bleu"] < seconds[name, "seconds"]
     # Words of the CTC head where it was trained, and only there.
     heard = {name for name, metric in found if metric == "ctc_wer"}
-    silent = {"st", "st_from_mt", "st_from_mt_local", "st_mt"}
+    silent = {"st", "st_from_mt", "st_from_mt_local", "st_mt", *CASCADES}
     assert heard == ROWS - silent | {"asr"}
     assert {name for name, metric in found if metric == "ctc_cer"} == heard
     # The whole method is tested against every row that translates speech.
@@ -167,23 +171,25 @@ def test_leaves_the_whole_table(finished):
 
 @pytest.mark.slow
 def test_each_row_is_what_its_name_says(finished):
-    names = {row: set(weights(finished, row)) for row in ROWS}
+    names = {row: set(weights(finished, row)) for row in TRAINED}
 
     def has(row, part):
         return any(name.startswith(part) for name in names[row])
 
     without_shrink = {row for row in ROWS if row.startswith("st")}
     without_shrink |= {"no_shrink", "no_shrink_no_task_weights"}
-    for row in ROWS:
-        looks = row not in without_shrink | {"no_looking_back"}
+    plain = {row for row in TRAINED if row.startswith("st")} | CASCADES
+    for row in TRAINED:
+        looks = row not in without_shrink | {"no_looking_back", *CASCADES}
         assert has(row, "looking_back.") == looks, row
-        local = row != "no_local_to_global" and not row.startswith("st")
-        local |= row.endswith("_local")
+        assert has(row, "label_embedding.gate") == (row == "with_labels"), row
+        local = row != "no_local_to_global" and row not in plain
+        local |= row.endswith("_local") or row in CASCADES
         assert has(row, "textual.local.") == local, row
-        noisy = row != "no_noise" and not row.startswith("st")
+        noisy = row != "no_noise" and row not in plain
         assert has(row, "noise.calls") == noisy, row
         result = json.loads((finished / "rows" / f"{row}.json").read_text())
-        measured = not row.startswith("st") and "task_weights" not in row
+        measured = row not in plain and "task_weights" not in row
         measured &= row != "no_tasks"
         assert bool(result["task_weights"]) == measured, row
 

@@ -76,6 +76,13 @@ PLAIN = {
     "ctc_in_st": False,
     "task_norms": "none",
 }
+# What the CTC head reads, translated as text
+CASCADE = {
+    **{key: value for key, value in PLAIN.items() if key != "shrink"},
+    "local": True,
+    "drop_blank": True,
+    "labels": "alone",
+}
 # Models that rows start from.
 STAGES = {
     "asr": {**PLAIN, "main": "asr", "num_textual_layers": 0},
@@ -92,6 +99,9 @@ ROWS = {
     "st_from_mt": {**PLAIN, "text_from": "mt"},
     # From the text model that the whole method starts from
     "st_from_mt_local": {**PLAIN, "local": True},
+    # The two models without another update, then trained on what CTC reads
+    "cascade": {**CASCADE, "number_of_epochs": 0},
+    "cascade_tuned": {**CASCADE},
     "st_mt": {**PLAIN, "text_from": "mt", "tasks": ["mt"]},
     "st_asr": {**PLAIN, "text_from": None, "tasks": ["asr"]},
     "st_mt_asr": {**PLAIN, "text_from": "mt", "tasks": ["asr", "mt"]},
@@ -99,6 +109,8 @@ ROWS = {
     # The loss of "st" keeps CTC; the rule of the weights is that of the YAML
     "whole": {},
     "released_rule": {**RELEASED},
+    # Not of the paper: segments are the text that CTC reads in them, too
+    "with_labels": {**RELEASED, "labels": "added"},
     "no_task_weights": {"task_norms": "none"},
     "no_tasks": {"tasks": []},  # but for CTC and contrast in the loss of "st"
     # CTC and contrastive loss are the task "asr" alone
