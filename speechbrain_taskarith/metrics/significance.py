@@ -163,9 +163,14 @@ def _block_counts(reports, blocks):
     columns = [[u.words for u in reports[0].utterances]]
     columns += [[u.errors for u in report.utterances] for report in reports]
     counts = np.array(columns, dtype=np.float64).T
+    return sum_blocks(counts, blocks, reports[0].ids)
+
+
+def sum_blocks(counts, blocks, ids):
+    """Add up counts [utterances, columns] by their labels, None: each its own."""
     if blocks is None:
         return counts
-    blocks = one_each(blocks, reports[0].ids, "block label")
+    blocks = one_each(blocks, ids, "block label")
     number = {label: i for i, label in enumerate(dict.fromkeys(blocks))}
     summed = np.zeros((len(number), counts.shape[1]))
     np.add.at(summed, [number[label] for label in blocks], counts)

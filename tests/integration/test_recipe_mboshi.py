@@ -145,9 +145,14 @@ def test_leaves_the_whole_table(finished):
     silent = {"st", "st_from_mt", "st_from_mt_local", "st_mt", *CASCADES}
     assert heard == ROWS - silent | {"asr"}
     assert {name for name, metric in found if metric == "ctc_cer"} == heard
-    # The whole method is tested against every row that translates speech.
+    # The whole method is tested against every row that translates speech, its
+    # other forms against the rows without a part of it.
     tested = {r["row"] for r in rows if r["table"] == "joint_paired"}
-    assert tested == {f"whole against {name}" for name in ROWS - {"whole"}}
+    rivals = {"st", "st_from_mt_local", "st_mt_asr_local", *CASCADES}
+    pairs = {("whole", name) for name in ROWS - {"whole"}}
+    pairs |= {("released_rule", r) for r in (*rivals, "with_labels")}
+    pairs |= {("with_labels", r) for r in rivals}
+    assert tested == {" against ".join(pair) for pair in pairs}
     assert ("asr", "bleu") not in found and ("mt_local", "bleu") in found
     assert "nrefs:1" in (finished / "results.md").read_text()
     for plot in (
@@ -255,7 +260,17 @@ def test_a_row_that_is_done_is_not_trained_again(corpus, finished):
     # The other rows stay in the table.
     assert (finished / "summary.json").read_text() == summary
     RECIPE.merge(finished.parent)
-    assert (finished.parent / "results.md").is_file()
+    merged = json.loads((finished.parent / "summary.json").read_text())
+    # Of one seed the tests over all seeds are those of the seed.
+    of_seed, pooled = (
+        {
+            (row["row"], row["metric"]): row["value"]
+            for row in merged
+            if row["table"] == table
+        }
+        for table in ("joint_paired", "joint_pooled")
+    )
+    assert pooled == of_seed and pooled
     # On other data it is tested only.
     weights_before = weights(finished, "asr")
     run(corpus, finished, only="asr", report_on="valid")

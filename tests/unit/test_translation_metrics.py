@@ -148,6 +148,33 @@ def test_a_systems_interval_is_that_of_a_plain_bootstrap():
         assert found[name] == pytest.approx(tuple(expected), abs=1e-6)
 
 
+def test_blocks_are_drawn_as_a_whole():
+    sacrebleu = pytest.importorskip("sacrebleu", reason="SACREBLEU ABSENT")
+    references, poor, better = corpora(20)
+    # Every sentence twice, as two seeds translate it.
+    both = (references * 2, poor + better, better + better)
+    blocks = list(range(20)) * 2
+    found = compare_translations(*both, resamples=200, blocks=blocks)["BLEU"]
+    differences = []
+    for chosen in np.random.default_rng(12345).choice(20, size=(200, 20)):
+        rows = [i for block in chosen for i in (block, block + 20)]
+        sets = [[both[0][i] for i in rows]]
+        one, other = (
+            sacrebleu.BLEU().corpus_score([side[i] for i in rows], sets).score
+            for side in both[1:]
+        )
+        differences.append(other - one)
+    expected = np.quantile(differences, [0.025, 0.975])
+    assert (found.low, found.high) == pytest.approx(tuple(expected), abs=1e-6)
+    # Drawn one by one they look more certain.
+    alone = compare_translations(*both, resamples=200)["BLEU"]
+    assert alone.difference == pytest.approx(found.difference)
+    same = compare_translations(*both, resamples=200, blocks=range(40))["BLEU"]
+    assert same == alone
+    with pytest.raises(ValueError, match="block label"):
+        compare_translations(*both, blocks=[0])
+
+
 def test_chunks_do_not_matter(monkeypatch):
     pytest.importorskip("sacrebleu", reason="SACREBLEU ABSENT")
     references, poor, better = corpora(20)

@@ -2,7 +2,10 @@
 
 import numpy as np
 
-from speechbrain_taskarith.metrics.significance import PairedBootstrap
+from speechbrain_taskarith.metrics.significance import (
+    PairedBootstrap,
+    sum_blocks,
+)
 from speechbrain_taskarith.metrics.translation_quality.scores import checked
 from speechbrain_taskarith.utils.optional import require
 
@@ -81,6 +84,7 @@ def compare_translations(
     seed=SEED,
     lowercase=False,
     tokenize="13a",
+    blocks=None,
 ):
     """Test whether two systems translate differently well.
 
@@ -96,6 +100,10 @@ def compare_translations(
         Hypotheses of the baseline and of the other system.
     level, resamples, seed
         See `translation_intervals`.
+    blocks : sequence or None
+        A label for each sentence, e.g. its document, or the sentence itself
+        where several seeds translate it: whole blocks are drawn. None: each
+        sentence on its own.
 
     Returns
     -------
@@ -121,8 +129,9 @@ def compare_translations(
     >>> better > 50, p_value < 0.01
     (True, True)
     """
+    systems, settings = [first, second], (lowercase, tokenize)
     observed, rows = _resampled(
-        references, [first, second], resamples, seed, lowercase, tokenize
+        references, systems, resamples, seed, *settings, blocks
     )
     found = {}
     for name in rows[0]:
@@ -149,7 +158,9 @@ def _quantiles(level):
     return (1 - level) / 2, (1 + level) / 2
 
 
-def _resampled(references, systems, resamples, seed, lowercase, tokenize):
+def _resampled(
+    references, systems, resamples, seed, lowercase, tokenize, blocks=None
+):
     """Return each system's scores, and those of its resampled sentences."""
     if resamples < 1:
         raise ValueError(f"resamples is {resamples}, expected at least 1")
@@ -162,9 +173,13 @@ def _resampled(references, systems, resamples, seed, lowercase, tokenize):
     # sacrebleu's own counts of every sentence: a corpus has their sums.
     statistics = [
         {
-            name: np.array(
-                metric._extract_corpus_statistics(hypotheses, sets),
-                dtype=np.float64,
+            name: sum_blocks(
+                np.array(
+                    metric._extract_corpus_statistics(hypotheses, sets),
+                    dtype=np.float64,
+                ),
+                blocks,
+                range(len(hypotheses)),
             )
             for name, metric in metrics.items()
         }
@@ -179,7 +194,8 @@ def _resampled(references, systems, resamples, seed, lowercase, tokenize):
         for one in statistics
     ]
     rows = [{name: [] for name in metrics} for _ in systems]
-    for drawn in _draws(len(pairs[0][1]), resamples, seed):
+    count = len(statistics[0]["BLEU"])
+    for drawn in _draws(count, resamples, seed):
         for found, one in zip(rows, statistics):
             for name, counts in one.items():
                 found[name] += [score(name, sums) for sums in drawn @ counts]

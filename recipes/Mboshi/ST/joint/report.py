@@ -1,5 +1,6 @@
 """Results: scores, translations and plots of a training, the study's table."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from speechbrain_taskarith.metrics import (
     Summary,
     bleu_tokenizer,
     compare_translations,
+    merge_seeds,
     translation_scores,
 )
 from speechbrain_taskarith.metrics.plots import (
@@ -42,13 +44,18 @@ METRICS = (
     ("ctc_wer", "CTC_WER", "%"),
     ("ctc_cer", "CTC_CER", "%"),
 )
-OURS = "whole"  # the row that others are tested against
+# The rows that others are tested against: the first of them all, the others
+# those that do not leave out a part of it
+METHODS = ("whole", "released_rule", "with_labels")
 TEXT_ROWS = ("mt", "mt_local")
 # Rows drawn against time: not those of `whole` without a part.
 CURVES = (
     *("st", "st_from_mt_local", "st_mt_asr", "st_mt_asr_local"),
-    *("no_shrink_no_task_weights", OURS, "released_rule"),
+    *("no_shrink_no_task_weights", *METHODS),
 )
+# Rows without a part of the method
+RIVALS = ("st", "st_from_mt_local", "cascade", "cascade_tuned")
+RIVALS += ("st_mt_asr_local", *METHODS)
 NAMES = {
     "st_asr": "ST + ASR",
     "st_mt": "ST + MT",
@@ -59,7 +66,9 @@ NAMES = {
     "no_tasks": "no auxiliary tasks",
     "released_rule": "whole method, released weights",
     "no_shrink_no_task_weights": "no shrink, no task weights",
-    OURS: "whole method",
+    "with_labels": "whole method, labels as text",
+    "cascade_tuned": "cascade, tuned",
+    METHODS[0]: "whole method",
 }
 
 
@@ -220,37 +229,91 @@ def target_columns(translations, targets):
 
 
 def add_tests(summary, done, hparams):
-    """Add a table: is the whole method better than each other row?"""
-    ours = done.get(OURS)
-    if ours is None:
-        return
-    summary.note(
-        f"`{TABLE}_paired`: points of `{OURS}` above the row, on the same "
-        "utterances; 95 % interval and p-value by a paired bootstrap over "
-        "utterances."
-    )
-    ids, references, translated = zip(*ours["translations"])
-    for row, result in done.items():
-        theirs = {line[0]: line[2] for line in result["translations"]}
-        # Text models translate transcripts, which is another task.
-        if row == OURS or row in TEXT_ROWS or set(theirs) != set(ids):
-            continue
-        tests = compare_translations(
-            references,
-            [theirs[ID] for ID in ids],
-            translated,
-            tokenize=hparams["bleu_tokenize"],
-        )
+    """Add a table: are the whole methods better than the other rows?"""
+    for ours, row in tested_pairs(done):
+        tests = compare_rows({0: done}, ours, row, hparams["bleu_tokenize"])
         for score, test in tests.items():
             summary.add_paired_test(
                 f"{TABLE}_paired",
-                f"{OURS} against {row}",
+                f"{ours} against {row}",
                 test,
                 prefix=f"{score.lower()}_",
                 split=hparams["report_on"],
                 seed=hparams["seed"],
                 selected_on="valid",
             )
+    if any(ours in done for ours in METHODS):
+        summary.note(
+            f"`{TABLE}_paired`: points of the first row above the second, on "
+            "the same utterances; 95 % interval and p-value by a paired "
+            "bootstrap over utterances."
+        )
+
+
+def tested_pairs(rows):
+    """Yield a whole method and a row that it is tested against."""
+    for number, ours in enumerate(METHODS):
+        for row in rows:
+            # Text models translate transcripts, which is another task.
+            own = row in TEXT_ROWS or row in METHODS[: number + 1]
+            if ours in rows and not own and (number == 0 or row in RIVALS):
+                yield ours, row
+
+
+def compare_rows(seeds, ours, row, tokenize):
+    """Compare two rows of `{seed: {row: result}}`, on what both translated.
+
+    An utterance counts once for each seed, and is drawn with all of them.
+    """
+    lines = []
+    for done in seeds.values():
+        if ours in done and row in done:
+            theirs = {t[0]: t[2] for t in done[row]["translations"]}
+            own = done[ours]["translations"]
+            lines += [
+                (name, reference, theirs[name], translation)
+                for name, reference, translation in own
+                if name in theirs
+            ]
+    if not lines:
+        return {}
+    names, references, theirs, own = zip(*lines)
+    return compare_translations(
+        references, theirs, own, tokenize=tokenize, blocks=names
+    )
+
+
+def merge(folder):
+    """Write and print one table of the seeds in a folder."""
+    summary = merge_seeds(folder, title=TITLE, only=[])
+    paths = sorted(Path(folder).glob("*/rows/*.json"))
+    seeds = {}
+    for path in paths:
+        done = seeds.setdefault(path.parents[1].name, {})
+        done[path.stem] = read_json(path)
+    rows = dict.fromkeys(path.stem for path in paths)
+    for ours, row in tested_pairs(rows):
+        signature = next(
+            done[ours]["bleu_signature"]
+            for done in seeds.values()
+            if ours in done
+        )
+        tokenize = re.search(r"tok:([^|]+)", signature)[1]
+        tests = compare_rows(seeds, ours, row, tokenize)
+        for score, test in tests.items():
+            summary.add_paired_test(
+                f"{TABLE}_pooled",
+                f"{ours} against {row}",
+                test,
+                prefix=f"{score.lower()}_",
+                selected_on="valid",
+            )
+    summary.note(
+        f"`{TABLE}_pooled`: the same on the utterances of all seeds together; "
+        "an utterance is drawn with all its translations."
+    )
+    summary.write()
+    summary.print()
 
 
 def row_name(row):
@@ -267,7 +330,7 @@ def plot_scores(done, folder):
         {"": {row_name(row): r["scores"]["BLEU"] for row, r in shown.items()}},
         folder / "bleu.png",
         before=row_name("st"),
-        ours=[row_name(OURS)],
+        ours=[row_name(row) for row in METHODS],
         bounds=[row_name(row) for row in TEXT_ROWS],
         xlabel="BLEU (hatched: from transcripts)",
     )

@@ -28,11 +28,9 @@ from common.study import (
     start_study,
     workers,
 )
-from report import TITLE, result_path, write_report
+from report import merge, result_path, write_report
 from speechbrain.utils.logger import get_logger
 from train import make_labels, prepare, train
-
-from speechbrain_taskarith.metrics import merge_seeds
 
 logger = get_logger(__name__)
 
@@ -210,7 +208,7 @@ def split_options(words):
 def main(argv):
     """Train the rows that are not done, and write the table."""
     if argv[:1] == ["--merge"]:
-        merge_seeds(argv[1], title=TITLE)
+        merge(argv[1])
         return
     # The prepare script stands beside hparams/, also where this file is a link.
     files = [word for word in argv if word.endswith(".yaml")]
