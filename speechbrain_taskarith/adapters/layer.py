@@ -307,10 +307,17 @@ class LayerAdapters(torch.nn.Module):
         swapped = self._is_frames_first()
         if swapped:
             x = x.transpose(0, 1)
-        mask = named.get("src_key_padding_mask")
+        mask, attended = (
+            named.get(name)
+            for name in ("src_key_padding_mask", "attention_mask")
+        )
         if mask is not None:
             # Of torch's own encoder it is a float, -inf at padding.
             valid = ~mask if mask.dtype == torch.bool else mask == 0
+        elif isinstance(attended, torch.Tensor) and attended.dim() == 4:
+            # Of transformers: [B, 1, T, T], what the last frame attends to.
+            last = attended[:, 0, -1]
+            valid = last if last.dtype == torch.bool else last == 0
         elif "segment_length" in named:  # our Emformer: its own frames
             valid = inputs[-1][-1].clone()
             valid[:, named["segment_length"] :] = False  # copies

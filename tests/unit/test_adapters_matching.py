@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from adapters_toy import ToyEncoder, make_bank, numbers, scramble
+from hugging_face_toy import save_encoder
 from torch.utils.checkpoint import checkpoint
 
 from speechbrain_taskarith.adapters import (
@@ -160,6 +161,29 @@ def test_padding_does_not_count(kind):
             o = o.unflatten(0, (4, 2))[:, :, :4].flatten(1, 2)
         o = o.transpose(0, 1) if kind == "frames first" else o
         check(layer.combination, numbers(o[~padding]), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["Wav2Vec2", "Hubert"])
+def test_padding_of_transformers_does_not_count(kind, attention, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = save_encoder(tmp_path / kind, kind, num_hidden_layers=2)
+    model = transformers.AutoModel.from_pretrained(
+        folder, attn_implementation=attention
+    )
+    model.config.apply_spec_augment = False
+    encoder = model.encoder
+    lengths = torch.tensor([8, 3, 5, 8])
+    inside = torch.arange(8) < lengths[:, None]
+    x = frames(4, 8, 16).float()
+    _, handle = inserted(encoder=encoder, layers="layers.*")
+
+    def run():
+        encoder.train()
+        encoder(x, attention_mask=inside)
+
+    for layer, o in zip(handle.layers, outputs(handle, run)):
+        check(layer.combination, numbers(o[inside]), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["mean", "fusion"])
