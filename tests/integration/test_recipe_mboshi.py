@@ -140,6 +140,17 @@ def test_leaves_the_whole_table(finished):
     for name in TRAINED:
         assert 0 < seconds[name, "seconds_to_bleu"]
         assert seconds[name, "seconds_to_bleu"] < seconds[name, "seconds"]
+    joint = json.loads((finished / "rows/st_mt_asr_local.json").read_text())
+    for name in TRAINED:
+        share = 100 * seconds[name, "cpu_seconds"] / joint["cpu_seconds"]
+        assert seconds[name, "cpu_share"] == pytest.approx(share)
+    equal = [
+        e for e in joint["epochs"] if e["BLEU"] >= joint["epochs"][-1]["BLEU"]
+    ]
+    assert seconds["st_mt_asr_local", "cpu_share_to_joint"] == pytest.approx(
+        100 * equal[0]["cpu_seconds"] / joint["cpu_seconds"]
+    )
+    assert ("mt_local", "cpu_share") not in seconds
     # Words of the CTC head where it was trained, and only there.
     heard = {name for name, metric in found if metric == "ctc_wer"}
     silent = {"st", "st_from_mt", "st_from_mt_local", "st_mt", *CASCADES}

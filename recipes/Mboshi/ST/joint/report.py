@@ -47,6 +47,7 @@ METRICS = (
 # The rows that others are tested against: the first of them all, the others
 # those that do not leave out a part of it
 METHODS = ("whole", "released_rule", "with_labels")
+JOINT = "st_mt_asr_local"  # the row whose time and score others are held to
 TEXT_ROWS = ("mt", "mt_local")
 # Rows drawn against time: not those of `whole` without a part.
 CURVES = (
@@ -174,10 +175,14 @@ def write_report(rows, hparams):
     summary.note(
         "Seconds: of training updates alone. Seconds to BLEU: until the end of "
         "the first epoch with a greedy BLEU on validation data of "
-        f"{target:g}; empty if it was never reached."
+        f"{target:g}; empty if it was never reached. Shares: processor time "
+        f"in % of that of `{JOINT}`, and until the end of the first epoch with "
+        "its last greedy BLEU on validation data or more."
     )
     for row, result in done.items():
         found = list(columns(result, target))
+        if JOINT in done and row not in (*TEXT_ROWS, "asr"):
+            found += shares(result, done[JOINT])
         if by_target:
             found += target_columns(result["translations"], hparams["targets"])
         for metric, value, unit in found:
@@ -211,6 +216,19 @@ def columns(result, target):
             yield f"{metric}_to_bleu", reached, "s"
     yield "updates", result["updates"], "1"
     yield "trained_parameters", result["parameters"], "parameters"
+
+
+def shares(result, joint):
+    """Yield a row's processor time in % of the joint model's.
+
+    The whole of it, and that until the end of the first epoch that is as good
+    as the joint model's last one.
+    """
+    whole, last = joint["cpu_seconds"], joint["epochs"][-1]["BLEU"]
+    yield "cpu_share", 100 * result["cpu_seconds"] / whole, "%"
+    equal = seconds_to(result["epochs"], "BLEU", last, "cpu_seconds")
+    if equal is not None:
+        yield "cpu_share_to_joint", 100 * equal / whole, "%"
 
 
 def target_columns(translations, targets):
