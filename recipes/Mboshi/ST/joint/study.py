@@ -107,8 +107,14 @@ ROWS = {
     # The loss of "st" keeps CTC; the rule of the weights is that of the YAML
     "whole": {},
     "released_rule": {**RELEASED},
-    # Not of the paper: segments are the text that CTC reads in them, too
-    "with_labels": {**RELEASED, "labels": "added"},
+    # Not of the paper: segments are the text that CTC reads in them, too. It
+    # starts as a cascade, which a higher rate would undo
+    "with_labels": {
+        "tasks": [],
+        "labels": "added",
+        "drop_blank": True,
+        "lr": 0.0003,
+    },
     "no_task_weights": {"task_norms": "none"},
     "no_tasks": {"tasks": []},  # but for CTC and contrast in the loss of "st"
     # CTC and contrastive loss are the task "asr" alone
