@@ -196,7 +196,14 @@ def write_report(rows, hparams):
                 seed=hparams["seed"],
                 selected_on="valid",
             )
-    add_tests(summary, done, hparams)
+    tokenize = hparams["bleu_tokenize"]
+    run = {"split": hparams["report_on"], "seed": hparams["seed"]}
+    add_tests(summary, f"{TABLE}_paired", {0: done}, tokenize, **run)
+    summary.note(
+        f"`{TABLE}_paired`: points of the first row above the second, on the "
+        "same utterances; 95 % interval and p-value by a paired bootstrap over "
+        "utterances."
+    )
     plot_scores(done, output / "plots")
     summary.write()
     summary.print()
@@ -246,26 +253,22 @@ def target_columns(translations, targets):
             yield f"chrf_{target}", scores.chrf, "points"
 
 
-def add_tests(summary, done, hparams):
-    """Add a table: are the whole methods better than the other rows?"""
-    for ours, row in tested_pairs(done):
-        tests = compare_rows({0: done}, ours, row, hparams["bleu_tokenize"])
-        for score, test in tests.items():
+def add_tests(summary, table, seeds, tokenize, **run):
+    """Add a table: are the whole methods better than the other rows?
+
+    `seeds` is `{seed: {row: result}}`.
+    """
+    rows = dict.fromkeys(row for done in seeds.values() for row in done)
+    for ours, row in tested_pairs(rows):
+        for score, test in compare_rows(seeds, ours, row, tokenize).items():
             summary.add_paired_test(
-                f"{TABLE}_paired",
+                table,
                 f"{ours} against {row}",
                 test,
                 prefix=f"{score.lower()}_",
-                split=hparams["report_on"],
-                seed=hparams["seed"],
                 selected_on="valid",
+                **run,
             )
-    if any(ours in done for ours in METHODS):
-        summary.note(
-            f"`{TABLE}_paired`: points of the first row above the second, on "
-            "the same utterances; 95 % interval and p-value by a paired "
-            "bootstrap over utterances."
-        )
 
 
 def tested_pairs(rows):
@@ -304,28 +307,13 @@ def compare_rows(seeds, ours, row, tokenize):
 def merge(folder):
     """Write and print one table of the seeds in a folder."""
     summary = merge_seeds(folder, title=TITLE, only=[])
-    paths = sorted(Path(folder).glob("*/rows/*.json"))
-    seeds = {}
-    for path in paths:
-        done = seeds.setdefault(path.parents[1].name, {})
-        done[path.stem] = read_json(path)
-    rows = dict.fromkeys(path.stem for path in paths)
-    for ours, row in tested_pairs(rows):
-        signature = next(
-            done[ours]["bleu_signature"]
-            for done in seeds.values()
-            if ours in done
-        )
-        tokenize = re.search(r"tok:([^|]+)", signature)[1]
-        tests = compare_rows(seeds, ours, row, tokenize)
-        for score, test in tests.items():
-            summary.add_paired_test(
-                f"{TABLE}_pooled",
-                f"{ours} against {row}",
-                test,
-                prefix=f"{score.lower()}_",
-                selected_on="valid",
-            )
+    seeds, tokenize = {}, "13a"
+    for path in sorted(Path(folder).glob("*/rows/*.json")):
+        result = read_json(path)
+        seeds.setdefault(path.parents[1].name, {})[path.stem] = result
+        if result["bleu_signature"]:
+            tokenize = re.search(r"tok:([^|]+)", result["bleu_signature"])[1]
+    add_tests(summary, f"{TABLE}_pooled", seeds, tokenize)
     summary.note(
         f"`{TABLE}_pooled`: the same on the utterances of all seeds together; "
         "an utterance is drawn with all its translations."
