@@ -15,6 +15,8 @@ from pretrained_encoder import tiny_hubert, with_hubert, with_whisper
 from processes import Recipe, texts_of
 from tiny_whisper import save_tiny_whisper
 
+from speechbrain_taskarith.translation import SpeechTranslator
+
 RECIPE = Recipe("Mboshi/ST/joint", "--noprogressbar", script="study.py")
 RATE = 16000
 TINY = {
@@ -236,6 +238,28 @@ def test_rows_start_from_their_stages(corpus, finished, tmp_path):
         if name.startswith(("textual.", "decoder.", "source_embedding.")):
             assert same, name
     assert not torch.equal(still["ctc_lin.weight"], moved["ctc_lin.weight"])
+
+
+@pytest.mark.slow
+def test_a_cascade_is_two_models_and_may_be_kept(corpus, tmp_path):
+    run(corpus, tmp_path, only="cascade", kept="cascade")
+    result = json.loads((tmp_path / "rows" / "cascade.json").read_text())
+    assert result["updates"] == 0 and len(result["translations"]) == 5
+    name, _, translation = result["translations"][0]
+    folder = tmp_path / "models" / "cascade" / "translator"
+    translator = SpeechTranslator.from_hparams(str(folder))
+    # Each part is that of the model it is from.
+    state = translator.mods.model.state_dict()
+    for stage, parts in (
+        ("asr", ("acoustic.", "ctc_lin.")),
+        ("mt_local", ("source_embedding.", "textual.", "decoder.")),
+    ):
+        given = weights(tmp_path, stage)
+        for key in state:
+            if key.startswith(parts):
+                assert torch.equal(state[key], given[key]), key
+    (path,) = corpus.rglob(f"dev/{name}.wav")
+    assert translator.translate_file(str(path)).text == translation
 
 
 @pytest.mark.slow

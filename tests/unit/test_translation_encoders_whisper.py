@@ -61,7 +61,10 @@ def test_features_are_those_of_transformers(folder, size):
     encoder = WhisperAcousticEncoder(folder, 16)
     mel = encoder.reader.log_mel(wave[None], -(-size // 320))
     expected = full_mel(wave)
-    assert torch.equal(mel, expected[..., : mel.shape[2]])
+    # Products of other sizes are rounded otherwise by some processors.
+    torch.testing.assert_close(
+        mel, expected[..., : mel.shape[2]], rtol=0, atol=1e-5
+    )
     # All that the frames' convolutions read is there.
     assert mel.shape[2] >= min(2 * -(-size // 320) + 1, 2 * WINDOW)
 

@@ -48,6 +48,8 @@ OPTIONS = {
     "stage_batch_seconds": 30,
     # BLEU on validation data that training time is measured to
     "target_bleu": 1.5,
+    # The row whose translator is kept for use; others are in their checkpoints
+    "kept": "whole",
 }
 
 # Weights as the authors' code has them. Their interval is 5,000 updates: tasks
@@ -87,8 +89,6 @@ STAGES = {
     "mt": {**PLAIN, "main": "mt"},
     "mt_local": {**PLAIN, "main": "mt", "local": True},
 }
-# The row whose translator is kept for use; others are in their checkpoints.
-KEPT = "whole"
 # What a row starts from, unless it or the command line says otherwise.
 START = {"acoustic_from": "asr", "text_from": "mt_local"}
 # Each row is train.yaml with these values.
@@ -149,7 +149,7 @@ def plan_trainings(given, folder, hparams):
                 "lr": hparams["stage_lr"],
                 "max_batch_seconds": hparams["stage_batch_seconds"],
             }
-        if name != KEPT:
+        if name != hparams["kept"]:
             options["translator_folder"] = None
         parents = []
         for key in START:
