@@ -322,7 +322,7 @@ class SpeechTranslationModel(torch.nn.Module):
         if segments is not None and self.label_embedding is not None:
             matrix = self.source_embedding.weight * self._text_scale
             embedded = self.label_embedding(
-                embedded, self.ctc_lin(pooled), matrix, segments.mask
+                embedded, self.ctc_lin(pooled), matrix, segments
             )
         encoded = self.textual(embedded, shrunk_lens)
         return SpeechEncoding(

@@ -14,6 +14,7 @@ from speechbrain_taskarith.translation import (
     TextEncoder,
     TranslationDecoder,
     TranslationObjective,
+    ctc_segments,
 )
 from speechbrain_taskarith.translation.reduction.label_embedding import (
     GATE,
@@ -43,9 +44,13 @@ def cascade(width=16):
 def test_is_the_sum_of_the_formula(labels):
     x, scores, _ = shrink_batch([7, 4], vocab=5, width=4)
     matrix = torch.randn(5, 4, dtype=torch.float64)
-    mask = torch.arange(7) < torch.tensor([[7], [4]])
+    # Segments of a frame each.
+    lengths = torch.tensor([7, 4])
+    segments = ctc_segments(torch.arange(14).view(2, 7), lengths)
+    best = scores.argmax(-1).masked_fill(segments.labels < 0, -1)
+    segments = segments._replace(labels=best)
     embed = LabelEmbedding(4, labels).double()
-    out = embed(x, scores, matrix, mask)
+    out = embed(x, scores, matrix, segments)
     for b, length in enumerate([7, 4]):
         for s in range(length):
             exps = [math.exp(score) for score in scores[b, s].tolist()]
@@ -60,8 +65,10 @@ def test_is_the_sum_of_the_formula(labels):
         assert not out[b, length:].any()
 
 
-def test_labels_alone_are_a_cascade():
+@pytest.mark.parametrize("pooling", ["first", "mean", "softmax"])
+def test_labels_alone_are_a_cascade(pooling):
     model = cascade()
+    model.shrink = CTCShrink(drop_blank=True, pooling=pooling)
     frames = torch.randn(3, 20, 16)
     lens = torch.tensor([1.0, 0.6, 0.05])
     frames[1, 12:] = frames[2, 1:] = math.nan

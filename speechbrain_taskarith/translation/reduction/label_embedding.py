@@ -12,11 +12,11 @@ class LabelEmbedding(torch.nn.Module):
 
     p is the posterior of the CTC head on a segment, E the embedding of
     transcripts, x the segment's vector, g a gate for each channel: the adaptor of
-    Xu et al. 2021 (arXiv 2105.05752, section 4.1), with a gate.
+    Xu et al. 2021 (arXiv 2105.05752), with a gate.
 
     Called with x [B, S, d], scores [B, S, V] of the CTC head on the segments,
-    the matrix of E [V, d] and a mask [B, S], False behind the last segment, it
-    returns [B, S, d], 0 there.
+    the matrix of E [V, d] and the `Segments`, it returns [B, S, d], 0 behind the
+    last one.
     """
 
     def __init__(self, d_model, labels):
@@ -29,10 +29,11 @@ class LabelEmbedding(torch.nn.Module):
         if labels == "added":
             self.gate = torch.nn.Parameter(torch.full((d_model,), GATE))
 
-    def forward(self, x, scores, matrix, mask):
+    def forward(self, x, scores, matrix, segments):
         """Embed the labels, see `LabelEmbedding`."""
         if self.gate is None:
-            out = F.embedding(scores.argmax(-1), matrix)
+            # Not those of pooled scores, which may have another best label.
+            out = F.embedding(segments.labels.clamp(min=0), matrix)
         else:
             out = scores.softmax(-1).to(matrix.dtype) @ matrix + self.gate * x
-        return out.masked_fill(~mask[..., None], 0.0)
+        return out.masked_fill(~segments.mask[..., None], 0.0)
