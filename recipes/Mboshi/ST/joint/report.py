@@ -282,19 +282,21 @@ def tested_pairs(rows):
 
 
 def compare_rows(seeds, ours, row, tokenize):
-    """Compare two rows of `{seed: {row: result}}`, on what both translated.
+    """Compare two rows of `{seed: {row: result}}`, in seeds that have both.
 
-    An utterance counts once for each seed, and is drawn with all of them.
+    Where they translated other utterances a seed is left out. An utterance
+    counts once for each seed, and is drawn with all of them.
     """
     lines = []
     for done in seeds.values():
         if ours in done and row in done:
             theirs = {t[0]: t[2] for t in done[row]["translations"]}
             own = done[ours]["translations"]
+            if theirs.keys() != {line[0] for line in own}:
+                continue
             lines += [
                 (name, reference, theirs[name], translation)
                 for name, reference, translation in own
-                if name in theirs
             ]
     if not lines:
         return {}
