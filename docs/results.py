@@ -6,9 +6,10 @@
 
 `figures/NAME/summary.json` holds the figures, `results.yaml` says what of them
 is shown, and a page has a place for it: `<!-- figures: NAME -->`. The picture
-of a study is `figures/NAME.png`.
+of a study is `figures/NAME.png`, its curves `figures/NAME_curves.png`.
 """
 
+import csv
 import json
 import re
 import sys
@@ -17,6 +18,12 @@ from pathlib import Path
 import yaml
 
 from speechbrain_taskarith.metrics import Summary, plot_by_row
+from speechbrain_taskarith.metrics.plots import (
+    draw_line,
+    figure,
+    label_axes,
+    legend_below,
+)
 from speechbrain_taskarith.utils.files import atomic_write
 
 DOCS = Path(__file__).parent
@@ -76,6 +83,24 @@ def picture(name, shown, folder=DOCS / "figures"):
     )
 
 
+def curves(name, shown, folder=DOCS / "figures"):
+    """Draw curves of a study's plot, whose points stand in a CSV."""
+    with open(DOCS / "figures" / name / f"{shown['plot']}.csv") as stream:
+        points = list(csv.DictReader(stream))
+    x, y = shown["labels"]
+    path = folder / f"{name}_curves.png"
+    with figure(path) as axes:
+        for number, (row, text) in enumerate(shown["rows"].items()):
+            own = [point for point in points if point["row"] == row]
+            places = ([float(point[axis]) for point in own] for axis in (x, y))
+            draw_line(axes, *places, number, text)
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        label_axes(axes, *shown["labels"].values(), "")
+        legend_below(axes)
+    return path
+
+
 def read_shown():
     """Return what results.yaml says."""
     return yaml.safe_load((DOCS / "results.yaml").read_text(encoding="utf-8"))
@@ -117,6 +142,11 @@ def take(name, folder):
     with atomic_write(target / "summary.json", "w") as stream:
         lines = ",\n".join(map(json.dumps, rows))
         stream.write(f"[\n{lines}\n]\n")
+    if "curves" in shown:
+        plot = f"{shown['curves']['plot']}.csv"
+        text = (Path(folder) / "plots" / plot).read_text(encoding="utf-8")
+        with atomic_write(target / plot, "w") as stream:
+            stream.write(text)
 
 
 def main(*arguments):
@@ -129,6 +159,8 @@ def main(*arguments):
     for name, shown in read_shown().items():
         if "picture" in shown:
             picture(name, shown["picture"])
+        if "curves" in shown:
+            curves(name, shown["curves"])
 
 
 if __name__ == "__main__":

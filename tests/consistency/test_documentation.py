@@ -248,13 +248,18 @@ def test_the_tables_of_results_are_those_of_the_summaries(
 
 
 def test_the_pictures_of_results_are_those_of_the_summaries(results, tmp_path):
-    for name, entry in results.read_shown().items():
-        if "picture" not in entry:
-            continue
-        drawn = results.picture(name, entry["picture"], tmp_path)
-        kept = ROOT / "docs" / "figures" / f"{name}.png"
-        assert kept.is_file(), f"no {kept.name}: run python docs/results.py"
-        with Image.open(drawn) as new, Image.open(kept) as old:
+    draw = {"picture": results.picture, "curves": results.curves}
+    drawn = [
+        draw[kind](name, entry[kind], tmp_path)
+        for name, entry in results.read_shown().items()
+        for kind in entry.keys() & draw
+    ]
+    assert drawn
+    for path in drawn:
+        name = path.name
+        kept = ROOT / "docs" / "figures" / name
+        assert kept.is_file(), f"no {name}: run python docs/results.py"
+        with Image.open(path) as new, Image.open(kept) as old:
             # Another version of matplotlib may place type otherwise.
             if new.info["Software"] == old.info["Software"]:
                 pair = new.convert("RGB"), old.convert("RGB")

@@ -11,7 +11,7 @@ import numpy
 import pytest
 import soundfile
 import torch
-from pretrained_encoder import tiny_hubert, with_hubert, with_whisper
+from pretrained_encoder import tiny_hubert, with_hubert
 from processes import Recipe, texts_of
 from tiny_whisper import save_tiny_whisper
 
@@ -429,11 +429,15 @@ def test_hubert_of_a_local_folder_takes_the_conformers_place(corpus, tmp_path):
 @pytest.mark.slow
 def test_whisper_of_a_local_folder_is_encoded_once(corpus, tmp_path):
     save_tiny_whisper(tmp_path / "whisper")
-    recipe = Recipe("Mboshi/ST/joint", "--noprogressbar", script="study.py")
-    path = "hparams/train.yaml"
-    with_whisper(recipe, tmp_path / "recipe", path, tmp_path / "whisper")
-    options = {**TINY, **STUDY, "only": "whole", "data_folder": corpus}
-    recipe.run(tmp_path / "out", options)
+    options = {
+        **TINY,
+        **STUDY,
+        "only": "whole",
+        "data_folder": corpus,
+        "whisper_hub": tmp_path / "whisper",
+        "cache_folder": tmp_path / "out/encoded",
+    }
+    RECIPE.run(tmp_path / "out", options, hparams="train_whisper")
     assert len(list((tmp_path / "out/encoded").iterdir())) == 29
     names = set(weights(tmp_path / "out", "whole"))
     assert any(n.startswith("acoustic.adaptor.") for n in names)

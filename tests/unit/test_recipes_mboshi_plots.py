@@ -43,8 +43,14 @@ def test_all_rows_have_a_bar_and_whole_methods_a_curve(
     report.plot_scores(done, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
         "bleu.png",
+        "bleu_against_time.csv",
         "bleu_against_time.png",
     }
+    assert (tmp_path / "bleu_against_time.csv").read_text().splitlines() == [
+        "row,cpu_minutes,bleu",
+        *("st,1.000,1.00", "st,2.000,1.00"),
+        *("whole,1.000,4.00", "whole,2.000,4.00"),
+    ]
     bars, curves = drawn.values()
     assert [bar.get_width() for bar in bars.patches] == [5.0, 1.0, 4.0, 3.0]
     names = [label.get_text() for label in bars.get_yticklabels()]

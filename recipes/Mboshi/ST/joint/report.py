@@ -1,5 +1,6 @@
 """Results: scores, translations and plots of a training, the study's table."""
 
+import csv
 import re
 from pathlib import Path
 
@@ -342,12 +343,20 @@ def plot_scores(done, folder):
         bounds=[row_name(row) for row in TEXT_ROWS],
         xlabel="BLEU (hatched: from transcripts)",
     )
-    curves = [row for row in CURVES if row in shown]
-    with figure(folder / "bleu_against_time.png") as axes:
-        for number, row in enumerate(curves):
-            epochs = shown[row]["epochs"]
-            minutes = [epoch["cpu_seconds"] / 60 for epoch in epochs]
-            scores = [epoch["BLEU"] for epoch in epochs]
+    curves = {
+        row: [(e["cpu_seconds"] / 60, e["BLEU"]) for e in shown[row]["epochs"]]
+        for row in CURVES
+        if row in shown
+    }
+    path = folder / "bleu_against_time.csv"
+    with atomic_write(path, "w") as stream:
+        lines = csv.writer(stream, lineterminator="\n")
+        lines.writerow(["row", "cpu_minutes", "bleu"])
+        for row, points in curves.items():
+            lines.writerows([row, f"{t:.3f}", f"{b:.2f}"] for t, b in points)
+    with figure(path.with_suffix(".png")) as axes:
+        for number, (row, points) in enumerate(curves.items()):
+            minutes, scores = zip(*points) if points else ((), ())
             draw_line(axes, minutes, scores, number, row_name(row))
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
