@@ -321,9 +321,9 @@ class SpeechTranslationModel(torch.nn.Module):
             embedded = looking_back(embedded, frames, frame_lens, segments)
         if segments is not None and self.label_embedding is not None:
             matrix = self.source_embedding.weight * self._text_scale
-            embedded = self.label_embedding(
-                embedded, self.ctc_lin(pooled), matrix, segments
-            )
+            added = self.label_embedding.gate is not None
+            scores = self.ctc_lin(pooled) if added else None
+            embedded = self.label_embedding(embedded, scores, matrix, segments)
         encoded = self.textual(embedded, shrunk_lens)
         return SpeechEncoding(
             *(logits, frame_lens, embedded, encoded, shrunk_lens, segments),
