@@ -9,7 +9,8 @@ import pytest
 import soundfile
 from processes import Recipe
 from recipe_modules import modules_of
-from tiny_whisper import save_tiny_whisper
+from tiny_whisper import save_tiny_whisper, tell_languages
+from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
 from speechbrain_taskarith.translation import SpeechTranslator
 
@@ -156,6 +157,56 @@ def test_whisper_encodes_each_utterance_once(corpus, finished):
     said = RECIPE.run(finished, options_of(corpus, only="whole,released_rule"))
     assert said.count("done before") == 4
     assert [path.stat().st_mtime_ns for path in kept] == times
+
+
+@pytest.mark.slow
+def test_whisper_itself_is_a_row(corpus, tmp_path):
+    output = tmp_path / "0"
+    english = options_of(
+        corpus, targets="[en]", target_pieces=15, only="cascade"
+    )
+    RECIPE.run(output, english)
+    # Room for as many tokens as a pipeline asks for, and none but those known.
+    whisper = save_tiny_whisper(
+        tmp_path / "whisper", seed=4, max_target_positions=448, vocab_size=364
+    )
+    tell_languages(whisper)
+    command = [output, "--prepared_folder", corpus, "--whisper_hub", whisper]
+    with modules_of(RECIPE.folder) as module:
+        module("whisper_translates").main([*map(str, command)])
+    rows = json.loads((output / "rows/whisper.json").read_text())
+    model = WhisperForConditionalGeneration.from_pretrained(whisper)
+    process = WhisperProcessor.from_pretrained(whisper)
+    with open(corpus / "test.csv", newline="") as stream:
+        given = {r["ID"]: r for r in csv.DictReader(stream)}
+    told = {"task": "translate", "max_new_tokens": 256, "num_beams": 5}
+    expected = []
+    for name, row in given.items():
+        path = row["wav"].replace("$data_root", str(corpus))
+        speech, rate = soundfile.read(path)
+        features = process(speech, sampling_rate=rate, return_tensors="pt")
+        tokens = model.generate(
+            features.input_features, language=row["lang"], **told
+        )
+        said = process.batch_decode(tokens, skip_special_tokens=True)[0]
+        expected.append([name, row["text_en"], said.strip()])
+    assert rows["translations"] == sorted(expected)
+    assert any(line[2] for line in expected)
+    RECIPE.run(output, english)
+    table = json.loads((output / "summary.json").read_text())
+    scores = {r["row"]: r["value"] for r in table if r["metric"] == "bleu"}
+    assert scores["whisper"] == pytest.approx(rows["scores"]["BLEU"])
+
+
+def test_whisper_translates_into_english_only(corpus, tmp_path):
+    with modules_of(RECIPE.folder) as module:
+        read_rows = module("whisper_translates").read_rows
+        with pytest.raises(ValueError, match="no translated utterance of .*pl"):
+            read_rows(corpus / "test.csv", corpus, ["pl"])
+        path = tmp_path / "test.csv"
+        path.write_text("ID,duration,wav,lang\na,1.0,a.wav,cs\n")
+        with pytest.raises(ValueError, match="no column text_en; Whisper"):
+            read_rows(path, tmp_path, ["cs"])
 
 
 @pytest.mark.slow

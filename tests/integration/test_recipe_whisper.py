@@ -12,7 +12,7 @@ from hyperpyyaml import load_hyperpyyaml
 from processes import Recipe
 from recipe_modules import modules_of
 from safetensors.torch import load_file
-from tiny_whisper import save_tiny_whisper
+from tiny_whisper import save_tiny_whisper, tell_languages
 
 from speechbrain_taskarith.__main__ import main as taskarith
 from speechbrain_taskarith.data import read_audio, write_audio
@@ -381,24 +381,6 @@ def test_speech_is_made_again_alike(recipe, tmp_path):
         name = row["wav"].removeprefix("$data_root/")
         files = [path.parent / name for path in paths]
         assert files[0].read_bytes() == files[1].read_bytes()
-
-
-def tell_languages(whisper):
-    """Let a model be told its language, as the public ones are."""
-    tokens = transformers.AutoTokenizer.from_pretrained(whisper)
-    config = transformers.GenerationConfig.from_pretrained(whisper)
-    known = {f"<|{name}|>" for name in ("nl", "cs", "en")}
-    config._from_model_config = False
-    config.is_multilingual = True
-    config.lang_to_id = {n: tokens.convert_tokens_to_ids(n) for n in known}
-    config.task_to_id = {
-        name: tokens.convert_tokens_to_ids(f"<|{name}|>")
-        for name in ("transcribe", "translate")
-    }
-    config.no_timestamps_token_id = tokens.convert_tokens_to_ids(
-        "<|notimestamps|>"
-    )
-    config.save_pretrained(whisper)
 
 
 def test_two_fine_tuned_models_become_one_that_transcribes(

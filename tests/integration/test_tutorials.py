@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny_whisper import save_tiny_whisper
+from tiny_whisper import save_tiny_whisper, tell_languages
 
 TUTORIALS = Path(__file__).resolve().parents[2] / "docs" / "tutorials"
 NOTEBOOKS = sorted(TUTORIALS.glob("*.ipynb"))
@@ -75,17 +75,8 @@ def kernel():
 
 def save_whisper_with_languages(folder):
     """Save a tiny Whisper whose `generate` takes a language."""
-    from transformers import GenerationConfig
-
     save_tiny_whisper(folder, seconds=6)
-    tokens = json.loads((folder / "vocab.json").read_text())
-    config = GenerationConfig.from_pretrained(folder)
-    config.is_multilingual = True
-    config.lang_to_id = {f"<|{x}|>": tokens[f"<|{x}|>"] for x in ("nl", "cs")}
-    config.task_to_id = {"transcribe": tokens["<|transcribe|>"]}
-    config.no_timestamps_token_id = tokens["<|notimestamps|>"]
-    config._from_model_config = False
-    config.save_pretrained(folder)
+    tell_languages(folder)
 
 
 def outputs(notebook):

@@ -66,3 +66,20 @@ def save_tiny_whisper(folder, seconds=2, seed=0, **settings):
         folder
     )
     return folder
+
+
+def tell_languages(whisper):
+    """Let a saved model be told language and task, as the public ones are."""
+    import transformers
+
+    tokens = json.loads((whisper / "vocab.json").read_text())
+    config = transformers.GenerationConfig.from_pretrained(whisper)
+    config._from_model_config = False
+    config.is_multilingual = True
+    names = [f"<|{name}|>" for name in ("nl", "cs", "en")]
+    config.lang_to_id = {name: tokens[name] for name in names}
+    config.task_to_id = {
+        name: tokens[f"<|{name}|>"] for name in ("transcribe", "translate")
+    }
+    config.no_timestamps_token_id = tokens["<|notimestamps|>"]
+    config.save_pretrained(whisper)

@@ -50,13 +50,14 @@ METRICS = (
 METHODS = ("whole", "released_rule", "with_labels")
 JOINT = "st_mt_asr_local"  # the row whose time and score others are held to
 TEXT_ROWS = ("mt", "mt_local")
+WHISPER = "whisper"  # what it translates itself, by whisper_translates.py
 # Rows drawn against time: not those of `whole` without a part.
 CURVES = (
     *("st", "st_from_mt_local", "st_mt_asr", "st_mt_asr_local"),
     *("no_shrink_no_task_weights", *METHODS),
 )
 # Rows without a part of the method
-RIVALS = ("st", "st_from_mt_local", "cascade", "cascade_tuned")
+RIVALS = (WHISPER, "st", "st_from_mt_local", "cascade", "cascade_tuned")
 RIVALS += ("st_mt_asr_local", *METHODS)
 NAMES = {
     "st_asr": "ST + ASR",
@@ -69,6 +70,7 @@ NAMES = {
     "released_rule": "whole method, released weights",
     "no_shrink_no_task_weights": "no shrink, no task weights",
     "with_labels": "whole method, labels as text",
+    WHISPER: "Whisper itself",
     "cascade_tuned": "cascade, tuned",
     METHODS[0]: "whole method",
 }

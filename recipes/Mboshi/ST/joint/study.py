@@ -28,7 +28,7 @@ from common.study import (
     start_study,
     workers,
 )
-from report import merge, result_path, write_report
+from report import WHISPER, merge, result_path, write_report
 from speechbrain.utils.logger import get_logger
 from train import make_labels, prepare, train
 
@@ -238,7 +238,7 @@ def main(argv):
     )
     with workers(study.options):
         run_trainings(train, trainings, rest, study.models)
-    write_report([*STAGES, *ROWS], hparams)
+    write_report([*STAGES, WHISPER, *ROWS], hparams)
 
 
 if __name__ == "__main__":
