@@ -253,12 +253,21 @@ class CTCBrain(sb.Brain):
 
 
 def bare(module):
-    """Return a module without its DDP wrapper; its names carry no `module.`."""
+    """Return a module without the wrappers of DDP and `torch.compile`.
+
+    Its names carry no `module.` or `_orig_mod.`.
+    """
     parallel = (
         torch.nn.parallel.DistributedDataParallel,
         torch.nn.DataParallel,
     )
-    return module.module if isinstance(module, parallel) else module
+    while True:
+        if isinstance(module, parallel):
+            module = module.module
+        elif hasattr(module, "_orig_mod"):
+            module = module._orig_mod
+        else:
+            return module
 
 
 def _augmented(augment, x, lens):

@@ -247,6 +247,27 @@ def test_rows_are_an_utterance_and_a_translation(corpus):
         assert len(every) == COUNTS["test"] + 1
 
 
+def test_an_utterance_without_recording_is_named_or_left_out(corpus, caplog):
+    with modules_of(RECIPE.folder) as module:
+        train = module("train")
+        rows = train.read_rows("test", settings(corpus, targets=["de", "en"]))
+        assert train.with_recordings(rows, "test", skip_bad=False) == rows
+        gone = next(iter(rows.values()))["utterance"]
+        lost = {
+            ID: {**row, "wav": row["wav"] + ".gone"}
+            if row["utterance"] == gone
+            else row
+            for ID, row in rows.items()
+        }
+        with pytest.raises(FileNotFoundError, match=f"utterance '{gone}': .*"):
+            train.with_recordings(lost, "test", skip_bad=False)
+        left = train.with_recordings(lost, "test", skip_bad=True)
+    assert left == {i: r for i, r in rows.items() if r["utterance"] != gone}
+    assert f"test.csv: 1 utterances without recording are left out, '{gone}'" in (
+        caplog.text
+    )
+
+
 @pytest.mark.parametrize(
     ("changed", "match"),
     [

@@ -8,21 +8,25 @@ import torch
 from test_brains_translation import TARGET, item, loader, make_brain
 from translation_toy import toy_model
 
+from speechbrain_taskarith.brains.ctc import bare
 from speechbrain_taskarith.vectors import AtomicCheckpointer
 
 
-def with_tied_head(folder, **hparams):
+def with_tied_head(folder, compiled=False, **hparams):
     """Return a Brain whose CTC head is tied to the embedding."""
     brain = make_brain(lr=0.1, **hparams)
     model = toy_model(tie_ctc=True, seed=2)
     model.register_buffer("steps", torch.tensor(3))
     brain.modules["model"] = model
+    if compiled:
+        brain.modules["model"] = torch.compile(model, backend="eager")
     brain.checkpointer = AtomicCheckpointer(folder, {"model": model})
     return brain
 
 
-def test_the_mean_of_the_last_checkpoints_is_tested(tmp_path, caplog):
-    brain = with_tied_head(tmp_path, average_last=3)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_mean_of_the_last_checkpoints_is_tested(tmp_path, caplog, compiled):
+    brain = with_tied_head(tmp_path, compiled, average_last=3)
     data = loader([0, 1], [2])
     for epoch in range(5):
         brain.fit([epoch], data, data)
@@ -33,12 +37,12 @@ def test_the_mean_of_the_last_checkpoints_is_tested(tmp_path, caplog):
     states = [torch.load(one.paramfiles["model"]) for one in last]
     assert not torch.equal(*(s["ctc_lin.weight"] for s in states[:2]))
     brain.evaluate(data, max_key="BLEU")
-    found = brain.modules["model"].state_dict()
+    model = bare(brain.modules["model"])
+    found = model.state_dict()
     for name, tensor in found.items():
         stored = torch.stack([state[name] for state in states]).double()
         torch.testing.assert_close(tensor.double(), stored.mean(0))
     assert found["steps"].dtype == torch.int64 and found["steps"] == 3
-    model = brain.modules["model"]
     assert model.ctc_lin.weight is model.source_embedding.weight
     with caplog.at_level(logging.WARNING):
         brain.hparams.average_last = 40

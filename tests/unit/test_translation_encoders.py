@@ -122,6 +122,15 @@ def test_last_layers_are_trained(made, waves, trained):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("option", ["output_norm", "output_all_hiddens"])
+def test_an_option_that_reads_the_padding_is_named(tmp_path, option, caplog):
+    folder = save_encoder(tmp_path / "x", "Hubert")
+    AcousticEncoder(wrapper("Hubert", folder, **{option: False}), 16)
+    assert not caplog.records
+    AcousticEncoder(wrapper("Hubert", folder, **{option: True}), 16)
+    assert f"HuBERT with {option}: frames" in caplog.text
+
+
 def test_frozen_by_its_own_wrapper(tmp_path, waves):
     folder = save_encoder(tmp_path / "x", "Hubert", hidden_dropout=0.5)
     acoustic = AcousticEncoder(wrapper("Hubert", folder, freeze=True), 16)

@@ -242,6 +242,21 @@ def test_a_collapsed_head_is_reported_and_cut_evenly(caplog):
     assert "cut evenly" in caplog.text
 
 
+@pytest.mark.parametrize("frames", [70, 300])
+def test_a_word_in_a_long_silence_is_no_collapse(frames):
+    labels = torch.zeros(2, frames, dtype=torch.long)
+    labels[0, 30:32] = 5
+    logits = torch.nn.functional.one_hot(labels, 7).float()
+    x = torch.rand(2, frames, 3)
+    shrink = CTCShrink(drop_blank=True, uniform=4)
+    out = shrink(x, logits, torch.ones(2))
+    assert out.segments.labels[0, 0] == 5 and out.segments.lengths[0] == 1
+    assert torch.equal(out.x[0, 0], x[0, 30])
+    # Blanks alone are one, and are cut evenly.
+    assert out.segments.lengths[1] == -(-frames // 4)
+    assert torch.equal(out.x[1, : out.segments.lengths[1]], x[1, ::4])
+
+
 def test_a_noisy_head_is_reported(caplog):
     x = torch.randn(1, 30, 3)
     labels = torch.arange(30) % 4

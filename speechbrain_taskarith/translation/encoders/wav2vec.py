@@ -1,5 +1,6 @@
 """wav2vec 2.0, HuBERT and their kin, without a trace of the padding."""
 
+import logging
 import threading
 
 import torch
@@ -7,6 +8,8 @@ from torch.nn.functional import pad
 
 from speechbrain_taskarith.translation.encoders.layered import Layered
 from speechbrain_taskarith.utils.lengths import padding_mask
+
+logger = logging.getLogger(__name__)
 
 #: By `config.model_type`, and whether the layers can be run one by one.
 FAMILIES = {
@@ -112,12 +115,19 @@ def is_wav2vec(encoder):
 
     Not with those options of the wrapper that change its output.
     """
-    if getattr(encoder, "output_norm", False) or getattr(
-        encoder, "output_all_hiddens", False
-    ):
-        return False
     config = getattr(bare(encoder), "config", None)
-    return getattr(config, "model_type", None) in FAMILIES
+    if getattr(config, "model_type", None) not in FAMILIES:
+        return False
+    for option in ("output_norm", "output_all_hiddens"):
+        if getattr(encoder, option, False):
+            logger.warning(
+                "%s with %s: frames of speech depend on how much padding a "
+                "batch has, and none of its layers can be trained alone. "
+                "Without %s they do not, and any can",
+                *(type(encoder).__name__, option, option),
+            )
+            return False
+    return True
 
 
 def _normalised(wavs, lengths):

@@ -208,7 +208,8 @@ class CTCShrink(torch.nn.Module):
             labels, lengths, self.drop_blank, self.blank_index, self.capacity
         )
         counts = starts.sum(1)
-        collapsed = lengths > counts * self.max_ratio
+        # Of the frames in segments: one word in a long silence is no collapse.
+        collapsed = inside.sum(1) > counts * self.max_ratio
         if self.uniform is not None:
             valid = ~padding_mask(lengths, starts.shape[1])
             steps = torch.arange(starts.shape[1], device=starts.device)

@@ -166,6 +166,29 @@ def read_manifest(path, hparams, speech=True):
     return {ID: row for rows in found.values() for ID, row in rows.items()}
 
 
+def with_recordings(rows, split, skip_bad):
+    """Leave out rows without a recording, or raise an error that names one."""
+    missing = {
+        row["utterance"]: row["wav"]
+        for row in rows.values()
+        if not Path(row["wav"]).is_file()
+    }
+    for utterance, wav in missing.items():
+        if not skip_bad:
+            raise FileNotFoundError(
+                f"{split}.csv: utterance {utterance!r}: {wav}: no such "
+                "recording; check data_folder, or give --skip_bad True"
+            )
+    if missing:
+        logger.warning(
+            f"{split}.csv: {len(missing)} utterances without recording are "
+            f"left out, {next(iter(missing))!r} among them"
+        )
+    return {
+        ID: row for ID, row in rows.items() if row["utterance"] not in missing
+    }
+
+
 def make_labels(hparams):
     """Train the tokenizers of both languages, or load them.
 
@@ -232,7 +255,9 @@ def dataio_prepare(hparams, labels):
     speech = {hparams["main"], *hparams["tasks"]} != {"mt"}
     for split in ("train", "valid", "test"):
         rows = read_rows(split, hparams)
-        if split == "train" and not speech:
+        if speech:
+            rows = with_recordings(rows, split, hparams["skip_bad"])
+        elif split == "train":
             rows |= read_texts(hparams)
         data = DynamicItemDataset(rows)
         if split != "train":
