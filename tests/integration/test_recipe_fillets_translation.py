@@ -263,8 +263,9 @@ def test_an_utterance_without_recording_is_named_or_left_out(corpus, caplog):
             train.with_recordings(lost, "test", skip_bad=False)
         left = train.with_recordings(lost, "test", skip_bad=True)
     assert left == {i: r for i, r in rows.items() if r["utterance"] != gone}
-    assert f"test.csv: 1 utterances without recording are left out, '{gone}'" in (
-        caplog.text
+    assert (
+        f"test.csv: 1 utterances without recording are left out, '{gone}'"
+        in (caplog.text)
     )
 
 

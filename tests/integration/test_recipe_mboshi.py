@@ -13,6 +13,7 @@ import soundfile
 import torch
 from pretrained_encoder import tiny_hubert, with_hubert
 from processes import Recipe, texts_of
+from speechbrain.utils.checkpoints import Checkpointer
 from tiny_whisper import save_tiny_whisper
 
 from speechbrain_taskarith.translation import SpeechTranslator
@@ -103,8 +104,6 @@ def run(data, output, fails=False, **options):
 
 def weights(output, row):
     """Read a row's last model by torch alone."""
-    from speechbrain.utils.checkpoints import Checkpointer
-
     folder = output / "models" / row / "save"
     path = Checkpointer(folder).find_checkpoint().path
     return torch.load(path / "model.ckpt", weights_only=True)
@@ -443,6 +442,22 @@ def test_whisper_of_a_local_folder_is_encoded_once(corpus, tmp_path):
     names = set(weights(tmp_path / "out", "whole"))
     assert any(n.startswith("acoustic.adaptor.") for n in names)
     assert (tmp_path / "out/models/whole/translator").is_dir()
+
+
+@pytest.mark.slow
+def test_a_tied_head_is_trained_and_comes_from_one_model(corpus, tmp_path):
+    recipe = Recipe("Mboshi/ST/joint", "--noprogressbar")
+    options = {**TINY, "data_folder": corpus, "tie_ctc": True}
+    options |= {"number_of_epochs": 1, "study_folder": tmp_path}
+    two = {"acoustic_from": "asr/save", "text_from": "mt/save"}
+    said = recipe.run(tmp_path / "two", {**options, **two}, fails=True)
+    assert "one matrix cannot be that of two models" in said
+    recipe.run(tmp_path / "one", options)
+    path = Checkpointer(tmp_path / "one/save").find_checkpoint().path
+    model = torch.load(path / "model.ckpt", weights_only=True)
+    head, text = model["ctc_lin.weight"], model["source_embedding.weight"]
+    assert torch.equal(head, text)
+    assert (tmp_path / "one/translator").is_dir()
 
 
 @pytest.mark.slow

@@ -242,6 +242,18 @@ def test_the_search_can_be_changed(made):
             translator.set_search(**wrong)
 
 
+def test_a_wider_beam_is_the_search_that_was_there(made):
+    translator = load(made[0] / "translator")
+    search = translator.search
+    search.length_penalty, search.least_steps = 0.3, 2
+    translator.set_search(beam_size=1)
+    # As many tokens as the beam may write.
+    assert translator.translate_file(made[3][1]).text == "B C"
+    translator.set_search(beam_size=4)
+    assert translator.search is search and search.beam_size == 4
+    assert (search.length_penalty, search.least_steps) == (0.3, 2)
+
+
 def test_an_existing_folder_is_replaced_as_a_whole_or_not_at_all(
     made, tmp_path
 ):

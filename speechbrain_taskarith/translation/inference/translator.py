@@ -47,9 +47,9 @@ class SpeechTranslator(Pretrained):
     hparams : dict
         `sample_rate`, `bos_index`, `eos_index`, `target_text` (labels to
         text); `search` (a `TranslationBeamSearch`), else translations are
-        greedy, of at most `greedy_tokens` (200); `source_text` (labels of the
-        CTC head to text) and `blank_index` (0); `languages`, a dict of target
-        language: its beginning token.
+        greedy, of at most `greedy_tokens` (200, or the search's `least_steps`);
+        `source_text` (labels of the CTC head to text) and `blank_index` (0);
+        `languages`, a dict of target language: its beginning token.
     **options : object
         `run_opts` and `freeze_params` of SpeechBrain's `Pretrained`, e.g.
         `run_opts={"device": "cuda:0"}`.
@@ -102,6 +102,8 @@ class SpeechTranslator(Pretrained):
         if self.search is not None:
             # Its decoder is the model's, which is there already.
             self.search.to(self.device).eval()
+        # What a wider beam comes back to; a list, so that it is no module twice
+        self._beam = [self.search]
 
     @classmethod
     def from_hparams(cls, source, trusted=False, savedir=None, **options):
@@ -358,6 +360,8 @@ class SpeechTranslator(Pretrained):
                     "length_penalty with beam_size 1: a greedy search has "
                     "nothing to compare; give a wider beam"
                 )
+            if self.search is not None:
+                self._beam = [self.search]
             self.search = None
             return
         if self.search is None and beam_size is None:
@@ -367,6 +371,8 @@ class SpeechTranslator(Pretrained):
                 "length_penalty: this model translates greedily; give "
                 "beam_size, too"
             )
+        if self.search is None:
+            self.search = self._beam[0]
         if self.search is None:
             self.search = TranslationBeamSearch(
                 self.mods.model.decoder,
@@ -381,7 +387,9 @@ class SpeechTranslator(Pretrained):
             self.search.length_penalty = length_penalty
 
     def _greedy_tokens(self):
-        return getattr(self.hparams, "greedy_tokens", 200)
+        """Return the limit of a greedy search: that of the beam, if there is."""
+        most = getattr(self._beam[0], "least_steps", 200)
+        return getattr(self.hparams, "greedy_tokens", most)
 
     def _search(self, memory, lens, begin):
         """Return the translations, and how long each may be, in tokens."""

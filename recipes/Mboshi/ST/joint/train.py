@@ -360,6 +360,12 @@ def train(argv):
             labels["source"].pieces, blank_token=hparams["blank_index"]
         )
     model.languages = labels["languages"]
+    starts = (hparams["acoustic_from"], hparams["text_from"])
+    if hparams["tie_ctc"] and None not in starts:
+        raise ValueError(
+            "tie_ctc: one matrix cannot be that of two models; give "
+            "--acoustic_from null or --text_from null"
+        )
     parts = ("acoustic", "ctc_lin")
     load_start(hparams["acoustic_from"], "asr", parts, model)
     parts = ("source_embedding", "textual", "decoder")
