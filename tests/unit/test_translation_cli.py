@@ -134,7 +134,10 @@ def test_a_translation_without_its_end_is_said_to_be_one(capsys, tmp_path):
         assert main([*words, *more]) == 0
         said = capsys.readouterr()
         assert "u0.wav: the translation lacks its end" in said.err
-        assert "cut the recording with --cut 10" in said.err
+        assert "--cut" not in said.err  # it is one sentence already
+    write_audio("eleven.wav", wave_of(1).repeat(99)[: 11 * RATE], RATE)
+    assert main([*words[:-1], "eleven.wav"]) == 0
+    assert "cut the recording with --cut 10" in capsys.readouterr().err
     assert run_json(capsys, *words)["files"][0]["cut"]
     capsys.readouterr()
     found = run_json(capsys, *MODEL, *WAVS)["files"]

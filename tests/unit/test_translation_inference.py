@@ -30,6 +30,7 @@ from speechbrain_taskarith.data import (
 )
 from speechbrain_taskarith.translation import (
     SpeechTranslator,
+    Translation,
     greedy_translation,
     save_translator,
 )
@@ -240,6 +241,12 @@ def test_the_search_can_be_changed(made):
     ):
         with pytest.raises(ValueError, match=next(reversed(wrong))):
             translator.set_search(**wrong)
+
+
+def test_a_text_that_the_ctc_head_did_not_read_is_doubted():
+    assert Translation("chien", transcript="dog").doubt is None
+    assert Translation("chien").doubt is None  # it has no labels
+    assert "read nothing" in Translation("chien", transcript="").doubt
 
 
 def test_a_wider_beam_is_the_search_that_was_there(made):

@@ -2,6 +2,8 @@
 
 from dataclasses import asdict, dataclass, field
 
+SENTENCE = 10  # seconds that it takes, at most
+
 
 @dataclass(frozen=True)
 class TranslatedSegment:
@@ -75,11 +77,18 @@ class Translation:
         if not self.text:
             return "the translation is empty; is there speech in it?"
         if self.cut:
-            return (
+            doubt = (
                 "the translation lacks its end: it is as long as the model's "
-                "search allows (least_steps or greedy_tokens). A model of "
-                "sentences wants sentences: cut the recording (longest=10)"
+                "search allows (least_steps or greedy_tokens)"
             )
+            if self.seconds <= SENTENCE:
+                return doubt
+            return (
+                f"{doubt}. A model of sentences wants sentences: cut the "
+                f"recording (longest={SENTENCE})"
+            )
+        if self.transcript == "":
+            return "the CTC head read nothing; is there speech in it?"
         return None
 
     @classmethod
