@@ -34,14 +34,19 @@ def table(name, shown):
     """Return one table in Markdown: `mean ± std` where there are seeds.
 
     A column of four names is a table, a metric, and the ends of its interval.
+    With `seeds` the last column counts them, where rows have different ones.
     """
     summary = Summary.load(DOCS / "figures" / name)
-    lines = [["", *shown["columns"]], [":--", *["--:"] * len(shown["columns"])]]
+    counted = ["seeds"] * shown.get("seeds", False)
+    names = [*shown["columns"], *counted]
+    lines = [["", *names], [":--", *["--:"] * len(names)]]
     for row, text in shown["rows"].items():
         cells = [
             _cell(summary, table, row, *metrics)
             for table, *metrics in shown["columns"].values()
         ]
+        first = next(iter(shown["columns"].values()))
+        cells += [str(_seeds(summary, row, *first)) for _ in counted]
         lines.append([text, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -58,6 +63,18 @@ def _cell(summary, table, row, metric, *interval):
         return f"{value} ± {summary.value(table, row, metric, seed='std'):.1f}"
     except KeyError:
         return value
+
+
+def _seeds(summary, row, table, metric):
+    """Count the seeds that a row has."""
+    return len(
+        {
+            entry["seed"]
+            for entry in summary.rows(table)
+            if (entry["row"], entry["metric"]) == (row, metric)
+            and isinstance(entry["seed"], int)
+        }
+    )
 
 
 def picture(name, shown, folder=DOCS / "figures"):

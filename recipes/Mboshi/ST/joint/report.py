@@ -46,6 +46,7 @@ METRICS = (
     ("ctc_cer", "CTC_CER", "%"),
 )
 # The rows that others are tested against: the first of them all, the others
+# (its weights as released; without auxiliary tasks, but with labels as text)
 # those that do not leave out a part of it
 METHODS = ("whole", "released_rule", "with_labels")
 JOINT = "st_mt_asr_local"  # the row whose time and score others are held to
@@ -69,7 +70,7 @@ NAMES = {
     "no_tasks": "no auxiliary tasks",
     "released_rule": "whole method, released weights",
     "no_shrink_no_task_weights": "no shrink, no task weights",
-    "with_labels": "whole method, labels as text",
+    "with_labels": "no auxiliary tasks, labels as text",
     WHISPER: "Whisper itself",
     "cascade_tuned": "cascade, tuned",
     METHODS[0]: "whole method",
