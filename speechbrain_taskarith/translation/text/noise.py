@@ -18,9 +18,11 @@ class BlankNoise(torch.nn.Module):
     In a sentence chosen at random all punctuation becomes blank, and
     `round(number of tokens * U(0, insert_share))` blanks are inserted, each at
     a random place and from there moved on to where the next word begins, or to
-    the sentence's end (arXiv 2311.03810, section 4.2). Called with tokens [B, U] and their relative lengths [B], it
-    returns noisy tokens [B, U'], U' >= U, and theirs; outside training, the
-    tokens and lengths themselves.
+    the sentence's end (arXiv 2311.03810, section 4.2).
+
+    Called with tokens [B, U] and their relative lengths [B], it returns noisy
+    tokens [B, U'], U' >= U, and theirs; outside training, the tokens and lengths
+    themselves.
 
     Arguments
     ---------
