@@ -261,6 +261,20 @@ def test_cl_masr_reads_the_logs_and_finds_our_figures(finished):
     assert matrix.domains == tuple(ACCENTS)
 
 
+def test_other_settings_in_the_folder_are_refused(recipe, corpus, finished):
+    us, england, india = ACCENTS
+    for accents, more, said in (
+        (ACCENTS, "--test=1", "another test"),
+        (ACCENTS, "--lr=0.5", "another lr"),
+        (ACCENTS, "--weight_decay=0.5", "another option of train.py"),
+        ((us, india, england), "--seeds=0", "another order of accents"),
+        ((us, england), "--seeds=1", "another order of accents"),
+    ):
+        argv = [*options(corpus, finished, epochs=3), *TINY, more]
+        with pytest.raises(ValueError, match=said):
+            recipe("study").main([*argv, "--accents", *accents])
+
+
 def test_whisper_learns_a_sequence(recipe, corpus, tmp_path):
     pytest.importorskip("transformers")
     hub = save_tiny_whisper(tmp_path / "whisper", seconds=3)

@@ -315,6 +315,27 @@ def test_faults_of_the_study_are_named(recipe, corpus, tmp_path):
         main([*start, f"--synthetic={tmp_path}"])
 
 
+def test_other_settings_in_the_folder_are_refused(
+    recipe, corpus, finished, tmp_path
+):
+    own = finished.parent / "whisper"
+    other = save_tiny_whisper(tmp_path / "other", seconds=3, seed=1)
+    for hub, more, said in (
+        (own, "--lines=1", "another lines"),
+        (own, "--test=1", "another test"),
+        (own, "--takes=2", "another takes"),
+        (own, "--weight_decay=0.5", "another option of train.py"),
+        (own, f"--synthetic={finished / 'synthetic'}", None),
+        (other, "--draws=1", "another base"),
+    ):
+        argv = options(corpus, finished, f"--hub={hub}", more)
+        if said is None:  # the same speech, named
+            recipe("study").main(argv)
+            continue
+        with pytest.raises(ValueError, match=said):
+            recipe("study").main(argv)
+
+
 @pytest.mark.parametrize(
     ("text", "kept"),
     [

@@ -1,6 +1,7 @@
 """SYN2REAL with Whisper and its controls, with a tiny random model."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -160,9 +161,42 @@ def test_a_finished_study_trains_and_measures_nothing(
     assert (finished / "summary.json").read_text() == before
 
 
+def test_other_settings_in_the_folder_are_refused(
+    finished, options, recipe, tmp_path
+):
+    lines = finished / "data/nl_test.csv"
+    before = lines.read_bytes()
+    here = Path(value_of(options, "--domain").split("=")[1]).parent
+    spoken = finished / "synthetic/nl/manifest.csv"
+    other = save_tiny_whisper(tmp_path / "other", seed=1)
+    shutil.copytree(here, tmp_path / "nl")
+    test = tmp_path / "nl/test.csv"
+    test.write_text(test.read_text().replace("een vis", "een boot"))
+    for more, said in (
+        (["--lines", "2"], "another lines (4, now 2)"),
+        (["--test", "1"], "another test (160, now 1)"),
+        (["--longest", "1"], "another longest"),
+        (["--whisper_hub", str(other)], "another base"),
+        (["--synthetic", f"nl={spoken}"], "another --synthetic for nl"),
+        (["--domain", f"nl={tmp_path}/nl/{{}}.csv"], "another test lines of"),
+    ):
+        with pytest.raises(ValueError) as error:
+            recipe("syn2real").main([*options, *more])
+        assert said in str(error.value) and str(finished) in str(error.value)
+    assert lines.read_bytes() == before
+
+
+def value_of(options, name):
+    return options[options.index(name) + 1]
+
+
 @pytest.mark.parametrize(
     "more, said",
     [
+        (
+            ["--synthetic", "nl=a.csv", "--synthetic", "de=b.csv"],
+            "de: no --dom",
+        ),
         (["--helper", "en"], "expected NAME=PATH"),
         (["--helper", "en=no_split.csv"], "expected {} for the split"),
         ([], "give three domains, or two and a helper"),

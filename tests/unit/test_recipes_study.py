@@ -15,6 +15,7 @@ from common.study import (
     Training,
     about,
     is_finished,
+    note_settings,
     parse_study_arguments,
     run_trainings,
     workers,
@@ -244,3 +245,17 @@ def test_a_loss_that_is_not_finite_is_tried_once_more(tmp_path, times):
             study()
         assert not is_finished(tmp_path, "a")
     assert len(calls) == 2
+
+
+def test_a_folder_keeps_its_settings(tmp_path):
+    first = {"lines": 4, "test": None, "sources": ("a", "b")}
+    note_settings(tmp_path, first)
+    note_settings(tmp_path, first)
+    # Something new is no other value, and is remembered.
+    note_settings(tmp_path, {"lines": 4, "lines of c": "12ab"})
+    for changed in ({"lines": 2}, {"test": 3}, {"lines of c": "34cd"}):
+        [name] = changed
+        with pytest.raises(ValueError, match=f"another {name} .*--output"):
+            note_settings(tmp_path, first | changed)
+    note_settings(tmp_path, first)
+    note_settings(tmp_path / "other", {"lines": 2})

@@ -28,12 +28,13 @@ from hyperpyyaml import load_hyperpyyaml
 from ruamel.yaml import YAML
 
 from speechbrain_taskarith.metrics import paired_bootstrap
-from speechbrain_taskarith.utils.files import read_json, write_json
+from speechbrain_taskarith.utils.files import read_json, sha256_of, write_json
 from speechbrain_taskarith.utils.progress import progress
 
 logger = logging.getLogger(__name__)
 
 FINISHED = "finished.json"
+SETTINGS = "study.json"
 CONSOLE = "console.txt"
 
 # Loky starts a new worker where the memory of one has grown: no fault.
@@ -296,6 +297,39 @@ def generations(trainings, folder):
 def is_finished(folder, name):
     """Tell whether a training has finished."""
     return (Path(folder) / name / FINISHED).is_file()
+
+
+def note_settings(folder, settings):
+    """Refuse to go on where a study has begun with other settings.
+
+    What is trained and measured is found again by its name, which does not
+    say how it was made. Only what both runs know is compared: a further seed
+    may bring settings of its own.
+
+    Arguments
+    ---------
+    folder : str or pathlib.Path
+        The study's output folder.
+    settings : dict
+        Plain values by what they are called in the error.
+    """
+    path = Path(folder) / SETTINGS
+    noted = read_json(path) if path.exists() else {}
+    # As they are read again: a tuple is a list.
+    settings = json.loads(json.dumps(settings, default=str))
+    for key, value in settings.items():
+        if noted.get(key, value) != value:
+            raise ValueError(
+                f"{folder} holds a run with another {key} ({noted[key]!r}, now "
+                f"{value!r}); give another folder (--output, OUTPUT=... of "
+                "make), or remove this one"
+            )
+    write_json(path, noted | settings)
+
+
+def content_of(manifests):
+    """Return short digests of files for `note_settings`: `{name: digest}`."""
+    return {name: sha256_of(path)[:12] for name, path in manifests.items()}
 
 
 def rerun_unmeasured(trainings, folder, result_of):

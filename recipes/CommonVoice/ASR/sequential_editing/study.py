@@ -24,7 +24,12 @@ from pathlib import Path
 
 import joblib
 import torch
-from common.study import Training, run_trainings
+from common.study import (
+    Training,
+    content_of,
+    note_settings,
+    run_trainings,
+)
 from common_voice_prepare import prepare_common_voice, write_rows
 from hyperpyyaml import load_hyperpyyaml
 from measure import WHISPER_KIND, Kind, Measure
@@ -106,6 +111,29 @@ def read_accents(given):
     if len(names) < 2:
         raise ValueError("--accents: two or more make a sequence")
     return {name: known[name] for name in names}
+
+
+def settings_of(given, more, accents, prepared):
+    """Return what all models and results in the folder depend on."""
+    first_lr, lr = RATES[given.model]
+    return {
+        "model": given.model,
+        "base": given.hub and open_state(given.hub).fingerprint,
+        "order of accents": list(accents),
+        "source": given.source,
+        "longest": given.longest,
+        "test": given.test,
+        "first_lr": given.first_lr or first_lr,
+        "lr": given.lr or lr,
+        "option of train.py": KINDS[given.model].parse(more)[1],
+        **content_of(
+            {
+                f"{split} clips of {accent}": prepared / f"{accent}_{split}.csv"
+                for accent in accents
+                for split in ("train", "test")
+            }
+        ),
+    }
 
 
 def join(prepared, names, path):
@@ -271,6 +299,7 @@ def main(argv):
         given.source,
         max_seconds=given.longest,
     )
+    note_settings(output, settings_of(given, more, accents, prepared))
     torch.set_num_threads(1)
     results = {
         seed: run_seed(given, more, accents, prepared, output / str(seed), seed)

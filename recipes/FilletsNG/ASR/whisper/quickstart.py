@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
 import joblib
 import torch
-from common.study import run_trainings
+from common.study import note_settings, run_trainings
 from studies.lineage import keep_weights
 from studies.quickstart_data import (
     EXPECTED,
@@ -54,11 +54,8 @@ from train import train
 from tune_window import tune_window
 from whisper_window import cut_window
 
-from speechbrain_taskarith.utils.files import read_json, write_json
 from speechbrain_taskarith.utils.hub.download import local_path
 from speechbrain_taskarith.vectors import open_state
-
-SETTINGS = "quickstart.json"
 
 
 def parse_arguments(argv):
@@ -100,26 +97,16 @@ def choose_domains(found, data, wanted=None):
     return {name: found[name] for name in chosen}
 
 
-def note_settings(given, output, model, domains):
-    """Refuse to mix two runs in one folder."""
+def settings_of(given, model, domains):
+    """Return what all models and results in the folder depend on."""
     rows = json.dumps(domains, sort_keys=True).encode()
     own = ("output", "workers")
-    settings = {
+    return {
         **{key: v for key, v in vars(given).items() if key not in own},
         "data": str(Path(given.data).expanduser().resolve()),
         "model": str(model.resolve()),
         "content of the data": hashlib.sha256(rows).hexdigest(),
     }
-    path = output / SETTINGS
-    before = read_json(path) if path.exists() else settings
-    for key, value in settings.items():
-        if before.get(key) != value:
-            raise ValueError(
-                f"{output} holds a run with another {key} "
-                f"({before.get(key)!r}, now {value!r}); give another folder "
-                "(OUTPUT=...), or remove it"
-            )
-    write_json(path, settings)
 
 
 def fit_window(model, output, seconds, whole, manifests, given):
@@ -190,7 +177,7 @@ def run(given):
     domains = choose_domains(found, given.data, given.domains)
     check_languages(domains, languages, given.model)
     longest = choose_window(domains, whole)
-    note_settings(given, output, model, domains)
+    note_settings(output, settings_of(given, model, domains))
     folder = output / str(given.seed)
     manifests, held_out, left_out = draw_lines(
         domains,

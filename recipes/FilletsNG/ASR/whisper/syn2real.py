@@ -32,7 +32,12 @@ from pathlib import Path
 
 import joblib
 import torch
-from common.study import Training, run_trainings
+from common.study import (
+    Training,
+    content_of,
+    note_settings,
+    run_trainings,
+)
 from scoring import normalize
 from studies.lineage import KEPT, keep_weights
 from studies.lines import SPLITS, check_splits, read_csv, write_csv
@@ -82,6 +87,9 @@ def parse_arguments(argv):
             parser.error(f"{pair[0]!r}: expected NAME=PATH")
     given.domain, given.helper = dict(given.domain), dict(given.helper)
     given.synthetic = dict(given.synthetic)
+    unknown = given.synthetic.keys() - (given.domain | given.helper).keys()
+    if unknown:
+        parser.error(f"--synthetic {min(unknown)}: no --domain or --helper")
     for name, pattern in (given.domain | given.helper).items():
         if "{}" not in pattern:
             parser.error(f"{name}={pattern}: expected {{}} for the split")
@@ -145,6 +153,27 @@ def prepare_data(given, folder, seed):
         name: write_csv(folder / "data" / f"{name}.csv", rows)
         for name, rows in drawn.items()
     }, held_out
+
+
+def settings_of(given):
+    """Return what all models and results in the folder depend on."""
+    settings = {
+        name: vars(given)[name]
+        for name in ("lines", "longest", "valid", "test")
+    }
+    settings["base"] = open_state(given.whisper_hub).fingerprint
+    settings["domains"] = list(given.domain)
+    for name, pattern in (given.domain | given.helper).items():
+        settings[f"--synthetic for {name}"] = "espeak-ng"
+        settings |= content_of(
+            {
+                f"{split} lines of {name}": pattern.format(split)
+                for split in SPLITS
+            }
+        )
+    return settings | content_of(
+        {f"--synthetic for {n}": path for n, path in given.synthetic.items()}
+    )
 
 
 def plan_trainings(manifests, seed):
@@ -335,6 +364,7 @@ def leave_out(study, target, given):
 def main(argv):
     """Train what is missing, measure, write the tables."""
     given = parse_arguments(argv)
+    note_settings(given.output, settings_of(given))
     results = {}
     for seed in given.seeds:
         folder = Path(given.output, str(seed))

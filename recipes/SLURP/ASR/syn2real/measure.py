@@ -44,6 +44,11 @@ class Kind:
         """Return the module that trains."""
         return importlib.import_module(self.script)
 
+    def parse(self, more):
+        """Read options of its `train.py`; returns run options, overrides."""
+        _, run_opts, given = sb.parse_arguments([str(self.hparams), *more])
+        return run_opts, YAML(typ="safe").load(given) or {}
+
 
 #: Whisper of any size, by the recipe of another corpus.
 WHISPER_KIND = Kind(
@@ -78,8 +83,7 @@ class Measure:
     """
 
     def __init__(self, kind, overrides, more, folder):
-        _, run_opts, given = sb.parse_arguments([str(kind.hparams), *more])
-        given = YAML(typ="safe").load(given) or {}
+        run_opts, given = kind.parse(more)
         with open(kind.hparams, encoding="utf-8") as stream:
             self.hparams = load_hyperpyyaml(
                 stream, {**kind.options, **given, **overrides}

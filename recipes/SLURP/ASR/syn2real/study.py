@@ -34,7 +34,12 @@ from pathlib import Path
 
 import joblib
 import torch
-from common.study import Training, run_trainings
+from common.study import (
+    Training,
+    content_of,
+    note_settings,
+    run_trainings,
+)
 from manifests import prepare_manifests
 from measure import HERE, WHISPER_KIND, Kind, Measure
 from report import write_report
@@ -122,6 +127,28 @@ def speak(given, prepared, scenarios):
             f"the texts in {prepared}"
         )
     return found
+
+
+def settings_of(given, more, sources):
+    """Return the options that all models and results depend on."""
+    names = "model takes lr lines valid test longest held_out".split()
+    return {
+        **{name: vars(given)[name] for name in names},
+        "sources": sources,
+        "option of train.py": KINDS[given.model].parse(more)[1],
+    }
+
+
+def data_of(hub, prepared, synthetic):
+    """Return what they depend on besides: base and speech."""
+    manifests = {
+        f"{split} lines of {domain}": prepared / f"{domain}_{split}.csv"
+        for domain in synthetic
+        for split in ("train", "valid", "test")
+    }
+    for domain, path in synthetic.items():
+        manifests[f"synthetic speech of {domain}"] = path
+    return {"base": open_state(hub).fingerprint, **content_of(manifests)}
 
 
 def plan_trainings(names, targets, sources, manifests, lr, seed, folder):
@@ -294,7 +321,9 @@ def main(argv):
     kind, names = KINDS[given.model], Names(given.mixed_first == "True")
     hub = Path(given.hub)
     hub = str(hub.resolve()) if hub.is_dir() else given.hub
+    note_settings(output, settings_of(given, more, sources))
     synthetic = speak(given, prepared, domains)
+    note_settings(output, data_of(hub, prepared, synthetic))
     torch.set_num_threads(1)
     results, about = {}, {}
     for seed in given.seeds:
