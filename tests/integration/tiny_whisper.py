@@ -5,8 +5,11 @@ import json
 import torch
 
 
-def save_tiny_whisper(folder, seconds=2, seed=0, **settings):
-    """Save model, tokenizer and feature extractor; returns the folder."""
+def save_tiny_whisper(folder, seconds=2, seed=0, without=(), **settings):
+    """Save model, tokenizer and feature extractor; returns the folder.
+
+    `without`: languages that the tokenizer does not have.
+    """
     import transformers
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers.models.whisper.tokenization_whisper import LANGUAGES
@@ -15,7 +18,11 @@ def save_tiny_whisper(folder, seconds=2, seed=0, **settings):
     special = [
         "<|endoftext|>",
         "<|startoftranscript|>",
-        *(f"<|{language}|>" for language in LANGUAGES),
+        *(
+            f"<|{language}|>"
+            for language in LANGUAGES
+            if language not in without
+        ),
         "<|translate|>",
         "<|transcribe|>",
         "<|startoflm|>",

@@ -36,9 +36,9 @@ from studies.quickstart_data import (
     EXPECTED,
     check_languages,
     choose_window,
+    describe,
     domains_of,
     draw_lines,
-    languages_of,
     read_corpus,
 )
 from studies.quickstart_report import write_report
@@ -166,7 +166,7 @@ def run(given):
     output = Path(given.output).resolve()
     output.mkdir(parents=True, exist_ok=True)
     model = local_path(given.model)
-    languages, whole = languages_of(model)
+    languages, whole = describe(model)
     open_state(model)
     splits = read_corpus(given.data, output / "prepared")
     found = domains_of(

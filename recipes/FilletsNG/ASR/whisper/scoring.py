@@ -5,21 +5,23 @@ import hashlib
 import json
 from pathlib import Path
 
-from transformers.models.whisper.english_normalizer import (
-    BasicTextNormalizer,
-    EnglishTextNormalizer,
-)
-
 from speechbrain_taskarith.metrics import wer
 from speechbrain_taskarith.utils.files import read_json, write_json
+from speechbrain_taskarith.utils.optional import require
+
+normalizers = require(
+    "transformers.models.whisper.english_normalizer",
+    "huggingface",
+    "scoring as Whisper's authors do",
+)
 
 
 @functools.lru_cache
 def normalizer(language, spelling=()):
     """Return Whisper's text normaliser of a language code."""
     if language == "en":
-        return EnglishTextNormalizer(dict(spelling))
-    return BasicTextNormalizer()
+        return normalizers.EnglishTextNormalizer(dict(spelling))
+    return normalizers.BasicTextNormalizer()
 
 
 def normalize(text, language, tokenizer=None):

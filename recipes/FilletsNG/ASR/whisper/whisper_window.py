@@ -17,7 +17,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from speechbrain.integrations.huggingface.whisper import Whisper
+
+from speechbrain_taskarith.utils.optional import require
+
+# SpeechBrain's own message does not name our extra.
+transformers = require("transformers", "huggingface", "Whisper")
+from speechbrain.integrations.huggingface.whisper import Whisper  # noqa: E402
 
 # The encoder's convolutions halve the rate of the features, 100 a second.
 POSITIONS_PER_SECOND = 50
@@ -43,23 +48,15 @@ class WindowedWhisper(Whisper):
     """
 
     def __init__(self, source, save_path, **kwargs):
-        # Imported where it is used: transformers is an extra.
-        from transformers import AutoConfig
-
-        try:
-            kind = AutoConfig.from_pretrained(source).model_type
-        except (OSError, ValueError) as error:
-            raise OSError(
-                f"whisper_hub {source!r}: neither a folder with a Whisper "
-                "model nor a name that could be downloaded. Without network, "
-                "copy the folder from a machine with it: huggingface-cli "
-                f"download {source} --local-dir whisper"
-            ) from error
-        if kind != "whisper":
-            raise ValueError(
-                f"whisper_hub {source!r}: a {kind} model; expected a Whisper"
-            )
+        check_whisper(source)
         super().__init__(source, save_path, **kwargs)
+
+    @property
+    def languages(self):
+        """Codes of the languages that it can be told."""
+        if not self.is_multilingual:
+            return {"en"}
+        return languages_of(self.tokenizer)
 
     def load_weights(self, state):
         """Take weights of a checkpoint or of a `transformers` folder."""
@@ -85,15 +82,42 @@ class WindowedWhisper(Whisper):
         return torch.cat(rows)
 
 
+def check_whisper(source):
+    """Refuse a name or folder that is no Whisper."""
+    try:
+        kind = transformers.AutoConfig.from_pretrained(source).model_type
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"{source}: neither a folder with a Whisper model nor a name that "
+            "could be downloaded. Without network, copy the folder from a "
+            f"machine with it (hf download {source} --local-dir whisper) and "
+            "give its path"
+        ) from error
+    if kind != "whisper":
+        raise ValueError(f"{source}: a {kind} model; expected a Whisper")
+
+
+def languages_of(tokenizer):
+    """Return the codes of the languages that a tokenizer has a token for."""
+    from transformers.models.whisper.tokenization_whisper import LANGUAGES
+
+    # The list is that of the newest models; what is not there is "unknown".
+    missing = (None, tokenizer.unk_token_id)
+    return {
+        code
+        for code in LANGUAGES
+        if tokenizer.convert_tokens_to_ids(f"<|{code}|>") not in missing
+    }
+
+
 def cut_window(source, output, seconds):
     """Write a Whisper folder whose input window is `seconds` long.
 
     Whole seconds: `transformers` counts its chunks in them.
     """
-    from transformers import AutoProcessor, WhisperForConditionalGeneration
-
+    check_whisper(source)
     positions = seconds * POSITIONS_PER_SECOND
-    model = WhisperForConditionalGeneration.from_pretrained(source)
+    model = transformers.WhisperForConditionalGeneration.from_pretrained(source)
     encoder = model.model.encoder
     if not 0 < positions <= encoder.config.max_source_positions:
         whole = encoder.config.max_source_positions / POSITIONS_PER_SECOND
@@ -105,7 +129,7 @@ def cut_window(source, output, seconds):
     encoder.embed_positions = torch.nn.Embedding.from_pretrained(kept)
     encoder.max_source_positions = positions
     model.config.max_source_positions = positions
-    processor = AutoProcessor.from_pretrained(source)
+    processor = transformers.AutoProcessor.from_pretrained(source)
     extractor = processor.feature_extractor
     extractor.chunk_length = seconds
     extractor.n_samples = seconds * extractor.sampling_rate
@@ -115,11 +139,11 @@ def cut_window(source, output, seconds):
 
 def save_whisper(whisper, source, output):
     """Write a tuned `WindowedWhisper` as `transformers` folder of `source`."""
-    from transformers import AutoProcessor, WhisperForConditionalGeneration
-
-    model = WhisperForConditionalGeneration.from_pretrained(source)
+    model = transformers.WhisperForConditionalGeneration.from_pretrained(source)
     model.model.load_state_dict(whisper.model.state_dict())
-    write_folder(output, model, AutoProcessor.from_pretrained(source))
+    write_folder(
+        output, model, transformers.AutoProcessor.from_pretrained(source)
+    )
 
 
 def write_folder(output, *parts):

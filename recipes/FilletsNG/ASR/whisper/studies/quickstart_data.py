@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from synthesize import synthesize
+from whisper_window import languages_of
 
 from studies.lines import check_splits, write_csv
 
@@ -300,11 +301,8 @@ def speak(name, rows, folder):
     return spoken
 
 
-def languages_of(folder):
-    """Return the codes of the languages that a Whisper folder knows.
-
-    Refuses what is no Whisper.
-    """
+def describe(folder):
+    """Return a Whisper folder's languages, and its window in seconds."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(
@@ -318,6 +316,7 @@ def languages_of(folder):
         )
     if config["vocab_size"] < 51865:
         return {"en"}, config["max_source_positions"] / 50
-    from transformers.models.whisper.tokenization_whisper import LANGUAGES
+    from transformers import WhisperTokenizer
 
-    return set(LANGUAGES), config["max_source_positions"] / 50
+    tokenizer = WhisperTokenizer.from_pretrained(folder)
+    return languages_of(tokenizer), config["max_source_positions"] / 50
