@@ -196,21 +196,122 @@ def test_batches_by_seconds(whisper, tmp_path):
         ({"seconds": 2.5}, ["1 utterances", "2 s", "line2", "--seconds"]),
         ({"langs": ["xx"]}, ["line0", "'xx'", "--language"]),
         ({"texts": ["Ja", " "]}, ["1 utterances", "no text", "line1"]),
+        ({"duration": None}, ["no column 'duration'", "found ID, wav, lang"]),
+        ({"text": None}, ["no column 'text'"]),
+        ({"duration": "long"}, ["line0", "duration 'long'", "seconds"]),
+        ({"wav": "none.flac"}, ["line0: none.flac", "one of 6", "data_root"]),
+        ({"ID": "same"}, ["ID 'same' stands there twice"]),
     ],
 )
 def test_what_a_manifest_cannot_be(whisper, recipe, tmp_path, change, words):
-    manifest = make_manifest(tmp_path / "data", **change)
-    with pytest.raises(ValueError) as error:
-        read(recipe, whisper, manifest, tmp_path)
+    columns = {"ID", "duration", "wav", "text"} & change.keys()
+    made = {k: v for k, v in change.items() if k not in columns}
+    manifest = make_manifest(tmp_path / "data", **made)
+    for column in columns:
+        rewrite(manifest, column, change[column])
+    # What is left out must not hide what is wrong.
+    longest = None if "seconds" in change else 2
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        read(recipe, whisper, manifest, tmp_path, avoid_if_longer_than=longest)
     assert str(manifest) in str(error.value)
     for word in words:
         assert word in str(error.value)
 
 
-def test_longer_lines_can_be_left_out(whisper, recipe, tmp_path):
+def rewrite(manifest, column, value):
+    """Set a column of a manifest; None: remove it."""
+    with open(manifest, newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    for row in rows:
+        row[column] = value
+        if value is None:
+            del row[column]
+    with open(manifest, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_longer_lines_can_be_left_out(whisper, recipe, tmp_path, caplog):
     manifest = make_manifest(tmp_path / "data", seconds=2.5)
-    rows = read(recipe, whisper, manifest, tmp_path, avoid_if_longer_than=2)
+    with caplog.at_level("INFO"):
+        rows = read(recipe, whisper, manifest, tmp_path, avoid_if_longer_than=2)
+        read(recipe, whisper, manifest, tmp_path, avoid_if_longer_than=0.95)
     assert sorted(rows) == ["line0", "line1", "line3", "line4", "line5"]
+    counts = [m for m in caplog.messages if "left out" in m]
+    assert f"{manifest}: 1 of 6 utterances are longer than 2 s" in counts[0]
+    assert f"{manifest}: 2 of 6 utterances are longer than 0.95" in counts[1]
+    with pytest.raises(ValueError, match="no utterance of at most 0.1 s"):
+        read(recipe, whisper, manifest, tmp_path, avoid_if_longer_than=0.1)
+
+
+def test_an_english_only_model_learns_english_only(recipe, tmp_path):
+    english = save_tiny_whisper(tmp_path / "tiny", vocab_size=51864)
+    manifest = make_manifest(tmp_path / "data", langs=["nl"])
+    with pytest.raises(ValueError, match="line0: .* English-only Whisper"):
+        read(recipe, english, manifest, tmp_path)
+    rewrite(manifest, "lang", None)  # and so the default, nl
+    with pytest.raises(ValueError, match="--language, to 'en'"):
+        read(recipe, english, manifest, tmp_path)
+    rewrite(manifest, "lang", "en")
+    assert len(read(recipe, english, manifest, tmp_path)) == len(TEXTS)
+
+
+def test_a_language_that_the_tokenizer_lacks(recipe, tmp_path):
+    """Later models know more: its token would be that of the text's end."""
+    older = save_tiny_whisper(tmp_path / "older", without=["yue"])
+    manifest = make_manifest(tmp_path / "data", langs=["nl", "yue"])
+    with pytest.raises(ValueError, match="line1: language 'yue' is not one"):
+        read(recipe, older, manifest, tmp_path)
+    newer = save_tiny_whisper(tmp_path / "newer")
+    assert len(read(recipe, newer, manifest, tmp_path)) == len(TEXTS)
+    describe = recipe("studies.quickstart_data").describe
+    (old, _), (new, _) = describe(older), describe(newer)
+    assert new - old == {"yue"} and {"nl", "cs", "en"} < old
+
+
+def test_a_line_in_two_splits_is_told(whisper, recipe, tmp_path, caplog):
+    manifest = make_manifest(tmp_path / "data")
+    train = recipe("train")
+    hparams = {
+        "whisper": recipe("whisper_window").WindowedWhisper(
+            str(whisper), str(tmp_path), language="nl"
+        ),
+        "data_root": str(manifest.parent),
+        "language": "nl",
+        "avoid_if_longer_than": None,
+        "train_loader_kwargs": {},
+        "dynamic_batching": False,
+        "train_csv": str(manifest),
+        "valid_csv": None,
+        "test_csv": str(manifest),
+    }
+    train.dataio_prepare(hparams)
+    [said] = [m for m in caplog.messages if "is in" in m]
+    assert (
+        said.startswith("line0: wav ") and "train_csv and in test_csv" in said
+    )
+    caplog.clear()
+    apart = make_manifest(tmp_path / "data" / "apart")
+    rewrite(apart, "wav", str(tmp_path / "data/apart/1.flac"))
+    train.dataio_prepare(hparams | {"test_csv": str(apart)})
+    assert not [m for m in caplog.messages if "is in" in m]
+    rewrite(apart, "level", "cellar")
+    rewrite(manifest, "level", "cellar")
+    train.dataio_prepare(hparams | {"test_csv": str(apart)})
+    [said] = [m for m in caplog.messages if "is in" in m]
+    assert said.startswith("line0: level 'cellar' is in train_csv and in test")
+
+
+def test_a_missing_package_is_named_with_its_extra(recipe, monkeypatch):
+    for name in ("scoring", "whisper_window"):
+        for module in list(sys.modules):
+            if module.split(".")[0] == "transformers":
+                monkeypatch.delitem(sys.modules, module)
+        monkeypatch.setitem(sys.modules, "transformers", None)
+        with pytest.raises(ImportError, match=r"taskarith\[huggingface\]"):
+            recipe(name)
+        monkeypatch.undo()
 
 
 def read(recipe, whisper, manifest, tmp_path, **more):
@@ -230,10 +331,11 @@ def read(recipe, whisper, manifest, tmp_path, **more):
 
 def test_a_name_that_cannot_be_downloaded(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(OSError, match="huggingface-cli.*download nobody/none"):
-        recipe("whisper_window").WindowedWhisper(
-            "nobody/none", str(tmp_path / "hub")
-        )
+    window = recipe("whisper_window")
+    with pytest.raises(OSError, match="hf download nobody/none --local-dir"):
+        window.WindowedWhisper("nobody/none", str(tmp_path / "hub"))
+    with pytest.raises(OSError, match="hf download nobody/none --local-dir"):
+        window.cut_window("nobody/none", tmp_path / "cut", 1)
 
 
 def test_a_folder_of_another_model(recipe, tmp_path):
@@ -251,10 +353,11 @@ def test_a_folder_of_another_model(recipe, tmp_path):
     )
     transformers.Wav2Vec2Model(config).save_pretrained(tmp_path / "other")
     transformers.Wav2Vec2FeatureExtractor().save_pretrained(tmp_path / "other")
-    with pytest.raises((OSError, ValueError), match="expected a Whisper"):
-        recipe("whisper_window").WindowedWhisper(
-            str(tmp_path / "other"), str(tmp_path / "hub")
-        )
+    window, other = recipe("whisper_window"), str(tmp_path / "other")
+    with pytest.raises(ValueError, match="a wav2vec2 model; expected a Whis"):
+        window.WindowedWhisper(other, str(tmp_path / "hub"))
+    with pytest.raises(ValueError, match="a wav2vec2 model; expected a Whis"):
+        window.cut_window(other, tmp_path / "cut", 1)
 
 
 def test_features_are_those_of_transformers_each_by_itself(

@@ -42,6 +42,7 @@ from speechbrain.utils.distributed import (
     if_main_process,
     run_on_main,
 )
+from speechbrain.utils.logger import get_logger
 
 from speechbrain_taskarith.brains import fast_precision, optimizer_steps
 from speechbrain_taskarith.data import read_audio
@@ -50,6 +51,8 @@ from speechbrain_taskarith.utils.files import atomic_write
 from speechbrain_taskarith.utils.progress import is_watched
 from speechbrain_taskarith.vectors import open_state
 from speechbrain_taskarith.vectors.lifelong.methods import FineTuning
+
+logger = get_logger(__name__)
 
 # What a lifelong method stores, in the output folder.
 MEMORY = "memory.safetensors"
@@ -188,32 +191,57 @@ class ASR(sb.Brain):
                 )
 
 
+def check_columns(path):
+    """Refuse a manifest without a column, or with a duration of no number."""
+    with open(path, encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream, skipinitialspace=True))
+    if not rows:
+        raise ValueError(f"{path}: no utterances")
+    for column in ("ID", "duration", "wav", "text"):
+        if column not in rows[0]:
+            raise ValueError(
+                f"{path}: no column {column!r}; found {', '.join(rows[0])}"
+            )
+    seen = set()
+    for row in rows:
+        if row["ID"] in seen:
+            raise ValueError(
+                f"{path}: ID {row['ID']!r} stands there twice; give each "
+                "utterance its own"
+            )
+        seen.add(row["ID"])
+        try:
+            float(row["duration"])
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{path}: {row['ID']}: duration {row['duration']!r}; expected "
+                "a number of seconds, such as 2.5"
+            ) from None
+
+
 def check_rows(path, rows, whisper, language):
     """Refuse, before anything is trained, what would go wrong in it.
 
     `rows`: `{ID: {duration, text, lang}}` of a manifest.
     """
-    if not rows:
-        raise ValueError(f"{path}: no utterances")
-    first = next(iter(rows.values()))
-    for column in ("duration", "wav", "text"):
-        if column not in first:
-            raise ValueError(
-                f"{path}: no column {column!r}; found {', '.join(first)}"
-            )
     silent = [key for key, row in rows.items() if not row["text"].strip()]
     if silent:
         raise ValueError(
             f"{path}: {len(silent)} utterances have no text, e.g. "
             f"{', '.join(silent[:3])}; fill the column or leave them out"
         )
+    gone = [k for k, row in rows.items() if not Path(row["wav"]).is_file()]
+    if gone:
+        raise FileNotFoundError(
+            f"{path}: {gone[0]}: {rows[gone[0]]['wav']}: no such file, one of "
+            f"{len(gone)}; correct the column wav, or --data_root, which "
+            "stands for $data_root in it"
+        )
     long = [
-        key
-        for key, row in rows.items()
-        if float(row["duration"]) > whisper.window
+        key for key, row in rows.items() if row["duration"] > whisper.window
     ]
     if long:
-        longest = max(float(row["duration"]) for row in rows.values())
+        longest = max(row["duration"] for row in rows.values())
         raise ValueError(
             f"{path}: {len(long)} utterances are longer than the window of "
             f"{whisper.window:g} s, e.g. {', '.join(long[:3])}; give a model "
@@ -221,29 +249,64 @@ def check_rows(path, rows, whisper, language):
             "--seconds), "
             "or --avoid_if_longer_than to leave them out"
         )
-    if not whisper.is_multilingual:
-        return
-    known = set(whisper.all_language_codes)
+    known = whisper.languages
     for key, row in rows.items():
         lang = row.get("lang") or language
-        if lang not in known:
+        if lang in known:
+            continue
+        if known == {"en"}:
             raise ValueError(
-                f"{path}: {key}: language {lang!r} is not one of Whisper's; "
-                "set the column lang, or --language, to a code such as 'nl'"
+                f"{path}: {key}: language {lang!r}, but the model is an "
+                "English-only Whisper; give a multilingual one, e.g. "
+                "openai/whisper-base, or, where the speech is English, set "
+                "the column lang, or --language, to 'en'"
             )
+        raise ValueError(
+            f"{path}: {key}: language {lang!r} is not one that this Whisper "
+            "knows; set the column lang, or --language, to a code such as 'nl'"
+        )
 
 
 def read_rows(path, hparams):
     """Read a manifest, without what is too long; check the rest."""
+    check_columns(path)
     data_root = {"data_root": hparams["data_root"]}
-    rows = sb.dataio.dataio.load_data_csv(path, data_root)
+    found = sb.dataio.dataio.load_data_csv(path, data_root)
     longest = hparams["avoid_if_longer_than"]
-    if longest is not None:
-        rows = {k: r for k, r in rows.items() if r["duration"] <= longest}
+    if longest is None:
+        longest = math.inf
+    rows = {k: r for k, r in found.items() if r["duration"] <= longest}
+    if len(rows) < len(found):
+        logger.info(
+            f"{path}: {len(found) - len(rows)} of {len(found)} utterances are "
+            f"longer than {longest:g} s and left out; an error rate on it is "
+            "that of the others"
+        )
+    if not rows:
+        raise ValueError(
+            f"{path}: no utterance of at most {longest:g} s; raise "
+            "--avoid_if_longer_than"
+        )
     check_rows(path, rows, hparams["whisper"], hparams["language"])
     for row in rows.values():
         row["lang"] = row.get("lang") or hparams["language"]
     return rows
+
+
+def warn_of_shared(rows):
+    """Warn where a recording or a level is in two splits: it tests nothing."""
+    for column in ("wav", "level"):
+        seen = {}
+        for split, found in rows.items():
+            for key, row in found.items():
+                value = row.get(column)
+                if value and seen.setdefault(value, split) != split:
+                    logger.warning(
+                        f"{key}: {column} {value!r} is in {seen[value]}_csv "
+                        f"and in {split}_csv; an error rate on what was "
+                        "trained or chosen on tells nothing"
+                    )
+                    break
 
 
 def make_dataset(rows, hparams):
@@ -344,6 +407,7 @@ def dataio_prepare(hparams):
         for split in ("train", "valid", "test")
         if hparams[f"{split}_csv"] is not None
     }
+    warn_of_shared(rows)
     data = {
         split: make_dataset(found, hparams) for split, found in rows.items()
     }
