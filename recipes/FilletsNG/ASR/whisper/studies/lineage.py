@@ -16,6 +16,7 @@ import joblib
 from common.study import FINISHED, Training, run_trainings
 from train import MEMORY, train
 
+from speechbrain_taskarith.utils.hub.download import local_path
 from speechbrain_taskarith.vectors import TaskVector, open_state, save_state
 from studies.domains import name_of_lines
 
@@ -39,13 +40,13 @@ def digest(content):
 
 
 class Base:
-    """The model that all start from: a folder.
+    """The model that all start from: a folder, or a hub name.
 
     `settings` are what all trainings share: others make other models.
     """
 
     def __init__(self, path, settings=()):
-        self.path = Path(path).resolve()
+        self.path = local_path(path).resolve()
         self.state = open_state(self.path)
         told = [self.state.fingerprint, list(settings)]
         self.name = "base-" + digest(told)
