@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -318,6 +319,53 @@ def test_merging_tables(options, finished, recipe):
             assert paired[row, metric] == pytest.approx(
                 pooled("LinearAverage") - pooled(row)
             )
+
+
+@pytest.mark.parametrize("name", ["sequential", "merging"])
+def test_bad_lines_are_refused_before_anything_is_trained(
+    options, recipe, tmp_path, name, capsys
+):
+    shutil.copytree(data_of(options), tmp_path / "data")
+    test = tmp_path / "data/nl/test.csv"
+    good = test.read_text(encoding="utf-8")
+    argv = [
+        w.replace(str(data_of(options)), f"{tmp_path}/data") for w in options
+    ]
+    argv += ["--output", str(tmp_path / "out"), "--longest", "0.72"]
+    for row, said in (
+        ("train1,0.5,$data_root/test0.flac,nl,ja", "train1' is in the splits"),
+        ("x,0.5,$data_root/test0.flac,xx,ja", "nl/x: language 'xx'"),
+        ("x,0.5,$data_root/none.flac,nl,ja", "none.flac: no such file"),
+        ("x,0.5,$data_root/test0.flac,nl, ", "no text, e.g. nl/x"),
+        ("x,short,$data_root/test0.flac,nl,ja", "x: duration 'short'"),
+    ):
+        test.write_text(f"{good}{row}\n", encoding="utf-8")
+        with pytest.raises((ValueError, FileNotFoundError), match=said):
+            recipe(name).main(argv)
+    assert not (tmp_path / "out/models").exists()
+    # Of 8 lines of 0.5, 0.55, ... s the last three.
+    said = capsys.readouterr().out
+    assert "cs/train.csv: 3 of 8 lines are longer than 0.72 s" in said
+
+
+def test_the_base_may_be_a_hub_name(options, recipe, tmp_path, monkeypatch):
+    """Laid out as the hub's client leaves it; nothing is downloaded."""
+    import huggingface_hub
+
+    whisper = Path(value(options, "--whisper_hub"))
+    repository = tmp_path / "models--someone--tiny"
+    shutil.copytree(whisper, repository / "snapshots" / "abc123")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("abc123")
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    lineage = recipe("studies.lineage")
+    by_name = lineage.Base("someone/tiny", ["--lr=1"])
+    assert by_name.path == repository / "snapshots/abc123"
+    # The same models, whatever they are called.
+    assert by_name.name == lineage.Base(whisper, ["--lr=1"]).name
+    with pytest.raises(FileNotFoundError, match="hf download someone/else"):
+        lineage.Base("someone/else")
 
 
 def test_merging_lines_to_test_on_have_a_name_and_a_file(

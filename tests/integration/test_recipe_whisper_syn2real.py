@@ -1,5 +1,6 @@
 """SYN2REAL with Whisper and its controls, with a tiny random model."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -184,6 +185,118 @@ def test_other_settings_in_the_folder_are_refused(
             recipe("syn2real").main([*options, *more])
         assert said in str(error.value) and str(finished) in str(error.value)
     assert lines.read_bytes() == before
+
+
+def prepare(recipe, options, output, *more):
+    """Draw the lines of a study; returns its manifests' rows."""
+    syn2real = recipe("syn2real")
+    given = syn2real.parse_arguments([*options, "--output", str(output), *more])
+    domains = syn2real.read_domains(given)
+    manifests, _ = syn2real.prepare_data(given, domains, output / "0", 0)
+    return {name: rows_of(path) for name, path in manifests.items()}
+
+
+def rows_of(path):
+    with open(path, newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+@pytest.fixture
+def spoken(options, finished, tmp_path):
+    """Manifests of the study's synthetic speech, and their options."""
+    shutil.copytree(finished / "synthetic", tmp_path / "out/synthetic")
+    folders = {name: tmp_path / "voices" / name for name in ("nl", "cs", "en")}
+    rows = {}
+    for name, folder in folders.items():
+        shutil.copytree(finished / "synthetic" / name, folder)
+        rows[name] = rows_of(folder / "manifest.csv")
+    return folders, rows
+
+
+def test_takes_of_another_engine(recipe, options, spoken, tmp_path):
+    """A folder, several takes of a line, and no column lang."""
+    folders, rows = spoken
+    takes = [
+        {k: v for k, v in row.items() if k != "lang"}
+        | {"ID": f"{row['ID']}-{n}", "duration": 1 + n / 10}
+        for row in rows["cs"]
+        for n in range(2)
+    ]
+    write_rows(folders["cs"] / "manifest.csv", takes)
+    more = ["--synthetic", f"cs={folders['cs']}"]
+    found = prepare(recipe, options, tmp_path / "out", *more)
+    for name in ("nl", "cs", "en"):
+        real, synthetic = found[f"real/{name}"], found[f"synthetic/{name}"]
+        for column in ("ID", "lang", "text"):
+            assert [r[column] for r in real] == [r[column] for r in synthetic]
+        assert len(real) == 4 and {r["lang"] for r in synthetic} == {name}
+    assert all("voices/cs" in row["wav"] for row in found["synthetic/cs"])
+    # One of two takes is drawn for each line, not always the same.
+    assert {row["duration"] for row in found["synthetic/cs"]} == {"1.0", "1.1"}
+
+
+def test_fewer_synthetic_lines_are_told(
+    recipe, options, spoken, tmp_path, capsys
+):
+    folders, rows = spoken
+    path = write_rows(folders["nl"] / "manifest.csv", rows["nl"][:3])
+    more = ["--synthetic", f"nl={path}"]
+    found = prepare(recipe, options, tmp_path / "out", *more)
+    assert len(found["real/nl"]) == len(found["synthetic/nl"]) == 3
+    assert "nl: 3 lines, not 4 (--lines)" in capsys.readouterr().out
+    write_rows(path, [row | {"ID": f"x{row['ID']}"} for row in rows["nl"]])
+    with pytest.raises(ValueError, match="manifest.csv.*such as train0, tra"):
+        prepare(recipe, options, tmp_path / "out", *more)
+    write_rows(path, [{"ID": "train0", "wav": "a.wav"}])
+    with pytest.raises(ValueError, match="no rows with the columns duration"):
+        prepare(recipe, options, tmp_path / "out", *more)
+
+
+def test_longer_lines_are_counted_by_split(
+    recipe, options, spoken, tmp_path, capsys
+):
+    prepare(recipe, options, tmp_path / "out", "--longest", "0.72")
+    said = capsys.readouterr().out
+    # Of 8 lines of 0.5, 0.55, ... s the last three.
+    assert "nl/train.csv: 3 of 8 lines are longer than 0.72 s" in said
+    assert "test.csv" not in said  # of two
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"text": " "}, "no text, e.g. test0"),
+        ({"wav": "none.flac"}, "none.flac: no such file"),
+        ({"lang": "xx"}, "test0: language 'xx'"),
+    ],
+)
+def test_bad_test_lines_are_refused_before_anything_is_trained(
+    recipe, options, spoken, tmp_path, change, said
+):
+    here = Path(value_of(options, "--domain").split("=")[1]).parent
+    shutil.copytree(here, tmp_path / "nl")
+    rows = rows_of(here / "test.csv")
+    rows[0] |= change
+    test = write_rows(tmp_path / "nl/test.csv", rows)
+    more = ["--domain", f"nl={tmp_path}/nl/{{}}.csv"]
+    argv = [*options, "--output", str(tmp_path / "out"), *more]
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        recipe("syn2real").main([*argv, "--only_train"])
+    assert not list((tmp_path / "out").glob("0/models/*"))
+    # Once they are right, the same folder may be used.
+    shutil.copy(here / "test.csv", test)
+    syn2real = recipe("syn2real")
+    settings = syn2real.settings_of(syn2real.parse_arguments(argv))
+    recipe("common.study").check_settings(tmp_path / "out", settings)
 
 
 def value_of(options, name):

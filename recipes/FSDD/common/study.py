@@ -299,7 +299,7 @@ def is_finished(folder, name):
     return (Path(folder) / name / FINISHED).is_file()
 
 
-def note_settings(folder, settings):
+def check_settings(folder, settings):
     """Refuse to go on where a study has begun with other settings.
 
     What is trained and measured is found again by its name, which does not
@@ -312,6 +312,11 @@ def note_settings(folder, settings):
         The study's output folder.
     settings : dict
         Plain values by what they are called in the error.
+
+    Returns
+    -------
+    dict
+        These and what was noted before.
     """
     path = Path(folder) / SETTINGS
     noted = read_json(path) if path.exists() else {}
@@ -324,7 +329,12 @@ def note_settings(folder, settings):
                 f"{value!r}); give another folder (--output, OUTPUT=... of "
                 "make), or remove this one"
             )
-    write_json(path, noted | settings)
+    return noted | settings
+
+
+def note_settings(folder, settings):
+    """Check settings and note them: from here on something is trained."""
+    write_json(Path(folder) / SETTINGS, check_settings(folder, settings))
 
 
 def content_of(manifests):

@@ -251,6 +251,8 @@ def run_seed(given, more, accents, prepared, folder, seed):
             rows = list(csv.DictReader(stream))[: given.test]
         manifests[accent] = write_rows(folder / "data" / path.name, rows)
 
+    # Not after hours of training.
+    measure.check(manifests.values())
     first, *others = accents
     start = Training(
         f"plain/{first}",

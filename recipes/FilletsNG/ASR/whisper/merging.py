@@ -260,7 +260,9 @@ def main(argv):
     given = parse_arguments(argv)
     study = Study(given, given.seeds)
     for domain in given.outside:
+        domain.check(given.longest, ["test"])
         study.hold_out(domain, "test")
+        study.tests.measure.check([study.held_out[domain.name, "test"]])
     for seed in given.seeds:
         for training in study.plain(seed):
             study.models.train(training)

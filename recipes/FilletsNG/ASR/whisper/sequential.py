@@ -169,7 +169,7 @@ class Study:
         self.folder = Path(given.output).resolve()
         domains = [given.original, *given.domains]
         for domain in domains:
-            domain.check()
+            domain.check(given.longest)
         self.rows, self.lines, self.held_out = {}, {}, {}
         for seed in seeds:
             self.rows[seed] = {
@@ -213,6 +213,9 @@ class Study:
         )
         self.tests = Tests(self.models, measure, self.held_out)
         self.planning = None
+        # Not after hours of training.
+        for lines in (self.held_out, *self.lines.values()):
+            measure.check(lines.values())
 
     def hold_out(self, domain, split):
         """Draw lines of a domain to measure on, the same for all seeds."""

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""SYN2REAL with every control: what does real speech elsewhere add?
+"""SYN2REAL with its controls: what does real speech elsewhere add?
 
 A domain (a language, a kind of text) has no recordings: Whisper learns it from
 synthetic speech. Other domains have both. All rows of the table are sums of
@@ -11,7 +11,9 @@ of models that `train.py` tuned from one base on equally many lines, so that
 two things are told apart: going back towards the base, and adding what real
 speech taught elsewhere. Every domain takes the target's place in turn; helpers
 never do. Scales are chosen without real speech of the target: each source
-takes its place, all others the sources'.
+takes its place, all others the sources'. Not among the rows: mixed data first
+and new speakers (SLURP/ASR/syn2real has them), the public model with its whole
+window, a scale for each group of layers, other rules than the mean of sources.
 
 To run this study on Czech and Dutch, with English as the helper (README.md
 says how the folders are made):
@@ -20,12 +22,15 @@ says how the folders are made):
 >     --helper en=arctic/b_{}.csv --output results/syn2real
 
 `{}` stands for train, valid and test. Synthetic speech is made by espeak-ng;
-`--synthetic nl=folder/manifest.csv` takes what another engine made. The study
-goes on where it stopped when started again.
+`--synthetic nl=folder` takes what another engine made: a folder with
+manifest.csv (ID, duration, wav, text), with the IDs of the train lines, or ID-0,
+ID-1, ... of several voices, of which one is drawn for each line. The study goes
+on where it stopped when started again.
 """
 
 import argparse
 import random
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -34,13 +39,14 @@ import joblib
 import torch
 from common.study import (
     Training,
+    check_settings,
     content_of,
     note_settings,
     run_trainings,
 )
 from scoring import normalize
 from studies.lineage import KEPT, keep_weights
-from studies.lines import SPLITS, check_splits, read_csv, write_csv
+from studies.lines import SPLITS, check_splits, read_csv, tell_long, write_csv
 from studies.measure import Measure
 from studies.syn2real_report import write_report
 from synthesize import synthesize
@@ -64,7 +70,7 @@ def parse_arguments(argv):
     for name, text in (
         ("domain", "takes the target's place in turn"),
         ("helper", "is a source only"),
-        ("synthetic", "a manifest with the domain's train lines"),
+        ("synthetic", "its train lines by another engine: a folder"),
     ):
         add(
             f"--{name}",
@@ -86,7 +92,10 @@ def parse_arguments(argv):
         if len(pair) != 2:
             parser.error(f"{pair[0]!r}: expected NAME=PATH")
     given.domain, given.helper = dict(given.domain), dict(given.helper)
-    given.synthetic = dict(given.synthetic)
+    given.synthetic = {
+        name: Path(path, "manifest.csv") if Path(path).is_dir() else path
+        for name, path in given.synthetic
+    }
     unknown = given.synthetic.keys() - (given.domain | given.helper).keys()
     if unknown:
         parser.error(f"--synthetic {min(unknown)}: no --domain or --helper")
@@ -101,41 +110,85 @@ def parse_arguments(argv):
     return given
 
 
-def prepare_data(given, folder, seed):
+def read_domains(given):
+    """Return the real lines, `{domain: {split: rows}}`."""
+    found = {}
+    for name, pattern in (given.domain | given.helper).items():
+        found[name] = {
+            split: read_csv(pattern.format(split), ["lang"]) for split in SPLITS
+        }
+        check_splits(name, found[name])
+        for split, rows in found[name].items():
+            tell_long(pattern.format(split), rows, given.longest)
+            rows[:] = short(rows, given)
+    return found
+
+
+def short(rows, given):
+    """Return the rows of at most `--longest` seconds."""
+    return [row for row in rows if float(row["duration"]) <= given.longest]
+
+
+def speak(given, name):
+    """Return the manifest of a domain's synthetic speech."""
+    if name in given.synthetic:
+        return given.synthetic[name]
+    manifest = (given.domain | given.helper)[name].format("train")
+    lang = read_csv(manifest, ["lang"])[0]["lang"]
+    folder = Path(given.output).resolve() / "synthetic" / name
+    return synthesize(manifest, folder, {"en": "en-us"}.get(lang, lang))
+
+
+def takes_of(manifest, rows, given):
+    """Return the synthetic takes of real lines: `{ID: rows}`.
+
+    Of several voices a line has the takes `ID-0`, `ID-1`, ...
+    """
+    real, takes = {row["ID"]: row for row in rows}, {}
+    for row in short(read_csv(manifest), given):
+        key = row["ID"]
+        if key not in real:
+            key = re.sub(r"-\d+$", "", key)
+        if key in real:
+            # The manifest of another engine may not say it.
+            spoken = row | {"ID": key, "lang": real[key]["lang"]}
+            takes.setdefault(key, []).append(spoken)
+    if not takes:
+        raise ValueError(
+            f"{manifest}: no line of at most {given.longest:g} s whose ID is "
+            "that of a real one; expected IDs such as "
+            f"{', '.join(list(real)[:2])}, or with -0, -1, ... for several "
+            "takes"
+        )
+    return takes
+
+
+def prepare_data(given, domains, folder, seed):
     """Draw the lines of each domain; the same, spoken by both sides.
 
     Returns `{name of a training: manifest}`, and `{(domain, split): manifest}`
     of the real development and test lines.
     """
     drawn, held_out = {}, {}
-    for name, pattern in (given.domain | given.helper).items():
-        splits = {split: read_csv(pattern.format(split)) for split in SPLITS}
-        check_splits(name, splits)
-        splits = {
-            split: [r for r in rows if float(r["duration"]) <= given.longest]
-            for split, rows in splits.items()
-        }
-        spoken = given.synthetic.get(name)
-        if spoken is None:
-            lang = splits["train"][0]["lang"]
-            spoken = synthesize(
-                pattern.format("train"),
-                Path(given.output).resolve() / "synthetic" / name,
-                {"en": "en-us"}.get(lang, lang),
+    for name, splits in domains.items():
+        takes = takes_of(speak(given, name), splits["train"], given)
+        both = [row for row in splits["train"] if row["ID"] in takes]
+        if len(both) < given.lines:
+            print(
+                f"{name}: {len(both)} lines, not {given.lines} (--lines), have "
+                f"a recording and synthetic speech of at most "
+                f"{given.longest:g} s; the others learn from more",
+                flush=True,
             )
-        synthetic = {
-            row["ID"]: row
-            for row in read_csv(spoken)
-            if float(row["duration"]) <= given.longest
-        }
-        both = [row for row in splits["train"] if row["ID"] in synthetic]
-        count = min(given.lines, len(both))
-        chosen = random.Random(f"{seed}/{name}").sample(both, count)
+        draw = random.Random(f"{seed}/{name}")
+        chosen = draw.sample(both, min(given.lines, len(both)))
         drawn[f"real/{name}"] = chosen
-        drawn[f"synthetic/{name}"] = [synthetic[r["ID"]] for r in chosen]
+        drawn[f"synthetic/{name}"] = [
+            draw.choice(takes[row["ID"]]) for row in chosen
+        ]
         for split in ("valid", "test"):
             # The same lines for all seeds.
-            rows = splits[split]
+            rows = list(splits[split])
             random.Random(f"{split}/{name}").shuffle(rows)
             held_out[name, split] = write_csv(
                 Path(given.output, "data", f"{name}_{split}.csv"),
@@ -144,7 +197,7 @@ def prepare_data(given, folder, seed):
     for target in given.domain:
         sources = [name for name in given.domain if name != target]
         drawn[f"joint/{target}"] = [
-            row | {"ID": f"{side}_{row['ID']}"}
+            row | {"ID": f"{side}_{name}_{row['ID']}"}
             for side, names in (("real", sources), ("synthetic", [target]))
             for name in names
             for row in drawn[f"{side}/{name}"]
@@ -364,11 +417,16 @@ def leave_out(study, target, given):
 def main(argv):
     """Train what is missing, measure, write the tables."""
     given = parse_arguments(argv)
-    note_settings(given.output, settings_of(given))
-    results = {}
+    settings = settings_of(given)
+    check_settings(given.output, settings)
+    results, domains = {}, read_domains(given)
     for seed in given.seeds:
         folder = Path(given.output, str(seed))
-        manifests, held_out = prepare_data(given, folder, seed)
+        manifests, held_out = prepare_data(given, domains, folder, seed)
+        study = Study(given, seed, held_out)
+        # Not after hours of training.
+        study.measure.check([*manifests.values(), *held_out.values()])
+        note_settings(given.output, settings)
         shared = [
             str(HPARAMS),
             "--data_folder=.",
@@ -389,7 +447,6 @@ def main(argv):
             keep_weights(folder / "models" / name)
         if given.only_train:
             continue
-        study = Study(given, seed, held_out)
         for target in given.domain:
             results[seed, target] = leave_out(study, target, given)
     if results:

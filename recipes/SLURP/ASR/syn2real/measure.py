@@ -113,6 +113,11 @@ class Measure:
             for name, tensor in self.network.state_dict().items()
         }
 
+    def check(self, manifests):
+        """Refuse manifests that could not be learned or recognised."""
+        for manifest in manifests:
+            self.recipe.read_rows(str(manifest), self.hparams)
+
     def dataset(self, manifest):
         """Read a manifest, the shortest utterance first."""
         key = str(manifest)

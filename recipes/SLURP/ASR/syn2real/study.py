@@ -36,6 +36,7 @@ import joblib
 import torch
 from common.study import (
     Training,
+    check_settings,
     content_of,
     note_settings,
     run_trainings,
@@ -321,9 +322,11 @@ def main(argv):
     kind, names = KINDS[given.model], Names(given.mixed_first == "True")
     hub = Path(given.hub)
     hub = str(hub.resolve()) if hub.is_dir() else given.hub
-    note_settings(output, settings_of(given, more, sources))
+    settings = settings_of(given, more, sources)
+    check_settings(output, settings)
     synthetic = speak(given, prepared, domains)
-    note_settings(output, data_of(hub, prepared, synthetic))
+    settings |= data_of(hub, prepared, synthetic)
+    check_settings(output, settings)
     torch.set_num_threads(1)
     results, about = {}, {}
     for seed in given.seeds:
@@ -347,6 +350,9 @@ def main(argv):
             more,
             folder / "measured",
         )
+        # Not after hours of training.
+        measure.check([*manifests.values(), *held_out.values()])
+        note_settings(output, settings)
         # One start for all: a head of random weights is the same, too.
         base = folder / "base.safetensors"
         if not base.exists():

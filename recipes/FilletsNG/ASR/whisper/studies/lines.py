@@ -8,14 +8,42 @@ from speechbrain_taskarith.utils.files import atomic_write
 SPLITS = ("train", "valid", "test")
 
 
-def read_csv(path):
-    """Read a manifest as dicts, paths made absolute."""
+def read_csv(path, more=()):
+    """Read a manifest as dicts, paths made absolute.
+
+    `more`: columns that it needs besides the usual ones.
+    """
     path = Path(path).resolve()
     with open(path, encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
+    found = rows[0] if rows else ()
+    missing = {"ID", "duration", "wav", "text", *more} - set(found)
+    if missing:
+        raise ValueError(
+            f"{path}: no rows with the columns {', '.join(sorted(missing))}; "
+            f"found {', '.join(found) or 'no row'}"
+        )
     for row in rows:
         row["wav"] = row["wav"].replace("$data_root", str(path.parent))
+        try:
+            float(row["duration"])
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{path}: {row['ID']}: duration {row['duration']!r}; expected "
+                "a number of seconds, such as 2.5"
+            ) from None
     return rows
+
+
+def tell_long(path, rows, longest):
+    """Print how many rows are longer than `longest` seconds."""
+    count = sum(float(row["duration"]) > longest for row in rows)
+    if count:
+        print(
+            f"{path}: {count} of {len(rows)} lines are longer than "
+            f"{longest:g} s and left out",
+            flush=True,
+        )
 
 
 def write_csv(path, rows):

@@ -64,6 +64,11 @@ class Measure:
         )
         self._data = {}
 
+    def check(self, manifests):
+        """Refuse manifests that could not be learned or recognised."""
+        for manifest in manifests:
+            read_rows(str(manifest), self.hparams)
+
     def dataset(self, manifest):
         """Read a manifest, the shortest utterance first."""
         key = str(manifest)
