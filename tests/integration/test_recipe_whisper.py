@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shlex
 import sys
 import types
 import unittest.mock
@@ -218,13 +219,13 @@ def test_what_a_manifest_cannot_be(whisper, recipe, tmp_path, change, words):
         assert word in str(error.value)
 
 
-def rewrite(manifest, column, value):
-    """Set a column of a manifest; None: remove it."""
+def rewrite(manifest, column, value, of=None):
+    """Set a column of a manifest; None: remove it. `of`: value of a row."""
     with open(manifest, newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     for row in rows:
-        row[column] = value
-        if value is None:
+        row[column] = of(row) if of else value
+        if row[column] is None:
             del row[column]
     with open(manifest, "w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
@@ -443,6 +444,8 @@ def test_a_cut_window_keeps_the_weights(whisper, recipe, tmp_path):
         window.cut_window(whisper, tmp_path / "more", 3)
     with pytest.raises(FileExistsError, match="another name"):
         window.cut_window(whisper, tmp_path / "cut", 1)
+    with pytest.raises(ValueError, match="models of one input window"):
+        TaskVector.between(whisper, tmp_path / "cut")
 
 
 def test_a_cut_window_is_tuned_towards_the_whole_one(whisper, recipe, tmp_path):
@@ -484,6 +487,106 @@ def test_speech_is_made_again_alike(recipe, tmp_path):
         name = row["wav"].removeprefix("$data_root/")
         files = [path.parent / name for path in paths]
         assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def commands_of(page):
+    """Yield the commands of a page's bash blocks as lists of words."""
+
+    def repeated(loop):
+        names, body = loop.groups()
+        return "".join(body.replace("$lang", name) for name in names.split())
+
+    for block in re.findall(r"```bash\n(.*?)```", page, re.S):
+        block = re.sub(r"\\\n\s*", "", block)
+        block = re.sub(
+            r"for lang in ([\w ]+); do\n(.*?\n)done\n",
+            repeated,
+            block,
+            flags=re.S,
+        )
+        for line in block.splitlines():
+            yield shlex.split(line, comments=True)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_follow_one_another(
+    recipe, tmp_path, monkeypatch
+):
+    """In the page's order, on noise: each finds what those before have made."""
+    pytest.importorskip("espeakng_loader")
+    monkeypatch.chdir(tmp_path)
+    save_tiny_whisper(tmp_path / "openai/whisper-base", seconds=6)
+    prepared = {
+        "fillets_prepare.py": ("corpus", ["nl", "cs"]),
+        "kathleen_prepare.py": ("arctic", ["", "a", "b"]),
+        "fsdd_strings.py": ("digits", [""]),
+        "stamps_prepare.py": ("stamps", ["fr"]),
+    }
+    tests = ["--skip_prep=True", "--train_precision=fp32", "--batch_size=4"]
+    tests += ["--number_of_epochs=1", "--save_env_desc=False"]
+    seen, output = set(), set()
+    page = (RECIPE.folder / "README.md").read_text(encoding="utf-8")
+    for program, *words in filter(None, commands_of(page)):
+        if program == "python":
+            script = words.pop(0)
+            name = script.rsplit("/", 1)[-1]
+            seen.add(name)
+            if name in prepared:
+                assert (RECIPE.folder / script).is_file()
+                folder, domains = prepared[name]
+                assert words[-1] == folder
+                write_domains(tmp_path / folder, domains)
+            elif name in ("syn2real.py", "sequential.py", "merging.py"):
+                recipe(name.removesuffix(".py")).parse_arguments(words)
+                for word in words:
+                    found = word.split("=")[-1]
+                    if "/" in found and not found.startswith("results/"):
+                        # Another engine's voices are the reader's own.
+                        if not found.startswith("voices/"):
+                            found = found.format("test")
+                            assert (tmp_path / found).exists(), found
+            elif name == "train.py" and words[-1] != "...":
+                hparams = str(RECIPE.folder / words.pop(0))
+                recipe("train").train([hparams, *words, *tests])
+            elif name == "tune_window.py":
+                recipe("tune_window").main([*words, "--steps=2"])
+            elif name != "train.py":
+                recipe(name.removesuffix(".py")).main(words)
+        elif program == "taskarith":
+            assert taskarith(words) in (0, None)
+            output.add(words[-1])
+    assert {"train.py", "merging.py", "sequential.py", *prepared} < seen
+    assert output == {"nl.safetensors", "half", "both"}
+    for name in ("half", "both"):
+        model = transformers.WhisperForConditionalGeneration.from_pretrained(
+            tmp_path / name
+        )
+        # Of the window of 5 s.
+        assert model.config.max_source_positions == 250
+
+
+def write_domains(folder, domains):
+    """Write noise as the manifests of a prepared corpus."""
+    for domain in domains:
+        lang = domain if domain in ("nl", "cs", "fr") else "en"
+        for split in ("train", "valid", "test"):
+            name = f"{domain}_{split}".strip("_")
+            manifest = make_manifest(folder / name, [lang])
+            rewrite(
+                manifest,
+                "ID",
+                None,
+                lambda row, name=name: f"{name}_{row['ID']}",
+            )
+            rewrite(
+                manifest,
+                "wav",
+                None,
+                lambda row, name=name: row["wav"].replace(
+                    "$data_root", f"$data_root/{name}"
+                ),
+            )
+            manifest.rename(folder / f"{name}.csv")
 
 
 def test_two_fine_tuned_models_become_one_that_transcribes(

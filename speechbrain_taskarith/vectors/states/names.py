@@ -92,7 +92,9 @@ def _misfit(base, other, only_base, only_other, unlike, advice):
         if one.shape != two.shape:
             found = f"has shape {two.shape}, in {base.label} {one.shape}"
             remedies.append(
-                "for a grown vocabulary align the rows by token first "
+                "take models of one input window: this one holds positions"
+                if "embed_positions" in name
+                else "for a grown vocabulary align the rows by token first "
                 "(align_vocabulary)"
             )
         else:
