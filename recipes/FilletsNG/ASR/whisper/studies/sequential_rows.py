@@ -15,6 +15,8 @@ from speechbrain_taskarith.vectors.lifelong.memory import Replay
 from studies.lineage import Edited, Tuned
 from studies.lines import write_csv
 
+# Of all rows whose knob is another; fine_tuning_same_lr is what they are to be
+# compared with where fine-tuning chooses another rate.
 LR = 3e-5
 
 
