@@ -244,6 +244,16 @@ def test_takes_of_another_engine(recipe, options, spoken, tmp_path):
     assert {row["duration"] for row in found["synthetic/cs"]} == {"1.0", "1.1"}
 
 
+def test_joint_data_of_several_sources(recipe, options, spoken, tmp_path):
+    """Corpora may give their lines the same IDs, as these do."""
+    here = Path(value_of(options, "--domain").split("=")[1]).parents[1]
+    more = ["--domain", f"digits={here}/digits/{{}}.csv"]
+    found = prepare(recipe, options, tmp_path / "out", *more)
+    rows = found["joint/nl"]
+    assert len({row["ID"] for row in rows}) == len(rows) == 3 * 4
+    assert [row["lang"] for row in rows] == ["cs"] * 4 + ["en"] * 4 + ["nl"] * 4
+
+
 def test_fewer_synthetic_lines_are_told(
     recipe, options, spoken, tmp_path, capsys
 ):

@@ -17,7 +17,7 @@ from speechbrain_taskarith.metrics import (
 from speechbrain_taskarith.utils.files import atomic_write
 
 TABLE = "syn2real_languages"
-TITLE = "SYN2REAL with Whisper, every control beside it"
+TITLE = "SYN2REAL with Whisper, controls beside it"
 # Rows whose scales were chosen on real speech of the source.
 CHOSEN = {
     "support_language",
