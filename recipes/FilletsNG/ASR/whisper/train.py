@@ -33,6 +33,7 @@ from pathlib import Path
 import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
+from manifest_checks import check_columns, check_rows, warn_of_shared
 from scoring import character_errors, normalize
 from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataset import DynamicItemDataset
@@ -191,85 +192,10 @@ class ASR(sb.Brain):
                 )
 
 
-def check_columns(path):
-    """Refuse a manifest without a column, or with a duration of no number."""
-    with open(path, encoding="utf-8", newline="") as stream:
-        rows = list(csv.DictReader(stream, skipinitialspace=True))
-    if not rows:
-        raise ValueError(f"{path}: no utterances")
-    for column in ("ID", "duration", "wav", "text"):
-        if column not in rows[0]:
-            raise ValueError(
-                f"{path}: no column {column!r}; found {', '.join(rows[0])}"
-            )
-    seen = set()
-    for row in rows:
-        if row["ID"] in seen:
-            raise ValueError(
-                f"{path}: ID {row['ID']!r} stands there twice; give each "
-                "utterance its own"
-            )
-        seen.add(row["ID"])
-        try:
-            float(row["duration"])
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"{path}: {row['ID']}: duration {row['duration']!r}; expected "
-                "a number of seconds, such as 2.5"
-            ) from None
-
-
-def check_rows(path, rows, whisper, language):
-    """Refuse, before anything is trained, what would go wrong in it.
-
-    `rows`: `{ID: {duration, text, lang}}` of a manifest.
-    """
-    silent = [key for key, row in rows.items() if not row["text"].strip()]
-    if silent:
-        raise ValueError(
-            f"{path}: {len(silent)} utterances have no text, e.g. "
-            f"{', '.join(silent[:3])}; fill the column or leave them out"
-        )
-    gone = [k for k, row in rows.items() if not Path(row["wav"]).is_file()]
-    if gone:
-        raise FileNotFoundError(
-            f"{path}: {gone[0]}: {rows[gone[0]]['wav']}: no such file, one of "
-            f"{len(gone)}; correct the column wav, or --data_root, which "
-            "stands for $data_root in it"
-        )
-    long = [
-        key for key, row in rows.items() if row["duration"] > whisper.window
-    ]
-    if long:
-        longest = max(row["duration"] for row in rows.values())
-        raise ValueError(
-            f"{path}: {len(long)} utterances are longer than the window of "
-            f"{whisper.window:g} s, e.g. {', '.join(long[:3])}; give a model "
-            f"with a window of {math.ceil(longest)} s (whisper_window.py "
-            "--seconds), "
-            "or --avoid_if_longer_than to leave them out"
-        )
-    known = whisper.languages
-    for key, row in rows.items():
-        lang = row.get("lang") or language
-        if lang in known:
-            continue
-        if known == {"en"}:
-            raise ValueError(
-                f"{path}: {key}: language {lang!r}, but the model is an "
-                "English-only Whisper; give a multilingual one, e.g. "
-                "openai/whisper-base, or, where the speech is English, set "
-                "the column lang, or --language, to 'en'"
-            )
-        raise ValueError(
-            f"{path}: {key}: language {lang!r} is not one that this Whisper "
-            "knows; set the column lang, or --language, to a code such as 'nl'"
-        )
-
-
 def read_rows(path, hparams):
     """Read a manifest, without what is too long; check the rest."""
-    check_columns(path)
+    with open(path, encoding="utf-8", newline="") as stream:
+        check_columns(path, list(csv.DictReader(stream, skipinitialspace=True)))
     data_root = {"data_root": hparams["data_root"]}
     found = sb.dataio.dataio.load_data_csv(path, data_root)
     longest = hparams["avoid_if_longer_than"]
@@ -291,22 +217,6 @@ def read_rows(path, hparams):
     for row in rows.values():
         row["lang"] = row.get("lang") or hparams["language"]
     return rows
-
-
-def warn_of_shared(rows):
-    """Warn where a recording or a level is in two splits: it tests nothing."""
-    for column in ("wav", "level"):
-        seen = {}
-        for split, found in rows.items():
-            for key, row in found.items():
-                value = row.get(column)
-                if value and seen.setdefault(value, split) != split:
-                    logger.warning(
-                        f"{key}: {column} {value!r} is in {seen[value]}_csv "
-                        f"and in {split}_csv; an error rate on what was "
-                        "trained or chosen on tells nothing"
-                    )
-                    break
 
 
 def make_dataset(rows, hparams):

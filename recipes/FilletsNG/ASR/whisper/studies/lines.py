@@ -3,6 +3,8 @@
 import csv
 from pathlib import Path
 
+from manifest_checks import check_columns
+
 from speechbrain_taskarith.utils.files import atomic_write
 
 SPLITS = ("train", "valid", "test")
@@ -16,22 +18,9 @@ def read_csv(path, more=()):
     path = Path(path).resolve()
     with open(path, encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
-    found = rows[0] if rows else ()
-    missing = {"ID", "duration", "wav", "text", *more} - set(found)
-    if missing:
-        raise ValueError(
-            f"{path}: no rows with the columns {', '.join(sorted(missing))}; "
-            f"found {', '.join(found) or 'no row'}"
-        )
+    check_columns(path, rows, more)
     for row in rows:
         row["wav"] = row["wav"].replace("$data_root", str(path.parent))
-        try:
-            float(row["duration"])
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"{path}: {row['ID']}: duration {row['duration']!r}; expected "
-                "a number of seconds, such as 2.5"
-            ) from None
     return rows
 
 

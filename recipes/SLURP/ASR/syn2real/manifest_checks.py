@@ -1,0 +1,1 @@
+../../../FilletsNG/ASR/whisper/manifest_checks.py
