@@ -118,6 +118,9 @@ def curves(name, shown, folder=DOCS / "figures"):
     return path
 
 
+DRAW = {"picture": picture, "curves": curves}
+
+
 def read_shown():
     """Return what results.yaml says."""
     return yaml.safe_load((DOCS / "results.yaml").read_text(encoding="utf-8"))
@@ -174,10 +177,8 @@ def main(*arguments):
         with atomic_write(page, "w") as stream:
             stream.write(text)
     for name, shown in read_shown().items():
-        if "picture" in shown:
-            picture(name, shown["picture"])
-        if "curves" in shown:
-            curves(name, shown["curves"])
+        for kind in shown.keys() & DRAW.keys():
+            DRAW[kind](name, shown[kind])
 
 
 if __name__ == "__main__":

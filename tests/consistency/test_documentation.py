@@ -248,11 +248,10 @@ def test_the_tables_of_results_are_those_of_the_summaries(
 
 
 def test_the_pictures_of_results_are_those_of_the_summaries(results, tmp_path):
-    draw = {"picture": results.picture, "curves": results.curves}
     drawn = [
-        draw[kind](name, entry[kind], tmp_path)
+        results.DRAW[kind](name, entry[kind], tmp_path)
         for name, entry in results.read_shown().items()
-        for kind in entry.keys() & draw
+        for kind in entry.keys() & results.DRAW.keys()
     ]
     assert drawn
     for path in drawn:

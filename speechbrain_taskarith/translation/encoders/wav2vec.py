@@ -122,9 +122,9 @@ def is_wav2vec(encoder):
         if getattr(encoder, option, False):
             logger.warning(
                 "%s with %s: frames of speech depend on how much padding a "
-                "batch has, and none of its layers can be trained alone. "
-                "Without %s they do not, and any can",
-                *(type(encoder).__name__, option, option),
+                "batch has, and none of its layers can be trained alone; "
+                "leave it out",
+                *(type(encoder).__name__, option),
             )
             return False
     return True

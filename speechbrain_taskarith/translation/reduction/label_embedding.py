@@ -14,10 +14,9 @@ class LabelEmbedding(torch.nn.Module):
     transcripts, x the segment's vector, g a gate for each channel: the adaptor of
     Xu et al. 2021 (arXiv 2105.05752), with a gate.
 
-    Called with x [B, S, d], scores [B, S, V] of the CTC head on the segments
-    (None for the best label alone, which the segments hold),
-    the matrix of E [V, d] and the `Segments`, it returns [B, S, d], 0 behind the
-    last one.
+    Called with x [B, S, d], scores [B, S, V] of the CTC head on the segments (None
+    for the best label alone, which the segments hold), the matrix of E [V, d] and
+    the `Segments`, it returns [B, S, d], 0 behind the last one.
     """
 
     def __init__(self, d_model, labels):
