@@ -15,6 +15,7 @@ from test_recipe_whisper_sequential import errors, write_corpus
 from tiny_whisper import save_tiny_whisper
 
 from speechbrain_taskarith.metrics import Summary
+from speechbrain_taskarith.vectors import TaskVector
 
 pytest.importorskip("transformers")
 pytest.importorskip("espeakng_loader")
@@ -41,6 +42,9 @@ def options(tmp_path_factory):
         *("--helper", f"en={folder}/data/english/{{}}.csv"),
         *("--output", str(folder / "study")),
         *("--longest", "2", "--lines", "4"),
+        # Another model, so that its row is not that of the base.
+        "--whole_window",
+        str(save_tiny_whisper(folder / "whole", seed=1)),
     ]
 
 
@@ -132,19 +136,166 @@ def test_an_edit_is_the_formula(finished, options, recipe):
 
     models = [tuned(n) for n in ("synthetic/nl", "real/cs", "synthetic/cs")]
     moved = 0
+    parts = study.state(syn2real.edit_parts("nl", ["cs"], 0.5, 0.25, 0.75))
+    three = study.state(syn2real.edit("nl", ["cs"], 0.5, 0.75, 0.25))
     for name, weight in base.items():
-        target, real, synthetic = (
-            next(m[k] for k in m if k.endswith(name)).double() for m in models
-        )
-        expected = (
-            weight.double()
-            + 0.5 * (target - weight.double())
-            + 0.25 * (real - synthetic)
+        weight = weight.double()
+        d, r, s = (
+            next(m[k] for k in m if k.endswith(name)).double() - weight
+            for m in models
         )
         key = next(k for k in state if k.endswith(name))
-        assert torch.allclose(state[key].double(), expected, atol=1e-6)
-        moved += not torch.equal(target, weight.double())
+        a = 0.25 if ".encoder." in key else 0.75
+        for found, expected in (
+            (state, 0.5 * d + 0.25 * (r - s)),
+            (parts, 0.5 * d + a * (r - s)),
+            (three, 0.5 * d + 0.75 * r - 0.25 * s),
+        ):
+            found = found[key].double()
+            assert torch.allclose(found, weight + expected, atol=1e-6)
+        moved += d.abs().max() > 0
     assert moved > 10
+
+
+def test_a_rule_merges_the_differences(finished, options, recipe):
+    syn2real, rows = recipe("syn2real"), recipe("studies.syn2real_rows")
+    given = syn2real.parse_arguments(options)
+    study = syn2real.Study(given, 0, {})
+    sources, draw = ("cs", "en"), torch.Generator().manual_seed(0)
+    key = next(key for key in study.base if key.endswith("0.fc1.weight"))
+    # As far from the base as trainings of hours go.
+    for source in sources:
+        for side in ("real", "synthetic"):
+            tuned = dict(study.base)
+            noise = torch.randn(tuned[key].shape, generator=draw)
+            tuned[key] = tuned[key] + 0.01 * noise
+            vector = TaskVector.between(study.base, tuned)
+            study.vectors[f"{side}/{source}"] = vector
+
+    def added(weights):
+        return (study.state(weights)[key] - study.base[key]).double()
+
+    differences = torch.stack(
+        [
+            added(without_zeros(rows.edit("nl", [source], 0.0, 1.0)))
+            for source in sources
+        ]
+    )
+    weights = rows.by_rule("tsvm", "nl", sources, 0.0, 0.5)
+    found, naive = added(without_zeros(weights)), tsv_m(differences) / 2 * 0.5
+    assert torch.allclose(found, naive, atol=1e-5)
+    assert naive.abs().max() > 1e-3
+    # TIES: what a trimmed vote keeps has its sign, and its mean.
+    weights = rows.by_rule("ties", "nl", sources, 0.0, 1.0)
+    found = added(without_zeros(weights))
+    kept = found.abs() > 1e-7
+    agree = differences * (differences.sign() == found.sign())
+    assert 0.5 < kept.double().mean() < 1
+    assert (found.abs() <= agree.abs().max(0).values + 1e-6).all()
+
+
+def without_zeros(weights):
+    return {model: weight for model, weight in weights.items() if weight}
+
+
+def tsv_m(differences):
+    """Merge matrices as Gargiulo et al. 2025 write it."""
+    rank = min(differences[0].shape) // len(differences)
+    parts = [torch.linalg.svd(d, full_matrices=False) for d in differences]
+
+    def white(matrix):
+        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+        return left @ right
+
+    left = white(torch.cat([u[:, :rank] for u, _, _ in parts], 1))
+    right = white(torch.cat([v[:rank].T for _, _, v in parts], 1))
+    return left @ torch.cat([s[:rank] for _, s, _ in parts]).diag() @ right.T
+
+
+def test_the_papers_start_is_mixed_data(finished, options, recipe):
+    """All speech of the sources, then the target at a tenth of the rate."""
+    rows = rows_of(finished / "0/data/mixed/nl.csv")
+    real = rows_of(finished / "0/data/real/cs.csv")
+    synthetic = rows_of(finished / "0/data/synthetic/cs.csv")
+    wavs = [row["wav"] for row in (*real, *synthetic)]
+    assert [row["wav"] for row in rows] == wavs
+    assert len({row["ID"] for row in rows}) == len(rows) == 8
+    models = finished / "0/models"
+    mixed, then, target = (
+        load_file(next((models / name).rglob("*.safetensors")))
+        for name in ("mixed/nl", "mixed_then_synthetic/nl", "synthetic/nl")
+    )
+    whisper = value_of(options, "--whisper_hub")
+    base = load_file(Path(whisper, "model.safetensors"))
+    name = "model.decoder.layers.0.fc1.weight"
+
+    def moved(state, start):
+        [weight, before] = (
+            next(s[key] for key in s if key.endswith(name))
+            for s in (state, start)
+        )
+        return (weight - before).norm()
+
+    whole = moved(target, base)
+    assert 0.02 * whole < moved(then, mixed) < 0.3 * whole
+    found = measured(
+        finished,
+        0,
+        {
+            "real/cs": 0.25,
+            "synthetic/cs": -0.25,
+            "mixed_then_synthetic/nl": 1.0,
+        },
+        "nl",
+    )
+    table = json.loads((finished / "summary.json").read_text("utf-8"))
+    [value] = [
+        row["value"]
+        for row in table["rows"]
+        if (row["table"], row["row"]) == (f"{TABLE}_nl", "mixed_edited")
+        and (row["metric"], row["seed"]) == ("wer", 0)
+    ]
+    assert value == pytest.approx(counted(found))
+
+
+def test_the_whole_window_is_measured_beside(finished, options, recipe):
+    hub = value_of(options, "--whole_window")
+    summary = Summary.load(finished)
+    for target in ("nl", "cs"):
+        [found] = [
+            result
+            for path in (finished / "whole_window").glob("*.json")
+            if (result := json.loads(path.read_text("utf-8")))["name"] == hub
+            and f"{target}_test" in result["manifest"]
+        ]
+        value = summary.value(
+            f"{TABLE}_{target}", "pretrained_whole_window", "wer"
+        )
+        assert value == pytest.approx(counted(found))
+
+
+def test_each_row_chooses_from_its_own_points(recipe):
+    """The simplest of equal ones; nothing is tried twice."""
+    rows = recipe("studies.syn2real_rows")
+    points = rows.points()
+    assert len(set(points)) == len(points) == 4 * 5 + 4 * 6 + 1
+    for choices in rows.CHOICES.values():
+        assert set(choices) <= set(points)
+    wers = dict.fromkeys(points, 50.0)
+    least = {
+        name: min(choices, key=wers.get)
+        for name, choices in rows.CHOICES.items()
+    }
+    assert least["shrunk"] == (0.25, 0, 0) and least["edited"] == (1, 0, 0)
+    wers[0.75, 0.5, 0.25] = 40.0
+    assert min(rows.CHOICES["three"], key=wers.get) == (0.75, 0.5, 0.25)
+    assert rows.edit("nl", ["cs", "en"], 0.75, 0.5, 0.25) == {
+        "synthetic/nl": 0.75,
+        "real/cs": 0.25,
+        "synthetic/cs": -0.125,
+        "real/en": 0.25,
+        "synthetic/en": -0.125,
+    }
 
 
 def test_a_finished_study_trains_and_measures_nothing(

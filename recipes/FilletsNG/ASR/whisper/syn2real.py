@@ -11,9 +11,7 @@ of models that `train.py` tuned from one base on equally many lines, so that
 two things are told apart: going back towards the base, and adding what real
 speech taught elsewhere. Every domain takes the target's place in turn; helpers
 never do. Scales are chosen without real speech of the target: each source
-takes its place, all others the sources'. Not among the rows: mixed data first
-and new speakers (SLURP/ASR/syn2real has them), the public model with its whole
-window, a scale for each group of layers, other rules than the mean of sources.
+takes its place, all others the sources'.
 
 To run this study on Czech and Dutch, with English as the helper (README.md
 says how the folders are made):
@@ -49,6 +47,16 @@ from studies.lineage import KEPT, keep_weights
 from studies.lines import SPLITS, check_splits, read_csv, tell_long, write_csv
 from studies.measure import Measure
 from studies.syn2real_report import write_report
+from studies.syn2real_rows import (
+    CHOICES,
+    RULES,
+    SCALES,
+    edit,
+    edit_parts,
+    points,
+    rows_of,
+    surface,
+)
 from synthesize import synthesize
 from train import train
 
@@ -58,8 +66,6 @@ from speechbrain_taskarith.vectors import TaskVector, open_state
 
 HERE = Path(__file__).resolve().parent
 HPARAMS = HERE / "hparams" / "train.yaml"
-TARGET_SCALES = [0.25, 0.5, 0.75, 1.0]
-SCALES = [0.0, 0.25, 0.5, 0.75, 1.0]
 
 
 def parse_arguments(argv):
@@ -80,6 +86,10 @@ def parse_arguments(argv):
             type=lambda word: tuple(word.split("=", 1)),
             help=text,
         )
+    add(
+        "--whole_window",
+        help="the public model before its window was cut, measured beside it",
+    )
     add("--output", default="results/syn2real")
     add("--seeds", type=int, nargs="+", default=[0])
     add("--lines", type=int, default=400, help="of each domain, for training")
@@ -202,6 +212,12 @@ def prepare_data(given, domains, folder, seed):
             for name in names
             for row in drawn[f"{side}/{name}"]
         ]
+        drawn[f"mixed/{target}"] = [
+            row | {"ID": f"{side}_{name}_{row['ID']}"}
+            for side in ("real", "synthetic")
+            for name in sources
+            for row in drawn[f"{side}/{name}"]
+        ]
     return {
         name: write_csv(folder / "data" / f"{name}.csv", rows)
         for name, rows in drawn.items()
@@ -229,62 +245,28 @@ def settings_of(given):
     )
 
 
-def plan_trainings(manifests, seed):
-    """List the trainings of one seed: one call of `train.py` each."""
-    return [
+def plan_trainings(manifests, targets, seed, lr, folder):
+    """List the trainings of one seed: one call of `train.py` each.
+
+    The second list starts from models of the first, at a tenth of the rate.
+    """
+    first = [
         Training(name, {"train_csv": str(manifest), "seed": seed})
         for name, manifest in manifests.items()
     ]
-
-
-def edit(target, sources, b, a, part=""):
-    """Return the weights of `b d + a mean(r - s)`, `{model: weight}`.
-
-    `part`: `@pattern` takes the difference where names fit it only.
-    """
-    weights = {f"synthetic/{target}": b}
-    for source in sources:
-        weights[f"real/{source}{part}"] = a / len(sources)
-        weights[f"synthetic/{source}{part}"] = -a / len(sources)
-    return weights
-
-
-def support(target, sources, a):
-    """Return the weights of `d + a mean(r)`: a support language."""
-    reals = {f"real/{source}": a / len(sources) for source in sources}
-    return {f"synthetic/{target}": 1.0, **reals}
-
-
-def rows_of(target, sources, helpers, chosen):
-    """Name the rows of the table: `{row: {model: weight}}`.
-
-    `chosen`: see `Study.choose`.
-    """
-    synthetic, both = f"synthetic/{target}", chosen["both"]
-    everyone = [*sources, *helpers]
-
-    def mean(models):
-        return {model: 1 / len(models) for model in models}
-
-    reals = [f"real/{source}" for source in sources]
-    return {
-        "pretrained": {},
-        "baseline": {synthetic: 1.0},
-        "real_source": mean(reals),
-        "mean_of_real_sources": mean([f"real/{name}" for name in everyone]),
-        "mean_of_baseline_and_real": mean([synthetic, *reals]),
-        "joint": {f"joint/{target}": 1.0},
-        "support_language": support(target, sources, chosen["support"]),
-        "shrunk": {synthetic: chosen["shrunk"]},
-        "paper_scale": edit(target, sources, 1.0, 0.25),
-        "edited": edit(target, sources, 1.0, chosen["edited"]),
-        "edited_both": edit(target, sources, *both),
-        "edited_both_encoder": edit(target, sources, *both, "@model.encoder.*"),
-        "edited_both_decoder": edit(target, sources, *both, "@model.decoder.*"),
-        "ensemble": edit(target, everyone, 1.0, chosen["edited"]),
-        "ensemble_both": edit(target, everyone, *both),
-        "real_target": {f"real/{target}": 1.0},
-    }
+    second = [
+        Training(
+            f"mixed_then_synthetic/{target}",
+            {
+                "train_csv": str(manifests[f"synthetic/{target}"]),
+                "seed": seed,
+                "base": str(Path(folder, f"mixed/{target}", KEPT).resolve()),
+                "lr": f"{lr / 10:.7f}",
+            },
+        )
+        for target in targets
+    ]
+    return first, second
 
 
 class Study:
@@ -295,19 +277,21 @@ class Study:
         self.base = open_state(given.whisper_hub)
         self.held_out, self.vectors = held_out, {}
         torch.set_num_threads(1)
-        self.measure = Measure(
-            HPARAMS,
-            {
-                "whisper_hub": given.whisper_hub,
-                "output_folder": str(self.folder / "measured"),
-                "test_batch_size": 40,
-            },
-            self.folder / "measured",
-        )
+        self.measure = measure_with(given.whisper_hub, self.folder / "measured")
 
     def vector(self, model):
         """Return what a training added to the base, or a part of it."""
-        if model not in self.vectors:
+        rule, _, sources = model.partition("/")
+        if model not in self.vectors and rule in RULES:
+            self.vectors[model] = RULES[rule].combine(
+                [
+                    self.vector(f"real/{source}")
+                    - self.vector(f"synthetic/{source}")
+                    for source in sources.split("+")
+                ],
+                base=self.base,
+            )
+        elif model not in self.vectors:
             name, _, pattern = model.partition("@")
             self.vectors[model] = TaskVector.between(
                 self.base,
@@ -354,15 +338,17 @@ class Study:
         """Choose all scales where each source takes the target's place.
 
         All other sources and the helpers take the sources' place: nothing
-        here has heard the target.
+        here has heard the target. Returns points (b, a, c) by what may be
+        chosen, and under "parts" the scales of encoder and decoder.
         """
 
-        def mean_wer(weights_of):
+        def mean_wer(make, *scales):
             return statistics.fmean(
                 self.wer(
-                    weights_of(
+                    make(
                         source,
                         [n for n in (*sources, *helpers) if n != source],
+                        *scales,
                     ),
                     source,
                     "valid",
@@ -370,30 +356,50 @@ class Study:
                 for source in sources
             )
 
-        grid = {
-            (b, a): mean_wer(lambda t, others: edit(t, others, b, a))  # noqa: B023
-            for b in TARGET_SCALES
-            for a in SCALES
+        tried = {
+            point: mean_wer(edit, *point)
+            for point in progress(points(), desc="scales")
         }
-        supports = {
-            a: mean_wer(lambda t, others: support(t, others, a))  # noqa: B023
-            for a in SCALES
+        chosen = {
+            name: min(choices, key=tried.get)
+            for name, choices in CHOICES.items()
         }
-        return {
-            "grid": grid,
-            "shrunk": min(TARGET_SCALES, key=lambda b: grid[b, 0.0]),
-            "edited": min(SCALES, key=lambda a: grid[1.0, a]),
-            "both": min(grid, key=grid.get),
-            "support": min(SCALES, key=supports.get),
+        b = chosen["both"][0]
+        parts = {
+            (encoder, decoder): tried[b, encoder, encoder]
+            if encoder == decoder
+            else mean_wer(edit_parts, b, encoder, decoder)
+            for encoder in SCALES
+            for decoder in SCALES
         }
+        return chosen | {"parts": min(parts, key=parts.get)}
 
     def surface(self, target, sources):
         """Measure the grid on the target's test lines: chosen by nobody."""
         return {
             (b, a): self.wer(edit(target, sources, b, a), target)
-            for b in TARGET_SCALES
-            for a in SCALES
+            for b, a, _ in surface()
         }
+
+
+def measure_with(hub, folder):
+    """Return what measures models that are built as `hub` is."""
+    return Measure(
+        HPARAMS,
+        {
+            "whisper_hub": str(hub),
+            "output_folder": str(folder),
+            "test_batch_size": 40,
+        },
+        folder,
+    )
+
+
+def hear_whole_window(given, manifest):
+    """Measure the public model as it was published."""
+    hub = given.whole_window
+    measure = measure_with(hub, Path(given.output, "whole_window").resolve())
+    return measure(f"{hub}", lambda: open_state(hub), manifest)
 
 
 def leave_out(study, target, given):
@@ -436,19 +442,27 @@ def main(argv):
             f"--whisper_hub={given.whisper_hub}",
             f"--avoid_if_longer_than={given.longest}",
         ]
-        with joblib.parallel_config("sequential"):
-            run_trainings(
-                train,
-                plan_trainings(manifests, seed),
-                shared,
-                folder / "models",
-            )
-        for name in manifests:
-            keep_weights(folder / "models" / name)
+        for trainings in plan_trainings(
+            manifests,
+            given.domain,
+            seed,
+            study.measure.hparams["lr"],
+            folder / "models",
+        ):
+            with joblib.parallel_config("sequential"):
+                run_trainings(train, trainings, shared, folder / "models")
+            for training in trainings:
+                keep_weights(folder / "models" / training.name)
         if given.only_train:
             continue
         for target in given.domain:
             results[seed, target] = leave_out(study, target, given)
+            if given.whole_window:
+                results[seed, target]["rows"] |= {
+                    "pretrained_whole_window": hear_whole_window(
+                        given, held_out[target, "test"]
+                    )
+                }
     if results:
         write_report(results, Path(given.output))
 

@@ -26,8 +26,12 @@ CHOSEN = {
     "edited_both",
     "edited_both_encoder",
     "edited_both_decoder",
+    "edited_by_part",
+    "edited_three",
     "ensemble",
     "ensemble_both",
+    "ensemble_ties",
+    "ensemble_tsvm",
 }
 # What the picture of the effect shows, in its words.
 SHOWN = {
@@ -44,9 +48,14 @@ NOTE = (
     "synthetic target, real source and synthetic source speech added to the "
     "base. `baseline`: d. `shrunk`: b d. `edited`: d + a (r - s). "
     "`edited_both`: b d + a (r - s), `_encoder` and `_decoder` with the "
-    "difference in that part only. `ensemble`: the mean of r - s over the "
-    "sources and the helpers. `paper_scale`: a = 0.25. `support_language`: "
-    "d + a r. All scales were chosen where the sources take the target's "
+    "difference in that part only, `edited_by_part` with a scale for either. "
+    "`edited_three`: b d + a r - c s. `ensemble`: the mean of r - s over the "
+    "sources and the helpers; `_ties`, `_tsvm`: as `ensemble_both`, what that "
+    "rule makes of them. `paper_scale`: a = 0.25. `support_language`: "
+    "d + a r. `mixed`: tuned on all speech of the sources; "
+    "`mixed_then_synthetic`: from there on synthetic target speech, at a tenth "
+    "of the rate, the paper's baseline; `mixed_edited`: the paper's form, that "
+    "+ 0.25 (r - s). All scales were chosen where the sources take the target's "
     "place, and the helpers the sources'; `oracle` is the best point of the "
     "grid on the test lines, which no one may choose. `joint`: trained on the "
     "recordings of the sources and the synthetic target together, more steps. "
@@ -101,6 +110,10 @@ def write_report(results, folder):
         ("edited_both", "shrunk"),
         ("edited_both", "joint"),
         ("edited_both", "mean_of_baseline_and_real"),
+        ("edited_three", "baseline"),
+        ("edited_three", "shrunk"),
+        ("edited_three", "mean_of_baseline_and_real"),
+        ("mixed_edited", "mixed_then_synthetic"),
         ("edited", "baseline"),
         ("shrunk", "baseline"),
     ):
@@ -135,24 +148,38 @@ def add_choice(summary, table, target, result, seed):
     chosen = result["chosen"]
     best = min(result["surface"], key=result["surface"].get)
     scales = {
-        "shrunk": (chosen["shrunk"], 0.0),
-        "edited": (1.0, chosen["edited"]),
+        "shrunk": chosen["shrunk"],
+        "edited": chosen["edited"],
         "edited_both": chosen["both"],
-        "support_language": (1.0, chosen["support"]),
-        "oracle": best,
+        "edited_three": chosen["three"],
+        "support_language": chosen["support"],
+        "oracle": (*best, best[1]),
     }
-    for row, (b, a) in scales.items():
-        for metric, value in (("target_scale", b), ("scale", a)):
-            summary.add(
-                table=table,
-                row=f"{target}: {row}",
-                metric=metric,
-                value=value,
-                unit="1",
-                split="test",
-                seed=seed,
-                selected_on="real_target" if row == "oracle" else "real_source",
-            )
+    for row, point in scales.items():
+        for metric, value in zip(
+            ("target_scale", "scale", "synthetic_scale"), point, strict=True
+        ):
+            note_scale(summary, table, target, row, metric, value, seed)
+    for metric, value in zip(
+        ("encoder_scale", "decoder_scale"), chosen["parts"], strict=True
+    ):
+        note_scale(
+            summary, table, target, "edited_by_part", metric, value, seed
+        )
+
+
+def note_scale(summary, table, target, row, metric, value, seed):
+    """Add one scale of a row."""
+    summary.add(
+        table=table,
+        row=f"{target}: {row}",
+        metric=metric,
+        value=value,
+        unit="1",
+        split="test",
+        seed=seed,
+        selected_on="real_target" if row == "oracle" else "real_source",
+    )
 
 
 def compare(results, better, than):
@@ -216,7 +243,7 @@ def draw(results, seeds, target, folder):
         point: statistics.fmean(surface[point] for surface in surfaces)
         for point in surfaces[0]
     }
-    both = [results[seed, target]["chosen"]["both"] for seed in seeds]
+    both = [results[seed, target]["chosen"]["both"][:2] for seed in seeds]
     path = folder / "plots" / f"surface_{target}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     plot_scale_surface(
