@@ -226,7 +226,8 @@ class AdapterHandle(AdapterTraining):
         ---------
         lens : torch.Tensor or None
             [B], relative lengths in (0, 1]; frames beyond them do not
-            count. None counts all.
+            count. None takes the padding mask that the layers were given;
+            where they were given none, or are compiled, all frames count.
 
         Returns
         -------

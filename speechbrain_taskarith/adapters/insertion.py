@@ -50,7 +50,9 @@ def insert_adapters(
 
     The encoder is frozen, its running statistics too. It computes what it
     did before, bit for bit, until `train`, `handle.use(...)` or
-    `handle.train_*`. If an error is raised, nothing has changed.
+    `handle.train_*`; compare it with a base that is frozen, too, since torch
+    rounds some matrix products in another way where weights want gradients.
+    If an error is raised, nothing has changed.
 
     In a recipe, by its YAML alone: `train`, `freeze`, `load`, `penalty` and
     `guide` do what would else be lines of its loop. What trains and what is

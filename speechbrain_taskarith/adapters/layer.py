@@ -31,6 +31,7 @@ from speechbrain_taskarith.adapters.hooks.layer_loop import (
     require_passed,
 )
 from speechbrain_taskarith.adapters.hooks.rows import utterances_of
+from speechbrain_taskarith.utils.lengths import padding_mask
 
 logger = logging.getLogger(__name__)
 
@@ -265,6 +266,8 @@ class LayerAdapters(torch.nn.Module):
             x = self._to_match(x, inputs, named)
         else:
             x = self._added(x, inputs, named)
+        if self._is_combined():
+            made.last_valid = self._unmasked(x, inputs, named, frames)
         if frames is not None:
             rows = [row[:number] for row, number in zip(x, frames)]
             x = torch.nested.as_nested_tensor(rows)
@@ -303,7 +306,32 @@ class LayerAdapters(torch.nn.Module):
             PASS.reset(token)
 
     def _valid_frames(self, x, inputs, named):
-        """Return which frames of x are no padding, None where not known."""
+        """Return which frames of x are no padding, None where not known.
+
+        By what the layer was told, else by the running Brain's batch.
+        """
+        valid, watch = self._unmasked(x, inputs, named), self._route.watch
+        lens = None if watch is None else watch.lengths()
+        if valid is not None or lens is None:
+            return valid
+        swapped = self._is_frames_first()
+        if swapped:
+            x = x.transpose(0, 1)
+        valid = valid_frames(x, lens)
+        if valid.shape != x.shape[:-1]:
+            return None
+        return valid.t() if swapped else valid
+
+    def _unmasked(self, x, inputs, named, frames=None):
+        """Return which frames of x no mask of the layer leaves out.
+
+        None: not known, as in a graph. `frames`: of each row, where known.
+        """
+        if torch.compiler.is_compiling():
+            return None
+        if frames is not None:
+            frames = torch.tensor(frames, device=x.device)
+            return ~padding_mask(frames, x.shape[1])
         swapped = self._is_frames_first()
         if swapped:
             x = x.transpose(0, 1)
@@ -322,11 +350,7 @@ class LayerAdapters(torch.nn.Module):
             valid = inputs[-1][-1].clone()
             valid[:, named["segment_length"] :] = False  # copies
         else:
-            watch = self._route.watch
-            lens = None if watch is None else watch.lengths()
-            if lens is None:
-                return None
-            valid = valid_frames(x, lens)
+            return None
         if valid.shape != x.shape[:-1]:
             return None
         return valid.t() if swapped else valid

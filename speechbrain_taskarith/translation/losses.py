@@ -120,6 +120,8 @@ class CrossModalContrastiveLoss(torch.nn.Module):
 
 
 def _masked_mean(x, lens):
+    # A sum over a thousand frames is too large for float16.
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     lengths = absolute_lengths(lens, x.shape[1])
     outside = padding_mask(lengths, x.shape[1])[..., None]
     total = x.masked_fill(outside, 0.0).sum(1)

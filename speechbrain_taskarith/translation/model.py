@@ -176,6 +176,12 @@ class SpeechTranslationModel(torch.nn.Module):
                 f"labels {labels!r} without shrink: they are those of "
                 "segments; give both, or neither"
             )
+        if labels == "alone" and looking_back is not None:
+            raise ValueError(
+                "labels 'alone' with looking_back: the segments' vectors are "
+                "replaced, so that it would do nothing; give labels 'added', "
+                "or no looking_back"
+            )
         self._blank_index()
 
     def _blank_index(self):

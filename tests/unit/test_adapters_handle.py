@@ -305,6 +305,46 @@ def test_attention_over_valid_frames(encoder, x):
     assert sum(stats.values()) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_attention_leaves_out_what_the_mask_does(nested):
+    """Without lengths, too; also where torch takes its path of ragged rows."""
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    encoder = torch.nn.TransformerEncoder(
+        layer, 2, enable_nested_tensor=nested
+    ).eval()
+    made = AudioAdapterFusion(guided=True)
+    handle = insert_adapters(encoder, NAMES, bottleneck=4, combination=made)
+    scramble(handle, scale=3.0)
+    handle.use("combined")
+    x, frames = torch.randn(3, 10, 8), (10, 2, 5)
+    tasks = ["us", "german", "us"]
+    padding = torch.arange(10) >= torch.tensor(frames)[:, None]
+    single, costs = [], []
+    for number, (row, count) in enumerate(zip(x, frames)):
+        # Alone, and as often as it has frames.
+        with torch.no_grad():
+            encoder(row[None, :count])
+        single.append(count * handle.attention())
+        costs.append(count * handle.attention_loss([tasks[number]]))
+    grad = torch.no_grad() if nested else torch.enable_grad()
+    with grad:
+        encoder(x, src_key_padding_mask=padding)
+    expected = sum(single) / sum(frames)
+    assert handle.attention().allclose(expected, atol=1e-5)
+    lens = torch.tensor(frames) / 10
+    assert handle.attention(lens).allclose(expected, atol=1e-5)
+    loss = handle.attention_loss(tasks)
+    assert loss.item() == pytest.approx(float(sum(costs) / sum(frames)), 1e-4)
+    # A batch without a mask is not read by that of the last one.
+    x = torch.randn(3, 10, 8)
+    encoder(x)
+    for row, layer in zip(handle.attention(), handle.layers):
+        weights = layer.combination.last_weights.flatten(0, 1)
+        torch.testing.assert_close(row, weights.mean(0))
+    copy.deepcopy(encoder)
+
+
 def test_attention_of_averages_is_their_weights(encoder):
     assert (
         inserted(encoder, "mean").attention().tolist()

@@ -59,6 +59,20 @@ def test_bad_lists():
         min_wer_loss(torch.zeros(2, 2), torch.zeros(2, 1))
 
 
+def test_a_list_of_impossible_hypotheses_is_named():
+    """Not NaN for the whole batch; a single one has no share."""
+    never, errors = float("-inf"), torch.tensor([[0, 1], [1, 2]])
+    log_probs = torch.tensor([[0.0, never], [0.0, -1.0]], requires_grad=True)
+    loss = min_wer_loss(log_probs, errors)
+    share = torch.tensor(-1.0).sigmoid().item()
+    assert loss.item() == pytest.approx((-0.5 + share - 0.5) / 2)
+    assert torch.autograd.grad(loss, log_probs)[0].isfinite().all()
+    with pytest.raises(ValueError, match="row 1: every hypothesis has"):
+        min_wer_loss(
+            log_probs.detach().flip(0) + torch.tensor([never, 0]), errors
+        )
+
+
 def setting(kind=RNNTJoint, dropout=0.0):
     torch.manual_seed(3)
     predictor = LSTMPredictor(6, 4, 5, num_layers=1, dropout=dropout).double()

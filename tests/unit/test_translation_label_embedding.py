@@ -97,14 +97,15 @@ def test_silence_is_one_blank():
 
 @pytest.mark.parametrize("labels", ["added", "alone"])
 def test_what_gets_a_gradient(labels):
-    model = toy_model(labels=labels)
+    model = toy_model(labels=labels, look=labels == "added")
     inputs, targets = toy_batch()
     objective = TranslationObjective(0, ctc_in_st=False, contrastive=0.0)
     objective(model(tasks=("st",), **inputs), **targets)["st"].backward()
     assert model.source_embedding.weight.grad.any()
     # The best label is chosen, a posterior is calculated with.
-    others = [model.ctc_lin.weight, model.looking_back.key.weight]
+    others = [model.ctc_lin.weight]
     if labels == "added":
+        others.append(model.looking_back.key.weight)
         others.append(model.label_embedding.gate)
     for parameter in others:
         grad = parameter.grad
@@ -157,6 +158,11 @@ def test_is_left_out_with_the_shrink():
 def test_needs_segments():
     with pytest.raises(ValueError, match="labels 'added' without shrink"):
         toy_model(shrink=False, labels="added")
+
+
+def test_labels_alone_leave_nothing_to_look_back_for():
+    with pytest.raises(ValueError, match="looking_back: .* do nothing"):
+        toy_model(look=True, labels="alone")
 
 
 def test_unknown_labels_are_refused():

@@ -144,6 +144,19 @@ def test_contrastive_does_not_see_padding():
     assert torch.equal(loss(speech, s_lens, text, t_lens), clean)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_contrastive_of_long_sequences_in_half_precision(dtype):
+    """The sum over the frames is more than float16 holds."""
+    torch.manual_seed(0)
+    speech, text = (100 + 20 * torch.randn(3, 1000, 4) for _ in range(2))
+    lens = torch.tensor([1.0, 0.5, 0.8])
+    speech, text = speech.to(dtype), text.to(dtype)
+    loss = CrossModalContrastiveLoss()
+    expected = loss(speech.double(), lens, text.double(), lens)
+    found = loss(speech, lens, text, lens)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-3)
+
+
 def test_one_utterance_has_no_negative():
     x = torch.randn(1, 3, 4, requires_grad=True)
     one = torch.ones(1)

@@ -23,11 +23,11 @@ def mean_weights(combinations, lens):
                 f"layer {layer!r} has combined no batch yet: run the encoder "
                 "with handle.use('combined') first"
             )
-        if lens is None:
-            weights = weights.flatten(0, -2)
-        else:
+        valid = _last_valid(combination, weights[..., 0])
+        if lens is not None:
             _require_batch(weights, lens, "lengths")
-            weights = weights[valid_frames(weights, lens)]
+            valid = valid_frames(weights, lens)
+        weights = weights.flatten(0, -2) if valid is None else weights[valid]
         rows.append(weights.float().mean(0))
     return torch.stack([row.to(rows[0].device) for row in rows])
 
@@ -40,8 +40,20 @@ def guidance_loss(combinations, tasks, lens):
         if ran and combination.live_weights is None:
             continue  # the batch left this layer out
         weights = kept_attention(layer, combination)
-        losses.append(guidance_cost(weights, combination.names, tasks, lens))
+        valid = None
+        if lens is None:
+            valid = _last_valid(combination, weights[..., 0])
+        losses.append(
+            guidance_cost(weights, combination.names, tasks, lens, valid)
+        )
     return torch.stack(losses).mean()
+
+
+def _last_valid(combination, values):
+    """Return which frames of the last batch are no padding, None: unknown."""
+    valid = combination.last_valid
+    fits = valid is not None and valid.shape == values.shape
+    return valid.to(values.device) if fits else None
 
 
 def kept_attention(layer, combination):
@@ -55,8 +67,11 @@ def kept_attention(layer, combination):
     return combination.live_weights
 
 
-def guidance_cost(weights, names, tasks, lens):
-    """Return one layer's `- mean_t log s_task(t)`, a scalar."""
+def guidance_cost(weights, names, tasks, lens, valid=None):
+    """Return one layer's `- mean_t log s_task(t)`, a scalar.
+
+    Over the frames by `lens`, else by `valid` [B, T], else over all.
+    """
     unknown = sorted(set(tasks) - set(names))
     if unknown:
         raise ValueError(
@@ -71,9 +86,10 @@ def guidance_cost(weights, names, tasks, lens):
     own = weights.gather(2, index)[..., 0]
     # Not log(0): a softmax may underflow in single precision.
     costs = -own.clamp_min(torch.finfo(own.dtype).tiny).log()
-    if lens is None:
+    if lens is not None:
+        valid = valid_frames(costs, lens)
+    if valid is None:
         return costs.mean()
-    valid = valid_frames(costs, lens)
     return costs.masked_fill(~valid, 0.0).sum() / valid.sum()
 
 

@@ -117,6 +117,8 @@ class Combination(torch.nn.Module):
         # Attention weights of the last batch [..., N], where there are some:
         # without their graph, and with it for `AdapterHandle.attention_loss`.
         self.last_weights = self.live_weights = None
+        # Which frames of that batch are no padding, None where not known.
+        self.last_valid = None
         self._folded = None
         self._derived = DerivedWeights()
         #: Whether LN waits to be matched, and `frame_sums` of this process.
@@ -302,12 +304,13 @@ class Combination(torch.nn.Module):
     def __getstate__(self):
         # Copies and pickles compute theirs from the parameters; a tensor
         # with a graph cannot be copied.
-        gone = ("_folded", "last_weights", "live_weights", "sums")
+        gone = ("_folded", "last_weights", "live_weights", "last_valid", "sums")
         return {**self.__dict__, **dict.fromkeys(gone)}
 
     def _apply(self, fn, recurse=True):
         self.unfold()
-        self.last_weights = self.live_weights = self.sums = None
+        self.last_weights = self.live_weights = None
+        self.last_valid = self.sums = None
         return super()._apply(fn, recurse)
 
     def train(self, mode=True):

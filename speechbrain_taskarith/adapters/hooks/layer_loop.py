@@ -69,6 +69,7 @@ class LayerLoop:
                 # Not the last batch's, where this one leaves the layer out.
                 made = layer.combination
                 made.last_weights = made.live_weights = None
+                made.last_valid = None
 
     @torch.compiler.disable
     def _meet(self, unmatched):

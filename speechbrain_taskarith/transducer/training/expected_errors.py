@@ -12,8 +12,9 @@ def min_wer_loss(log_probs, errors, mask=None):
     """Expected word errors over n-best lists, minus their mean.
 
     `L = mean_b sum_i P_bi (W_bi - mean_j W_bj)` with `P_b` the softmax of an
-    utterance's log-probabilities: the expectation is restricted to the list. Subtracting the mean changes no gradient;
-    that by `log_probs[b, i]` is `P_bi (W_bi - sum_j P_bj W_bj) / B`.
+    utterance's log-probabilities: the expectation is restricted to the list.
+    Subtracting the mean changes no gradient; that by `log_probs[b, i]` is
+    `P_bi (W_bi - sum_j P_bj W_bj) / B`.
 
     Arguments
     ---------
@@ -33,7 +34,8 @@ def min_wer_loss(log_probs, errors, mask=None):
     Raises
     ------
     ValueError
-        Shapes that differ, an utterance without any hypothesis.
+        Shapes that differ, an utterance without any hypothesis, or with none
+        of a probability above 0.
 
     Example
     -------
@@ -60,6 +62,16 @@ def min_wer_loss(log_probs, errors, mask=None):
             "needs at least one (the empty sequence is one)"
         ),
         "an n-best list without a hypothesis",
+    )
+    never = ~empty & ~(mask & ~log_probs.isneginf()).any(1)
+    refusals.add(
+        never,
+        lambda: (
+            f"row {int(never.nonzero()[0])}: every hypothesis has the "
+            "log-probability -inf, so that none is more likely than another; "
+            "leave the utterance out, or look for what makes it impossible"
+        ),
+        "an n-best list of hypotheses that all have probability 0",
     )
     refusals.settle(wait=False)
     # Minus infinity, not 0: a missing hypothesis has probability 0.
