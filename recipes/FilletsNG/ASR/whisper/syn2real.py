@@ -49,6 +49,7 @@ from studies.measure import Measure
 from studies.syn2real_report import write_report
 from studies.syn2real_rows import (
     CHOICES,
+    MIXED,
     RULES,
     SCALES,
     edit,
@@ -96,6 +97,11 @@ def parse_arguments(argv):
     add("--longest", type=float, default=5.0, help="seconds")
     add("--valid", type=int, default=100, help="lines of each domain")
     add("--test", type=int, default=160, help="lines of each domain")
+    add(
+        "--skip_mixed",
+        action="store_true",
+        help="no rows of mixed data, a third of the training",
+    )
     add("--only_train", action="store_true", help="measure nothing")
     given = parser.parse_args(argv)
     for pair in (*given.domain, *given.helper, *given.synthetic):
@@ -212,6 +218,8 @@ def prepare_data(given, domains, folder, seed):
             for name in names
             for row in drawn[f"{side}/{name}"]
         ]
+        if given.skip_mixed:
+            continue
         drawn[f"mixed/{target}"] = [
             row | {"ID": f"{side}_{name}_{row['ID']}"}
             for side in ("real", "synthetic")
@@ -265,6 +273,7 @@ def plan_trainings(manifests, targets, seed, lr, folder):
             },
         )
         for target in targets
+        if f"mixed/{target}" in manifests
     ]
     return first, second
 
@@ -408,6 +417,8 @@ def leave_out(study, target, given):
     helpers = list(given.helper)
     chosen = study.choose(sources, helpers)
     rows = rows_of(target, sources, helpers, chosen)
+    if given.skip_mixed:
+        rows = {row: w for row, w in rows.items() if row not in MIXED}
     measured = {
         row: study.errors(weights, target)
         for row, weights in progress(rows.items(), desc=f"rows of {target}")

@@ -117,7 +117,8 @@ def write_report(results, folder):
         ("edited", "baseline"),
         ("shrunk", "baseline"),
     ):
-        summary.note(compare(results, better, than))
+        if all({better, than} <= r["rows"].keys() for r in results.values()):
+            summary.note(compare(results, better, than))
     summary.write()
     summary.print(only=[TABLE])
     for target in targets:

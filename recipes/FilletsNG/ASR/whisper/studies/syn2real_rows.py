@@ -12,6 +12,8 @@ PAPER_SCALE = 0.25
 TARGET_SCALES = (0.25, 0.5, 0.75, 1.0)
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 ENCODER, DECODER = "@model.encoder.*", "@model.decoder.*"
+#: Rows whose training begins with all speech of the sources.
+MIXED = ("mixed", "mixed_then_synthetic", "mixed_edited")
 #: Instead of the mean of several differences.
 RULES = {"ties": TIES(density=0.5), "tsvm": TSVM()}
 
