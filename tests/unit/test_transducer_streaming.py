@@ -393,6 +393,18 @@ def test_other_types_of_the_whole_model_keep_float32_features():
     assert stream.finish().text == exact.transcribe(given)
 
 
+def test_a_conformer_in_bfloat16_hears_nearly_the_same():
+    whole, given = model(encoder=conformer(16)), wave(8000)
+    small = whole.quantize("bf16")
+    expected, found = whole.encode(given[None])[0], small.encode(given[None])[0]
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected).norm() < 0.05 * expected.norm()
+    stream = small.stream()
+    for samples in given.split(1600):
+        stream.feed(samples)
+    assert stream.finish().text and small.transcribe(given)
+
+
 def test_what_cannot_be_quantised_is_named():
     with pytest.raises(ValueError, match="'int4': expected 'int8' or 'bf16'"):
         wide().quantize("int4")

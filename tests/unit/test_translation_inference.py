@@ -188,6 +188,8 @@ def test_a_global_normaliser_and_other_settings_come_back(tmp_path):
         translator.translate_batch(wave)
     with pytest.raises(ValueError, match=r"unknown .*'nl'.* has fr, de"):
         translator.translate_batch(wave, target="nl")
+    with pytest.raises(ValueError, match="1 lengths for 2 waveforms"):
+        translator.translate_batch(wave.repeat(2, 1), torch.ones(1), "fr")
     both = translator.translate_batch(wave.repeat(2, 1), target=["fr", "de"])
     assert [one.target for one in both] == ["fr", "de"]
     (tmp_path / "translator/normalize.safetensors").unlink()

@@ -21,7 +21,9 @@ from speechbrain_taskarith.utils.lengths import ignore_padding
 FRAMES = [24, 10, 1]
 
 
-def conformer(kernel=15, decoders=0, module="conformer"):
+def conformer(
+    kernel=15, decoders=0, module="conformer", attention="RelPosMHAXL"
+):
     torch.manual_seed(0)
     return TransformerASR(
         tgt_vocab=5,
@@ -31,7 +33,7 @@ def conformer(kernel=15, decoders=0, module="conformer"):
         num_encoder_layers=2,
         num_decoder_layers=decoders,
         d_ffn=16,
-        attention_type="RelPosMHAXL",
+        attention_type=attention,
         positional_encoding=None,
         encoder_module=module,
         csgu_linear_units=12,
@@ -115,6 +117,49 @@ def test_an_encoder_without_chunks_is_refused_when_it_is_wrapped():
     causal.causal = True
     with pytest.raises(ValueError, match="causal: False"):
         ChunkedEncoder(causal, 4)
+
+
+@pytest.mark.parametrize(
+    "attention, positions",
+    [
+        ("regularMHA", "fixed_abs_sine"),  # TransformerASR's own
+        ("regularMHA", None),
+        ("hypermixing", None),
+    ],
+)
+def test_attention_that_cannot_stream_is_refused(attention, positions):
+    transformer = conformer(attention=attention)
+    transformer.positional_encoding_type = positions
+    with pytest.raises(ValueError, match="RelPosMHAXL or RoPEMHA"):
+        ChunkedEncoder(transformer, 4)
+
+
+@pytest.mark.parametrize("attention", ["RelPosMHAXL", "RoPEMHA"])
+@pytest.mark.parametrize(
+    "dtype, worst", [(torch.float64, 1e-6), (torch.bfloat16, 0.05)]
+)
+def test_other_types_of_weights(attention, dtype, worst):
+    """Positions take their type, and are as exact as before."""
+    encoder = ChunkedEncoder(conformer(attention=attention), 4, 2).eval()
+    x = torch.randn(1, 200, 8)
+    expected, other = encoder(x), copy.deepcopy(encoder).to(dtype)
+    whole = other(x.to(dtype))
+    assert whole.dtype == dtype
+
+    def error(found):
+        return (found.float() - expected).norm() / expected.norm()
+
+    assert error(whole) < worst
+    context = other.make_streaming_context()
+    pieces = [
+        other.forward_streaming(chunk, context)
+        for chunk in x.to(dtype).split(4, dim=1)
+    ]
+    assert error(torch.cat(pieces, 1)) < worst
+    back = other.float()
+    assert back(x).dtype == torch.float32
+    if dtype == torch.float64:
+        torch.testing.assert_close(back(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_it_compiles_in_one_piece():

@@ -5,6 +5,17 @@ import torch
 from speechbrain_taskarith.utils.lengths import ignore_padding, without_padding
 
 _ALL = 10**9
+# With others SpeechBrain's stream fails, or is not what the whole gives.
+_ATTENTION = ("RelPosMHAXL", "RoPEMHA")
+
+
+class _Cast:
+    """Turn what a module returns into the type of the weights."""
+
+    dtype = torch.float32
+
+    def __call__(self, module, inputs, out):
+        return out.to(self.dtype)
 
 
 class ChunkedEncoder(torch.nn.Module):
@@ -17,7 +28,8 @@ class ChunkedEncoder(torch.nn.Module):
     ---------
     transformer : torch.nn.Module
         `TransformerASR` with a Conformer encoder (SpeechBrain's Branchformer
-        has no chunks), or an `EncoderWrapper` around one.
+        has no chunks) and `attention_type` RelPosMHAXL or RoPEMHA, or an
+        `EncoderWrapper` around one.
     chunk_size : int
         Frames of a chunk.
     left_context : int or None
@@ -27,7 +39,7 @@ class ChunkedEncoder(torch.nn.Module):
     Raises
     ------
     ValueError
-        Another encoder, a causal one, a chunk of no frame.
+        Another encoder, a causal one, other attention, a chunk of no frame.
 
     Example
     -------
@@ -52,6 +64,7 @@ class ChunkedEncoder(torch.nn.Module):
 
     def __init__(self, transformer, chunk_size, left_context=None):
         super().__init__()
+        from speechbrain.nnet.attention import RelPosMHAXL
         from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
         if chunk_size < 1:
@@ -66,12 +79,46 @@ class ChunkedEncoder(torch.nn.Module):
                 f"{type(encoder).__name__} cannot work in chunks; expected "
                 "encoder_module: conformer, causal: False"
             )
+        attention = getattr(transformer, "attention_type", None)
+        if attention not in _ATTENTION:
+            raise ValueError(
+                f"attention_type {attention!r} cannot work in chunks: its "
+                f"streams differ from the whole; expected "
+                f"{' or '.join(_ATTENTION)}"
+            )
         self.transformer = ignore_padding(transformer)
+        # SpeechBrain's probabilities are float32, whatever they multiply.
+        self._cast = _Cast()
+        for module in transformer.modules():
+            if isinstance(module, RelPosMHAXL):
+                module.dropout_att.register_forward_hook(self._cast)
+        self._note_dtype()
         self.segment_length = chunk_size
         self.config = DynChunkTrainConfig(chunk_size, left_context)
         # SpeechBrain's streams need a number.
         past = _ALL if left_context is None else left_context
         self.streaming_config = DynChunkTrainConfig(chunk_size, past)
+
+    def _apply(self, fn, recurse=True):
+        """As `torch.nn.Module`; positions take the type of the weights."""
+        kept = {module: module.inv_freq for module in self._positions()}
+        super()._apply(fn, recurse)
+        for module, frequencies in kept.items():
+            if not frequencies.is_meta:
+                # Not rounded: of the thousandth frame little would be left.
+                module.inv_freq = frequencies.to(module.inv_freq.device)
+        self._note_dtype()
+        return self
+
+    def _positions(self):
+        from speechbrain.nnet.attention import RelPosEncXL
+
+        return [m for m in self.modules() if isinstance(m, RelPosEncXL)]
+
+    def _note_dtype(self):
+        self._cast.dtype = next(self.parameters()).dtype
+        for module in self._positions():
+            module.emb_dtype = self._cast.dtype
 
     def forward(self, x, lens=None):
         """Encode whole utterances as if in chunks; see `Emformer.forward`."""

@@ -200,6 +200,11 @@ class SpeechTranslator(Pretrained):
         -------
         list of Translation
             One for each.
+
+        Raises
+        ------
+        ValueError
+            Waveforms of another shape, or not one length for each.
         """
         if wavs.dim() != 2:
             raise ValueError(
@@ -207,6 +212,11 @@ class SpeechTranslator(Pretrained):
             )
         if wav_lens is None:
             wav_lens = torch.ones(len(wavs))
+        if len(wav_lens) != len(wavs):
+            raise ValueError(
+                f"{len(wav_lens)} lengths for {len(wavs)} waveforms; give one "
+                "for each, as a share of the longest"
+            )
         counts = absolute_lengths(wav_lens, wavs.shape[1]).tolist()
         names = [f"row {row}" for row in range(len(wavs))]
         encoded = [
