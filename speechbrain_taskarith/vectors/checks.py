@@ -122,8 +122,8 @@ def one_each(name, value, number):
         return [value] * number
     if len(value) != number:
         raise ValueError(
-            f"{name}={value!r} has {len(value)} entries for {number} task "
-            "vectors; expected one for each"
+            f"{name}: {len(value)} entries for {number} task vectors; "
+            "expected one for each"
         )
     return value
 

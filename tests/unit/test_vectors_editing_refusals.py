@@ -13,8 +13,13 @@ from speechbrain.dataio.encoder import CTCTextEncoder
 from speechbrain.utils.checkpoints import Checkpointer, average_checkpoints
 
 from speechbrain_taskarith.vectors import (
+    DARE,
+    SLERP,
     TIES,
+    ByLayer,
     EditingCheckpointer,
+    LiNeS,
+    ModelStock,
     TaskArithmetic,
     open_state,
     save_state,
@@ -288,6 +293,39 @@ def test_settings_that_changed_between_trainings(tmp_path, base, change, named):
     assert_same(weights(model), before)
     assert tree(tmp_path) == files
     checkpointer.recover_if_possible()  # evaluation may
+
+
+UNUSABLE = [
+    ({"rule": ModelStock()}, "at least 2 task vectors, got 1"),
+    ({"rule": SLERP(0.5)}, "exactly 2 task vectors, got 1"),
+    ({"rule": TIES(weights=[1, 2])}, "weights: 2 entries for 1"),
+    ({"rule": TIES(density=[0.5, 0.5])}, "density: 2 entries for 1"),
+    ({"rule": LiNeS(DARE([0.5, 0.5]), 0.5)}, "drop: 2 entries for 1"),
+    ({"rule": ByLayer({"*": TIES(weights=[1, 2])})}, "weights: 2 entries"),
+    ({"rule": LiNeS(TIES(), 0.5)}, "no parameter name has a layer"),
+    ({"rule": ByLayer({"zz*": TIES()})}, "'zz[*]' matches no parameter"),
+    ({"rule": TIES(scale={"zz*": 1})}, "'zz[*]' matches no parameter"),
+    ({"include": ["encoder.*"]}, "'encoder.[*]' matches no parameter"),
+    ({"scale": {"encoder.*": 0.5}}, "'encoder.[*]' matches no parameter"),
+    ({"scale": "abc"}, "scale='abc'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "match"), UNUSABLE)
+def test_what_no_edit_can_use_is_refused_before_the_training(
+    tmp_path, base, arguments, match
+):
+    model = torch.nn.Linear(2, 2)
+    before = weights(model)
+    with pytest.raises(ValueError, match=match):
+        _, checkpointer = make(tmp_path / "save", base, model, **arguments)
+        checkpointer.recover_if_possible(weights="finetuned")
+    assert_same(weights(model), before)
+    # As well where the weights are those of a plain Checkpointer.
+    Checkpointer(tmp_path / "plain", {"model": model}).save_checkpoint()
+    with pytest.raises(ValueError, match=match):
+        _, checkpointer = make(tmp_path / "plain", base, **arguments)
+        checkpointer.recover_if_possible(weights="finetuned")
 
 
 def test_a_base_that_is_gone_when_training_goes_on(tmp_path, base):

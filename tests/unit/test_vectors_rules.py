@@ -681,7 +681,7 @@ def test_numbers_of_vectors():
                          (TIES(), 0)):  # fmt: skip
         with pytest.raises(ValueError, match="task vectors, got"):
             rule.combine(make(number))
-    with pytest.raises(ValueError, match="2 weights for 3"):
+    with pytest.raises(ValueError, match="weights: 2 entries for 3"):
         TaskArithmetic(weights=[1, 2]).combine(make(3))
     with pytest.raises(ValueError, match="sum other than zero"):
         LinearAverage([1, -1]).combine(make(2))

@@ -203,7 +203,7 @@ def test_weights_and_densities_become_arguments(
         (TSVM(), {"densities": [1, 1]}, "densities: TSVM has none"),
         (ByLayer({"*": TIES()}, PCB()), {"weights": [1, 2]}, "PCB has none"),
         (TIES(), {"densities": [1, 2]}, r"densities\[1\]=2"),
-        (TIES(), {"weights": [1, 2, 3]}, "3 weights for 2"),
+        (TIES(), {"weights": [1, 2, 3]}, "weights: 3 entries for 2"),
         (TIES(), {"densities": [1, 1, 1]}, "3 entries for 2"),
         (DARE(0.5), {"densities": [0, 1]}, r"drop\[0\]=1"),
     ],

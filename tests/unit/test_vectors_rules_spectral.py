@@ -279,5 +279,5 @@ def test_weights_are_factors_of_the_vectors(rule):
         torch.testing.assert_close(
             merged[name], expected[name], rtol=1e-4, atol=1e-5
         )
-    with pytest.raises(ValueError, match="3 weights for 2"):
+    with pytest.raises(ValueError, match="weights: 3 entries for 2"):
         rule(weights=weights).combine(vectors[:2])

@@ -12,6 +12,7 @@ from speechbrain_taskarith.utils.hub.cards import read_card
 from speechbrain_taskarith.vectors import (
     TIES,
     LiNeS,
+    ModelStock,
     Rule,
     SequentialEditor,
     TaskArithmetic,
@@ -432,6 +433,32 @@ def test_bad_arguments_change_nothing(tmp_path):
         SequentialEditor(
             make_state(0), TaskArithmetic(), tmp_path / "n", scale="1/k"
         )
+
+
+@pytest.mark.parametrize(
+    ("rule", "arguments", "match"),
+    [
+        (ModelStock(), {}, "at least 2 task vectors, got 1"),
+        (TIES(weights=[1, 2]), {}, "weights: 2 entries for 1"),
+        (LiNeS(TIES(), 0.5), {}, "no parameter name has a layer"),
+        (TIES(), {"include": "zz*"}, "'zz[*]' matches no parameter"),
+        (TIES(), {"scale": {"zz*": 1}}, "'zz[*]' matches no parameter"),
+        (TIES(), {"scale": [1, {"zz*": 1}]}, "'zz[*]' matches no parameter"),
+    ],
+)
+def test_what_no_edit_can_use_is_refused_at_the_start(
+    tmp_path, rule, arguments, match
+):
+    with pytest.raises(ValueError, match=match):
+        SequentialEditor(make_state(0), rule, tmp_path / "e", **arguments)
+    assert not (tmp_path / "e").exists()
+    # What fits the fine-tuned model alone may be left out of it.
+    SequentialEditor(
+        make_state(0), TIES(), tmp_path / "e", exclude="zz*"
+    ).close()
+    with pytest.raises(ValueError, match=match):
+        SequentialEditor.resume(tmp_path / "e", rule, **arguments)
+    SequentialEditor.resume(tmp_path / "e", TIES(), scale="1/t").close()
 
 
 def test_an_exploding_scale_is_refused(tmp_path):

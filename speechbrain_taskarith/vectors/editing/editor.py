@@ -12,7 +12,10 @@ from speechbrain_taskarith.vectors.editing.folder import (
     EditFolder,
     check_finite,
 )
-from speechbrain_taskarith.vectors.editing.learning import make_edit
+from speechbrain_taskarith.vectors.editing.learning import (
+    check_edits,
+    make_edit,
+)
 from speechbrain_taskarith.vectors.editing.log import Edit, has_log
 from speechbrain_taskarith.vectors.editing.schedules import plain_schedule
 from speechbrain_taskarith.vectors.encodings import ENCODINGS
@@ -107,14 +110,16 @@ class SequentialEditor:
     ):
         checks.one_of("keep_base", keep_base, ("copy", "reference"))
         checks.one_of("encoding", encoding, ("auto", *ENCODINGS))
+        check_rule(rule, vectors=1)
         base = as_model(base)
         base.verify()
         check_finite(base, base.label, include, exclude)
+        check_edits(base, rule, scale, include, exclude)
         self._files = EditFolder.start(
             folder,
             base,
             keep_base,
-            rule=check_rule(rule).describe(),
+            rule=rule.describe(),
             schedule=plain_schedule(scale),
             encoding=encoding,
             include=list(as_tuple(include)),
@@ -172,13 +177,20 @@ class SequentialEditor:
         editor._files = EditFolder.reopen(folder, read_only)
         try:
             log = editor._files.log
-            plain_schedule(scale)
             editor._set_up(
                 rule,
                 log.schedule if scale is None else scale,
                 log.include if include is None else include,
                 log.exclude if exclude is None else exclude,
             )
+            if (rule, scale, include, exclude) != (None,) * 4:
+                check_edits(
+                    editor._files.open_base(),
+                    editor._get_rule(),
+                    editor.scale,
+                    editor._include,
+                    editor._exclude,
+                )
             if verify:
                 editor._files.build(editor.log, len(editor.log), from_base=True)
         except BaseException:

@@ -100,16 +100,19 @@ class EditFolder:
 
     def base(self):
         """Open the base and check that it is the one of the log."""
-        path, entry = self._base_path(), self.log.base
-        # A copy was written under the names that it is known by.
-        base = open_state(path, as_stored="file" in entry)
+        base, entry = self.open_base(), self.log.base
         if base.fingerprint != entry["fingerprint"]:
             raise ValueError(
-                f"{path}: is not the base that {self.path} started from "
+                f"{base.label}: is not the base that {self.path} started from "
                 f"(fingerprint {short(base.fingerprint)}, expected "
                 f"{short(entry['fingerprint'])}); it was altered or replaced"
             )
         return base
+
+    def open_base(self):
+        """Open the base as it lies there, for a look at its names."""
+        # A copy was written under the names that it is known by.
+        return open_state(self._base_path(), as_stored="file" in self.log.base)
 
     def store(self, name, vector, encoding):
         """Write a vector; it does not count until it is committed.

@@ -76,6 +76,18 @@ def open_parent(source, recoverable=None):
     return Parent(state, label, "task vector", fingerprint, *more)
 
 
+def check_edit(
+    base, rule, scales=(None,), include=("*",), exclude=(), buffers="base"
+):
+    """Raise what any edit of a base by one vector would raise.
+
+    `scales` are those of the edits, see `MergeInputs.scales`.
+    """
+    inputs = MergeInputs(base, [base], include, exclude, buffers)
+    for scale in scales:
+        inputs.scales(rule, scale)
+
+
 class MergeInputs:
     """Base and parents, as a source of a `streaming.Stream`.
 

@@ -20,6 +20,7 @@ from speechbrain.utils.distributed import if_main_process
 
 from speechbrain_taskarith.utils.training import running_methods
 from speechbrain_taskarith.vectors.checks import one_of
+from speechbrain_taskarith.vectors.checks import scale as checked_scale
 from speechbrain_taskarith.vectors.recipe_hooks.atomic_checkpointer import (
     AtomicCheckpointer,
 )
@@ -131,7 +132,8 @@ class EditingCheckpointer(AtomicCheckpointer):
     ------
     ValueError
         At the start, before anything is loaded: a base or tokens that do not
-        fit, another base, rule or scale than the run began with.
+        fit, another base, rule or scale than the run began with, a rule that
+        does not take one vector, a pattern that matches nothing.
     RuntimeError
         Weights that are not known to come from the base; another checkpointer
         that writes to the folder.
@@ -181,7 +183,8 @@ class EditingCheckpointer(AtomicCheckpointer):
         self._parts, self._held = {}, {}
         self._handed_out = deque(maxlen=4)
         self.edited = [edited] if isinstance(edited, str) else list(edited)
-        self.rule, self.scale = check_rule(rule), scale
+        self.rule = check_rule(rule, vectors=1)
+        self.scale = None if scale is None else checked_scale(scale)
         self.include, self.exclude = include, exclude
         self.normalizers = one_of("normalizers", normalizers, MODES)
         keys = {"min_key": base_min_key, "max_key": base_max_key}
@@ -255,6 +258,7 @@ class EditingCheckpointer(AtomicCheckpointer):
         if weights == "finetuned":
             self._base.check_tokens(self.recoverables)
             self._check_same_run(checkpoint)
+            self._check_edits()
         self._weights = weights
         self._held.clear()
         super().load_checkpoint(checkpoint)
@@ -270,6 +274,7 @@ class EditingCheckpointer(AtomicCheckpointer):
         self._base.check_tokens(self.recoverables)
         files = self._base.files(self.recoverables)
         # All of it is opened and checked before anything is loaded.
+        self._check_edits()
         for part in self._parts.values():
             logger.info(
                 f"Fine-tuning of {part.name} starts from {part.base.label}"
@@ -380,6 +385,11 @@ class EditingCheckpointer(AtomicCheckpointer):
             return
         for part in self._parts.values():
             part.check_same_run(checkpoint.path, recorded)
+
+    def _check_edits(self):
+        """Raise now what the edits would raise after the training."""
+        for part in self._parts.values():
+            part.check_edit()
 
     def _open_base(self, name):
         part = self._parts[name]

@@ -3,7 +3,7 @@
 from speechbrain.utils.checkpoints import torch_recovery
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_taskarith.vectors.engine.inputs import MergeInputs
+from speechbrain_taskarith.vectors.engine.inputs import MergeInputs, check_edit
 from speechbrain_taskarith.vectors.engine.output import edit_in_memory
 from speechbrain_taskarith.vectors.recipe_hooks.bases import load_base
 from speechbrain_taskarith.vectors.recipe_hooks.provenance import (
@@ -132,6 +132,17 @@ class EditedRecoverable:
         edited = edit_in_memory(inputs, rule, scales)
         trained = {n: finetuned[n] for n in finetuned if n not in base}
         return as_state({**finetuned.extra, **edited, **trained})
+
+    def check_edit(self):
+        """Raise what `edit` would raise whatever the training makes."""
+        check_edit(
+            self.base,
+            self.rule,
+            [self.scale],
+            self.include,
+            self.exclude,
+            self.buffers,
+        )
 
     def settings(self):
         """Return what an edit depends on, in plain types."""

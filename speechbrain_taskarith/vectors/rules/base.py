@@ -28,10 +28,11 @@ IN_MEMORY = "weights in memory"
 class Stage:
     """What a rule does to each vector alone, e.g. trimming.
 
-    `carries_nan` is as `Rule`'s.
+    `carries_nan` and `one_each` are as `Rule`'s.
     """
 
     carries_nan = False
+    one_each: tuple = ()
 
     def prepare(self, stream):
         """Return the stage to use, after a look at the vectors so far."""
@@ -75,6 +76,8 @@ class Rule:
         What is done to each vector alone, before they are merged.
     min_vectors, max_vectors : int or None
         How many vectors the rule takes.
+    one_each : tuple of str
+        Its arguments that, where they are lists, hold a value a vector.
     whole_tensors : bool
         True: the rule sees one whole tensor at a time, in one thread (linear
         algebra has threads of its own). False: any run of elements.
@@ -96,6 +99,7 @@ class Rule:
     stages: tuple = ()
     scale = 1.0
     min_vectors, max_vectors = 1, None
+    one_each: tuple = ()
     whole_tensors = True
     carries_nan = False
 
@@ -201,6 +205,9 @@ class Rule:
             raise ValueError(
                 f"{rule} takes {expected} task vectors, got {number}"
             )
+        for part in (self, *self.stages):
+            for name in part.one_each:
+                checks.one_each(name, getattr(part, name), number)
 
     def scales(self, names):
         """Return `{name: scale}`, a float for every parameter (see `Rule`).
@@ -340,26 +347,26 @@ class Rule:
         return f"{name[1]}({', '.join(f'{k}={v!r}' for k, v in arguments)})"
 
 
-def check_rule(rule, argument="rule"):
-    """Return the rule, or raise the error of all that take one."""
+def check_rule(rule, argument="rule", vectors=None):
+    """Return the rule, or raise the error of all that take one.
+
+    `vectors` is how many it will be given, if that is known.
+    """
     if not isinstance(rule, Rule):
         got = rule.__name__ if isinstance(rule, type) else type(rule).__name__
         raise TypeError(
             f"{argument}: expected a Rule, e.g. TIES(), got {got}; subclass "
             "vectors.Rule for your own"
         )
+    if vectors is not None:
+        rule.check_number(vectors)
     return rule
 
 
-def check_weights(rule, number):
+def each_weight(rule, number):
     """Return the rule's weight of every vector, 1 where it has none."""
-    weights = [1.0] * number if rule.weights is None else rule.weights
-    if len(weights) != number:
-        raise ValueError(
-            f"{type(rule).__name__} has {len(weights)} weights for {number} "
-            "task vectors; expected one for each"
-        )
-    return weights
+    weights = 1.0 if rule.weights is None else rule.weights
+    return checks.one_each("weights", weights, number)
 
 
 def _describe(thing, key):

@@ -20,3 +20,8 @@ class Wrapper(Rule):
     prepare = property(attrgetter("inner.prepare"))
     merge = property(attrgetter("inner.merge"))
     group = property(attrgetter("inner.group"))
+
+    def check_number(self, number):
+        """See `Rule.check_number`: also what the inner rule checks."""
+        super().check_number(number)
+        self.inner.check_number(number)

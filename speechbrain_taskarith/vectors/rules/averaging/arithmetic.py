@@ -2,7 +2,7 @@
 
 from speechbrain_taskarith.vectors import checks
 from speechbrain_taskarith.vectors.engine.workspace import weighted_sum
-from speechbrain_taskarith.vectors.rules.base import Rule, check_weights
+from speechbrain_taskarith.vectors.rules.base import Rule, each_weight
 
 
 class TaskArithmetic(Rule):
@@ -29,6 +29,7 @@ class TaskArithmetic(Rule):
     {'w': tensor([1.5000, 2.5000])}
     """
 
+    one_each = ("weights",)
     whole_tensors = False
     carries_nan = True
 
@@ -38,7 +39,7 @@ class TaskArithmetic(Rule):
 
     def prepare(self, stream):
         """See `Rule.prepare`: the weights."""
-        return check_weights(self, stream.source.number)
+        return each_weight(self, stream.source.number)
 
     def merge(self, vectors, place, work, weights):
         """See `Rule.merge`."""
@@ -68,12 +69,11 @@ class LinearAverage(TaskArithmetic):
 
     def __init__(self, weights=None):
         super().__init__(weights=weights)
+        if self.weights and sum(self.weights) == 0:
+            what = "expected a sum other than zero"
+            raise ValueError(f"weights={self.weights}: {what}")
 
     def prepare(self, stream):
         """See `Rule.prepare`: the weights, divided by their sum."""
         weights = super().prepare(stream)
-        total = sum(weights)
-        if total == 0:
-            what = "expected a sum other than zero"
-            raise ValueError(f"weights={self.weights}: {what}")
-        return [weight / total for weight in weights]
+        return [weight / sum(weights) for weight in weights]

@@ -33,6 +33,7 @@ class Fisher(Rule):
     tensor([0.7500, 0.0000])
     """
 
+    one_each = ("fishers",)
     whole_tensors = False
 
     def __init__(self, fishers, scale=1.0):
@@ -44,12 +45,7 @@ class Fisher(Rule):
 
     def prepare(self, stream):
         """See `Rule.prepare`: the weights, opened and checked."""
-        number, shapes = stream.source.number, stream.source.shapes
-        if len(self.fishers) != number:
-            raise ValueError(
-                f"Fisher has {len(self.fishers)} Fisher weights for {number} "
-                "task vectors; expected one for each"
-            )
+        shapes = stream.source.shapes
         states = [as_state(fisher) for fisher in self.fishers]
         for state, (name, shape) in itertools.product(states, shapes.items()):
             found = state.info(name).shape

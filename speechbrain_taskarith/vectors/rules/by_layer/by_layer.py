@@ -52,6 +52,12 @@ class ByLayer(Rule):
         self.max_vectors = min(most, default=None)
         self.whole_tensors = any(rule.whole_tensors for rule in every)
 
+    def check_number(self, number):
+        """See `Rule.check_number`: also what each rule checks."""
+        super().check_number(number)
+        for rule in self._groups.values():
+            rule.check_number(number)
+
     def _pattern(self, name):
         return next((p for p in self.rules if matches(name, p)), None)
 

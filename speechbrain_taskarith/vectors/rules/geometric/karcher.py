@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from speechbrain_taskarith.vectors import checks
-from speechbrain_taskarith.vectors.rules.base import check_weights
+from speechbrain_taskarith.vectors.rules.base import each_weight
 from speechbrain_taskarith.vectors.rules.geometric.angular import (
     SAME,
     Angular,
@@ -42,6 +42,8 @@ class Karcher(Angular):
     tensor([2.1213, 2.1213])
     """
 
+    one_each = ("weights",)
+
     def __init__(
         self,
         weights=None,
@@ -55,14 +57,14 @@ class Karcher(Angular):
         self.weights = checks.weights(weights)
         if any(weight < 0 for weight in self.weights or ()):
             raise ValueError(f"weights={weights}: expected none below zero")
+        if self.weights and sum(self.weights) == 0:
+            raise ValueError(f"weights={weights}: expected a sum above 0")
         self.iterations = checks.whole("iterations", iterations)
         self.tolerance = checks.in_range("tolerance", tolerance, 0, 1)
 
     def coefficients(self, table):
         """See `Angular.coefficients`."""
-        shares = np.array(check_weights(self, len(table)))
-        if shares.sum() <= 0:
-            raise ValueError(f"weights={self.weights}: expected a sum above 0")
+        shares = np.array(each_weight(self, len(table)))
         shares = shares / shares.sum()
         lengths, cosines = lengths_and_cosines(table)
         length = shares @ lengths

@@ -22,6 +22,8 @@ class Random(Stage):
     does not count), the counter is the element's index.
     """
 
+    one_each = ("drop",)
+
     def __init__(self, drop, seed=0):
         self.drop = checks.shares("drop", drop, open_high=True)
         self.seed = checks.whole("seed", seed)

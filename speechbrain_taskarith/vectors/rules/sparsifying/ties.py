@@ -12,13 +12,15 @@ from speechbrain_taskarith.vectors.engine.workspace import (
     magnitude_bits,
     weighted_sum,
 )
-from speechbrain_taskarith.vectors.rules.base import Rule, Stage, check_weights
+from speechbrain_taskarith.vectors.rules.base import Rule, Stage, each_weight
 
 _COMBINE = ("sum", "mean", "disjoint_mean")
 
 
 class Magnitude(Stage):
     """Keep the largest magnitudes only, as `TIES` does (`scope`: `trim`)."""
+
+    one_each = ("density",)
 
     def __init__(self, density, scope="global"):
         self.density = checks.shares("density", density)
@@ -84,6 +86,7 @@ class Merge(Rule):
     tensor([ 3., -3.])
     """
 
+    one_each = ("weights",)
     whole_tensors = False
 
     def __init__(
@@ -102,7 +105,7 @@ class Merge(Rule):
 
     def prepare(self, stream):
         """See `Rule.prepare`: the weights."""
-        return check_weights(self, stream.source.number)
+        return each_weight(self, stream.source.number)
 
     def merge(self, vectors, place, work, weights):
         """See `Rule.merge`."""

@@ -22,7 +22,7 @@ from speechbrain_taskarith.vectors.engine.workspace import (
     to_numpy,
     weighted_sum,
 )
-from speechbrain_taskarith.vectors.rules.base import Rule, check_weights
+from speechbrain_taskarith.vectors.rules.base import Rule, each_weight
 
 _ERROR = 0.21
 # How many times the expected rounding a singular value must be.
@@ -52,6 +52,8 @@ class Spectral(Rule):
         A factor for each vector, before anything else; None: all 1.
     """
 
+    one_each = ("weights",)
+
     def __init__(self, scale=1.0, precision="float32", weights=None):
         super().__init__(scale)
         self.precision = checks.one_of(
@@ -69,7 +71,7 @@ class Spectral(Rule):
 
     def prepare(self, stream):
         """See `Rule.prepare`: the vectors' source and the weights."""
-        return stream.source, check_weights(self, stream.source.number)
+        return stream.source, each_weight(self, stream.source.number)
 
     def merge(self, vectors, place, work, prepared):
         """See `Rule.merge`."""
