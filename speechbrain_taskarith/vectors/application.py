@@ -20,6 +20,8 @@ from speechbrain_taskarith.vectors.states.names import (
 from speechbrain_taskarith.vectors.states.readers import as_state
 
 _HALF = (torch.float16, torch.bfloat16)
+# What surely fits, with room for rounding; more is tried out.
+_SAFE = 0.99 * torch.finfo(torch.float32).max
 # Elements worked on at a time: the piece of scaled vector stays in the cache,
 # so that memory is passed three times (two tensors read, one written). A GPU
 # wants larger pieces, for fewer launches.
@@ -147,20 +149,38 @@ def edit_in_place(tau, state, scales):
     for name in tau:
         if scales[name]:
             chosen.setdefault(state.aliases.get(name, name), name)
-    # What is written cannot be taken back: half precision, which overflows
-    # in practice, is tried out before anything changes.
+    check_writable(state, chosen.values())
+    # What is written cannot be taken back: what may overflow, or is not
+    # finite, is tried out before anything changes.
     for name in chosen.values():
-        tensor = state[name]
-        if not tensor.numel() or tensor.dtype not in _HALF:
+        tensor, delta = state[name], tau[name]
+        if not tensor.numel():
             continue
-        delta = tau[name].to(tensor.device)
-        most = tensor.abs().max() + abs(scales[name]) * delta.abs().max()
-        if most >= torch.finfo(tensor.dtype).max:
+        most = _largest(tensor) + abs(scales[name]) * _largest(delta)
+        # Also false for NaN.
+        if not most < min(_SAFE, torch.finfo(tensor.dtype).max):
+            delta = delta.to(tensor.device)
             trial = torch.empty_like(tensor)
             edit_into(trial, tensor, delta, scales[name], name)
     for name in chosen.values():
         tensor, delta = state[name], tau[name].to(state[name].device)
         edit_into(tensor, tensor, delta, scales[name], name)
+
+
+def _largest(tensor):
+    return float(torch.linalg.vector_norm(tensor.detach(), math.inf))
+
+
+def check_writable(state, names):
+    """Raise unless the entries of a state's tensors can be set one by one."""
+    for name in names:
+        tensor = state[name]
+        if any(n > 1 and not s for n, s in zip(tensor.shape, tensor.stride())):
+            raise ValueError(
+                f"{name!r}: several entries are one number in memory "
+                "(expand()), which cannot be edited in place; nothing was "
+                "changed. Give the module a copy: tensor.clone()"
+            )
 
 
 def check_tied_edits(tau, state, scales):

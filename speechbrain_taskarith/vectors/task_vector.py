@@ -378,11 +378,11 @@ class TaskVector(StoredVector, Mapping):
     def apply_(self, module, scale=1.0):
         """Edit a module in place, on its own device.
 
-        Reads two tensors and writes one. `apply_(module, -scale)` undoes it
-        up to rounding; for exact undo keep the base and use `apply`. Only
-        names and shapes are checked (after an edit the module is no longer
-        the base), and nothing is changed where they do not fit, or where half
-        precision cannot hold the result.
+        Holds no second model. `apply_(module, -scale)` undoes it up to
+        rounding; for exact undo keep the base and use `apply`. Only names
+        and shapes are checked (after an edit the module is no longer the
+        base), and nothing is changed where they do not fit, or where the
+        module's type cannot hold the result.
 
         Arguments
         ---------

@@ -101,6 +101,48 @@ def test_in_place_equals_apply_bit_for_bit():
         )
 
 
+@pytest.mark.parametrize(
+    ("dtype", "value", "scale"),
+    [
+        (torch.float32, 3e38, 10.0),
+        (torch.float32, float("nan"), 1.0),
+        (torch.float64, float("inf"), 1.0),
+        (torch.float64, 3e38, 10.0),
+        (torch.float16, float("nan"), 1.0),
+        (torch.bfloat16, 3e38, 10.0),
+    ],
+)
+def test_in_place_changes_nothing_where_it_fails(dtype, value, scale):
+    net = torch.nn.Linear(2, 2).to(dtype)
+    before = as_state(net).fingerprint
+    tau = TaskVector(
+        {"weight": torch.ones(2, 2), "bias": torch.tensor([value, 1.0])}
+    )
+    with pytest.raises(ValueError, match="'bias'.*too large"):
+        tau.apply_(net, scale)
+    assert as_state(net).fingerprint == before
+
+
+def test_expanded_buffers_are_named_and_nothing_changes():
+    net = torch.nn.Linear(2, 2)
+    net.register_buffer("gain", torch.ones(1).expand(3))
+    before = as_state(net).fingerprint
+    tau = TaskVector({"weight": torch.ones(2, 2), "gain": torch.ones(3)})
+    base = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    for edit in (
+        lambda: tau.apply_(net),
+        lambda: search_scale(net, base, tau, len, [1.0]),
+    ):
+        with pytest.raises(ValueError, match=r"'gain'.*expand\(\).*clone"):
+            edit()
+        assert as_state(net).fingerprint == before
+
+
+def test_a_vector_without_parameters_is_not_stored(tmp_path):
+    with pytest.raises(ValueError, match="tau.safetensors.*no parameter"):
+        TaskVector({}).save(tmp_path / "tau.safetensors")
+
+
 def test_in_place_over_many_chunks(monkeypatch):
     from speechbrain_taskarith.vectors import application
 

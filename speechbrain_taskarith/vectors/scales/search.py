@@ -23,6 +23,7 @@ from speechbrain_taskarith.utils.training import keep_modes
 from speechbrain_taskarith.vectors import checks
 from speechbrain_taskarith.vectors.application import (
     check_tied_edits,
+    check_writable,
     edit_into,
 )
 from speechbrain_taskarith.vectors.scales.table import REST, ScaleSearch
@@ -336,6 +337,7 @@ class InPlaceEdits:
         # Of a tied tensor the name that a vector edits, or else the last.
         names = {origin: name for name, origin in origins.items()}
         names |= {origins[name]: name for name in reversed(list(parts))}
+        check_writable(live, names.values())
         self._edited, self._buffers, other = {}, [], []
         for name in names.values():
             tensor = live[name]
