@@ -12,7 +12,10 @@ from speechbrain_taskarith.utils.patterns import matches
 from speechbrain_taskarith.vectors.engine.vector_header import (
     read_vector_header,
 )
-from speechbrain_taskarith.vectors.states.readers import form_of
+from speechbrain_taskarith.vectors.states.readers import (
+    check_no_input,
+    form_of,
+)
 
 # What is read and edited, in the same way by all verbs.
 _READING = {
@@ -408,15 +411,7 @@ def threads(options):
 def check_output(output, inputs, overwrite, suffixes=None, what=None):
     """Return the output's path; refuse one that would harm what is there."""
     output = Path(output)
-    here = output.resolve()
-    for path in inputs:
-        given = Path(path).resolve()
-        # A checkpoint folder may be written beside its siblings.
-        inside = given in here.parents and (given / "CKPT.yaml").exists()
-        if here == given or inside:
-            raise ValueError(
-                f"{output}: is (or lies in) an input; name another output"
-            )
+    check_no_input(output, inputs)
     if suffixes is None:
         form_of(output)
     elif output.suffix.lower() not in suffixes:

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import re
 from collections.abc import Mapping
 
 from speechbrain_taskarith.utils.patterns import first_match, require_match
@@ -52,6 +53,28 @@ def whole(name, value):
 def threads(value):
     """Return a number of threads, at least 1."""
     return whole("threads", in_range("threads", value, 1, MOST_THREADS))
+
+
+def bytes_of(name, value):
+    """Return a number of bytes, which may be a text with a unit.
+
+    Example
+    -------
+    >>> bytes_of("limit", "300MB"), bytes_of("limit", "2 KiB")
+    (300000000, 2048)
+    """
+    if not isinstance(value, str):
+        return in_range(name, value, 0, math.inf)
+    found = re.fullmatch(
+        r"\s*(\d+\.?\d*|\.\d+)\s*([KMGT]?)(i?)B?\s*", value, re.I
+    )
+    if not found:
+        raise ValueError(
+            f"{name}: {value!r}; expected bytes, or e.g. 300MB, 1GiB"
+        )
+    number, unit, binary = found.groups()
+    power = " KMGT".index(unit.upper()) if unit else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 def _number(value):

@@ -17,9 +17,9 @@ from speechbrain_taskarith.vectors.engine.vector_header import (
     read_vector_header,
     vector_metadata,
 )
-from speechbrain_taskarith.vectors.states.readers import open_state
+from speechbrain_taskarith.vectors.states.readers import as_state, open_state
 from speechbrain_taskarith.vectors.states.safetensors import damaged
-from speechbrain_taskarith.vectors.states.writers import save_state
+from speechbrain_taskarith.vectors.states.writers import save_safetensors
 
 # Behind a parameter's name; never part of one, since modules join by dots.
 _MASK, _VALUES, _SCALE = "::mask", "::values", "::scale"
@@ -98,6 +98,11 @@ def write_vector(tau, path, encoding):
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: a task vector is stored as .safetensors")
+    if not len(tau):
+        raise ValueError(
+            f"{path}: the task vector holds no parameter; nothing was "
+            "written. Look at what was restricted or excluded"
+        )
     tensors, layout = encode(tau, encoding)
     for name, tensor in tensors.items():
         if not all_finite(tensor):
@@ -107,7 +112,8 @@ def write_vector(tau, path, encoding):
                 "store it lossless"
             )
     header = vector_metadata(layout, tau.base_fingerprint, tau.metadata)
-    return save_state(tensors, path, metadata=header)
+    save_safetensors(as_state(tensors), path, header)
+    return path
 
 
 def read_vector(path):

@@ -8,7 +8,6 @@ and hardly on their number; for safetensors files torch is not even imported.
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import threading
@@ -17,8 +16,7 @@ import types
 from pathlib import Path
 
 from speechbrain_taskarith.utils.files import temporary_file
-from speechbrain_taskarith.vectors.checks import floating
-from speechbrain_taskarith.vectors.checks import threads as checked_threads
+from speechbrain_taskarith.vectors import checks
 from speechbrain_taskarith.vectors.engine.inputs import MergeInputs
 from speechbrain_taskarith.vectors.engine.output import write_edits
 from speechbrain_taskarith.vectors.engine.streaming import Passes, Stream
@@ -30,7 +28,11 @@ from speechbrain_taskarith.vectors.engine.workspace import (
 )
 from speechbrain_taskarith.vectors.rules.base import check_rule
 from speechbrain_taskarith.vectors.rules.description import with_each
-from speechbrain_taskarith.vectors.states.readers import form_of, open_state
+from speechbrain_taskarith.vectors.states.readers import (
+    check_no_input,
+    form_of,
+    open_state,
+)
 from speechbrain_taskarith.vectors.states.safetensors import (
     FLOATING,
     TORCH_NAME,
@@ -40,7 +42,9 @@ from speechbrain_taskarith.vectors.states.safetensors import (
 from speechbrain_taskarith.vectors.states.state import fingerprint_of
 from speechbrain_taskarith.vectors.states.writers import (
     check_extra,
+    check_metadata,
     check_networks,
+    metadata_texts,
     save_state,
 )
 
@@ -157,8 +161,8 @@ def merge_checkpoints(
         `.safetensors` is written without importing torch.
     device : str
         `"cpu"`, or a torch device to compute on.
-    memory_limit : int or None
-        Most bytes of buffers; fewer threads and smaller chunks are used to
+    memory_limit : int, str or None
+        Most bytes of buffers, also as text (`"300MB"`, `"1GiB"`); fewer threads and smaller chunks are used to
         keep to it. None: as is fastest (a few MiB a thread, for rules on
         whole matrices a few times the largest).
     show_progress : bool
@@ -185,7 +189,7 @@ def merge_checkpoints(
     chunk : int or None
         Elements at a time; None: what stays in a core's cache.
     metadata : dict or None
-        Texts to keep with the weights.
+        Plain values to keep with the weights, see `save_state`.
     recoverable : str or None
         Of inputs that are SpeechBrain folders, whose weights (see
         `open_state`; `"all"`: of all networks); also their name in an
@@ -213,8 +217,8 @@ def merge_checkpoints(
     ValueError
         Shapes that differ, NaN or infinity in an input, a damaged file, a
         vector of another base, a wrong number of inputs, a pattern that
-        matches nothing, too small a memory limit, an edit that the output's
-        type cannot hold.
+        matches nothing, too small a memory limit, an output that is an
+        input, an edit that the output's type cannot hold.
     OSError
         The output cannot be written (a full disk).
 
@@ -235,15 +239,17 @@ def merge_checkpoints(
     start = time.perf_counter()
     output = Path(output)
     form, seconds = form_of(output), {}
-    dtype = None if dtype is None else floating(dtype)
+    dtype = None if dtype is None else checks.floating(dtype)
     show_progress = show_progress and progress
-    metadata = dict(metadata or {})
+    metadata = check_metadata(metadata, output, form, also=("merge",))
     rule = with_each(check_rule(rule), weights=weights, densities=densities)
     with watch_memory() as memory:
         inputs = MergeInputs(
             base, finetuned, include, exclude, buffers, recoverable
         )
         scales = inputs.scales(rule)
+        read = [inputs.base, *(parent.state for parent in inputs.parents)]
+        check_no_input(output, [s.path for s in read if s.path is not None])
         check_extra(inputs.base, output, form)
         check_networks(inputs.base, output)
         if str(device) != "cpu":
@@ -271,7 +277,8 @@ def merge_checkpoints(
                 for p, found in zip(inputs.parents, prints[1:])
             ],
         }
-        header = {"format": "pt", **metadata, "merge": json.dumps(provenance)}
+        metadata["merge"] = provenance
+        header = {"format": "pt", **metadata_texts(metadata)}
         header |= tied_text(inputs.base.aliases, inputs.base)
         if fingerprint:
             header["fingerprint"] = _UNKNOWN
@@ -298,7 +305,6 @@ def merge_checkpoints(
                         out.close(fingerprint=found)
             if merged != output:
                 with _timed(seconds, "convert"):
-                    metadata["merge"] = provenance
                     _convert(merged, output, inputs, metadata, recoverable)
         finally:
             if merged != output:
@@ -334,11 +340,11 @@ def _plan(inputs, rule, threads, chunk, memory_limit):
         threads = 1 if alone else min(cores, _MOST_THREADS)
     if chunk is None:
         chunk = CHUNK if on_cpu else DEVICE_CHUNK
-    threads = checked_threads(threads)
-    if chunk < 1:
-        raise ValueError(f"chunk={chunk}: expected at least 1")
+    threads = checks.threads(threads)
+    chunk = checks.whole("chunk", checks.in_range("chunk", chunk, 1, math.inf))
     if memory_limit is None:
         return threads, chunk
+    memory_limit = checks.bytes_of("memory_limit", memory_limit)
 
     def need(workers, elements):
         chunks = places(inputs.shapes, elements, rule.granularity)

@@ -17,6 +17,7 @@ from speechbrain_taskarith.vectors import (
     TaskArithmetic,
     TaskVector,
     merge_checkpoints,
+    open_state,
     save_state,
 )
 from speechbrain_taskarith.vectors.states import safetensors as safetensors_file
@@ -157,6 +158,12 @@ def test_pickle_that_runs_code(fails, folder):
         ({"buffers": "both"}, ValueError, "buffers='both'"),
         ({"threads": 0}, ValueError, "threads=0"),
         ({"chunk": 0}, ValueError, "chunk=0"),
+        ({"chunk": "1k"}, ValueError, "chunk='1k'"),
+        ({"memory_limit": "lots"}, ValueError, "memory_limit: 'lots'.*300MB"),
+        ({"memory_limit": [1]}, ValueError, r"memory_limit=\[1\]"),
+        ({"metadata": {"n": object()}}, ValueError, "metadata.n: a object"),
+        ({"metadata": {"merge": "x"}}, ValueError, "'merge'.*choose another"),
+        ({"metadata": {"format": "x"}}, ValueError, "'format'.*choose another"),
         ({"rule": ModelStock(), "finetuned": None}, ValueError, "at least 2"),
         ({"rule": TIES(scale={"x.*": 1.0})}, ValueError, r"x\.\*"),
         ({"output": "model.onnx"}, ValueError, "unknown suffix"),
@@ -167,6 +174,35 @@ def test_wrong_arguments(fails, folder, arguments, error, match):
     if arguments.get("finetuned", 0) is None:
         arguments = {**arguments, "finetuned": [folder / "t0.safetensors"]}
     fails(error, match, **arguments)
+
+
+def test_an_output_that_is_an_input(fails, folder):
+    base, first = folder / "base.safetensors", folder / "t0.safetensors"
+    tau = TaskVector.between(base, first).save(
+        folder / "tau.safetensors", encoding="int8"
+    )
+    link = folder / "link.safetensors"
+    link.symlink_to(base)
+    for output in (base, first, tau, link):
+        before = output.read_bytes()
+        fails(ValueError, "an input", finetuned=[first, tau], output=output)
+        assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize("fingerprint", [True, False])
+def test_metadata_that_are_no_texts_are_kept(folder, fingerprint):
+    out = folder / "out.safetensors"
+    merge_checkpoints(
+        folder / "base.safetensors",
+        folder / "t0.safetensors",
+        TIES(),
+        out,
+        metadata={"n": 3, "from": "a"},
+        memory_limit="10MB",
+        fingerprint=fingerprint,
+    )
+    found = open_state(out).metadata
+    assert (found["n"], found["from"]) == ("3", "a")
 
 
 def test_full_disk_at_the_start(fails, monkeypatch):

@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -415,6 +416,59 @@ def test_failing_write_leaves_the_old_file(tmp_path):
             raise RuntimeError
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+FORMS = ("a.safetensors", "a.ckpt", "hf", "CKPT+a")
+OWN_NAMES = ("format", "fingerprint", "checked_by", "tied_tensors")
+OWN_NAMES += ("task_vector", "task_vector_checksum")
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata", "match"),
+    [
+        *((name, {"a": object()}, "metadata.a: a object") for name in FORMS),
+        *(
+            (name, {key: "x"}, f"metadata.*'{key}'.*choose another")
+            for name in FORMS[:3]
+            for key in OWN_NAMES
+        ),
+        ("CKPT+a", {"files": ["x"]}, "metadata.*'files'.*choose another"),
+        ("a.ckpt", {"loss": float("nan")}, "a.ckpt.md: .* finite numbers"),
+    ],
+)
+def test_metadata_that_cannot_be_kept_change_nothing(
+    tmp_path, name, metadata, match
+):
+    path = tmp_path / name
+    save_state({"w": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match=match):
+        save_state({"w": torch.zeros(2)}, path, metadata=metadata)
+    assert open_state(path)["w"].tolist() == [1, 1]
+    assert [inside.name for inside in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_metadata_become_plain_in_every_form(tmp_path, name):
+    path = tmp_path / name
+    metadata = {"from": Path("a"), "wer": np.float32(0.5), "n": torch.tensor(3)}
+    save_state({"w": torch.ones(2)}, path, metadata=metadata)
+    file = {"a.ckpt": "a.ckpt.md", "CKPT+a": "CKPT+a/CKPT.yaml"}.get(name)
+    if file is not None:
+        text = (tmp_path / file).read_text()
+        assert all(t in text for t in ("from: a", "wer: 0.5", "n: 3"))
+        return
+    found = open_state(path).metadata
+    assert [found[key] for key in metadata] == ["a", "0.5", "3"]
+
+
+def test_a_file_in_the_place_of_the_card_is_found_before_writing(tmp_path):
+    save_state({"w": torch.ones(2)}, tmp_path / "a.ckpt")
+    (tmp_path / "a.ckpt.md").write_text("mine")
+    with pytest.raises(FileExistsError, match="no card of this plugin"):
+        save_state(
+            {"w": torch.zeros(2)}, tmp_path / "a.ckpt", metadata={"n": 3}
+        )
+    assert open_state(tmp_path / "a.ckpt")["w"].tolist() == [1, 1]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs to mount a small disk")

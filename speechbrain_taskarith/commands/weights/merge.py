@@ -3,7 +3,6 @@
 import argparse
 import copy
 import itertools
-import re
 from collections.abc import Mapping
 from types import SimpleNamespace
 
@@ -21,6 +20,7 @@ from speechbrain_taskarith.commands.output import (
     written,
 )
 from speechbrain_taskarith.utils.files import temporary_path
+from speechbrain_taskarith.vectors.checks import bytes_of
 from speechbrain_taskarith.vectors.rules.description import (
     from_plain,
     with_each,
@@ -130,8 +130,8 @@ def run(options):
     rule = rule_of(plan, options.file)
     inputs = [plan.base, *plan.finetuned]
     output = shared.check_output(plan.output, inputs, options.overwrite)
-    if isinstance(plan.memory_limit, str):
-        plan.memory_limit = bytes_of(plan.memory_limit)
+    if plan.memory_limit is not None:
+        plan.memory_limit = bytes_of("memory_limit", plan.memory_limit)
     base, *states = shared.open_models(plan.base, plan.finetuned, plan)
     if options.dry_run:
         return _would_merge(plan, base, states, rule, output)
@@ -430,21 +430,3 @@ def _yaml(text):
         return shared.read_yaml(text)
     except yaml.YAMLError:
         raise ValueError(f"{text!r} is not a YAML value") from None
-
-
-def bytes_of(text):
-    """Return the number of bytes that a text means.
-
-    Example
-    -------
-    >>> bytes_of("300MB"), bytes_of("2 KiB")
-    (300000000, 2048)
-    """
-    found = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", text, re.I)
-    if not found:
-        raise ValueError(
-            f"memory_limit: {text!r}; expected bytes, or e.g. 300MB, 1GiB"
-        )
-    number, unit, binary = found.groups()
-    power = " KMGT".index(unit.upper()) if unit else 0
-    return int(float(number) * (1024 if binary else 1000) ** power)

@@ -133,19 +133,15 @@ def write_card(path, front, text):
 
     Raises
     ------
+    ValueError
+        NaN or infinity in the front matter.
     FileExistsError
         A file without our front matter stands there.
     """
     import yaml
 
     path = Path(path)
-    # Plain types only, and no NaN.
-    front = json.loads(json.dumps(front, allow_nan=False))
-    if path.is_file() and KEY not in read_front(path):
-        raise FileExistsError(
-            f"{path}: stands there and is no card of this plugin; move it "
-            "away, or write into another folder"
-        )
+    front = checked_front(path, front)
     # Width: one value, one line, so that a card can be searched by lines.
     head = yaml.safe_dump(
         front, sort_keys=False, allow_unicode=True, width=1 << 20
@@ -153,6 +149,24 @@ def write_card(path, front, text):
     with atomic_write(path, "w") as stream:
         stream.write(f"---\n{head}---\n\n{text}")
     return path
+
+
+def checked_front(path, front):
+    """Return front matter as it is written, or raise as `write_card`."""
+    try:
+        # Plain types only, and no NaN.
+        front = json.loads(json.dumps(front, allow_nan=False))
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: a card holds finite numbers only ({error}); leave NaN "
+            "and infinity out"
+        ) from None
+    if Path(path).is_file() and KEY not in read_front(path):
+        raise FileExistsError(
+            f"{path}: stands there and is no card of this plugin; move it "
+            "away, or write into another folder"
+        )
+    return front
 
 
 def read_front(path):

@@ -70,8 +70,8 @@ def open_parent(source, recoverable=None):
         from speechbrain_taskarith.vectors.encodings import read_vector
 
         deltas, *_ = read_vector(state.path)
-        state = as_state(deltas)
-        state.label = label
+        path, state = state.path, as_state(deltas)
+        state.path, state.label = path, label
     more = parted_in(history), kept_extra_in(history)
     return Parent(state, label, "task vector", fingerprint, *more)
 

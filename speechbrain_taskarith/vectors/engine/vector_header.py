@@ -10,7 +10,7 @@ import json
 
 from speechbrain_taskarith.utils.patterns import replace
 from speechbrain_taskarith.vectors.states.safetensors import damaged
-from speechbrain_taskarith.vectors.states.state import TASK_VECTOR
+from speechbrain_taskarith.vectors.states.state import CHECKSUM, TASK_VECTOR
 
 ENCODINGS = ("lossless", "bf16", "int8")
 ENCODINGS += ("sparse", "sparse-bf16", "sparse-int8")
@@ -23,7 +23,6 @@ _LONGEST_HISTORY = 64
 _PARTED = "parted"
 # Where it notes what is no tensor and differs from the base's, which stays.
 KEPT_EXTRA = "extra_of_base"
-_CHECKSUM = f"{TASK_VECTOR}_checksum"
 
 
 def vector_metadata(layout, base_fingerprint, history):
@@ -36,7 +35,7 @@ def vector_metadata(layout, base_fingerprint, history):
             "metadata": history,
         }
     )
-    return {TASK_VECTOR: text, _CHECKSUM: _checksum(text)}
+    return {TASK_VECTOR: text, CHECKSUM: _checksum(text)}
 
 
 def read_vector_header(state):
@@ -61,7 +60,7 @@ def read_vector_header(state):
             f"{where}: a task vector of format version {version!r}; known are "
             f"1 to {_VERSION}. Update this package, or save the vector again"
         )
-    if version > 1 and state.metadata.get(_CHECKSUM) != _checksum(text):
+    if version > 1 and state.metadata.get(CHECKSUM) != _checksum(text):
         raise damaged(where, "its header does not match its checksum")
     if unknown := sorted(forms - {*ENCODINGS}, key=str):
         raise damaged(

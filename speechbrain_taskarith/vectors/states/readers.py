@@ -119,6 +119,19 @@ def _open(path, recoverable):
     )
 
 
+def check_no_input(output, inputs):
+    """Raise if an output is, or lies in, one of the paths that are read."""
+    here = Path(output).resolve()
+    for path in inputs:
+        given = Path(path).resolve()
+        # A checkpoint folder may be written beside its siblings.
+        inside = given in here.parents and (given / META_FILE).exists()
+        if here == given or inside:
+            raise ValueError(
+                f"{output}: is (or lies in) an input; name another output"
+            )
+
+
 def form_of(path):
     """Return the form to write that follows from a path's name, or raise."""
     path = Path(path)

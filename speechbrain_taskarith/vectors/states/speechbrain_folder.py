@@ -267,7 +267,7 @@ def write_meta(folder, content):
 
 
 def plain(value, label):
-    """Return a value in types that `CKPT.yaml` can hold and give back.
+    """Return a value in types that files beside weights hold and give back.
 
     SpeechBrain writes whatever it is given; a tuple, tensor or NumPy number
     saves well and then breaks every later look at the folder. `label` says
@@ -292,6 +292,6 @@ def plain(value, label):
         if isinstance(value, base):
             return kind(value)
     raise ValueError(
-        f"{label}: a {type(value).__name__} cannot stand in {META_FILE}; "
+        f"{label}: a {type(value).__name__} cannot be kept beside weights; "
         "expected numbers, texts, lists or dicts of them"
     )

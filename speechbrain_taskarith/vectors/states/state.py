@@ -32,6 +32,7 @@ NESTED = ("state_dict", "model_state_dict", "model", "module")
 
 # The entry of the metadata that makes stored tensors a task vector.
 TASK_VECTOR = "task_vector"
+CHECKSUM = f"{TASK_VECTOR}_checksum"
 
 # What torch calls what a module stores besides tensors (`get_extra_state`).
 EXTRA_STATE = "_extra_state"

@@ -15,6 +15,12 @@ from speechbrain_taskarith.utils.files import (
     read_json,
     write_json,
 )
+from speechbrain_taskarith.utils.hub.cards import (
+    KEY,
+    card_path,
+    checked_front,
+    read_front,
+)
 from speechbrain_taskarith.utils.hub.download import DESCRIPTIONS
 from speechbrain_taskarith.utils.messages import some
 from speechbrain_taskarith.utils.patterns import first_match, require_match
@@ -28,7 +34,10 @@ from speechbrain_taskarith.vectors.states.readers import (
     open_state,
 )
 from speechbrain_taskarith.vectors.states.safetensors import (
+    CHECKED,
+    FINGERPRINT,
     ITEM_SIZE,
+    TIED,
     TORCH_NAME,
     SafetensorsWriter,
     tied_text,
@@ -44,6 +53,8 @@ from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     write_meta,
 )
 from speechbrain_taskarith.vectors.states.state import (
+    CHECKSUM,
+    TASK_VECTOR,
     fingerprint_of,
     is_extra,
 )
@@ -59,6 +70,10 @@ _BLOCK = 1 << 22
 _TAKEN_ALONG = DESCRIPTIONS
 # They lead readers to other weights: an adapter's, quantised ones.
 _LEFT_OUT = ("adapter_config.json", "quant*_config.json")
+
+# What files say about themselves.
+_HEADER_KEYS = ("format", TIED, CHECKED, FINGERPRINT, TASK_VECTOR, CHECKSUM)
+_FOLDER_KEYS = ("editing", "files", "policy")
 
 POLICIES = ("copy", "pool", "drop")
 #: What happens to recoverables that are not edited. Optimizers (and the
@@ -98,7 +113,8 @@ def save_state(
         folder.
     metadata : dict or None
         Plain values to keep beside the weights: in the header of a
-        safetensors file, in `CKPT.yaml`, else in the card `<path>.md`.
+        safetensors file, in `CKPT.yaml`, else in the card `<path>.md`. Not
+        under names by which files say what they are (`"fingerprint"`, ...).
     shard_size : int
         Largest file of a Hugging Face folder, in bytes.
     like : str, pathlib.Path or None
@@ -116,7 +132,9 @@ def save_state(
     Raises
     ------
     ValueError
-        An unknown suffix.
+        An unknown suffix, metadata that cannot be kept.
+    FileExistsError
+        The card's name is taken by another file.
     OSError
         Naming the path (a full disk, ...); what stood there is unchanged.
 
@@ -132,8 +150,9 @@ def save_state(
     path, state, form = Path(path), as_state(state), form_of(path)
     check_readable(state)
     check_extra(state, path, form)
+    metadata = check_metadata(metadata, path, form)
     if form == "safetensors":
-        _save_safetensors(state, path, metadata)
+        save_safetensors(state, path, metadata)
     elif form == "torch":
         save_torch_file(state, path, metadata)
     elif form == "speechbrain":
@@ -171,12 +190,40 @@ def check_extra(state, path, form):
     warnings.warn(message, stacklevel=3)
 
 
-def _save_safetensors(state, path, metadata, names=None):
+def check_metadata(metadata, path, form, also=()):
+    """Return metadata in plain types, or raise what writing it would raise.
+
+    `also` are names that the caller adds.
+    """
+    found = plain(metadata or {}, f"{path}: metadata")
+    reserved = _FOLDER_KEYS if form == "speechbrain" else _HEADER_KEYS
+    if taken := [name for name in (*reserved, *also) if name in found]:
+        raise ValueError(
+            f"{path}: metadata[{taken[0]!r}]: the name is kept for what the "
+            "file says about itself; choose another"
+        )
+    if form == "torch":
+        # Of the weights that stand there, or somebody else's file.
+        card = card_path(path)
+        read_front(card)
+        if found or also:
+            checked_front(card, {KEY: found})
+    return found
+
+
+def metadata_texts(metadata):
+    """Return metadata as a safetensors header holds it: texts, or JSON."""
+    return {
+        key: value if isinstance(value, str) else json.dumps(value)
+        for key, value in metadata.items()
+    }
+
+
+def save_safetensors(state, path, metadata, names=None):
+    """Write a safetensors file, or a shard of one, with checked metadata."""
     names = list(state) if names is None else names
     header = {"format": "pt", **tied_text(state.aliases, names)}
-    for key, value in (metadata or {}).items():
-        text = value if isinstance(value, str) else json.dumps(value)
-        header[str(key)] = text
+    header |= metadata_texts(metadata)
     # The fingerprint in the header is what `State.verify` checks.
     if len(names) == len(state):
         header["fingerprint"] = state.fingerprint
@@ -218,7 +265,7 @@ def _save_hugging_face(state, path, metadata, shard_size, like):
                 shutil.copy2(file, folder / file.name)
         _note_dtype(folder / "config.json", state)
         for file, names in zip(files, shards):
-            _save_safetensors(state, folder / file, metadata, names)
+            save_safetensors(state, folder / file, metadata, names)
         if count > 1:
             pairs = zip(files, shards)
             file_of = {name: file for file, names in pairs for name in names}
@@ -329,7 +376,7 @@ def save_checkpoint(
     content = {"unixtime": time.time(), "end-of-epoch": True}
     content |= plain(meta or {}, "meta")
     provenance = {"policy": {**dict.fromkeys(states, "edit"), **actions}}
-    provenance |= plain(metadata or {}, "metadata")
+    provenance |= check_metadata(metadata, path, "speechbrain")
     content[META_KEY] = provenance
     for name, state in states.items():
         if source is not None:
