@@ -42,6 +42,14 @@ def in_range(name, value, low, high, *, open_high=False):
     return number
 
 
+def positive_share(name, value):
+    """Return a number in `(0, 1]`."""
+    number = in_range(name, value, 0, 1)
+    if not number:
+        raise ValueError(f"{name}={value!r}: expected a number in (0, 1]")
+    return number
+
+
 def whole(name, value):
     """Return an integer that is not negative, such as a seed."""
     number = _number(value)

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from speechbrain_taskarith.utils.hub.cards import read_card
 from speechbrain_taskarith.vectors import (
+    DARE,
     TIES,
     LiNeS,
     ModelStock,
@@ -576,6 +578,16 @@ def test_a_foreign_rule_works_and_is_asked_for_on_resume(tmp_path):
     with SequentialEditor.resume(folder, rule=Halving()) as editor:
         editor.learn("b", {"w": torch.ones(2)})
         assert editor.state()["w"].tolist() == [0.75, 0.75]
+
+
+def test_a_rule_with_numbers_of_numpy_is_made_again_on_resume(tmp_path):
+    base = make_state(0)
+    rule = DARE(np.float32(0.5), seed=np.int64(3))
+    with SequentialEditor(base, rule, tmp_path / "e") as editor:
+        editor.learn("a", tuned(base, 1))
+    with SequentialEditor.resume(tmp_path / "e") as editor:
+        editor.learn("b", tuned(editor.state(), 2))
+        assert [edit.rule["seed"] for edit in editor.log] == [3, 3]
 
 
 def test_the_choice_of_parameters_survives_resuming(tmp_path):

@@ -19,7 +19,7 @@ class Band(Magnitude):
         kept = (
             self.density if isinstance(self.density, list) else [self.density]
         )
-        if max(kept, default=0) + gamma > 1 + 1e-9:
+        if max(kept, default=0) + self.gamma > 1 + 1e-9:
             raise ValueError(
                 f"density={density} and gamma={gamma}: expected a sum of at "
                 "most 1, since the shares kept and cut off on top do not "
@@ -82,5 +82,5 @@ class Breadcrumbs(Merge):
         combine = "sum" if elect == "none" else "disjoint_mean"
         stages = [Band(density, gamma, trim)]
         super().__init__(stages, elect, combine, scale, weights)
-        self.density, self.gamma = stages[0].density, gamma
+        self.density, self.gamma = stages[0].density, stages[0].gamma
         self.trim = trim

@@ -164,7 +164,7 @@ class DARE(Wrapper):
 
     def __init__(self, drop, scale=1.0, seed=0, then=None):
         self._drop = RandomDrop(drop, seed)
-        self.drop, self.seed = self._drop.drop, seed
+        self.drop, self.seed = self._drop.drop, self._drop.seed
         self.scale = checks.scale(scale)
         then = TaskArithmetic() if then is None else then
         self.inner = self.then = check_rule(then, "then")

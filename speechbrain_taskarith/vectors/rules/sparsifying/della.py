@@ -97,6 +97,7 @@ class DELLA(Merge):
         weights=None,
     ):
         combine = "sum" if elect == "none" else "disjoint_mean"
-        stages = [DropByRank(drop, epsilon, seed)]
-        super().__init__(stages, elect, combine, scale, weights)
-        self.drop, self.epsilon, self.seed = stages[0].drop, epsilon, seed
+        stage = DropByRank(drop, epsilon, seed)
+        super().__init__([stage], elect, combine, scale, weights)
+        self.drop, self.epsilon = stage.drop, stage.epsilon
+        self.seed = stage.seed

@@ -46,9 +46,7 @@ class PCB(Rule):
 
     def __init__(self, density=0.1, scale=1.0):
         super().__init__(scale)
-        if not checks.in_range("density", density, 0, 1):
-            raise ValueError("density=0: expected a number in (0, 1]")
-        self.density = density
+        self.density = checks.positive_share("density", density)
 
     def bytes_per_element(self, number):
         """See `Rule.bytes_per_element`: all vectors and scores at once."""

@@ -43,9 +43,9 @@ class TSVM(Spectral):
         self, scale=1.0, share=None, precision="float32", weights=None
     ):
         super().__init__(scale, precision, weights)
-        if share is not None and not checks.in_range("share", share, 0, 1):
-            raise ValueError("share=0: expected a number in (0, 1]")
         self.share = share
+        if share is not None:
+            self.share = checks.positive_share("share", share)
 
     def _boost(self, sizes, xp):
         """Return all singular values of one vector, changed or not."""
@@ -110,9 +110,7 @@ class BoostedTSVM(TSVM):
         weights=None,
     ):
         super().__init__(scale, share, precision, weights)
-        if not checks.in_range("beta", beta, 0, 1):
-            raise ValueError("beta=0: expected a number in (0, 1]")
-        self.beta = beta
+        self.beta = checks.positive_share("beta", beta)
         self.energy = checks.one_of("energy", energy, ("sum", "squares"))
 
     def _boost(self, sizes, xp):
