@@ -14,6 +14,8 @@ import torch
 
 from speechbrain_taskarith.metrics.plots import plot_by_layer, plot_heat_map
 from speechbrain_taskarith.utils.patterns import select
+from speechbrain_taskarith.vectors.states.readers import as_model
+from speechbrain_taskarith.vectors.task_vector import as_vector, as_vectors
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +33,8 @@ def cosine_matrix(vectors, *, include=("*",), exclude=()):
     Arguments
     ---------
     vectors : sequence of TaskVector
-        N vectors (or mappings name -> tensor) with the same parameters.
+        N vectors (or their paths, or mappings name -> tensor) with the same
+        parameters.
     include, exclude : str or sequence of str
         Shell patterns on whole parameter names: those that count, and those
         that do not.
@@ -56,7 +59,7 @@ def cosine_matrix(vectors, *, include=("*",), exclude=()):
     tensor([[1.0000, 0.7071],
             [0.7071, 1.0000]], dtype=torch.float64)
     """
-    vectors = list(vectors)
+    vectors = as_vectors(vectors)
     gram = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
     for block in _blocks(vectors, include, exclude):
         gram += block @ block.T
@@ -99,7 +102,7 @@ def sign_agreement(vectors, *, include=("*",), exclude=()):
     >>> sign_agreement([a, b])[0, 1].item()
     0.6666666666666666
     """
-    vectors = list(vectors)
+    vectors = as_vectors(vectors)
     shape = (2, len(vectors), len(vectors))
     difference, shared = torch.zeros(shape, dtype=torch.float64)
     for block in _blocks(vectors, include, exclude):
@@ -122,13 +125,13 @@ def layer_norms(vector, depth=None, *, base=None, include=("*",), exclude=()):
     Arguments
     ---------
     vector : TaskVector
-        The vector, or any mapping name -> tensor.
+        The vector, its path, or any mapping name -> tensor.
     depth : int or None
         How many dotted parts of a parameter's name make a layer (`2`:
         `encoder.layers`). None cuts behind the first number that is not the
         very first part (`1.encoder.layers.3.norm.weight` belongs to
         `1.encoder.layers.3`), or before the last part where there is none.
-    base : mapping or None
+    base : path, torch.nn.Module, mapping, State or None
         The base model: norms are then relative to the norm of the base's
         layer, `|tau_l| / |theta_l|`; 0 / 0 is 0.
     include, exclude : str or sequence of str
@@ -157,6 +160,8 @@ def layer_norms(vector, depth=None, *, base=None, include=("*",), exclude=()):
     """
     if depth is not None and depth < 1:
         raise ValueError(f"depth is {depth}, expected a whole number >= 1")
+    vector = as_vector(vector)
+    base = None if base is None else as_model(base)
     squares, base_squares = defaultdict(float), defaultdict(float)
     for name in select(vector.keys(), include, exclude):
         tensor, layer = vector[name], _layer(name, depth)

@@ -8,6 +8,7 @@ fingerprint of the base it was taken from.
 import functools
 import math
 import operator
+import os
 from collections.abc import Mapping
 
 import torch
@@ -207,7 +208,7 @@ class TaskVector(StoredVector, Mapping):
         TaskVector
             With the base they share, if they share one.
         """
-        vectors = list(vectors)
+        vectors = as_vectors(vectors)
         if not vectors:
             raise ValueError("the mean of no task vectors is not defined")
         result = functools.reduce(operator.add, vectors) / len(vectors)
@@ -277,13 +278,15 @@ class TaskVector(StoredVector, Mapping):
         Arguments
         ---------
         other : TaskVector
-            Over the same parameters.
+            Over the same parameters. The path of a stored vector, or a
+            mapping from name to tensor, will do.
 
         Returns
         -------
         float
             The sum of the products of all entries.
         """
+        other = as_vector(other)
         check_alike([self, other])
 
         def dot(one, two):
@@ -297,7 +300,8 @@ class TaskVector(StoredVector, Mapping):
 
         In [-1, 1]; 0 where one of them is zero.
         """
-        length = self.norm() * other.norm()
+        other = as_vector(other)
+        length = self.norm() * TaskVector(other).norm()
         if not length:
             return 0.0
         return max(-1.0, min(1.0, self.dot(other) / length))
@@ -465,3 +469,24 @@ class TaskVector(StoredVector, Mapping):
         parents = [self.metadata, other.metadata]
         metadata = {"operation": operation, "parents": parents}
         return TaskVector(deltas, base_fingerprint, metadata)
+
+
+def as_vectors(vectors):
+    """Return a list of one task vector or several, see `as_vector`."""
+    one = isinstance(vectors, (Mapping, str, os.PathLike))
+    if one or not hasattr(vectors, "__iter__"):
+        vectors = [vectors]
+    return [as_vector(vector) for vector in vectors]
+
+
+def as_vector(vector):
+    """Return a task vector, loaded if it is a path; mappings stay."""
+    if isinstance(vector, (str, os.PathLike)):
+        return TaskVector.load(vector)
+    if not isinstance(vector, Mapping):
+        raise TypeError(
+            "expected a TaskVector, the path of a stored one, or {name: "
+            f"tensor}}, got {type(vector).__name__}; make one with "
+            "TaskVector.between(base, finetuned)"
+        )
+    return vector

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speechbrain_taskarith.vectors import analysis
+from speechbrain_taskarith.vectors import TaskVector, analysis, save_state
 from speechbrain_taskarith.vectors.analysis import (
     cosine_matrix,
     layer_norms,
@@ -126,6 +126,22 @@ def test_vectors_that_do_not_fit_are_named(measure):
         b["encoder.scalar"] = torch.tensor(bad)
         with pytest.raises(ValueError, match="vector 1: 'encoder.scalar'"):
             measure([a, b])
+
+
+def test_stored_vectors_and_models_are_taken(tmp_path):
+    a, b = map(TaskVector, vectors(2, 0))
+    paths = [a.save(tmp_path / "a.safetensors"), tmp_path / "b.safetensors"]
+    b.save(paths[1], encoding="sparse")
+    for measure in (cosine_matrix, sign_agreement):
+        assert torch.equal(measure(paths), measure([a, b]))
+        assert measure(a).shape == measure(paths[0]).shape == (1, 1)
+        with pytest.raises(TypeError, match="expected a TaskVector.*got int"):
+            measure([a, 1])
+    cosine = a.cosine(b)
+    assert a.cosine(dict(b)) == a.cosine(paths[1]) == cosine
+    assert a.dot(paths[1]) == a.dot(b)
+    base = save_state(dict(b), tmp_path / "base.ckpt")
+    assert layer_norms(paths[0], base=base) == layer_norms(a, base=dict(b))
 
 
 def test_order_of_names_does_not_matter():

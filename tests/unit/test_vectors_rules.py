@@ -34,6 +34,7 @@ from speechbrain_taskarith.vectors.rules import (
     Merge,
     ModelStock,
     MultiSLERP,
+    Rule,
     TaskArithmetic,
     from_description,
     reference,
@@ -805,6 +806,60 @@ def test_descriptions_make_the_rule_again(rule):
     base = make(1, seed=8)[0]
     one, other = rule(base, vectors), again(base, vectors)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("kind", "plain"),
+    [
+        (DARE, {"drop": 0.5, "seed": 3}),
+        (DELLA, {"drop": 0.5, "epsilon": 0.25, "seed": 3}),
+        (Breadcrumbs, {"density": 0.5, "gamma": 0.25}),
+        (PCB, {"density": 0.5}),
+        (TSVM, {"share": 0.5}),
+        (BoostedTSVM, {"beta": 0.5, "share": 0.25}),
+        (TIES, {"density": [0.5, 1], "weights": [1, 2], "scale": {"w": 0.5}}),
+    ],
+)
+def test_numbers_of_numpy_and_torch_become_pythons(kind, plain):
+    def cast(value, number):
+        if isinstance(value, list):
+            return [cast(entry, number) for entry in value]
+        if isinstance(value, dict):
+            return {key: cast(entry, number) for key, entry in value.items()}
+        return number(value)
+
+    wanted = kind(**plain).describe()
+    for number in (np.array, lambda v: np.array(v)[()], torch.tensor):
+        found = kind(**cast(plain, number)).describe()
+        # Equal numbers of NumPy have another text.
+        assert repr(found) == repr(wanted)
+        assert from_description(found).describe() == wanted
+
+
+def test_numbers_of_a_rule_of_ones_own_become_pythons():
+    class Own(Rule):
+        def __init__(self, share, by_name):
+            self.share, self.by_name = share, by_name
+
+    found = Own(np.float64(0.5), {"*": np.float32(0.5)}).describe()
+    assert repr(found["share"]) == "0.5"
+    assert repr(found["by_name"]) == "{'*': 0.5}"
+
+
+def test_lone_and_stored_vectors(tmp_path):
+    one, two = (TaskVector(vector) for vector in make(2))
+    path = one.save(tmp_path / "one.safetensors")
+    base = make(1, seed=8)[0]
+    for given in (one, dict(one), path, str(path), [path], (one,)):
+        assert_close(TIES(1).combine(given), one, 0, 0)
+        assert_close(TIES(1)(base, given, any_base=True), one.apply(
+            base, any_base=True), 0, 0)  # fmt: skip
+    both = TaskArithmetic().combine([path, two])
+    assert_close(both, one + two, 0, 0)
+    assert_close(TaskVector.mean(path), one, 0, 0)
+    for wrong in (3, None, torch.nn.Linear(2, 2), [one, 3]):
+        with pytest.raises(TypeError, match="expected a TaskVector.*between"):
+            TIES(1).combine(wrong)
 
 
 @pytest.mark.parametrize("name", RULES)

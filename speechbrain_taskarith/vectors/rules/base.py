@@ -233,7 +233,9 @@ class Rule:
         Arguments
         ---------
         vectors : sequence of TaskVector
-            All over the same parameters. Mappings from name to tensor do.
+            All over the same parameters; a lone one need not be put into a
+            list. Paths of stored vectors, and mappings from name to tensor,
+            will do.
         base : path, torch.nn.Module, mapping, State or None
             The base's weights, for the few rules that look at them.
 
@@ -251,9 +253,12 @@ class Rule:
         """
         import torch
 
-        from speechbrain_taskarith.vectors.task_vector import TaskVector
+        from speechbrain_taskarith.vectors.task_vector import (
+            TaskVector,
+            as_vectors,
+        )
 
-        vectors = list(vectors)
+        vectors = as_vectors(vectors)
         if base is not None:
             base = as_state(base)
             vectors = [
@@ -296,7 +301,8 @@ class Rule:
         base : path, torch.nn.Module, mapping or State
             The model.
         vectors : sequence of TaskVector
-            What to merge; the ancestry of plain mappings is not checked.
+            What to merge, as for `combine`; the ancestry of plain mappings
+            is not checked.
         any_base : bool
             True: the vectors may come from another base than this one.
         dtype
@@ -312,7 +318,9 @@ class Rule:
         ValueError
             Another base than the vectors', and what `combine` raises.
         """
-        base, vectors = as_model(base), list(vectors)
+        from speechbrain_taskarith.vectors.task_vector import as_vectors
+
+        base, vectors = as_model(base), as_vectors(vectors)
         merged = self.combine(vectors, base=base)
         traced = [v for v in vectors if hasattr(v, "base_fingerprint")]
         any_base = any_base or not traced
@@ -385,14 +393,18 @@ def _describe(thing, key):
 def _plain(value):
     if isinstance(value, (Rule, Stage)):
         return value.describe()
+    if getattr(value, "shape", None) == ():
+        value = value.item()  # a number of NumPy or torch
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):
         kinds = (int, float, Rule)
-        plain = all(isinstance(v, kinds) for v in value.values())
-        if plain:
+        if all(
+            isinstance(v, kinds) or getattr(v, "shape", None) == ()
+            for v in value.values()
+        ):
             return {key: _plain(item) for key, item in value.items()}
         return IN_MEMORY
     return str(value) if isinstance(value, os.PathLike) else repr(value)
