@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 
 from speechbrain_taskarith.metrics import lifelong_files
+from speechbrain_taskarith.metrics.word_errors import rate_of
 from speechbrain_taskarith.utils.files import atomic_write
 from speechbrain_taskarith.utils.optional import require
 
@@ -101,7 +102,7 @@ class LifelongMatrix:
         """
         self._index(after)
         self._index(on)
-        value = float(getattr(wer, "wer", wer))
+        value = rate_of(wer)
         if not math.isfinite(value) or value < 0:
             raise ValueError(
                 f"WER on {on!r} after {after!r} is {value}, expected a finite "
@@ -150,7 +151,7 @@ class LifelongMatrix:
 
         Arguments
         ---------
-        single : dict of str: float, or float
+        single : dict of str: float or WERReport, or one of these
             WER in % of a model trained on one domain alone, by domain (the
             domains in question suffice); a plain number for one step.
         at : str or None
@@ -179,7 +180,7 @@ class LifelongMatrix:
 
         Arguments
         ---------
-        baseline : LifelongMatrix or float
+        baseline : LifelongMatrix, float or WERReport
             Usually that of plain fine-tuning, over the same domains in the
             same order; or its average WER in % at this one step.
         at : str or None
@@ -209,7 +210,9 @@ class LifelongMatrix:
             )
 
         def reduction(k):
-            reference = baseline._average_wer(k) if by_step else float(baseline)
+            reference = (
+                baseline._average_wer(k) if by_step else rate_of(baseline)
+            )
             if not reference > 0:
                 raise ValueError(
                     f"the baseline's average WER after {self.domains[k]!r} is "
@@ -387,10 +390,10 @@ class LifelongMatrix:
                     "a mean over steps needs a reference per domain: "
                     "{domain: WER}"
                 )
-            return float(reference)
+            return rate_of(reference)
         if domain not in reference:
             raise KeyError(
                 f"no reference WER for {domain!r}; given: "
                 f"{', '.join(map(str, reference)) or 'none'}"
             )
-        return float(getattr(reference[domain], "wer", reference[domain]))
+        return rate_of(reference[domain])

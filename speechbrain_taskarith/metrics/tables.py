@@ -22,6 +22,8 @@ KEYS = (
 UNITS = {
     "wer": "%",
     "cer": "%",
+    "bleu": "points",
+    "chrf": "points",
     "average_wer": "%",
     "relative_reduction": "%",
     "werr": "%",

@@ -146,6 +146,16 @@ class WERReport:
         return f"<WERReport: {self}>"
 
 
+def rate_of(wer):
+    """Return a WER as a float, of a number or of what has one as `.wer`."""
+    try:
+        return float(getattr(wer, "wer", wer))
+    except TypeError:
+        raise TypeError(
+            f"expected a WER, a number or a WERReport, got {wer!r}"
+        ) from None
+
+
 def wer(references, hypotheses, ids=None, *, normalize=None) -> "WERReport":
     """Count word errors of hypotheses against references.
 

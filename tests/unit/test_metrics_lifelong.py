@@ -88,7 +88,10 @@ def test_takes_reports_and_the_newest_value():
     matrix.record("us", "us", np.float32(25))
     assert matrix.average_wer() == 25.0
     two = filled([[10, 0], [30, 20]])
-    assert two.im({"de": wer(["a b"], ["a c"])}) == -30.0
+    report = wer(["a b"], ["a c"])
+    assert two.im({"de": report}) == two.im(report) == -30.0
+    assert two.fwt({"de": report}) == two.fwt(report) == 30.0
+    assert two.werr(report) == 50.0
 
 
 def test_mean_over_seeds():

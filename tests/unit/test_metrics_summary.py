@@ -123,6 +123,13 @@ def test_bad_rows_are_refused(tmp_path, changes, text):
         add(Summary(tmp_path), 1.0, **changes)
 
 
+@pytest.mark.parametrize("metric", ["bleu", "chrf"])
+def test_the_metrics_of_translation_have_a_unit(tmp_path, metric):
+    summary = Summary(tmp_path)
+    add(summary, 1.0, metric=metric)
+    assert summary.rows()[0]["unit"] == "points"
+
+
 def test_units_do_not_mix(tmp_path):
     summary = Summary(tmp_path)
     add(summary, 1.0, metric="novel", unit="ms")

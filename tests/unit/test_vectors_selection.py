@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 
+from speechbrain_taskarith.metrics import wer as wer_of
 from speechbrain_taskarith.vectors import (
     TaskVector,
     refuse_test_split,
     search_scale,
+    search_scales,
 )
 from speechbrain_taskarith.vectors.application import edit_into
 
@@ -373,6 +375,42 @@ def test_weights_of_another_model_are_refused():
     del base["decoder.bias"]
     with pytest.raises((ValueError, KeyError), match="decoder.bias"):
         search_scale(model, base, tau, lambda m: 1.0, [0.1])
+
+
+def test_a_vector_of_another_base_is_refused_before_any_evaluation():
+    model, base, tau = make()
+    other = {name: tensor + 1 for name, tensor in base.items()}
+
+    def wer(model):
+        raise AssertionError("evaluated")
+
+    with pytest.raises(ValueError, match="is not the base of.*any_base=True"):
+        search_scale(model, other, tau, wer, [0.1])
+    arguments = (model, other, tau, lambda m: 1.0, [0.1])
+    assert search_scale(*arguments, any_base=True).best == 0.1
+    # A vector that knows no base.
+    arguments = (model, other, dict(tau), lambda m: 1.0, [0.1])
+    assert search_scale(*arguments).best == 0.1
+
+
+def test_stored_vectors_are_taken(tmp_path):
+    model, base, tau = make()
+    path = tau.save(tmp_path / "tau.safetensors")
+    assert search_scale(model, base, path, lambda m: 1.0, [0.1]).best == 0.1
+    found = search_scales(model, base, {"a": path}, lambda m: 1.0, [0.1])
+    assert found.best == {"a": 0}
+    with pytest.raises(TypeError, match="expected a TaskVector.*got list"):
+        search_scale(model, base, [tau], lambda m: 1.0, [0.1])
+
+
+def test_reports_are_taken_for_a_wer():
+    model, base, tau = make()
+    report = wer_of(["a b"], ["a c"])
+    for result in (report, {"us": report}):
+        search = search_scale(model, base, tau, lambda m, r=result: r, [0.1])
+        assert search.best_wer == 50.0
+    with pytest.raises(TypeError, match="expected a WER.*got None"):
+        search_scale(model, base, tau, lambda m: None, [0.1])
 
 
 def test_tied_parameters_are_edited_once():

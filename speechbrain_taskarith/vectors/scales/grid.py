@@ -11,6 +11,7 @@ from speechbrain_taskarith.vectors.scales.search import (
     Evaluations,
     InPlaceEdits,
     check_choice,
+    vector_of,
 )
 from speechbrain_taskarith.vectors.scales.table import ScaleGrid
 
@@ -102,6 +103,7 @@ def search_scales(
     if not isinstance(vectors, Mapping) or hasattr(vectors, "apply"):
         got = type(vectors).__name__
         raise TypeError(f"vectors: expected {{name: TaskVector}}, got {got}")
+    vectors = {name: vector_of(tau) for name, tau in vectors.items()}
     baseline = _baseline(vectors, baseline)
     axes = _axes(scales, baseline)
     search = ScaleGrid(split, select_on or split, oracle, baseline)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from speechbrain_taskarith.metrics.word_errors import rate_of
 from speechbrain_taskarith.utils.patterns import (
     as_tuple,
     matches,
@@ -27,9 +28,13 @@ from speechbrain_taskarith.vectors.application import (
     edit_into,
 )
 from speechbrain_taskarith.vectors.scales.table import REST, ScaleSearch
-from speechbrain_taskarith.vectors.states.names import match_names
+from speechbrain_taskarith.vectors.states.names import (
+    check_ancestry,
+    match_names,
+)
 from speechbrain_taskarith.vectors.states.pairing import under_names_of
 from speechbrain_taskarith.vectors.states.readers import as_model, as_state
+from speechbrain_taskarith.vectors.task_vector import TaskVector, as_vector
 
 ORACLE = "real_target"
 # Words that a test split's name has as a part: "test-clean", "tst-COMMON",
@@ -84,6 +89,7 @@ def search_scale(
     rounds=2,
     leave="initial",
     show_progress=True,
+    any_base=False,
 ) -> "ScaleSearch":
     """Find the scale of a task vector with the least word error rate.
 
@@ -103,8 +109,8 @@ def search_scale(
     tau : TaskVector
         The edit; for several vectors, a rule's `combine` of them.
     wer : callable
-        `wer(model)` returns a number, or `{domain: number}`; lower is
-        better. With domains the mean is minimised. It should set the mode
+        `wer(model)` returns a number or a `WERReport`, or `{domain: number
+        or WERReport}`; lower is better. With domains the mean is minimised. It should set the mode
         (`model.eval()`) that it needs; modes are set back at the end.
     scales : sequence of float, or dict
         What to try; with groups also `{group: [scale, ...]}`.
@@ -139,6 +145,9 @@ def search_scale(
     show_progress : bool
         False shows no progress bar; none is shown where nobody watches, see
         `merge_checkpoints`.
+    any_base : bool
+        True: the vector may come from another base, as for `apply`. Vectors
+        that know no base are taken in any case.
 
     Returns
     -------
@@ -149,7 +158,7 @@ def search_scale(
     ------
     ValueError
         A test split, no scales, scales that are not finite, a pattern that
-        matches nothing, shapes that do not fit.
+        matches nothing, shapes that do not fit, a vector of another base.
 
     Example
     -------
@@ -167,6 +176,10 @@ def search_scale(
     how = {"split": split, "select_on": select_on, "hopeless": hopeless}
     how |= {"max_degradation": max_degradation, "domains": domains}
     oracle = check_choice(wer, leave, **how)
+    base, tau = as_model(base), vector_of(tau)
+    if not any_base and tau.base_fingerprint is not None:
+        origin = tau.metadata.get("base", "path unknown")
+        check_ancestry(base, tau.base_fingerprint, origin=origin)
     patterns = _group_patterns(tau, groups)
     candidates = _candidates(scales, patterns)
     search = ScaleSearch(split, select_on or split, oracle, patterns)
@@ -203,6 +216,12 @@ def search_scale(
         if leave == "best":
             edits.write(best, stay=True)
     return search
+
+
+def vector_of(tau):
+    """Return a `TaskVector`, of a path or a mapping, too."""
+    tau = as_vector(tau)
+    return tau if isinstance(tau, TaskVector) else TaskVector(tau)
 
 
 def check_choice(
@@ -249,11 +268,11 @@ class Evaluations:
         seconds = time.perf_counter() - start
         domains = None
         if isinstance(value, Mapping):
-            domains = {str(name): float(v) for name, v in value.items()}
+            domains = {str(name): rate_of(v) for name, v in value.items()}
             if not domains:
                 raise ValueError("wer(model) returned no domains")
             value = math.fsum(domains.values()) / len(domains)
-        value = float(value)
+        value = rate_of(value)
         if self.max_degradation is not None and not self.limits:
             self._set_limits(domains)
         state = "ok"
