@@ -294,7 +294,8 @@ PLACES = {
         "vectors.analysis._square",
         "vectors.task_vector.dot",
     },
-    "TaskVector.apply_": READING | {"vectors.application.edit_into"},
+    "TaskVector.apply_": READING
+    | {"vectors.application._largest", "vectors.application.edit_into"},
     "search_scale": READING
     | {
         "vectors.application.edit_into",
