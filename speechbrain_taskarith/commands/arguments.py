@@ -7,7 +7,6 @@ import re
 import textwrap
 from pathlib import Path
 
-from speechbrain_taskarith.commands import VERBS
 from speechbrain_taskarith.utils.patterns import matches
 from speechbrain_taskarith.vectors.engine.vector_header import (
     read_vector_header,
@@ -73,11 +72,16 @@ _FLAGS = ("any-base", "fingerprint")
 _TRUTH = {"true": True, "yes": True, "false": False, "no": False}
 
 
-def add_verb(verbs, name, summary, examples, run, parents=(), about=None):
-    """Add a verb's parser, with what every verb has, and return it."""
+def add_verb(
+    verbs, name, summary, examples, run, parents=(), about=None, listed=False
+):
+    """Add a verb's parser, with what every verb has, and return it.
+
+    `listed`: argparse lists it. The list of verbs is the program's own; `edit`
+    has its actions listed.
+    """
     about = about or f"{summary[0].upper()}{summary[1:]}."
-    # The list of verbs is the program's own; an `edit` lists its actions.
-    listed = {} if name in VERBS else {"help": summary}
+    listed = {"help": summary} if listed else {}
     parser = verbs.add_parser(
         name,
         description=textwrap.fill(about, 79),

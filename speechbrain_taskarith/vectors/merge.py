@@ -162,9 +162,10 @@ def merge_checkpoints(
     device : str
         `"cpu"`, or a torch device to compute on.
     memory_limit : int, str or None
-        Most bytes of buffers, also as text (`"300MB"`, `"1GiB"`); fewer threads and smaller chunks are used to
-        keep to it. None: as is fastest (a few MiB a thread, for rules on
-        whole matrices a few times the largest).
+        Most bytes of buffers, also as text (`"300MB"`, `"1GiB"`); fewer
+        threads and smaller chunks are used to keep to it. None: as is
+        fastest (a few MiB a thread, for rules on whole matrices a few times
+        the largest).
     show_progress : bool
         Show progress bars: on a terminal, or where `TASKARITH_PROGRESS=1` is
         set; piped output stays quiet.

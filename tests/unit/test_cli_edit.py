@@ -1,6 +1,7 @@
 """`taskarith edit`: a sequence of edits from the command line."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -311,6 +312,26 @@ def test_a_model_is_exported_in_another_type_and_learned_from(folder, capsys):
     assert torch.equal(now["layers.0.w"], kept["layers.0.w"])
     line = fails(capsys, "export", "edits", "-o", "x.ckpt", "--dtype", "int8")
     assert "int8" in line
+
+
+def test_an_export_stays_away_from_the_edits(folder, capsys):
+    """Neither over their files nor between them, and takes a folder along."""
+    start(capsys)
+    more = ("--overwrite", "-o")
+    for output in ("edits/base.safetensors", "edits/vectors/x.ckpt"):
+        line = fails(capsys, "export", "edits", *more, output)
+        assert output in line and "lies among the files of the edits" in line
+    words = ("export", "edits", "-o", "out/CKPT+z", "--like", "us.ckpt")
+    assert "--like us.ckpt: is a file" in fails(capsys, *words)
+    run(capsys, "log", "edits", "--verify")
+
+
+def test_every_action_is_listed(capsys):
+    with pytest.raises(SystemExit):
+        main(["edit", "--help"])
+    listed = capsys.readouterr().out
+    for action in ("learn", "undo", "redo", "reorder", "log", "export"):
+        assert re.search(rf"^ +{action} +\w", listed, re.M), action
 
 
 def test_like_a_half_precision_checkpoint_the_types_are_its_own(folder, capsys):

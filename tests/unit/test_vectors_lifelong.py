@@ -282,6 +282,15 @@ class TestEWC:
             )
         assert method.fisher["weight"].item() == pytest.approx(0.5 * 4 + 9)
 
+    def test_another_size_than_was_measured_is_named(self):
+        model, method = torch.nn.Linear(1, 2, bias=False), EWC()
+        method.consolidate(
+            model, [1.0], lambda s: s * model(torch.ones(1)).sum()
+        )
+        wider = torch.nn.Linear(1, 3, bias=False)
+        with pytest.raises(ValueError, match=r"'weight' .*\(3, 1\).*\(2, 1\)"):
+            method.penalty(wider, None, None, None)
+
     def test_zero_at_the_anchor_and_frozen_ones_count_in_the_fisher(self):
         model, data = network(), self.data()
         PartialUpdate("encoder.*").freeze(model)

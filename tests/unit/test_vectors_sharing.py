@@ -215,6 +215,14 @@ def test_what_lacks_for_an_upload_is_said_before(tmp_path, capsys, more):
             ModelCard().save(tmp_path / "model")
 
 
+@pytest.mark.parametrize("name", ["badname", "a/b/c d", "me/"])
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_name_that_no_repository_has(tmp_path, capsys, name, more):
+    assert main(["push", str(tmp_path), name, *more]) == 1
+    said = capsys.readouterr().err
+    assert f"{name!r}: expected OWNER/NAME on the hub" in said
+
+
 def test_a_shared_pickle_runs_nothing(hub, tmp_path):
     """A vector's file that is a pickle is refused, its code not called."""
     mark = tmp_path / "called"

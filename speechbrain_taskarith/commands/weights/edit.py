@@ -102,7 +102,7 @@ def add_parser(verbs, summary):
 
 def _action(actions, name, summary, run, *parents):
     parser = shared.add_verb(
-        actions, name, summary, _EXAMPLES[name], run, parents
+        actions, name, summary, _EXAMPLES[name], run, parents, listed=True
     )
     parser.get_default("remedies").update(_REMEDIES)
     parser.add_argument("folder", metavar="FOLDER", help="the edits' folder")
@@ -408,6 +408,16 @@ def export_model(options):
     output = shared.check_output(
         options.output, [options.folder], options.overwrite
     )
+    if Path(options.folder).resolve() in output.resolve().parents:
+        raise ValueError(
+            f"{output}: lies among the files of the edits; name an output "
+            "outside"
+        )
+    if options.like and Path(options.like).is_file():
+        raise ValueError(
+            f"--like {options.like}: is a file; expected the folder of a "
+            "checkpoint, whose other files are taken along"
+        )
     from speechbrain_taskarith.vectors import (
         ModelCard,
         SequentialEditor,

@@ -2,6 +2,7 @@
 
 from speechbrain_taskarith.commands import arguments as shared
 from speechbrain_taskarith.commands.output import Result
+from speechbrain_taskarith.utils.hub.download import HUB_NAME
 from speechbrain_taskarith.utils.hub.upload import shared_files
 
 _EXAMPLES = """\
@@ -41,6 +42,8 @@ def add_parser(verbs, summary):
 
 def run(options):
     """Upload, and say where it lies."""
+    if not HUB_NAME.fullmatch(options.name):
+        raise ValueError(f"{options.name!r}: expected OWNER/NAME on the hub")
     files = shared_files(options.folder)
     data = {"verb": "push", "dry_run": options.dry_run, "files": files}
     if options.dry_run:

@@ -43,6 +43,9 @@ _EXPECTED = (
 )
 
 
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+
+
 def is_hub_name(source):
     """Tell whether a text is `owner/name`, and no path that lacks its file.
 
@@ -55,9 +58,8 @@ def is_hub_name(source):
     (True, False)
     """
     path, text = Path(source), str(source)
-    named = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text, re.ASCII)
     return (
-        named is not None
+        HUB_NAME.fullmatch(text) is not None
         and path.suffix not in _SUFFIXES
         and not path.parent.exists()
     )

@@ -73,6 +73,12 @@ class EWC(FineTuning):
                 wide = torch.promote_types(parameter.dtype, torch.float32)
                 moved = parameter.to(wide)
                 fisher = self.fisher[name].to(moved)
+                if fisher.shape != moved.shape:
+                    raise ValueError(
+                        f"{name!r} has the shape {tuple(moved.shape)}, and "
+                        f"{tuple(fisher.shape)} when EWC measured it; keep "
+                        "its size, or begin without this memory"
+                    )
                 moved = moved - self.anchor[name].to(moved)
                 total = total + (fisher * moved.square()).sum()
         return 0.5 * self.strength * total
