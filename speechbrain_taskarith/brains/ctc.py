@@ -27,6 +27,8 @@ class CTCBrain(sb.Brain):
       training, e.g. SpeechBrain's augmentations; lengths must stay;
     - `lr_annealing` (optional): called with the optimizer after every step,
       as SpeechBrain's `LinearWarmupScheduler`;
+    - `keep_best` (optional): True keeps the checkpoint with the least WER
+      beside the newest, for `evaluate(..., min_key="WER")`;
     - `train_logger` (optional).
 
     A batch holds `id`, `sig` (waveforms), `tokens` (label indices) and `wrd`
@@ -34,7 +36,8 @@ class CTCBrain(sb.Brain):
 
     Each stage but training leaves its words in `self.references` and
     `self.hypotheses`, their errors in `self.report` (a `WERReport`); each
-    epoch ends with a checkpoint.
+    epoch ends with a checkpoint. Only the newest is kept, from which a
+    sequence of tasks goes on, unless `keep_best` is set.
 
     Arguments
     ---------
@@ -173,8 +176,10 @@ class CTCBrain(sb.Brain):
                     valid_stats=stats,
                 )
             if self.checkpointer is not None:
+                best = getattr(self.hparams, "keep_best", False)
                 self.checkpointer.save_and_keep_only(
-                    meta={"WER": float(self.report.wer), "epoch": epoch}
+                    meta={"WER": float(self.report.wer), "epoch": epoch},
+                    min_keys=["WER"] if best else [],
                 )
         elif logger is not None and self.log_tests:
             logger.log_stats({"stage": "test"}, test_stats=stats)

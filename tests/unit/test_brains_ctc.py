@@ -135,6 +135,33 @@ def test_overfits_and_saves_each_epoch(tmp_path):
     assert checkpoint.meta["WER"] == 0.0 and checkpoint.meta["epoch"] == 59
 
 
+@pytest.mark.parametrize("keep_best", [False, True])
+def test_the_best_checkpoint_is_kept_on_demand(tmp_path, keep_best):
+    """Beside the newest; a training that gets worse again."""
+    model = conformer()
+    checkpointer = AtomicCheckpointer(tmp_path, {"model": model})
+    brain = brain_of(model, checkpointer, keep_best=keep_best)
+    data, wers = loader(batch(size=(5,))), []
+    for epoch, wer in enumerate([60.0, 20.0, 40.0, 80.0]):
+        brain.on_stage_start(sb.Stage.VALID, epoch)
+        brain._train_loss = 0.0
+        brain._ids, brain.references = ["u"], ["a a a a a"]
+        wrong = round(wer / 20)
+        brain.hypotheses = [" ".join(["b"] * wrong + ["a"] * (5 - wrong))]
+        with torch.no_grad():
+            next(model.parameters()).fill_(wer)
+        brain.on_stage_end(sb.Stage.VALID, torch.tensor(1.0), epoch)
+        wers.append(brain.report.wer)
+    assert wers == [60.0, 20.0, 40.0, 80.0]
+    kept = sorted(c.meta["WER"] for c in checkpointer.list_checkpoints())
+    assert kept == ([20.0, 80.0] if keep_best else [80.0])
+    brain.evaluate(data, min_key="WER")
+    best = next(model.parameters()).flatten()[0].item()
+    assert best == (20.0 if keep_best else 80.0)
+    checkpointer.recover_if_possible()
+    assert next(model.parameters()).flatten()[0].item() == 80.0
+
+
 def test_the_learning_rate_follows_its_schedule():
     model = conformer()
     annealing = LinearWarmupScheduler(0.02, 2, 6)
