@@ -22,6 +22,7 @@ from speechbrain_taskarith.vectors.states.readers import as_state
 _HALF = (torch.float16, torch.bfloat16)
 # What surely fits, with room for rounding; more is tried out.
 _SAFE = 0.99 * torch.finfo(torch.float32).max
+_SMALL = 1e30
 # Elements worked on at a time: the piece of scaled vector stays in the cache,
 # so that memory is passed three times (two tensors read, one written). A GPU
 # wants larger pieces, for fewer launches.
@@ -156,7 +157,10 @@ def edit_in_place(tau, state, scales):
         tensor, delta = state[name], tau[name]
         if not tensor.numel():
             continue
-        most = _largest(tensor) + abs(scales[name]) * _largest(delta)
+        most = abs(scales[name]) * _largest(delta)
+        # Weights in float32 are far from its end: not read for this.
+        if tensor.dtype in _HALF or not most < _SMALL:
+            most += _largest(tensor)
         # Also false for NaN.
         if not most < min(_SAFE, torch.finfo(tensor.dtype).max):
             delta = delta.to(tensor.device)
@@ -168,7 +172,8 @@ def edit_in_place(tau, state, scales):
 
 
 def _largest(tensor):
-    return float(torch.linalg.vector_norm(tensor.detach(), math.inf))
+    low, high = torch.stack(torch.aminmax(tensor.detach())).tolist()
+    return max(-low, high)  # NaN, if there is one: then both are
 
 
 def check_writable(state, names):

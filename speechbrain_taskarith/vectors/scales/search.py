@@ -28,10 +28,7 @@ from speechbrain_taskarith.vectors.application import (
     edit_into,
 )
 from speechbrain_taskarith.vectors.scales.table import REST, ScaleSearch
-from speechbrain_taskarith.vectors.states.names import (
-    check_ancestry,
-    match_names,
-)
+from speechbrain_taskarith.vectors.states.names import match_names
 from speechbrain_taskarith.vectors.states.pairing import under_names_of
 from speechbrain_taskarith.vectors.states.readers import as_model, as_state
 from speechbrain_taskarith.vectors.task_vector import TaskVector, as_vector
@@ -89,7 +86,6 @@ def search_scale(
     rounds=2,
     leave="initial",
     show_progress=True,
-    any_base=False,
 ) -> "ScaleSearch":
     """Find the scale of a task vector with the least word error rate.
 
@@ -107,11 +103,14 @@ def search_scale(
     base : path, torch.nn.Module, or mapping of tensors
         The weights to edit.
     tau : TaskVector
-        The edit; for several vectors, a rule's `combine` of them.
+        The edit; for several vectors, a rule's `combine` of them. It may
+        come from another base, as that of SYN2REAL's sources does;
+        `tau.apply(base, search.best)` then wants `any_base=True`.
     wer : callable
         `wer(model)` returns a number or a `WERReport`, or `{domain: number
-        or WERReport}`; lower is better. With domains the mean is minimised. It should set the mode
-        (`model.eval()`) that it needs; modes are set back at the end.
+        or WERReport}`; lower is better. With domains the mean is minimised.
+        It should set the mode (`model.eval()`) that it needs; modes are set
+        back at the end.
     scales : sequence of float, or dict
         What to try; with groups also `{group: [scale, ...]}`.
     groups : dict, sequence of str, or None
@@ -145,9 +144,6 @@ def search_scale(
     show_progress : bool
         False shows no progress bar; none is shown where nobody watches, see
         `merge_checkpoints`.
-    any_base : bool
-        True: the vector may come from another base, as for `apply`. Vectors
-        that know no base are taken in any case.
 
     Returns
     -------
@@ -158,7 +154,7 @@ def search_scale(
     ------
     ValueError
         A test split, no scales, scales that are not finite, a pattern that
-        matches nothing, shapes that do not fit, a vector of another base.
+        matches nothing, shapes that do not fit.
 
     Example
     -------
@@ -177,9 +173,6 @@ def search_scale(
     how |= {"max_degradation": max_degradation, "domains": domains}
     oracle = check_choice(wer, leave, **how)
     base, tau = as_model(base), vector_of(tau)
-    if not any_base and tau.base_fingerprint is not None:
-        origin = tau.metadata.get("base", "path unknown")
-        check_ancestry(base, tau.base_fingerprint, origin=origin)
     patterns = _group_patterns(tau, groups)
     candidates = _candidates(scales, patterns)
     search = ScaleSearch(split, select_on or split, oracle, patterns)
