@@ -189,7 +189,7 @@ def read_front(path):
         if front is None or isinstance(front, dict):
             return front or {}
         reason = f"a {type(front).__name__}, expected names and values"
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
