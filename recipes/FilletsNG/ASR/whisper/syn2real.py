@@ -253,16 +253,17 @@ def settings_of(given):
     )
 
 
-def plan_trainings(manifests, targets, seed, lr, folder):
-    """List the trainings of one seed: one call of `train.py` each.
-
-    The second list starts from models of the first, at a tenth of the rate.
-    """
-    first = [
+def plan_trainings(manifests, seed):
+    """List the trainings from the base: one call of `train.py` each."""
+    return [
         Training(name, {"train_csv": str(manifest), "seed": seed})
         for name, manifest in manifests.items()
     ]
-    second = [
+
+
+def plan_second_trainings(manifests, targets, seed, lr, folder):
+    """List those that start from mixed data, at a tenth of the rate."""
+    return [
         Training(
             f"mixed_then_synthetic/{target}",
             {
@@ -275,7 +276,6 @@ def plan_trainings(manifests, targets, seed, lr, folder):
         for target in targets
         if f"mixed/{target}" in manifests
     ]
-    return first, second
 
 
 class Study:
@@ -453,17 +453,15 @@ def main(argv):
             f"--whisper_hub={given.whisper_hub}",
             f"--avoid_if_longer_than={given.longest}",
         ]
-        for trainings in plan_trainings(
-            manifests,
-            given.domain,
-            seed,
-            study.measure.hparams["lr"],
-            folder / "models",
+        lr, models = study.measure.hparams["lr"], folder / "models"
+        for trainings in (
+            plan_trainings(manifests, seed),
+            plan_second_trainings(manifests, given.domain, seed, lr, models),
         ):
             with joblib.parallel_config("sequential"):
-                run_trainings(train, trainings, shared, folder / "models")
+                run_trainings(train, trainings, shared, models)
             for training in trainings:
-                keep_weights(folder / "models" / training.name)
+                keep_weights(models / training.name)
         if given.only_train:
             continue
         for target in given.domain:
