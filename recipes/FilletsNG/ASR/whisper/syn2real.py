@@ -212,20 +212,16 @@ def prepare_data(given, domains, folder, seed):
             )
     for target in given.domain:
         sources = [name for name in given.domain if name != target]
-        drawn[f"joint/{target}"] = [
-            row | {"ID": f"{side}_{name}_{row['ID']}"}
-            for side, names in (("real", sources), ("synthetic", [target]))
-            for name in names
-            for row in drawn[f"{side}/{name}"]
-        ]
-        if given.skip_mixed:
-            continue
-        drawn[f"mixed/{target}"] = [
-            row | {"ID": f"{side}_{name}_{row['ID']}"}
-            for side in ("real", "synthetic")
-            for name in sources
-            for row in drawn[f"{side}/{name}"]
-        ]
+        together = {"joint": [target]}
+        if not given.skip_mixed:
+            together["mixed"] = sources
+        for kind, spoken in together.items():
+            drawn[f"{kind}/{target}"] = [
+                row | {"ID": f"{side}_{name}_{row['ID']}"}
+                for side, names in (("real", sources), ("synthetic", spoken))
+                for name in names
+                for row in drawn[f"{side}/{name}"]
+            ]
     return {
         name: write_csv(folder / "data" / f"{name}.csv", rows)
         for name, rows in drawn.items()

@@ -148,7 +148,7 @@ def add_choice(summary, table, target, result, seed):
     """Add the scales that were chosen for a target, and the best ones."""
     chosen = result["chosen"]
     best = min(result["surface"], key=result["surface"].get)
-    scales = {
+    points = {
         "shrunk": chosen["shrunk"],
         "edited": chosen["edited"],
         "edited_both": chosen["both"],
@@ -156,31 +156,22 @@ def add_choice(summary, table, target, result, seed):
         "support_language": chosen["support"],
         "oracle": (*best, best[1]),
     }
-    for row, point in scales.items():
-        for metric, value in zip(
-            ("target_scale", "scale", "synthetic_scale"), point, strict=True
-        ):
-            note_scale(summary, table, target, row, metric, value, seed)
-    for metric, value in zip(
-        ("encoder_scale", "decoder_scale"), chosen["parts"], strict=True
-    ):
-        note_scale(
-            summary, table, target, "edited_by_part", metric, value, seed
-        )
-
-
-def note_scale(summary, table, target, row, metric, value, seed):
-    """Add one scale of a row."""
-    summary.add(
-        table=table,
-        row=f"{target}: {row}",
-        metric=metric,
-        value=value,
-        unit="1",
-        split="test",
-        seed=seed,
-        selected_on="real_target" if row == "oracle" else "real_source",
-    )
+    names = ("target_scale", "scale", "synthetic_scale")
+    scales = {row: zip(names, point) for row, point in points.items()}
+    parts = ("encoder_scale", "decoder_scale")
+    scales["edited_by_part"] = zip(parts, chosen["parts"])
+    for row, values in scales.items():
+        for metric, value in values:
+            summary.add(
+                table=table,
+                row=f"{target}: {row}",
+                metric=metric,
+                value=value,
+                unit="1",
+                split="test",
+                seed=seed,
+                selected_on="real_target" if row == "oracle" else "real_source",
+            )
 
 
 def compare(results, better, than):
