@@ -23,8 +23,9 @@ def mean_weights(combinations, lens):
                 f"layer {layer!r} has combined no batch yet: run the encoder "
                 "with handle.use('combined') first"
             )
-        valid = _last_valid(combination, weights[..., 0])
-        if lens is not None:
+        if lens is None:
+            valid = _last_valid(combination, weights[..., 0])
+        else:
             _require_batch(weights, lens, "lengths")
             valid = valid_frames(weights, lens)
         weights = weights.flatten(0, -2) if valid is None else weights[valid]

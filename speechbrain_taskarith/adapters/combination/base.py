@@ -114,11 +114,7 @@ class Combination(torch.nn.Module):
             )
         self.form, self.ln_init = form, ln_init
         self.recompute = recompute
-        # Attention weights of the last batch [..., N], where there are some:
-        # without their graph, and with it for `AdapterHandle.attention_loss`.
-        self.last_weights = self.live_weights = None
-        # Which frames of that batch are no padding, None where not known.
-        self.last_valid = None
+        self.forget_pass()
         self._folded = None
         self._derived = DerivedWeights()
         #: Whether LN waits to be matched, and `frame_sums` of this process.
@@ -294,6 +290,14 @@ class Combination(torch.nn.Module):
         self._folded = None
         self._derived.clear()
 
+    def forget_pass(self):
+        """Forget the attention of the last batch."""
+        # Weights [..., N], where there are some: without their graph, and
+        # with it for `AdapterHandle.attention_loss`.
+        self.last_weights = self.live_weights = None
+        # Which frames of that batch are no padding, None where not known.
+        self.last_valid = None
+
     def folded(self):
         """Return the multiplied weights, made anew if parameters changed."""
         if self._folded is not None:
@@ -309,8 +313,8 @@ class Combination(torch.nn.Module):
 
     def _apply(self, fn, recurse=True):
         self.unfold()
-        self.last_weights = self.live_weights = None
-        self.last_valid = self.sums = None
+        self.forget_pass()
+        self.sums = None
         return super()._apply(fn, recurse)
 
     def train(self, mode=True):

@@ -67,9 +67,7 @@ class LayerLoop:
         if isinstance(choice, str) and choice == COMBINED:
             for layer in self.layers:
                 # Not the last batch's, where this one leaves the layer out.
-                made = layer.combination
-                made.last_weights = made.live_weights = None
-                made.last_valid = None
+                layer.combination.forget_pass()
 
     @torch.compiler.disable
     def _meet(self, unmatched):
