@@ -147,10 +147,8 @@ def layout(rows):
         if row["selected_on"] is not None and row["seed"] != "std":
             names = row["selected_on"].split("; ")
             chosen.setdefault(line, {}).update(dict.fromkeys(names))
-    most = max(
-        (_runs(seeds) for line in cells.values() for seeds in line.values()),
-        default=1,
-    )
+    # As many as the caption names, even where no row has them all.
+    most = max(len(_seeds(rows)), 1)
     with_split = len({split for _, split in cells}) > 1
     header = ["", *(["split"] if with_split else [])]
     header += [_heading(metric, unit) for metric, unit in metrics.items()]
@@ -178,7 +176,7 @@ def layout(rows):
 def caption(rows):
     """Say what the figures of a table are."""
     splits = ", ".join(dict.fromkeys(row["split"] for row in rows))
-    seeds = sorted({row["seed"] for row in rows} - {None, *AGGREGATES})
+    seeds = sorted(_seeds(rows))
     text = f"Measured on: {splits}."
     if len(seeds) > 1:
         text += (
@@ -254,6 +252,10 @@ def _heading(metric, unit):
     if unit in ("1", "") or metric.endswith(unit):
         return metric
     return f"{metric} ({unit})"
+
+
+def _seeds(rows):
+    return {row["seed"] for row in rows} - {None, *AGGREGATES}
 
 
 def _runs(by_seed):

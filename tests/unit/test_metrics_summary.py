@@ -195,6 +195,17 @@ def test_a_missing_seed_shows(tmp_path, caplog):
     assert "(n=3)" not in summary.markdown()
 
 
+def test_runs_are_counted_against_the_seeds_that_the_caption_names(
+    tmp_path,
+):
+    summary = Summary(tmp_path)
+    for row, seed in (("a", 0), ("b", 1), ("b", 2)):
+        add(summary, float(seed), seed, row=row)
+    page = summary.markdown()
+    assert "over seeds 0, 1, 2" in page
+    assert "1.50 ± 0.71 (n=2)" in page and "0.00 (n=1)" in page
+
+
 def test_print_shows_the_tables_and_brackets(tmp_path):
     from rich.console import Console
 
