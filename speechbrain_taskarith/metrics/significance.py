@@ -44,7 +44,8 @@ def confidence_interval(
     Whole utterances are drawn with replacement, since errors within one
     depend on each other (Bisani and Ney, "Bootstrap estimates for
     confidence intervals in ASR performance evaluation", ICASSP 2004,
-    section 3).
+    section 3). Draws without a single reference word, which have no rate,
+    are made again.
 
     Arguments
     ---------
@@ -185,15 +186,14 @@ def _resampled_rates(reports, blocks, resamples, seed):
     generator = np.random.default_rng(seed)
     total = len(counts)
     step = max(1, _CHUNK_ENTRIES // total)
-    rates = []
-    for start in range(0, resamples, step):
-        rows = min(step, resamples - start)
+    rates, left = [], resamples
+    while left:
+        rows = min(step, left)
         # How often each block is drawn: one matrix product scores them all.
         drawn = generator.multinomial(total, [1 / total] * total, size=rows)
         sums = drawn @ counts
-        # A sample of only empty references has no rate; count it as error
-        # free unless something was inserted.
-        with np.errstate(divide="ignore", invalid="ignore"):
-            rate = 100 * sums[:, 1:] / sums[:, :1]
-        rates.append(np.where(sums[:, 1:] == 0, 0.0, rate))
+        # A sample of only empty references has no rate: drawn again.
+        sums = sums[sums[:, 0] > 0]
+        rates.append(100 * sums[:, 1:] / sums[:, :1])
+        left -= len(sums)
     return np.concatenate(rates)

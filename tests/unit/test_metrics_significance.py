@@ -1,5 +1,7 @@
 """The bootstrap against its known large-sample behaviour."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +54,27 @@ def test_one_utterance_or_no_error_has_no_width():
     report = wer(["a b"], ["a c"])
     assert confidence_interval(report) == (50.0, 50.0)
     assert confidence_interval(wer(["a"] * 9, ["a"] * 9)) == (0.0, 0.0)
+
+
+def test_draws_of_empty_references_alone_do_not_count():
+    # Noise without speech: half of the words are in one utterance of three.
+    said = ["a b c", "", ""]
+    first = wer(said, ["a b x", "n", ""])
+    second = wer(said, ["a b c", "n n", "n"])
+    counts = np.array([[3, 1, 0], [0, 1, 2], [0, 0, 1]])
+    drawn = np.array([*itertools.product(range(3), repeat=3)] * 100)
+    sums = counts[drawn].sum(1)
+    sums = sums[sums[:, 0] > 0]
+    rates = 100 * sums[:, 1:] / sums[:, :1]
+    low, high = confidence_interval(first, 0.9, resamples=20_000)
+    exact = np.quantile(rates[:, 0], [0.05, 0.95])
+    np.testing.assert_allclose([low, high], exact)
+    test = paired_bootstrap(first, second, resamples=20_000)
+    differences = rates[:, 0] - rates[:, 1]
+    exact = np.quantile(differences, [0.025, 0.975])
+    np.testing.assert_allclose([test.low, test.high], exact)
+    far = abs(differences - test.difference) >= abs(test.difference) - 1e-9
+    assert test.p_value == pytest.approx(far.mean(), abs=0.02)
 
 
 def test_blocks_widen_the_interval_of_dependent_utterances():
