@@ -136,6 +136,10 @@ class DerivedWeights(dict):
         if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
             with exactly:
                 return compute()
+        # Made under inference_mode, they have no counters.
+        if any(p.is_inference() for p in parameters):
+            with torch.no_grad(), exactly:
+                return compute()
         versions = [(p.data_ptr(), p._version, p.dtype) for p in parameters]
         if key in self and self[key][0] == versions:
             _, views, sample, value = self[key]

@@ -415,6 +415,19 @@ def test_what_was_folded_under_inference_mode_trains_later():
     assert fusion.key.weight.grad is not None
 
 
+def test_what_was_made_under_inference_mode_computes():
+    x = torch.randn(1, 2, 8, dtype=torch.float64)
+    with torch.inference_mode():
+        bank = make_bank()
+        fusion = made("fusion", bank)
+        before = fusion(x)
+        torch.testing.assert_close(before, fusion(x, "loop"))
+        # Nothing counts such a change.
+        bank["task 1"].up.weight.mul_(3.0)
+        torch.testing.assert_close(fusion(x), fusion(x, "loop"))
+        assert not torch.allclose(fusion(x), before)
+
+
 def test_folded_form_passes_gradients_to_its_input():
     bank = make_bank().requires_grad_(False)
     fusion = made("fusion", bank).requires_grad_(False)
