@@ -284,16 +284,10 @@ class TaskVector(StoredVector, Mapping):
         Returns
         -------
         float
-            The sum of the products of all entries.
+            The sum of the products of all entries, of tied parameters once.
         """
         other = as_vector(other)
-        check_alike([self, other])
-
-        def dot(one, two):
-            two = two.to(one.device).reshape(-1).double()
-            return torch.dot(one.reshape(-1).double(), two).item()
-
-        return math.fsum(dot(self[name], other[name]) for name in self)
+        return _dot(self, other, self._counted(other))
 
     def cosine(self, other):
         """Return the cosine of the angle to another vector (see `dot`).
@@ -301,10 +295,24 @@ class TaskVector(StoredVector, Mapping):
         In [-1, 1]; 0 where one of them is zero.
         """
         other = as_vector(other)
-        length = self.norm() * TaskVector(other).norm()
+        names = self._counted(other)
+        lengths = (_dot(one, one, names) for one in (self, other))
+        length = math.prod(map(math.sqrt, lengths))
         if not length:
             return 0.0
-        return max(-1.0, min(1.0, self.dot(other) / length))
+        return max(-1.0, min(1.0, _dot(self, other, names) / length))
+
+    def _counted(self, other):
+        """Return the names that are counted: of tied ones the first."""
+        check_alike([self, other])
+        ties = as_state(self).aliases if len(self) else {}
+        # The other may hold two tensors.
+        return [
+            name
+            for name in self
+            if ties.get(name, name) == name
+            or not torch.equal(other[name], other[ties[name]])
+        ]
 
     def to(self, device):
         """Return the vector on a device, as `torch.Tensor.to` does.
@@ -469,6 +477,16 @@ class TaskVector(StoredVector, Mapping):
         parents = [self.metadata, other.metadata]
         metadata = {"operation": operation, "parents": parents}
         return TaskVector(deltas, base_fingerprint, metadata)
+
+
+def _dot(one, other, names):
+    """Return the inner product of two vectors over some names, in float64."""
+
+    def dot(first, second):
+        second = second.to(first.device).reshape(-1).double()
+        return torch.dot(first.reshape(-1).double(), second).item()
+
+    return math.fsum(dot(one[name], other[name]) for name in names)
 
 
 def as_vectors(vectors):

@@ -19,9 +19,11 @@ from speechbrain_taskarith.vectors import (
     TaskArithmetic,
     TaskVector,
     as_state,
+    cosine_matrix,
     merge_checkpoints,
     open_state,
     search_scale,
+    sign_agreement,
     syn2real,
 )
 from speechbrain_taskarith.vectors.encodings import ENCODINGS, decode, encode
@@ -165,6 +167,32 @@ def test_half_precision_is_edited_in_float32(dtype):
     net = Net().to(dtype)
     tau.apply_(net, 0.5)
     assert torch.equal(net.encoder.weight, edited[name])
+
+
+def test_tied_tensors_count_once():
+    """As in a file, which holds one of their names."""
+    base = Net()
+    models = [tuned(base), tuned(base, seed=2)]
+    taus, alone = [], []
+    for model in models:
+        tau = TaskVector.between(base, model)
+        taus.append(tau)
+        alone.append(TaskVector({n: tau[n] for n in tau if n != "tied.weight"}))
+    one, other = taus
+    assert one["tied.weight"].any() and len(one) == len(alone[0]) + 1
+    assert one.norm() == alone[0].norm()
+    assert one.dot(other) == alone[0].dot(alone[1])
+    assert one.cosine(other) == alone[0].cosine(alone[1])
+    assert torch.equal(cosine_matrix(taus), cosine_matrix(alone))
+    assert torch.equal(sign_agreement(taus), sign_agreement(alone))
+    # Of another one they may be two.
+    apart = dict(other) | {"tied.weight": other["tied.weight"] + 1}
+    assert one.dot(apart) != one.dot(other)
+    flat = [
+        torch.cat([v[n].double().flatten() for n in one]) for v in (one, apart)
+    ]
+    cosine = torch.cosine_similarity(*flat, dim=0).item()
+    assert one.cosine(apart) == pytest.approx(cosine)
 
 
 def test_tied_tensors_are_edited_once_and_stay_tied():
