@@ -85,6 +85,21 @@ def test_sharded_folder(tmp_path):
         open_state(tmp_path / "shards")
 
 
+def test_shards_keep_ties_and_metadata(tmp_path):
+    weights = {f"w{i}": torch.arange(8.0) + i for i in range(4)}
+    weights["out"] = weights["w0"]
+    folder = tmp_path / "hf"
+    save_state(weights, folder, shard_size=70, metadata={"k": [1, 2]})
+    assert len(list(folder.glob("*.safetensors"))) == 3
+    opened = open_state(folder)
+    same(opened, weights)
+    assert list(opened) == list(weights)
+    assert opened.aliases == {"w0": "w0", "out": "w0"}
+    assert opened.metadata["k"] == "[1, 2]"
+    assert "fingerprint" not in opened.metadata
+    opened.verify()
+
+
 def test_a_whole_model_beside_an_older_index_is_read(tmp_path):
     """As transformers reads it, which removes shards but not their index."""
     state, folder = example(), tmp_path / "hf"

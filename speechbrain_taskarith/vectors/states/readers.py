@@ -306,6 +306,9 @@ def _open_shards(folder, index):
         for shard in shards.values():
             shard.verify()
 
-    state = State(entries, folder, check=check)
+    # What all shards say; each has a fingerprint of its own.
+    texts = [shard.metadata.items() for shard in shards.values()]
+    common = {k: v for k, v in texts[0] if all((k, v) in t for t in texts)}
+    state = State(entries, folder, common, check)
     state.unreadable = unreadable
     return state

@@ -244,12 +244,16 @@ def save_safetensors(state, path, metadata, names=None):
 
 def _save_hugging_face(state, path, metadata, shard_size, like):
     shards, filled, total = [[]], 0, 0
+    # Names of one tensor go into one file, which notes that they are.
+    groups = {}
     for name in state:
-        size = state.info(name).nbytes
+        groups.setdefault(state.aliases.get(name, name), []).append(name)
+    for names in groups.values():
+        size = sum(state.info(name).nbytes for name in names)
         if shards[-1] and filled + size > shard_size:
             shards.append([])
             filled = 0
-        shards[-1].append(name)
+        shards[-1] += names
         filled += size
         total += size
     count = len(shards)
@@ -269,7 +273,9 @@ def _save_hugging_face(state, path, metadata, shard_size, like):
         if count > 1:
             pairs = zip(files, shards)
             file_of = {name: file for file, names in pairs for name in names}
-            index = {"metadata": {"total_size": total}, "weight_map": file_of}
+            weight_map = {name: file_of[name] for name in state}
+            index = {"metadata": {"total_size": total}}
+            index["weight_map"] = weight_map
             write_json(folder / "model.safetensors.index.json", index)
 
 
