@@ -22,6 +22,7 @@ from speechbrain_taskarith.vectors.states.names import (
     check_alike,
     check_ancestry,
     check_readable,
+    check_tied_groups,
     check_tied_values,
     check_ties,
     differing_extra,
@@ -157,6 +158,7 @@ class MergeInputs:
     def scales(self, rule, scale=None):
         """Return `{name: scale}`, checked: of `scale`, or else the rule's."""
         rule.check_number(self.number)
+        check_tied_groups(rule, self.twins)
         scales = (
             rule.scales(self.names)
             if scale is None

@@ -18,7 +18,10 @@ import numpy as np
 from speechbrain_taskarith.vectors import checks
 from speechbrain_taskarith.vectors.engine.streaming import MemoryVectors, Stream
 from speechbrain_taskarith.vectors.engine.workspace import CHUNK
-from speechbrain_taskarith.vectors.states.names import check_alike
+from speechbrain_taskarith.vectors.states.names import (
+    check_alike,
+    check_tied_groups,
+)
 from speechbrain_taskarith.vectors.states.readers import as_model, as_state
 
 # Written into a description in place of what a text cannot hold.
@@ -268,6 +271,7 @@ class Rule:
         self.check_number(len(vectors))
         check_alike(vectors)
         source = MemoryVectors(vectors, base)
+        check_tied_groups(self, source.twins)
         # A GPU is filled by whole tensors, a cache by little.
         on_cpu = source.device is None
         chunk = CHUNK if on_cpu else 1 << 26

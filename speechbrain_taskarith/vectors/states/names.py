@@ -226,6 +226,20 @@ def check_ties(base, names, scales=None):
             )
 
 
+def check_tied_groups(rule, twins):
+    """Raise where a rule merges the names of one tensor in two ways.
+
+    `twins` is `{name: first name}`.
+    """
+    for name, origin in twins.items():
+        if rule.group(name) != rule.group(origin):
+            raise ValueError(
+                f"{name!r} and {origin!r} are one tensor, but "
+                f"{type(rule).__name__} has two rules for them; let one "
+                "pattern match both"
+            )
+
+
 def check_tied_values(base, state, name):
     """Raise unless a name that the base ties has its origin's bytes here."""
     origin, aliases = base.aliases.get(name, name), state.aliases
