@@ -166,6 +166,24 @@ def test_a_vector_file_of_half_precision_weights_has_its_rank(tmp_path):
     assert values[RANK] < 1e-3 * values[0]
 
 
+@pytest.mark.parametrize("rule", [TSVM, IsoC, IsoCTS, BoostedTSVM])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_what_was_not_trained_is_no_rounding(dtype, rule, tmp_path):
+    """A frozen model adds nothing, from memory or from files."""
+    base = {"w": random(16, 16).to(dtype)}
+    steps = 0.02 * random(16, 16, seed=1)
+    model = {"w": (base["w"].float() + steps).to(dtype)}
+    frozen = {"w": base["w"].clone()}
+    taus = [TaskVector.between(base, one) for one in (frozen, model)]
+    output = tmp_path / "out.safetensors"
+    merge_checkpoints(base, [frozen, model], rule(), output)
+    merged = rule()(base, taus)["w"]
+    assert torch.equal(open_state(output)["w"], merged)
+    if rule is IsoC:
+        alone = IsoC()(base, taus[1:])["w"]
+        assert torch.equal(merged, alone)
+
+
 # ------------------------------------------------------ vectors that agree
 
 

@@ -99,6 +99,9 @@ class Spectral(Rule):
                 )
             of_weight, of_vector = source.rounding(index, place.name)
             own = float(xp.linalg.norm(values))
+            if not own:
+                # What was not trained was not rounded either.
+                of_weight = 0.0
             if known and _coarse_weights(source, index, place, work):
                 stored = EPS[base.info(place.name).dtype]
                 of_weight = max(of_weight, stored)
