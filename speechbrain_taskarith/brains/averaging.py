@@ -10,6 +10,16 @@ from speechbrain_taskarith.vectors.recipe_hooks.provenance import mean_state
 logger = logging.getLogger(__name__)
 
 
+def of_epoch(checkpoint):
+    """Tell a checkpoint of a whole epoch from one within an epoch."""
+    return checkpoint.meta.get("end-of-epoch", True)
+
+
+def within_epoch(checkpoint):
+    """See `of_epoch`."""
+    return not of_epoch(checkpoint)
+
+
 def load_average(checkpointer, model, count, recoverable="model"):
     """Load the mean of the last `count` epochs' checkpoints into a model.
 
@@ -17,8 +27,7 @@ def load_average(checkpointer, model, count, recoverable="model"):
     tensors wrong values, and counters fractions.
     """
     found = checkpointer.find_checkpoints(
-        max_num_checkpoints=count,
-        ckpt_predicate=lambda one: one.meta.get("end-of-epoch", True),
+        max_num_checkpoints=count, ckpt_predicate=of_epoch
     )
     if len(found) < count:
         logger.warning(

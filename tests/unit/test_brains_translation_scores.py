@@ -50,6 +50,24 @@ def test_the_mean_of_the_last_checkpoints_is_tested(tmp_path, caplog, compiled):
     assert "there are" in caplog.text and "40" in caplog.text
 
 
+def test_checkpoints_within_epochs_do_not_count_as_the_last(tmp_path):
+    brain = with_tied_head(tmp_path, average_last=3)
+    brain.ckpt_interval_steps = 3
+    score, falling = brain._score, iter([60, 50, 40, 30, 20, 10])
+
+    def lower(loss):
+        score(loss)
+        brain.stats["BLEU"] = next(falling)
+
+    brain._score = lower
+    data = loader([0, 1], [2], [0], [1])
+    for epoch in range(6):
+        brain.fit([epoch], data, data)
+    saved = brain.checkpointer.find_checkpoints()
+    # The last three, which are averaged, and the best three.
+    assert [one.meta.get("epoch") for one in saved] == [5, 4, 3, 2, 1, 0]
+
+
 def test_one_checkpoint_is_as_before(tmp_path):
     brain = with_tied_head(tmp_path)
     data = loader([0, 1])
