@@ -3,10 +3,11 @@
 import speechbrain as sb
 import torch
 
+from speechbrain_taskarith.brains.training import WholeUpdates
 from speechbrain_taskarith.metrics import wer
 
 
-class CTCBrain(sb.Brain):
+class CTCBrain(WholeUpdates, sb.Brain):
     """Train and test a `CTCNetwork`; everything it needs comes from hparams.
 
     In `modules`: `model` (a `CTCNetwork`, or any module with

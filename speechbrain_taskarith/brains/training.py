@@ -55,6 +55,18 @@ def _cpu_has_bfloat16():
         return False
 
 
+class WholeUpdates:
+    """Of a Brain: save only after whole updates.
+
+    A checkpoint holds no gradients: what a resumed run accumulates would lack
+    those of the batches before.
+    """
+
+    def _should_save_intra_epoch_ckpt(self, *when):
+        whole = self.step % self.grad_accumulation_factor == 0
+        return super()._should_save_intra_epoch_ckpt(*when) and whole
+
+
 def optimizer_steps(brain, train_loader, epochs):
     """Return how many steps the optimizer takes in `brain.fit`.
 

@@ -12,6 +12,7 @@ from speechbrain_taskarith.brains.averaging import (
     within_epoch,
 )
 from speechbrain_taskarith.brains.ctc import bare
+from speechbrain_taskarith.brains.training import WholeUpdates
 from speechbrain_taskarith.data.batches import augmented, select_inputs
 from speechbrain_taskarith.metrics import translation_scores, wer
 from speechbrain_taskarith.translation import (
@@ -25,7 +26,7 @@ from speechbrain_taskarith.utils.seeds import seed_random_numbers
 logger = logging.getLogger(__name__)
 
 
-class TranslationBrain(sb.Brain):
+class TranslationBrain(WholeUpdates, sb.Brain):
     """Train and test a `SpeechTranslationModel` on any of its tasks.
 
     `modules` holds `model` and, if wanted, `normalize` (SpeechBrain's
@@ -366,11 +367,6 @@ class TranslationBrain(sb.Brain):
         """Update the task weights."""
         if should_step:
             self.hparams.task_weights.step()
-
-    def _should_save_intra_epoch_ckpt(self, *when):
-        """Save only after whole updates: a checkpoint holds no gradients."""
-        whole = self.step % self.grad_accumulation_factor == 0
-        return super()._should_save_intra_epoch_ckpt(*when) and whole
 
     def on_evaluate_start(self, max_key=None, min_key=None):
         """Load what is tested: the best checkpoint, or the mean of the last."""

@@ -162,6 +162,62 @@ def test_the_best_checkpoint_is_kept_on_demand(tmp_path, keep_best):
     assert next(model.parameters()).flatten()[0].item() == 80.0
 
 
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+class Dying(CTCBrain):
+    """Dies in front of a batch, counted from 1."""
+
+    dies_at = None
+
+    def on_fit_batch_start(self, batch, should_step):
+        if self.step == self.dies_at:
+            raise Killed
+
+
+def test_resumed_within_an_update_it_gives_the_same(tmp_path):
+    """No checkpoint holds the gradient of the batches before."""
+
+    def fresh(name):
+        model = conformer()
+        saver = AtomicCheckpointer(tmp_path / name, {"model": model})
+        options = {
+            "device": "cpu",
+            "noprogressbar": True,
+            "ckpt_interval_steps": 1,
+            "grad_accumulation_factor": 2,
+        }
+        brain = Dying(
+            {"model": model},
+            functools.partial(torch.optim.SGD, lr=0.1),
+            vars(brain_of(model).hparams),
+            options,
+            saver,
+        )
+        texts = ("ab b", "b", "a", "ba", "ab", "bb")
+        data = [batch((text, "a"), size=(5,)) for text in texts]
+        train = sb.dataio.dataloader.SaveableDataLoader(
+            data, batch_size=1, collate_fn=lambda batches: batches[0]
+        )
+        counter = sb.utils.epoch_loop.EpochCounter(limit=1)
+        saver.add_recoverables({"loader": train, "counter": counter})
+        return brain, (counter, train, loader(data[0]))
+
+    whole, given = fresh("whole")
+    whole.fit(*given)
+    killed, given = fresh("killed")
+    killed.dies_at = 4
+    with pytest.raises(Killed):
+        killed.fit(*given)
+    resumed, given = fresh("killed")
+    resumed.fit(*given)
+    expected = whole.modules.model.state_dict()
+    for name, found in resumed.modules.model.state_dict().items():
+        assert torch.equal(found, expected[name]), name
+    assert resumed._train_loss == whole._train_loss
+
+
 def test_the_learning_rate_follows_its_schedule():
     model = conformer()
     annealing = LinearWarmupScheduler(0.02, 2, 6)
