@@ -386,6 +386,38 @@ def test_faults_are_named(recipe, corpus, tmp_path):
         main(options(corpus, tmp_path, "--model=whisper"))
 
 
+def test_batches_and_precision_are_those_asked_for(
+    recipe, corpus, tmp_path, monkeypatch
+):
+    prepare(recipe, corpus, tmp_path)
+    train, drawn = recipe("train"), []
+
+    def fit(brain, counter, loader, *_, **__):
+        assert (brain.precision, brain.eval_precision) == ("bf16", "bf16")
+        for epoch in (1, 2):
+            brain.train_sampler.set_epoch(epoch)
+            drawn.append(list(loader.batch_sampler))
+        raise InterruptedError
+
+    monkeypatch.setattr(train.ASR, "fit", fit)
+    for seed in (1, 5):
+        with pytest.raises(InterruptedError):
+            train.train(
+                [
+                    str(FOLDER / "hparams/train.yaml"),
+                    *(f"--data_folder={corpus}", "--skip_prep=True"),
+                    f"--prepared_folder={tmp_path}",
+                    f"--output_folder={tmp_path / 'run'}",
+                    *("--valid_csv=null", "--test_csv=null", f"--seed={seed}"),
+                    *(w for w in TINY if "dynamic" not in w),
+                    "--dynamic_batch_sampler={max_batch_length: 0.1}",
+                    *("--train_precision=bf16", "--save_env_desc=False"),
+                    *("--device=cpu", "--noprogressbar"),
+                ]
+            )
+    assert len(set(map(str, drawn))) > 2
+
+
 @pytest.mark.parametrize(
     ("text", "accents"),
     [

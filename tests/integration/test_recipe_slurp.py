@@ -304,6 +304,26 @@ def test_faults_of_the_corpus_are_named(recipe, corpus, tmp_path):
         prepare(tmp_path, tmp_path / "other")
 
 
+@pytest.mark.parametrize(
+    "more, precision",
+    [
+        (["--train_precision=fp32"], "fp32"),
+        (["--train_precision=bf16"], "bf16"),
+        (["--train_precision=bf16", "--eval_precision=fp32"], "fp32"),
+    ],
+)
+def test_what_is_measured_has_the_precision_asked_for(
+    recipe, tmp_path, more, precision
+):
+    hub = save_tiny_whisper(tmp_path / "whisper")
+    measure = recipe("measure")
+    kind = measure.WHISPER_KIND
+    own = {kind.hub: str(hub), "output_folder": str(tmp_path / "out")}
+    own["train_csv"] = None
+    found = measure.Measure(kind, own, more, tmp_path / "measured")
+    assert found.brain.eval_precision == precision
+
+
 def test_faults_of_the_study_are_named(recipe, corpus, tmp_path):
     main = recipe("study").main
     start = options(corpus, tmp_path / "out", "--hub=nowhere")

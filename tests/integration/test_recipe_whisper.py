@@ -183,6 +183,66 @@ def test_a_batch_too_few_for_a_step_is_named(whisper, tmp_path, recipe):
         recipe("train").train([str(hparams), "--device", "cpu", *words])
 
 
+class Stopped(Exception):
+    """A training that was only begun."""
+
+
+def begin(recipe, monkeypatch, given):
+    """Start a training; return its Brain and its loader, before a step."""
+    train, found = recipe("train"), []
+
+    def fit(brain, counter, loader, *_, **__):
+        found.extend([brain, loader])
+        raise Stopped
+
+    monkeypatch.setattr(train.ASR, "fit", fit)
+    words = [f"--{key}={value}" for key, value in given.items()]
+    hparams = RECIPE.folder / "hparams/train.yaml"
+    with pytest.raises(Stopped):
+        train.train([str(hparams), "--device", "cpu", *words])
+    return found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_precision_that_is_asked_for(
+    whisper, recipe, tmp_path, monkeypatch, precision
+):
+    manifest = make_manifest(tmp_path / "data")
+    given = options(
+        whisper,
+        manifest,
+        train_precision=precision,
+        output_folder=tmp_path / "run",
+    )
+    brain, _ = begin(recipe, monkeypatch, given)
+    assert (brain.precision, brain.eval_precision) == (precision, precision)
+
+
+def test_batches_by_seconds_are_drawn_anew(
+    whisper, recipe, tmp_path, monkeypatch
+):
+    """In every epoch, and by the seed."""
+    manifest = make_manifest(tmp_path / "data", texts=TEXTS * 2)
+    drawn = []
+    for seed in (1, 5):
+        given = options(
+            whisper,
+            manifest,
+            dynamic_batching=True,
+            dynamic_batch_sampler="{max_batch_length: 2.0}",
+            num_workers=1,
+            seed=seed,
+            output_folder=tmp_path / "run",
+        )
+        brain, loader = begin(recipe, monkeypatch, given)
+        assert loader.num_workers == 1
+        for epoch in (1, 2):
+            brain.train_sampler.set_epoch(epoch)
+            drawn.append(list(loader.batch_sampler))
+    assert len(set(map(str, drawn))) == 4
+    assert len({len(batches) for batches in drawn}) == 1
+
+
 def test_batches_by_seconds(whisper, tmp_path):
     manifest = make_manifest(tmp_path / "data")
     RECIPE.start(

@@ -131,10 +131,11 @@ def train(argv):
             base=hparams["base"] or "start", rule=rule
         )
 
-    if hparams["train_precision"] == "auto":
-        # What the command line says goes first: --precision fp32
+    precision = hparams["train_precision"]
+    if precision == "auto":
         precision = fast_precision(run_opts.get("device"))
-        hparams |= {"precision": precision, "eval_precision": precision}
+    # What the command line says goes first: --precision fp32
+    hparams |= {"precision": precision, "eval_precision": precision}
 
     brain = ASR(
         modules=hparams["modules"],
@@ -143,6 +144,8 @@ def train(argv):
         run_opts=run_opts,
         checkpointer=hparams["checkpointer"],
     )
+    # The Brain tells it the epoch, for which it makes other batches.
+    brain.train_sampler = train_options.get("batch_sampler")
     train_loader = brain.make_dataloader(
         data["train"], sb.Stage.TRAIN, **train_options
     )

@@ -331,7 +331,10 @@ def dataio_prepare(hparams):
             **hparams["dynamic_batch_sampler"],
             length_func=lambda row: row["duration"],
         )
-        options = {"batch_sampler": sampler}
+        options = {
+            "batch_sampler": sampler,
+            "num_workers": hparams["num_workers"],
+        }
     return data, options
 
 
@@ -369,10 +372,11 @@ def train(argv):
     if hparams["base"]:
         hparams["whisper"].load_weights(open_state(hparams["base"]))
 
-    if hparams["train_precision"] == "auto":
-        # What the command line says goes first: --precision fp32
+    precision = hparams["train_precision"]
+    if precision == "auto":
         precision = fast_precision(run_opts.get("device"))
-        hparams |= {"precision": precision, "eval_precision": precision}
+    # What the command line says goes first: --precision fp32
+    hparams |= {"precision": precision, "eval_precision": precision}
 
     brain = ASR(
         modules=hparams["modules"],
@@ -382,6 +386,8 @@ def train(argv):
         checkpointer=hparams["checkpointer"],
     )
     start_method(method, brain, hparams)
+    # The Brain tells it the epoch, for which it makes other batches.
+    brain.train_sampler = train_options.get("batch_sampler")
     train_loader = brain.make_dataloader(
         data["train"], sb.Stage.TRAIN, **train_options
     )

@@ -100,11 +100,20 @@ class Measure:
             hparams=self.hparams,
             run_opts={
                 "device": device,
-                "eval_precision": fast_precision(device),
+                "eval_precision": self._precision(run_opts),
                 "noprogressbar": True,
             },
         )
         self._data = {}
+
+    def _precision(self, run_opts):
+        """Return that of a test by the recipe's `train.py`."""
+        if "eval_precision" in run_opts.overridden_args:
+            return run_opts["eval_precision"]
+        wanted = self.hparams["train_precision"]
+        if wanted == "auto":
+            return fast_precision(run_opts["device"])
+        return wanted
 
     def state(self):
         """Return the weights at hand, as a training would start from them."""

@@ -100,10 +100,11 @@ def train(argv):
     if hparams["base"]:
         hparams["model"].load_state_dict(dict(open_state(hparams["base"])))
 
-    if hparams["train_precision"] == "auto":
-        # What the command line says goes first: --precision fp32
+    precision = hparams["train_precision"]
+    if precision == "auto":
         precision = fast_precision(run_opts.get("device"))
-        hparams |= {"precision": precision, "eval_precision": precision}
+    # What the command line says goes first: --precision fp32
+    hparams |= {"precision": precision, "eval_precision": precision}
 
     brain = ASR(
         modules=hparams["modules"],
