@@ -549,6 +549,24 @@ def test_speech_is_made_again_alike(recipe, tmp_path):
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_speech_of_another_seed_or_text_is_spoken_anew(recipe, tmp_path):
+    pytest.importorskip("espeakng_loader")
+    speak = recipe("synthesize").synthesize
+    manifest = make_manifest(tmp_path / "data", langs=["nl"], texts=TEXTS[:2])
+
+    def spoken(folder, seed):
+        path = speak(manifest, folder, "nl", seed=seed, show_progress=False)
+        with open(path, encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+        names = [row["wav"].removeprefix("$data_root/") for row in rows]
+        return [(folder / name).read_bytes() for name in names]
+
+    before = spoken(tmp_path / "one", 0)
+    assert spoken(tmp_path / "one", 1) == spoken(tmp_path / "two", 1)
+    rewrite(manifest, "text", "Een ander")
+    assert spoken(tmp_path / "one", 0) == spoken(tmp_path / "new", 0) != before
+
+
 def commands_of(page):
     """Yield the commands of a page's bash blocks as lists of words."""
 

@@ -12,6 +12,7 @@ columns ID, duration, wav, text, lang.
 
 import argparse
 import csv
+import hashlib
 import random
 import sys
 from pathlib import Path
@@ -61,7 +62,9 @@ def synthesize(manifest, folder, voice, takes=1, seed=0, show_progress=True):
         for take in range(takes):
             key = f"{row['ID']}-{take}" if takes > 1 else row["ID"]
             said, speaker = choose_voice(voice, key, seed)
-            name = f"audio/{key}.flac"
+            # Named by what is said how, too: anything else is spoken anew.
+            digest = hashlib.sha256(f"{said!r}/{row['text']}".encode())
+            name = f"audio/{key}_{digest.hexdigest()[:8]}.flac"
             if not (folder / name).exists():
                 write_audio(folder / name, said(row["text"]), 16000)
             length = len(read_audio(folder / name, 16000))
