@@ -338,10 +338,20 @@ def test_bad_lines_are_refused_before_anything_is_trained(
         ("x,0.5,$data_root/none.flac,nl,ja", "none.flac: no such file"),
         ("x,0.5,$data_root/test0.flac,nl, ", "no text, e.g. nl/x"),
         ("x,short,$data_root/test0.flac,nl,ja", "x: duration 'short'"),
+        ("x,0.5,$data_root/train0.flac,nl,ja", "wav .*train0.* is in the spl"),
+        (
+            f"x,0.5,{tmp_path}/data/cs/train0.flac,nl,ja",
+            "cs and nl share the recording .*train0.flac, in the splits",
+        ),
     ):
         test.write_text(f"{good}{row}\n", encoding="utf-8")
         with pytest.raises((ValueError, FileNotFoundError), match=said):
             recipe(name).main(argv)
+    test.write_text(good, encoding="utf-8")
+    if name == "merging":
+        heard = ["--outside", f"fr={tmp_path}/data/nl/train.csv"]
+        with pytest.raises(ValueError, match="nl and fr share the recording"):
+            recipe(name).main([*argv, *heard])
     assert not (tmp_path / "out/models").exists()
     # Of 8 lines of 0.5, 0.55, ... s the last three.
     said = capsys.readouterr().out

@@ -440,6 +440,31 @@ def test_longer_lines_are_counted_by_split(
     assert "test.csv" not in said  # of two
 
 
+def test_domains_share_no_recording(recipe, options, capsys):
+    syn2real = recipe("syn2real")
+    nl = value_of(options, "--domain").split("=")[1]
+    more = ["--helper", f"also={nl}"]
+    with pytest.raises(ValueError, match="nl and also share the recording"):
+        syn2real.read_domains(syn2real.parse_arguments([*options, *more]))
+
+
+def test_seeds_of_a_line_are_drawn_together(recipe):
+    """The same answers twice are no more certain."""
+    texts = {f"l{n}": "a b c d" for n in range(20)}
+    worse = {k: "a x" if n % 3 else t for n, (k, t) in enumerate(texts.items())}
+    better = {
+        k: "a x" if n % 5 else t for n, (k, t) in enumerate(texts.items())
+    }
+    rows = {
+        "one": {"references": texts, "hypotheses": worse},
+        "two": {"references": texts, "hypotheses": better},
+    }
+    compare = recipe("studies.syn2real_report").compare
+    results = {(seed, "nl"): {"rows": rows} for seed in range(3)}
+    once = compare({(0, "nl"): {"rows": rows}}, "two", "one")
+    assert compare(results, "two", "one") == once
+
+
 @pytest.mark.parametrize(
     "change, said",
     [

@@ -33,6 +33,7 @@ from statistics import fmean
 from sequential import Study, add_data_options, check_names, domain_option
 from studies.domains import Domain
 from studies.lineage import Edited
+from studies.lines import check_domains
 
 from speechbrain_taskarith.metrics import (
     Summary,
@@ -260,7 +261,8 @@ def main(argv):
     given = parse_arguments(argv)
     study = Study(given, given.seeds)
     for domain in given.outside:
-        domain.check(given.longest, ["test"])
+        own = {domain.name: domain.check(given.longest, ["test"])}
+        check_domains(study.splits | own, apart=False)
         study.hold_out(domain, "test")
         study.tests.measure.check([study.held_out[domain.name, "test"]])
     for seed in given.seeds:

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from studies.domains import Domain, Tests
 from studies.lineage import Base, Models, Tuned
-from studies.lines import write_csv
+from studies.lines import check_domains, write_csv
 from studies.measure import Measure
 from studies.sequential_report import write_report
 from studies.sequential_rows import ROWS, Row
@@ -168,8 +168,8 @@ class Study:
         self.given = given
         self.folder = Path(given.output).resolve()
         domains = [given.original, *given.domains]
-        for domain in domains:
-            domain.check(given.longest)
+        self.splits = {d.name: d.check(given.longest) for d in domains}
+        check_domains(self.splits, apart=False)
         self.rows, self.lines, self.held_out = {}, {}, {}
         for seed in seeds:
             self.rows[seed] = {

@@ -44,7 +44,14 @@ from common.study import (
 )
 from scoring import normalize
 from studies.lineage import KEPT, keep_weights
-from studies.lines import SPLITS, check_splits, read_csv, tell_long, write_csv
+from studies.lines import (
+    SPLITS,
+    check_domains,
+    check_splits,
+    read_csv,
+    tell_long,
+    write_csv,
+)
 from studies.measure import Measure
 from studies.syn2real_report import write_report
 from studies.syn2real_rows import (
@@ -137,6 +144,7 @@ def read_domains(given):
         for split, rows in found[name].items():
             tell_long(pattern.format(split), rows, given.longest)
             rows[:] = short(rows, given)
+    check_domains(found)
     return found
 
 

@@ -57,11 +57,15 @@ class Domain:
         return rows
 
     def check(self, longest, splits=SPLITS):
-        """Refuse lines that are in two splits; count those left out."""
+        """Refuse lines that are in two splits; count those left out.
+
+        Returns `{split: rows}`.
+        """
         rows = {split: self.read(split) for split in splits}
         check_splits(self.name, rows)
         for split, found in rows.items():
             tell_long(self.pattern.format(split), found, longest)
+        return rows
 
     def draw(self, split, count, seed, longest=None):
         """Return `count` lines of a split, or all where it has fewer."""

@@ -49,8 +49,8 @@ def write_csv(path, rows):
 
 
 def check_splits(name, splits):
-    """Refuse a line, or a level, that is in two splits."""
-    for column in ("ID", "level"):
+    """Refuse a line, a recording or a level that is in two splits."""
+    for column in ("ID", "wav", "level"):
         seen = {}
         for split, rows in splits.items():
             for row in rows:
@@ -60,4 +60,24 @@ def check_splits(name, splits):
                         f"domain {name}: {column} {value!r} is in the splits "
                         f"{seen[value]!r} and {split!r}; a test on it would "
                         "be no test"
+                    )
+
+
+def check_domains(domains, apart=True):
+    """Refuse a recording that two domains share: one would test the other.
+
+    `domains`: `{name: {split: rows}}`. Unless `apart`, both may have it in the
+    same split.
+    """
+    seen = {}
+    for name, splits in domains.items():
+        for split, rows in splits.items():
+            for row in rows:
+                first, of = seen.setdefault(row["wav"], (name, split))
+                if first != name and (apart or of != split):
+                    raise ValueError(
+                        f"domains {first} and {name} share the recording "
+                        f"{row['wav']}, in the splits {of!r} and {split!r}; "
+                        "what one learns or chooses on must not be of the "
+                        "other"
                     )

@@ -187,12 +187,14 @@ def compare(results, better, than):
                 for key, result in results.items()
             )
         )
-    found = paired_bootstrap(*sides)
+    # An utterance counts once for each seed, all in one block.
+    blocks = [u.id.partition("/")[2] for u in sides[0].utterances]
+    found = paired_bootstrap(*sides, blocks=blocks)
     return (
         f"`{better}` against `{than}`: {found.difference:.1f} points lower "
         f"(95 % interval {found.low:.1f} to {found.high:.1f}, p = "
-        f"{found.p_value:.3f}; utterances drawn in pairs, all seeds and "
-        "directions)."
+        f"{found.p_value:.3f}; utterances drawn in pairs, each with all its "
+        "seeds, of all directions)."
     )
 
 
