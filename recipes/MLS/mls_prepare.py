@@ -142,7 +142,12 @@ def prepare_mls(
             wanted = SUBSETS[subset] if split == "train" else None
             segments = read_split(folder / name, wanted)
             if split == "train":
+                count = len(segments)
                 segments = [s for s in segments if s.seconds <= max_seconds]
+                logger.info(
+                    f"{language}: {count - len(segments)} of {count} utterances "
+                    f"left out: longer than {max_seconds:g} s"
+                )
             rows += [recording(s, language, split) for s in segments]
         hours = sum(row.duration for row in rows) / 3600
         logger.info(f"{split}: {len(rows)} utterances, {hours:.2f} hours")

@@ -118,8 +118,11 @@ def prepare_must_c(
     options = {
         "version": VERSION,
         "lists": {
-            name: sha256_of(_existing(folder / name / "txt" / f"{name}.yaml"))
+            f"{name}.{kind}": sha256_of(
+                _existing(folder / name / "txt" / f"{name}.{kind}")
+            )
             for name in splits.values()
+            for kind in ("yaml", "en", language)
         },
         "folder": str(folder),
         "wmt": [wmt_folder and str(wmt_folder), wmt_lines],

@@ -386,6 +386,20 @@ def test_faults_are_named(recipe, corpus, tmp_path):
         main(options(corpus, tmp_path, "--model=whisper"))
 
 
+def test_clips_to_test_on_are_of_all_speakers(recipe, tmp_path):
+    """The corpus has them one speaker after another."""
+    clips = [{"ID": f"{n:03d}", "spk_id": str(n // 25)} for n in range(100)]
+    path = tmp_path / "us_test.csv"
+    recipe("common_voice_prepare").write_rows(path, clips)
+    draw = recipe("study").draw_clips
+    drawn = draw(path, 20)
+    assert drawn == draw(path, 20)
+    assert len({row["ID"] for row in drawn}) == 20
+    assert len({row["spk_id"] for row in drawn}) == 4
+    assert [row["ID"] for row in draw(path, None)] == [c["ID"] for c in clips]
+    assert len(draw(path, 1000)) == 100
+
+
 def test_batches_and_precision_are_those_asked_for(
     recipe, corpus, tmp_path, monkeypatch
 ):
@@ -416,6 +430,18 @@ def test_batches_and_precision_are_those_asked_for(
                 ]
             )
     assert len(set(map(str, drawn))) > 2
+
+
+def test_longer_clips_are_counted(recipe, tmp_path, caplog):
+    path = tmp_path / "manifest.csv"
+    path.write_text("ID,duration,wav,text\na,1,a.wav,a\nb,3.5,b.wav,b\n")
+    read = recipe("characters").read_manifest
+    with caplog.at_level("INFO"):
+        assert list(read(path, ".", "ab", longest=3)) == ["a"]
+    [said] = [m for m in caplog.messages if "left out" in m]
+    assert f"{path}: 1 of 2 utterances are longer than 3 s" in said
+    with pytest.raises(ValueError, match="no utterances of at most 0.5 s"):
+        read(path, ".", "ab", longest=0.5)
 
 
 @pytest.mark.parametrize(

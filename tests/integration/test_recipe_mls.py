@@ -258,6 +258,23 @@ def test_limited_supervision(corpus, tmp_path, prepare, subset, numbers):
     assert len(prepared(tmp_path, "valid")) == COUNTS["dev"]
 
 
+def test_longer_utterances_are_counted(corpus, tmp_path, prepare, caplog):
+    with caplog.at_level("INFO"):
+        prepare(str(corpus), str(tmp_path / "all"), ["italian"])
+        lengths = sorted(
+            float(r["duration"]) for r in prepared(tmp_path / "all")
+        )
+        limit = (lengths[-3] + lengths[-2]) / 2
+        prepare(
+            str(corpus), str(tmp_path / "out"), ["italian"], max_seconds=limit
+        )
+    said = [m for m in caplog.messages if "left out" in m]
+    assert "italian: 0 of 14 utterances left out" in said[0]
+    count = sum(length > limit for length in lengths)
+    assert f"italian: {count} of 14 utterances left out: longer" in said[1]
+    assert len(prepared(tmp_path / "out")) == 14 - count
+
+
 def test_durations_without_segments_are_those_of_the_files(
     corpus, tmp_path, prepare
 ):

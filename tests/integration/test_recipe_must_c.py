@@ -306,6 +306,16 @@ def test_prepared_as_listed(corpus, tmp_path, prepare):
     assert len(labels) == 2 * COUNTS["train"]
 
 
+def test_another_text_is_prepared_anew(tmp_path, prepare):
+    make_must_c(tmp_path / "corpus")
+    prepare(str(tmp_path / "corpus"), str(tmp_path / "out"))
+    path = tmp_path / "corpus/en-de/data/train/txt/train.de"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(["Ganz anders.", *lines[1:]]) + "\n")
+    prepare(str(tmp_path / "corpus"), str(tmp_path / "out"))
+    assert prepared(tmp_path / "out")[0]["translation"] == "Ganz anders."
+
+
 def spoil(folder, what):
     """Spoil the second segment of the training set."""
     place = folder / "en-de/data/train"

@@ -4,6 +4,7 @@ import csv
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -302,6 +303,32 @@ def test_faults_of_the_corpus_are_named(recipe, corpus, tmp_path):
     assert not (tmp_path / "other" / "slurp_prepare.json").exists()
     with pytest.raises(FileNotFoundError, match="no folder slurp_real"):
         prepare(tmp_path, tmp_path / "other")
+
+
+def test_longer_recordings_are_counted(recipe, tmp_path, capsys):
+    prepare = recipe("slurp_prepare")
+    seconds = {"train": [1, 2], "valid": [1, 1], "test": [1, 2, 2]}
+    for domain in "ab":
+        for split, lengths in seconds.items():
+            lines = [
+                {
+                    "ID": f"{split}{n}",
+                    "duration": s,
+                    "wav": "a.wav",
+                    "text": "a",
+                }
+                for n, s in enumerate(lengths)
+            ]
+            prepare.write_rows(tmp_path / f"{domain}_{split}.csv", lines)
+    given = SimpleNamespace(lines=None, valid=None, test=None, longest=1.5)
+    synthetic = {d: tmp_path / f"{d}_valid.csv" for d in "ab"}
+    recipe("manifests").prepare_manifests(
+        given, tmp_path, synthetic, "a", "ab", tmp_path / "0", 0
+    )
+    said = capsys.readouterr().out
+    assert "a_train.csv: 1 of 2 lines are longer than 1.5 s and left" in said
+    assert "b_test.csv: 2 of 3 lines are longer than 1.5 s and left" in said
+    assert "valid" not in said
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ goes on where it stopped when started again.
 
 import argparse
 import csv
+import random
 import sys
 from pathlib import Path
 
@@ -147,6 +148,16 @@ def join(prepared, names, path):
     return write_rows(path, rows)
 
 
+def draw_clips(path, count):
+    """Return so many rows of a manifest, the same for all seeds; None: all."""
+    with open(path, encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    if count is None:
+        return rows
+    # The corpus has a speaker's clips one after another.
+    return random.Random(path.name).sample(rows, min(count, len(rows)))
+
+
 class Row:
     """One row of the table: a sequence of models.
 
@@ -247,9 +258,9 @@ def run_seed(given, more, accents, prepared, folder, seed):
     manifests = {}
     for accent in accents:
         path = prepared / f"{accent}_test.csv"
-        with open(path, encoding="utf-8", newline="") as stream:
-            rows = list(csv.DictReader(stream))[: given.test]
-        manifests[accent] = write_rows(folder / "data" / path.name, rows)
+        manifests[accent] = write_rows(
+            folder / "data" / path.name, draw_clips(path, given.test)
+        )
 
     # Not after hours of training.
     measure.check(manifests.values())

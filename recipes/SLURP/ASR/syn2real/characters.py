@@ -10,10 +10,13 @@ import unicodedata
 import speechbrain as sb
 from scoring import character_errors, normalize
 from speechbrain.dataio.dataset import DynamicItemDataset
+from speechbrain.utils.logger import get_logger
 
 from speechbrain_taskarith.brains import CTCBrain
 from speechbrain_taskarith.data import read_audio
 from speechbrain_taskarith.metrics import wer
+
+logger = get_logger(__name__)
 
 
 def letters(text, characters):
@@ -44,7 +47,14 @@ def read_manifest(path, data_root, characters, longest=None):
         if rows and column not in next(iter(rows.values())):
             raise ValueError(f"{path}: no column {column!r}")
     if longest is not None:
+        count = len(rows)
         rows = {k: r for k, r in rows.items() if r["duration"] <= longest}
+        if len(rows) < count:
+            logger.info(
+                f"{path}: {count - len(rows)} of {count} utterances are longer "
+                f"than {longest:g} s and left out; an error rate on it is that "
+                "of the others"
+            )
     for row in rows.values():
         row["letters"] = letters(row["text"], characters)
     silent = [key for key, row in rows.items() if not row["letters"]]
@@ -55,7 +65,8 @@ def read_manifest(path, data_root, characters, longest=None):
             "or leave these utterances out"
         )
     if not rows:
-        raise ValueError(f"{path}: no utterances")
+        short = "" if longest is None else f" of at most {longest:g} s"
+        raise ValueError(f"{path}: no utterances{short}")
     return rows
 
 

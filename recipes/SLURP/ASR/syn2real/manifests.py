@@ -3,7 +3,7 @@
 import random
 
 from characters import scored
-from lines import read_csv
+from lines import read_csv, tell_long
 from slurp_prepare import COLUMNS, write_rows
 
 
@@ -46,9 +46,11 @@ def prepare_manifests(
             "synthetic": synthetic[domain],
         }
         for side, path in sides.items():
+            rows = read_csv(path)
+            tell_long(path, rows, given.longest)
             rows = [
                 {**row, "lang": "en"}
-                for row in read_csv(path)
+                for row in rows
                 if float(row["duration"]) <= given.longest
             ]
             if not rows:
@@ -59,10 +61,11 @@ def prepare_manifests(
             draw = random.Random(f"{seed}/{side}/{domain}")
             drawn[f"{side}/{domain}"] = draw.sample(rows, count)
         for split in ("valid", "test"):
+            path = prepared / f"{domain}_{split}.csv"
+            rows = read_csv(path)
+            tell_long(path, rows, given.longest)
             rows = [
-                row
-                for row in read_csv(prepared / f"{domain}_{split}.csv")
-                if float(row["duration"]) <= given.longest
+                row for row in rows if float(row["duration"]) <= given.longest
             ]
             if not rows:
                 raise ValueError(
