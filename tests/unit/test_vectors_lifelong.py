@@ -300,6 +300,19 @@ class TestEWC:
         assert not model["ctc_lin"].weight.requires_grad
         assert method.penalty(model, None, None, None).item() == 0.0
 
+    def test_cudnn_is_off_for_recurrent_layers(self):
+        """It gives them no gradient outside training."""
+        seen = []
+
+        def loss(item):
+            seen.append((torch.backends.cudnn.enabled, item[0].training))
+            return item[0](item[1])[0].sum()
+
+        for model in (torch.nn.LSTM(2, 3), torch.nn.Linear(2, 3)):
+            EWC().consolidate(model, [(model, torch.randn(4, 1, 2))], loss)
+        assert seen == [(False, False), (True, False)]
+        assert torch.backends.cudnn.enabled
+
     def test_survives_a_checkpoint(self, tmp_path):
         model = network()
         method = EWC(strength=2.0)

@@ -1,5 +1,6 @@
 """Lifelong methods that add a term to the loss: EWC and LwF."""
 
+import contextlib
 import copy
 import math
 import random
@@ -98,7 +99,7 @@ class EWC(FineTuning):
         # Every parameter counts, also one that the next task will freeze.
         frozen = [p for p in parameters.values() if not p.requires_grad]
         try:
-            with keep_modes(model):
+            with keep_modes(model), _differentiable(model):
                 model.eval().requires_grad_(True)
                 for item in chosen:
                     gradients = torch.autograd.grad(
@@ -139,6 +140,14 @@ class EWC(FineTuning):
             for p in ("fisher.", "anchor.")
         )
         self.tasks = int(state["tasks"])
+
+
+def _differentiable(model):
+    """Without cuDNN where it has no gradient: recurrent layers not in training."""
+    modules = model.modules()
+    if any(isinstance(module, torch.nn.RNNBase) for module in modules):
+        return torch.backends.cudnn.flags(enabled=False)
+    return contextlib.nullcontext()
 
 
 class LwF(FineTuning):
