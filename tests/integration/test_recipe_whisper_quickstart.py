@@ -218,7 +218,7 @@ def test_no_line_that_fits(recipe):
         ({"duration": "short"}, "duration 'short' is no number"),
         ({"lang": "xx", "domain": None}, "1 domain(s)"),
         ({"ID": "same"}, "ID 'same' stands there 11 times"),
-        ({"wav": "nowhere.flac"}, "nowhere.flac: no such file"),
+        ({"wav": "{ID}.mp3"}, "0.mp3: no such file; the recording of en_train_0"),
         ({"duration": "50"}, "longer than 3 s"),
     ],
 )
@@ -229,7 +229,7 @@ def test_bad_manifests(recipe, whisper, manifest, tmp_path, change, message):
             if value is None:
                 row.pop(key, None)
             else:
-                row[key] = value
+                row[key] = value.format(ID=row["ID"])
     path = write_manifest(manifest.parent, rows)
     said = refused(recipe, whisper, path, tmp_path / "out")
     assert message in said

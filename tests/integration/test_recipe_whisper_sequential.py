@@ -280,7 +280,10 @@ def test_replay_takes_places_of_new_lines(finished, recipe):
 def test_merging_tables(options, finished, recipe):
     _, folder = finished
     rules = ["LinearAverage", "TIES"]
-    outside = f"fr={data_of(options)}/cs/valid.csv"
+    # Recordings of its own, with the same words.
+    data = data_of(options)
+    shutil.copytree(data / "cs", data / "fr")
+    outside = f"fr={data}/fr/valid.csv"
     argv = [*options, "--rules", *rules, "--outside", outside]
     recipe("merging").main(argv)
     table = values(folder / "merging", "merging")
