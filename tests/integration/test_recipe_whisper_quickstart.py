@@ -218,7 +218,10 @@ def test_no_line_that_fits(recipe):
         ({"duration": "short"}, "duration 'short' is no number"),
         ({"lang": "xx", "domain": None}, "1 domain(s)"),
         ({"ID": "same"}, "ID 'same' stands there 11 times"),
-        ({"wav": "{ID}.mp3"}, "0.mp3: no such file; the recording of en_train_0"),
+        (
+            {"wav": "{ID}.mp3"},
+            "0.mp3: no such file; the recording of en_train_0",
+        ),
         ({"duration": "50"}, "longer than 3 s"),
     ],
 )
