@@ -1,4 +1,4 @@
-"""The mean of a training's last checkpoints."""
+"""A training's last checkpoints, and their mean."""
 
 import logging
 
@@ -10,14 +10,26 @@ from speechbrain_taskarith.vectors.recipe_hooks.provenance import mean_state
 logger = logging.getLogger(__name__)
 
 
-def of_epoch(checkpoint):
+def _of_epoch(checkpoint):
     """Tell a checkpoint of a whole epoch from one within an epoch."""
     return checkpoint.meta.get("end-of-epoch", True)
 
 
-def within_epoch(checkpoint):
-    """See `of_epoch`."""
-    return not of_epoch(checkpoint)
+def save_epoch(checkpointer, meta, count, best):
+    """Save an epoch; keep the last `count` of them and the best.
+
+    `best`: as `best_key` returns it. One within an epoch would be counted as
+    one of the last, and nothing goes on from it now: it is deleted.
+    """
+    checkpointer.save_and_keep_only(
+        meta=meta,
+        num_to_keep=count,
+        ckpt_predicate=_of_epoch,
+        **{f"{which}s": [key] for which, key in best.items()},
+    )
+    checkpointer.delete_checkpoints(
+        num_to_keep=0, ckpt_predicate=lambda one: not _of_epoch(one)
+    )
 
 
 def load_average(checkpointer, model, count, recoverable="model"):
@@ -27,7 +39,7 @@ def load_average(checkpointer, model, count, recoverable="model"):
     tensors wrong values, and counters fractions.
     """
     found = checkpointer.find_checkpoints(
-        max_num_checkpoints=count, ckpt_predicate=of_epoch
+        max_num_checkpoints=count, ckpt_predicate=_of_epoch
     )
     if len(found) < count:
         logger.warning(

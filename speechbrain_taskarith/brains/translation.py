@@ -6,11 +6,7 @@ import speechbrain as sb
 import torch
 from speechbrain.utils.distributed import get_rank
 
-from speechbrain_taskarith.brains.averaging import (
-    load_average,
-    of_epoch,
-    within_epoch,
-)
+from speechbrain_taskarith.brains.averaging import load_average, save_epoch
 from speechbrain_taskarith.brains.ctc import bare
 from speechbrain_taskarith.brains.training import WholeUpdates
 from speechbrain_taskarith.data.batches import augmented, select_inputs
@@ -470,16 +466,11 @@ class TranslationBrain(WholeUpdates, sb.Brain):
             return
         best = best_key(self.hparams.main)
         (key,) = best.values()
-        self.checkpointer.save_and_keep_only(
-            meta={key: float(self.stats[key]), "epoch": epoch},
-            num_to_keep=max(1, self._optional("average_last") or 1),
-            # One within the epoch would be counted as one of the last.
-            ckpt_predicate=of_epoch,
-            **{f"{which}s": [key] for which in best},
-        )
-        # Nothing goes on from those now.
-        self.checkpointer.delete_checkpoints(
-            num_to_keep=0, ckpt_predicate=within_epoch
+        save_epoch(
+            self.checkpointer,
+            {key: float(self.stats[key]), "epoch": epoch},
+            max(1, self._optional("average_last") or 1),
+            best,
         )
 
 

@@ -29,6 +29,7 @@ from speechbrain_taskarith.vectors.engine.vector_header import (
     parted_in,
     renamed_parted,
 )
+from speechbrain_taskarith.vectors.products import counted, inner
 from speechbrain_taskarith.vectors.sharing.stored_vector import StoredVector
 from speechbrain_taskarith.vectors.states.names import (
     check_alike,
@@ -287,7 +288,7 @@ class TaskVector(StoredVector, Mapping):
             The sum of the products of all entries, of tied parameters once.
         """
         other = as_vector(other)
-        return _dot(self, other, self._counted(other))
+        return inner(self, other, counted(self, other))
 
     def cosine(self, other):
         """Return the cosine of the angle to another vector (see `dot`).
@@ -295,24 +296,12 @@ class TaskVector(StoredVector, Mapping):
         In [-1, 1]; 0 where one of them is zero.
         """
         other = as_vector(other)
-        names = self._counted(other)
-        lengths = (_dot(one, one, names) for one in (self, other))
+        names = counted(self, other)
+        lengths = (inner(one, one, names) for one in (self, other))
         length = math.prod(map(math.sqrt, lengths))
         if not length:
             return 0.0
-        return max(-1.0, min(1.0, _dot(self, other, names) / length))
-
-    def _counted(self, other):
-        """Return the names that are counted: of tied ones the first."""
-        check_alike([self, other])
-        ties = as_state(self).aliases if len(self) else {}
-        # The other may hold two tensors.
-        return [
-            name
-            for name in self
-            if ties.get(name, name) == name
-            or not torch.equal(other[name], other[ties[name]])
-        ]
+        return max(-1.0, min(1.0, inner(self, other, names) / length))
 
     def to(self, device):
         """Return the vector on a device, as `torch.Tensor.to` does.
@@ -477,16 +466,6 @@ class TaskVector(StoredVector, Mapping):
         parents = [self.metadata, other.metadata]
         metadata = {"operation": operation, "parents": parents}
         return TaskVector(deltas, base_fingerprint, metadata)
-
-
-def _dot(one, other, names):
-    """Return the inner product of two vectors over some names, in float64."""
-
-    def dot(first, second):
-        second = second.to(first.device).reshape(-1).double()
-        return torch.dot(first.reshape(-1).double(), second).item()
-
-    return math.fsum(dot(one[name], other[name]) for name in names)
 
 
 def as_vectors(vectors):

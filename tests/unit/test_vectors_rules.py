@@ -13,7 +13,6 @@ from rules_toy import SHAPES, make
 import speechbrain_taskarith.vectors as vectors_room
 from speechbrain_taskarith.vectors import (
     TaskVector,
-    merge_checkpoints,
 )
 from speechbrain_taskarith.vectors.rules import (
     DARE,
@@ -779,28 +778,6 @@ def test_looking_at_weights_needs_the_base():
     SLERP(0.5, of="weights").combine(vectors, base=base)
     with pytest.raises(ValueError, match="pass the base"):
         SLERP(0.5, of="weights").combine(make(2))
-
-
-def test_two_rules_for_one_tied_tensor_are_refused(tmp_path):
-    models = [{"emb.w": torch.randn(4, 3), "w": torch.ones(2)} for _ in "ab"]
-    for model in models:
-        model["out.w"] = model["emb.w"]
-    base, tuned = models
-    tau = TaskVector.between(base, tuned)
-    rule = ByLayer({"emb.*": TIES(0.3), "*": TaskArithmetic()})
-    output = tmp_path / "merged.safetensors"
-    match = "'out.w' and 'emb.w' are one tensor, but ByLayer has two rules"
-    for merge in (
-        lambda: rule.combine([tau]),
-        lambda: rule(base, [tau]),
-        lambda: merge_checkpoints(base, [tuned], rule, output),
-    ):
-        with pytest.raises(ValueError, match=match):
-            merge()
-    assert not output.exists()
-    rule = ByLayer({"*.w": TIES(0.3)}, TaskArithmetic())
-    merged = rule(base, [tau])
-    assert merged["out.w"] is merged["emb.w"]
 
 
 @pytest.mark.parametrize(

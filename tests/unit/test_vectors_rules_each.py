@@ -464,3 +464,25 @@ def test_selective_attention_mixes_attention_layer_by_layer(mix):
 def test_selective_attention_without_attention_is_refused():
     with pytest.raises(ValueError, match="no parameter of a layer matches"):
         SelectiveAttention(0.5).combine(make(2))
+
+
+def test_two_rules_for_one_tied_tensor_are_refused(tmp_path):
+    models = [{"emb.w": torch.randn(4, 3), "w": torch.ones(2)} for _ in "ab"]
+    for model in models:
+        model["out.w"] = model["emb.w"]
+    base, tuned = models
+    tau = TaskVector.between(base, tuned)
+    rule = ByLayer({"emb.*": TIES(0.3), "*": TaskArithmetic()})
+    output = tmp_path / "merged.safetensors"
+    match = "'out.w' and 'emb.w' are one tensor, but ByLayer has two rules"
+    for merge in (
+        lambda: rule.combine([tau]),
+        lambda: rule(base, [tau]),
+        lambda: merge_checkpoints(base, [tuned], rule, output),
+    ):
+        with pytest.raises(ValueError, match=match):
+            merge()
+    assert not output.exists()
+    rule = ByLayer({"*.w": TIES(0.3)}, TaskArithmetic())
+    merged = rule(base, [tau])
+    assert merged["out.w"] is merged["emb.w"]
