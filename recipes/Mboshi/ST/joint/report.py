@@ -120,6 +120,14 @@ def representation_entropy(brain, data, windows, utterances):
     }
 
 
+def plot_consistency(hparams):
+    """Plot the gradient consistency of each pair of tasks."""
+    probe, plots = hparams["consistency"], results_folder(hparams) / "plots"
+    for first, second in sorted({(r[2], r[3]) for r in probe.rows}):
+        name = f"consistency_{hparams['row']}_{first}_{second}.png"
+        probe.plot(plots / name, (first, second))
+
+
 def write_result(brain, history, task_weights, entropies, hparams):
     """Write scores, translations and plots of a tested model.
 
@@ -138,10 +146,6 @@ def write_result(brain, history, task_weights, entropies, hparams):
         title = row_name(row)
         plot_task_weights(task_weights, plots / f"{name}.png", title)
         write_task_weights(task_weights, plots / f"{name}.csv")
-    probe = hparams["consistency"]
-    for first, second in sorted({(r[2], r[3]) for r in probe.rows}):
-        name = f"consistency_{row}_{first}_{second}.png"
-        probe.plot(plots / name, (first, second))
     if entropies:
         plot_window_entropy(entropies, plots / f"entropy_{row}.png")
     parameters = (p for p in hparams["model"].parameters() if p.requires_grad)

@@ -26,7 +26,7 @@ import speechbrain as sb
 import torch
 from history import TrainingHistory
 from hyperpyyaml import load_hyperpyyaml
-from report import representation_entropy, write_result
+from report import plot_consistency, representation_entropy, write_result
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.dataio.sampler import DynamicBatchSampler
 from speechbrain.tokenizers.SentencePiece import SentencePiece
@@ -412,6 +412,7 @@ def train(argv):
     history = st_brain.history.state()
     history["updates"] = hparams["task_weights"].updates
     task_weights = list(hparams["task_weights"].history)
+    run_on_main(plot_consistency, args=[hparams])
 
     # Testing
     st_brain.evaluate(
