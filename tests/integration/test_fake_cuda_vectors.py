@@ -290,9 +290,11 @@ PLACES = {
     },
     "TaskVector": READING
     | {
+        "vectors.analysis._blocks",
         "vectors.analysis._flat",
         "vectors.analysis._square",
-        "vectors.task_vector.dot",
+        "vectors.products.counted",
+        "vectors.products.dot",
     },
     "TaskVector.apply_": READING
     | {"vectors.application._largest", "vectors.application.edit_into"},
