@@ -260,9 +260,9 @@ def main(argv):
     """Train what is missing, merge, choose, measure, write the table."""
     given = parse_arguments(argv)
     study = Study(given, given.seeds)
+    outside = {d.name: d.check(given.longest, ["test"]) for d in given.outside}
+    check_domains(study.splits | outside, apart=False)
     for domain in given.outside:
-        own = {domain.name: domain.check(given.longest, ["test"])}
-        check_domains(study.splits | own, apart=False)
         study.hold_out(domain, "test")
         study.tests.measure.check([study.held_out[domain.name, "test"]])
     for seed in given.seeds:
