@@ -14,10 +14,9 @@ import torch
 
 from speechbrain_taskarith.metrics.plots import plot_by_layer, plot_heat_map
 from speechbrain_taskarith.utils.patterns import select
-from speechbrain_taskarith.vectors.states.readers import as_model, as_state
-from speechbrain_taskarith.vectors.states.state import State
+from speechbrain_taskarith.vectors.products import counted, ties_of
+from speechbrain_taskarith.vectors.states.readers import as_model
 from speechbrain_taskarith.vectors.task_vector import (
-    TaskVector,
     as_vector,
     as_vectors,
 )
@@ -168,7 +167,7 @@ def layer_norms(vector, depth=None, *, base=None, include=("*",), exclude=()):
     vector = as_vector(vector)
     base = None if base is None else as_model(base)
     squares, base_squares = defaultdict(float), defaultdict(float)
-    ties, seen = _ties(vector), set()
+    ties, seen = ties_of(vector), set()
     for name in select(vector.keys(), include, exclude):
         tensor, layer = vector[name], _layer(name, depth)
         if (layer, ties.get(name, name)) in seen:
@@ -303,12 +302,7 @@ def _blocks(vectors, include, exclude):
                 f"{f' and {len(odd) - 5} more' if len(odd) > 5 else ''} are "
                 "in one only; compare vectors of one architecture"
             )
-    ties, first = _ties(vectors[0]), {}
-    for name in names:
-        # Other vectors may hold two tensors.
-        twin = first.setdefault(ties.get(name, name), name)
-        if twin != name and all(torch.equal(v[name], v[twin]) for v in vectors):
-            continue
+    for name in counted(vectors, names):
         tensors = [_flat(vector, name, i) for i, vector in enumerate(vectors)]
         shapes = {shape for _, shape in tensors}
         if len(shapes) > 1:
@@ -320,12 +314,6 @@ def _blocks(vectors, include, exclude):
         parts = [flat.split(_BLOCK) for flat, _ in tensors]
         for blocks in zip(*parts):
             yield torch.stack([block.double() for block in blocks])
-
-
-def _ties(vector):
-    """Return tied names, as `State.aliases`; of a lazy mapping none."""
-    known = isinstance(vector, (dict, State, TaskVector)) and len(vector)
-    return as_state(vector).aliases if known else {}
 
 
 def _flat(vector, name, i):

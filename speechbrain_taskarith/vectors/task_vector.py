@@ -288,7 +288,8 @@ class TaskVector(StoredVector, Mapping):
             The sum of the products of all entries, of tied parameters once.
         """
         other = as_vector(other)
-        return inner(self, other, counted(self, other))
+        check_alike([self, other])
+        return inner(self, other, counted([self, other], self))
 
     def cosine(self, other):
         """Return the cosine of the angle to another vector (see `dot`).
@@ -296,7 +297,8 @@ class TaskVector(StoredVector, Mapping):
         In [-1, 1]; 0 where one of them is zero.
         """
         other = as_vector(other)
-        names = counted(self, other)
+        check_alike([self, other])
+        names = list(counted([self, other], self))
         lengths = (inner(one, one, names) for one in (self, other))
         length = math.prod(map(math.sqrt, lengths))
         if not length:

@@ -302,7 +302,7 @@ def test_longer_lines_can_be_left_out(whisper, recipe, tmp_path, caplog):
     counts = [m for m in caplog.messages if "left out" in m]
     assert f"{manifest}: 1 of 6 utterances are longer than 2 s" in counts[0]
     assert f"{manifest}: 2 of 6 utterances are longer than 0.95" in counts[1]
-    with pytest.raises(ValueError, match="no utterance of at most 0.1 s"):
+    with pytest.raises(ValueError, match="no utterances of at most 0.1 s"):
         read(recipe, whisper, manifest, tmp_path, avoid_if_longer_than=0.1)
 
 

@@ -25,12 +25,13 @@ import sys
 import speechbrain as sb
 from characters import CharacterBrain, read_manifest
 from characters import make_dataset as make_character_dataset
+from common.precision import choose_precision
 from common_voice_prepare import prepare_common_voice
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.dataio.sampler import DynamicBatchSampler
 from speechbrain.utils.distributed import run_on_main
 
-from speechbrain_taskarith.brains import fast_precision, optimizer_steps
+from speechbrain_taskarith.brains import optimizer_steps
 from speechbrain_taskarith.utils.progress import is_watched
 from speechbrain_taskarith.vectors import open_state
 
@@ -131,9 +132,7 @@ def train(argv):
             base=hparams["base"] or "start", rule=rule
         )
 
-    precision = hparams["train_precision"]
-    if precision == "auto":
-        precision = fast_precision(run_opts.get("device"))
+    precision = choose_precision(hparams["train_precision"], run_opts)
     # What the command line says goes first: --precision fp32
     hparams |= {"precision": precision, "eval_precision": precision}
 

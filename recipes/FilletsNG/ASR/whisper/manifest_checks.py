@@ -37,6 +37,28 @@ def check_columns(path, rows, more=()):
             ) from None
 
 
+def keep_short(path, rows, longest):
+    """Return the rows of at most `longest` seconds; tell of the others.
+
+    `rows`: `{ID: {duration, ...}}` of a manifest; `longest` None: all.
+    """
+    if longest is None:
+        return rows
+    kept = {k: row for k, row in rows.items() if row["duration"] <= longest}
+    if not kept:
+        raise ValueError(
+            f"{path}: no utterances of at most {longest:g} s; raise "
+            "--avoid_if_longer_than"
+        )
+    if len(kept) < len(rows):
+        logger.info(
+            f"{path}: {len(rows) - len(kept)} of {len(rows)} utterances are "
+            f"longer than {longest:g} s and left out; an error rate on it is "
+            "that of the others"
+        )
+    return kept
+
+
 def check_rows(path, rows, whisper, language):
     """Refuse, before anything is trained, what would go wrong in it.
 

@@ -26,14 +26,19 @@ A run that was killed goes on from its newest checkpoint when started again.
 """
 
 import csv
-import math
 import sys
 from pathlib import Path
 
 import speechbrain as sb
 import torch
+from common.precision import choose_precision
 from hyperpyyaml import load_hyperpyyaml
-from manifest_checks import check_columns, check_rows, warn_of_shared
+from manifest_checks import (
+    check_columns,
+    check_rows,
+    keep_short,
+    warn_of_shared,
+)
 from scoring import character_errors, normalize
 from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataset import DynamicItemDataset
@@ -45,7 +50,7 @@ from speechbrain.utils.distributed import (
 )
 from speechbrain.utils.logger import get_logger
 
-from speechbrain_taskarith.brains import fast_precision, optimizer_steps
+from speechbrain_taskarith.brains import optimizer_steps
 from speechbrain_taskarith.data import read_audio
 from speechbrain_taskarith.metrics import wer
 from speechbrain_taskarith.utils.files import atomic_write
@@ -197,22 +202,8 @@ def read_rows(path, hparams):
     with open(path, encoding="utf-8", newline="") as stream:
         check_columns(path, list(csv.DictReader(stream, skipinitialspace=True)))
     data_root = {"data_root": hparams["data_root"]}
-    found = sb.dataio.dataio.load_data_csv(path, data_root)
-    longest = hparams["avoid_if_longer_than"]
-    if longest is None:
-        longest = math.inf
-    rows = {k: r for k, r in found.items() if r["duration"] <= longest}
-    if len(rows) < len(found):
-        logger.info(
-            f"{path}: {len(found) - len(rows)} of {len(found)} utterances are "
-            f"longer than {longest:g} s and left out; an error rate on it is "
-            "that of the others"
-        )
-    if not rows:
-        raise ValueError(
-            f"{path}: no utterance of at most {longest:g} s; raise "
-            "--avoid_if_longer_than"
-        )
+    rows = sb.dataio.dataio.load_data_csv(path, data_root)
+    rows = keep_short(path, rows, hparams["avoid_if_longer_than"])
     check_rows(path, rows, hparams["whisper"], hparams["language"])
     for row in rows.values():
         row["lang"] = row.get("lang") or hparams["language"]
@@ -372,9 +363,7 @@ def train(argv):
     if hparams["base"]:
         hparams["whisper"].load_weights(open_state(hparams["base"]))
 
-    precision = hparams["train_precision"]
-    if precision == "auto":
-        precision = fast_precision(run_opts.get("device"))
+    precision = choose_precision(hparams["train_precision"], run_opts)
     # What the command line says goes first: --precision fp32
     hparams |= {"precision": precision, "eval_precision": precision}
 

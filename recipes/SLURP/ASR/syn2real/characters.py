@@ -8,15 +8,13 @@ import re
 import unicodedata
 
 import speechbrain as sb
+from manifest_checks import keep_short
 from scoring import character_errors, normalize
 from speechbrain.dataio.dataset import DynamicItemDataset
-from speechbrain.utils.logger import get_logger
 
 from speechbrain_taskarith.brains import CTCBrain
 from speechbrain_taskarith.data import read_audio
 from speechbrain_taskarith.metrics import wer
-
-logger = get_logger(__name__)
 
 
 def letters(text, characters):
@@ -43,18 +41,12 @@ def read_manifest(path, data_root, characters, longest=None):
     Returns `{ID: {duration, wav, text, letters, ...}}`.
     """
     rows = sb.dataio.dataio.load_data_csv(path, {"data_root": data_root})
+    if not rows:
+        raise ValueError(f"{path}: no utterances")
     for column in ("duration", "wav", "text"):
-        if rows and column not in next(iter(rows.values())):
+        if column not in next(iter(rows.values())):
             raise ValueError(f"{path}: no column {column!r}")
-    if longest is not None:
-        count = len(rows)
-        rows = {k: r for k, r in rows.items() if r["duration"] <= longest}
-        if len(rows) < count:
-            logger.info(
-                f"{path}: {count - len(rows)} of {count} utterances are longer "
-                f"than {longest:g} s and left out; an error rate on it is that "
-                "of the others"
-            )
+    rows = keep_short(path, rows, longest)
     for row in rows.values():
         row["letters"] = letters(row["text"], characters)
     silent = [key for key, row in rows.items() if not row["letters"]]
@@ -64,9 +56,6 @@ def read_manifest(path, data_root, characters, longest=None):
             f"{characters!r}, e.g. {', '.join(silent[:3])}; add characters, "
             "or leave these utterances out"
         )
-    if not rows:
-        short = "" if longest is None else f" of at most {longest:g} s"
-        raise ValueError(f"{path}: no utterances{short}")
     return rows
 
 

@@ -5,11 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import speechbrain as sb
+from common.precision import choose_precision
 from hyperpyyaml import load_hyperpyyaml
 from ruamel.yaml import YAML
 from scoring import recognised_once
-
-from speechbrain_taskarith.brains import fast_precision
 
 HERE = Path(__file__).parent.resolve()
 WHISPER = HERE.parents[2] / "FilletsNG" / "ASR" / "whisper"
@@ -110,10 +109,7 @@ class Measure:
         """Return that of a test by the recipe's `train.py`."""
         if "eval_precision" in run_opts.overridden_args:
             return run_opts["eval_precision"]
-        wanted = self.hparams["train_precision"]
-        if wanted == "auto":
-            return fast_precision(run_opts["device"])
-        return wanted
+        return choose_precision(self.hparams["train_precision"], run_opts)
 
     def state(self):
         """Return the weights at hand, as a training would start from them."""

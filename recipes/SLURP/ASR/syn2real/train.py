@@ -24,11 +24,12 @@ import sys
 import speechbrain as sb
 from characters import CharacterBrain, read_manifest
 from characters import make_dataset as make_character_dataset
+from common.precision import choose_precision
 from hyperpyyaml import load_hyperpyyaml
 from slurp_prepare import prepare_slurp
 from speechbrain.utils.distributed import run_on_main
 
-from speechbrain_taskarith.brains import fast_precision, optimizer_steps
+from speechbrain_taskarith.brains import optimizer_steps
 from speechbrain_taskarith.utils.progress import is_watched
 from speechbrain_taskarith.vectors import open_state
 
@@ -100,9 +101,7 @@ def train(argv):
     if hparams["base"]:
         hparams["model"].load_state_dict(dict(open_state(hparams["base"])))
 
-    precision = hparams["train_precision"]
-    if precision == "auto":
-        precision = fast_precision(run_opts.get("device"))
+    precision = choose_precision(hparams["train_precision"], run_opts)
     # What the command line says goes first: --precision fp32
     hparams |= {"precision": precision, "eval_precision": precision}
 

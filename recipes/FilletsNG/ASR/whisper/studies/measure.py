@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import torch
+from common.precision import choose_precision
 from hyperpyyaml import load_hyperpyyaml
 from scoring import recognised_once
 from train import ASR, make_dataset, read_rows
-
-from speechbrain_taskarith.brains import fast_precision
 
 
 class Listener(ASR):
@@ -58,7 +57,9 @@ class Measure:
             # Autocast: with all of it in bfloat16 the public Whisper base has
             # 71 % WER where it has 58 % (Dutch), since sums are rounded too.
             run_opts={
-                "eval_precision": fast_precision(),
+                "eval_precision": choose_precision(
+                    self.hparams["train_precision"], {}
+                ),
                 "noprogressbar": True,
             },
         )
