@@ -452,6 +452,22 @@ def start(recipe, options, output, **more):
     return recipe("train").train([yaml, *argv, "--noprogressbar"])
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_measured_has_the_precision_asked_for(
+    options, recipe, tmp_path, precision
+):
+    found = recipe("studies.measure").Measure(
+        RECIPE.folder / "hparams" / "train.yaml",
+        {
+            "whisper_hub": value(options, "--whisper_hub"),
+            "train_precision": precision,
+            "output_folder": str(tmp_path),
+        },
+        tmp_path,
+    )
+    assert found.brain.eval_precision == precision
+
+
 def test_ewc_measures_the_fisher_of_each_line(options, recipe, tmp_path):
     lines = data_of(options) / "digits" / "train.csv"
     start(recipe, options, tmp_path, method="ewc", remember=lines, ewc_lines=8)
