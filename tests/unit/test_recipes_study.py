@@ -18,12 +18,14 @@ from common.study import (
     note_settings,
     parse_study_arguments,
     run_trainings,
+    start_study,
     workers,
 )
 
 
-def options(backend="loky", count=1):
-    return SimpleNamespace(backend=backend, workers=count, scheduler=None)
+def study(folder, backend="loky", count=1, **settings):
+    options = SimpleNamespace(backend=backend, workers=count, scheduler=None)
+    return SimpleNamespace(options=options, folder=folder, settings=settings)
 
 
 def plan(folder):
@@ -37,7 +39,7 @@ def plan(folder):
 
 
 def run(folder, trainings, backend="loky", count=1):
-    with workers(options(backend, count)):
+    with workers(study(folder, backend, count)):
         run_trainings(study_toy.train, trainings, ["toy.yaml"], folder)
 
 
@@ -94,8 +96,8 @@ def test_a_cluster_that_runs_already(alone, tmp_path):
     with distributed.LocalCluster(
         n_workers=1, threads_per_worker=1, dashboard_address=None
     ) as cluster:
-        chosen = options("dask")
-        chosen.scheduler = cluster.scheduler_address
+        chosen = study(tmp_path, "dask")
+        chosen.options.scheduler = cluster.scheduler_address
         with workers(chosen):
             run_trainings(
                 study_toy.train, plan(tmp_path), ["toy.yaml"], tmp_path
@@ -185,7 +187,7 @@ def test_what_another_has_finished_meanwhile_is_taken(tmp_path):
     ("backend", "package"),
     [("dask", r"dask\[distributed\]"), ("ray", "ray")],
 )
-def test_a_missing_package_is_named(monkeypatch, backend, package):
+def test_a_missing_package_is_named(monkeypatch, tmp_path, backend, package):
     real = builtins.__import__
 
     def without(name, *args, **kwargs):
@@ -195,18 +197,18 @@ def test_a_missing_package_is_named(monkeypatch, backend, package):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=f'pip install "{package}"'):
-        with workers(options(backend, 2)):
+        with workers(study(tmp_path, backend, 2)):
             pass
 
 
-def test_options_of_the_study_are_not_train_pys():
+def test_options_of_the_study_are_not_train_pys(tmp_path):
     found, rest = parse_study_arguments(
         ["h.yaml", "--backend", "dask", "--seed=1", "--workers=2", "--debug"]
     )
     assert (found.backend, found.workers, found.scheduler) == ("dask", 2, None)
     assert rest == ["h.yaml", "--seed=1", "--debug"]
     with pytest.raises(ValueError, match="expected 1 or more"):
-        with workers(options(count=0)):
+        with workers(study(tmp_path, count=0)):
             pass
 
 
@@ -233,16 +235,16 @@ def test_a_loss_that_is_not_finite_is_tried_once_more(tmp_path, times):
         if len(calls) <= times:
             raise ValueError("Loss is not finite and patience is exhausted.")
 
-    def study():
-        with workers(options("sequential")):
+    def start():
+        with workers(study(tmp_path, "sequential")):
             run_trainings(train, [Training("a")], ["toy.yaml"], tmp_path)
 
     if times == 1:
-        study()
+        start()
         assert about(tmp_path, "a")["attempts"] == 2
     else:
         with pytest.raises(RuntimeError, match="console.txt"):
-            study()
+            start()
         assert not is_finished(tmp_path, "a")
     assert len(calls) == 2
 
@@ -259,3 +261,30 @@ def test_a_folder_keeps_its_settings(tmp_path):
             note_settings(tmp_path, first | changed)
     note_settings(tmp_path, first)
     note_settings(tmp_path / "other", {"lines": 2})
+
+
+def test_a_study_goes_on_with_its_own_settings_only(tmp_path):
+    hparams = tmp_path / "toy.yaml"
+    hparams.write_text(
+        "seed: 1\nlr: 0.1\ntargets: [en]\nstudy_folder: !PLACEHOLDER\n"
+        "data_folder: here/data\nmodel: !name:torch.nn.Linear\n"
+    )
+
+    def begin(*more, folder="a"):
+        argv = [str(hparams), f"--study_folder={tmp_path / folder}", *more]
+        return start_study(argv, {"only": "all", "epochs": 2})
+
+    # What was never trained may be begun in another way.
+    begin("--lr=0.3")
+    with workers(begin()):
+        pass
+    for more in ("--seed=2", "--lr=0.2", "--targets=[de]", "--epochs=3"):
+        name = more[2:].split("=")[0]
+        with pytest.raises(ValueError, match=f"another {name} "):
+            begin(more)
+    begin("--only=x", "--data_folder=/there/data")
+    begin("--lr=0.2", folder="b")
+    # As a changed file does
+    hparams.write_text(hparams.read_text().replace("0.1", "0.2"))
+    with pytest.raises(ValueError, match=r"another lr \(0.1, now 0.2\)"):
+        begin()

@@ -37,6 +37,21 @@ FINISHED = "finished.json"
 SETTINGS = "study.json"
 CONSOLE = "console.txt"
 
+# What a study that goes on may be given anew: no training depends on it.
+MAY_CHANGE = {
+    "choose_on",
+    "coverage",
+    "kept",
+    "num_workers",
+    "only",
+    "pretraining_domains",
+    "report_on",
+    "streamed_strings",
+    "target_bleu",
+    "test_batch_size",
+    "zero_shot",
+}
+
 # Loky starts a new worker where the memory of one has grown: no fault.
 warnings.filterwarnings("ignore", "A worker stopped while some jobs")
 
@@ -142,11 +157,30 @@ class Study:
     def models(self):
         return self.folder / "models"
 
+    @property
+    def settings(self):
+        """What the trainings depend on: plain values, and no paths."""
+        return {
+            key: value
+            for key, value in self.hparams.items()
+            if key not in MAY_CHANGE and _is_plain(value)
+        }
+
+
+def _is_plain(value):
+    """Tell whether a value is a number, a word, or a list of such."""
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    if isinstance(value, str):
+        return os.sep not in value  # a folder may have moved
+    return value is None or isinstance(value, (int, float))
+
 
 def start_study(argv, own=None):
     """Read a command line and start the study's log; returns a `Study`.
 
     `own`: see `parse_study_arguments`; they are among the study's hparams.
+    Raises ValueError where the folder holds a study with other settings.
     """
     options, arguments = parse_study_arguments(argv, own)
     if options.output_folder:
@@ -171,16 +205,19 @@ def start_study(argv, own=None):
     # SpeechBrain sets it to DEBUG for everything that is imported from now on.
     os.environ["SB_LOG_LEVEL"] = level
     hparams["noprogressbar"] = True  # one bar over all trainings instead
-    return Study(options, arguments, hparams, run_opts, folder)
+    study = Study(options, arguments, hparams, run_opts, folder)
+    check_settings(folder, study.settings)
+    return study
 
 
 @contextlib.contextmanager
-def workers(options):
-    """Let joblib use the backend that `parse_study_arguments` found.
+def workers(study):
+    """Note a study's settings, and let joblib use the backend it asks for.
 
     Raises ImportError, with the command that installs it, where the package
     of a backend is missing.
     """
+    options = study.options
     if options.workers < 1:
         raise ValueError(f"--workers {options.workers}: expected 1 or more")
     with contextlib.ExitStack() as stack:
@@ -192,6 +229,7 @@ def workers(options):
         elif options.backend == "ray":
             _import("ray.util.joblib", "ray").register_ray()
         stack.enter_context(joblib.parallel_config(options.backend, **settings))
+        note_settings(study.folder, study.settings)
         yield
 
 
@@ -326,8 +364,8 @@ def check_settings(folder, settings):
         if noted.get(key, value) != value:
             raise ValueError(
                 f"{folder} holds a run with another {key} ({noted[key]!r}, now "
-                f"{value!r}); give another folder (--output, OUTPUT=... of "
-                "make), or remove this one"
+                f"{value!r}); give another folder (--output, --output_folder, "
+                "OUTPUT=... of make), or remove this one"
             )
     return noted | settings
 

@@ -235,7 +235,7 @@ def main(argv):
     trainings = Plan(hparams, models).make()
     result = f"{hparams['report_on']}.json"
     rerun_unmeasured(trainings, models, lambda name: models / name / result)
-    with workers(study.options):
+    with workers(study):
         run_trainings(train, trainings, study.arguments, models)
 
     rows, zero_shot = make_rows(hparams, models)

@@ -249,7 +249,7 @@ def main(argv):
         # An accent that nobody has is an error here, not after a training.
         domain_strings(domain, "train", hparams)
 
-    with workers(study.options):
+    with workers(study):
         # The first domain, from random weights: all rows start from it.
         name = f"{PLAIN}/{first}"
         training = Training(name, {"domain": first})

@@ -370,7 +370,7 @@ def main(argv):
     speaker = strings.left_out_speaker
 
     trainings = plan_trainings(hparams, models, speaker)
-    with workers(study.options):
+    with workers(study):
         run_trainings(train, trainings, study.arguments, models)
 
     measures = [

@@ -107,7 +107,7 @@ def main(argv):
     rerun_unmeasured(
         trainings.values(), models, lambda name: models / name / result
     )
-    with workers(study.options):
+    with workers(study):
         run_trainings(train, list(trainings.values()), study.arguments, models)
     write_report(trainings, strings, study, hparams)
 

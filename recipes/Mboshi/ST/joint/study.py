@@ -236,7 +236,7 @@ def main(argv):
     rerun_unmeasured(
         trainings, study.models, lambda name: result_path(name, hparams)
     )
-    with workers(study.options):
+    with workers(study):
         run_trainings(train, trainings, rest, study.models)
     write_report([*STAGES, WHISPER, *ROWS], hparams)
 
