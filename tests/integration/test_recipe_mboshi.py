@@ -263,8 +263,8 @@ def test_a_cascade_is_two_models_and_may_be_kept(corpus, tmp_path):
 
 @pytest.mark.slow
 def test_seeds_may_share_the_acoustic_stage(corpus, finished, tmp_path):
-    options = {"only": "asr,st", "acoustic_of": finished}
-    run(corpus, tmp_path, lr=0.0, **options)
+    options = {"only": "asr,st", "acoustic_of": finished, "lr": 0.0}
+    run(corpus, tmp_path, **options)
     assert not (tmp_path / "models" / "asr").exists()
     assert {p.stem for p in (tmp_path / "rows").glob("*.json")} == {"st"}
     found, given = weights(tmp_path, "st"), weights(finished, "asr")
@@ -277,9 +277,8 @@ def test_seeds_may_share_the_acoustic_stage(corpus, finished, tmp_path):
     (tmp_path / "rows" / "st.json").unlink()
     said = run(corpus, tmp_path, fails=True, **options)
     assert "has other source pieces than this run" in said
-    said = run(
-        corpus, tmp_path, fails=True, only="st", acoustic_of=tmp_path / "none"
-    )
+    options["acoustic_of"] = tmp_path / "none"
+    said = run(corpus, tmp_path, fails=True, **options)
     assert "none" in said and "source pieces" in said
 
 
