@@ -240,7 +240,7 @@ def print_table(title, rows, console=None):
 def number(value, unit):
     """Write a number as the tables show it."""
     if unit in ("%", "points"):
-        return f"{value:.2f}"
+        return f"{round(value, 2) + 0.0:.2f}"  # no "-0.00"
     if value == int(value) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}"

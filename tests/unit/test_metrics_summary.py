@@ -304,3 +304,14 @@ def test_nan_in_a_file_is_refused(tmp_path):
 def test_a_run_that_did_not_finish_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="has finished"):
         Summary.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(-0.001, "0.00"), (-0.006, "-0.01"), (2.005, "2.00")]
+)
+def test_nothing_has_no_sign(tmp_path, value, shown):
+    summary = Summary(tmp_path)
+    summary.add(table="t", row="r", metric="wer", value=value, unit="%")
+    summary.write()
+    text = (tmp_path / "results.md").read_text()
+    assert text.split("|")[-2].strip() == shown, text
