@@ -290,7 +290,6 @@ PLACES = {
     },
     "TaskVector": READING
     | {
-        "vectors.analysis._blocks",
         "vectors.analysis._flat",
         "vectors.analysis._square",
         "vectors.products.counted",
