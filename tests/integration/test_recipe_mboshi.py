@@ -465,6 +465,13 @@ def test_an_unknown_row_is_named(corpus, tmp_path):
     assert "no rows nothing; there are asr, mt" in said
 
 
+def test_too_few_pieces_are_named(corpus, tmp_path):
+    few = {"source_type": "unigram", "source_pieces": 4}
+    said = run(corpus, tmp_path, only="st", fails=True, **few)
+    assert "--source_pieces 4: SentencePiece says" in said
+    assert "Increase vocab_size" in said
+
+
 @pytest.fixture
 def prepare(monkeypatch):
     monkeypatch.syspath_prepend(str(RECIPE.folder))

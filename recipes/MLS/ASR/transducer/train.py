@@ -170,15 +170,20 @@ def make_tokenizer(hparams):
                 f"{path}: no such file; start_from has to be the output "
                 "folder of the stage before, with the same output_neurons"
             )
-    tokenizer = SentencePiece(
-        model_dir=folder,
-        vocab_size=pieces,
-        annotation_train=str(
-            Path(hparams["prepared_folder"], "transcripts.csv")
-        ),
-        annotation_read="wrd",
-        model_type="unigram",
-    )
+    try:
+        tokenizer = SentencePiece(
+            model_dir=folder,
+            vocab_size=pieces,
+            annotation_train=str(
+                Path(hparams["prepared_folder"], "transcripts.csv")
+            ),
+            annotation_read="wrd",
+            model_type="unigram",
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"--output_neurons {pieces + 1}: SentencePiece says {error}"
+        ) from error
     return tokenizer.sp, Path(folder) / f"{pieces}_unigram.model"
 
 

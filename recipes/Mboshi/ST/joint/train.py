@@ -210,21 +210,27 @@ def make_labels(hparams):
             # A transcript stands there once for each target language.
             texts = dict.fromkeys(row[column] for row in train.values())
             stream.writelines(f"{text}\n" for text in texts)
-        tokenizer = SentencePiece(
-            model_dir=str(folder),
-            vocab_size=hparams[f"{side}_pieces"],
-            annotation_train=f"{hparams['prepared_folder']}/train.csv",
-            annotation_read=hparams["transcript"],
-            text_file=str(folder / "train.txt"),
-            model_type=hparams[f"{side}_type"],
-            **settings,
-        )
+        pieces = hparams[f"{side}_pieces"]
+        try:
+            tokenizer = SentencePiece(
+                model_dir=str(folder),
+                vocab_size=pieces,
+                annotation_train=f"{hparams['prepared_folder']}/train.csv",
+                annotation_read=hparams["transcript"],
+                text_file=str(folder / "train.txt"),
+                model_type=hparams[f"{side}_type"],
+                **settings,
+            )
+        except RuntimeError as error:
+            raise ValueError(
+                f"--{side}_pieces {pieces}: SentencePiece says {error}"
+            ) from error
         found = len(tokenizer.sp)
-        if found != hparams[f"{side}_pieces"]:
+        if found != pieces:
             # There are only so many characters.
             raise ValueError(
-                f"the {side} tokenizer has {found} pieces, not "
-                f"{hparams[f'{side}_pieces']}; give --{side}_pieces {found}"
+                f"the {side} tokenizer has {found} pieces, not {pieces}; give "
+                f"--{side}_pieces {found}"
             )
         labels[side] = PieceLabels(tokenizer.sp, reserved)
     languages = TargetLanguages({targets[0]: hparams["bos_index"]})

@@ -61,17 +61,22 @@ class ST(TranslationBrain):
 
 def make_labels(hparams):
     """Train the tokenizer of both languages, or load it."""
-    tokenizer = SentencePiece(
-        model_dir=str(hparams["labels_folder"]),
-        vocab_size=hparams["pieces"],
-        annotation_train=f"{hparams['prepared_folder']}/train.csv",
-        annotation_read="wrd",
-        # Transcripts and translations.
-        text_file=f"{hparams['prepared_folder']}/text_for_labels.txt",
-        model_type="unigram",
-        bos_id=hparams["bos_index"],
-        eos_id=hparams["eos_index"],
-    )
+    try:
+        tokenizer = SentencePiece(
+            model_dir=str(hparams["labels_folder"]),
+            vocab_size=hparams["pieces"],
+            annotation_train=f"{hparams['prepared_folder']}/train.csv",
+            annotation_read="wrd",
+            # Transcripts and translations.
+            text_file=f"{hparams['prepared_folder']}/text_for_labels.txt",
+            model_type="unigram",
+            bos_id=hparams["bos_index"],
+            eos_id=hparams["eos_index"],
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"--pieces {hparams['pieces']}: SentencePiece says {error}"
+        ) from error
     # One vocabulary; the CTC head also needs a blank.
     return {
         "source": PieceLabels(tokenizer.sp, ["<blank>"]),
