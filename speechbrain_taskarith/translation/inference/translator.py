@@ -439,7 +439,7 @@ class SpeechTranslator(Pretrained):
             if one is None and self.languages:
                 raise ValueError(
                     f"this model has several target languages ({there}); name "
-                    "one"
+                    "one as the target (--to)"
                 )
             if one is not None and one not in self.languages:
                 raise ValueError(
