@@ -267,7 +267,7 @@ def test_a_study_goes_on_with_its_own_settings_only(tmp_path):
     hparams = tmp_path / "toy.yaml"
     hparams.write_text(
         "seed: 1\nlr: 0.1\ntargets: [en]\nstudy_folder: !PLACEHOLDER\n"
-        "data_folder: here/data\nmodel: !name:torch.nn.Linear\n"
+        "data_folder: here/data\nskip_prep: False\nmodel: !name:torch.nn.Linear\n"
     )
 
     def begin(*more, folder="a"):
@@ -282,7 +282,7 @@ def test_a_study_goes_on_with_its_own_settings_only(tmp_path):
         name = more[2:].split("=")[0]
         with pytest.raises(ValueError, match=f"another {name} "):
             begin(more)
-    begin("--only=x", "--data_folder=/there/data")
+    begin("--only=x", "--data_folder=/there/data", "--skip_prep=True")
     begin("--lr=0.2", folder="b")
     # As a changed file does
     hparams.write_text(hparams.read_text().replace("0.1", "0.2"))

@@ -38,19 +38,11 @@ SETTINGS = "study.json"
 CONSOLE = "console.txt"
 
 # What a study that goes on may be given anew: no training depends on it.
-MAY_CHANGE = {
-    "choose_on",
-    "coverage",
-    "kept",
-    "num_workers",
-    "only",
-    "pretraining_domains",
-    "report_on",
-    "streamed_strings",
-    "target_bleu",
-    "test_batch_size",
-    "zero_shot",
-}
+MAY_CHANGE = frozenset(
+    "choose_on ckpt_interval_minutes ckpt_interval_steps coverage kept "
+    "num_workers only pretraining_domains report_on save_env_desc skip_prep "
+    "streamed_strings target_bleu test_batch_size zero_shot".split()
+)
 
 # Loky starts a new worker where the memory of one has grown: no fault.
 warnings.filterwarnings("ignore", "A worker stopped while some jobs")
