@@ -3,9 +3,9 @@
 
 Takes any Whisper and two domains (languages, accents, kinds of text) of a
 corpus, and prints the two tables of the repository's quickstart in about 20
-minutes on two cores. `make quickstart MODEL=... DATA=...` calls it. It is the
-small form of the studies in this folder: few lines, short trainings, fixed
-scales, one seed.
+minutes on two cores that calculate in bfloat16, about an hour on two that do not.
+`make quickstart MODEL=... DATA=...` calls it. It is the small form of the studies
+in this folder: few lines, short trainings, fixed scales, one seed.
 
 To run it by hand:
 > python quickstart.py --model openai/whisper-base --data fillets/debs
@@ -54,6 +54,7 @@ from train import train
 from tune_window import tune_window
 from whisper_window import cut_window
 
+from speechbrain_taskarith.brains import fast_precision
 from speechbrain_taskarith.utils.hub.download import local_path
 from speechbrain_taskarith.vectors import open_state
 
@@ -203,10 +204,16 @@ def run(given):
         -(-sum(lines.values()) // 8)
         + (len(RULES) * lines[f"real/{order[1]}"]) // 8
     )
+    slow = fast_precision() == "fp32"
     print(
         f"{len(trainings) + len(RULES)} trainings, about "
-        f"{steps * given.epochs} steps of 8 lines; a step takes about 2 s of a "
-        "core with Whisper base, 1 s with tiny.",
+        f"{steps * given.epochs} steps of 8 lines; a step takes about "
+        + (
+            "7 s of a core with Whisper base, 3 s with tiny: this processor "
+            "does not calculate in bfloat16."
+            if slow
+            else "2 s of a core with Whisper base, 1 s with tiny."
+        ),
         flush=True,
     )
     with joblib.parallel_config("loky", n_jobs=given.workers):
