@@ -277,11 +277,12 @@ def test_a_study_goes_on_with_its_own_settings_only(tmp_path):
     # What was never trained may be begun in another way.
     begin("--lr=0.3")
     with workers(begin()):
-        pass
+        noted = (tmp_path / "a" / "hyperparams.yaml").read_text()
     for more in ("--seed=2", "--lr=0.2", "--targets=[de]", "--epochs=3"):
         name = more[2:].split("=")[0]
         with pytest.raises(ValueError, match=f"another {name} "):
             begin(more)
+        assert (tmp_path / "a" / "hyperparams.yaml").read_text() == noted
     begin("--only=x", "--data_folder=/there/data", "--skip_prep=True")
     begin("--lr=0.2", folder="b")
     # As a changed file does

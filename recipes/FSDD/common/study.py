@@ -187,6 +187,10 @@ def start_study(argv, own=None):
     if not options.output_folder:
         folder = Path(hparams["study_folder"]).resolve()
         arguments.append(f"--study_folder={folder}")
+    hparams["noprogressbar"] = True  # one bar over all trainings instead
+    study = Study(options, arguments, hparams, run_opts, folder)
+    # Before the folder's hyperparams.yaml becomes this run's.
+    check_settings(folder, study.settings)
     level = os.environ.get("SB_LOG_LEVEL", "INFO")
     logging.getLogger("speechbrain.utils.quirks").setLevel(level)
     sb.create_experiment_directory(
@@ -196,9 +200,6 @@ def start_study(argv, own=None):
     )
     # SpeechBrain sets it to DEBUG for everything that is imported from now on.
     os.environ["SB_LOG_LEVEL"] = level
-    hparams["noprogressbar"] = True  # one bar over all trainings instead
-    study = Study(options, arguments, hparams, run_opts, folder)
-    check_settings(folder, study.settings)
     return study
 
 
