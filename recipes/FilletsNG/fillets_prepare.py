@@ -19,11 +19,13 @@ until they hold 15 % of all lines, the next ones valid until they hold 10 %.
 
 import argparse
 import collections
+import concurrent.futures
 import contextlib
 import csv
 import dataclasses
 import hashlib
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -371,19 +373,36 @@ def convert(lines, save, max_duration):
     # 16-bit FLAC at 16 kHz takes less than three times what the OGG takes.
     missing = [line for line in wanted if not line.target(save).exists()]
     check_disk(save, 3 * sum(line.source.stat().st_size for line in missing))
-    for line in progress(wanted, desc="Fillets", unit="line"):
-        target = line.target(save)
+
+
+    def convert_line(line):
         try:
-            line.duration = convert_recording(line.source, target, SAMPLE_RATE)
+            return convert_recording(
+                line.source, line.target(save), SAMPLE_RATE
+            )
         except ValueError:
+            return None
+
+    # Most of the time is not Python's, so that threads help.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = progress(
+            pool.map(convert_line, wanted),
+            total=len(wanted),
+            desc="Fillets",
+            unit="line",
+        )
+        durations = list(found)
+    for line, duration in zip(wanted, durations):
+        if duration is None:
             line.rejected = BROKEN
             continue
+        line.duration = duration
         if line.duration < MIN_DURATION:
             line.rejected = TOO_SHORT
         elif line.duration > max_duration:
             line.rejected = TOO_LONG
         if line.rejected:
-            target.unlink()
+            line.target(save).unlink()
 
 
 def reject_repeated(lines):

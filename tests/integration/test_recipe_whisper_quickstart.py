@@ -191,19 +191,36 @@ def test_lines_of_both_sides_say_the_same(recipe, manifest, tmp_path):
         ([2.0] * 5 + [45.0] * 5, 30, 2),  # what fits
         ([2.0, 5.0], 3, 2),  # a model that was cut before
         ([6.0], 30, 6),
+        ([2.0] * 7 + [6.5] * 3, 30, 2),  # just most of them
+        ([2.0] * 6 + [6.5] * 4, 30, 7),
     ],
 )
 def test_the_window_follows_from_the_lines(recipe, lengths, whole, seconds):
     rows = [{"duration": length} for length in lengths]
     choose = recipe("studies.quickstart_data").choose_window
-    assert choose({"a": {"train": rows}}, whole) == seconds
+    assert choose({"a": {"train": rows}}, whole, 6) == seconds
+
+
+@pytest.mark.parametrize(
+    "precision, lines, longest", [("bf16", 160, 6), ("fp32", 48, 4)]
+)
+def test_a_processor_without_bfloat16_gets_fewer_lines(
+    recipe, monkeypatch, precision, lines, longest
+):
+    quickstart = recipe("quickstart")
+    monkeypatch.setattr(quickstart, "fast_precision", lambda: precision)
+    words = ["--model", "whisper", "--data", "corpus"]
+    given = quickstart.parse_arguments(words)
+    assert (given.lines, given.longest) == (lines, longest)
+    given = quickstart.parse_arguments([*words, "--lines", "500"])
+    assert (given.lines, given.longest) == (500, longest)
 
 
 def test_no_line_that_fits(recipe):
     rows = [{"duration": 40.0}]
     with pytest.raises(ValueError, match="longer than 30 s"):
         recipe("studies.quickstart_data").choose_window(
-            {"a": {"train": rows}}, 30
+            {"a": {"train": rows}}, 30, 6
         )
 
 

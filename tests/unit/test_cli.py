@@ -203,7 +203,10 @@ def test_tied_tensors_are_shown_and_stay_tied(folder, capsys):
     shared = torch.ones(2, 2)
     torch.save({"in.w": shared, "out.w": shared}, "tied.ckpt")
     torch.save({"in.w": shared + 1, "out.w": shared + 1}, "tuned.ckpt")
-    run("vector", "tied.ckpt", "tuned.ckpt", "-o", "t.safetensors")
+    words = ["tied.ckpt", "tuned.ckpt", "-o", "t.safetensors"]
+    assert run_json(capsys, "vector", *words)["parameters"] == 4
+    (entry,) = run_json(capsys, "inspect", "t.safetensors")["files"]
+    assert (entry["parameters"], entry["density"]) == (4, 1.0)
     run("apply", "tied.ckpt", "t.safetensors", "-o", "e.ckpt")
     (entry,) = run_json(capsys, "inspect", "e.ckpt")["files"]
     assert entry["tied"] == [["in.w", "out.w"]]

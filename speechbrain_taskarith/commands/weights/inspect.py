@@ -153,20 +153,22 @@ def _metadata(path, state):
 def _vector(path, state, options):
     """Return a stored vector's facts; without its numbers if not wanted."""
     layout, base_fingerprint, provenance = read_vector_header(state)
+    # Of tied names one counts.
+    own = {n: e for n, e in layout.items() if state.aliases.get(n, n) == n}
     facts = {
         "encoding": sorted({entry["as"] for entry in layout.values()}),
         "base_fingerprint": base_fingerprint,
         "provenance": provenance,
         "stored_tensors": len(state),
         "tensors": len(layout),
-        "parameters": sum(math.prod(e["shape"]) for e in layout.values()),
+        "parameters": sum(math.prod(e["shape"]) for e in own.values()),
     }
     if options.no_fingerprint:
         return facts
     from speechbrain_taskarith.vectors import TaskVector, layer_norms
 
     tau = TaskVector.load(path)
-    nonzero = sum(int((delta != 0).sum()) for delta in tau.values())
+    nonzero = sum(int((tau[name] != 0).sum()) for name in own)
     facts["norm"] = tau.norm()
     facts["density"] = nonzero / max(facts["parameters"], 1)
     facts["layer_norms"] = layer_norms(tau)

@@ -57,6 +57,8 @@ def add_parser(verbs, summary):
 
 def run(options):
     """Make and store the vector."""
+    from speechbrain_taskarith.vectors.products import ties_of
+
     output = shared.check_output(
         options.output,
         [options.base, options.finetuned],
@@ -74,7 +76,10 @@ def run(options):
             count = stored_size(tau, options.encoding)
         else:
             count = _store(tau, output, base, options)
-    parameters = sum(delta.numel() for delta in tau.values())
+    ties = ties_of(tau)
+    parameters = sum(
+        delta.numel() for n, delta in tau.items() if ties.get(n, n) == n
+    )
     verb = "would write" if options.dry_run else "wrote"
     line = (
         f"{verb} {output}: {counted(len(tau), 'tensor')}, "

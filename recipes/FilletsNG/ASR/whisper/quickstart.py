@@ -3,7 +3,7 @@
 
 Takes any Whisper and two domains (languages, accents, kinds of text) of a
 corpus, and prints the two tables of the repository's quickstart in about 20
-minutes on two cores that calculate in bfloat16, about an hour on two that do not.
+minutes of two cores, with fewer lines where they do not calculate in bfloat16.
 `make quickstart MODEL=... DATA=...` calls it. It is the small form of the studies
 in this folder: few lines, short trainings, fixed scales, one seed.
 
@@ -22,11 +22,16 @@ import shutil
 import sys
 import textwrap
 import time
+import warnings
 from pathlib import Path
 
-# Before SpeechBrain is imported, which takes the level of its logs from here.
+# Before the packages are imported, which take the level of their logs from here,
+# as do the processes of the trainings.
 if __name__ == "__main__":
     os.environ["SB_LOG_LEVEL"] = "WARNING"
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
+    warnings.simplefilter("ignore", FutureWarning)
 
 import joblib
 import torch
@@ -51,12 +56,21 @@ from studies.quickstart_rows import (
 )
 from syn2real import HPARAMS, plan_trainings
 from train import train
+from transformers.utils.logging import disable_progress_bar
 from tune_window import tune_window
 from whisper_window import cut_window
 
 from speechbrain_taskarith.brains import fast_precision
 from speechbrain_taskarith.utils.hub.download import local_path
 from speechbrain_taskarith.vectors import open_state
+
+# What two cores do in 20 minutes with Whisper base, with and without bfloat16
+SIZES = {
+    "lines": (160, 48),
+    "test": (60, 40),
+    "window_steps": (40, 20),
+    "longest": (6, 4),
+}
 
 
 def parse_arguments(argv):
@@ -68,13 +82,23 @@ def parse_arguments(argv):
     add("--output", default="results", help="where tables and models go")
     add("--domains", nargs=2, metavar="NAME", help="default: the largest two")
     add("--language", help="of manifests without a column lang, e.g. nl")
-    add("--lines", type=int, default=160, help="of each domain, to learn from")
-    add("--test", type=int, default=60, help="lines of each domain")
+    for name, what in (
+        ("lines", "of each domain, to learn from"),
+        ("test", "lines of each domain"),
+        ("window_steps", "to tune a cut window"),
+        ("longest", "seconds of a line, where most lines are not longer"),
+    ):
+        fast, slow = SIZES[name]
+        told = f"{what} (default: {fast}, without bfloat16 {slow})"
+        add(f"--{name}", type=int, help=told)
     add("--epochs", type=int, default=2)
-    add("--window_steps", type=int, default=40, help="to tune a cut window")
     add("--workers", type=int, default=min(2, os.cpu_count()))
     add("--seed", type=int, default=1234)
-    return parser.parse_args(argv)
+    given = parser.parse_args(argv)
+    for name, sizes in SIZES.items():
+        if getattr(given, name) is None:
+            setattr(given, name, sizes[fast_precision() == "fp32"])
+    return given
 
 
 def choose_domains(found, data, wanted=None):
@@ -167,6 +191,10 @@ def run(given):
     output = Path(given.output).resolve()
     output.mkdir(parents=True, exist_ok=True)
     model = local_path(given.model)
+    if __name__ == "__main__":
+        # Of loading it, in the processes of the trainings, too
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        disable_progress_bar()
     languages, whole = describe(model)
     open_state(model)
     splits = read_corpus(given.data, output / "prepared")
@@ -177,7 +205,7 @@ def run(given):
     )
     domains = choose_domains(found, given.data, given.domains)
     check_languages(domains, languages, given.model)
-    longest = choose_window(domains, whole)
+    longest = choose_window(domains, whole, given.longest)
     note_settings(output, settings_of(given, model, domains))
     folder = output / str(given.seed)
     manifests, held_out, left_out = draw_lines(

@@ -22,10 +22,8 @@ EXPECTED = (
     "Kathleen ARCTIC corpus, or a CSV file with the columns ID, duration, "
     "wav, text (or wrd), split and domain or lang"
 )
-# Seconds; a window of this is cheap, and most corpora of sentences fit.
-SHORT = 6
-# Of all lines, that have to fit into it.
-MOST = 0.8
+# Of all lines, that have to fit into a short window.
+MOST = 0.7
 
 
 def read_corpus(data, prepared):
@@ -196,10 +194,10 @@ def check_languages(domains, languages, model):
                 )
 
 
-def choose_window(domains, whole):
+def choose_window(domains, whole, short):
     """Return the whole seconds that the model is to hear, at most `whole`.
 
-    As long as the longest line, or 6 where that keeps most lines.
+    As long as the longest line, or `short` where that keeps most lines.
     """
     lengths = [
         row["duration"]
@@ -207,8 +205,9 @@ def choose_window(domains, whole):
         for rows in parts.values()
         for row in rows
     ]
-    short = [seconds for seconds in lengths if seconds <= SHORT]
-    kept = short if len(short) >= MOST * len(lengths) else lengths
+    kept = [seconds for seconds in lengths if seconds <= short]
+    if len(kept) < MOST * len(lengths):
+        kept = lengths
     kept = [seconds for seconds in kept if seconds <= whole]
     if not kept:
         raise ValueError(
