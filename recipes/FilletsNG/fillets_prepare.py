@@ -19,16 +19,15 @@ until they hold 15 % of all lines, the next ones valid until they hold 10 %.
 
 import argparse
 import collections
-import concurrent.futures
 import contextlib
 import csv
 import dataclasses
 import hashlib
 import logging
-import os
 import re
 from pathlib import Path
 
+from joblib import Parallel, delayed
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_taskarith.data.debian import (
@@ -374,7 +373,6 @@ def convert(lines, save, max_duration):
     missing = [line for line in wanted if not line.target(save).exists()]
     check_disk(save, 3 * sum(line.source.stat().st_size for line in missing))
 
-
     def convert_line(line):
         try:
             return convert_recording(
@@ -384,14 +382,13 @@ def convert(lines, save, max_duration):
             return None
 
     # Most of the time is not Python's, so that threads help.
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = progress(
-            pool.map(convert_line, wanted),
-            total=len(wanted),
-            desc="Fillets",
-            unit="line",
-        )
-        durations = list(found)
+    side_by_side = Parallel(-1, prefer="threads", return_as="generator")
+    durations = progress(
+        side_by_side(delayed(convert_line)(line) for line in wanted),
+        total=len(wanted),
+        desc="Fillets",
+        unit="line",
+    )
     for line, duration in zip(wanted, durations):
         if duration is None:
             line.rejected = BROKEN
