@@ -16,6 +16,7 @@ from speechbrain_taskarith.translation import (
     greedy_translation,
 )
 from speechbrain_taskarith.translation.distributed import names_of_all
+from speechbrain_taskarith.utils.lengths import absolute_lengths
 from speechbrain_taskarith.utils.recoverable import RunningMeans
 from speechbrain_taskarith.utils.seeds import seed_random_numbers
 
@@ -256,7 +257,7 @@ class TranslationBrain(WholeUpdates, sb.Brain):
         # Of all tasks: a stopped task must not change who is left out.
         all_tasks = {self.hparams.main, *weights.tasks}
         if {"asr", "mt"} & all_tasks or self._trains_ctc():
-            needed["transcripts"] = batch.wrd
+            needed["transcripts"] = _labelled(batch.wrd, batch.source)
         if {"st", "mt"} & set(tasks):
             needed["translations"] = batch.translation
         return self.hparams.guard(batch.id, x, lens, **needed)
@@ -342,6 +343,8 @@ class TranslationBrain(WholeUpdates, sb.Brain):
         if any(p.requires_grad == waits for p in self._held_parameters):
             for parameter in self._held_parameters:
                 parameter.requires_grad_(not waits)
+                # Cached outputs still enter the encoder below it.
+                parameter.held = waits
             # What is frozen rests in evaluation mode: not from the next epoch
             # on only, or a resumed run would differ.
             model.train()
@@ -472,6 +475,12 @@ class TranslationBrain(WholeUpdates, sb.Brain):
             max(1, self._optional("average_last") or 1),
             best,
         )
+
+
+def _labelled(texts, labels):
+    """Return texts, empty where a text has no label, as a space has none."""
+    counts = absolute_lengths(labels.lengths, labels.data.shape[1])
+    return [text if n else "" for text, n in zip(texts, counts.tolist())]
 
 
 def best_key(main):

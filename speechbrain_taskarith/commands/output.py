@@ -32,6 +32,9 @@ def show(result, as_json):
         finite = json.loads(text, parse_constant=lambda _: None)
         print(json.dumps(finite, indent=2), flush=True)
     else:
+        if hasattr(sys.stdout, "reconfigure"):
+            # What a stream of another encoding lacks is no reason to stop.
+            sys.stdout.reconfigure(errors="backslashreplace")
         print(*result.lines, sep="\n", flush=True)
 
 

@@ -100,7 +100,9 @@ class CrossModalContrastiveLoss(torch.nn.Module):
 
     def _retrieve(self, queries, keys, own):
         first, share, labels = 0, 1.0, own
-        if self.gather and process_count() > 1:
+        # Evaluation may be the matter of one process.
+        together = self.gather and torch.is_grad_enabled()
+        if together and process_count() > 1:
             keys, first, holders = gather_rows(keys)
             # DDP averages over processes, not over utterances.
             share = len(queries) * holders / max(1, len(keys))

@@ -14,6 +14,7 @@ from speechbrain_taskarith.translation.reduction.segments import Segments
 from speechbrain_taskarith.translation.text.languages import TargetLanguages
 from speechbrain_taskarith.translation.text.tying import tie
 from speechbrain_taskarith.utils.lengths import (
+    absolute_lengths,
     frame_counts,
     padding_mask,
     relative_lengths,
@@ -342,6 +343,9 @@ class SpeechTranslationModel(torch.nn.Module):
         Returns `.embedded` and `.encoded` [B, U, d], and `.lens` [B]: noise
         makes text longer.
         """
+        size = tokens.shape[1]
+        counts = absolute_lengths(lens, size)
+        check_lengths(counts, size, "transcripts", wait=False)
         noise = self._optional("noise")
         if noise is not None:
             tokens, lens = noise(tokens, lens)

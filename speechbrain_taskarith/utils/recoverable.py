@@ -50,7 +50,8 @@ class JSONRecoverable:
 class RunningMeans(JSONRecoverable):
     """The mean of each of several numbers since `clear`; a recoverable.
 
-    A resumed run continues the means of its epoch. Sums are kept in float64 on
+    A resumed run continues the means of its epoch. What is not finite is left
+    out, as SpeechBrain leaves it out of its mean loss. Sums are kept in float64 on
     the numbers' own device: a GPU is synchronised only by `means`.
 
     Example
@@ -80,8 +81,10 @@ class RunningMeans(JSONRecoverable):
         """
         for name, figure in figures.items():
             figure = figure.detach().double()
+            finite = figure.isfinite()
+            figure = figure.where(finite, 0.0)
             self._sums[name] = self._sums.get(name, 0.0) + figure
-            self._counts[name] = self._counts.get(name, 0) + 1
+            self._counts[name] = self._counts.get(name, 0) + finite.long()
 
     def means(self):
         """Return the means.
@@ -91,15 +94,18 @@ class RunningMeans(JSONRecoverable):
         dict of str: float
             Of every name that was added since `clear`.
         """
+        state = self.state()
         return {
-            name: float(total) / self._counts[name]
-            for name, total in self._sums.items()
+            name: state["sums"][name] / count
+            for name, count in state["counts"].items()
+            if count
         }
 
     def state(self):
         """See `JSONRecoverable.state`."""
         sums = {name: float(total) for name, total in self._sums.items()}
-        return {"sums": sums, "counts": self._counts}
+        counts = {name: int(count) for name, count in self._counts.items()}
+        return {"sums": sums, "counts": counts}
 
     def restore(self, state):
         """See `JSONRecoverable.restore`."""

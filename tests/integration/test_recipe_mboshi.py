@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy
@@ -13,6 +14,7 @@ import soundfile
 import torch
 from pretrained_encoder import tiny_hubert, with_hubert
 from processes import Recipe, texts_of
+from recipe_modules import modules_of
 from speechbrain.utils.checkpoints import Checkpointer
 from tiny_whisper import save_tiny_whisper
 
@@ -470,6 +472,25 @@ def test_too_few_pieces_are_named(corpus, tmp_path):
     said = run(corpus, tmp_path, only="st", fails=True, **few)
     assert "--source_pieces 4: SentencePiece says" in said
     assert "Increase vocab_size" in said
+
+
+def test_two_recordings_under_one_name_are_refused():
+    def split(**wavs):
+        rows = {
+            f"{name}_{target}": {"utterance": name, "wav": wav}
+            for name, wav in wavs.items()
+            for target in ("de", "fr")
+        }
+        return Namespace(data=rows)
+
+    with modules_of(RECIPE.folder) as load:
+        recordings_of = load("train").recordings_of
+        assert recordings_of([split(a="1.wav"), split(b="2.wav")]) == {
+            "a": {"wav": "1.wav"},
+            "b": {"wav": "2.wav"},
+        }
+        with pytest.raises(ValueError, match="'a' is 1.wav .* and 2.wav"):
+            recordings_of([split(a="1.wav"), split(a="2.wav")])
 
 
 @pytest.fixture

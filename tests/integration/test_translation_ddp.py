@@ -151,6 +151,14 @@ def mixed(rank=None):
     return found
 
 
+def evaluated():
+    """The contrastive loss of a batch in evaluation."""
+    speech, lens = torch.eye(4)[:, None], torch.ones(4)
+    with torch.no_grad():
+        loss = CrossModalContrastiveLoss(0.5)
+        return loss(speech, lens, speech.flip(0), lens)
+
+
 def process(rank, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
@@ -160,6 +168,9 @@ def process(rank, folder):
     found = {rule: train(rank, rule) for rule in RULES}
     found["sides"] = sides(rank)
     found["mixed"] = mixed(rank)
+    if rank == 0:
+        # Without gradient nobody waits for the others.
+        found["evaluated"] = evaluated()
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -175,6 +186,7 @@ def test_two_processes_equal_one(tmp_path):
     for rule in RULES:
         same(first[rule], second[rule], train(rule=rule), start)
     torch.testing.assert_close(first["sides"], sides(), atol=1e-5, rtol=1e-4)
+    assert torch.equal(first["evaluated"], evaluated())
     for name, expected in mixed().items():
         assert torch.equal(first["mixed"][name], second["mixed"][name]), name
         torch.testing.assert_close(

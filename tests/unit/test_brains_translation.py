@@ -307,8 +307,10 @@ def test_resumed_in_an_epoch_it_gives_the_same(tmp_path):
     assert weights[0].history == weights[1].history != []
 
 
-def test_who_is_left_out_does_not_hang_on_tasks_that_stopped():
-    mute = item(1, wrd="", source=torch.tensor([]).long())
+# A space or one without width is a text and has no label.
+@pytest.mark.parametrize("text", ["", " ", "\u200b"])
+def test_who_is_left_out_does_not_hang_on_tasks_that_stopped(text):
+    mute = item(1, wrd=text, source=torch.tensor([]).long())
     for weight in (1.0, 0.0):
         guard = InputGuard(skip_bad=True)
         weights = TaskNormWeights(initial={"asr": weight, "mt": weight})
@@ -434,6 +436,16 @@ def test_means_go_on_where_they_were_saved(tmp_path):
     assert whole.means()["a"] == pytest.approx(float(figures.double().mean()))
     second.clear()
     assert second.means() == {}
+
+
+def test_a_mean_leaves_out_what_is_not_finite(tmp_path):
+    means = RunningMeans()
+    for figure in (1.0, float("inf"), 2.0, float("nan")):
+        means.add({"a": torch.tensor(figure), "b": torch.tensor(float("nan"))})
+    means.save(tmp_path / "means.json")
+    other = RunningMeans()
+    other.load(tmp_path / "means.json")
+    assert means.means() == other.means() == {"a": 1.5}
 
 
 def aggregated(settings):

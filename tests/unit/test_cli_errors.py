@@ -1,11 +1,13 @@
 """Bad input to the command line: one line that helps, and nothing changed."""
 
+import io
 from pathlib import Path
 
 import pytest
 import torch
 from cli_support import fails, make_models, make_vectors, weights
 
+from speechbrain_taskarith.commands.output import Result, show
 from speechbrain_taskarith.vectors import save_state
 
 
@@ -122,3 +124,14 @@ def test_bad_input_names_file_and_remedy(folder, capsys, words, said):
     line = fails(capsys, *words)
     for piece in said:
         assert piece in line, line
+
+
+def test_a_stream_of_another_encoding_takes_every_line(monkeypatch):
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="cp1252")
+    monkeypatch.setattr("sys.stdout", stream)
+    show(Result(lines=["dobrý den", "děkuji"]), as_json=False)
+    assert raw.getvalue().decode("cp1252").split() == [
+        *("dobrý", "den"),
+        "d\\u011bkuji",
+    ]

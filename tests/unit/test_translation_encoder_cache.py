@@ -6,18 +6,27 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from hugging_face_toy import save_encoder, save_whisper, wrapper
+from speechbrain.dataio.batch import PaddedBatch
 
+from speechbrain_taskarith.brains import TranslationBrain, WordLabels
 from speechbrain_taskarith.data.audio import read_audio, write_audio
 from speechbrain_taskarith.translation import (
     AcousticEncoder,
     EncoderCache,
+    SpeechTranslationModel,
+    TaskNormWeights,
+    TextEncoder,
+    TranslationDecoder,
+    TranslationObjective,
     WhisperAcousticEncoder,
 )
+from speechbrain_taskarith.translation.encoders.cache import _changed
 
 pytest.importorskip("transformers")
 
@@ -208,6 +217,81 @@ def test_workers_of_a_data_loader_read_it(rows, whisper, tmp_path):
     assert len(sent) < 3000, "without the encoder"
     assert torch.equal(pickle.loads(sent)("part"), cache("part"))
     pickle.loads(sent)._check_encoder("x", {"encoder": cache._known()[0]})
+
+
+def test_moved_to_a_device_it_is_the_same_encoder():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    before = [(7, 0, torch.float32, cpu, 100)]
+    for now, other in (
+        (before, False),
+        # A worker must not read there what was read here.
+        ([(7, 0, torch.float32, cuda, 200)], False),
+        ([(7, 1, torch.float32, cuda, 200)], True),
+        ([(7, 0, torch.float16, cuda, 200)], True),
+        ([(8, 0, torch.float32, cuda, 200)], True),
+        ([(7, 0, torch.float32, cpu, 200)], True),
+        ([], True),
+    ):
+        assert _changed(before, now) == other, now
+    assert _changed(None, before)
+
+
+def test_a_warm_up_does_not_move_where_cached_outputs_enter(
+    rows, whisper, tmp_path
+):
+    encoder = WhisperAcousticEncoder(whisper, 8, 1)
+    cache = EncoderCache(encoder, tmp_path / "cache")
+    cache.fill(rows)
+    identity = cache._known()
+    model = SpeechTranslationModel(
+        encoder,
+        TextEncoder(8, 2, num_layers=1),
+        TranslationDecoder(4, 8, 2, num_layers=1),
+        source_vocab=3,
+    )
+    labels = WordLabels(["<s>", "</s>", "hi"])
+    weights = TaskNormWeights(interval=9, warm_up=2)
+    brain = TranslationBrain(
+        {"model": model},
+        opt_class=partial(torch.optim.SGD, lr=0.01),
+        hparams={
+            "main": "st",
+            "objective": TranslationObjective(blank_index=0),
+            "task_weights": weights,
+            "warm_up_frozen": ["acoustic.encoder"],
+            "source_labels": labels,
+            "target_labels": labels,
+            **{"bos_index": 1, "eos_index": 2, "greedy_tokens": 2, "seed": 0},
+        },
+        run_opts={"device": "cpu", "noprogressbar": True},
+    )
+    one = {
+        "id": "a",
+        "source": torch.tensor([1, 2]),
+        "target_bos": torch.tensor([1, 3]),
+        "target_eos": torch.tensor([3, 2]),
+        **{"wrd": "x", "translation": "hi"},
+    }
+    seen = []
+    trained = encoder.encoder.layers[-1]
+    trained.register_forward_hook(lambda *_: seen.append(weights.updates))
+    before = [p.clone() for p in trained.parameters()]
+
+    class Cached(torch.utils.data.Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, place):
+            return one | {"sig": read(cache, "a", rows["a"]).float()}
+
+    for epoch in (1, 2):
+        brain.fit(
+            [epoch],
+            torch.utils.data.DataLoader(Cached(), collate_fn=PaddedBatch),
+        )
+        held = all(map(torch.equal, trained.parameters(), before))
+        assert held == (epoch == 1)
+    assert seen == [0, 1, 2, 3] and cache._known() == identity
 
 
 KILLED = """

@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 
 from speechbrain_taskarith.data.audio import read_audio
+from speechbrain_taskarith.translation.encoders.layered import is_trained
 from speechbrain_taskarith.utils.files import atomic_write
 from speechbrain_taskarith.utils.progress import progress
 
@@ -210,11 +211,11 @@ class EncoderCache:
         if encoder is None:
             return self._identity
         weights = [
-            (p.data_ptr(), p._version)
+            (id(p), p._version, p.dtype, p.device, p.data_ptr())
             for p in encoder.parameters()
-            if not p.requires_grad
+            if not is_trained(p)
         ]
-        if self._weights != weights:
+        if _changed(self._weights, weights):
             if getattr(encoder, "first_trained", lambda: None)() is None:
                 raise ValueError(
                     f"EncoderCache: nothing of {type(encoder).__name__} is "
@@ -226,7 +227,7 @@ class EncoderCache:
                 encoder.reader.fingerprint(encoder.encoder),
                 encoder.reader.describe(encoder.encoder),
             )
-            self._weights = weights
+        self._weights = weights
         return self._identity
 
     def _check_encoder(self, path, found):
@@ -305,6 +306,19 @@ class EncoderCache:
             data = safetensors.torch.save({"x": row}, details)
             with atomic_write(self._path(utterance[0])) as stream:
                 stream.write(data)
+
+
+def _changed(before, now):
+    """Tell whether weights are others; moved to a device they are not.
+
+    A data loader's worker could not read them there.
+    """
+    if before is None or len(before) != len(now):
+        return True
+    return any(
+        old[:3] != new[:3] or (old[3] == new[3] and old[4] != new[4])
+        for old, new in zip(before, now)
+    )
 
 
 def _place(row):

@@ -9,6 +9,14 @@ import torch
 from speechbrain_taskarith.utils.lengths import padding_mask
 
 
+def is_trained(parameter):
+    """Tell whether a parameter is trained, or will be after a warm-up.
+
+    Who freezes one for a while sets its `held`.
+    """
+    return parameter.requires_grad or getattr(parameter, "held", False)
+
+
 class Layered:
     """How to run a pre-trained encoder of waveforms up to any of its stages.
 
@@ -102,10 +110,10 @@ class Layered:
         stages = self.stages(module)
         inside = {id(p) for stage in stages for p in stage.parameters()}
         front = (p for p in module.parameters() if id(p) not in inside)
-        if any(p.requires_grad for p in front):
+        if any(map(is_trained, front)):
             return None
         for place, stage in enumerate(stages):
-            if any(p.requires_grad for p in stage.parameters()):
+            if any(map(is_trained, stage.parameters())):
                 return place
         return len(stages)
 

@@ -254,6 +254,20 @@ def read_features(wav, hparams):
     return x[0]
 
 
+def recordings_of(datasets):
+    """Return `{utterance: {"wav": path}}` of all splits."""
+    found = {}
+    for row in (row for data in datasets for row in data.data.values()):
+        name, wav = row["utterance"], row["wav"]
+        known = found.setdefault(name, {"wav": wav})["wav"]
+        if known != wav:
+            raise ValueError(
+                f"utterance {name!r} is {known} in one manifest and {wav} in "
+                "another; give them other IDs, or set cache to null"
+            )
+    return found
+
+
 def dataio_prepare(hparams, labels):
     """Prepare the datasets and the sampler of the training batches."""
     languages, eos = labels["languages"], hparams["eos_index"]
@@ -272,9 +286,7 @@ def dataio_prepare(hparams, labels):
     all_datasets = list(datasets.values())
     cache = hparams["cache"] if speech else None
     if cache is not None:
-        rows = [row for data in all_datasets for row in data.data.values()]
-        rows = {row["utterance"]: {"wav": row["wav"]} for row in rows}
-        run_on_main(cache.fill, args=[rows])
+        run_on_main(cache.fill, args=[recordings_of(all_datasets)])
 
     @sb.utils.data_pipeline.takes("utterance", "wav")
     @sb.utils.data_pipeline.provides("sig")

@@ -15,6 +15,14 @@ TABLE = "must_c_joint"
 TITLE = "Speech translation with auxiliary tasks on MuST-C"
 
 
+def plot_consistency(hparams):
+    """Plot the gradient consistency of each pair of tasks."""
+    probe, plots = hparams["consistency"], Path(hparams["output_folder"])
+    for first, second in sorted({tuple(row[2:4]) for row in probe.rows}):
+        name = f"consistency_{first}_{second}.png"
+        probe.plot(plots / "plots" / name, (first, second))
+
+
 def write_report(brain, row, hparams):
     """Write the row of a tested stage, and print it."""
     output = Path(hparams["output_folder"])
@@ -22,12 +30,6 @@ def write_report(brain, row, hparams):
     with atomic_write(output / "translations.txt", "w") as stream:
         for ID, reference, hypothesis in sorted(lines):
             stream.write(f"{ID}\n  {reference}\n  {hypothesis}\n")
-    probe = hparams["consistency"]
-    for first, second in sorted(
-        {tuple(measured[2:4]) for measured in probe.rows}
-    ):
-        name = f"consistency_{first}_{second}.png"
-        probe.plot(output / "plots" / name, (first, second))
     summary = Summary(output, title=TITLE)
     scores = brain.scores
     values = [

@@ -19,7 +19,7 @@ import sys
 import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
-from report import write_report
+from report import plot_consistency, write_report
 from sampling import KindSampler
 from speechbrain.dataio import audio_io
 from speechbrain.dataio.dataset import DynamicItemDataset
@@ -284,6 +284,8 @@ if __name__ == "__main__":
         },
         valid_loader_kwargs=loader_kwargs,
     )
+    # Before the test, which loads the best checkpoint and its measurements
+    run_on_main(plot_consistency, args=[hparams])
 
     # Testing
     st_brain.evaluate(
