@@ -1,6 +1,7 @@
 """All adapters of an encoder: choose, train, fold and remove them."""
 
 import logging
+import sys
 
 import torch
 
@@ -87,6 +88,10 @@ class AdapterHandle(AdapterTraining):
             _before_loading, with_module=True
         )
         self.requires_grad_(False)
+        if "torch._dynamo" in sys.modules:
+            # What was compiled before has no guard on hooks, and would go on
+            # without the adapters.
+            torch.compiler.reset()
         self.train(encoder.training)
 
     def forward(self, x, *others, **named):

@@ -181,10 +181,14 @@ class AdapterTraining(SharedAdapters):
         self.unfold()
         self.encoder.requires_grad_(False).zero_grad()
         halves = (torch.float16, torch.bfloat16)
-        for module in modules:
-            if any(p.dtype in halves for p in module.parameters()):
-                logger.info("adapters in half precision: float32 to train")
+        modules = list(modules)
+        trained = [p for module in modules for p in module.parameters()]
+        if any(p.dtype in halves for p in trained):
+            logger.info("adapters in half precision: float32 to train")
+            # All of them: what is trained reads what is not.
+            for module in (*modules, *self.layers):
                 module.float()
+        for module in modules:
             module.requires_grad_(True)
 
     def trained_parameters(self):

@@ -129,3 +129,12 @@ def test_script_starts_as_upstream_scripts_do(path):
 
 def _calls(tree):
     return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+@pytest.mark.parametrize("path", files(".py", under=RECIPES), ids=shown)
+def test_a_brain_of_a_recipe_saves_after_whole_updates(path):
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.ClassDef):
+            bases = [ast.unparse(base) for base in node.bases]
+            if {"sb.Brain", "sb.core.Brain", "Brain"} & set(bases):
+                assert "WholeUpdates" in bases, f"{node.name} in {shown(path)}"

@@ -351,6 +351,21 @@ def test_what_is_measured_has_the_precision_asked_for(
     assert found.brain.eval_precision == precision
 
 
+def test_a_source_given_twice_is_one(recipe, corpus, tmp_path, monkeypatch):
+    study, seen = recipe("study"), []
+
+    def settings_of(given, more, sources):
+        seen.append(sources)
+        raise InterruptedError
+
+    monkeypatch.setattr(study, "settings_of", settings_of)
+    start = options(corpus, tmp_path / "out", "--hub=nowhere")
+    twice = ["--sources", "music", "weather", "music"]
+    with pytest.raises(InterruptedError):
+        study.main([*start, *twice, "--targets", "alarm"])
+    assert seen == [["music", "weather"]]
+
+
 def test_faults_of_the_study_are_named(recipe, corpus, tmp_path):
     main = recipe("study").main
     start = options(corpus, tmp_path / "out", "--hub=nowhere")

@@ -10,7 +10,7 @@ from recipe_modules import modules_of
 from tiny_whisper import save_tiny_whisper
 
 from speechbrain_taskarith.data import write_audio
-from speechbrain_taskarith.vectors import open_state
+from speechbrain_taskarith.vectors import open_state, save_state
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("espeakng_loader")
@@ -100,6 +100,7 @@ def test_both_tables_from_one_manifest(recipe, whisper, manifest, tmp_path):
     start(recipe, whisper, manifest, output)
     page = (output / "results.md").read_text(encoding="utf-8")
     assert "Nothing is chosen" in page and "Target nl" in page
+    assert "2 lines of en and 2 lines of nl to learn from" in page
     rows = {}
     for entry in json.loads((output / "summary.json").read_text()):
         rows.setdefault(entry["table"], set()).add(entry["row"])
@@ -253,6 +254,56 @@ def test_bad_manifests(recipe, whisper, manifest, tmp_path, change, message):
     path = write_manifest(manifest.parent, rows)
     said = refused(recipe, whisper, path, tmp_path / "out")
     assert message in said
+
+
+def test_a_recording_of_both_domains(recipe, whisper, manifest, tmp_path):
+    rows = read(manifest)
+    assert (rows[-2]["lang"], rows[-2]["split"]) == ("nl", "test")
+    rows[-2]["wav"] = rows[0]["wav"]
+    path = write_manifest(manifest.parent, rows)
+    said = refused(recipe, whisper, path, tmp_path / "out")
+    assert "domains en and nl share the recording" in said
+
+
+def test_two_domains_that_would_have_one_name(recipe, manifest, tmp_path):
+    data = recipe("studies.quickstart_data")
+    rows = read(manifest)
+    for number, row in enumerate(rows):
+        row["domain"] = ("C+", "C#")[number % 2]
+    path = write_manifest(manifest.parent, rows)
+    with pytest.raises(ValueError, match="'C.' and 'C.' would both be"):
+        data.domains_of(data.read_corpus(path, tmp_path), path)
+
+
+def test_what_a_spreadsheet_writes(recipe, manifest, tmp_path):
+    read_rows = recipe("studies.quickstart_data").read_rows
+    rows = read_rows(manifest)
+    text = manifest.read_text(encoding="utf-8")
+    manifest.write_text("\ufeff" + text.replace(",", ", "), "utf-8")
+    assert read_rows(manifest) == rows
+    assert recipe("studies.lines").read_csv(manifest)[0]["ID"] == "en/train/0"
+    with pytest.raises(ValueError, match="begins with a byte order mark"):
+        recipe("train").read_rows(manifest, {})
+    manifest.write_text(text + "cut,1.0\n", "utf-8")
+    for refuse in (read_rows, recipe("studies.lines").read_csv):
+        with pytest.raises(ValueError, match=r"row 12 \(cut\) ends before"):
+            refuse(manifest)
+
+
+def test_other_weights_are_another_model(recipe, whisper, manifest, tmp_path):
+    settings_of = recipe("quickstart").settings_of
+    words = ["--model", str(whisper), "--data", str(manifest)]
+    given = recipe("quickstart").parse_arguments(words)
+    state = dict(open_state(whisper))
+    path = tmp_path / "w.safetensors"
+    found = []
+    for _ in range(2):
+        save_state(state, path)
+        found.append(settings_of(given, open_state(path), {}))
+        state["model.encoder.layer_norm.bias"] = (
+            state["model.encoder.layer_norm.bias"] + 1
+        )
+    assert found[0]["model"] != found[1]["model"]
 
 
 def test_bad_models_and_folders(recipe, whisper, manifest, tmp_path):

@@ -18,6 +18,7 @@ from speechbrain.dataio.batch import PaddedBatch
 from tiny_whisper import save_tiny_whisper
 
 from speechbrain_taskarith.data import read_audio, write_audio
+from speechbrain_taskarith.metrics import LifelongMatrix, Summary
 from speechbrain_taskarith.vectors.lifelong.methods import FineTuning
 
 transformers = pytest.importorskip("transformers")
@@ -402,12 +403,30 @@ def test_merging_lines_to_test_on_have_a_name_and_a_file(
         (["--tune_on", "fr"], "--tune_on fr"),
         (["--original", "english"], "expected NAME=PATTERN"),
         (["--original", "cs=x/{}.csv"], "two domains"),
+        (["--original", "news/tv=x/{}.csv"], "domain 'news/tv': expected"),
+        # Orders are written as a_b_c.
+        (["--original", "cs_nl=x/{}.csv"], "domain 'cs_nl': expected"),
     ],
 )
 def test_wrong_options_are_named(options, recipe, capsys, more, said):
     with pytest.raises(SystemExit):
         recipe("sequential").parse_arguments([*options, *more])
     assert said in capsys.readouterr().err
+
+
+def test_a_baseline_without_an_error_leaves_the_reduction_out(recipe):
+    report = recipe("studies.sequential_report")
+    quickstart = recipe("studies.quickstart_report")
+    matrix = LifelongMatrix(["cs", "nl"])
+    for after, on in (("cs", "cs"), ("nl", "cs"), ("nl", "nl")):
+        matrix.record(after, on, 0.0)
+    matrices = {(0, ("cs", "nl"), "fine_tuning"): matrix}
+    study, quick = Summary(".", title="x"), Summary(".", title="x")
+    report.add_row(study, matrices, 0, [("cs", "nl")], "fine_tuning")
+    quickstart.add_sequence(quick, {"fine_tuning": matrix}, 0)
+    for summary in (study, quick):
+        metrics = {row["metric"] for row in summary.rows()}
+        assert {"average_wer", "bwt"} < metrics and "werr" not in metrics
 
 
 def test_digits_are_counted_one_by_one(recipe):

@@ -331,11 +331,12 @@ def test_other_settings_in_the_folder_are_refused(
         (["--longest", "1"], "another longest"),
         (["--whisper_hub", str(other)], "another base"),
         (["--synthetic", f"nl={spoken}"], "another --synthetic for nl"),
-        (["--domain", f"nl={tmp_path}/nl/{{}}.csv"], "another test lines of"),
     ):
         with pytest.raises(ValueError) as error:
             recipe("syn2real").main([*options, *more])
         assert said in str(error.value) and str(finished) in str(error.value)
+    with pytest.raises(ValueError, match="another test lines of"):
+        recipe("syn2real").main(with_dutch(options, tmp_path))
     assert lines.read_bytes() == before
 
 
@@ -481,8 +482,8 @@ def test_bad_test_lines_are_refused_before_anything_is_trained(
     rows = rows_of(here / "test.csv")
     rows[0] |= change
     test = write_rows(tmp_path / "nl/test.csv", rows)
-    more = ["--domain", f"nl={tmp_path}/nl/{{}}.csv"]
-    argv = [*options, "--output", str(tmp_path / "out"), *more]
+    argv = with_dutch(options, tmp_path)
+    argv += ["--output", str(tmp_path / "out")]
     with pytest.raises((ValueError, FileNotFoundError), match=said):
         recipe("syn2real").main([*argv, "--only_train"])
     assert not list((tmp_path / "out").glob("0/models/*"))
@@ -491,6 +492,13 @@ def test_bad_test_lines_are_refused_before_anything_is_trained(
     syn2real = recipe("syn2real")
     settings = syn2real.settings_of(syn2real.parse_arguments(argv))
     recipe("common.study").check_settings(tmp_path / "out", settings)
+
+
+def with_dutch(options, folder):
+    """Return the options with the Dutch manifests of another folder."""
+    place = options.index("--domain") + 1
+    there = f"nl={folder}/nl/{{}}.csv"
+    return [*options[:place], there, *options[place + 1 :]]
 
 
 def value_of(options, name):
@@ -507,6 +515,12 @@ def value_of(options, name):
         (["--helper", "en"], "expected NAME=PATH"),
         (["--helper", "en=no_split.csv"], "expected {} for the split"),
         ([], "give three domains, or two and a helper"),
+        # It would stand among its own sources.
+        (["--helper", "cs=b_{}.csv"], "are named 'cs'"),
+        (["--domain", "cs+sk=b_{}.csv"], "domain 'cs+sk': expected letters"),
+        (["--domain", "news/tv=b_{}.csv"], "domain 'news/tv': expected"),
+        (["--domain", "fran\xe7ais=b_{}.csv"], "expected letters of a to z"),
+        (["--helper", "cs@x=b_{}.csv"], "domain 'cs@x': expected letters"),
     ],
 )
 def test_wrong_options_are_named(recipe, capsys, more, said):
@@ -516,3 +530,11 @@ def test_wrong_options_are_named(recipe, capsys, more, said):
             [*argv, "--domain", "cs=cs_{}.csv", *more]
         )
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_one_target_is_not_enough(recipe, capsys):
+    argv = ["--whisper_hub", "x", "--domain", "nl=nl_{}.csv"]
+    argv += ["--helper", "en=en_{}.csv", "--helper", "fr=fr_{}.csv"]
+    with pytest.raises(SystemExit):
+        recipe("syn2real").parse_arguments(argv)
+    assert "give three domains" in capsys.readouterr().err

@@ -49,6 +49,24 @@ def test_every_choice_has_its_own_graph(encoder):
     torch.testing.assert_close(run(x), encoder.expected["b"])
 
 
+def test_adapters_of_a_model_that_ran_compiled_before():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    encoder, x = ToyEncoder().eval().requires_grad_(False), torch.randn(3, 5, 4)
+    run = compiled(encoder)
+    base = run(x)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        handle = insert_adapters(encoder, NAMES, bottleneck=4)
+        scramble(handle)
+        handle.requires_grad_(False)
+        handle.use("b")
+        assert not torch.allclose(encoder(x), base)
+        torch.testing.assert_close(run(x), encoder(x))
+        handle.remove()
+        torch.testing.assert_close(run(x), base)
+
+
 def test_utterances_choices_of_one_length_are_told_apart(encoder):
     handle, x, run = encoder.task_adapters, encoder.x, compiled(encoder)
     choices = (["b", "a", "c"], ["a", None, "a"], ["c", "c", "b"])

@@ -565,6 +565,22 @@ def test_half_precision_bases_train(encoder, x, half, late):
     assert torch.isfinite(encoder(x.to(half))).all()
 
 
+@pytest.mark.parametrize("kind", ["fusion", "weighted_mean"])
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_whatever_is_trained_after_half(encoder, x, half, kind):
+    handle = insert_adapters(encoder, ["us", "german"], 4, combination=kind)
+    for train, what in (
+        (handle.train_extraction, "german"),
+        (handle.train_composition, "ST-A"),
+        (handle.train_composition, "MT-A"),
+    ):
+        encoder.to(half)
+        parameters = train(what)
+        encoder(x.to(half)).float().square().mean().backward()
+        assert {p.dtype for p in parameters} == {torch.float32}
+        assert any(p.grad is not None for p in parameters)
+
+
 @pytest.mark.parametrize("dim", [None, 2])
 @pytest.mark.parametrize("choice", ["us", "combined", "mixed"])
 def test_autocast(encoder, x, choice, dim):

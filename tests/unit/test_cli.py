@@ -205,8 +205,10 @@ def test_tied_tensors_are_shown_and_stay_tied(folder, capsys):
     torch.save({"in.w": shared + 1, "out.w": shared + 1}, "tuned.ckpt")
     words = ["tied.ckpt", "tuned.ckpt", "-o", "t.safetensors"]
     assert run_json(capsys, "vector", *words)["parameters"] == 4
-    (entry,) = run_json(capsys, "inspect", "t.safetensors")["files"]
-    assert (entry["parameters"], entry["density"]) == (4, 1.0)
+    run("vector", *words[:-1], "s.safetensors", "--encoding", "sparse")
+    for stored in ("t.safetensors", "s.safetensors"):
+        (entry,) = run_json(capsys, "inspect", stored)["files"]
+        assert (entry["parameters"], entry["density"]) == (4, 1.0)
     run("apply", "tied.ckpt", "t.safetensors", "-o", "e.ckpt")
     (entry,) = run_json(capsys, "inspect", "e.ckpt")["files"]
     assert entry["tied"] == [["in.w", "out.w"]]

@@ -268,6 +268,11 @@ def test_a_study_goes_on_with_its_own_settings_only(tmp_path):
     hparams.write_text(
         "seed: 1\nlr: 0.1\ntargets: [en]\nstudy_folder: !PLACEHOLDER\n"
         "data_folder: here/data\nskip_prep: False\nmodel: !name:torch.nn.Linear\n"
+        "domains: {us: USA/neutral, german: DEU/German}\nrows:\n"
+        "  a:\n    rule: !new:speechbrain_taskarith.vectors.TaskArithmetic\n"
+        "      scale: 0.4\n    lr: 0.1\n"
+        "  b:\n    method: !new:speechbrain_taskarith.vectors.lifelong.EWC\n"
+        "      strength: 1\n"
     )
 
     def begin(*more, folder="a"):
@@ -278,14 +283,31 @@ def test_a_study_goes_on_with_its_own_settings_only(tmp_path):
     begin("--lr=0.3")
     with workers(begin()):
         noted = (tmp_path / "a" / "hyperparams.yaml").read_text()
-    for more in ("--seed=2", "--lr=0.2", "--targets=[de]", "--epochs=3"):
-        name = more[2:].split("=")[0]
+    for name, more in (
+        ("seed", "--seed=2"),
+        ("lr", "--lr=0.2"),
+        ("targets", "--targets=[de]"),
+        ("epochs", "--epochs=3"),
+        ("domains", "--domains={us: USA/neutral, german: DEU/Swiss}"),
+        ("row a", "--rows={a: {rule: {scale: 0.5}}}"),
+        ("row a", "--rows={a: {lr: 0.2}}"),
+        ("row b", "--rows={b: {method: {strength: 2}}}"),
+    ):
         with pytest.raises(ValueError, match=f"another {name} "):
             begin(more)
         assert (tmp_path / "a" / "hyperparams.yaml").read_text() == noted
     begin("--only=x", "--data_folder=/there/data", "--skip_prep=True")
     begin("--lr=0.2", folder="b")
-    # As a changed file does
+    # As a changed file does, but for one row more; the order of domains counts.
+    text = hparams.read_text()
+    hparams.write_text(text + "  c:\n    lr: 0.1\n")
+    begin()
+    us, german = "us: USA/neutral", "german: DEU/German"
+    turned = text.replace(f"{us}, {german}", f"{german}, {us}")
+    hparams.write_text(turned)
+    with pytest.raises(ValueError, match="another domains "):
+        begin()
+    hparams.write_text(text)
     hparams.write_text(hparams.read_text().replace("0.1", "0.2"))
     with pytest.raises(ValueError, match=r"another lr \(0.1, now 0.2\)"):
         begin()

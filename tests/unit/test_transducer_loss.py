@@ -300,6 +300,14 @@ BAD = {
         {"input_lens": torch.tensor([1.0, 0.0])},
         "input length of row 1",
     ),
+    "one length for all": (
+        {"input_lens": torch.ones(1)},
+        "1 for 2 utterances",
+    ),
+    "a length too many": (
+        {"target_lens": torch.ones(3)},
+        "3 for 2 utterances",
+    ),
     "absolute lengths": (
         {"input_lens": torch.tensor([3.0, 3.0])},
         "divided by",

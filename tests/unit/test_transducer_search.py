@@ -123,6 +123,46 @@ def test_language_models_enter_as_written():
         ).decode(x)
 
 
+def test_a_label_that_is_excluded_stays_so():
+    predictor, joint = model(vocab=5, seed=1)
+    joint.output.weight.data *= 3
+    x = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
+    found = []
+    for banned in (-1e5, -math.inf):
+        joint.output.bias.data[3] = banned
+        search = TransducerBeamSearch(predictor, joint, 0, 4, 4, ilm_weight=0.1)
+        found.append([[h.tokens for h in one] for one in search.decode(x)])
+    assert found[0] == found[1] and any(h[0] for h in found[1])
+
+
+def test_one_length_for_each_utterance():
+    predictor, joint = model(vocab=5)
+    for search in (
+        TransducerBeamSearch(predictor, joint, 0),
+        TransducerGreedySearch(predictor, joint, 0),
+        TransducerSampler(predictor, joint, 0),
+    ):
+        for count in (1, 3):
+            with pytest.raises(ValueError, match=f"{count} for 2 utterances"):
+                search.decode(torch.rand(2, 4, 6), torch.ones(count))
+
+
+def test_nan_of_a_language_model_or_of_labels_is_refused():
+    from speechbrain.lobes.models.RNNLM import RNNLM
+
+    x = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
+    predictor, joint = model(vocab=5, seed=1)
+    lm = RNNLM(5, 4, rnn_layers=1, rnn_neurons=5, return_hidden=True).eval()
+    for parameter in lm.parameters():
+        parameter.data.fill_(math.nan)
+    with_lm = TransducerBeamSearch(predictor, joint, 0, lm=lm, lm_weight=0.5)
+    predictor, joint = model(HATJoint, vocab=5, seed=1)
+    joint.output.bias.data[2] = math.nan
+    for search in (with_lm, TransducerBeamSearch(predictor, joint, 0)):
+        with pytest.raises(ValueError, match="are NaN although"):
+            search.decode(x)
+
+
 @pytest.mark.parametrize("beam", [1, 3, 8])
 @pytest.mark.parametrize("most", [1, 3])
 def test_batch_equals_singles_and_chunks_equal_whole(beam, most):

@@ -122,6 +122,21 @@ def test_features_of_a_stream_are_those_of_the_whole(samples, portion):
     assert torch.allclose(parts, whole, atol=2e-3)
 
 
+@pytest.mark.parametrize("rate, win, hop", [(22050, 20, 10), (11000, 15, 7.5)])
+def test_of_an_odd_window_as_well(rate, win, hop):
+    sizes = {"sample_rate": rate, "win_length": win, "hop_length": hop}
+    fbank = LocalFbank(n_mels=20, n_fft=512, **sizes)
+    window, stride = round(rate * win / 1000), int(rate * hop / 1000)
+    assert window % 2 == 1 and window // 2 % stride == 0
+    given = wave(rate)
+    stream = FeatureStream(fbank, window=window, stride=stride)
+    parts = [stream.push(part) for part in given.split(777)]
+    parts = [part for part in (*parts, stream.finish()) if part is not None]
+    torch.testing.assert_close(
+        torch.cat(parts, 1), fbank(given[None]), atol=2e-3, rtol=0
+    )
+
+
 def test_frames_come_as_soon_as_they_are_certain():
     stream = FeatureStream(LocalFbank(n_mels=20), window=400, stride=160)
     # Frame 0 needs samples up to 199, frame 1 up to 359.
@@ -211,6 +226,10 @@ def test_the_normaliser_is_saved_as_tensors(tmp_path):
         model().load_state_dict(state)
     with pytest.raises(RuntimeError, match="normalize.glob_mean"):
         fresh.load_state_dict(model().state_dict())
+    # Like all weights, to where the model is.
+    elsewhere = fresh.to("meta")
+    elsewhere.load_state_dict(state)
+    assert elsewhere.normalize.glob_mean.is_meta
 
 
 def test_weights_of_earlier_versions_still_load():

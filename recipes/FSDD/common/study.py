@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import gc
 import graphlib
+import inspect
 import json
 import logging
 import os
@@ -30,6 +31,8 @@ from ruamel.yaml import YAML
 from speechbrain_taskarith.metrics import paired_bootstrap
 from speechbrain_taskarith.utils.files import read_json, sha256_of, write_json
 from speechbrain_taskarith.utils.progress import progress
+from speechbrain_taskarith.vectors import Rule
+from speechbrain_taskarith.vectors.lifelong.methods import FineTuning
 
 logger = logging.getLogger(__name__)
 
@@ -152,20 +155,53 @@ class Study:
     @property
     def settings(self):
         """What the trainings depend on: plain values, and no paths."""
-        return {
-            key: value
-            for key, value in self.hparams.items()
-            if key not in MAY_CHANGE and _is_plain(value)
-        }
+        hparams = dict(self.hparams)
+        if isinstance(hparams.get("rows"), dict):
+            hparams |= rows_as_settings(hparams.pop("rows"))
+        found = {}
+        for key in hparams.keys() - MAY_CHANGE:
+            with contextlib.suppress(TypeError):
+                found[key] = _plain(hparams[key])
+        return found
 
 
-def _is_plain(value):
-    """Tell whether a value is a number, a word, or a list of such."""
-    if isinstance(value, list):
-        return all(map(_is_plain, value))
-    if isinstance(value, str):
-        return os.sep not in value  # a folder may have moved
-    return value is None or isinstance(value, (int, float))
+def rows_as_settings(rows):
+    """Return what each row is, for `note_settings`: one may be added.
+
+    `rows` is `{name: {"rule" or "method": object, ...}}`.
+    """
+    return {
+        f"row {name}": {key: _described(part) for key, part in row.items()}
+        for name, row in rows.items()
+    }
+
+
+def _described(part):
+    """Write down a rule or a method with its arguments, or a plain value."""
+    if isinstance(part, Rule):
+        return part.describe()
+    if not isinstance(part, FineTuning):
+        return part
+    kind = type(part)
+    arguments = inspect.signature(kind).parameters
+    return {kind.__name__: {name: getattr(part, name) for name in arguments}}
+
+
+def _plain(value, is_path=lambda word: os.sep in word):
+    """Return a number, a word, or lists of them, of a dict its items.
+
+    Raises TypeError for all else, and for paths, since a folder may move. The
+    order of a dict counts; its words are names, which may hold a slash.
+    """
+    if isinstance(value, dict):
+        return [[k, _plain(v, os.path.isabs)] for k, v in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [_plain(part, is_path) for part in value]
+    if isinstance(value, str) and not is_path(value):
+        return value
+    if value is None or isinstance(value, (int, float)):
+        return value
+    raise TypeError(f"{value!r} is no plain value")
 
 
 def start_study(argv, own=None):

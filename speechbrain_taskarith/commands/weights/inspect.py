@@ -152,9 +152,14 @@ def _metadata(path, state):
 
 def _vector(path, state, options):
     """Return a stored vector's facts; without its numbers if not wanted."""
+    from speechbrain_taskarith.vectors import TaskVector, layer_norms
+    from speechbrain_taskarith.vectors.products import ties_of
+
     layout, base_fingerprint, provenance = read_vector_header(state)
-    # Of tied names one counts.
-    own = {n: e for n, e in layout.items() if state.aliases.get(n, n) == n}
+    tau = None if options.no_fingerprint else TaskVector.load(path)
+    # Of tied names one counts; a header tells them of dense tensors alone.
+    ties = state.aliases if tau is None else ties_of(tau)
+    own = {n: e for n, e in layout.items() if ties.get(n, n) == n}
     facts = {
         "encoding": sorted({entry["as"] for entry in layout.values()}),
         "base_fingerprint": base_fingerprint,
@@ -163,11 +168,8 @@ def _vector(path, state, options):
         "tensors": len(layout),
         "parameters": sum(math.prod(e["shape"]) for e in own.values()),
     }
-    if options.no_fingerprint:
+    if tau is None:
         return facts
-    from speechbrain_taskarith.vectors import TaskVector, layer_norms
-
-    tau = TaskVector.load(path)
     nonzero = sum(int((tau[name] != 0).sum()) for name in own)
     facts["norm"] = tau.norm()
     facts["density"] = nonzero / max(facts["parameters"], 1)

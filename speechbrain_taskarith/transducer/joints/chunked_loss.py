@@ -112,11 +112,9 @@ def joint_transducer_loss(
         predictor_out = predictor_out.squeeze(1)
     refusals = Refusals()
     frames = checked_lengths(
-        input_lens, encoder_out.shape[1], "input", refusals=refusals
+        input_lens, encoder_out.shape[:2], "input", refusals=refusals
     )
-    labels = checked_lengths(
-        target_lens, targets.shape[1], "target", 0, refusals
-    )
+    labels = checked_lengths(target_lens, targets.shape, "target", 0, refusals)
     log_prob = _log_prob(
         joint,
         encoder_out,

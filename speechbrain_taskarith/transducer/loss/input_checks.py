@@ -5,11 +5,11 @@ import torch
 from speechbrain_taskarith.utils.lengths import Refusals, padding_mask
 
 
-def checked_lengths(lens, size, what, least=1, refusals=None, wait=True):
+def checked_lengths(lens, shape, what, least=1, refusals=None, wait=True):
     """Return `round(lens * size)`, int64, of relative lengths [B].
 
-    Refuses lengths that are NaN, below `least` steps or beyond `size`; `what`
-    they are lengths of is for the message. With `refusals`, the caller settles
+    `shape`: (B, size). Refuses lengths that are not B, NaN, below `least` steps
+    or beyond `size`; `what` they are lengths of is for the message. With `refusals`, the caller settles
     those.
     """
     lens = torch.as_tensor(lens)
@@ -17,6 +17,12 @@ def checked_lengths(lens, size, what, least=1, refusals=None, wait=True):
         raise ValueError(
             f"{what} lengths: expected one relative length per utterance, "
             f"shape [batch], found {tuple(lens.shape)}"
+        )
+    batch, size = shape
+    if len(lens) != batch:
+        raise ValueError(
+            f"{what} lengths: {len(lens)} for {batch} utterances; expected one "
+            "for each"
         )
     # As `absolute_lengths`, but NaN stays NaN, and so is refused anywhere.
     steps = (lens.double() * size).round()

@@ -110,11 +110,11 @@ def transducer_loss(
         raise ValueError(
             f"{len(logits)} rows of logits but {len(targets)} rows of targets"
         )
-    size, refusals = targets.shape[1], Refusals()
+    refusals = Refusals()
     frames = checked_lengths(
-        input_lens, logits.shape[1], "input", refusals=refusals
+        input_lens, logits.shape[:2], "input", refusals=refusals
     )
-    labels = checked_lengths(target_lens, size, "target", 0, refusals)
+    labels = checked_lengths(target_lens, targets.shape, "target", 0, refusals)
     device, width = logits.device, logits.shape[3]
     # Where they lie: on the CPU that costs no wait.
     check_targets(

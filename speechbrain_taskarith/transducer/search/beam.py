@@ -265,7 +265,8 @@ class TransducerBeamSearch(TransducerSearcher):
             # The blank that follows only lowers a score.
             least = candidates.scores.amax(1, keepdim=True) - expand_beam
             least = torch.maximum(least, candidates.threshold(beam))
-            promising = extended > least
+            # NaN is taken along, for `check_scores` to find.
+            promising = ~(extended <= least)
             if active is not None:
                 promising &= active[:, None]
             if not bool(promising.any()):
@@ -306,7 +307,8 @@ class TransducerBeamSearch(TransducerSearcher):
         beam = self.beam_size
         scores = path_scores.reshape(-1, 1) + log_probs
         if extra is not None:
-            scores += extra
+            # What the model excludes stays excluded.
+            scores = torch.where(scores == LOG_ZERO, scores, scores + extra)
         scores[:, self.blank_index] = LOG_ZERO
         # The best of every row first; then rows of an utterance compete.
         width = min(beam, scores.shape[1])

@@ -190,7 +190,7 @@ class TransducerSampler(TransducerGreedySearch):
         """See `decode`; all samples, as they were drawn."""
         draws, frames = n_best or self.n_best, None
         if lens is not None:
-            frames = checked_lengths(lens, encoder_out.shape[1], "input")
+            frames = checked_lengths(lens, encoder_out.shape[:2], "input")
         # Before rows are repeated: an error names the utterance.
         encoder_out = only_valid(encoder_out, frames)
         samples = super().decode(

@@ -93,7 +93,7 @@ class TransducerSearcher(torch.nn.Module):
         state = self.start(len(encoder_out), encoder_out.device, **options)
         frames = None
         if lens is not None:
-            frames = checked_lengths(lens, encoder_out.shape[1], "input")
+            frames = checked_lengths(lens, encoder_out.shape[:2], "input")
         return self.advance(encoder_out, state, frames)
 
     def read_blank(self, count, device):

@@ -380,12 +380,11 @@ def _masked_mean(x, mask):
 
 def _padding(x, lens, what, least):
     """Return [B, T], True at padding, of [B, T, d]."""
-    batch, time, _ = x.shape
     if lens is None:
-        return torch.zeros(batch, time, dtype=torch.bool, device=x.device)
+        return torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
     # In the middle of a model: a GPU is not waited for.
-    frames = checked_lengths(lens, time, what, least, wait=False).to(x.device)
-    return padding_mask(frames, time)
+    frames = checked_lengths(lens, x.shape[:2], what, least, wait=False)
+    return padding_mask(frames.to(x.device), x.shape[1])
 
 
 def _blocks(x, length, step):

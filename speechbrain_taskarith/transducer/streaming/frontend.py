@@ -101,8 +101,9 @@ class FeatureStream:
         self.features = features
         self.stride = stride
         self.half = window // 2
-        # Frames on each side that a cut may have changed.
-        self.edge = -(-self.half // stride)
+        # Frames on each side that a cut may have changed: of an odd window
+        # the larger half is before the centre.
+        self.edge = -(-(window - self.half) // stride)
         self.samples = torch.zeros(0)
         self.offset = 0  # position of self.samples in the stream
         self.returned = 0  # frames

@@ -172,9 +172,14 @@ class StreamingTransducer(torch.nn.Module):
             )
         elif self.normalize is not None:
             missing += [keys[name] for name in _STATISTICS if name not in found]
+            device = next(self.encoder.parameters()).device
             for name, value in found.items():
                 value = torch.as_tensor(value)
-                value = int(value) if name == "count" else value.clone()
+                value = (
+                    int(value)
+                    if name == "count"
+                    else value.to(device, copy=True)
+                )
                 setattr(self.normalize, name, value)
 
     def _apply(self, fn, *options):

@@ -155,10 +155,10 @@ class MinWERLoss(torch.nn.Module):
         """
         refusals, blank_index = Refusals(), self.searcher.blank_index
         frames = checked_lengths(
-            input_lens, encoder_out.shape[1], "input", refusals=refusals
+            input_lens, encoder_out.shape[:2], "input", refusals=refusals
         )
         labels = checked_lengths(
-            target_lens, targets.shape[1], "target", 0, refusals
+            target_lens, targets.shape, "target", 0, refusals
         )
         size = self._vocab_size(encoder_out)
         check_targets(targets, labels, blank_index, size, refusals=refusals)

@@ -50,8 +50,9 @@ def write_report(results, accents, folder):
                 "bwt": matrix.bwt(),
                 "fwt": matrix.fwt(single, at="mean"),
                 "im": matrix.im(joint, at="mean"),
-                "werr": matrix.werr(matrices[BASELINE]),
             }
+            if matrices[BASELINE].average_wer() > 0:
+                values["werr"] = matrix.werr(matrices[BASELINE])
             for metric, value in values.items():
                 summary.add(
                     table=TABLE,

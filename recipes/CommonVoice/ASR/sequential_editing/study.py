@@ -29,6 +29,7 @@ from common.study import (
     Training,
     content_of,
     note_settings,
+    rows_as_settings,
     run_trainings,
 )
 from common_voice_prepare import prepare_common_voice, write_rows
@@ -126,6 +127,7 @@ def settings_of(given, more, accents, prepared):
         "test": given.test,
         "first_lr": given.first_lr or first_lr,
         "lr": given.lr or lr,
+        **rows_as_settings(read_rows_file()),
         "option of train.py": KINDS[given.model].parse(more)[1],
         **content_of(
             {

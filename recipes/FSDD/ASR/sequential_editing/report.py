@@ -75,7 +75,7 @@ def write_report(matrices, reports, output, hparams):
             "selected_on": choose_on and f"valid_{choose_on}",
         }
         values = {"average_wer": matrix.average_wer(), "bwt": matrix.bwt()}
-        if BASELINE in matrices:
+        if BASELINE in matrices and matrices[BASELINE].average_wer() > 0:
             values["werr"] = matrix.werr(matrices[BASELINE])
         for metric, value in values.items():
             summary.add(metric=metric, value=value, **common)

@@ -30,6 +30,7 @@ from speechbrain.utils.logger import get_logger
 from strings import multilingual_strings, target_strings
 
 from speechbrain_taskarith.brains import optimizer_steps, shard_loader
+from speechbrain_taskarith.brains.training import WholeUpdates
 from speechbrain_taskarith.metrics import wer
 from speechbrain_taskarith.transducer import (
     joint_transducer_loss,
@@ -53,7 +54,7 @@ STAGES = {
 }
 
 
-class ASR(sb.Brain):
+class ASR(WholeUpdates, sb.Brain):
     """Class that manages the training loop: RNN-T, or `min_wer` if it is set."""
 
     min_wer = None

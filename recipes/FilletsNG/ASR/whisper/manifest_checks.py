@@ -15,11 +15,18 @@ def check_columns(path, rows, more=()):
     """
     if not rows:
         raise ValueError(f"{path}: no utterances")
-    for column in ("ID", "duration", "wav", "text", *more):
+    needed = ("ID", "duration", "wav", "text", *more)
+    if next(iter(rows[0])).startswith("\ufeff"):
+        raise ValueError(
+            f"{path} begins with a byte order mark, which SpeechBrain does "
+            "not skip; save it as UTF-8 without one"
+        )
+    for column in needed:
         if column not in rows[0]:
             raise ValueError(
                 f"{path}: no column {column!r}; found {', '.join(rows[0])}"
             )
+    check_cells(path, rows, needed)
     seen = set()
     for row in rows:
         if row["ID"] in seen:
@@ -35,6 +42,17 @@ def check_columns(path, rows, more=()):
                 f"{path}: {row['ID']}: duration {row['duration']!r}; expected "
                 "a number of seconds, such as 2.5"
             ) from None
+
+
+def check_cells(path, rows, needed):
+    """Refuse a row that ends before a needed column."""
+    for number, row in enumerate(rows, 1):
+        short = [column for column in needed if row[column] is None]
+        if short:
+            raise ValueError(
+                f"{path}: row {number} ({row['ID']}) ends before the column "
+                f"{short[0]!r}; expected {len(row)} cells"
+            )
 
 
 def keep_short(path, rows, longest):

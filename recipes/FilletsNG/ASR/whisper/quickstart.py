@@ -37,6 +37,7 @@ import joblib
 import torch
 from common.study import note_settings, run_trainings
 from studies.lineage import keep_weights
+from studies.lines import check_domains, read_csv
 from studies.quickstart_data import (
     EXPECTED,
     check_languages,
@@ -110,6 +111,7 @@ def choose_domains(found, data, wanted=None):
             f"{', '.join(found)}"
         )
     chosen = wanted or list(found)[:2]
+    check_domains({name: found[name] for name in chosen}, apart=False)
     sizes = ", ".join(
         f"{name} ({len(found[name]['train'])} lines)" for name in chosen
     )
@@ -122,14 +124,14 @@ def choose_domains(found, data, wanted=None):
     return {name: found[name] for name in chosen}
 
 
-def settings_of(given, model, domains):
+def settings_of(given, state, domains):
     """Return what all models and results in the folder depend on."""
     rows = json.dumps(domains, sort_keys=True).encode()
     own = ("output", "workers")
     return {
         **{key: v for key, v in vars(given).items() if key not in own},
         "data": str(Path(given.data).expanduser().resolve()),
-        "model": str(model.resolve()),
+        "model": state.fingerprint,
         "content of the data": hashlib.sha256(rows).hexdigest(),
     }
 
@@ -196,7 +198,7 @@ def run(given):
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
         disable_progress_bar()
     languages, whole = describe(model)
-    open_state(model)
+    state = open_state(model)
     splits = read_corpus(given.data, output / "prepared")
     found = domains_of(
         splits,
@@ -206,7 +208,7 @@ def run(given):
     domains = choose_domains(found, given.data, given.domains)
     check_languages(domains, languages, given.model)
     longest = choose_window(domains, whole, given.longest)
-    note_settings(output, settings_of(given, model, domains))
+    note_settings(output, settings_of(given, state, domains))
     folder = output / str(given.seed)
     manifests, held_out, left_out = draw_lines(
         domains,
@@ -227,7 +229,7 @@ def run(given):
 
     order = list(domains)
     trainings = plan_trainings(manifests, given.seed)
-    lines = {name: len(read_lines(path)) for name, path in manifests.items()}
+    lines = {name: len(read_csv(path)) for name, path in manifests.items()}
     steps = (
         -(-sum(lines.values()) // 8)
         + (len(RULES) * lines[f"real/{order[1]}"]) // 8
@@ -270,18 +272,13 @@ def run(given):
         {row: sequence[row] for row in rows},
         model=given.model,
         seed=given.seed,
-        lines=lines[f"real/{order[0]}"],
+        lines={name: lines[f"real/{name}"] for name in order},
         longest=longest,
     )
     print(
         f"\nWhat the rows mean, all tables: {output}/results.md\n"
         f"({minutes:.0f} minutes of computing)"
     )
-
-
-def read_lines(path):
-    """Return the lines of a manifest, without its header."""
-    return Path(path).read_text(encoding="utf-8").splitlines()[1:]
 
 
 def main(argv=None):

@@ -47,6 +47,7 @@ from studies.lineage import KEPT, keep_weights
 from studies.lines import (
     SPLITS,
     check_domains,
+    check_name,
     check_splits,
     read_csv,
     tell_long,
@@ -114,6 +115,14 @@ def parse_arguments(argv):
     for pair in (*given.domain, *given.helper, *given.synthetic):
         if len(pair) != 2:
             parser.error(f"{pair[0]!r}: expected NAME=PATH")
+    names = [name for name, _ in (*given.domain, *given.helper)]
+    for name in names:
+        try:
+            check_name(name)
+        except ValueError as error:
+            parser.error(str(error))
+        if names.count(name) > 1:
+            parser.error(f"two of --domain and --helper are named {name!r}")
     given.domain, given.helper = dict(given.domain), dict(given.helper)
     given.synthetic = {
         name: Path(path, "manifest.csv") if Path(path).is_dir() else path
@@ -125,7 +134,7 @@ def parse_arguments(argv):
     for name, pattern in (given.domain | given.helper).items():
         if "{}" not in pattern:
             parser.error(f"{name}={pattern}: expected {{}} for the split")
-    if len(given.domain) + len(given.helper) < 3:
+    if len(given.domain) < 2 or len(names) < 3:
         parser.error(
             "scales are chosen where a source takes the target's place: give "
             "three domains, or two and a helper"

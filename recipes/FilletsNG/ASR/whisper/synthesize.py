@@ -50,8 +50,8 @@ def synthesize(manifest, folder, voice, takes=1, seed=0, show_progress=True):
     What a killed run has spoken is kept.
     """
     folder = Path(folder)
-    with open(manifest, encoding="utf-8", newline="") as stream:
-        rows = list(csv.DictReader(stream))
+    with open(manifest, encoding="utf-8-sig", newline="") as stream:
+        rows = list(csv.DictReader(stream, skipinitialspace=True))
     if not rows or "text" not in rows[0]:
         raise ValueError(f"{manifest}: expected rows with a column text")
     (folder / "audio").mkdir(parents=True, exist_ok=True)

@@ -51,6 +51,7 @@ from speechbrain.utils.distributed import (
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_taskarith.brains import optimizer_steps
+from speechbrain_taskarith.brains.training import WholeUpdates
 from speechbrain_taskarith.data import read_audio
 from speechbrain_taskarith.metrics import wer
 from speechbrain_taskarith.utils.files import atomic_write
@@ -64,7 +65,7 @@ logger = get_logger(__name__)
 MEMORY = "memory.safetensors"
 
 
-class ASR(sb.Brain):
+class ASR(WholeUpdates, sb.Brain):
     """Whisper: cross-entropy of the next token, greedy search."""
 
     #: The lifelong method at work.

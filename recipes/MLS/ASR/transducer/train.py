@@ -27,6 +27,7 @@ from speechbrain.tokenizers.SentencePiece import SentencePiece
 from speechbrain.utils.distributed import get_rank, run_on_main
 from speechbrain.utils.logger import get_logger
 
+from speechbrain_taskarith.brains.training import WholeUpdates
 from speechbrain_taskarith.data import read_audio
 from speechbrain_taskarith.metrics import wer
 from speechbrain_taskarith.transducer import (
@@ -85,7 +86,7 @@ class TransducerWithLoss(torch.nn.Module):
         return loss, x, lens
 
 
-class ASR(sb.Brain):
+class ASR(WholeUpdates, sb.Brain):
     """Class that manages the training loop of all stages."""
 
     def compute_forward(self, batch, stage):

@@ -306,7 +306,9 @@ def main(argv):
     prepared = output / "prepared"
     prepare_slurp(given.data_folder, prepared, given.held_out)
     there = scenarios_of(prepared)
-    targets, sources = given.targets or there, given.sources or there
+    # Each once: a mean over the sources counts them.
+    targets = list(dict.fromkeys(given.targets or there))
+    sources = list(dict.fromkeys(given.sources or there))
     unknown = sorted({*targets, *sources} - {*there})
     if unknown:
         raise ValueError(

@@ -8,7 +8,13 @@ from pathlib import Path
 
 from speechbrain_taskarith.metrics import wer
 from speechbrain_taskarith.utils.files import sha256_of
-from studies.lines import SPLITS, check_splits, read_csv, tell_long
+from studies.lines import (
+    SPLITS,
+    check_name,
+    check_splits,
+    read_csv,
+    tell_long,
+)
 
 DIGITS = "zero one two three four five six seven eight nine".split()
 
@@ -30,6 +36,7 @@ class Domain:
                 "valid and test stand in the manifests' names, e.g. "
                 "cs=corpus/cs_{}.csv"
             )
+        check_name(name)
         return cls(name, pattern)
 
     @classmethod
@@ -40,6 +47,7 @@ class Domain:
             raise ValueError(
                 f"{text!r}: expected NAME=MANIFEST, e.g. fr=stamps/fr_test.csv"
             )
+        check_name(name)
         return cls(name, manifest)
 
     def read(self, split, longest=None):

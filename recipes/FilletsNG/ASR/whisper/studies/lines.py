@@ -1,6 +1,7 @@
 """The lines of a corpus: manifests read, checked and written as rows."""
 
 import csv
+import re
 from pathlib import Path
 
 from manifest_checks import check_columns
@@ -8,6 +9,16 @@ from manifest_checks import check_columns
 from speechbrain_taskarith.utils.files import atomic_write
 
 SPLITS = ("train", "valid", "test")
+# It stands in names of files and tables; "_" and "+" join several.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
+
+
+def check_name(name):
+    """Refuse a domain's name that could not stand where names stand."""
+    if not NAME.fullmatch(name):
+        raise ValueError(
+            f"domain {name!r}: expected letters of a to z, digits, '-' or '.'"
+        )
 
 
 def read_csv(path, more=()):
@@ -16,8 +27,8 @@ def read_csv(path, more=()):
     `more`: columns that it needs besides the usual ones.
     """
     path = Path(path).resolve()
-    with open(path, encoding="utf-8", newline="") as stream:
-        rows = list(csv.DictReader(stream))
+    with open(path, encoding="utf-8-sig", newline="") as stream:
+        rows = list(csv.DictReader(stream, skipinitialspace=True))
     check_columns(path, rows, more)
     for row in rows:
         row["wav"] = row["wav"].replace("$data_root", str(path.parent))

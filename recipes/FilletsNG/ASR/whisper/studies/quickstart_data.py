@@ -9,6 +9,7 @@ import re
 import sys
 from pathlib import Path
 
+from manifest_checks import check_cells
 from synthesize import synthesize
 from whisper_window import languages_of
 
@@ -64,8 +65,8 @@ def is_whole(manifest):
 
 def columns_of(path):
     """Return a manifest's columns."""
-    with open(path, encoding="utf-8", newline="") as stream:
-        return next(csv.reader(stream), [])
+    with open(path, encoding="utf-8-sig", newline="") as stream:
+        return next(csv.reader(stream, skipinitialspace=True), [])
 
 
 def prepare(data, save):
@@ -88,8 +89,8 @@ def prepare(data, save):
 
 def read_rows(path):
     """Read a manifest: paths absolute, `text` filled, durations numbers."""
-    with open(path, encoding="utf-8", newline="") as stream:
-        rows = list(csv.DictReader(stream))
+    with open(path, encoding="utf-8-sig", newline="") as stream:
+        rows = list(csv.DictReader(stream, skipinitialspace=True))
     if not rows:
         raise ValueError(f"{path}: no utterances")
     needed = ("ID", "duration", "wav", "text" if "text" in rows[0] else "wrd")
@@ -99,6 +100,7 @@ def read_rows(path):
             raise ValueError(
                 f"{path}: no column {name}; found {', '.join(rows[0])}"
             )
+    check_cells(path, rows, needed)
     for row in rows:
         wav = row["wav"].replace("$data_root", str(path.parent))
         row["wav"] = str(path.parent / wav)
@@ -151,7 +153,7 @@ def domains_of(splits, data, language=None):
     column = "domain"
     if len({row.get(column) or "" for row in rows}) < 2:
         column = "lang"
-    found = {}
+    found, written = {}, {}
     for split in SPLITS:
         for row in splits.get(split, ()):
             row["lang"] = row.get("lang") or language
@@ -160,7 +162,13 @@ def domains_of(splits, data, language=None):
                     f"{data}: {row['ID']} has no language; fill the column "
                     "lang, or give SPOKEN=en (--language)"
                 )
-            name = re.sub(r"[^\w-]", "_", row.get(column) or "none")
+            value = row.get(column) or "none"
+            name = re.sub(r"[^\w-]", "_", value)
+            if written.setdefault(name, value) != value:
+                raise ValueError(
+                    f"{data}: the domains {written[name]!r} and {value!r} "
+                    f"would both be named {name!r}; rename one"
+                )
             parts = found.setdefault(name, {split: [] for split in SPLITS})
             parts[split].append(row)
     whole = {n: p for n, p in found.items() if p["train"] and p["test"]}

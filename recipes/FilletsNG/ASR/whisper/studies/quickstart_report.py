@@ -19,8 +19,8 @@ def write_report(
     add_sequence(summary, sequence, seed)
     first, second = order
     summary.note(
-        f"{lines} lines of each domain to learn from, none longer than "
-        f"{longest:g} s; one seed. A difference of a point or two may be "
+        f"{' and '.join(f'{n} lines of {name}' for name, n in lines.items())} "
+        f"to learn from, none longer than {longest:g} s; one seed. A difference of a point or two may be "
         "chance: the studies in recipes/FilletsNG/ASR/whisper have more lines, "
         "seeds and confidence intervals. WER by Whisper's text normaliser."
     )
@@ -33,7 +33,8 @@ def write_report(
         "speech in the source (SYN2REAL). Controls with the same inputs: "
         "`real_source`, trained on the source's recordings; "
         "`mean_of_baseline_and_real`, the mean of both models; `joint`, "
-        "trained on both together, twice as many steps. `real_target`: "
+        "trained on the data of both together, for the sum of their steps. "
+        "`real_target`: "
         "trained on the target's recordings, the upper bound. Nothing is "
         f"chosen: {SCALE} is near the papers' scale and {SHRINK} one half, "
         "fixed beforehand. With two domains there is none left to choose "
@@ -106,9 +107,8 @@ def add_sequence(summary, sequence, seed):
                 unit="%",
                 **common,
             )
-        for metric, value in (
-            ("average_wer", matrix.average_wer()),
-            ("bwt", matrix.bwt()),
-            ("werr", matrix.werr(baseline)),
-        ):
+        values = {"average_wer": matrix.average_wer(), "bwt": matrix.bwt()}
+        if baseline.average_wer() > 0:
+            values["werr"] = matrix.werr(baseline)
+        for metric, value in values.items():
             summary.add(row=row, metric=metric, value=value, **common)

@@ -88,11 +88,9 @@ def add_row(summary, matrices, seed, orders, row):
     values = {"average_wer": [matrix.average_wer() for matrix in own]}
     if not ROWS[row].only_last:
         values["bwt"] = [matrix.bwt() for matrix in own]
-    if all((seed, order, BASELINE) in matrices for order in orders):
-        values["werr"] = [
-            matrix.werr(matrices[seed, order, BASELINE])
-            for matrix, order in zip(own, orders)
-        ]
+    before = [matrices.get((seed, order, BASELINE)) for order in orders]
+    if all(baseline and baseline.average_wer() > 0 for baseline in before):
+        values["werr"] = [m.werr(baseline) for m, baseline in zip(own, before)]
     for metric, each in values.items():
         summary.add(table=TABLE, metric=metric, value=fmean(each), **common)
     for domain in sorted(own[0].domains):
