@@ -568,7 +568,9 @@ def test_half_precision_bases_train(encoder, x, half, late):
 @pytest.mark.parametrize("kind", ["fusion", "weighted_mean"])
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 def test_whatever_is_trained_after_half(encoder, x, half, kind):
-    handle = insert_adapters(encoder, ["us", "german"], 4, combination=kind)
+    handle = insert_adapters(
+        encoder, ["us", "german"], bottleneck=4, combination=kind
+    )
     for train, what in (
         (handle.train_extraction, "german"),
         (handle.train_composition, "ST-A"),
