@@ -9,14 +9,17 @@ from speechbrain.utils.distributed import get_rank
 from speechbrain_taskarith.brains.averaging import load_average, save_epoch
 from speechbrain_taskarith.brains.ctc import bare
 from speechbrain_taskarith.brains.training import WholeUpdates
-from speechbrain_taskarith.data.batches import augmented, select_inputs
+from speechbrain_taskarith.data.batches import (
+    augmented,
+    labelled_texts,
+    select_inputs,
+)
 from speechbrain_taskarith.metrics import translation_scores, wer
 from speechbrain_taskarith.translation import (
     GradientAggregator,
     greedy_translation,
 )
 from speechbrain_taskarith.translation.distributed import names_of_all
-from speechbrain_taskarith.utils.lengths import absolute_lengths
 from speechbrain_taskarith.utils.recoverable import RunningMeans
 from speechbrain_taskarith.utils.seeds import seed_random_numbers
 
@@ -257,7 +260,7 @@ class TranslationBrain(WholeUpdates, sb.Brain):
         # Of all tasks: a stopped task must not change who is left out.
         all_tasks = {self.hparams.main, *weights.tasks}
         if {"asr", "mt"} & all_tasks or self._trains_ctc():
-            needed["transcripts"] = _labelled(batch.wrd, batch.source)
+            needed["transcripts"] = labelled_texts(batch.wrd, batch.source)
         if {"st", "mt"} & set(tasks):
             needed["translations"] = batch.translation
         return self.hparams.guard(batch.id, x, lens, **needed)
@@ -372,8 +375,7 @@ class TranslationBrain(WholeUpdates, sb.Brain):
         super().on_evaluate_start(max_key, min_key)
         count = self._optional("average_last") or 1
         if self.checkpointer is not None and count > 1:
-            model = bare(self.modules.model)
-            load_average(self.checkpointer, model, count)
+            load_average(self.checkpointer, bare(self.modules.model), count)
 
     def on_stage_start(self, stage, epoch=None):
         """Start with empty lists of texts."""
@@ -475,12 +477,6 @@ class TranslationBrain(WholeUpdates, sb.Brain):
             max(1, self._optional("average_last") or 1),
             best,
         )
-
-
-def _labelled(texts, labels):
-    """Return texts, empty where a text has no label, as a space has none."""
-    counts = absolute_lengths(labels.lengths, labels.data.shape[1])
-    return [text if n else "" for text, n in zip(texts, counts.tolist())]
 
 
 def best_key(main):

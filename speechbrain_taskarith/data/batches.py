@@ -2,6 +2,8 @@
 
 import torch
 
+from speechbrain_taskarith.utils.lengths import absolute_lengths
+
 
 def select_inputs(batch, x, lens, rows=None):
     """Return a batch's tensors and texts by name, of some rows only.
@@ -49,3 +51,9 @@ def augmented(inputs, augment):
             "as many, or an Augmenter, whose replicate_labels tells which"
         )
     return {**_rows_of(inputs, rows), "x": x, "lens": lens}
+
+
+def labelled_texts(texts, labels):
+    """Return texts, empty where a text has no label, as a space has none."""
+    counts = absolute_lengths(labels.lengths, labels.data.shape[1])
+    return [text if n else "" for text, n in zip(texts, counts.tolist())]

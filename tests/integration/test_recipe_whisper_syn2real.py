@@ -491,7 +491,7 @@ def test_bad_test_lines_are_refused_before_anything_is_trained(
     shutil.copy(here / "test.csv", test)
     syn2real = recipe("syn2real")
     settings = syn2real.settings_of(syn2real.parse_arguments(argv))
-    recipe("common.study").check_settings(tmp_path / "out", settings)
+    recipe("common.settings").check_settings(tmp_path / "out", settings)
 
 
 def with_dutch(options, folder):

@@ -11,11 +11,11 @@ import filelock
 import pytest
 import study_toy
 import torch
+from common.settings import note_settings
 from common.study import (
     Training,
     about,
     is_finished,
-    note_settings,
     parse_study_arguments,
     run_trainings,
     start_study,

@@ -25,13 +25,8 @@ from pathlib import Path
 
 import joblib
 import torch
-from common.study import (
-    Training,
-    content_of,
-    note_settings,
-    rows_as_settings,
-    run_trainings,
-)
+from common.settings import content_of, note_settings, rows_as_settings
+from common.study import Training, run_trainings
 from common_voice_prepare import prepare_common_voice, write_rows
 from hyperpyyaml import load_hyperpyyaml
 from measure import WHISPER_KIND, Kind, Measure

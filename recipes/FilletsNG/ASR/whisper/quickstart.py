@@ -35,7 +35,8 @@ if __name__ == "__main__":
 
 import joblib
 import torch
-from common.study import note_settings, run_trainings
+from common.settings import note_settings
+from common.study import run_trainings
 from studies.lineage import keep_weights
 from studies.lines import check_domains, read_csv
 from studies.quickstart_data import (

@@ -35,13 +35,8 @@ from pathlib import Path
 
 import joblib
 import torch
-from common.study import (
-    Training,
-    check_settings,
-    content_of,
-    note_settings,
-    run_trainings,
-)
+from common.settings import check_settings, content_of, note_settings
+from common.study import Training, run_trainings
 from scoring import normalize
 from studies.lineage import KEPT, keep_weights
 from studies.lines import (

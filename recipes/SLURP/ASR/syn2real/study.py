@@ -34,13 +34,8 @@ from pathlib import Path
 
 import joblib
 import torch
-from common.study import (
-    Training,
-    check_settings,
-    content_of,
-    note_settings,
-    run_trainings,
-)
+from common.settings import check_settings, content_of, note_settings
+from common.study import Training, run_trainings
 from manifests import prepare_manifests
 from measure import HERE, WHISPER_KIND, Kind, Measure
 from report import write_report
