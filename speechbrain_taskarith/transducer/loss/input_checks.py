@@ -9,8 +9,8 @@ def checked_lengths(lens, shape, what, least=1, refusals=None, wait=True):
     """Return `round(lens * size)`, int64, of relative lengths [B].
 
     `shape`: (B, size). Refuses lengths that are not B, NaN, below `least` steps
-    or beyond `size`; `what` they are lengths of is for the message. With `refusals`, the caller settles
-    those.
+    or beyond `size`; `what` they are lengths of is for the message. With
+    `refusals`, the caller settles those.
     """
     lens = torch.as_tensor(lens)
     if lens.dim() != 1:
