@@ -198,7 +198,9 @@ def test_refusals():
         chunked(joint, x, g, y, memory_budget=0)
     with pytest.raises(ValueError, match="room for 2"):
         chunked(joint, x, g[:, :3], y)
-    with pytest.raises(ValueError, match="rows of the encoder"):
+    with pytest.raises(ValueError, match="3 rows of the encoder but 2 of"):
+        chunked(joint, x, g[:2], y)
+    with pytest.raises(ValueError, match="3 for 2 utterances"):
         chunked(joint, x[:2], g, y)
     with pytest.raises(ValueError, match="vocabulary of 7"):
         chunked(joint, x, g, y + 40)
