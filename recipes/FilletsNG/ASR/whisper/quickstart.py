@@ -70,7 +70,7 @@ from speechbrain_taskarith.vectors import open_state
 SIZES = {
     "lines": (160, 48),
     "test": (60, 40),
-    "window_steps": (40, 20),
+    "window_steps": (40, 14),
     "longest": (6, 4),
 }
 
