@@ -222,6 +222,36 @@ class LifelongMatrix:
 
         return self._at(at, 1, reduction)
 
+    def measures(self, baseline=None):
+        """Return the measures after the last domain that are defined.
+
+        Arguments
+        ---------
+        baseline : LifelongMatrix or None
+            See `werr`.
+
+        Returns
+        -------
+        dict of str: float
+            `average_wer`; `bwt` where a domain lies behind and the WER on
+            each was recorded when it was learned; `werr` over a baseline
+            that makes errors.
+
+        Example
+        -------
+        >>> matrix = LifelongMatrix(["us"])
+        >>> matrix.record("us", "us", 4.0)
+        >>> matrix.measures(matrix)
+        {'average_wer': 4.0, 'werr': 0.0}
+        """
+        found = {"average_wer": self.average_wer()}
+        learned = all((domain, domain) in self for domain in self.domains)
+        if learned and len(self.domains) > 1:
+            found["bwt"] = self.bwt()
+        if baseline is not None and baseline.average_wer() > 0:
+            found["werr"] = self.werr(baseline)
+        return found
+
     @classmethod
     def mean(cls, matrices):
         """Average several matrices cell by cell, e.g. over seeds.

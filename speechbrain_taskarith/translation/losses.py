@@ -100,9 +100,7 @@ class CrossModalContrastiveLoss(torch.nn.Module):
 
     def _retrieve(self, queries, keys, own):
         first, share, labels = 0, 1.0, own
-        # Evaluation may be the matter of one process.
-        together = self.gather and torch.is_grad_enabled()
-        if together and process_count() > 1:
+        if self.gather and _processes_train():
             keys, first, holders = gather_rows(keys)
             # DDP averages over processes, not over utterances.
             share = len(queries) * holders / max(1, len(keys))
@@ -119,6 +117,11 @@ class CrossModalContrastiveLoss(torch.nn.Module):
             same = same.scatter(1, matches[:, None], False)
             scores = scores.masked_fill(same, -math.inf)
         return share * F.cross_entropy(scores, matches)
+
+
+def _processes_train():
+    """Whether several processes do this: one of them may evaluate alone."""
+    return torch.is_grad_enabled() and process_count() > 1
 
 
 def _masked_mean(x, lens):
@@ -372,8 +375,7 @@ class TranslationObjective:
         """
         speech, text = output.speech, output.text
         own = needed and text is not None
-        # Evaluation may be the matter of one process.
-        together = torch.is_grad_enabled() and process_count() > 1
+        together = _processes_train()
         if not (names_of_all(["own"] * own) if together else own):
             return 0.0
         if not own:

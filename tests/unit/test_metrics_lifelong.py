@@ -27,6 +27,23 @@ def random_values(n, seed):
     return np.random.default_rng(seed).uniform(1, 60, (n, n))
 
 
+def test_measures_are_those_that_are_defined():
+    one, two = filled(random_values(1, 0)), filled(random_values(3, 1))
+    fine_tuning, perfect = filled(random_values(3, 2)), filled(np.zeros((3, 3)))
+    assert one.measures() == {"average_wer": one.average_wer()}
+    assert two.measures(perfect).keys() == {"average_wer", "bwt"}
+    assert two.measures(fine_tuning) == {
+        "average_wer": two.average_wer(),
+        "bwt": two.bwt(),
+        "werr": two.werr(fine_tuning),
+    }
+    # Joint training learns no domain after another.
+    joint = LifelongMatrix(two.domains)
+    for domain in two.domains:
+        joint.record(two.domains[-1], domain, two[two.domains[-1], domain])
+    assert joint.measures().keys() == {"average_wer"}
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(2, 6), st.integers(0, 10**6))
 def test_measures_follow_their_definitions(n, seed):

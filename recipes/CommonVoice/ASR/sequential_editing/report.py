@@ -45,14 +45,10 @@ def write_report(results, accents, folder):
             matrix.save(path)
             if name == SINGLE:
                 continue  # no sequence: only its diagonal means something
-            values = {
-                "average_wer": matrix.average_wer(),
-                "bwt": matrix.bwt(),
+            values = matrix.measures(matrices[BASELINE]) | {
                 "fwt": matrix.fwt(single, at="mean"),
                 "im": matrix.im(joint, at="mean"),
             }
-            if matrices[BASELINE].average_wer() > 0:
-                values["werr"] = matrix.werr(matrices[BASELINE])
             for metric, value in values.items():
                 summary.add(
                     table=TABLE,

@@ -74,10 +74,8 @@ def write_report(matrices, reports, output, hparams):
             **run,
             "selected_on": choose_on and f"valid_{choose_on}",
         }
-        values = {"average_wer": matrix.average_wer(), "bwt": matrix.bwt()}
-        if BASELINE in matrices and matrices[BASELINE].average_wer() > 0:
-            values["werr"] = matrix.werr(matrices[BASELINE])
-        for metric, value in values.items():
+        measures = matrix.measures(matrices.get(BASELINE))
+        for metric, value in measures.items():
             summary.add(metric=metric, value=value, **common)
         matrix.save(output / "matrices" / f"{name}.csv")
         matrix.plot(

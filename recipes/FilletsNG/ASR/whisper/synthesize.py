@@ -17,6 +17,8 @@ import random
 import sys
 from pathlib import Path
 
+from manifest_checks import csv_rows
+
 from speechbrain_taskarith.data import EspeakVoice, read_audio, write_audio
 from speechbrain_taskarith.utils.files import atomic_write
 from speechbrain_taskarith.utils.progress import progress
@@ -50,8 +52,7 @@ def synthesize(manifest, folder, voice, takes=1, seed=0, show_progress=True):
     What a killed run has spoken is kept.
     """
     folder = Path(folder)
-    with open(manifest, encoding="utf-8-sig", newline="") as stream:
-        rows = list(csv.DictReader(stream, skipinitialspace=True))
+    rows = csv_rows(manifest)
     if not rows or "text" not in rows[0]:
         raise ValueError(f"{manifest}: expected rows with a column text")
     (folder / "audio").mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ import csv
 import re
 from pathlib import Path
 
-from manifest_checks import check_columns
+from manifest_checks import check_columns, csv_rows
 
 from speechbrain_taskarith.utils.files import atomic_write
 
@@ -27,8 +27,7 @@ def read_csv(path, more=()):
     `more`: columns that it needs besides the usual ones.
     """
     path = Path(path).resolve()
-    with open(path, encoding="utf-8-sig", newline="") as stream:
-        rows = list(csv.DictReader(stream, skipinitialspace=True))
+    rows = csv_rows(path)
     check_columns(path, rows, more)
     for row in rows:
         row["wav"] = row["wav"].replace("$data_root", str(path.parent))

@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from manifest_checks import check_cells
+from manifest_checks import check_cells, csv_rows
 from synthesize import synthesize
 from whisper_window import languages_of
 
@@ -89,8 +89,7 @@ def prepare(data, save):
 
 def read_rows(path):
     """Read a manifest: paths absolute, `text` filled, durations numbers."""
-    with open(path, encoding="utf-8-sig", newline="") as stream:
-        rows = list(csv.DictReader(stream, skipinitialspace=True))
+    rows = csv_rows(path)
     if not rows:
         raise ValueError(f"{path}: no utterances")
     needed = ("ID", "duration", "wav", "text" if "text" in rows[0] else "wrd")

@@ -107,8 +107,5 @@ def add_sequence(summary, sequence, seed):
                 unit="%",
                 **common,
             )
-        values = {"average_wer": matrix.average_wer(), "bwt": matrix.bwt()}
-        if baseline.average_wer() > 0:
-            values["werr"] = matrix.werr(baseline)
-        for metric, value in values.items():
+        for metric, value in matrix.measures(baseline).items():
             summary.add(row=row, metric=metric, value=value, **common)

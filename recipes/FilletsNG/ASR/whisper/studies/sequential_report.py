@@ -85,14 +85,14 @@ def add_row(summary, matrices, seed, orders, row):
         "seed": seed,
         "selected_on": "valid" if selected else None,
     }
-    values = {"average_wer": [matrix.average_wer() for matrix in own]}
-    if not ROWS[row].only_last:
-        values["bwt"] = [matrix.bwt() for matrix in own]
-    before = [matrices.get((seed, order, BASELINE)) for order in orders]
-    if all(baseline and baseline.average_wer() > 0 for baseline in before):
-        values["werr"] = [m.werr(baseline) for m, baseline in zip(own, before)]
-    for metric, each in values.items():
-        summary.add(table=TABLE, metric=metric, value=fmean(each), **common)
+    found = [
+        matrix.measures(matrices.get((seed, order, BASELINE)))
+        for order, matrix in zip(orders, own)
+    ]
+    for metric in found[0]:
+        each = [values.get(metric) for values in found]
+        if None not in each:
+            summary.add(table=TABLE, metric=metric, value=fmean(each), **common)
     for domain in sorted(own[0].domains):
         summary.add(
             table="by_domain",
