@@ -68,8 +68,8 @@ from speechbrain_taskarith.vectors import open_state
 
 # What two cores do in 20 minutes with Whisper base, with and without bfloat16
 SIZES = {
-    "lines": (160, 48),
-    "test": (60, 40),
+    "lines": (160, 40),
+    "test": (60, 32),
     "window_steps": (40, 14),
     "longest": (6, 4),
 }
