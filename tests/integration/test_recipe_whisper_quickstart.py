@@ -282,8 +282,7 @@ def test_what_a_spreadsheet_writes(recipe, manifest, tmp_path):
     manifest.write_text("\ufeff" + text.replace(",", ", "), "utf-8")
     assert read_rows(manifest) == rows
     assert recipe("studies.lines").read_csv(manifest)[0]["ID"] == "en/train/0"
-    with pytest.raises(ValueError, match="begins with a byte order mark"):
-        recipe("train").read_rows(manifest, {})
+    assert "en/train/0" in recipe("common.rows").load_rows(manifest, ".")
     manifest.write_text(text + "cut,1.0\n", "utf-8")
     for refuse in (read_rows, recipe("studies.lines").read_csv):
         with pytest.raises(ValueError, match=r"row 12 \(cut\) ends before"):

@@ -23,11 +23,6 @@ def check_columns(path, rows, more=()):
     if not rows:
         raise ValueError(f"{path}: no utterances")
     needed = ("ID", "duration", "wav", "text", *more)
-    if next(iter(rows[0])).startswith("\ufeff"):
-        raise ValueError(
-            f"{path} begins with a byte order mark, which SpeechBrain does "
-            "not skip; save it as UTF-8 without one"
-        )
     for column in needed:
         if column not in rows[0]:
             raise ValueError(

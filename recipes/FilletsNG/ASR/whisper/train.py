@@ -32,10 +32,12 @@ from pathlib import Path
 import speechbrain as sb
 import torch
 from common.precision import choose_precision
+from common.rows import load_rows
 from hyperpyyaml import load_hyperpyyaml
 from manifest_checks import (
     check_columns,
     check_rows,
+    csv_rows,
     keep_short,
     warn_of_shared,
 )
@@ -200,10 +202,8 @@ class ASR(WholeUpdates, sb.Brain):
 
 def read_rows(path, hparams):
     """Read a manifest, without what is too long; check the rest."""
-    with open(path, encoding="utf-8", newline="") as stream:
-        check_columns(path, list(csv.DictReader(stream, skipinitialspace=True)))
-    data_root = {"data_root": hparams["data_root"]}
-    rows = sb.dataio.dataio.load_data_csv(path, data_root)
+    check_columns(path, csv_rows(path))
+    rows = load_rows(path, hparams["data_root"])
     rows = keep_short(path, rows, hparams["avoid_if_longer_than"])
     check_rows(path, rows, hparams["whisper"], hparams["language"])
     for row in rows.values():

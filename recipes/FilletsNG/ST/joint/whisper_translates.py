@@ -17,8 +17,8 @@ command: it begins anew.
 import argparse
 from pathlib import Path
 
+from common.rows import load_rows
 from report import WHISPER
-from speechbrain.dataio.dataio import load_data_csv
 from transformers import pipeline
 
 from speechbrain_taskarith.data import read_audio
@@ -32,7 +32,7 @@ TARGET = "text_en"
 
 def read_rows(path, prepared_folder, languages):
     """Read the utterances that have an English translation, by their ID."""
-    rows = load_data_csv(str(path), {"data_root": prepared_folder})
+    rows = load_rows(path, prepared_folder)
     there = set(next(iter(rows.values()), {}))
     if missing := {"lang", "wav", TARGET} - there:
         raise ValueError(

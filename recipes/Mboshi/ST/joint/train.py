@@ -24,6 +24,7 @@ from pathlib import Path
 
 import speechbrain as sb
 import torch
+from common.rows import load_rows
 from history import TrainingHistory
 from hyperpyyaml import load_hyperpyyaml
 from report import plot_consistency, representation_entropy, write_result
@@ -116,8 +117,7 @@ def read_manifest(path, hparams, speech=True):
     Columns are named by the YAML (`transcript`, `translation`); utterances
     without a translation into a language are left out for that language.
     """
-    root = {"data_root": hparams["prepared_folder"]}
-    given = sb.dataio.dataio.load_data_csv(str(path), root)
+    given = load_rows(path, hparams["prepared_folder"])
     targets, languages = hparams["targets"], hparams["languages"]
     if isinstance(targets, str) or isinstance(languages, str):
         raise ValueError(
