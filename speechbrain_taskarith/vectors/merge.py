@@ -347,8 +347,12 @@ def _plan(inputs, rule, threads, chunk, memory_limit):
         return threads, chunk
     memory_limit = checks.bytes_of("memory_limit", memory_limit)
 
+    def unit(shape):
+        parts = (rule, *rule.stages)
+        return max(part.granularity(shape) for part in parts)
+
     def need(workers, elements):
-        chunks = places(inputs.shapes, elements, rule.granularity)
+        chunks = places(inputs.shapes, elements, unit)
         largest = max((place.size for place in chunks), default=0)
         return workers * largest * rule.bytes_per_element(inputs.number)
 

@@ -488,6 +488,18 @@ def test_device_argument(folder, device):
     assert out.read_bytes() == again.read_bytes()
 
 
+def test_a_memory_limit_counts_the_rows_that_a_stage_needs(tmp_path):
+    rule, output = DELLA(0.5), tmp_path / "merged.safetensors"
+    base, tuned = ({"w": torch.randn(2, 300_000)} for _ in range(2))
+    row = 300_000 * rule.bytes_per_element(1)
+    with pytest.raises(ValueError, match=f"memory_limit=.*{row} bytes"):
+        merge_checkpoints(base, [tuned], rule, output, memory_limit=row - 1)
+    report = merge_checkpoints(
+        base, [tuned], rule, output, threads=4, memory_limit=3 * row
+    )
+    assert report.threads == 3
+
+
 def test_a_memory_limit_where_all_tensors_are_empty(tmp_path):
     empty = {"w": torch.ones(0, 3)}
     output = tmp_path / "out.safetensors"

@@ -20,6 +20,8 @@ from speechbrain_taskarith.vectors import (
     open_state,
     save_state,
 )
+from speechbrain_taskarith.vectors.engine import streaming
+from speechbrain_taskarith.vectors.engine.workspace import Place
 from speechbrain_taskarith.vectors.states import safetensors as safetensors_file
 
 
@@ -261,6 +263,24 @@ def test_an_error_in_a_thread_stops_all(folder, monkeypatch):
         )
     assert len(seen) < 10
     assert not [p for p in os.listdir(folder) if p.startswith(".partial")]
+
+
+def test_an_interrupt_stops_all_threads(monkeypatch):
+    """Ctrl-C ends the pass: the threads do not go on to its last item."""
+
+    def interrupted(futures):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(streaming, "wait", interrupted)
+    places, seen = [Place(i, "w", (1,), 0, 1) for i in range(300)], []
+
+    def slow(place, work):
+        seen.append(place)
+        time.sleep(0.01)
+
+    with pytest.raises(KeyboardInterrupt):
+        streaming.Passes(threads=2).run(slow, places)
+    assert len(seen) < len(places)
 
 
 def test_killed_merges_leave_the_old_output(folder):

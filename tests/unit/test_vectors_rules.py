@@ -717,6 +717,18 @@ def test_nan_and_infinity_are_named(rule, bad):
         rule.combine(vectors)
 
 
+@pytest.mark.parametrize("rule", [TIES, Breadcrumbs])
+@pytest.mark.parametrize("first", [0.5, 0.1])
+def test_nan_where_only_the_other_vector_is_cut_is_named(rule, first):
+    # Of two entries the share 0.1 is none: no cut is looked for.
+    vectors = make(2, shapes={"w": (100,), "b": (2,)})
+    bad = 1 if first == 0.5 else 0
+    vectors[bad]["b"][0] = math.nan
+    rule = rule([first, 0.6 - first], trim="tensor")
+    with pytest.raises(ValueError, match=f"vector {bad + 1} of 2.*'b'"):
+        rule.combine(vectors)
+
+
 def test_rules_leave_their_inputs_alone():
     rules = [TaskArithmetic(0.3), TIES(), DARE(0.5), Breadcrumbs(), DELLA(),
              ModelStock(), Karcher(), TSVM(), IsoC(), PCB(), SCE(), IsoCTS(),

@@ -461,6 +461,14 @@ def test_selective_attention_mixes_attention_layer_by_layer(mix):
     assert_close(merged, expected)
 
 
+def test_selective_attention_without_depth_is_the_first_model():
+    target, general = (
+        {n: torch.randn(s) for n, s in ATTENTION.items()} for _ in range(2)
+    )
+    merged = SelectiveAttention(0.5, alpha=0).combine([target, general])
+    assert_close(merged, target)
+
+
 def test_selective_attention_without_attention_is_refused():
     with pytest.raises(ValueError, match="no parameter of a layer matches"):
         SelectiveAttention(0.5).combine(make(2))

@@ -533,6 +533,26 @@ def test_open_starts_or_resumes(tmp_path):
         SequentialEditor.open(make_state(1), TaskArithmetic(), folder)
 
 
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod."])
+def test_open_resumes_from_the_state_dict_of_a_wrapped_model(tmp_path, wrapper):
+    base = {wrapper + name: v for name, v in make_state(0).items()}
+    with SequentialEditor.open(base, TaskArithmetic(), tmp_path) as editor:
+        final = learn_all(editor, ["a"])[-1]
+    with SequentialEditor.open(base, TaskArithmetic(), tmp_path) as editor:
+        same_bytes(editor.state(), final)
+
+
+def test_open_with_a_base_that_is_gone_holds_no_lock(tmp_path):
+    folder, gone = tmp_path / "e", tmp_path / "us.safetensors"
+    base = make_state(0)
+    SequentialEditor.open(base, TaskArithmetic(), folder).close()
+    with pytest.raises(FileNotFoundError) as error:
+        SequentialEditor.open(gone, TaskArithmetic(), folder)
+    # The traceback still holds what was made until then.
+    assert error.tb is not None
+    SequentialEditor.open(base, TaskArithmetic(), folder).close()
+
+
 def test_a_base_by_reference(tmp_path):
     base = save_state(make_state(0), tmp_path / "us.safetensors")
     folder = tmp_path / "e"

@@ -207,11 +207,13 @@ class SequentialEditor:
         """
         if not has_log(folder):
             return cls(base, rule, folder, **arguments)
+        # As the constructor reads it: without the names of wrappers.
+        base = as_model(base)
         resumable = {"scale", "include", "exclude"} & arguments.keys()
         editor = cls.resume(
             folder, rule, **{k: arguments[k] for k in resumable}
         )
-        found, base = editor.base_fingerprint, as_state(base)
+        found = editor.base_fingerprint
         if found != base.fingerprint:
             editor.close()
             raise ValueError(

@@ -162,7 +162,12 @@ class Passes:
                 return results
             pool = stack.enter_context(ThreadPoolExecutor(self.threads))
             futures = [pool.submit(work, w) for w in self.workspaces]
-            wait(futures)
+            try:
+                wait(futures)
+            except BaseException:
+                # An interrupt: else the threads would go on to the last item.
+                stop.append(True)
+                raise
             # The first error in the order of the items would need waiting
             # for all; any of them names its place.
             for future in futures:

@@ -21,6 +21,7 @@ these a chunk can be trimmed alone.
 """
 
 import collections
+import itertools
 import math
 from typing import NamedTuple
 
@@ -384,6 +385,9 @@ def _sweep(stream, searches, look, decide):
 
     if places:
         stream.passes.run(visit, places, "thresholds")
-    # A sweep over everything has looked at everything.
-    if len(places) == len(stream.places()):
-        stream.finite |= len({s.index for s in searches}) == number
+    # Looked at everything? Where each vector has a share of its own, a tensor
+    # may be searched in some of them only.
+    seen = {(s.index, name) for s in searches for name in s.domain}
+    held = {place.name for place in stream.places()}
+    every = itertools.product(range(number), held)
+    stream.finite |= seen.issuperset(every)

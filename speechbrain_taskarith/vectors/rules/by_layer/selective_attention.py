@@ -67,12 +67,15 @@ class SelectiveAttention(Rule):
     def prepare(self, stream):
         """See `Rule.prepare`: the first vector's share in each parameter."""
         names = list(stream.source.shapes)
+        found = {
+            name: depth
+            for name, depth in find_layers(names, self.layers).items()
+            if any(matches(name, pattern) for pattern in self.attention)
+        }
         shares = dict.fromkeys(names, 1.0)
-        for name, (layer, number) in find_layers(names, self.layers).items():
-            if any(matches(name, pattern) for pattern in self.attention):
-                power = self.alpha * (layer + 1) / number
-                shares[name] = self.mix**power
-        if all(share == 1 for share in shares.values()) and self.mix < 1:
+        for name, (layer, number) in found.items():
+            shares[name] = self.mix ** (self.alpha * (layer + 1) / number)
+        if not found and self.mix < 1:
             patterns = ", ".join(self.attention)
             raise ValueError(
                 f"SelectiveAttention: no parameter of a layer matches "
