@@ -7,6 +7,7 @@ import re
 import textwrap
 from pathlib import Path
 
+from speechbrain_taskarith.utils.hub.cards import card_path, checked_front
 from speechbrain_taskarith.utils.patterns import matches
 from speechbrain_taskarith.vectors.engine.vector_header import (
     read_vector_header,
@@ -15,6 +16,7 @@ from speechbrain_taskarith.vectors.states.readers import (
     check_no_input,
     form_of,
 )
+from speechbrain_taskarith.vectors.states.writers import check_replaced
 
 # What is read and edited, in the same way by all verbs.
 _READING = {
@@ -416,9 +418,8 @@ def check_output(output, inputs, overwrite, suffixes=None, what=None):
     """Return the output's path; refuse one that would harm what is there."""
     output = Path(output)
     check_no_input(output, inputs)
-    if suffixes is None:
-        form_of(output)
-    elif output.suffix.lower() not in suffixes:
+    form = form_of(output) if suffixes is None else None
+    if form is None and output.suffix.lower() not in suffixes:
         raise ValueError(
             f"{output}: {what} is stored as {', '.join(suffixes)}; name it so"
         )
@@ -426,4 +427,11 @@ def check_output(output, inputs, overwrite, suffixes=None, what=None):
         raise FileExistsError(
             f"{output}: exists already; choose another name or use --overwrite"
         )
+    check_replaced(output, form)
+    a_file = form in ("safetensors", "torch") or ".safetensors" in (
+        suffixes or ()
+    )
+    if a_file or (form and output.is_dir()):
+        # The card's: before the work, and before weights are replaced.
+        checked_front(card_path(output), {})
     return output

@@ -137,7 +137,8 @@ def encode_audio(wave, sample_rate, file_format):
     Raises
     ------
     ValueError
-        Another format, another shape, no samples, NaN or infinity.
+        Another format, another shape, whole numbers, no samples, NaN or
+        infinity.
 
     Example
     -------
@@ -184,11 +185,17 @@ def to_pcm16(wave):
     torch.Tensor
         float32, multiples of 1/32768 within [-1, 1 - 1/32768].
 
+    Raises
+    ------
+    ValueError
+        Whole numbers: 16-bit samples would all be clipped.
+
     Example
     -------
     >>> to_pcm16(torch.tensor([0.5, 2.0, -2.0])).tolist()
     [0.5, 0.999969482421875, -1.0]
     """
+    _check_floating(wave, "a waveform")
     grid = torch.round(wave.to(torch.float32) * _FULL_SCALE)
     return grid.clamp_(-_FULL_SCALE, _FULL_SCALE - 1) / _FULL_SCALE
 
@@ -222,11 +229,7 @@ def resample_wave(wave, from_rate, to_rate):
     _check_rate(to_rate)
     if from_rate == to_rate:
         return wave
-    if not wave.is_floating_point():
-        raise ValueError(
-            f"resampling a wave of {wave.dtype}: expected floating point; "
-            "for 16-bit samples give wave / 32768"
-        )
+    _check_floating(wave, "resampling a wave")
     if not wave.numel():
         length = math.ceil(wave.shape[-1] * to_rate / from_rate)
         return wave.new_zeros(*wave.shape[:-1], length)
@@ -253,6 +256,14 @@ def _resampler(from_rate, to_rate, dtype):
         # None is float32, from a filter that is made in float64.
         dtype=None if dtype == torch.float32 else dtype,
     )
+
+
+def _check_floating(wave, what):
+    if not wave.is_floating_point():
+        raise ValueError(
+            f"{what} of {wave.dtype}: expected floating point; for 16-bit "
+            "samples give wave / 32768"
+        )
 
 
 def _check_rate(rate):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -243,6 +244,42 @@ def test_what_stands_there_is_replaced_only_when_asked(folder, capsys):
     run(*words, "--scale", "0.5", "--overwrite")
     line = fails(capsys, *words[:-1], "base.ckpt", "--overwrite")
     assert "base.ckpt" in line and "input" in line
+
+
+@pytest.mark.parametrize("output", ["runs", "CKPT+a"])
+@pytest.mark.parametrize("inside", ["base.ckpt", "sub/us.safetensors"])
+def test_no_folder_is_replaced_over_an_input(folder, capsys, output, inside):
+    make_vectors()
+    taken = Path(output, inside)
+    taken.parent.mkdir(parents=True)
+    shutil.move(taken.name, taken)
+    two = ["base.ckpt", "us.safetensors"]
+    two = [str(taken) if path == taken.name else path for path in two]
+    line = fails(capsys, "apply", *two, "-o", output, "--overwrite")
+    assert output in line and "holds) an input" in line
+    assert taken.is_file()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("vector", "base.ckpt", "us.ckpt", "-o", "new.safetensors"),
+        ("apply", "base.ckpt", "us.safetensors", "-o", "new.safetensors"),
+        ("merge", "--base", "base.ckpt", "--finetuned", "us.ckpt")
+        + ("--rule", "TIES", "-o", "new.safetensors"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_notes_beside_an_output_are_seen_before_it_is_written(
+    folder, capsys, words
+):
+    make_vectors()
+    Path("new.safetensors.md").write_text("mine")
+    before = there(folder)
+    assert "new.safetensors.md" in fails(capsys, *words)
+    assert there(folder) == before
+    # Those of another name are nobody's.
+    run(*words[:-1], "other.safetensors")
 
 
 def test_usage_errors_leave_with_status_2(folder, capsys):

@@ -159,6 +159,8 @@ def test_not_finite(tmp_path, value):
         ("a", torch.zeros(10), 16000),
         ("a.wav", torch.zeros(0), 16000),
         ("a.wav", torch.zeros(1, 10), 16000),
+        # Once clipped, all of them.
+        ("a.wav", torch.full((10,), 900, dtype=torch.int16), 16000),
         ("a.wav", torch.zeros(10), 0),
         ("a.wav", torch.zeros(10), 16000.5),
     ],

@@ -491,6 +491,27 @@ def test_several_recoverables_and_patterns(tmp_path):
     assert torch.equal(one.bias, start["bias"])
 
 
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
+def test_a_wrapped_recoverable_recovers(tmp_path, wrap):
+    model = torch.nn.Linear(3, 4)
+    checkpointer = EditingCheckpointer(
+        tmp_path / "save",
+        {"model": wrap(model)},
+        edited="model",
+        base=save_state(as_copy(model), tmp_path / "start.ckpt"),
+        rule=TaskArithmetic(0.5),
+    )
+    checkpointer.recover_if_possible(weights="finetuned")
+    start = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight.add_(1)
+    checkpointer.save_and_keep_only(meta={"WER": 1.0})
+    for weights, expected in (("edited", 0.5), ("finetuned", 1)):
+        torch.nn.init.zeros_(model.weight)
+        checkpointer.recover_if_possible(weights=weights)
+        torch.testing.assert_close(model.weight.detach(), start + expected)
+
+
 def _distributed(rank, folder, base, port):
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank),

@@ -1,7 +1,11 @@
 """TaskVectorPretrainer: Hugging Face bases, adapters, upstream's calls."""
 
+import contextlib
 import logging
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,6 +104,29 @@ def test_what_was_collected_before(tmp_path, whisper, file):
     equal(module, expected)
     # Again, over what is there.
     TaskVectorPretrainer(**collect, paths=paths).collect_files()
+
+
+def test_processes_collect_a_folder_side_by_side(tmp_path, monkeypatch):
+    # As recipes do, which call collect_files in every process.
+    folder = save_state({"weight": torch.ones(1, 1)}, tmp_path / "base")
+    model = torch.nn.Linear(1, 1, bias=False)
+    both, unlink = threading.Barrier(2), Path.unlink
+
+    def slowly(path, missing_ok=False):
+        unlink(path, missing_ok)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(5)
+
+    def collect(_):
+        paths = {"model": str(folder)}
+        given = (tmp_path / "in", {"model": model}, paths)
+        TaskVectorPretrainer(*given).collect_files()
+
+    monkeypatch.setattr(Path, "unlink", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(collect, range(2)))
+    [link] = (tmp_path / "in").iterdir()
+    assert link.name == "model.ckpt" and link.resolve() == folder
 
 
 def checkpoint(module, folder, name="whisper"):

@@ -462,6 +462,20 @@ def test_metadata_that_cannot_be_kept_change_nothing(
     assert [inside.name for inside in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("name", ["thesis.tex", "save/CKPT.yaml", "README.md"])
+def test_a_folder_that_holds_more_than_a_model_stays(tmp_path, name):
+    path = tmp_path / "results"
+    save_state({"w": torch.ones(2)}, path)
+    save_state({"w": torch.zeros(2)}, path)
+    (path / name).parent.mkdir(exist_ok=True)
+    (path / name).write_text("mine")
+    named = f"results.*{name.partition('/')[0]}"
+    with pytest.raises(FileExistsError, match=named):
+        save_state({"w": torch.ones(2)}, path)
+    assert (path / name).read_text() == "mine"
+    assert open_state(path)["w"].tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_metadata_become_plain_in_every_form(tmp_path, name):
     path = tmp_path / name

@@ -16,6 +16,7 @@ from speechbrain_taskarith.vectors.recipe_hooks.provenance import (
     without_adapters,
 )
 from speechbrain_taskarith.vectors.states.names import differing_extra
+from speechbrain_taskarith.vectors.states.pairing import module_names
 from speechbrain_taskarith.vectors.states.readers import as_state, open_state
 from speechbrain_taskarith.vectors.states.speechbrain_folder import (
     FINETUNED,
@@ -99,8 +100,13 @@ class EditedRecoverable:
         load_base(self.module, state)
 
     def recover(self, path, end_of_epoch):
-        """Load a file as SpeechBrain does."""
-        torch_recovery(self.module, path, end_of_epoch)
+        """Load a file as SpeechBrain does, also into what wraps a module."""
+        names = module_names(self.module, self.module.state_dict())
+        if all(name == plain for name, plain in names.items()):
+            torch_recovery(self.module, path, end_of_epoch)
+        else:
+            # Files hold the names of what is wrapped.
+            self.put(self.open(path))
 
     def write(self, state, path):
         """Store a state."""

@@ -13,6 +13,7 @@ from speechbrain.utils.fetching import FetchSource
 from speechbrain.utils.logger import get_logger
 from speechbrain.utils.parameter_transfer import Pretrainer
 
+from speechbrain_taskarith.utils.files import temporary_path
 from speechbrain_taskarith.utils.hub.download import is_hub_name, local_path
 from speechbrain_taskarith.vectors.recipe_hooks.bases import (
     is_checkpoint,
@@ -138,8 +139,10 @@ class TaskVectorPretrainer(Pretrainer):
             # By these, other processes find what the main one collected.
             for name, folder in folders.items():
                 link = self.collect_in / f"{name}.ckpt"
-                link.unlink(missing_ok=True)
-                link.symlink_to(Path(folder).absolute())
+                # In one step: all processes of a run may do this at once.
+                new = temporary_path(link)
+                new.symlink_to(Path(folder).absolute())
+                os.replace(new, link)
         # A link in collect_in has lost the suffix that tells the format.
         self._local = local
         return collected | {n: Path(p) for n, p in folders.items()}

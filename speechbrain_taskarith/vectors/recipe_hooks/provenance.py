@@ -180,7 +180,9 @@ class _LoadHook:
     """On every part of a module; without effect on copies of it."""
 
     def __init__(self, root, part):
-        self._root, self._part = root and weakref.ref(root), part
+        # Not by its truth: of what is compiled that may raise an error.
+        self._root = None if root is None else weakref.ref(root)
+        self._part = part
 
     def __call__(self, module, state_dict, prefix, *_):
         watch = _watch_of(self._root and self._root())

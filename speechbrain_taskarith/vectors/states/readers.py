@@ -120,15 +120,17 @@ def _open(path, recoverable):
 
 
 def check_no_input(output, inputs):
-    """Raise if an output is, or lies in, one of the paths that are read."""
+    """Raise if an output is, lies in, or holds one of the paths read."""
     here = Path(output).resolve()
     for path in inputs:
         given = Path(path).resolve()
         # A checkpoint folder may be written beside its siblings.
         inside = given in here.parents and (given / META_FILE).exists()
-        if here == given or inside:
+        # A folder is replaced as a whole.
+        if here == given or inside or here in given.parents:
             raise ValueError(
-                f"{output}: is (or lies in) an input; name another output"
+                f"{output}: is (or lies in, or holds) an input; name another "
+                "output"
             )
 
 

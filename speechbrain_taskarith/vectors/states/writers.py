@@ -16,12 +16,14 @@ from speechbrain_taskarith.utils.files import (
     write_json,
 )
 from speechbrain_taskarith.utils.hub.cards import (
+    FILE,
     KEY,
     card_path,
     checked_front,
     read_front,
 )
 from speechbrain_taskarith.utils.hub.download import DESCRIPTIONS
+from speechbrain_taskarith.utils.hub.upload import WEIGHTS
 from speechbrain_taskarith.utils.messages import some
 from speechbrain_taskarith.utils.patterns import first_match, require_match
 from speechbrain_taskarith.vectors.states.names import (
@@ -68,6 +70,8 @@ _BLOCK = 1 << 22
 # what describes model, features and tokenizer. All else may hold or describe
 # the old weights (other formats, the state of a training, a model card).
 _TAKEN_ALONG = DESCRIPTIONS
+# What a folder may hold that a model is written over.
+_REPLACED = (FILE, *DESCRIPTIONS, *WEIGHTS, ".gitattributes")
 # They lead readers to other weights: an adapter's, quantised ones.
 _LEFT_OUT = ("adapter_config.json", "quant*_config.json")
 
@@ -134,7 +138,8 @@ def save_state(
     ValueError
         An unknown suffix, metadata that cannot be kept.
     FileExistsError
-        The card's name is taken by another file.
+        The card's name is taken by another file; a folder of that name holds
+        more than a model.
     OSError
         Naming the path (a full disk, ...); what stood there is unchanged.
 
@@ -150,6 +155,7 @@ def save_state(
     path, state, form = Path(path), as_state(state), form_of(path)
     check_readable(state)
     check_extra(state, path, form)
+    check_replaced(path, form)
     metadata = check_metadata(metadata, path, form)
     if form == "safetensors":
         save_safetensors(state, path, metadata)
@@ -209,6 +215,26 @@ def check_metadata(metadata, path, form, also=()):
         if found or also:
             checked_front(card, {KEY: found})
     return found
+
+
+def check_replaced(path, form):
+    """Raise if writing a Hugging Face folder would delete anything else."""
+    path = Path(path)
+    if form != "hugging face" or not path.is_dir():
+        return
+    found = sorted(
+        inside.name
+        for inside in path.iterdir()
+        if not inside.is_file() or not any(map(inside.match, _REPLACED))
+    )
+    if found:
+        more = f" and {len(found) - 1} more" * (len(found) > 1)
+        raise FileExistsError(
+            f"{path}: is replaced as a whole, and holds what belongs to no "
+            f"model: {found[0]!r}{more}. Nothing was changed; name another "
+            "folder, or move that away"
+        )
+    checked_front(card_path(path), {})
 
 
 def metadata_texts(metadata):
