@@ -346,6 +346,12 @@ class LayerAdapters(torch.nn.Module):
             # Of transformers: [B, 1, T, T], what the last frame attends to.
             last = attended[:, 0, -1]
             valid = last if last.dtype == torch.bool else last == 0
+        elif (
+            isinstance(attended, torch.Tensor)
+            and attended.dim() == 2
+            and not attended.is_floating_point()
+        ):  # of WavLM, and with flash attention: [B, T], 0 at padding
+            valid = attended != 0
         elif "segment_length" in named:  # our Emformer: its own frames
             valid = inputs[-1][-1].clone()
             valid[:, named["segment_length"] :] = False  # copies

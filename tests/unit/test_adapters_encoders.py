@@ -105,6 +105,7 @@ def huggingface_encoder(kind):
         "wav2vec2": ("Wav2Vec2Config", "Wav2Vec2Model"),
         "hubert": ("HubertConfig", "HubertModel"),
         "conformer": ("Wav2Vec2ConformerConfig", "Wav2Vec2ConformerModel"),
+        "wavlm": ("WavLMConfig", "WavLMModel"),
     }
     config, model = (getattr(transformers, name) for name in classes[kind])
     config = config(
@@ -130,7 +131,7 @@ def huggingface_encoder(kind):
     return model(config).eval()
 
 
-@pytest.mark.parametrize("kind", ["wav2vec2", "hubert", "conformer"])
+@pytest.mark.parametrize("kind", ["wav2vec2", "hubert", "conformer", "wavlm"])
 def test_self_supervised_encoders(kind):
     torch.manual_seed(0)
     model = huggingface_encoder(kind)
@@ -146,6 +147,24 @@ def test_whisper():
     check(encoder, lambda: encoder(x).last_hidden_state, 2, 16)
     # The whole model: the decoder's layers are left out.
     check(model, lambda: model.encoder(x).last_hidden_state, 2, 16)
+
+
+@pytest.mark.parametrize("kind", ["wav2vec2", "hubert", "wavlm"])
+def test_padding_has_no_attention(kind):
+    torch.manual_seed(0)
+    model, x = huggingface_encoder(kind), torch.randn(2, 400)
+    handle = insert_adapters(model, NAMES, bottleneck=4, combination="fusion")
+    scramble(handle)
+    handle.use("combined")
+    mask = torch.ones(2, 400, dtype=torch.long)
+    mask[1, 150:] = 0
+    with torch.no_grad():
+        model(x, attention_mask=mask)
+    weights = handle.layers[0].combination.last_weights
+    lens = model._get_feat_extract_output_lengths(mask.sum(1))
+    lens = lens / weights.shape[1]
+    assert lens[1] < 0.6
+    torch.testing.assert_close(handle.attention(), handle.attention(lens))
 
 
 def test_batch_norm_of_wav2vec2_conformer_stays():
