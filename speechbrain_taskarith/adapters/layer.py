@@ -123,7 +123,11 @@ class LayerAdapters(torch.nn.Module):
         ] or list(layer.children())
         self._hooks = [
             layer.register_forward_pre_hook(self._before_layer),
-            layer.register_forward_hook(self._forward_hook, with_kwargs=True),
+            # Before other hooks, which collect the layers' outputs: those of
+            # transformers stay once hidden states were asked for.
+            layer.register_forward_hook(
+                self._forward_hook, prepend=True, with_kwargs=True
+            ),
             *(p.register_forward_pre_hook(self._before_part) for p in parts),
         ]
         # SpeechBrain's streaming calls this method and no hook.

@@ -149,6 +149,29 @@ def test_whisper():
     check(model, lambda: model.encoder(x).last_hidden_state, 2, 16)
 
 
+@pytest.mark.parametrize("asked_before", [False, True])
+@pytest.mark.parametrize("kind", ["wav2vec2", "wavlm"])
+def test_hidden_states_have_the_adapters(kind, asked_before):
+    torch.manual_seed(0)
+    model, x = huggingface_encoder(kind), torch.randn(2, 400)
+    if asked_before:  # what collects them is there for good
+        model(x, output_hidden_states=True)
+    handle = insert_adapters(model, NAMES, bottleneck=4)
+    scramble(handle)
+    handle.use("us")
+    outputs = []
+
+    def look(layer, inputs, out):
+        outputs.append(out[0] if isinstance(out, tuple) else out)
+
+    for layer in model.encoder.layers:  # behind the adapters
+        layer.register_forward_hook(look)
+    with torch.no_grad():
+        found = model(x, output_hidden_states=True).hidden_states
+    for one, other in zip(found[1:], outputs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("kind", ["wav2vec2", "hubert", "wavlm"])
 def test_padding_has_no_attention(kind):
     torch.manual_seed(0)
