@@ -236,6 +236,7 @@ class LayerAdapters(torch.nn.Module):
         watch = self._route.watch
         if watch is not None:
             watch.before(self)
+        self._remember()
         if self._route.choice is None:
             return output  # the very object that the base returned
         is_compiling = torch.compiler.is_compiling()
@@ -285,6 +286,13 @@ class LayerAdapters(torch.nn.Module):
         if hasattr(output, "_fields"):  # a namedtuple
             return type(output)(*rest)
         return type(output)(rest)
+
+    def _remember(self):
+        """Keep what this pass goes through for its backward pass."""
+        if torch.compiler.is_compiling():
+            return
+        if torch.is_grad_enabled() or self._loop.has_gradients:
+            self._route.remember()
 
     def _added(self, x, inputs, named):
         if self._is_running():
