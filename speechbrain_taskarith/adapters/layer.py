@@ -123,7 +123,11 @@ class LayerAdapters(torch.nn.Module):
         ] or list(layer.children())
         self._hooks = [
             layer.register_forward_pre_hook(self._before_layer),
-            layer.register_forward_hook(self._forward_hook, with_kwargs=True),
+            # Before other hooks, which collect the layers' outputs: those of
+            # transformers stay once hidden states were asked for.
+            layer.register_forward_hook(
+                self._forward_hook, prepend=True, with_kwargs=True
+            ),
             *(p.register_forward_pre_hook(self._before_part) for p in parts),
         ]
         # SpeechBrain's streaming calls this method and no hook.
@@ -232,6 +236,7 @@ class LayerAdapters(torch.nn.Module):
         watch = self._route.watch
         if watch is not None:
             watch.before(self)
+        self._remember()
         if self._route.choice is None:
             return output  # the very object that the base returned
         is_compiling = torch.compiler.is_compiling()
@@ -281,6 +286,13 @@ class LayerAdapters(torch.nn.Module):
         if hasattr(output, "_fields"):  # a namedtuple
             return type(output)(*rest)
         return type(output)(rest)
+
+    def _remember(self):
+        """Keep what this pass goes through for its backward pass."""
+        if torch.compiler.is_compiling():
+            return
+        if torch.is_grad_enabled() or self._loop.has_gradients:
+            self._route.remember()
 
     def _added(self, x, inputs, named):
         if self._is_running():
@@ -346,6 +358,12 @@ class LayerAdapters(torch.nn.Module):
             # Of transformers: [B, 1, T, T], what the last frame attends to.
             last = attended[:, 0, -1]
             valid = last if last.dtype == torch.bool else last == 0
+        elif (
+            isinstance(attended, torch.Tensor)
+            and attended.dim() == 2
+            and not attended.is_floating_point()
+        ):  # of WavLM, and with flash attention: [B, T], 0 at padding
+            valid = attended != 0
         elif "segment_length" in named:  # our Emformer: its own frames
             valid = inputs[-1][-1].clone()
             valid[:, named["segment_length"] :] = False  # copies

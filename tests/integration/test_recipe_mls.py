@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from processes import Recipe, taskarith
+from recipe_modules import modules_of
 
 RECIPE = Recipe("MLS/ASR/transducer", "--noprogressbar")
 TINY = {
@@ -101,11 +102,11 @@ def run(stage, data, output, **options):
     return start(stage, data, output, **options).finish()
 
 
-def weights(output):
-    """Read a stage's last model by torch alone."""
+def weights(output, min_key=None):
+    """Read a stage's last, or best, model by torch alone."""
     from speechbrain.utils.checkpoints import Checkpointer
 
-    path = Checkpointer(output / "save").find_checkpoint().path
+    path = Checkpointer(output / "save").find_checkpoint(min_key=min_key).path
     return torch.load(path / "model.ckpt", weights_only=True)
 
 
@@ -134,7 +135,8 @@ def stages(corpus, tmp_path_factory):
 @pytest.mark.slow
 def test_the_encoder_alone_is_taken_over(stages):
     folder = stages
-    before, after = weights(folder / "pretrain"), weights(folder / "transfer")
+    before = weights(folder / "pretrain", min_key="WER")
+    after = weights(folder / "transfer")
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         taken = name.split(".")[0] in ("frontend", "encoder")
@@ -146,6 +148,23 @@ def test_the_encoder_alone_is_taken_over(stages):
             assert not moves, name
         elif name.endswith("weight"):
             assert moves, name
+
+
+def test_the_best_checkpoint_is_taken_over(tmp_path):
+    from speechbrain.utils.checkpoints import Checkpointer
+
+    save, layer = tmp_path / "save", torch.nn.Linear(1, 1)
+    checkpointer = Checkpointer(save, {"model": layer})
+    with modules_of(RECIPE.folder) as find:
+        best_in = find("train").best_in
+        # As another corpus may have it, without a WER.
+        other = checkpointer.save_checkpoint(name="other")
+        assert best_in(str(save)) == str(save)
+        best = checkpointer.save_checkpoint(name="best", meta={"WER": 5.0})
+        checkpointer.save_checkpoint(name="last", meta={"WER": 9.0})
+        assert best_in(str(save)) == best.path
+        for path in (other.path, other.path / "model.ckpt"):
+            assert best_in(path) == path
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import soundfile
 import torch
 from pretrained_encoder import tiny_hubert, with_hubert
 from processes import Recipe, texts_of
+from recipe_modules import modules_of
 
 RECIPE = Recipe("MuST-C/ST/joint", "--noprogressbar")
 RATE = 16000
@@ -394,6 +395,21 @@ def test_faults_of_the_corpus_are_named(tmp_path, prepare):
     path.write_text(path.read_text() + "Noch eine Zeile.\n")
     with pytest.raises(ValueError, match="lists 3 segments, dev.de has 4"):
         prepare(str(tmp_path), out)
+
+
+def test_a_dollar_sign_is_text(tmp_path, prepare):
+    make_must_c(tmp_path)
+    said = 'It cost $100 million, "she" said.'
+    path = tmp_path / "en-de/data/dev/txt/dev.en"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([said, *lines[1:]]) + "\n")
+    prepare(tmp_path, tmp_path / "out")
+    with modules_of(RECIPE.folder) as find:
+        hparams = {"prepared_folder": tmp_path / "out"}
+        rows = find("train").read_rows(hparams, "valid", "st")
+    first = next(iter(rows.values()))
+    assert (first["wrd"], first["kind"]) == (said, "st")
+    assert first["duration"] == 0.9 and len(rows) == COUNTS["dev"]
 
 
 def test_every_update_has_a_batch_of_each_kind(monkeypatch):

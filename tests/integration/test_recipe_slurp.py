@@ -12,6 +12,7 @@ from processes import ROOT
 from recipe_modules import modules_of
 from tiny_whisper import save_tiny_whisper
 
+from speechbrain_taskarith.brains import CharacterLabels
 from speechbrain_taskarith.data import EspeakVoice, write_audio
 from speechbrain_taskarith.vectors import open_state
 
@@ -303,6 +304,31 @@ def test_faults_of_the_corpus_are_named(recipe, corpus, tmp_path):
     assert not (tmp_path / "other" / "slurp_prepare.json").exists()
     with pytest.raises(FileNotFoundError, match="no folder slurp_real"):
         prepare(tmp_path, tmp_path / "other")
+
+
+def test_synthetic_speech_is_beside_its_manifest(recipe, tmp_path):
+    folder = tmp_path / "qa"
+    manifest = folder / "manifest.csv"
+    (folder / "audio").mkdir(parents=True)
+    text = "what are $20 in euros"
+    manifest.write_text(
+        "ID,duration,wav,lang,text\n"
+        f"u1,0.5,$data_root/audio/u1.flac,en,{text}\n"
+    )
+    write_audio(folder / "audio" / "u1.flac", torch.zeros(8000), 16000)
+    module = recipe("train")
+    hparams = {
+        "data_folder": "elsewhere",
+        "data_root": folder,
+        "characters": " abcdefghijklmnopqrstuvwxyz0123456789",
+        "avoid_if_longer_than": None,
+        "tokenizer": CharacterLabels(" abcdefghijklmnopqrstuvwxyz0123456789"),
+        "sample_rate": 16000,
+    }
+    found = module.read_rows(str(manifest), hparams)
+    assert found["u1"]["text"] == text
+    assert found["u1"]["letters"] == "what are 20 in euros"
+    assert module.make_dataset(found, hparams)[0]["sig"].shape == (8000,)
 
 
 def test_longer_recordings_are_counted(recipe, tmp_path, capsys):

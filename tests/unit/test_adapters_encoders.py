@@ -105,6 +105,7 @@ def huggingface_encoder(kind):
         "wav2vec2": ("Wav2Vec2Config", "Wav2Vec2Model"),
         "hubert": ("HubertConfig", "HubertModel"),
         "conformer": ("Wav2Vec2ConformerConfig", "Wav2Vec2ConformerModel"),
+        "wavlm": ("WavLMConfig", "WavLMModel"),
     }
     config, model = (getattr(transformers, name) for name in classes[kind])
     config = config(
@@ -130,7 +131,7 @@ def huggingface_encoder(kind):
     return model(config).eval()
 
 
-@pytest.mark.parametrize("kind", ["wav2vec2", "hubert", "conformer"])
+@pytest.mark.parametrize("kind", ["wav2vec2", "hubert", "conformer", "wavlm"])
 def test_self_supervised_encoders(kind):
     torch.manual_seed(0)
     model = huggingface_encoder(kind)
@@ -146,6 +147,47 @@ def test_whisper():
     check(encoder, lambda: encoder(x).last_hidden_state, 2, 16)
     # The whole model: the decoder's layers are left out.
     check(model, lambda: model.encoder(x).last_hidden_state, 2, 16)
+
+
+@pytest.mark.parametrize("asked_before", [False, True])
+@pytest.mark.parametrize("kind", ["wav2vec2", "wavlm"])
+def test_hidden_states_have_the_adapters(kind, asked_before):
+    torch.manual_seed(0)
+    model, x = huggingface_encoder(kind), torch.randn(2, 400)
+    if asked_before:  # what collects them is there for good
+        model(x, output_hidden_states=True)
+    handle = insert_adapters(model, NAMES, bottleneck=4)
+    scramble(handle)
+    handle.use("us")
+    outputs = []
+
+    def look(layer, inputs, out):
+        outputs.append(out[0] if isinstance(out, tuple) else out)
+
+    for layer in model.encoder.layers:  # behind the adapters
+        layer.register_forward_hook(look)
+    with torch.no_grad():
+        found = model(x, output_hidden_states=True).hidden_states
+    for one, other in zip(found[1:], outputs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("kind", ["wav2vec2", "hubert", "wavlm"])
+def test_padding_has_no_attention(kind):
+    torch.manual_seed(0)
+    model, x = huggingface_encoder(kind), torch.randn(2, 400)
+    handle = insert_adapters(model, NAMES, bottleneck=4, combination="fusion")
+    scramble(handle)
+    handle.use("combined")
+    mask = torch.ones(2, 400, dtype=torch.long)
+    mask[1, 150:] = 0
+    with torch.no_grad():
+        model(x, attention_mask=mask)
+    weights = handle.layers[0].combination.last_weights
+    lens = model._get_feat_extract_output_lengths(mask.sum(1))
+    lens = lens / weights.shape[1]
+    assert lens[1] < 0.6
+    torch.testing.assert_close(handle.attention(), handle.attention(lens))
 
 
 def test_batch_norm_of_wav2vec2_conformer_stays():

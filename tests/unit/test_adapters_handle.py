@@ -625,6 +625,41 @@ def test_gradient_checkpointing(encoder, x, reentrant):
         torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("teacher", ["none", "first", "last"])
+def test_a_backward_pass_after_the_with(encoder, x, reentrant, teacher):
+    from torch.utils.checkpoint import checkpoint
+
+    handle = inserted(encoder)
+    handle.train_extraction("us")
+    handle.use(None)
+    plain, gradients = encoder.forward, []
+
+    def checkpointed(x):
+        x = encoder.front(x).requires_grad_()
+        for layer in encoder.layers:
+            x = checkpoint(layer, x, use_reentrant=reentrant)[0]
+        return x
+
+    def base():
+        with torch.no_grad(), handle.use(None):
+            return plain(x)
+
+    for forward in (plain, checkpointed):
+        handle.zero_grad()
+        wanted = base() if teacher == "first" else 0.0
+        encoder.forward = forward
+        with handle.use("us"):
+            found = encoder(x)
+        if teacher == "last":
+            wanted = base()
+        (found - wanted).square().sum().backward()
+        gradients.append([p.grad.clone() for p in handle.trained_parameters()])
+    assert handle.in_use is None
+    for one, other in zip(*gradients):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
+
+
 @pytest.mark.parametrize("frozen, warnings", [(False, 0), (True, 1)])
 def test_a_wrapper_without_gradients_is_told_from_checkpointing(
     encoder, x, frozen, warnings, caplog

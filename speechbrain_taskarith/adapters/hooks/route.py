@@ -30,8 +30,10 @@ class Route:
         self.name = next(_NAMES)
         #: Where no `with` says something else; `Chosen`.
         self.everywhere = Chosen(None)
-        #: Chosen last, by any thread: for autograd's, which have no context.
-        self.latest = None
+        #: Of the last pass with gradients, or chosen since, by any thread: for
+        #: autograd, which may compute layers anew in a thread of its own, or
+        #: after the `with`; and the number of these passes.
+        self.latest, self.passes = None, 0
         self.has_warned = False
         #: The next batch's tasks, where a loop says them.
         self.tasks = None
@@ -55,6 +57,12 @@ class Route:
     def follow(self, positions):
         """Take the positions of the batch's tasks."""
         self.everywhere.value = self.latest = positions
+
+    def remember(self):
+        """Keep what a forward pass goes through for its backward pass."""
+        if not context.in_backward:
+            self.latest = self.choice
+            self.passes += 1
 
     def own(self):
         """Return the `Chosen` of the innermost `with`, None without one."""
@@ -89,6 +97,7 @@ class Use:
     def __init__(self, route, choice):
         self._route, self._chosen, self._token = route, Chosen(choice), None
         self._own = route.own()
+        self._latest, self._passes = route.latest, route.passes
         if self._own is not None:
             self._before, self._own.value = self._own.value, choice
         else:
@@ -112,4 +121,5 @@ class Use:
 
     def __exit__(self, *error):
         context.AROUND.reset(self._token)
-        self._route.latest = self._route.choice
+        if self._route.passes == self._passes:
+            self._route.latest = self._latest

@@ -24,6 +24,7 @@ from report import write_report
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.dataio.sampler import DynamicBatchSampler
 from speechbrain.tokenizers.SentencePiece import SentencePiece
+from speechbrain.utils.checkpoints import Checkpointer
 from speechbrain.utils.distributed import get_rank, run_on_main
 from speechbrain.utils.logger import get_logger
 
@@ -226,6 +227,17 @@ def dataio_prepare(hparams, tokenizer):
     return datasets, train_sampler
 
 
+def best_in(path):
+    """Return the checkpoint of least WER in a save folder, as is tested.
+
+    A path of another kind is returned as it is.
+    """
+    if not Path(path).is_dir():
+        return path
+    found = Checkpointer(path).find_checkpoint(min_key="WER")
+    return path if found is None else found.path
+
+
 def load_start(hparams):
     """Load the weights to start from: a whole model, an encoder, or both."""
     transducer = hparams["transducer"]
@@ -241,9 +253,10 @@ def load_start(hparams):
             )
         logger.info(f"started from {found.path}")
     if hparams["encoder_from"]:
+        source = best_in(hparams["encoder_from"])
         for name in ("frontend", "encoder"):
             report = transfer_encoder(
-                hparams["encoder_from"],
+                source,
                 transducer[name],
                 prefix=f"{name}.",
             )

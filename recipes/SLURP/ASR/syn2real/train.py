@@ -11,7 +11,8 @@ To run this recipe, do the following:
 
 On any manifest, from other weights than the public ones:
 > python train.py hparams/train.yaml --data_folder /path/to/SLURP \
->     --train_csv synthetic/qa/manifest.csv --base results/mixed/save
+>     --train_csv synthetic/qa/manifest.csv --data_root synthetic/qa \
+>     --base results/mixed/save
 
 On several GPUs:
 > torchrun --nproc_per_node=2 train.py hparams/train.yaml ...
@@ -45,7 +46,7 @@ def read_rows(path, hparams):
     """Read a manifest; what is too long is left out."""
     return read_manifest(
         path,
-        hparams["data_folder"],
+        hparams["data_root"],
         hparams["characters"],
         hparams["avoid_if_longer_than"],
     )
