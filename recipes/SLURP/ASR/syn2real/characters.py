@@ -8,6 +8,7 @@ import re
 import unicodedata
 
 import speechbrain as sb
+from common.rows import load_rows
 from manifest_checks import check_columns, csv_rows, keep_short
 from scoring import character_errors, normalize
 from speechbrain.dataio.dataset import DynamicItemDataset
@@ -41,14 +42,8 @@ def read_manifest(path, data_root, characters, longest=None):
     `data_root` stands for `$data_root` in paths. Returns
     `{ID: {duration, wav, text, letters, ...}}`.
     """
-    # Not by SpeechBrain's reader, which takes "$20" for a variable.
-    found = csv_rows(path)
-    check_columns(path, found)
-    rows = {row.pop("ID"): row for row in found}
-    for row in rows.values():
-        row["duration"] = float(row["duration"])
-        row["wav"] = row["wav"].replace("$data_root", str(data_root))
-    rows = keep_short(path, rows, longest)
+    check_columns(path, csv_rows(path))
+    rows = keep_short(path, load_rows(path, data_root), longest)
     for row in rows.values():
         row["letters"] = letters(row["text"], characters)
     silent = [key for key, row in rows.items() if not row["letters"]]
