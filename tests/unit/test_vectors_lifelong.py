@@ -357,6 +357,15 @@ class TestEWC:
             EWC().consolidate(network(), [], None)
 
 
+def test_ewc_of_a_wrapped_model_is_not_of_the_model():
+    model, method = torch.nn.Linear(2, 1), EWC()
+    wrapped = torch.compile(model, backend="eager")
+    method.consolidate(wrapped, [torch.ones(1, 2)], lambda x: model(x).sum())
+    assert "_orig_mod.weight" in method.fisher
+    with pytest.raises(ValueError, match="'weight' has not.*torch.compile"):
+        method.penalty(model, None, None, None)
+
+
 class TestLwF:
     def test_padding_and_excluded_classes_have_no_gradient(self):
         torch.manual_seed(0)

@@ -314,6 +314,11 @@ def test_constraint_old_domains_may_not_suffer():
         search_scale(
             model, base, tau, lambda m: 1.0, [0.5], max_degradation=0.1
         )
+    with pytest.raises(ValueError, match=r"protects \['old'\], and their word"):
+        search_scale(
+            model, base, tau, lambda m: {"old": math.nan, "new": 1.0},
+            [0.5], max_degradation=0.1, domains=["old"],
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(

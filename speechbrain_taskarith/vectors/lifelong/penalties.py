@@ -67,8 +67,16 @@ class EWC(FineTuning):
         """As `FineTuning.penalty`; None before the first Fisher."""
         if not self.fisher:
             return None
+        parameters = dict(model.named_parameters())
+        if not parameters.keys() & self.fisher.keys():
+            raise ValueError(
+                f"EWC measured {next(iter(self.fisher))!r}, and no parameter "
+                f"has its name or another's ({next(iter(parameters))!r} has "
+                "not): give the model that it measured, and both times "
+                "without what wraps it (DDP, torch.compile)"
+            )
         total = 0.0
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters.items():
             if name in self.fisher and parameter.requires_grad:
                 # In half precision both factors may be 0.
                 wide = torch.promote_types(parameter.dtype, torch.float32)

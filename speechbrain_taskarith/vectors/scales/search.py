@@ -315,6 +315,13 @@ class Evaluations:
                 f"domains: wer(model) returns none called {missing}; it "
                 f"returns {list(domains)}"
             )
+        if unknown := [n for n in protected if not math.isfinite(domains[n])]:
+            raise ValueError(
+                f"max_degradation protects {unknown}, and their word error "
+                "rate without an edit is NaN or infinite: nothing says how "
+                "much worse it may become. Mend wer(model), or name other "
+                "domains"
+            )
         share = 1 + self.max_degradation
         self.limits = {name: share * domains[name] for name in protected}
 
