@@ -3,6 +3,12 @@
 import csv
 
 
+def csv_rows(path):
+    """Read a manifest as dicts, with or without a byte order mark."""
+    with open(path, encoding="utf-8-sig", newline="") as stream:
+        return list(csv.DictReader(stream, skipinitialspace=True))
+
+
 def load_rows(path, data_root):
     """Read a manifest: `{ID: {duration, wav, ...}}`.
 
@@ -10,23 +16,20 @@ def load_rows(path, data_root):
     every `$` for a variable's, "$100" in a transcript too.
     """
     rows = {}
-    with open(path, encoding="utf-8-sig", newline="") as stream:
-        for row in csv.DictReader(stream, skipinitialspace=True):
-            if "ID" not in row:
-                raise ValueError(
-                    f"{path}: no column 'ID'; found {', '.join(row)}"
-                )
-            key = row.pop("ID")
-            if key in rows:
-                raise ValueError(
-                    f"{path}: ID {key!r} stands there twice; give each "
-                    "utterance its own"
-                )
-            rows[key] = row
-            if row.get("wav"):
-                row["wav"] = row["wav"].replace("$data_root", str(data_root))
-            if "duration" in row:
-                row["duration"] = _seconds(path, key, row["duration"])
+    for row in csv_rows(path):
+        if "ID" not in row:
+            raise ValueError(f"{path}: no column 'ID'; found {', '.join(row)}")
+        key = row.pop("ID")
+        if key in rows:
+            raise ValueError(
+                f"{path}: ID {key!r} stands there twice; give each utterance "
+                "its own"
+            )
+        rows[key] = row
+        if row.get("wav"):
+            row["wav"] = row["wav"].replace("$data_root", str(data_root))
+        if "duration" in row:
+            row["duration"] = _seconds(path, key, row["duration"])
     return rows
 
 

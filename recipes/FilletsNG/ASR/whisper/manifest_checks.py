@@ -1,18 +1,11 @@
 """What a manifest must have before anything is trained on it."""
 
-import csv
 import math
 from pathlib import Path
 
 from speechbrain.utils.logger import get_logger
 
 logger = get_logger(__name__)
-
-
-def csv_rows(path):
-    """Read a manifest as dicts, with or without a byte order mark."""
-    with open(path, encoding="utf-8-sig", newline="") as stream:
-        return list(csv.DictReader(stream, skipinitialspace=True))
 
 
 def check_columns(path, rows, more=()):

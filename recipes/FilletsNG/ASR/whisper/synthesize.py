@@ -17,7 +17,7 @@ import random
 import sys
 from pathlib import Path
 
-from manifest_checks import csv_rows
+from common.rows import csv_rows
 
 from speechbrain_taskarith.data import EspeakVoice, read_audio, write_audio
 from speechbrain_taskarith.utils.files import atomic_write

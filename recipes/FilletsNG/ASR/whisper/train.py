@@ -32,12 +32,11 @@ from pathlib import Path
 import speechbrain as sb
 import torch
 from common.precision import choose_precision
-from common.rows import load_rows
+from common.rows import csv_rows, load_rows
 from hyperpyyaml import load_hyperpyyaml
 from manifest_checks import (
     check_columns,
     check_rows,
-    csv_rows,
     keep_short,
     warn_of_shared,
 )

@@ -8,8 +8,8 @@ import re
 import unicodedata
 
 import speechbrain as sb
-from common.rows import load_rows
-from manifest_checks import check_columns, csv_rows, keep_short
+from common.rows import csv_rows, load_rows
+from manifest_checks import check_columns, keep_short
 from scoring import character_errors, normalize
 from speechbrain.dataio.dataset import DynamicItemDataset
 

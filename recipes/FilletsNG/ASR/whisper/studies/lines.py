@@ -4,7 +4,8 @@ import csv
 import re
 from pathlib import Path
 
-from manifest_checks import check_columns, csv_rows
+from common.rows import csv_rows
+from manifest_checks import check_columns
 
 from speechbrain_taskarith.utils.files import atomic_write
 

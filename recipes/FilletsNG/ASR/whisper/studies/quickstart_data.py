@@ -9,7 +9,8 @@ import re
 import sys
 from pathlib import Path
 
-from manifest_checks import check_cells, csv_rows
+from common.rows import csv_rows
+from manifest_checks import check_cells
 from synthesize import synthesize
 from whisper_window import languages_of
 
