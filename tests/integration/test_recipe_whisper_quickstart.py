@@ -203,7 +203,7 @@ def test_the_window_follows_from_the_lines(recipe, lengths, whole, seconds):
 
 
 @pytest.mark.parametrize(
-    "precision, lines, longest", [("bf16", 160, 6), ("fp32", 48, 4)]
+    "precision, lines, longest", [("bf16", 160, 6), ("fp32", 40, 4)]
 )
 def test_a_processor_without_bfloat16_gets_fewer_lines(
     recipe, monkeypatch, precision, lines, longest

@@ -123,6 +123,8 @@ def test_in_threads():
 
 
 def _speak_into(connection, voice):
+    # As DataLoader's workers: OpenMP's threads do not outlive a fork.
+    torch.set_num_threads(1)
     connection.send(digest(voice("three")))
     connection.close()
 

@@ -207,8 +207,7 @@ class SequentialEditor:
         """
         if not has_log(folder):
             return cls(base, rule, folder, **arguments)
-        # As the constructor reads it: without the names of wrappers.
-        base = as_model(base)
+        base = as_model(base)  # as the constructor: no names of wrappers
         resumable = {"scale", "include", "exclude"} & arguments.keys()
         editor = cls.resume(
             folder, rule, **{k: arguments[k] for k in resumable}
