@@ -33,13 +33,14 @@ def package_fields(path):
 
 
 def find_packages(folder, names):
-    """Return `{name: path}` of packages in a folder.
+    """Return `{name: path}` of packages in a folder, or of a package itself.
 
     A missing one is a FileNotFoundError that says how to get it; one that is
     there twice is a ValueError.
     """
     found = {}
-    for path in sorted(Path(folder).glob("*.deb")):
+    folder = Path(folder)
+    for path in [folder] if folder.is_file() else sorted(folder.glob("*.deb")):
         if not path.name.startswith(tuple(names)):
             continue
         name = package_fields(path)["Package"]

@@ -150,6 +150,12 @@ def test_packages_are_found_by_what_they_say(package, tmp_path):
         find_packages(tmp_path, names)
 
 
+def test_a_package_itself_may_be_given(package):
+    assert find_packages(package, ["game-data"]) == {"game-data": package}
+    with pytest.raises(FileNotFoundError, match="no package other"):
+        find_packages(package, ["game-data", "other"])
+
+
 def test_unpacked_files_are_temporary(package, tmp_path):
     with pytest.raises(KeyError, match="inside"):
         with unpacked_packages([package], PATTERN, tmp_path) as folder:

@@ -1,7 +1,7 @@
 """Manifests of recipes against SpeechBrain's reader: `common.rows`."""
 
 import pytest
-from common.rows import load_rows
+from common.rows import SPEECH, load_rows
 from speechbrain.dataio.dataio import load_data_csv
 
 ROWS = [
@@ -46,7 +46,10 @@ def test_text_alone_needs_neither_audio_nor_duration(tmp_path):
     [
         ([ROWS[0], ROWS[0]], "rows.csv: ID 'a' stands there twice"),
         (["a,long,a.wav,x"], "rows.csv: a: duration 'long'; expected a number"),
-        (["a"], "rows.csv: a: duration None; expected a number"),
+        (["a,-1,a.wav,x"], "rows.csv: a: duration '-1'; expected a number"),
+        (["a,nan,a.wav,x"], "rows.csv: a: duration 'nan'; expected a number"),
+        ([ROWS[0], "b,2,b.wav"], "rows.csv: line 3: expected 4 cells"),
+        (["a,1,a.wav,well, yes"], "line 2: expected 4 cells, .*in quotes"),
     ],
 )
 def test_refusals_name_the_row(tmp_path, rows, message):
@@ -58,3 +61,14 @@ def test_a_column_of_ids_is_needed(tmp_path):
     path = write(tmp_path, "a,1", header="id,duration")
     with pytest.raises(ValueError, match="no column 'ID'; found id, duration"):
         load_rows(path, "")
+
+
+def test_what_is_needed_must_be_there(tmp_path):
+    path = write(tmp_path, "a,1", header="ID,duration")
+    assert load_rows(path, "", ["duration"]) == {"a": {"duration": 1.0}}
+    with pytest.raises(ValueError, match="no column 'wav'; found ID, duration"):
+        load_rows(path, "", SPEECH)
+    path = write(tmp_path)
+    assert load_rows(path, "") == {}
+    with pytest.raises(ValueError, match="rows.csv: no utterances"):
+        load_rows(path, "", SPEECH)

@@ -8,48 +8,6 @@ from speechbrain.utils.logger import get_logger
 logger = get_logger(__name__)
 
 
-def check_columns(path, rows, more=()):
-    """Refuse rows without a column, or with a duration of no number.
-
-    `more`: columns that are needed besides the usual ones.
-    """
-    if not rows:
-        raise ValueError(f"{path}: no utterances")
-    needed = ("ID", "duration", "wav", "text", *more)
-    for column in needed:
-        if column not in rows[0]:
-            raise ValueError(
-                f"{path}: no column {column!r}; found {', '.join(rows[0])}"
-            )
-    check_cells(path, rows, needed)
-    seen = set()
-    for row in rows:
-        if row["ID"] in seen:
-            raise ValueError(
-                f"{path}: ID {row['ID']!r} stands there twice; give each "
-                "utterance its own"
-            )
-        seen.add(row["ID"])
-        try:
-            float(row["duration"])
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"{path}: {row['ID']}: duration {row['duration']!r}; expected "
-                "a number of seconds, such as 2.5"
-            ) from None
-
-
-def check_cells(path, rows, needed):
-    """Refuse a row that ends before a needed column."""
-    for number, row in enumerate(rows, 1):
-        short = [column for column in needed if row[column] is None]
-        if short:
-            raise ValueError(
-                f"{path}: row {number} ({row['ID']}) ends before the column "
-                f"{short[0]!r}; expected {len(row)} cells"
-            )
-
-
 def keep_short(path, rows, longest):
     """Return the rows of at most `longest` seconds; tell of the others.
 

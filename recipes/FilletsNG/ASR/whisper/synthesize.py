@@ -17,7 +17,7 @@ import random
 import sys
 from pathlib import Path
 
-from common.rows import csv_rows
+from common.rows import load_rows
 
 from speechbrain_taskarith.data import EspeakVoice, read_audio, write_audio
 from speechbrain_taskarith.utils.files import atomic_write
@@ -52,16 +52,14 @@ def synthesize(manifest, folder, voice, takes=1, seed=0, show_progress=True):
     What a killed run has spoken is kept.
     """
     folder = Path(folder)
-    rows = csv_rows(manifest)
-    if not rows or "text" not in rows[0]:
-        raise ValueError(f"{manifest}: expected rows with a column text")
+    rows = load_rows(manifest, "", ["text"])
     (folder / "audio").mkdir(parents=True, exist_ok=True)
     spoken = []
-    for row in progress(
-        rows, desc=f"speaking {voice}", show_progress=show_progress
+    for ID, row in progress(
+        rows.items(), desc=f"speaking {voice}", show_progress=show_progress
     ):
         for take in range(takes):
-            key = f"{row['ID']}-{take}" if takes > 1 else row["ID"]
+            key = f"{ID}-{take}" if takes > 1 else ID
             said, speaker = choose_voice(voice, key, seed)
             # Named by what is said how, too: anything else is spoken anew.
             digest = hashlib.sha256(f"{said!r}/{row['text']}".encode())

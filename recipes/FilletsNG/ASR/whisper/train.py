@@ -32,10 +32,9 @@ from pathlib import Path
 import speechbrain as sb
 import torch
 from common.precision import choose_precision
-from common.rows import csv_rows, load_rows
+from common.rows import SPEECH, load_rows
 from hyperpyyaml import load_hyperpyyaml
 from manifest_checks import (
-    check_columns,
     check_rows,
     keep_short,
     warn_of_shared,
@@ -201,8 +200,7 @@ class ASR(WholeUpdates, sb.Brain):
 
 def read_rows(path, hparams):
     """Read a manifest, without what is too long; check the rest."""
-    check_columns(path, csv_rows(path))
-    rows = load_rows(path, hparams["data_root"])
+    rows = load_rows(path, hparams["data_root"], SPEECH)
     rows = keep_short(path, rows, hparams["avoid_if_longer_than"])
     check_rows(path, rows, hparams["whisper"], hparams["language"])
     for row in rows.values():

@@ -14,11 +14,11 @@ To run this recipe, do the following:
 Start a killed run again by the same command: it resumes.
 """
 
-import csv
 import sys
 
 import speechbrain as sb
 import torch
+from common.rows import load_rows
 from hyperpyyaml import load_hyperpyyaml
 from report import plot_consistency, write_report
 from sampling import KindSampler
@@ -88,11 +88,9 @@ def make_labels(hparams):
 def read_rows(hparams, name, kind):
     """Read a prepared CSV file and add the kind of data to every row."""
     path = f"{hparams['prepared_folder']}/{name}.csv"
-    # Not by SpeechBrain's reader, which takes "$100" for a variable.
-    with open(path, encoding="utf-8", newline="") as stream:
-        rows = {row.pop("ID"): row for row in csv.DictReader(stream)}
+    rows = load_rows(path, hparams["prepared_folder"])
     for row in rows.values():
-        row["duration"], row["kind"] = float(row["duration"]), kind
+        row["kind"] = kind
     return rows
 
 

@@ -8,8 +8,8 @@ import re
 import unicodedata
 
 import speechbrain as sb
-from common.rows import csv_rows, load_rows
-from manifest_checks import check_columns, keep_short
+from common.rows import SPEECH, load_rows
+from manifest_checks import keep_short
 from scoring import character_errors, normalize
 from speechbrain.dataio.dataset import DynamicItemDataset
 
@@ -42,8 +42,7 @@ def read_manifest(path, data_root, characters, longest=None):
     `data_root` stands for `$data_root` in paths. Returns
     `{ID: {duration, wav, text, letters, ...}}`.
     """
-    check_columns(path, csv_rows(path))
-    rows = keep_short(path, load_rows(path, data_root), longest)
+    rows = keep_short(path, load_rows(path, data_root, SPEECH), longest)
     for row in rows.values():
         row["letters"] = letters(row["text"], characters)
     silent = [key for key, row in rows.items() if not row["letters"]]

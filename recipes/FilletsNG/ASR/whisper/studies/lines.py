@@ -4,8 +4,7 @@ import csv
 import re
 from pathlib import Path
 
-from common.rows import csv_rows
-from manifest_checks import check_columns
+from common.rows import SPEECH, load_rows
 
 from speechbrain_taskarith.utils.files import atomic_write
 
@@ -28,16 +27,13 @@ def read_csv(path, more=()):
     `more`: columns that it needs besides the usual ones.
     """
     path = Path(path).resolve()
-    rows = csv_rows(path)
-    check_columns(path, rows, more)
-    for row in rows:
-        row["wav"] = row["wav"].replace("$data_root", str(path.parent))
-    return rows
+    rows = load_rows(path, path.parent, (*SPEECH, *more))
+    return [{"ID": key, **row} for key, row in rows.items()]
 
 
 def tell_long(path, rows, longest):
     """Print how many rows are longer than `longest` seconds."""
-    count = sum(float(row["duration"]) > longest for row in rows)
+    count = sum(row["duration"] > longest for row in rows)
     if count:
         print(
             f"{path}: {count} of {len(rows)} lines are longer than "

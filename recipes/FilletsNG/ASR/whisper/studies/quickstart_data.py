@@ -9,8 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from common.rows import csv_rows
-from manifest_checks import check_cells
+from common.rows import load_rows
 from synthesize import synthesize
 from whisper_window import languages_of
 
@@ -90,29 +89,16 @@ def prepare(data, save):
 
 def read_rows(path):
     """Read a manifest: paths absolute, `text` filled, durations numbers."""
-    rows = csv_rows(path)
-    if not rows:
-        raise ValueError(f"{path}: no utterances")
-    needed = ("ID", "duration", "wav", "text" if "text" in rows[0] else "wrd")
-    for column in needed:
-        if column not in rows[0]:
-            name = "text (or wrd)" if column == "wrd" else column
-            raise ValueError(
-                f"{path}: no column {name}; found {', '.join(rows[0])}"
-            )
-    check_cells(path, rows, needed)
+    rows = load_rows(path, path.parent, ("duration", "wav"))
+    rows = [{"ID": key, **row} for key, row in rows.items()]
+    if not {"text", "wrd"} & set(rows[0]):
+        raise ValueError(
+            f"{path}: no column text (or wrd); found {', '.join(rows[0])}"
+        )
     for row in rows:
-        wav = row["wav"].replace("$data_root", str(path.parent))
-        row["wav"] = str(path.parent / wav)
+        row["wav"] = str(path.parent / row["wav"])
         # `wrd` is in capitals, as nobody writes.
         row["text"] = (row.get("text") or row.get("wrd", "").lower()).strip()
-        try:
-            row["duration"] = float(row["duration"])
-        except ValueError:
-            raise ValueError(
-                f"{path}: {row['ID']}: duration {row['duration']!r} is no "
-                "number of seconds"
-            ) from None
         # It becomes the name of a file.
         row["ID"] = re.sub(r"[^\w.-]", "_", row["ID"])
     counts = collections.Counter(row["ID"] for row in rows)
