@@ -13,6 +13,7 @@ from hyperpyyaml import load_hyperpyyaml
 from processes import Recipe
 from recipe_modules import modules_of
 from safetensors.torch import load_file
+from speechbrain.decoders.seq2seq import S2SWhisperGreedySearcher
 from tiny_whisper import save_tiny_whisper, tell_languages
 
 from speechbrain_taskarith.__main__ import main as taskarith
@@ -21,6 +22,7 @@ from speechbrain_taskarith.metrics import wer
 from speechbrain_taskarith.vectors import TaskVector, open_state, save_state
 
 transformers = pytest.importorskip("transformers")
+from speechbrain.integrations.huggingface.whisper import Whisper  # noqa: E402
 
 RECIPE = Recipe("FilletsNG/ASR/whisper")
 TEXTS = ["Hallo.", "Dag, boot!", "Een vis", "Twee vissen", "Drie", "Ja"]
@@ -442,6 +444,60 @@ def test_features_are_those_of_transformers_each_by_itself(
     torch.testing.assert_close(
         model._get_mel(waves), wanted, rtol=1e-3, atol=1e-3
     )
+
+
+@pytest.mark.parametrize("lang_tokens", [None, [50259, 50270, 50283, 50259]])
+def test_the_search_finds_what_the_parents_finds(
+    whisper, recipe, tmp_path, lang_tokens
+):
+    """Utterances end at different steps, one at once, one never."""
+    window = recipe("whisper_window")
+    model = window.WindowedWhisper(str(whisper), str(tmp_path), language="nl")
+    waves = torch.randn(4, 16000, generator=torch.Generator().manual_seed(3))
+    ends = torch.tensor([7, 1, 100, 4])
+
+    class Ends:
+        """Ends utterances at steps of their own, by the encoder's states."""
+
+        def forward_step(self, tokens, memory, states, *others):
+            logits, memory, attention = super().forward_step(
+                tokens, memory, states, *others
+            )
+            rows = (states[:, None] - encoded).abs().sum((2, 3)).argmin(1)
+            step = memory.shape[1] - self.sample_begin + 1
+            now = step >= ends[rows]
+            logits[:, self.eos_index] = torch.where(now, 1e4, -1e4)
+            return logits, memory, attention
+
+    encoded = model.forward_encoder(model._get_mel(waves))
+    found = []
+    for searcher in (S2SWhisperGreedySearcher, window.WordsSearcher):
+        search = type("Search", (Ends, searcher), {})(
+            model=model, min_decode_ratio=0.0, max_decode_ratio=0.25
+        )
+        search.set_lang_tokens(lang_tokens and torch.tensor(lang_tokens))
+        hyps, *_ = search(encoded, torch.ones(4))
+        found.append([[int(token) for token in hyp] for hyp in hyps])
+    assert found[0] == found[1]
+    assert [len(hyp) for hyp in found[1]] == [6, 0, 25, 3]
+
+
+def test_the_logits_are_the_parents(whisper, recipe, tmp_path):
+    window = recipe("whisper_window")
+    model = window.WindowedWhisper(str(whisper), str(tmp_path), language="nl")
+    waves, tokens = torch.randn(2, 9000), torch.randint(100, (2, 5))
+    with torch.no_grad():
+        states = model.forward_encoder(model._get_mel(waves))
+        wanted, _, cache = Whisper.forward_decoder(model, states, tokens)
+        found, _, ours = model.forward_decoder(states, tokens)
+        torch.testing.assert_close(found, wanted)
+        more = torch.cat([tokens, tokens[:, :1]], 1)
+        wanted, *_ = Whisper.forward_decoder(
+            model, states, more, past_key_values=cache
+        )
+        found, *_ = model.forward_decoder(states, more, past_key_values=ours)
+    torch.testing.assert_close(found, wanted)
+    assert found.shape[1] == 1
 
 
 def test_the_loss_is_that_of_transformers(whisper, recipe, tmp_path):
