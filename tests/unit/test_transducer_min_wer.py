@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from hyperpyyaml import load_hyperpyyaml
+from speechbrain.utils.checkpoints import Checkpointer
 
 from speechbrain_taskarith.transducer import (
     HATJoint,
@@ -184,6 +185,29 @@ def test_lists_without_difference_are_skipped_and_counted():
     assert loss.statistics()["hypotheses"] == (4 + 3 + 2 + 2) / 6
     loss.reset()
     assert loss.statistics()["oracle_wer"] == 0.0
+
+
+def test_a_resumed_epoch_goes_on_counting(tmp_path):
+    search, x, targets, lens = setting()
+
+    def loss_and_checkpointer():
+        loss = MinWERLoss(search, 4, 0.0, source="offline")
+        return loss, Checkpointer(tmp_path, {"min_wer": loss})
+
+    def step(loss, lists):
+        loss(x, lens[0], targets, lens[1], hypotheses=lists)
+
+    killed, checkpointer = loss_and_checkpointer()
+    step(killed, LISTS)
+    path = checkpointer.save_checkpoint().path
+    assert (path / "min_wer.ckpt").stat().st_size < 200  # no weights
+    whole = killed.statistics()
+    resumed, checkpointer = loss_and_checkpointer()
+    checkpointer.recover_if_possible()
+    assert resumed.statistics() == whole
+    for loss in (killed, resumed):
+        step(loss, [[[1, 2, 4], [1]], [[4, 5]], [[]]])
+    assert resumed.statistics() == killed.statistics() != whole
 
 
 @pytest.mark.parametrize("source", ["beam", "sample"])
