@@ -14,6 +14,7 @@ from speechbrain_taskarith.transducer import (
     RNNTJoint,
     SpeechBrainJoint,
     TransducerBeamSearch,
+    TransducerGreedySearch,
     min_wer_loss,
     transducer_loss,
 )
@@ -335,6 +336,11 @@ def test_bad_settings():
     for options in ({"n_best": 1}, {"n_best": 5}, {"source": "lattice"}):
         with pytest.raises(ValueError, match="n_best|source"):
             MinWERLoss(search, **options)
+    greedy = TransducerGreedySearch(search.predictor, search.joint, 0)
+    with pytest.raises(ValueError, match=r"n_best 4: .* beam_size \(1\)"):
+        MinWERLoss(greedy)
+    for source in ("sample", "offline"):
+        MinWERLoss(greedy, source=source)
     offline = MinWERLoss(search, 4, source="offline")
     with pytest.raises(ValueError, match="expected `hypotheses`"):
         offline(x, lens[0], targets, lens[1])

@@ -106,7 +106,9 @@ class MinWERLoss(JSONRecoverable, torch.nn.Module):
             raise ValueError(
                 f"source {source!r}: expected 'beam', 'sample' or 'offline'"
             )
-        beam = getattr(searcher, "beam_size", n_best)
+        # A greedy search has one hypothesis, and no beam.
+        most = getattr(searcher, "n_best", n_best)
+        beam = getattr(searcher, "beam_size", most)
         if n_best < 2 or (source == "beam" and n_best > beam):
             raise ValueError(
                 f"n_best {n_best}: expected 2 or more, and no more than the "
