@@ -66,7 +66,7 @@ def add_parser(verbs, summary):
 
 def run(options):
     """Recognise, and measure the latency of a stream."""
-    if not options.chunk > 0:
+    if not 0 < options.chunk < float("inf"):
         raise ValueError(
             f"--chunk {options.chunk:g}: expected seconds, above 0"
         )

@@ -145,6 +145,7 @@ BAD = {
     "no recording": (("none.wav",), ["none.wav", "no such recording"]),
     "threads": (("a.wav", "--threads", "0"), ["--threads 0"]),
     "chunk": (("a.wav", "--chunk", "0"), ["--chunk 0"]),
+    "endless chunk": (("a.wav", "--chunk", "inf"), ["--chunk inf"]),
 }
 
 

@@ -113,6 +113,31 @@ def test_padding_and_frozen_parts():
     assert not chunked(joint, x.detach(), g.detach(), y).requires_grad
 
 
+class _TimeFirst(RNNTJoint):
+    """Returns [B, T, J] of [T, B, J], as recurrent layers do."""
+
+    def project_encoder(self, encoder_out):
+        return _time_first(super().project_encoder(encoder_out))
+
+    def project_predictor(self, predictor_out):
+        return _time_first(super().project_predictor(predictor_out))
+
+
+def _time_first(x):
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def test_gradients_do_not_depend_on_how_a_projection_lies_in_memory():
+    joint, x, g, y = setting(RNNTJoint)
+    leaves = [x, g, *joint.parameters()]
+    expected = torch.autograd.grad(chunked(joint, x, g, y).sum(), leaves)
+    joint.__class__ = _TimeFirst
+    assert not joint.project_encoder(x).is_contiguous()
+    found = torch.autograd.grad(chunked(joint, x, g, y).sum(), leaves)
+    for one, other in zip(found, expected):
+        assert torch.allclose(one, other, atol=1e-12)
+
+
 def test_windows_spare_the_nodes_outside():
     joint, x, g, y = setting(RNNTJoint)
     first = torch.tensor([[0, 3, 5, 0], [0, 1, 2, 4], [9, 9, 9, 9]])

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from hyperpyyaml import load_hyperpyyaml
+from speechbrain.utils.checkpoints import Checkpointer
 
 from speechbrain_taskarith.transducer import (
     HATJoint,
@@ -13,6 +14,7 @@ from speechbrain_taskarith.transducer import (
     RNNTJoint,
     SpeechBrainJoint,
     TransducerBeamSearch,
+    TransducerGreedySearch,
     min_wer_loss,
     transducer_loss,
 )
@@ -186,6 +188,29 @@ def test_lists_without_difference_are_skipped_and_counted():
     assert loss.statistics()["oracle_wer"] == 0.0
 
 
+def test_a_resumed_epoch_goes_on_counting(tmp_path):
+    search, x, targets, lens = setting()
+
+    def loss_and_checkpointer():
+        loss = MinWERLoss(search, 4, 0.0, source="offline")
+        return loss, Checkpointer(tmp_path, {"min_wer": loss})
+
+    def step(loss, lists):
+        loss(x, lens[0], targets, lens[1], hypotheses=lists)
+
+    killed, checkpointer = loss_and_checkpointer()
+    step(killed, LISTS)
+    path = checkpointer.save_checkpoint().path
+    assert (path / "min_wer.ckpt").stat().st_size < 200  # no weights
+    whole = killed.statistics()
+    resumed, checkpointer = loss_and_checkpointer()
+    checkpointer.recover_if_possible()
+    assert resumed.statistics() == whole
+    for loss in (killed, resumed):
+        step(loss, [[[1, 2, 4], [1]], [[4, 5]], [[]]])
+    assert resumed.statistics() == killed.statistics() != whole
+
+
 @pytest.mark.parametrize("source", ["beam", "sample"])
 def test_decoding_leaves_training_alone(source):
     search, x, targets, lens = setting(dropout=0.5)
@@ -311,6 +336,11 @@ def test_bad_settings():
     for options in ({"n_best": 1}, {"n_best": 5}, {"source": "lattice"}):
         with pytest.raises(ValueError, match="n_best|source"):
             MinWERLoss(search, **options)
+    greedy = TransducerGreedySearch(search.predictor, search.joint, 0)
+    with pytest.raises(ValueError, match=r"n_best 4: .* beam_size \(1\)"):
+        MinWERLoss(greedy)
+    for source in ("sample", "offline"):
+        MinWERLoss(greedy, source=source)
     offline = MinWERLoss(search, 4, source="offline")
     with pytest.raises(ValueError, match="expected `hypotheses`"):
         offline(x, lens[0], targets, lens[1])

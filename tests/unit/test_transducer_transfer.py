@@ -30,7 +30,9 @@ def same(one, other):
     return {
         name
         for name, tensor in one.state_dict().items()
-        if name in found and torch.equal(tensor, found[name])
+        if name in found
+        and isinstance(tensor, torch.Tensor)
+        and torch.equal(tensor, found[name])
     }
 
 
@@ -70,6 +72,28 @@ def test_encoder_alone_is_taken_over(form, tmp_path):
     assert same(there["encoder"], here["encoder"]) == set(report.loaded)
     for name, tensor in here["joint"].state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+class _Counting(torch.nn.Linear):
+    """A layer with a state that is no tensor."""
+
+    def get_extra_state(self):
+        return {"calls": 3}
+
+    def set_extra_state(self, state):
+        raise AssertionError(state)
+
+
+@pytest.mark.parametrize("form", ["dict", "file"])
+def test_an_extra_state_stays_as_it_is(form, tmp_path):
+    there, here = _Counting(3, 2), _Counting(3, 2)
+    source = there.state_dict(prefix="encoder.")
+    if form == "file":
+        torch.save(source, tmp_path / "model.ckpt")
+        source = tmp_path / "model.ckpt"
+    report = transfer_encoder(source, here, prefix="encoder.")
+    assert set(report.loaded) == same(there, here) == {"weight", "bias"}
+    assert report.left == ("_extra_state",) and not report.missing
 
 
 @pytest.mark.parametrize("layers", [[1], range(2, 5), [0, 10]])

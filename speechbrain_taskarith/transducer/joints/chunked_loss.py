@@ -326,9 +326,10 @@ class _Chunked(torch.autograd.Function):
             )
         by_node = [grad[plan.nodes] for grad in (by_blank, by_label)]
         active = _active(by_blank, by_label, plan.nodes)
-        # Sums of many small numbers: in float32 at least.
+        # Sums of many small numbers: in float32 at least. Contiguous, so that
+        # their rows are views, however a projection lays out its result.
         sums = [
-            torch.zeros_like(tensor, dtype=norm.dtype) if needed else None
+            norm.new_zeros(tensor.shape) if needed else None
             for tensor, needed in zip(inputs, ctx.needs_input_grad[1:])
         ]
         for piece in plan.pieces(active, encoder.shape[-1]):

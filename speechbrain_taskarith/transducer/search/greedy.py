@@ -203,6 +203,8 @@ class TransducerSampler(TransducerGreedySearch):
         ]
 
     def _choose(self, log_probs):
+        # A GPU would not recover from an assertion in multinomial.
+        check_scores(log_probs)
         weights = (log_probs / self.temperature).softmax(1)
         return torch.multinomial(weights, 1)[:, 0]
 

@@ -30,10 +30,11 @@ from speechbrain_taskarith.transducer.training.expected_errors import (
     tables,
 )
 from speechbrain_taskarith.utils.lengths import Refusals
+from speechbrain_taskarith.utils.recoverable import JSONRecoverable
 from speechbrain_taskarith.utils.training import keep_modes
 
 
-class MinWERLoss(torch.nn.Module):
+class MinWERLoss(JSONRecoverable, torch.nn.Module):
     """MinWER, interpolated with the transducer loss.
 
     `L = L_MinWER + rnnt_weight * L_RNNT`. The searcher decodes without
@@ -47,6 +48,9 @@ class MinWERLoss(torch.nn.Module):
     is another than that of the expected errors where that part is large. With
     samples, each weighing as often as it was drawn, it is an unbiased estimate
     of that gradient.
+
+    As a recoverable of SpeechBrain's `Checkpointer` it keeps what `statistics`
+    counts, and no weights: a resumed epoch goes on counting.
 
     Arguments
     ---------
@@ -102,7 +106,9 @@ class MinWERLoss(torch.nn.Module):
             raise ValueError(
                 f"source {source!r}: expected 'beam', 'sample' or 'offline'"
             )
-        beam = getattr(searcher, "beam_size", n_best)
+        # A greedy search has one hypothesis, and no beam.
+        most = getattr(searcher, "n_best", n_best)
+        beam = getattr(searcher, "beam_size", most)
         if n_best < 2 or (source == "beam" and n_best > beam):
             raise ValueError(
                 f"n_best {n_best}: expected 2 or more, and no more than the "
@@ -326,6 +332,14 @@ class MinWERLoss(torch.nn.Module):
     def reset(self):
         """Reset the statistics, e.g. at the end of an epoch."""
         self._totals = Counter()
+
+    def state(self):
+        """See `JSONRecoverable.state`: what `statistics` counts."""
+        return dict(self._totals)
+
+    def restore(self, state):
+        """See `JSONRecoverable.restore`."""
+        self._totals = Counter(state)
 
     def _count(self, errors, scored, expected):
         self._totals.update(

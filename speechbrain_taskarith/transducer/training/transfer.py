@@ -149,7 +149,8 @@ def transfer_encoder(
             f"{source}: no name begins with {prefix!r}; there are "
             f"{some(state)}. Give the encoder's prefix"
         )
-    own = encoder.state_dict()
+    names = encoder.state_dict()
+    own = _tensors(names)
     selected = select(own, include, exclude)
     inside = _layers_of(encoder, own, layers)
     selected = [name for name in selected if inside(name)]
@@ -174,7 +175,7 @@ def transfer_encoder(
             for k, v in both.items()
             if k not in loaded
         ),
-        left=tuple(name for name in own if name not in set(selected)),
+        left=tuple(name for name in names if name not in set(selected)),
     )
     if strict:
         _raise_faults(report, prefix)
@@ -255,10 +256,15 @@ def _raise_faults(report, prefix):
 def _read_checkpoint(source, recoverable):
     """Return a state dict on the CPU, and its name for messages."""
     if isinstance(source, Mapping):
-        return dict(source), "the given state dict"
+        return _tensors(source), "the given state dict"
     path = _checkpoint_file(Path(source), recoverable)
     read = _safetensors if path.suffix == ".safetensors" else _pickled
     return read(path), str(path)
+
+
+def _tensors(state):
+    """Leave out what is none: extra states of modules."""
+    return {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
 
 
 def _checkpoint_file(path, recoverable):
@@ -321,8 +327,7 @@ def _pickled(path):
     for key in ("state_dict", "model_state_dict", "model", "module"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    items = state.items() if isinstance(state, Mapping) else ()
-    tensors = {k: v for k, v in items if isinstance(v, torch.Tensor)}
+    tensors = _tensors(state) if isinstance(state, Mapping) else {}
     if not tensors:
         raise ValueError(
             f"{path}: holds no state dict; give the file of the model's weights"

@@ -1,6 +1,7 @@
 """Tables and plot of the study, and its best recogniser."""
 
 import io
+import json
 import re
 from pathlib import Path
 
@@ -172,9 +173,13 @@ def save_transcriber(transducer, folder):
     text = DESCRIPTION.read_text(encoding="utf-8")
     for key, value in transducer.items():
         if isinstance(value, (bool, int, float, list)):
-            shown = f"[{', '.join(value)}]" if key == "labels" else value
+            # Quoted: a label `1` is no number.
+            line = f"{key}: {json.dumps(value, ensure_ascii=False)}"
             text = re.sub(
-                rf"^{key}: [^!\n]*$", f"{key}: {shown}", text, flags=re.M
+                rf"^{key}: [^!\n]*$",
+                lambda _, line=line: line,
+                text,
+                flags=re.M,
             )
     with atomic_write(folder / "hyperparams.yaml", "w") as stream:
         stream.write(text)

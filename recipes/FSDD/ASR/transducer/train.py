@@ -274,6 +274,9 @@ def train(argv):
             detokenize=transducer["detokenize"],
             memory_budget=hparams["memory_budget"],
         )
+        checkpointer.add_recoverable(
+            "min_wer", asr_brain.min_wer, optional_load=True
+        )
 
     # Training
     asr_brain.fit(hparams["epoch_counter"], train_loader, valid_loader)

@@ -305,6 +305,9 @@ if __name__ == "__main__":
             detokenize=detokenize,
             memory_budget=hparams["memory_budget"],
         )
+        hparams["checkpointer"].add_recoverable(
+            "min_wer", min_wer, optional_load=True
+        )
 
     asr_brain = ASR(
         modules={
