@@ -150,6 +150,14 @@ def test_the_encoder_alone_is_taken_over(stages):
             assert moves, name
 
 
+@pytest.mark.slow
+def test_another_training_does_not_go_on_in_its_folder(stages, corpus):
+    output = stages / "min_wer"
+    options = {"start_from": stages / "transfer", "row": "other"}
+    said = start("min_wer", corpus, output, **options).finish(fails=True)
+    assert "min_wer holds a run with another row ('min_wer', now 'oth" in said
+
+
 def test_the_best_checkpoint_is_taken_over(tmp_path):
     from speechbrain.utils.checkpoints import Checkpointer
 

@@ -220,6 +220,9 @@ def test_started_again_it_changes_nothing(corpus, text_stage):
     after = weights(text_stage)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert (text_stage / "summary.json").read_text() == summary
+    options = {"wmt_folder": corpus / "wmt", "start_from": text_stage}
+    said = start("text", corpus, text_stage, **options).finish(fails=True)
+    assert "holds a run with another start_from (None, now" in said
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import csv
 import re
 import shlex
+import shutil
 import sys
 import types
 import unittest.mock
@@ -138,6 +139,40 @@ def test_a_further_training_starts_from_edited_weights(whisper, tmp_path):
     after = torch.load(saved, weights_only=True)
     for name, value in state.items():
         torch.testing.assert_close(after[name], value, rtol=0, atol=0)
+
+
+def test_another_training_does_not_go_on_in_its_folder(
+    whisper, recipe, tmp_path
+):
+    """Of the page: half of a vector, and on from there by the same command."""
+    manifest = make_manifest(tmp_path / "data")
+    half = tmp_path / "half"
+    shutil.copytree(whisper, half)
+    given = options(whisper, manifest, number_of_epochs=1)
+    given["output_folder"] = tmp_path / "run"
+
+    def train(**changed):
+        words = [f"--{key}={value}" for key, value in (given | changed).items()]
+        hparams = RECIPE.folder / "hparams/train.yaml"
+        recipe("train").train([str(hparams), "--device", "cpu", *words])
+
+    train()
+    train(number_of_epochs=2, whisper_hub=half)  # the same weights
+    state = {k: v + 0.01 for k, v in open_state(whisper).items()}
+    save_state(state, half / "model.safetensors")
+    more = make_manifest(tmp_path / "more", texts=TEXTS[:4])
+    edited = half / "model.safetensors"
+    said = (tmp_path / "run/hyperparams.yaml").read_text()
+    for changed, name in (
+        ({"whisper_hub": half}, "whisper_hub"),
+        ({"base": edited}, "base"),
+        ({"train_csv": more, "data_root": more.parent}, "train_csv"),
+        ({"language": "cs"}, "language"),
+    ):
+        match = f"run holds a run with another {name} .*--output_folder"
+        with pytest.raises(ValueError, match=match):
+            train(**changed)
+    assert (tmp_path / "run/hyperparams.yaml").read_text() == said
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ import speechbrain as sb
 import torch
 from common.precision import choose_precision
 from common.rows import SPEECH, load_rows
+from common.settings import check_settings, content_of, note_settings
 from hyperpyyaml import load_hyperpyyaml
 from manifest_checks import (
     check_rows,
@@ -327,6 +328,21 @@ def dataio_prepare(hparams):
     return data, options
 
 
+def settings_of(hparams):
+    """Say what is learned, and from where, for `check_settings`.
+
+    Another training in the same folder would go on with this one's checkpoint.
+    """
+    settings = {key: hparams[key] for key in ("language", "method")}
+    for key in ("whisper_hub", "base"):
+        path = hparams[key]
+        settings[key] = path and open_state(path).fingerprint
+    path = hparams["train_csv"]
+    if Path(path).is_file():  # or `prepare` is still to write it
+        settings |= content_of({"train_csv": path})
+    return settings
+
+
 def train(argv):
     """Train one model as the command line says; the studies call it, too."""
     # CLI
@@ -338,6 +354,7 @@ def train(argv):
         hparams = load_hyperpyyaml(fin, overrides)
     hparams.setdefault("noprogressbar", not is_watched())
 
+    check_settings(hparams["output_folder"], settings_of(hparams))
     sb.create_experiment_directory(
         experiment_directory=hparams["output_folder"],
         hyperparams_to_save=hparams_file,
@@ -386,6 +403,10 @@ def train(argv):
     )
     brain.checkpointer.add_recoverable(
         "lr_annealing", brain.hparams.lr_annealing
+    )
+    # All processes have checked by now.
+    run_on_main(
+        note_settings, args=[hparams["output_folder"], settings_of(hparams)]
     )
     brain.fit(
         hparams["epoch_counter"],

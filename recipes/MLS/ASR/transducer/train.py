@@ -19,6 +19,7 @@ from pathlib import Path
 
 import speechbrain as sb
 import torch
+from common.settings import check_settings, note_settings
 from hyperpyyaml import load_hyperpyyaml
 from report import write_report
 from speechbrain.dataio.dataset import DynamicItemDataset
@@ -271,6 +272,12 @@ if __name__ == "__main__":
         hparams = load_hyperpyyaml(fin, overrides)
     hparams.setdefault("noprogressbar", not is_watched())
 
+    # Another training in this folder would go on with its checkpoints.
+    settings = {
+        key: hparams[key]
+        for key in ("row", "languages", "start_from", "encoder_from")
+    }
+    check_settings(hparams["output_folder"], settings)
     sb.create_experiment_directory(
         experiment_directory=hparams["output_folder"],
         hyperparams_to_save=hparams_file,
@@ -329,6 +336,7 @@ if __name__ == "__main__":
     asr_brain.train_sampler = train_sampler
 
     # Training
+    run_on_main(note_settings, args=[hparams["output_folder"], settings])
     asr_brain.fit(
         hparams["epoch_counter"],
         datasets["train"],

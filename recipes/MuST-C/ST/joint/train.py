@@ -19,6 +19,7 @@ import sys
 import speechbrain as sb
 import torch
 from common.rows import load_rows
+from common.settings import check_settings, note_settings
 from hyperpyyaml import load_hyperpyyaml
 from report import plot_consistency, write_report
 from sampling import KindSampler
@@ -220,6 +221,11 @@ if __name__ == "__main__":
     with open(hparams_file, encoding="utf-8") as fin:
         hparams = load_hyperpyyaml(fin, overrides)
 
+    # Another training in this folder would go on with its checkpoints.
+    settings = {
+        key: hparams[key] for key in ("row", "main", "tasks", "start_from")
+    }
+    check_settings(hparams["output_folder"], settings)
     sb.create_experiment_directory(
         experiment_directory=hparams["output_folder"],
         hyperparams_to_save=hparams_file,
@@ -274,6 +280,7 @@ if __name__ == "__main__":
     st_brain.train_sampler = train_sampler
 
     # Training
+    run_on_main(note_settings, args=[hparams["output_folder"], settings])
     loader_kwargs = {"batch_size": hparams["test_batch_size"]}
     st_brain.fit(
         hparams["epoch_counter"],
