@@ -462,6 +462,37 @@ def test_a_tied_head_is_trained_and_comes_from_one_model(corpus, tmp_path):
 
 
 @pytest.mark.slow
+def test_another_training_does_not_go_on_in_its_folder(corpus, tmp_path):
+    recipe = Recipe("Mboshi/ST/joint", "--noprogressbar")
+    options = {**TINY, "data_folder": corpus, "number_of_epochs": 1}
+    options["study_folder"] = tmp_path
+    alone = tmp_path / "models/whole"
+    alone.mkdir(parents=True)
+    recipe.run(alone, options)
+    # It began with random weights; the row of the study does not.
+    said = run(corpus, tmp_path, fails=True, only="whole", number_of_epochs=1)
+    assert "models/whole holds a run with another acoustic_from" in said
+    assert not (tmp_path / "models/asr").exists()
+    said = recipe.run(alone, {**options, "tasks": "[asr]"}, fails=True)
+    assert "another tasks (['asr', 'mt'], now ['asr'])" in said
+    recipe.run(alone, options)
+
+
+def test_a_tokenizer_of_other_text_is_refused(tmp_path):
+    path = tmp_path / "train.txt"
+    with modules_of(RECIPE.folder) as load:
+        write_text = load("train").write_text
+        write_text(path, "één\n")
+        # Nothing was learned from it.
+        write_text(path, "één\r\ntwee\n")
+        (tmp_path / "9_char.model").touch()
+        write_text(path, "één\r\ntwee\n")
+        with pytest.raises(ValueError, match="another --study_folder"):
+            write_text(path, "één\n")
+    assert path.read_bytes().decode() == "één\r\ntwee\n"
+
+
+@pytest.mark.slow
 def test_an_unknown_row_is_named(corpus, tmp_path):
     said = run(corpus, tmp_path, only="st,nothing", fails=True)
     assert "no rows nothing; there are asr, mt" in said

@@ -98,8 +98,8 @@ def check_settings(folder, settings):
         if noted.get(key, value) != value:
             raise ValueError(
                 f"{folder} holds a run with another {key} ({noted[key]!r}, now "
-                f"{value!r}); give another folder (--output, --output_folder, "
-                "OUTPUT=... of make), or remove this one"
+                f"{value!r}); give another folder (--output, --study_folder, "
+                "--output_folder, OUTPUT=... of make), or remove this one"
             )
     return noted | settings
 

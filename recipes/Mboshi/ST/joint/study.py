@@ -21,6 +21,7 @@ Start a killed study again by the same command: it resumes.
 import sys
 from pathlib import Path
 
+from common.settings import check_settings
 from common.study import (
     Training,
     rerun_unmeasured,
@@ -30,7 +31,7 @@ from common.study import (
 )
 from report import WHISPER, merge, result_path, write_report
 from speechbrain.utils.logger import get_logger
-from train import make_labels, prepare, train
+from train import make_labels, prepare, starts_of, train
 
 logger = get_logger(__name__)
 
@@ -223,6 +224,10 @@ def main(argv):
     hparams = {**study.hparams, "study_folder": str(study.folder)}
     given, rest = split_options(study.arguments)
     trainings = plan_trainings(given, study.models, hparams)
+    # Now, not after hours: one that train.py did alone is not a row's
+    for training in trainings:
+        folder = study.models / training.name
+        check_settings(folder, starts_of(training.options))
 
     # Here, before trainings run side by side
     prepare(hparams)

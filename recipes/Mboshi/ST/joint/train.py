@@ -25,6 +25,7 @@ from pathlib import Path
 import speechbrain as sb
 import torch
 from common.rows import load_rows
+from common.settings import check_settings, note_settings
 from history import TrainingHistory
 from hyperpyyaml import load_hyperpyyaml
 from report import plot_consistency, representation_entropy, write_result
@@ -54,6 +55,9 @@ logger = get_logger(__name__)
 # Features of the whole corpus where they fit in memory: all epochs, and all
 # trainings that study.py runs in this process, read them from here.
 FEATURES = {}
+# What a training is, with what it starts from: another in its folder would go
+# on from its checkpoints.
+TRAINING = ("row", "main", "tasks", "source", "targets", "languages")
 
 
 class ST(TranslationBrain):
@@ -189,6 +193,18 @@ def with_recordings(rows, split, skip_bad):
     }
 
 
+def write_text(path, text):
+    """Write what a tokenizer learns, unless it has learned another text."""
+    learned = path.is_file() and any(path.parent.glob("*.model"))
+    if learned and path.read_bytes() != text.encode("utf-8"):
+        raise ValueError(
+            f"{path.parent}: holds a tokenizer of other text than that of this "
+            "training; give another --study_folder, or remove the tokenizer"
+        )
+    with atomic_write(path, "w") as stream:
+        stream.write(text)
+
+
 def make_labels(hparams):
     """Train the tokenizers of both languages, or load them.
 
@@ -206,10 +222,9 @@ def make_labels(hparams):
         ("target", "translation", [], marks),
     ):
         folder = Path(hparams["tokenizer_folder"], side)
-        with atomic_write(folder / "train.txt", "w") as stream:
-            # A transcript stands there once for each target language.
-            texts = dict.fromkeys(row[column] for row in train.values())
-            stream.writelines(f"{text}\n" for text in texts)
+        # A transcript stands there once for each target language.
+        texts = dict.fromkeys(row[column] for row in train.values())
+        write_text(folder / "train.txt", "".join(f"{t}\n" for t in texts))
         pieces = hparams[f"{side}_pieces"]
         try:
             tokenizer = SentencePiece(
@@ -331,6 +346,16 @@ def dataio_prepare(hparams, labels):
     return datasets, train_sampler
 
 
+def starts_of(options):
+    """Say what a training starts from, for `check_settings`."""
+    return {
+        key: "random weights"
+        if options[key] in (None, "null")
+        else "a trained model"
+        for key in ("acoustic_from", "text_from")
+    }
+
+
 def load_start(folder, main, parts, model):
     """Load parts of the best model of a training with another main task.
 
@@ -358,6 +383,9 @@ def train(argv):
     with open(hparams_file, encoding="utf-8") as fin:
         hparams = load_hyperpyyaml(fin, overrides)
 
+    settings = {key: hparams.get(key) for key in TRAINING}
+    settings |= starts_of(hparams)
+    check_settings(hparams["output_folder"], settings)
     sb.create_experiment_directory(
         experiment_directory=hparams["output_folder"],
         hyperparams_to_save=hparams_file,
@@ -419,6 +447,7 @@ def train(argv):
     st_brain.checkpointer.add_recoverable("lr_annealing", st_brain.lr_annealing)
 
     # Training
+    run_on_main(note_settings, args=[hparams["output_folder"], settings])
     loader_kwargs = {"batch_size": hparams["test_batch_size"]}
     st_brain.fit(
         hparams["epoch_counter"],
