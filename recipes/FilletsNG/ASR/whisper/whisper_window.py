@@ -38,8 +38,8 @@ class WindowedWhisper(Whisper):
     of the model (`max_source_positions`), not always to 30 s. The floor of the
     log-Mel spectrum is that of each utterance, as in Whisper's own code; the
     parent takes the loudest of the batch, so that an utterance's features
-    depend on its neighbours. Under autocast the embedding is cast once for all
-    steps of a search, not at each, which took a third of the time.
+    depend on its neighbours. Under autocast the embedding, where it is not
+    frozen, is cast once for all steps of a search, not at each.
 
     Arguments
     ---------
