@@ -354,7 +354,8 @@ def train(argv):
         hparams = load_hyperpyyaml(fin, overrides)
     hparams.setdefault("noprogressbar", not is_watched())
 
-    check_settings(hparams["output_folder"], settings_of(hparams))
+    settings = settings_of(hparams)
+    check_settings(hparams["output_folder"], settings)
     sb.create_experiment_directory(
         experiment_directory=hparams["output_folder"],
         hyperparams_to_save=hparams_file,
@@ -404,10 +405,9 @@ def train(argv):
     brain.checkpointer.add_recoverable(
         "lr_annealing", brain.hparams.lr_annealing
     )
-    # All processes have checked by now.
-    run_on_main(
-        note_settings, args=[hparams["output_folder"], settings_of(hparams)]
-    )
+    # All processes have checked by now, and the lines are prepared.
+    settings |= content_of({"train_csv": hparams["train_csv"]})
+    run_on_main(note_settings, args=[hparams["output_folder"], settings])
     brain.fit(
         hparams["epoch_counter"],
         train_loader,
