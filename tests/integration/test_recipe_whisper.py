@@ -481,9 +481,17 @@ def test_features_are_those_of_transformers_each_by_itself(
     )
 
 
-@pytest.mark.parametrize("lang_tokens", [None, [50259, 50270, 50283, 50259]])
+@pytest.mark.parametrize(
+    ("lang_tokens", "options", "longest"),
+    [
+        (None, {}, 25),
+        ([50259, 50270, 50283, 50259], {}, 25),
+        (None, {"use_kv_cache": False}, 25),
+        (None, {"min_decode_ratio": 0.1}, 15),
+    ],
+)
 def test_the_search_finds_what_the_parents_finds(
-    whisper, recipe, tmp_path, lang_tokens
+    whisper, recipe, tmp_path, lang_tokens, options, longest
 ):
     """Utterances end at different steps, one at once, one never."""
     window = recipe("whisper_window")
@@ -507,14 +515,25 @@ def test_the_search_finds_what_the_parents_finds(
     encoded = model.forward_encoder(model._get_mel(waves))
     found = []
     for searcher in (S2SWhisperGreedySearcher, window.WordsSearcher):
-        search = type("Search", (Ends, searcher), {})(
-            model=model, min_decode_ratio=0.0, max_decode_ratio=0.25
-        )
+        given = {"min_decode_ratio": 0.0, "max_decode_ratio": 0.25} | options
+        search = type("Search", (Ends, searcher), {})(model=model, **given)
         search.set_lang_tokens(lang_tokens and torch.tensor(lang_tokens))
         hyps, *_ = search(encoded, torch.ones(4))
         found.append([[int(token) for token in hyp] for hyp in hyps])
     assert found[0] == found[1]
-    assert [len(hyp) for hyp in found[1]] == [6, 0, 25, 3]
+    assert [len(hyp) for hyp in found[1]] == [6, 0, longest, 3]
+
+
+def test_the_search_refuses_to_sample(whisper, recipe, tmp_path):
+    window = recipe("whisper_window")
+    model = window.WindowedWhisper(str(whisper), str(tmp_path), language="nl")
+    with pytest.raises(ValueError, match="temperature 0.5: expected 0"):
+        window.WordsSearcher(
+            model=model,
+            min_decode_ratio=0.0,
+            max_decode_ratio=0.25,
+            temperature=0.5,
+        )
 
 
 def test_the_logits_are_the_parents(whisper, recipe, tmp_path):

@@ -78,18 +78,26 @@ class WindowedWhisper(Whisper):
         return self.log_mel_spectrogram(self.pad_or_trim(wav, length))
 
     def forward_decoder(
-        self, encoder_states, tokens, use_cache=True, past_key_values=None
+        self,
+        encoder_states,
+        decoder_input_ids,
+        use_cache=True,
+        past_key_values=None,
     ):
         """Return logits [batch, tokens, pieces], None and the cache.
 
         With a cache only the last token is looked at, as the parent does it.
         """
+        if self.output_attentions:
+            return super().forward_decoder(
+                encoder_states, decoder_input_ids, use_cache, past_key_values
+            )
         if past_key_values is not None:
-            tokens = tokens[:, -1:]
+            decoder_input_ids = decoder_input_ids[:, -1:]
         decoder = self.model.decoder
         found = decoder(
             encoder_hidden_states=encoder_states,
-            input_ids=tokens,
+            input_ids=decoder_input_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
         )
@@ -113,8 +121,16 @@ class WordsSearcher(S2SWhisperGreedySearcher):
 
     The parent goes on with a whole batch until its longest utterance ends, and
     keeps the log-probabilities of all pieces at all steps. Here an utterance
-    that has ended leaves the batch.
+    that has ended leaves the batch. Nothing is sampled: `temperature` is 0.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.temperature != 0:
+            raise ValueError(
+                f"temperature {self.temperature}: expected 0; SpeechBrain's "
+                "S2SWhisperGreedySearcher samples"
+            )
 
     @torch.no_grad()
     def forward(self, enc_states, wav_len):
@@ -123,7 +139,8 @@ class WordsSearcher(S2SWhisperGreedySearcher):
         hyps = [[] for _ in enc_states]
         searched = torch.arange(len(enc_states), device=enc_states.device)
         tokens = torch.full_like(searched, self.bos_index)
-        for _ in range(int(enc_states.shape[1] * self.max_decode_ratio)):
+        ratios = self.min_decode_ratio, self.max_decode_ratio
+        for _ in range(*(int(enc_states.shape[1] * ratio) for ratio in ratios)):
             logits, memory, _ = self.forward_step(
                 tokens, memory, enc_states, None
             )
@@ -133,7 +150,9 @@ class WordsSearcher(S2SWhisperGreedySearcher):
                 # Ended ones leave.
                 tokens, memory = tokens[goes_on], memory[goes_on]
                 searched, enc_states = searched[goes_on], enc_states[goes_on]
-                self.kv_cache.batch_select_indices(goes_on.nonzero().squeeze(1))
+                if self.use_kv_cache:
+                    kept = goes_on.nonzero().squeeze(1)
+                    self.kv_cache.batch_select_indices(kept)
             for row, token in zip(searched.tolist(), tokens.tolist()):
                 hyps[row].append(token)
             if not len(searched) or self._check_end_condition(memory):
